@@ -1,0 +1,11 @@
+"""A compact vision-model zoo built from efficient attention blocks.
+
+Importing the package registers every model name (all begin with `va_`) in timm's registry:
+
+    import timm, visionattn
+    model = timm.create_model("va_minimal_vit_tiny_patch16_224")
+"""
+
+__version__ = "0.1.0"
+
+from visionattn import models as _models  # noqa: F401  registers the names

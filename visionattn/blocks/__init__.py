@@ -1,0 +1,5 @@
+"""One attention mechanism a file: plain modules to copy into any network."""
+
+from visionattn.blocks.minimal import MinimalAttention, MinimalBlock
+
+__all__ = ["MinimalAttention", "MinimalBlock"]

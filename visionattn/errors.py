@@ -1,0 +1,75 @@
+"""What goes wrong, in plain words: what was given, what is accepted, what to do.
+
+Every error that a user's input can cause derives from `VisionAttnError`; the command line prints its message alone,
+without a stack trace.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "InputError",
+    "MissingPackageError",
+    "StorageError",
+    "UnknownNameError",
+    "VisionAttnError",
+    "require",
+]
+
+
+class VisionAttnError(Exception):
+    """Base of every error that the package raises for a user's mistake."""
+
+    def __str__(self) -> str:
+        return " ".join(str(arg) for arg in self.args)
+
+
+class InputError(VisionAttnError, ValueError):
+    """A tensor, an image or an argument has a size, dtype or value that is not accepted."""
+
+
+class UnknownNameError(VisionAttnError, LookupError):
+    """A model, recipe or class of that name does not exist."""
+
+
+class CheckpointError(VisionAttnError, RuntimeError):
+    """A weight file is unreadable, or belongs to another model."""
+
+
+class DataError(VisionAttnError, RuntimeError):
+    """A folder or file of training or test data is missing, empty or unreadable."""
+
+
+class ConfigError(VisionAttnError, ValueError):
+    """A recipe asks for what does not exist, or for two things that exclude each other."""
+
+
+class StorageError(VisionAttnError, OSError):
+    """A file could not be written: no space, no permission."""
+
+
+class MissingPackageError(VisionAttnError, ImportError):
+    """An optional package is not installed."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional package, or say which extra brings it.
+
+    Args:
+        module: Module to import, such as `"onnxruntime"`.
+        extra: Extra of this package that installs it, such as `"export"`.
+
+    Raises:
+        MissingPackageError: The package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"This needs the package {module!r} ({error}). Install it with: pip install 'visionattn[{extra}]'"
+        ) from error

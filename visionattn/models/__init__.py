@@ -1,0 +1,21 @@
+"""One family a file. Importing this package registers every name in timm's registry."""
+
+from __future__ import annotations
+
+import difflib
+
+import timm
+
+from visionattn.models import minimal_vit as _minimal_vit  # noqa: F401
+
+__all__ = ["names", "suggest"]
+
+
+def names() -> list[str]:
+    """Every model name of this package, sorted."""
+    return timm.list_models("va_*")
+
+
+def suggest(name: str, count: int = 3) -> list[str]:
+    """Names in timm's registry, ours among them, that look most like `name`."""
+    return difflib.get_close_matches(name, timm.list_models(), n=count, cutoff=0.5)
