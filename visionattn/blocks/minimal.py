@@ -30,8 +30,6 @@ the cost above. Shaped attention keeps W_Q = 0 at the start, so that alpha = bet
 needs no skip; the source's value matrix in the first layer and its gain on the MLP branch are left out.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -92,13 +90,13 @@ class MinimalAttention(nn.Module):
             dim if values == "projected" else 0,
         ]
         self.qkv = nn.Linear(dim, sum(self.widths), bias=bias, **dd) if sum(self.widths) else None
-        if similarity == "symmetric":
-            self.triangle = nn.Parameter(torch.empty(num_heads, dim * (dim + 1) // 2, **dd))
-            self.register_buffer("place", torch.empty(dim * dim, dtype=torch.long, device=device), persistent=False)
-            self.init_non_persistent_buffers()
+        symmetric, shaped = similarity == "symmetric", values == "shaped"
+        self.triangle = nn.Parameter(torch.empty(num_heads, dim * (dim + 1) // 2, **dd)) if symmetric else None
+        place = torch.empty(dim * dim, dtype=torch.long, device=device) if symmetric else None
+        self.register_buffer("place", place, persistent=False)
+        self.init_non_persistent_buffers()
         self.proj = nn.Linear(dim, dim, bias=bias, **dd) if values == "projected" else nn.Identity()
-        if values == "shaped":
-            self.gains = nn.Parameter(torch.empty(3, num_heads, 1, 1, **dd))  # alpha, beta, gamma
+        self.gains = nn.Parameter(torch.empty(3, num_heads, 1, 1, **dd)) if shaped else None  # alpha, beta, gamma
         self.init_weights()
 
     @torch.jit.ignore
@@ -108,9 +106,9 @@ class MinimalAttention(nn.Module):
             trunc_normal_(self.qkv.weight, std=0.02)
             if self.qkv.bias is not None:
                 nn.init.zeros_(self.qkv.bias)
-        if self.similarity == "symmetric":
+        if self.triangle is not None:
             nn.init.normal_(self.triangle, std=(2 / (self.dim**0.5 * (self.dim + 1))) ** 0.5)
-        if self.values == "shaped":
+        if self.gains is not None:
             nn.init.ones_(self.gains)
             if self.qkv is not None:
                 nn.init.zeros_(self.qkv.weight[: self.widths[0]].detach())
@@ -118,7 +116,7 @@ class MinimalAttention(nn.Module):
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
         """Where in `triangle` each entry of T stands; entries above the diagonal point one past its end, at a zero."""
-        if self.similarity == "symmetric":
+        if self.place is not None:
             index = torch.arange(self.dim, device=self.place.device)
             row, column = index[:, None], index[None, :]
             place = torch.where(column <= row, row * (row + 1) // 2 + column, self.triangle.shape[1])
@@ -142,7 +140,7 @@ class MinimalAttention(nn.Module):
         q, k, v = x, x, x
         if self.qkv is not None:
             q, k, v = self.qkv(x).split(self.widths, dim=-1)
-        if self.similarity == "symmetric":
+        if self.triangle is not None:
             q = x @ self.triangular()
         q = self.split_heads(q)
         if self.similarity == "pair":
@@ -158,7 +156,7 @@ class MinimalAttention(nn.Module):
         """Mix tokens: (B, N, C) -> (B, N, C)."""
         q, k, v = self.project(x)  # (B, H, N, D or C), v (B, H, N, D)
         y = F.scaled_dot_product_attention(q, k, v)
-        if self.values == "shaped":
+        if self.gains is not None:
             alpha, beta, gamma = self.gains.unbind(0)  # (H, 1, 1)
             y = alpha * v + beta * y - gamma * v.mean(dim=2, keepdim=True)
         return self.proj(y.transpose(1, 2).flatten(2))
@@ -168,7 +166,7 @@ class MinimalAttention(nn.Module):
         """The mixing matrices (B, H, N, N) that `forward` applies without building them."""
         q, k, _ = self.project(x)
         weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
-        if self.values == "shaped":
+        if self.gains is not None:
             alpha, beta, gamma = self.gains.unbind(0)
             identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
             weights = alpha * identity + beta * weights - gamma / x.shape[1]

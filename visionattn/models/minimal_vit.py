@@ -25,15 +25,13 @@ timm's vit_tiny):
 Sources: arXiv 2410.13732, arXiv 2311.01906 (shaped); the block's equations stand in `visionattn.blocks.minimal`.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_function
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from visionattn.blocks.minimal import MinimalBlock
@@ -140,6 +138,20 @@ class MinimalVisionTransformer(VisionTransformer):
         grid = resize_positions(grid, x.shape[1], x.shape[2]).flatten(0, 1)
         token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return self.pos_drop(torch.cat([token, x.flatten(1, 2) + grid], dim=1))
+
+    # timm's own two methods also take attention masks, which a minimal block does not have.
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens after the last norm: (B, in_chans, H, W) -> (B, 1 + h w, C)."""
+        x = self._pos_embed(self.patch_embed(x))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits: (B, in_chans, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
 
 
 # What each variant changes in the baseline.

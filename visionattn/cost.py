@@ -1,0 +1,34 @@
+"""What a network costs: parameters and multiply-accumulates."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["count_macs", "count_parameters"]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that training can change."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_macs(model: nn.Module, *input_size: tuple[int, ...]) -> int:
+    """Multiply-accumulates of one forward pass for a batch of one, counted on the meta device: nothing is computed.
+
+    Matrix products, convolutions and attention products are counted, half of what torch's FLOP counter reports;
+    element-wise work is not.
+
+    Args:
+        model: Network; it is copied, not changed.
+        *input_size: Size of each input without the batch, such as `(3, 224, 224)`.
+    """
+    model = copy.deepcopy(model).to("meta").eval()
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    inputs = [torch.empty(1, *size, dtype=dtype, device="meta") for size in input_size]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    return counter.get_total_flops() // 2
