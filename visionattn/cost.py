@@ -26,7 +26,7 @@ def count_macs(model: nn.Module, *input_size: tuple[int, ...]) -> int:
         model: Network; it is copied, not changed.
         *input_size: Size of each input without the batch, such as `(3, 224, 224)`.
     """
-    model = copy.deepcopy(model).to("meta").eval()
+    model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     inputs = [torch.empty(1, *size, dtype=dtype, device="meta") for size in input_size]
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -101,17 +101,25 @@ class MinimalAttention(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Start every form with scores of order 1 (0 for shaped attention)."""
+        """Start with scores of order 1: standard deviation 1, or 1 of a token with itself in the semi-definite forms."""
+        unit = self.dim**-0.5  # keeps the variance of normalised tokens
         if self.qkv is not None:
-            trunc_normal_(self.qkv.weight, std=0.02)
+            trunc_normal_(self.qkv.weight, std=unit)
+            queries = self.qkv.weight.detach()[: self.widths[0]]
+            if self.similarity == "shared":
+                queries.mul_((self.dim // self.num_heads) ** -0.25)
+            if self.values == "shaped":
+                queries.zero_()
             if self.qkv.bias is not None:
                 nn.init.zeros_(self.qkv.bias)
         if self.triangle is not None:
             nn.init.normal_(self.triangle, std=(2 / (self.dim**0.5 * (self.dim + 1))) ** 0.5)
         if self.gains is not None:
             nn.init.ones_(self.gains)
-            if self.qkv is not None:
-                nn.init.zeros_(self.qkv.weight[: self.widths[0]].detach())
+        if isinstance(self.proj, nn.Linear):
+            trunc_normal_(self.proj.weight, std=unit)
+            if self.proj.bias is not None:
+                nn.init.zeros_(self.proj.bias)
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
