@@ -8,4 +8,7 @@ Importing the package registers every model name (all begin with `va_`) in timm'
 
 __version__ = "0.1.0"
 
-from visionattn import models as _models  # noqa: F401  registers the names
+from visionattn import blocks, models
+from visionattn.checkpoints import load
+
+__all__ = ["blocks", "load", "models"]

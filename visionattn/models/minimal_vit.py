@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import register_notrace_function
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
@@ -51,7 +50,7 @@ def _resize_matrix(new: int, old: int) -> torch.Tensor:
     return weight / weight.sum(dim=1, keepdim=True)
 
 
-@register_notrace_function
+@torch.fx.wrap
 def resize_positions(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Resample a grid of positions (h, w, C) to (height, width, C).
 

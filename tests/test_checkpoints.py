@@ -1,0 +1,71 @@
+"""`visionattn.load`: which model does a weight file belong to?"""
+
+import pytest
+import timm
+import torch
+from models.contract import build
+from safetensors.torch import save_file
+
+import visionattn
+from visionattn.errors import CheckpointError, ConfigError, UnknownNameError
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("va_minimal_vit_nano_patch7_28", {}),
+        ("va_minimal_vit_nano_patch4_32_minimum", {"num_classes": 3}),
+        ("va_minimal_vit_nano_patch4_32", {"in_chans": 5, "num_classes": 0}),
+        ("va_minimal_vit_tiny_patch16_224_symmetric_minimum", {}),
+    ],
+)
+def test_model_is_known_by_its_shapes(tmp_path, name, arguments):
+    model, _ = build(name, **arguments)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    loaded = visionattn.load(tmp_path / "weights.safetensors")
+    assert loaded.pretrained_cfg["architecture"] == name
+    assert not loaded.training
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_timms_vit_tiny_is_our_baseline(tmp_path):
+    torch.save({"model": timm.create_model("vit_tiny_patch16_224").state_dict()}, tmp_path / "deit.pth")
+    assert visionattn.load(tmp_path / "deit.pth").pretrained_cfg["architecture"] == "va_minimal_vit_tiny_patch16_224"
+
+
+def test_twins_need_a_name(tmp_path):
+    name = "va_minimal_vit_tiny_patch16_224_shared"
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="fits several models: .*_collapsed, .*_shared"):
+        visionattn.load(tmp_path / "w.pt")
+    assert visionattn.load(tmp_path / "w.pt", name=name).blocks[0].attn.similarity == "shared"
+
+
+def test_a_foreign_file_names_what_does_not_fit(tmp_path):
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="fits no model of this package. Nearest: .* is .*, not"):
+        visionattn.load(tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"does not fit va_minimal_vit_nano_patch7_28: .* and \d+ more"):
+        visionattn.load(tmp_path / "w.pt", name="va_minimal_vit_nano_patch7_28")
+
+
+def test_a_training_checkpoint_says_what_it_is(tmp_path):
+    model, x = build("va_minimal_vit_nano_patch7_28", depth=2, num_classes=4)
+    hyper_parameters = {
+        "name": "va_minimal_vit_nano_patch7_28",
+        "model_args": {"depth": 2},
+        "num_classes": 4,
+        "in_chans": None,
+    }
+    state = {f"net.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": hyper_parameters}, tmp_path / "last.ckpt")
+    assert torch.equal(visionattn.load(tmp_path / "last.ckpt")(x), model(x))
+
+
+def test_bad_names_folders_and_arguments(tmp_path):
+    with pytest.raises(UnknownNameError, match="Did you mean va_minimal_vit_nano_patch7_28"):
+        visionattn.checkpoints.create("va_minimal_vit_nano_patch7")
+    with pytest.raises(ConfigError, match="does not take one of these arguments: .*heads"):
+        visionattn.checkpoints.create("va_minimal_vit_nano_patch7_28", heads=3)
+    with pytest.raises(CheckpointError, match=r"no config.json"):
+        visionattn.load(tmp_path)

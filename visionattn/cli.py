@@ -1,0 +1,136 @@
+"""The command `visionattn`."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import inspect
+import sys
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import visionattn
+from visionattn import models
+from visionattn.checkpoints import create
+from visionattn.cost import count_macs, count_parameters
+from visionattn.errors import UnknownNameError, VisionAttnError
+
+TRAINING = {
+    "fit": "train a model by a recipe",
+    "validate": "measure a checkpoint on the validation images",
+    "test": "measure a checkpoint on the test images",
+    "predict": "write a checkpoint's predictions",
+}
+
+
+def _size(size: tuple[int, int, int]) -> str:
+    return " x ".join(map(str, size))
+
+
+def _facts(name: str) -> dict[str, str]:
+    """What the zoo's table says of a model."""
+    model = create(name, device="meta")
+    config = model.pretrained_cfg
+    size = tuple(config["input_size"])
+    return {
+        "task": model.task,
+        "parameters": f"{count_parameters(model) / 1e6:.2f} M",
+        "MACs": f"{count_macs(model, size) / 1e6:,.1f} M",
+        "input": _size(size),
+        "weights": config["tag"] if config.get("url") or config.get("file") or config.get("hf_hub_id") else "none",
+    }
+
+
+def _list(args: argparse.Namespace, console: Console) -> None:
+    pattern = args.pattern if "*" in args.pattern else f"*{args.pattern}*"
+    names = fnmatch.filter(models.names(), pattern)
+    if not names:
+        raise UnknownNameError(f"No model name fits {args.pattern!r}. `visionattn list` shows all.")
+    table = Table("name", box=SIMPLE_HEAD, pad_edge=False)
+    for key in _facts(names[0]):
+        table.add_column(key, justify="right" if key in ("parameters", "MACs") else "left", no_wrap=True)
+    for name in names:
+        table.add_row(name, *_facts(name).values())
+    console.print(table)
+
+
+def _show(args: argparse.Namespace, console: Console) -> None:
+    model = create(args.name, device="meta")
+    config = model.pretrained_cfg
+    documentation = inspect.getdoc(type(model)) or ""
+    table = Table(title=args.name, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_row("what", documentation.split("\n\n")[0].replace("\n", " "))
+    if name := getattr(sys.modules[type(model).__module__], args.name, None):
+        table.add_row("variant", inspect.getdoc(name) or "")
+    for key, value in _facts(args.name).items():
+        table.add_row(key, value)
+    table.add_row("mean, std", f"{tuple(config['mean'])}, {tuple(config['std'])}")
+    table.add_row(
+        "image sizes", "fixed" if config.get("fixed_input_size") else f"any multiple of {model.size_multiple}"
+    )
+    table.add_row("paper", f"{config.get('paper_name')} ({config.get('paper_ids')})")
+    table.add_row("licence", str(config.get("license")))
+    table.add_row("in Python", f'import timm, visionattn; timm.create_model("{args.name}")')
+    table.add_row("to ONNX", f"visionattn export {args.name} --output model.onnx")
+    console.print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="visionattn", description="Vision models built from efficient attention.")
+    parser.add_argument("--version", action="version", version=f"visionattn {visionattn.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    quickstart = commands.add_parser("quickstart", help="see it all in three minutes, nothing is downloaded")
+    quickstart.add_argument("stations", nargs="*", help="stations to visit (default: all)")
+    quickstart.add_argument("--output", type=Path, default=Path("visionattn-quickstart"), help="folder for the results")
+    zoo = commands.add_parser("list", help="show the models")
+    zoo.add_argument("pattern", nargs="?", default="*", help="part of a name, or a pattern with *")
+    show = commands.add_parser("show", help="show one model's card")
+    show.add_argument("name")
+    export = commands.add_parser("export", help="write a checked ONNX file")
+    from visionattn.export import cli as export_cli
+
+    export_cli.add_arguments(export)
+    for name, description in TRAINING.items():
+        commands.add_parser(name, help=description, add_help=False)
+    return parser
+
+
+def _run(argv: list[str]) -> int:
+    # Lightning's parser knows the options of training commands; ours only lists the commands.
+    if argv and argv[0] in TRAINING:
+        from visionattn.train import cli as train_cli
+
+        return train_cli.main(argv)
+    args = _parser().parse_args(argv)
+    # A pipe has no width; rows must not be cut there.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if args.command == "list":
+        _list(args, console)
+    elif args.command == "show":
+        _show(args, console)
+    elif args.command == "export":
+        from visionattn.export import cli as export_cli
+
+        return export_cli.run(args)
+    else:
+        from visionattn import quickstart
+
+        quickstart.run(args.output, args.stations, console)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command: 0 when all went well, 2 for a user's mistake, told in one message, 130 after Ctrl-C."""
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except VisionAttnError as error:
+        print(f"visionattn: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("visionattn: stopped.", file=sys.stderr)
+        return 130
