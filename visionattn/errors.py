@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "InputError",
     "MissingPackageError",
     "StorageError",
@@ -47,6 +48,10 @@ class DataError(VisionAttnError, RuntimeError):
 
 class ConfigError(VisionAttnError, ValueError):
     """A recipe asks for what does not exist, or for two things that exclude each other."""
+
+
+class ExportError(VisionAttnError, RuntimeError):
+    """A model could not be exported, or the exported file does not compute what the model computes."""
 
 
 class StorageError(VisionAttnError, OSError):

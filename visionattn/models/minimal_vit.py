@@ -87,6 +87,7 @@ class MinimalVisionTransformer(VisionTransformer):
 
     task = "classify"
     size_multiple = 1
+    size_minimum = 1
 
     def __init__(
         self,

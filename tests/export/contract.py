@@ -1,0 +1,82 @@
+"""What the exported file of every model name has to be; parametrised over the names that exist."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import timm
+import torch
+from timm.models import get_pretrained_cfg, model_entrypoint
+from torch import nn
+
+import visionattn
+from visionattn.export import OnnxFile, OnnxModel, export_onnx
+from visionattn.models import names
+
+
+def smallest_names() -> list[str]:
+    """The name with the fewest parameters of each family (a family is a file in `visionattn/models`)."""
+    smallest: dict[str, tuple[int, str]] = {}
+    for name in names():
+        count = sum(parameter.numel() for parameter in timm.create_model(name, device="meta").parameters())
+        family = model_entrypoint(name).__module__
+        smallest[family] = min(smallest.get(family, (count, name)), (count, name))
+    return [name for _, name in smallest.values()]
+
+
+def draw_weights(model: nn.Module) -> nn.Module:
+    """Draw every weight so that each layer's output matters: at their start many layers multiply by 0 or nearly."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+        parameter.data = noise / fan_in**0.5 if parameter.ndim > 1 else 1 + 0.2 * noise
+    return model
+
+
+def export_by_name(name: str, folder: Path) -> OnnxFile:
+    """Export a model name with drawn weights."""
+    return export_onnx(draw_weights(timm.create_model(name)), folder / "model.onnx", weights="drawn")
+
+
+class ExportContract:
+    """Tests of one `export_by_name`, which a fixture `exported` gives."""
+
+    def test_every_size_and_batch_agrees(self, exported):
+        assert all(row.error <= 2e-5 * row.magnitude and row.magnitude > 1e-2 for row in exported.rows)
+        assert {row.batch for row in exported.rows} == {1, 3}
+        sizes = {(row.height, row.width) for row in exported.rows}
+        assert tuple(exported.spec.input_size[1:]) in sizes
+        fixed = get_pretrained_cfg(exported.spec.model).fixed_input_size
+        assert exported.spec.dynamic_axes == (["batch"] if fixed else ["batch", "height", "width"])
+        assert len(sizes) == (1 if fixed else 3)
+
+    def test_graph_is_plain_onnx(self, exported):
+        graph = onnx.load(exported.path).graph
+        assert {node.domain for node in graph.node} == {""}
+        for value, key in zip(graph.input, exported.spec.input_names, strict=True):
+            axes = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            expected = ["batch", exported.spec.input_size[0], "height", "width"]
+            if not exported.spec.dynamic_size:
+                expected[2:] = exported.spec.input_size[1:]
+            assert value.name == key
+            assert axes == expected
+        assert [value.name for value in graph.output] == exported.spec.output_names
+
+    def test_metadata_says_how_to_use_the_file(self, exported):
+        cfg = get_pretrained_cfg(exported.spec.model)
+        metadata = OnnxModel(exported.path).session.get_modelmeta().custom_metadata_map
+        assert metadata["model"] in names()
+        assert metadata["visionattn"] == visionattn.__version__
+        assert metadata["weights"] == "drawn"
+        assert json.loads(metadata["input_size"]) == list(cfg.input_size)
+        assert json.loads(metadata["mean"]) == pytest.approx(list(cfg.mean))
+        assert json.loads(metadata["std"]) == pytest.approx(list(cfg.std))
+
+    def test_file_holds_nothing_of_this_machine(self, exported):
+        assert b"site-packages" not in exported.path.read_bytes()
+        assert str(exported.path.parent).encode() not in exported.path.read_bytes()
+        assert [path.name for path in exported.path.parent.iterdir()] == ["model.onnx"]

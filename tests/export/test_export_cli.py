@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from visionattn.errors import CheckpointError, InputError, MissingPackageError, UnknownNameError
+from visionattn.export import OnnxModel
+from visionattn.export.cli import add_arguments, run
+
+NANO = "va_minimal_vit_nano_patch7_28_minimum"
+
+
+def export(*words):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args([str(word) for word in words]))
+
+
+def test_name_without_weights(tmp_path, capsys):
+    path = tmp_path / "new folder" / "nano [7].onnx"
+    assert export(NANO, "--output", path, "--num-classes", 7, "--input-size", 28, 56, "--static-size") == 0
+    printed = capsys.readouterr().out
+    assert "Weights: random" in printed
+    assert printed.count("pass") == 2
+    assert "fixed to 28 x 56: as asked" in printed
+    file = OnnxModel(path)
+    assert file.spec.weights == "random"
+    assert file.spec.license == "not stated"
+    assert file(torch.zeros(4, 1, 28, 56))[0].shape == (4, 7)
+    # The last line is a command that works.
+    code = printed.strip().splitlines()[-1].removeprefix("Next: python -c '").removesuffix("'")
+    exec(code, {})
+    assert "array([[" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_weights_from_a_file(by_name, tmp_path, capsys):
+    model = timm.create_model(NANO, num_classes=2)
+    torch.nn.init.ones_(model.head.bias)
+    weights = tmp_path / "mine.pth"
+    torch.save(model.state_dict(), weights)
+    path = tmp_path / "nano.onnx"
+    words = [NANO, "--checkpoint", weights, "--num-classes", 2] if by_name else [weights]
+    assert export(*words, "--output", path, "--no-check") == 0
+    assert "Not checked" in capsys.readouterr().out
+    file = OnnxModel(path)
+    assert file.spec.weights == "file mine.pth"
+    images = torch.rand(1, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(file(images)[0]), model.eval()(images), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["va_minimal_vit_nano_patch7_27"], UnknownNameError, "There is no model .*patch7_28"),
+        ([NANO + ".mnist"], UnknownNameError, "Invalid pretrained tag.*Leave out"),
+        ([NANO, "--checkpoint", "absent.pth"], CheckpointError, "absent.pth"),
+        ([NANO, "--checkpoint", __file__], CheckpointError, "test_export_cli.py"),
+        ([__file__, "--num-classes", 3], InputError, "is a file that says what it is"),
+        ([NANO, "--opset", 99], InputError, "operator set is 99"),
+        ([NANO, "--input-size", 0, 28], InputError, "0 x 28"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(words, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        export(*words, "--output", tmp_path / "nano.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingPackageError, match=r"visionattn\[export\]"):
+        export(NANO, "--output", tmp_path / "nano.onnx")
+
+
+def test_importing_needs_no_optional_package():
+    code = (
+        "import sys, visionattn.export.cli; "
+        "print([m for m in ('onnx', 'onnxscript', 'onnxruntime', 'lightning', 'visionattn.train') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import resource
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from export.contract import ExportContract, draw_weights, export_by_name, smallest_names
+from export.toys import Gated, OneSize, Pair, SpecialisedWidth, Toy
+
+from visionattn.errors import ExportError, InputError, StorageError
+from visionattn.export import OnnxModel, export_onnx, run
+
+
+@pytest.fixture(scope="module", params=smallest_names())
+def exported(request, tmp_path_factory):
+    return export_by_name(request.param, tmp_path_factory.mktemp("export"))
+
+
+class TestNames(ExportContract):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("similarity", "values"),
+    [("pair", "projected"), ("shared", "identity"), ("collapsed", "shaped"), ("symmetric", "identity")],
+)
+def test_forms_of_minimal_attention(similarity, values, tmp_path):
+    model = timm.create_model("va_minimal_vit_nano_patch4_32", similarity=similarity, values=values, depth=1)
+    file = export_onnx(draw_weights(model), tmp_path / "model.onnx")
+    assert max(row.error / row.magnitude for row in file.rows) < 2e-5
+    assert len({(row.height, row.width) for row in file.rows}) == 3
+
+
+def test_convolutional_network_of_timm(tmp_path):
+    file = export_onnx(draw_weights(timm.create_model("test_resnet")), tmp_path / "model.onnx")
+    assert file.spec.dynamic_axes == ["batch", "height", "width"]
+    assert max(row.error / row.magnitude for row in file.rows) < 2e-5
+
+
+def test_caller_keeps_the_model(tmp_path):
+    model = Toy().train().to(torch.bfloat16)
+    before = model.conv.weight.clone()
+    file = export_onnx(model, tmp_path / "model.onnx")
+    assert model.training
+    assert model.conv.weight.requires_grad
+    assert model.conv.weight.dtype == torch.bfloat16
+    assert torch.equal(model.conv.weight, before)
+    weights = [onnx.numpy_helper.to_array(value) for value in onnx.load(file.path).graph.initializer]
+    assert any(np.array_equal(weight, before.float().detach().numpy()) for weight in weights)
+
+
+def test_operator_becomes_its_definition(tmp_path):
+    model = Gated()
+    file = export_onnx(model, tmp_path / "model.onnx")
+    kinds = {node.op_type for node in onnx.load(file.path).graph.node}
+    assert "Sigmoid" in kinds
+    assert not any("gate" in kind.lower() for kind in kinds)
+
+
+def test_pair_of_inputs_in_steps(tmp_path):
+    model = Pair().eval()
+    file = export_onnx(model, tmp_path / "model.onnx")
+    assert {(row.output, row.height, row.width) for row in file.rows} == {
+        (output, *size) for output in ("map", "vector") for size in ((32, 32), (56, 24), (16, 16))
+    }
+    left, right = torch.rand(2, 2, 3, 40, 16)
+    with torch.no_grad():
+        expected = model(left, right)
+    for result, reference in zip(run(file.path, left, right), expected, strict=True):
+        np.testing.assert_allclose(result, reference.numpy(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match="at least 16 and are multiples of 8"):
+        run(file.path, left[..., :12], right[..., :12])
+    with pytest.raises(InputError, match="left, right; 1 were given"):
+        run(file.path, left)
+    with pytest.raises(InputError, match="differ in shape"):
+        run(file.path, left, right[..., :8, :])
+
+
+def test_fixed_size_model_is_static(tmp_path):
+    file = export_onnx(OneSize(), tmp_path / "model.onnx")
+    assert file.spec.dynamic_axes == ["batch"]
+    assert [(row.batch, row.height, row.width) for row in file.rows] == [(1, 8, 8), (3, 8, 8)]
+    assert run(file.path, np.ones((5, 3, 8, 8)))[0].shape == (5, 3)
+    with pytest.raises(InputError, match="9 x 8; this file takes 8 x 8 only"):
+        run(file.path, np.ones((1, 3, 9, 8)))
+
+
+def test_static_size_on_request(tmp_path):
+    file = export_onnx(SpecialisedWidth(), tmp_path / "model.onnx", dynamic_size=False, input_size=(20, 24))
+    assert [(row.height, row.width) for row in file.rows] == [(20, 24)] * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (
+            SpecialisedWidth(),
+            ExportError,
+            "torch.export refuses SpecialisedWidth with dynamic batch, height, width.*constant.*--static",
+        ),
+        (OneSize(), InputError, "does not run at .*--static-size"),
+    ],
+)
+def test_refused_dynamic_size_is_never_baked(model, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        export_onnx(model, tmp_path / "model.onnx", dynamic_size=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_arguments(tmp_path):
+    with pytest.raises(InputError, match="operator set is 9; the exporter writes 18 to"):
+        export_onnx(Toy(), tmp_path / "model.onnx", opset=9)
+    with pytest.raises(InputError, match="at least 16 and are multiples of 8"):
+        export_onnx(Pair(), tmp_path / "model.onnx", input_size=(20, 24))
+    with pytest.raises(ExportError, match="gives 2 outputs, but its names for them are logits"):
+        export_onnx(type("Unnamed", (Pair,), {"output_names": ("logits",)})(), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_path(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="Could not write"):
+        export_onnx(Toy(), tmp_path / "file" / "model.onnx")
+
+
+def test_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(StorageError, match="Could not write"):
+            export_onnx(Toy(), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert path.read_text() == "old"
+
+
+@pytest.fixture(scope="module")
+def toy_file(tmp_path_factory):
+    return export_onnx(Toy(), tmp_path_factory.mktemp("toy") / "model.onnx").path
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones((1, 1, 32, 32)), r"shape \(1, 1, 32, 32\); this file takes \(batch, 3, height, width\), .* RGB"),
+        (np.ones((3, 32, 32)), r"shape \(3, 32, 32\); this file takes"),
+        (np.ones((1, 3, 32, 32), np.uint8), r"uint8; this file takes floats.*mean \[0.5, 0.4, 0.3\]"),
+    ],
+)
+def test_wrong_input(toy_file, array, message):
+    with pytest.raises(InputError, match=message):
+        run(toy_file, array)
+
+
+def test_wrong_file(toy_file, tmp_path):
+    with pytest.raises(InputError, match="There is no file"):
+        OnnxModel(tmp_path / "absent.onnx")
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(toy_file.read_bytes()[:300])
+    with pytest.raises(InputError, match="cannot load"):
+        OnnxModel(broken)
+    foreign = onnx.load(toy_file)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    with pytest.raises(InputError, match="does not carry the metadata"):
+        OnnxModel(tmp_path / "foreign.onnx")

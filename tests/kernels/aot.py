@@ -1,0 +1,58 @@
+"""Ahead-of-time compilation of Triton kernels for real chips, on a machine without one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+
+class Resources(NamedTuple):
+    """What a kernel takes: registers a thread, and bytes of stack, shared and local memory."""
+
+    registers: int
+    stack: int
+    shared: int
+    local: int
+
+
+def compile_for(kernel, types: dict[str, str], constants: dict, capability: int = 90, **options) -> CompiledKernel:
+    """Compile a `triton.jit` kernel for an NVIDIA chip.
+
+    Args:
+        kernel: The jit function. Arguments that `constants` names are compile-time constants.
+        types: Argument name -> Triton type: `"*bf16"`, `"i64"`, or `"i64:16"` for a number divisible by 16, which
+            Triton tells apart at launch. Pointers count as 16-byte aligned, as the memory that PyTorch allocates is.
+        constants: Argument name -> value.
+        capability: 80 (A100), 90 (H100) or 100 (B200).
+        **options: `num_warps`, `num_stages`. Multiply and add are fused, as our launchers ask.
+    """
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    divisible = {
+        (position,): [["tt.divisibility", 16]]
+        for position, kind in enumerate(signature.values())
+        if kind.startswith("*") or kind.endswith(":16")
+    }
+    signature = {name: kind.removesuffix(":16") for name, kind in signature.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True} | options
+    )
+
+
+def resources(compiled: CompiledKernel, folder: Path) -> Resources:
+    """Read a compiled kernel's resource usage with the cuobjdump of the Triton wheel; skip where it has none."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        pytest.skip("this Triton wheel has no cuobjdump")
+    cubin = folder / f"{compiled.metadata.name}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
+    return Resources(*(int(usage[key]) for key in ("REG", "STACK", "SHARED", "LOCAL")))

@@ -1,0 +1,245 @@
+"""What every operator of `torch.ops.visionattn` promises, as tests to inherit.
+
+A new operator's test is a subclass named `Test<Operator>` that says what the operator is; its own file then tests only
+its own mathematics. `test_every_operator.py` fails for an operator without a subclass.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from visionattn.errors import InputError
+from visionattn.kernels import decompositions
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+class OperatorContract:
+    """Checks that hold for every operator. A subclass gives the attributes and `samples`.
+
+    Attributes:
+        name: The operator's name in `torch.ops.visionattn`. It is also the name of its file in `visionattn.kernels`
+            and of its Triton file, whose `forward` and `backward` take what the operator and `<name>_backward` take.
+        definition: The plain definition, as a `staticmethod`.
+        module: Class of a module whose forward has the operator's typed arguments and calls it as a block does. Its
+            file must not postpone annotations: TorchScript cannot read them from an fx trace then.
+        tolerance: Largest error of each dtype, as a share of the float64 result's largest magnitude, or of 1 if less.
+    """
+
+    name: str
+    definition: Callable
+    module: type[nn.Module]
+    tolerance: dict[torch.dtype, float]
+
+    def samples(self, dtype: torch.dtype, device: str) -> list[tuple]:
+        """Give lists of arguments: two small typical ones that differ in all sizes, then odd shapes and strides."""
+        raise NotImplementedError
+
+    def interpreter_samples(self) -> list[tuple]:
+        """Give the arguments that run in Triton's interpreter; override where all samples would take too long."""
+        return self.samples(torch.float32, "cpu")
+
+    @property
+    def operator(self):
+        return getattr(torch.ops.visionattn, self.name)
+
+    def check_values(self, samples: list[tuple], tolerance: float) -> None:
+        """Compare outputs and every gradient with the definition in float64."""
+        for args in samples:
+            outputs, gradients = differentiate(self.operator, args)
+            expected_outputs, expected_gradients = differentiate(self.definition, map_tensors(Tensor.double, args))
+            for kind, found, expected in [
+                *(("output", *pair) for pair in zip(outputs, expected_outputs, strict=True)),
+                *(("gradient", *pair) for pair in zip(gradients, expected_gradients, strict=True)),
+            ]:
+                assert found.dtype == args[0].dtype
+                limit = tolerance * max([1.0, *expected.abs().flatten().tolist()])
+                torch.testing.assert_close(
+                    found.double(),
+                    expected,
+                    rtol=0,
+                    atol=limit,
+                    msg=lambda text, kind=kind, args=args: f"{kind} for {describe(args)}: {text}",
+                )
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_equals_definition(self, dtype, device):
+        self.check_values(self.samples(dtype, device), self.tolerance[dtype])
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_writes_every_element(self, device):
+        with poisoned_memory():
+            self.check_values(self.samples(torch.float32, device), self.tolerance[torch.float32])
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_switch_takes_the_plain_form(self, device, monkeypatch):
+        monkeypatch.setenv("VISIONATTN_KERNELS", "0")
+        # None in sys.modules makes an import of the Triton file fail.
+        monkeypatch.setitem(sys.modules, f"visionattn.kernels._triton.{self.name}", None)
+        self.check_values(self.samples(torch.float32, device), self.tolerance[torch.float32])
+
+    def test_gradcheck(self):
+        args = require_grad(self.samples(torch.float64, "cpu")[0])
+        assert torch.autograd.gradcheck(self.operator, args, fast_mode=True)
+
+    def test_refuses_second_derivative(self):
+        args = require_grad(self.samples(torch.float64, "cpu")[0])
+        leaves = tensors_of(args)
+        first = torch.autograd.grad(sum_of(self.operator(*args)), leaves, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"{self.name}_backward"):
+            torch.autograd.grad(sum_of(first), leaves)
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_opcheck(self, device):
+        for args in self.samples(torch.float32, device):
+            torch.library.opcheck(self.operator.default, require_grad(args))
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_fake_and_meta_agree_with_real(self, device):
+        for dtype in DTYPES:
+            for args in self.samples(dtype, device):
+                real = describe(self.operator(*args))
+                with FakeTensorMode() as mode:
+                    fake = describe(self.operator(*map_tensors(mode.from_tensor, args)))
+                meta = describe(self.operator(*map_tensors(lambda tensor: tensor.to("meta"), args)))
+                assert real == fake == meta
+
+    def test_refuses_what_it_cannot_take(self):
+        first, *rest = self.samples(torch.float32, "cpu")[0]
+        for wrong in (first.double(), first.long(), first.to("meta")):
+            with pytest.raises(InputError, match=self.name):
+                self.operator(wrong, *rest)
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_autocast_casts_inputs_together(self, dtype, device):
+        args = self.samples(dtype, device)[0]
+        mixed = (args[0], *map_tensors(Tensor.float, args[1:]))
+        mixed = require_grad(mixed)
+        with torch.autocast(device, dtype=dtype):
+            out = self.operator(*mixed)
+        torch.testing.assert_close(out, self.operator(*args), rtol=0, atol=0)
+        gradients = torch.autograd.grad(sum_of(out), tensors_of(mixed))
+        assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in tensors_of(mixed)]
+
+    def test_fx_and_torchscript(self):
+        args = self.samples(torch.float32, "cpu")[0]
+        module, expected = self.module(), self.operator(*args)
+        traced = torch.fx.symbolic_trace(module)
+        extracted = create_feature_extractor(module, {get_graph_node_names(module)[0][-1]: "out"})
+        torch.testing.assert_close(extracted(*args)["out"], expected, rtol=0, atol=0)
+        for way in (traced, torch.jit.script(module), torch.jit.script(traced)):
+            torch.testing.assert_close(way(*args), expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_compiles_as_one_graph(self, device):
+        args = self.samples(torch.float32, device)[0]
+        compiled = torch.compile(self.module(), fullgraph=True)
+        torch.testing.assert_close(differentiate(compiled, args), differentiate(self.operator, args))
+
+    def test_exports_without_the_operator(self):
+        args, others = self.samples(torch.float32, "cpu")[:2]
+        sizes = tuple(
+            dict.fromkeys(range(arg.ndim), torch.export.Dim.AUTO) if isinstance(arg, Tensor) else None for arg in args
+        )
+        program = torch.export.export(self.module(), args, dynamic_shapes=sizes)
+        assert any("visionattn" in str(node.target) for node in program.graph.nodes)
+        program = program.run_decompositions(decompositions())
+        assert not any("visionattn" in str(node.target) for node in program.graph.nodes)
+        # At other sizes too: a baked size would pass at the first.
+        for inputs in (args, others):
+            torch.testing.assert_close(program.module()(*inputs), self.definition(*inputs), rtol=0, atol=0)
+
+    def test_counts_the_flops_of_its_definition(self):
+        for args in self.samples(torch.float32, "cpu"):
+            assert count_flops(self.operator, args) == count_flops(self.definition, args)
+
+    def test_triton_kernels_in_the_interpreter(self):
+        pytest.importorskip("triton", reason="Triton is not installed")
+        # Triton decides at import whether it interprets, hence a process of its own.
+        test = type(self)
+        environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        code = f"from {test.__module__} import {test.__name__}; {test.__name__}().interpret()"
+        process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.endswith("interpreted\n")
+
+    def interpret(self) -> None:
+        """Let the Triton launchers serve CPU tensors, in a process with `TRITON_INTERPRET=1`, and compare values."""
+        kernels = importlib.import_module(f"visionattn.kernels._triton.{self.name}")
+        torch.library.register_kernel(f"visionattn::{self.name}", "cpu", kernels.forward)
+        torch.library.register_kernel(f"visionattn::{self.name}_backward", "cpu", kernels.backward)
+        with poisoned_memory():
+            self.check_values(self.interpreter_samples(), self.tolerance[torch.float32])
+        print("interpreted")
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], args) -> tuple:
+    return tuple(function(arg) if isinstance(arg, Tensor) else arg for arg in args)
+
+
+def require_grad(args) -> tuple:
+    return map_tensors(lambda tensor: tensor.detach().requires_grad_(), args)
+
+
+def tensors_of(value) -> list[Tensor]:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return [item for item in values if isinstance(item, Tensor)]
+
+
+def sum_of(value) -> Tensor:
+    return sum(tensor.sum() for tensor in tensors_of(value))
+
+
+def describe(value) -> list[tuple]:
+    return [(tuple(tensor.shape), tensor.dtype, tensor.stride()) for tensor in tensors_of(value)]
+
+
+def differentiate(function: Callable, args) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Give outputs and gradients for a fixed random cotangent that is not contiguous."""
+    args = require_grad(args)
+    outputs = tensors_of(function(*args))
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [
+        # bfloat16 holds these values exactly enough: the float64 definition must see the same cotangent.
+        torch.randn(out.shape[::-1], generator=generator).bfloat16().to(out).permute(tuple(range(out.ndim)[::-1]))
+        for out in outputs
+    ]
+    gradients = torch.autograd.grad(outputs, tensors_of(args), cotangents)
+    return [out.detach() for out in outputs], gradients
+
+
+def count_flops(function: Callable, args) -> int:
+    args = require_grad(args)
+    with FlopCounterMode(display=False) as counter:
+        sum_of(function(*args)).backward()
+    return counter.get_total_flops()
+
+
+@contextmanager
+def poisoned_memory():
+    """Fill all memory that PyTorch allocates without writing to it with NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

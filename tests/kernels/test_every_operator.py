@@ -1,0 +1,63 @@
+"""What concerns all operators at once: each has a contract, and each is left out on devices that cannot run it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from kernels.contract import OperatorContract
+
+from visionattn.kernels import _operator, decompositions, kernels_enabled
+
+
+def operators() -> set[str]:
+    names = (name.split("::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("visionattn::"))
+    return {operator for _, operator in names}
+
+
+def test_every_operator_has_a_contract():
+    for path in Path(__file__).parent.glob("test_*.py"):
+        importlib.import_module(f"kernels.{path.stem}")
+    covered = {test.name for test in OperatorContract.__subclasses__()}
+    assert operators() == covered | {f"{name}_backward" for name in covered}
+
+
+def test_every_forward_operator_has_a_definition():
+    forward = {operator for operator in operators() if not operator.endswith("_backward")}
+    assert {operator._schema.name.split("::")[1] for operator in decompositions()} == forward
+
+
+@pytest.fixture
+def fake_device(monkeypatch):
+    """Pretend that CUDA devices of a given capability exist, with or without Triton."""
+
+    def pretend(capability=(9, 0), triton=True):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+        monkeypatch.delenv("VISIONATTN_KERNELS", raising=False)
+        _operator._runs_triton.cache_clear()
+        return torch.device("cuda", 0)
+
+    yield pretend
+    _operator._runs_triton.cache_clear()
+
+
+def test_kernels_run_from_sm_80_on(fake_device):
+    assert kernels_enabled(fake_device((8, 0)))
+    assert not kernels_enabled(fake_device((7, 5)))
+    assert not kernels_enabled(torch.device("cpu"))
+
+
+def test_kernels_need_triton(fake_device):
+    assert not kernels_enabled(fake_device(triton=False))
+
+
+def test_kernels_can_be_switched_off(fake_device, monkeypatch):
+    device = fake_device()
+    monkeypatch.setenv("VISIONATTN_KERNELS", "0")
+    assert not kernels_enabled(device)
+    monkeypatch.setenv("VISIONATTN_KERNELS", "1")
+    assert kernels_enabled(device)

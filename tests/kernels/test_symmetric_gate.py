@@ -1,0 +1,117 @@
+"""The symmetric gate: the operator contract and the gate's own mathematics."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels.contract import OperatorContract
+from torch import Tensor, nn
+
+from visionattn.errors import InputError
+from visionattn.kernels.symmetric_gate import symmetric_gate_definition
+
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+class Gate(nn.Module):
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.visionattn.symmetric_gate(h, x)
+
+
+class TestSymmetricGate(OperatorContract):
+    name = "symmetric_gate"
+    definition = staticmethod(symmetric_gate_definition)
+    module = Gate
+    tolerance = TOLERANCE
+
+    def samples(self, dtype, device):
+        generator = torch.Generator().manual_seed(0)
+
+        def pair(*shape):
+            return tuple((3 * torch.randn(shape, generator=generator)).to(device, dtype) for _ in "hx")
+
+        h, x = pair(2, 6, 5, 7)
+        return [
+            (h, x),
+            pair(3, 4, 11, 9),
+            # Several Triton blocks, the last one ragged.
+            pair(3, 5, 401),
+            (h.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)),
+            (h.to(memory_format=torch.channels_last), x),
+            (h, x.transpose(0, 1).contiguous().transpose(0, 1)),
+            (h[:, 1::2, :, 2:], x[:, ::2, :, :5]),
+            (h.permute(3, 1, 0, 2)[..., 1:], x.permute(3, 1, 0, 2)[..., 1:]),
+            (h[:1].expand(3, -1, -1, -1), x[:1].expand(3, -1, -1, -1)),
+            pair(0, 4),
+            pair(),
+        ]
+
+
+def gate(h, x=0.0):
+    h = torch.as_tensor(h, dtype=torch.float64)
+    return torch.ops.visionattn.symmetric_gate(h, torch.as_tensor(x, dtype=torch.float64).expand_as(h))
+
+
+def test_known_values():
+    # sigmoid(ln 3) = 3/4, so the gate is 1/4.
+    assert gate(torch.log(torch.tensor(3.0, dtype=torch.float64)), 5.0).item() == pytest.approx(
+        (1.0986122886681098 + 5) / 4
+    )
+    assert gate(0.0, 7.0).item() == 0.0
+
+
+def test_gate_is_odd():
+    h, x = torch.randn(2, 50, dtype=torch.float64)
+    # The factor is odd in h, so turning both signs leaves the product, and with x = 0 it is even in h.
+    torch.testing.assert_close(gate(-h, -x), gate(h, x))
+    torch.testing.assert_close(gate(-h), gate(h))
+
+
+def test_saturates_without_nan():
+    h = torch.tensor([-1e4, -200.0, 200.0, 1e4], requires_grad=True)
+    out = torch.ops.visionattn.symmetric_gate(h, torch.ones(4))
+    torch.testing.assert_close(out, torch.tensor([9999 / 2, 199 / 2, 201 / 2, 10001 / 2]))
+    out.sum().backward()
+    torch.testing.assert_close(h.grad, torch.tensor([-0.5, -0.5, 0.5, 0.5]))
+
+
+def test_keeps_channels_last():
+    h, x = torch.randn(2, 2, 8, 4, 6).unbind()
+    out = torch.ops.visionattn.symmetric_gate(*(a.to(memory_format=torch.channels_last) for a in (h, x)))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_nothing_is_broadcast():
+    with pytest.raises(InputError, match=r"h: \(2, 3\), x: \(1, 3\)"):
+        torch.ops.visionattn.symmetric_gate(torch.ones(2, 3), torch.ones(1, 3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=st.lists(st.integers(0, 5), max_size=5), seed=st.integers(0, 999), data=st.data())
+def test_any_shape_and_layout(shape, seed, data):
+    generator = torch.Generator().manual_seed(seed)
+    layouts = st.permutations(range(len(shape)))
+    h, x = (torch.randn(shape, generator=generator, dtype=torch.float64).permute(data.draw(layouts)) for _ in range(2))
+    x = x.reshape(h.shape)
+    out = torch.ops.visionattn.symmetric_gate(h, x)
+    torch.testing.assert_close(out, symmetric_gate_definition(h, x))
+    assert out.stride() == torch.empty_like(h).stride()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_compiles_for_sm_90_without_spilling(dtype, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from kernels import aot
+
+    from visionattn.kernels._triton import symmetric_gate as kernels
+
+    for kernel in (kernels.symmetric_gate_fwd_kernel, kernels.symmetric_gate_bwd_kernel):
+        types = {name: f"*{dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
+        for size in ("i64", "i64:16"):
+            compiled = aot.compile_for(kernel, types | {"size": size}, {"BLOCK": kernels.BLOCK}, capability=90)
+            used = aot.resources(compiled, tmp_path)
+            assert used.stack == used.local == used.shared == 0
+            assert used.registers <= 40
+        # A size divisible by 16, the usual case, is read and written 16 bytes at a time.
+        assert ".global.v4.b32" in compiled.asm["ptx"]
+        assert ".global.b" not in compiled.asm["ptx"]

@@ -1,0 +1,214 @@
+"""Does the file compute what the model computes? ONNX Runtime against PyTorch, at several sizes and batches.
+
+A Python branch on a size, or a pooling grid, is baked into a file without a word and is right at the size of the export
+only. So a file with dynamic axes is always run at sizes that the export has not seen, one of which no window or patch
+divides.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from visionattn.errors import ExportError, InputError, require
+from visionattn.export.runtime import OnnxModel
+from visionattn.export.spec import ExportSpec, size_text
+
+__all__ = ["TOLERANCE", "CheckRow", "check_onnx", "check_sizes", "print_rows"]
+
+# Largest absolute error that passes: the first number + the second x the largest magnitude of the reference.
+TOLERANCE = (1e-6, 1e-4)
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One comparison. One that is impossible, or proves nothing, has an infinite error and says why."""
+
+    output: str
+    batch: int
+    height: int
+    width: int
+    error: float
+    magnitude: float
+    allowed: float
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is allowed; NaN is not."""
+        return self.error <= self.allowed
+
+    def __str__(self) -> str:
+        found = self.reason or f"error {self.error:.2g}, allowed {self.allowed:.2g}"
+        return f"{self.output} at {size_text(self.height, self.width)}, batch {self.batch}: {found}"
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """A float32 CPU copy in evaluation mode: the caller's model keeps its mode, type and device."""
+    return copy.deepcopy(model).eval().to("cpu", torch.float32).requires_grad_(False)
+
+
+def outputs_of(model: nn.Module, images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Run the model in PyTorch; one output counts as a sequence of one.
+
+    Raises:
+        InputError: The model itself does not accept these images.
+    """
+    try:
+        with torch.no_grad():
+            outputs = model(*images)
+    # A model refuses a size in as many ways as there are layers.
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} itself does not run at {size_text(*images[0].shape[2:])}: {error} "
+            "If it takes one size only, export that size with --static-size (dynamic_size=False); if it takes "
+            "multiples of a number, state it as the attribute `size_multiple`."
+        ) from error
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+
+
+def scaled_size(size: int, factor: float, spec: ExportSpec) -> int:
+    """An accepted size near `factor * size`: a prime where any size is, since no window or patch divides it."""
+    size = max(round(factor * size), spec.size_minimum or 1, 2)
+    if spec.size_multiple > 1:
+        return spec.size_multiple * math.ceil(size / spec.size_multiple)
+    while any(size % divisor == 0 for divisor in range(2, math.isqrt(size) + 1)):
+        size += 1
+    return size
+
+
+def check_sizes(spec: ExportSpec) -> list[tuple[int, int]]:
+    """The sizes that a file is checked at: its own and, if it is dynamic, two very different ones.
+
+    One is taller than wide and, where any size is accepted, no multiple of any window; the other is the stated minimum,
+    or wider than tall where none is stated.
+    """
+    height, width = spec.input_size[1:]
+    if not spec.dynamic_size:
+        return [(height, width)]
+    tall = scaled_size(height, 1.6, spec), scaled_size(width, 0.6, spec)
+    wide = scaled_size(height, 0.6, spec), scaled_size(width, 1.6, spec)
+    minimum = spec.size_minimum or min(height, width)
+    return [(height, width), tall, (minimum, minimum) if minimum < min(height, width) else wide]
+
+
+def random_images(spec: ExportSpec, batch: int, size: tuple[int, int], seed: int) -> list[torch.Tensor]:
+    """One image batch an input: noise in the input range, normalised as the file's metadata says."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = spec.input_range
+    channels = spec.input_size[0]
+    mean = torch.tensor(spec.mean or [0.0]).view(-1, 1, 1)
+    std = torch.tensor(spec.std or [1.0]).view(-1, 1, 1)
+    images = []
+    for _ in spec.input_names:
+        noise = torch.rand(batch, channels, *size, generator=generator) * (high - low) + low
+        images.append((noise - mean) / std)
+    return images
+
+
+def check_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    batches: Sequence[int] = (1, 3),
+    tolerance: tuple[float, float] = TOLERANCE,
+) -> list[CheckRow]:
+    """Compare an exported file in ONNX Runtime (CPU) with the model in PyTorch, on random images from a fixed seed.
+
+    Args:
+        model: The model that was exported. It is not changed.
+        path: The file.
+        sizes: Heights and widths. Default: `check_sizes` of what the file accepts.
+        batches: Batch sizes.
+        tolerance: Absolute and relative part of the largest error that passes: `absolute + relative * max|reference|`.
+
+    Returns:
+        One row an output, size and batch; all have passed.
+
+    Raises:
+        ExportError: The file is malformed, or some rows fail; the message lists them.
+        InputError: The file cannot be loaded, or the model itself does not run at a size.
+    """
+    onnx = require("onnx", "export")
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"The exported file is not valid ONNX: {error}") from error
+    file = OnnxModel(path)
+    model = frozen(model)
+    rows: list[CheckRow] = []
+    for size in check_sizes(file.spec) if sizes is None else sizes:
+        file.spec.check_size(*size)
+        for batch in batches:
+            images = random_images(file.spec, batch, size, seed=len(rows))
+            rows += _compare(file, images, outputs_of(model, images), tolerance)
+    failed = [row for row in rows if not row.passed]
+    if failed:
+        raise ExportError(
+            f"The exported file does not compute what the model computes in {len(failed)} of {len(rows)} checks: "
+            + "; ".join(map(str, failed))
+            + ". Errors that grow away from the size of the export come from a size baked in by a Python branch or by "
+            "pooling to a grid; --static-size exports one fixed size."
+        )
+    return rows
+
+
+def _compare(
+    file: OnnxModel,
+    images: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    tolerance: tuple[float, float],
+) -> list[CheckRow]:
+    reason = ""
+    try:
+        actual = file(*(image.numpy() for image in images))
+    # ONNX Runtime's exceptions share no base class but Exception.
+    except Exception as problem:
+        reason = f"ONNX Runtime does not run it ({problem})"
+        actual = [np.empty(0)] * len(expected)
+    rows = []
+    batch, _, height, width = images[0].shape
+    for name, reference, result in zip(file.spec.output_names, expected, actual):
+        why, error = reason, math.inf
+        magnitude = reference.abs().max().item()
+        if not why and result.shape != tuple(reference.shape):
+            why = f"shape {result.shape} instead of {tuple(reference.shape)}"
+        elif not why and magnitude == 0:
+            why = "the model's output is 0 everywhere, so that agreeing with it proves nothing: load trained weights"
+        elif not why:
+            error = float(np.abs(result - reference.numpy()).max())
+        allowed = tolerance[0] + tolerance[1] * magnitude
+        rows.append(CheckRow(name, batch, height, width, error, magnitude, allowed, why))
+    return rows
+
+
+def print_rows(rows: Sequence[CheckRow], console: Console) -> None:
+    """Print the rows of `check_onnx` as a table."""
+    one_size = len({(row.height, row.width) for row in rows}) == 1
+    table = Table(
+        title="ONNX Runtime against PyTorch, random images",
+        caption="The file has one fixed size: no other was checked." if one_size else None,
+    )
+    for header in ("output", "batch", "size", "error", "allowed", "largest value", ""):
+        table.add_column(header, justify="left" if header in ("output", "") else "right")
+    for row in rows:
+        table.add_row(
+            row.output,
+            str(row.batch),
+            size_text(row.height, row.width),
+            f"{row.error:.1e}",
+            f"{row.allowed:.1e}",
+            f"{row.magnitude:.3g}",
+            "pass" if row.passed else "FAIL",
+        )
+    console.print(table)

@@ -1,0 +1,124 @@
+"""`visionattn export NAME|CKPT --output F`: a verified ONNX file of a model name or of a weight file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from visionattn.checkpoints import create, load
+from visionattn.errors import CheckpointError, InputError, UnknownNameError, VisionAttnError
+from visionattn.export.check import print_rows
+from visionattn.export.onnx import export_onnx
+from visionattn.export.spec import size_text
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("model", metavar="NAME|CKPT", help="name in timm's registry, or a weight file or folder")
+    parser.add_argument("--output", required=True, metavar="F", help="ONNX file to write")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="classes of NAME, if not its own number")
+    parser.add_argument(
+        "--input-size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="height and width of a file of fixed size, and the first that is checked",
+    )
+    parser.add_argument("--static-size", action="store_true", help="fix height and width in the file")
+    parser.add_argument("--opset", type=int, default=20, metavar="N", help="ONNX operator set (default: 20)")
+    parser.add_argument("--no-check", action="store_true", help="do not compare the file with the model")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Returns:
+        0: the file stands and, unless `--no-check` was given, has passed its check.
+
+    Raises:
+        VisionAttnError: Anything else; no file is left.
+    """
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    size = tuple(args.input_size) if args.input_size else None
+    if Path(args.model).exists():
+        model, weights, licence = _from_file(args)
+    else:
+        model, weights, licence = _from_name(args, size)
+    note = ", none are published for this name: give your own with --checkpoint FILE" if weights == "random" else ""
+    console.print(f"Weights: {weights}{note}.")
+    with console.status(f"Exporting {args.model}; a large network takes minutes."):
+        file = export_onnx(
+            model,
+            args.output,
+            input_size=size,
+            dynamic_size=False if args.static_size else None,
+            opset=args.opset,
+            weights=weights,
+            license=licence,
+            check=not args.no_check,
+        )
+    if file.rows:
+        print_rows(file.rows, console)
+    else:
+        console.print("Not checked against PyTorch (--no-check).")
+    channels, height, width = file.spec.input_size
+    if not file.spec.dynamic_size:
+        why = "as asked" if args.static_size else "the model takes no other"
+        console.print(f"Height and width are fixed to {size_text(height, width)}: {why}.")
+    console.print(
+        f"Wrote {file.path}: {file.bytes / 1e6:.2f} MB, {file.nodes} nodes, opset {file.spec.opset}, "
+        f"dynamic {', '.join(file.spec.dynamic_axes)}, {file.seconds:.0f} s."
+    )
+    zeros = ", ".join([f"zeros((1, {channels}, {height}, {width}))"] * len(file.spec.input_names))
+    code = (
+        f"from numpy import zeros; from visionattn.export import run; print(run({json.dumps(str(file.path))}, {zeros}))"
+    )
+    console.print(f"Next: python -c {shlex.quote(code)}")
+    return 0
+
+
+def _from_file(args: argparse.Namespace) -> tuple[nn.Module, str, str | None]:
+    if args.checkpoint or args.num_classes is not None:
+        raise InputError(f"{args.model} is a file that says what it is: leave out --checkpoint and --num-classes.")
+    return load(args.model), f"file {Path(args.model).name}", None
+
+
+def _from_name(args: argparse.Namespace, size: tuple[int, int] | None) -> tuple[nn.Module, str, str | None]:
+    name = args.model
+    try:
+        cfg = get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UnknownNameError(f"{error} Leave out the part after the dot for the default weights.") from error
+    settings: dict[str, Any] = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    if size and cfg and cfg.fixed_input_size:
+        settings["img_size"] = size
+    if args.checkpoint:
+        return load(args.checkpoint, name=name, **settings), f"file {Path(args.checkpoint).name}", None
+    if cfg and cfg.has_weights:
+        source = cfg.hf_hub_id or cfg.url or Path(str(cfg.file)).name
+        try:
+            return create(name, pretrained=True, **settings), f"{name}, {source}", cfg.license
+        except VisionAttnError:
+            raise
+        # Fetching weights fails in as many ways as there are servers.
+        except Exception as error:
+            raise CheckpointError(
+                f"The weights of {name} ({source}) could not be read: {error} If this machine is offline, give them "
+                "with --checkpoint FILE."
+            ) from error
+    model = create(name, **settings)
+    # A layer that starts at zero, as classifiers do, would hide everything before it from the check.
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model, "random", None

@@ -1,0 +1,181 @@
+"""From a PyTorch model to one ONNX file, with batch, height and width dynamic by name.
+
+The way of a model:
+
+    torch.export with symbolic axes -> our operators replaced by their definitions -> ONNX exporter -> metadata -> check
+
+The file appears under its name only when the check has passed.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from visionattn.errors import ExportError, InputError, require
+from visionattn.export.check import CheckRow, check_onnx, frozen, outputs_of, random_images, scaled_size
+from visionattn.export.spec import ExportSpec, size_text
+from visionattn.files import atomic_path
+from visionattn.kernels import decompositions
+
+__all__ = ["OnnxFile", "export_onnx"]
+
+AXES = {0: "batch", 2: "height", 3: "width"}
+# A protobuf message, and so a file that holds its own weights, ends at 2 GiB; the graph needs a little of it.
+MAX_WEIGHT_BYTES = 2**31 - 2**24
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        spec: The metadata in it.
+        nodes: Operators in its graph.
+        bytes: Its size.
+        seconds: Time that the export took, the check included.
+        rows: The rows of the check; empty if none was asked for.
+    """
+
+    path: Path
+    spec: ExportSpec
+    nodes: int
+    bytes: int
+    seconds: float
+    rows: list[CheckRow]
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    input_size: tuple[int, int] | None = None,
+    dynamic_size: bool | None = None,
+    opset: int = 20,
+    weights: str = "not stated",
+    license: str | None = None,
+    check: bool = True,
+) -> OnnxFile:
+    """Write a model as one float32 ONNX file and check it against PyTorch.
+
+    Args:
+        model: A classifier, backbone or any model that states its task (see `visionattn.export.spec`). Not changed.
+        path: Where the file shall stand.
+        input_size: Height and width of a file of fixed size, and the first size of the check. Default: the model's.
+        dynamic_size: Whether height and width are dynamic. Default: unless the model has a fixed input size.
+        opset: Version of the ONNX operator set.
+        weights: Where the weights come from, as the file's metadata shall say: a model does not know that.
+        license: Licence of the weights, for the metadata.
+        check: Compare the file with the model before it appears (see `check_onnx`).
+
+    Returns:
+        What was written.
+
+    Raises:
+        ExportError: The model cannot be exported in this form, or the file computes something else.
+        InputError: The model does not accept the size, or the operator set does not exist.
+        StorageError: The file could not be written.
+    """
+    onnx, *_ = (require(module, "export") for module in ("onnx", "onnxscript", "onnxruntime"))
+    newest = onnx.defs.onnx_opset_version()
+    if not 18 <= opset <= newest:
+        raise InputError(f"The operator set is {opset}; the exporter writes 18 to {newest}.")
+    start = time.perf_counter()
+    model = frozen(model)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if size > MAX_WEIGHT_BYTES:
+        raise ExportError(f"The weights take {size / 1e9:.1f} GB; a single ONNX file holds less than 2.1 GB.")
+    spec = ExportSpec.of(model, input_size, dynamic_size, opset, weights, license)
+    with atomic_path(path) as temporary:
+        program = _translate(_trace(model, spec), spec)
+        program.save(str(temporary), external_data=False)
+        rows = check_onnx(model, temporary) if check else []
+        bytes_written = temporary.stat().st_size
+    nodes = len(program.model.graph)
+    return OnnxFile(Path(path), spec, nodes, bytes_written, time.perf_counter() - start, rows)
+
+
+def _trace(model: nn.Module, spec: ExportSpec) -> ExportedProgram:
+    """Trace at a batch, height and width that are no special case: none is 1, native, square or a multiple of a window.
+
+    A traced branch then is the one of the general case, such as padding that is not zero.
+    """
+    height, width = spec.input_size[1:]
+    if spec.dynamic_size:
+        height, width = scaled_size(height, 0.75, spec), scaled_size(width, 1.25, spec)
+    images = random_images(spec, 2, (height, width), seed=0)
+    outputs = len(outputs_of(model, images))
+    if outputs != len(spec.output_names):
+        raise ExportError(
+            f"{spec.model} gives {outputs} outputs, but its names for them are {', '.join(spec.output_names)}. "
+            "State one name an output as the attribute `output_names`."
+        )
+    dims: dict[int, Any] = {0: Dim.DYNAMIC}
+    if spec.dynamic_size and spec.size_multiple == 1:
+        dims |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    elif spec.dynamic_size:
+        # Saying that a size is a multiple spares the tracer branches on remainders that it could not decide.
+        least = max(1, (spec.size_minimum or 1) // spec.size_multiple)
+        dims |= {axis: spec.size_multiple * Dim(f"{AXES[axis]}_units", min=least) for axis in (2, 3)}
+    try:
+        program = torch.export.export(model, tuple(images), dynamic_shapes=tuple(dims for _ in images))
+        return program.run_decompositions(decompositions())
+    # The tracer raises what the traced code raises, and many kinds of its own.
+    except Exception as error:
+        raise _refusal("torch.export", spec, error) from error
+
+
+def _translate(program: ExportedProgram, spec: ExportSpec) -> Any:
+    """Translate to ONNX (a `torch.onnx.ONNXProgram`) and write the metadata."""
+    clear = require("onnx_ir.passes.common", "export").ClearMetadataAndDocStringPass()
+    names = {axis: name for axis, name in AXES.items() if name in spec.dynamic_axes}
+    try:
+        with warnings.catch_warnings():
+            # Two inputs share their axes, which the exporter finds worth a warning an axis.
+            warnings.filterwarnings("ignore", message="# The axis name")
+            translated: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=spec.opset,
+                input_names=spec.input_names,
+                output_names=spec.output_names,
+                dynamic_shapes=tuple(names for _ in spec.input_names),
+                verbose=False,
+            )
+    # The exporter wraps whatever its translation functions raise.
+    except Exception as error:
+        raise _refusal("The ONNX exporter", spec, error) from error
+    model = translated.model
+    if model.opset_imports[""] != spec.opset:
+        raise ExportError(
+            f"The exporter wrote operator set {model.opset_imports['']} instead of {spec.opset}. "
+            "Leave out --opset (opset=)."
+        )
+    # The exporter notes the stack trace of every node: paths of this machine, and a third of a small file.
+    clear(model)
+    model.metadata_props.update(spec.to_metadata())
+    return translated
+
+
+def _refusal(who: str, spec: ExportSpec, error: Exception) -> ExportError:
+    size = size_text(*spec.input_size[1:])
+    text = f"{who} refuses {spec.model} with dynamic {', '.join(spec.dynamic_axes)}. Reason: {_reason(error)}"
+    if spec.dynamic_size:
+        text += f" To export one fixed size ({size}) instead, use --static-size (dynamic_size=False)."
+    return ExportError(text)
+
+
+def _reason(error: BaseException) -> str:
+    """The lines of an exporter's long message that name the cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join([line for line in lines if line.startswith("- ")][:3] or lines[:1])

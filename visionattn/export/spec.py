@@ -1,0 +1,156 @@
+"""What an exported file says about itself: enough to prepare its inputs without this package.
+
+A model class states what its `pretrained_cfg` cannot say; each attribute may be left out:
+
+    task            what the model does                    default: "classify"
+    input_names     one image input a name                 default: ("image",)
+    output_names    one output a name                      default: ("logits",), without classes ("features",)
+    size_multiple   height and width are multiples of it   default: 1
+    size_minimum    smallest height and width              default: the cfg's `min_input_size`, else not stated
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from timm.models import get_model_input_config
+from torch import nn
+
+import visionattn
+from visionattn.errors import InputError
+
+__all__ = ["ExportSpec", "size_text"]
+
+
+def size_text(height: int, width: int) -> str:
+    """Write a size the way every message does."""
+    return f"{height} x {width}"
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """The metadata of an exported file. Each field is one key of the file's `metadata_props`; None is left out.
+
+    Texts are written as they are, everything else as JSON.
+    """
+
+    model: str
+    task: str
+    input_names: list[str]
+    output_names: list[str]
+    input_size: list[int]  # (C, H, W): H and W are examples where they are dynamic
+    dynamic_axes: list[str]
+    size_multiple: int
+    size_minimum: int | None
+    input_layout: str
+    input_order: str
+    input_range: list[float]  # before mean and std: x = (image - mean) / std
+    mean: list[float] | None
+    std: list[float] | None
+    interpolation: str | None
+    crop_pct: float | None
+    crop_mode: str | None
+    num_classes: int
+    labels: list[str] | None
+    weights: str
+    license: str
+    opset: int
+    visionattn: str
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        input_size: tuple[int, int] | None,
+        dynamic_size: bool | None,
+        opset: int,
+        weights: str,
+        license: str | None,
+    ) -> ExportSpec:
+        """Gather what the model, its class and its `pretrained_cfg` say (arguments: see `export_onnx`)."""
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        traits = get_model_input_config(model)
+        channels, *native = traits["input_size"]
+        num_classes = getattr(model, "num_classes", 0)
+        minimum = getattr(model, "size_minimum", None)
+        if minimum is None and cfg.get("min_input_size"):
+            minimum = max(cfg["min_input_size"][1:])
+        multiple = getattr(model, "size_multiple", 1)
+        dynamic = not traits["fixed_input_size"] if dynamic_size is None else dynamic_size
+        spec = cls(
+            model=cfg.get("architecture") or type(model).__name__,
+            task=getattr(model, "task", "classify"),
+            input_names=list(getattr(model, "input_names", ("image",))),
+            output_names=list(getattr(model, "output_names", ("logits" if num_classes else "features",))),
+            input_size=[channels, *(input_size or native)],
+            dynamic_axes=["batch", "height", "width"] if dynamic else ["batch"],
+            size_multiple=multiple,
+            size_minimum=None if minimum is None else multiple * math.ceil(minimum / multiple),
+            input_layout="NCHW",
+            input_order={1: "grey", 3: "RGB"}.get(channels, f"{channels} channels"),
+            input_range=[0.0, 1.0],
+            mean=_listed(cfg.get("mean"), channels),
+            std=_listed(cfg.get("std"), channels),
+            interpolation=cfg.get("interpolation"),
+            crop_pct=cfg.get("crop_pct"),
+            crop_mode=cfg.get("crop_mode"),
+            num_classes=num_classes,
+            labels=_listed(cfg.get("label_names"), num_classes),
+            weights=weights,
+            license=license or "not stated",
+            opset=opset,
+            visionattn=visionattn.__version__,
+        )
+        # The export size itself has to be one that the model accepts.
+        spec.check_size(*spec.input_size[1:])
+        return spec
+
+    @property
+    def dynamic_size(self) -> bool:
+        """Whether the file takes more than one height and width."""
+        return "height" in self.dynamic_axes
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise `InputError` for a size that the file does not accept."""
+        multiple, minimum = self.size_multiple, self.size_minimum or 1
+        if not self.dynamic_size and [height, width] != self.input_size[1:]:
+            raise InputError(
+                f"The input is {size_text(height, width)}; this file takes {size_text(*self.input_size[1:])} only. "
+                "Resize the image, or export the model with a dynamic size."
+            )
+        if height % multiple or width % multiple or min(height, width) < minimum:
+            steps = f" and are multiples of {multiple}" if multiple > 1 else ""
+            raise InputError(
+                f"The input is {size_text(height, width)}; {self.model} takes heights and widths that are at least "
+                f"{minimum}{steps}. Resize or pad the image."
+            )
+
+    def to_metadata(self) -> dict[str, str]:
+        """Write the fields as an ONNX file's key-value texts."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {key: v if isinstance(v, str) else json.dumps(v) for key, v in values if v is not None}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> ExportSpec:
+        """Read the fields back.
+
+        Raises:
+            KeyError: A field that is always written is not there.
+        """
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            if "None" in str(field.type) and field.name not in metadata:
+                values[field.name] = None
+            else:
+                text = metadata[field.name]
+                values[field.name] = text if str(field.type).startswith("str") else json.loads(text)
+        return cls(**values)
+
+
+def _listed(values: Any, length: int) -> list | None:
+    # A model built with other channels or classes than its cfg says has none of the cfg's.
+    return list(values) if values and len(values) == length else None
