@@ -8,7 +8,7 @@ Importing the package registers every model name (all begin with `va_`) in timm'
 
 __version__ = "0.1.0"
 
-from visionattn import blocks, models
+from visionattn import blocks, kernels, models
 from visionattn.checkpoints import load
 
-__all__ = ["blocks", "load", "models"]
+__all__ = ["blocks", "kernels", "load", "models"]

@@ -45,8 +45,7 @@ def _facts(name: str) -> dict[str, str]:
 
 
 def _list(args: argparse.Namespace, console: Console) -> None:
-    pattern = args.pattern if "*" in args.pattern else f"*{args.pattern}*"
-    names = fnmatch.filter(models.names(), pattern)
+    names = fnmatch.filter(models.names(), f"*{args.pattern}*")
     if not names:
         raise UnknownNameError(f"No model name fits {args.pattern!r}. `visionattn list` shows all.")
     table = Table("name", box=SIMPLE_HEAD, pad_edge=False)

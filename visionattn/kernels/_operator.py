@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 
@@ -13,7 +14,11 @@ from torch._ops import OpOverload
 
 from visionattn.errors import InputError
 
-__all__ = ["DEFINITIONS", "check_alike", "kernels_enabled", "register_autocast"]
+# torch warns at this import where Triton is absent, which is no fault: `kernels_enabled` takes the plain form there.
+logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
+from torch.utils.flop_counter import register_flop_formula  # noqa: E402
+
+__all__ = ["DEFINITIONS", "check_alike", "kernels_enabled", "register_autocast", "register_flop_formula"]
 
 # Forward operator -> plain definition. Every operator file adds its own line.
 DEFINITIONS: dict[OpOverload, Callable] = {}

@@ -26,10 +26,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from visionattn.errors import InputError
-from visionattn.kernels._operator import DEFINITIONS, check_alike, kernels_enabled, register_autocast
+from visionattn.kernels._operator import (
+    DEFINITIONS,
+    check_alike,
+    kernels_enabled,
+    register_autocast,
+    register_flop_formula,
+)
 
 __all__ = ["symmetric_gate_definition"]
 

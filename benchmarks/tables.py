@@ -1,0 +1,105 @@
+"""Write the documentation's tables from the CSV files in results/.
+
+    python benchmarks/tables.py            # write them anew
+    python benchmarks/tables.py --check    # exit 1 where a page differs from its CSV
+
+A page holds a table between `<!-- results: NAME -->` and `<!-- /results -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+
+from report import RESULTS, read_rows
+
+DOCS = RESULTS.parent / "docs"
+BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A table, numbers to the right of the first column."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows]) + "\n"
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and standard deviation where there are several."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def minimal_vit(data: str, long: bool) -> str:
+    """Runs on a data set: those trained longest, or the grid of several seeds."""
+    rows = [row for row in read_rows(RESULTS / "minimal_vit.csv") if row["data"] == data]
+    if not rows:
+        return "Not measured yet.\n"
+    epochs = sorted({int(row["epochs"]) for row in rows})
+    wanted = epochs[-1] if long else epochs[0]
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        if int(row["epochs"]) == wanted:
+            groups.setdefault(row["run"], []).append(row)
+    first = next(iter(groups.values()))[0]
+    head = ["run", "accuracy %", "loss", "calibration error %", "parameters", "MACs (M)", "seeds"]
+    body = [
+        [
+            f"`{run}`",
+            spread([float(row["test_accuracy"]) for row in found], 2),
+            spread([float(row["test_loss"]) for row in found], 3),
+            spread([float(row["test_calibration_error"]) for row in found], 2),
+            f"{int(found[0]['parameters']):,}",
+            f"{int(found[0]['macs']) / 1e6:.2f}",
+            str(len(found)),
+        ]
+        for run, found in groups.items()
+    ]
+    devices = ", ".join(sorted({row["device"] for found in groups.values() for row in found}))
+    images = int(first["train_images"])
+    return markdown(head, body) + f"\n{images:,} training images, {wanted} epochs, {devices}, torch {first['torch']}.\n"
+
+
+def speed(name: str) -> str:
+    """Paired times of the implementations or variants of one script."""
+    rows = read_rows(RESULTS / f"{name}.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    shown = [key for key in rows[0] if key not in ("torch", "triton", "git_revision", "date", "seed")]
+    return markdown(shown, ([row[key] for key in shown] for row in rows))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "minimal_vit_mnist_long": lambda: minimal_vit("mnist", long=True),
+    "minimal_vit_mnist_grid": lambda: minimal_vit("mnist", long=False),
+    "minimal_vit_cifar10_long": lambda: minimal_vit("cifar10", long=True),
+    "minimal_vit_speed": lambda: speed("minimal_vit_speed"),
+    "symmetric_gate": lambda: speed("symmetric_gate"),
+}
+
+
+def render(page: str) -> str:
+    """A page with its tables written anew."""
+    return BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    stale = []
+    for path in sorted(DOCS.rglob("*.md")):
+        old = path.read_text()
+        new = render(old)
+        if new != old:
+            stale.append(str(path.relative_to(DOCS.parent)))
+            if not args.check:
+                path.write_text(new)
+    print(f"{'Stale' if args.check else 'Written'}: {', '.join(stale) or 'none'}")
+    return int(args.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

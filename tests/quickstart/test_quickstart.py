@@ -1,0 +1,59 @@
+"""The tour, shortened: what it leaves behind is what its README says."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+import visionattn
+from visionattn import quickstart
+from visionattn.export import OnnxModel
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from visionattn.quickstart import classify
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(classify, "EPOCHS", 2)
+    folder = tmp_path_factory.mktemp("tour")
+    console = Console(record=True, width=160)
+    quickstart.run(folder, ["classify"], console)
+    patch.undo()
+    (folder / "told.txt").write_text(console.export_text())
+    return folder
+
+
+def test_every_file_of_the_readme_is_there(folder):
+    station = folder / "classify"
+    readme = (station / "README.md").read_text()
+    for name in re.findall(r"`([\w/]+\.?\w*)`", readme.split("Digits")[0].split("| --- |")[1]):
+        assert (station / name).exists(), name
+    assert sorted(path.name for path in station.iterdir() if path.suffix == ".ckpt") == [
+        "baseline.ckpt",
+        "minimum.ckpt",
+    ]
+
+
+def test_the_onnx_file_is_the_checkpoint(folder):
+    station = folder / "classify"
+    path = next(station.glob("*.onnx"))
+    images = np.random.default_rng(0).normal(size=(3, 1, 28, 28)).astype(np.float32)
+    import torch
+
+    expected = visionattn.load(station / f"{path.stem}.ckpt")(torch.from_numpy(images)).detach().numpy()
+    np.testing.assert_allclose(OnnxModel(path)(images)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_table_and_picture(folder):
+    told = (folder / "told.txt").read_text()
+    for word in ("baseline", "minimum", "305,034", "30,858", "test digits right"):
+        assert word in told
+    picture = np.asarray(Image.open(folder / "classify" / "predictions.png"))
+    assert picture.std() > 20
+
+
+def test_stations_are_found():
+    assert quickstart.stations()[0] == "classify"

@@ -1,0 +1,104 @@
+"""Imports go down only, and `import visionattn` is light."""
+
+import ast
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import visionattn
+
+ROOT = Path(visionattn.__file__).parent
+# A layer may import those to its right and its own; `errors` and `files` belong to all.
+LAYERS = [
+    {"cli"},
+    {"quickstart"},
+    {"train", "export"},
+    {"checkpoints", "data"},
+    {"models", "cost"},
+    {"weights", "blocks"},
+    {"kernels"},
+]
+EVERYBODY = {"errors", "files"}
+HEAVY = ["lightning", "torchmetrics", "sklearn", "albumentations", "onnx", "onnxruntime", "onnxscript", "triton"]
+
+
+def layer(name: str) -> int:
+    return next(number for number, names in enumerate(LAYERS) if name in names)
+
+
+def imported(path: Path) -> set[str]:
+    """Sub-packages of visionattn that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "visionattn":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("visionattn.")}
+    return found - EVERYBODY
+
+
+def owner(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path):
+    name = owner(path)
+    if name == "__init__":
+        return
+    if name in EVERYBODY:
+        assert imported(path) == set()
+        return
+    upward = {other for other in imported(path) if other != name and other != "load" and layer(other) <= layer(name)}
+    assert upward - {"__version__"} == set()
+
+
+def test_kernels_do_not_know_timm():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert "timm" not in path.read_text()
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_package_brings_in_nothing_heavy():
+    code = (
+        "import timm, sys; before = set(sys.modules); import visionattn; "
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    assert set(python(code).split()) & set(HEAVY) == set()
+
+
+def test_the_package_works_without_the_heavy_ones():
+    code = f"""
+import sys
+from importlib.machinery import PathFinder
+class WithoutHeavy:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        absent = name.split(".")[0] in {HEAVY!r}
+        return None if absent else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutHeavy
+import timm, torch, visionattn
+from visionattn import cli
+model = timm.create_model("va_minimal_vit_nano_patch7_28").eval()
+model(torch.zeros(1, 1, 28, 28))
+torch.ops.visionattn.symmetric_gate(torch.ones(3), torch.ones(3))
+assert cli.main(["list", "nano"]) == 0
+assert cli.main(["export", "va_minimal_vit_nano_patch7_28", "--output", "never.onnx"]) == 2
+assert cli.main(["fit"]) == 2
+assert cli.main(["quickstart"]) == 2
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("Install it with: pip install 'visionattn[") == 3
+
+
+def test_the_package_adds_little_to_timm():
+    code = "import time, timm; start = time.process_time(); import visionattn; print(time.process_time() - start)"
+    assert statistics.median(float(python(code)) for _ in range(3)) < 0.5
