@@ -32,12 +32,12 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from report import environment, read_rows, write_rows
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import visionattn
+from report import environment, read_rows, write_rows
 from visionattn.cost import count_macs, count_parameters
 from visionattn.data.cifar import load_cifar10_sheets
 from visionattn.data.mnist import load_mnist

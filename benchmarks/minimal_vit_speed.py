@@ -14,9 +14,9 @@ from functools import partial
 
 import timm
 import torch
-from report import RESULTS, environment, paired_milliseconds, summarize, write_rows
 from torch import Tensor, nn
 
+from report import RESULTS, environment, paired_milliseconds, summarize, write_rows
 from visionattn.cost import count_macs, count_parameters
 from visionattn.models.minimal_vit import VARIANTS
 

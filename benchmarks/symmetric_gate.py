@@ -11,10 +11,10 @@ import argparse
 from functools import partial
 
 import torch
-from report import RESULTS, environment, paired_milliseconds, summarize, write_rows
 from torch import Tensor
 
 import visionattn.kernels  # noqa: F401  registers the operator
+from report import RESULTS, environment, paired_milliseconds, summarize, write_rows
 from visionattn.kernels.symmetric_gate import symmetric_gate_definition
 
 SEED = 0

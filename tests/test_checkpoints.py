@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
-from models.contract import build
 from safetensors.torch import save_file
 
 import visionattn
+from models.contract import build
 from visionattn.errors import CheckpointError, ConfigError, UnknownNameError
 
 
@@ -36,14 +36,14 @@ def test_timms_vit_tiny_is_our_baseline(tmp_path):
 def test_twins_need_a_name(tmp_path):
     name = "va_minimal_vit_tiny_patch16_224_shared"
     torch.save(timm.create_model(name).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match="fits several models: .*_collapsed, .*_shared"):
+    with pytest.raises(CheckpointError, match=r"fits several models: .*_collapsed, .*_shared"):
         visionattn.load(tmp_path / "w.pt")
     assert visionattn.load(tmp_path / "w.pt", name=name).blocks[0].attn.similarity == "shared"
 
 
 def test_a_foreign_file_names_what_does_not_fit(tmp_path):
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match="fits no model of this package. Nearest: .* is .*, not"):
+    with pytest.raises(CheckpointError, match=r"fits no model of this package. Nearest: .* is .*, not"):
         visionattn.load(tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match=r"does not fit va_minimal_vit_nano_patch7_28: .* and \d+ more"):
         visionattn.load(tmp_path / "w.pt", name="va_minimal_vit_nano_patch7_28")
@@ -65,7 +65,7 @@ def test_a_training_checkpoint_says_what_it_is(tmp_path):
 def test_bad_names_folders_and_arguments(tmp_path):
     with pytest.raises(UnknownNameError, match="Did you mean va_minimal_vit_nano_patch7_28"):
         visionattn.checkpoints.create("va_minimal_vit_nano_patch7")
-    with pytest.raises(ConfigError, match="does not take one of these arguments: .*heads"):
+    with pytest.raises(ConfigError, match=r"does not take one of these arguments: .*heads"):
         visionattn.checkpoints.create("va_minimal_vit_nano_patch7_28", heads=3)
-    with pytest.raises(CheckpointError, match=r"no config.json"):
+    with pytest.raises(CheckpointError, match="no config"):
         visionattn.load(tmp_path)

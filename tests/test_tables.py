@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from report import RESULTS, read_rows
 from tables import BLOCK, DOCS, TABLES, render
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from blocks.contract import BlockContract, randomise
 from timm.layers import Attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from blocks.contract import BlockContract, randomise
 from visionattn.blocks import MinimalAttention, MinimalBlock
 from visionattn.blocks.minimal import SIMILARITIES, VALUES
 from visionattn.errors import InputError
@@ -68,21 +68,17 @@ def definition(attention, x):
         N = len(tokens)
         own = slice(h * D, (h + 1) * D)
         first = slice(h * rows, (h + 1) * rows)
+        second = slice(C + h * D, C + (h + 1) * D)
         if attention.similarity == "symmetric":
             q = tokens @ triangle(attention, h)
-            k = q
         else:
             q = tokens @ weight[first].T + bias[first]
-            second = slice(C + h * D, C + (h + 1) * D)
-            k = {
-                "pair": lambda: tokens @ weight[second].T + bias[second],
-                "shared": lambda: q,
-                "collapsed": lambda: tokens,
-            }[attention.similarity]()
-        if attention.values == "projected":
-            values = (tokens @ weight[-C:].T + bias[-C:])[:, own]
+        if attention.similarity == "pair":
+            k = tokens @ weight[second].T + bias[second]
         else:
-            values = tokens[:, own]
+            k = tokens if attention.similarity == "collapsed" else q
+        projected = attention.values == "projected"
+        values = (tokens @ weight[-C:].T + bias[-C:])[:, own] if projected else tokens[:, own]
         for i in range(N):
             scores = [float(q[i] @ k[j]) / math.sqrt(q.shape[1]) for j in range(N)]
             total = sum(math.exp(s) for s in scores)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels.contract import OperatorContract
 
+from kernels.contract import OperatorContract
 from visionattn.kernels import _operator, decompositions, kernels_enabled
 
 

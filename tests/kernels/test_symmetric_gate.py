@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.contract import OperatorContract
 from torch import Tensor, nn
 
+from kernels.contract import OperatorContract
 from visionattn.errors import InputError
 from visionattn.kernels.symmetric_gate import symmetric_gate_definition
 
@@ -102,7 +102,6 @@ def test_any_shape_and_layout(shape, seed, data):
 def test_compiles_for_sm_90_without_spilling(dtype, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     from kernels import aot
-
     from visionattn.kernels._triton import symmetric_gate as kernels
 
     for kernel in (kernels.symmetric_gate_fwd_kernel, kernels.symmetric_gate_bwd_kernel):

@@ -6,11 +6,11 @@ import warnings
 import pytest
 import timm
 import torch
-from blocks.contract import randomise
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import visionattn
+from blocks.contract import randomise
 
 
 def classifiers() -> list[str]:

@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models.contract import build
 
 import visionattn
+from models.contract import build
 from visionattn.cost import count_macs, count_parameters
 from visionattn.models.minimal_vit import resize_positions
 

@@ -101,7 +101,7 @@ class MinimalAttention(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Start with scores of order 1: standard deviation 1, or 1 of a token with itself in the semi-definite forms."""
+        """Start with scores of order 1: of any two tokens, or of a token with itself in the semi-definite forms."""
         unit = self.dim**-0.5  # keeps the variance of normalised tokens
         if self.qkv is not None:
             trunc_normal_(self.qkv.weight, std=unit)

@@ -177,6 +177,9 @@ def visit(folder: Path, console: Console) -> None:
     """Train, compare, export, check, classify from the ONNX file, and leave everything in `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     results = {}
+    # Networks this small gain nothing from a second thread, and lose much to it on a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -191,6 +194,7 @@ def visit(folder: Path, console: Console) -> None:
         for label, bar in bars.items():
             progress.start_task(bar)
             results[label] = _train(label, folder, Bar(progress, bar))
+    torch.set_num_threads(threads)
     (folder / "checkpoints").rmdir()
     table = _table(results)
     console.print(table)
