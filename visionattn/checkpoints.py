@@ -108,7 +108,7 @@ def _identify(path: Path, state: dict[str, Tensor]) -> tuple[str, dict[str, Any]
 
 def _adaptation(name: str, state: dict[str, Tensor]) -> dict[str, Any]:
     """Arguments that make classes and image channels those of the file."""
-    config = timm.get_pretrained_cfg(name)
+    config: Any = timm.get_pretrained_cfg(name)
     settings: dict[str, Any] = {}
     head = state.get(f"{config.classifier}.weight")
     if config.num_classes >= 0:

@@ -7,6 +7,7 @@ import fnmatch
 import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -32,7 +33,7 @@ def _size(size: tuple[int, int, int]) -> str:
 
 def _facts(name: str) -> dict[str, str]:
     """What the zoo's table says of a model."""
-    model = create(name, device="meta")
+    model: Any = create(name, device="meta")
     config = model.pretrained_cfg
     size = tuple(config["input_size"])
     return {
@@ -57,7 +58,7 @@ def _list(args: argparse.Namespace, console: Console) -> None:
 
 
 def _show(args: argparse.Namespace, console: Console) -> None:
-    model = create(args.name, device="meta")
+    model: Any = create(args.name, device="meta")
     config = model.pretrained_cfg
     documentation = inspect.getdoc(type(model)) or ""
     table = Table(title=args.name, title_justify="left", show_header=False)

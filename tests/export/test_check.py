@@ -5,9 +5,9 @@ import io
 import onnx
 import pytest
 import torch
-from export.toys import PooledGrid, PythonBranch, Toy
 from rich.console import Console
 
+from export.toys import PooledGrid, PythonBranch, Toy
 from visionattn.errors import ExportError
 from visionattn.export import check_onnx, export_onnx, print_rows
 from visionattn.export.check import check_sizes

@@ -7,9 +7,9 @@ import onnx
 import pytest
 import timm
 import torch
+
 from export.contract import ExportContract, draw_weights, export_by_name, smallest_names
 from export.toys import Gated, OneSize, Pair, SpecialisedWidth, Toy
-
 from visionattn.errors import ExportError, InputError, StorageError
 from visionattn.export import OnnxModel, export_onnx, run
 

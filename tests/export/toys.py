@@ -13,7 +13,7 @@ class Toy(nn.Module):
     """A convolution, its mean over the image, three classes."""
 
     num_classes = 3
-    pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)}  # noqa: RUF012
+    pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)}
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class PooledGrid(Toy):
 class OneSize(Toy):
     """Multiplies by a table as large as the image."""
 
-    pretrained_cfg = {"input_size": (3, 8, 8), "fixed_input_size": True}  # noqa: RUF012
+    pretrained_cfg = {"input_size": (3, 8, 8), "fixed_input_size": True}
 
     def __init__(self) -> None:
         super().__init__()

@@ -141,7 +141,7 @@ class MinimalVisionTransformer(VisionTransformer):
         return self.pos_drop(torch.cat([token, x.flatten(1, 2) + grid], dim=1))
 
     # timm's own two methods also take attention masks, which a minimal block does not have.
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Tokens after the last norm: (B, in_chans, H, W) -> (B, 1 + h w, C)."""
         x = self._pos_embed(self.patch_embed(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -150,7 +150,7 @@ class MinimalVisionTransformer(VisionTransformer):
             x = self.blocks(x)
         return self.norm(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Logits: (B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -50,7 +50,7 @@ README = """# What `visionattn quickstart` left here
 
 Digits the ONNX file names right: {right} of {count}.
 
-## The same by command
+## The same by command, in this folder
 
     visionattn fit --config minimal_vit_digits          # train, with a recipe to copy and change
     visionattn export {better}.ckpt --output model.onnx  # checkpoint to checked ONNX file
@@ -76,7 +76,7 @@ Put the images of each class into a folder of its own, below `train/` and `val/`
 class Result:
     """A trained network and what it reaches on the test digits."""
 
-    model: torch.nn.Module
+    model: Any
     metrics: dict[str, float]
 
 
@@ -109,7 +109,7 @@ def _train(label: str, folder: Path, bar: Bar) -> Result:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = ClassifyData("digits", augmentation="shift", batch_size=64)
+    data = ClassifyData("digits", augmentation="shift", batch_size=32)
     task = ClassifyTask(NAMES[label], lr=2e-3, warmup_epochs=2.0)
     trainer.fit(task, data)
     speed = float(trainer.callback_metrics["train/images_per_second"])
@@ -146,9 +146,10 @@ def _markdown(table: Table) -> str:
 
 
 @torch.no_grad()
-def _class_token_maps(model: torch.nn.Module, images: torch.Tensor) -> np.ndarray:
+def _class_token_maps(model: Any, images: torch.Tensor) -> np.ndarray:
     """What the class token of the last block looks at, (B, h, w), each map scaled to 0..1."""
-    attention, seen = model.blocks[-1].attn, []
+    attention = model.blocks[-1].attn
+    seen: list[torch.Tensor] = []
     hook = attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(images)
     hook.remove()
@@ -167,7 +168,8 @@ def _draw(path: Path, digits: np.ndarray, labels: np.ndarray, named: np.ndarray,
         grey = Image.fromarray(digit).resize((TILE, TILE), Image.Resampling.NEAREST)
         picture.paste(grey.convert("RGB"), (left, 20))
         heat = Image.fromarray((255 * attention).astype(np.uint8)).resize((TILE, TILE), Image.Resampling.BILINEAR)
-        coloured = Image.merge("RGB", (heat, grey, grey))
+        dim = grey.point(lambda value: value // 2)
+        coloured = Image.merge("RGB", (ImageChops.lighter(heat, dim), dim, dim))
         picture.paste(coloured, (left, 20 + TILE))
     with atomic_path(path) as temporary:
         picture.save(temporary)
@@ -209,12 +211,14 @@ def visit(folder: Path, console: Console) -> None:
     data.setup("test")
     images, labels = next(iter(data.test_dataloader()))
     named = OnnxModel(file.path)(images.numpy())[0].argmax(axis=1)
-    wrong_first = np.argsort(named == labels.numpy(), kind="stable")[:SHOWN]
-    shown = images[wrong_first]
+    correct = named == labels.numpy()
+    mistakes = np.flatnonzero(~correct)[: SHOWN // 3]
+    chosen = np.concatenate([mistakes, np.flatnonzero(correct)[: SHOWN - len(mistakes)]])
+    shown = images[chosen]
     digits = ((shown[:, 0] * 0.3081 + 0.1307) * 255).clamp(0, 255).byte().numpy()
     maps = _class_token_maps(model, shown)
-    _draw(folder / "predictions.png", digits, labels.numpy()[wrong_first], named[wrong_first], maps)
-    right = int((named == labels.numpy()).sum())
+    _draw(folder / "predictions.png", digits, labels.numpy()[chosen], named[chosen], maps)
+    right = int(correct.sum())
     console.print(f"The ONNX file names {right} of {len(labels)} test digits right: {folder / 'predictions.png'}")
     text = README.format(better=better, table=_markdown(table), right=right, count=len(labels))
     (folder / "README.md").write_text(text)
