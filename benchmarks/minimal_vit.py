@@ -8,7 +8,7 @@ replication of arXiv 2410.13732 (6 blocks of width 64, MLP ratio 1, patch 7 on M
 numbers can stand beside ours. Rows that the CSV already holds are not run again; an interrupted grid goes on.
 
 Groups of runs:
-    variant      each form of `VARIANTS`; "pair_1head" is the baseline with one head
+    variant      each form of `VARIANTS`; "_1head" and "_4heads" change the heads alone
     budget       attention-only networks made deeper or wider to the baseline's parameters
     readout      baseline and minimum read out by the mean or by attention instead of the class token
     replication  the replication's own architecture: post-norm, dropout 0.1, positions and T from N(0, 1)
@@ -55,6 +55,9 @@ ONLY_ATTENTION = {"mlp_ratio": 0}
 RUNS: dict[str, tuple[str, dict]] = {
     **{name: ("variant", {"mlp_ratio": 1, **changes}) for name, changes in VARIANTS.items()},
     "pair_1head": ("variant", {"mlp_ratio": 1, "num_heads": 1}),
+    # T T^T has one head: beside it, the shared form with as many, and T T^T with as many as the shared form.
+    "shared_nomlp_1head": ("variant", {**VARIANTS["shared_nomlp"], "num_heads": 1}),
+    "symmetric_nomlp_4heads": ("variant", {**VARIANTS["symmetric_nomlp"], "num_heads": 4}),
     "nomlp_deeper": ("budget", {**VARIANTS["nomlp"], "depth": 9}),
     "nomlp_wider": ("budget", {**VARIANTS["nomlp"], "embed_dim": 80}),
     "minimum_deeper": ("budget", {**VARIANTS["minimum"], "depth": 35}),
