@@ -1,0 +1,458 @@
+"""Labelled images for classification: the embedded digits, MNIST and CIFAR-10 files, or any of timm's readers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from timm.data.dataset import IterableImageDataset
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms import v2
+
+from visionattn.data.albumentations_adapter import AlbumentationsTransform
+from visionattn.data.cifar import CLASSES as CIFAR10_CLASSES
+from visionattn.data.cifar import load_cifar10_sheets
+from visionattn.data.digits import load_digits
+from visionattn.data.mnist import load_mnist
+from visionattn.data.samplers import EpochSampler, ResumableLoader, SeededDataset, StreamLoader
+from visionattn.errors import ConfigError, DataError, MissingPackageError, require
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
+else:
+    LightningDataModule = require("lightning.pytorch", "train").LightningDataModule
+
+__all__ = ["AUGMENTATIONS", "ClassifyData"]
+
+AUGMENTATIONS = ("none", "shift", "crop-flip", "imagenet")
+
+_ARRAYS = ("digits", "mnist", "cifar10-sheets")
+# torchvision's sets that have a training and a test part only; their images are small and shown whole.
+_TWO_PARTS = tuple(f"torch/{name}" for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"))
+# What timm's users call the sub-folders with the parts of a folder dataset.
+_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class ArrayImages(Dataset):
+    """Images held in memory: uint8 (B, H, W) or (B, H, W, 3), and labels (B,)."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images = images
+        self.labels = labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), self.labels[index]
+
+    def name(self, index: int) -> str:
+        """What a list of predictions calls an image."""
+        return str(index)
+
+
+class ReaderImages(Dataset):
+    """Images of one of timm's readers.
+
+    Unlike timm's own dataset, which puts the next image in the place of an unreadable one, this one names the file.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            file, label = self.reader[index]
+            image = Image.open(file)
+            image.load()
+        except Exception as error:
+            # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError.
+            name = self.reader.filename(index, absolute=True)
+            raise DataError(f"Could not read the image {name}: {error}.") from error
+        return image, label
+
+    @property
+    def labels(self) -> list[int]:
+        """Every label, without reading an image."""
+        return [label for _, label in self.reader.samples]
+
+    def name(self, index: int) -> str:
+        """What a list of predictions calls an image."""
+        return self.reader.filename(index)
+
+
+class TorchvisionImages(Dataset):
+    """Images of a torchvision dataset."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.dataset[index]
+
+    @property
+    def labels(self) -> list[int]:
+        """Every label, without reading an image."""
+        return [int(label) for label in self.dataset.targets]
+
+    def name(self, index: int) -> str:
+        """What a list of predictions calls an image."""
+        return str(index)
+
+
+def _fit(size: tuple[int, int], interpolation: v2.InterpolationMode, crop_pct: float = 1.0) -> list[Any]:
+    """Transforms from an image of any size to the middle `crop_pct` of it, in `size`."""
+    height, width = (round(side / crop_pct) for side in size)
+    # A single number keeps the aspect of the image.
+    return [v2.Resize(height if height == width else (height, width), interpolation), v2.CenterCrop(size)]
+
+
+def _augment(augmentation: str, size: tuple[int, int], interpolation: v2.InterpolationMode) -> list[Any]:
+    """Transforms from an image of any size to an augmented one of `size`."""
+    whole = _fit(size, interpolation)
+    if augmentation == "none":
+        return whole
+    if augmentation == "shift":
+        bilinear = v2.InterpolationMode.BILINEAR
+        return [*whole, v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)]
+    if augmentation == "crop-flip":
+        return [*whole, v2.RandomCrop(size, padding=min(size) // 8), v2.RandomHorizontalFlip()]
+    if augmentation == "imagenet":
+        return [
+            v2.RandomResizedCrop(size, interpolation=interpolation),
+            v2.RandomHorizontalFlip(),
+            v2.TrivialAugmentWide(),
+        ]
+    return [AlbumentationsTransform(augmentation), *whole]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of many names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+class ClassifyData(LightningDataModule):
+    """Training, validation, test and prediction images.
+
+    Sizes, channels and normalisation that are not given follow from the model.
+
+    Args:
+        dataset: `"digits"` (embedded in scikit-learn), `"mnist"` (IDX files), `"cifar10-sheets"`, or a name that timm's
+            `create_dataset` reads: `"folder"`, `"torch/..."`, `"hfds/..."`, `"wds/..."`, `"tfds/..."`. A folder holds a
+            sub-folder a class, below `train`, `val` and `test` or without these.
+        root: Folder of the files.
+        num_classes: Number of classes; None counts them.
+        image_size: Side of the square images that the model gets.
+        in_chans: 1 (grey), 3 (colour) or 4 (colour and alpha); images of another kind are converted.
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel.
+        augmentation: `"none"`, `"shift"` (a small turn, shift and zoom, no flip: digits), `"crop-flip"` (pad, crop and
+            flip: CIFAR), `"imagenet"` (random resized crop, flip, TrivialAugment), or the path of a pipeline saved by
+            `albumentations.save` (.json, .yaml).
+        batch_size: Images a batch and device.
+        num_workers: Loading processes a device; the results do not depend on it.
+        train_split: Name of the training part, for readers with named parts (hfds, wds, tfds, some of torch).
+        val_split: Name of the validation part, likewise.
+        test_split: Name of the test part, likewise; None tests on the validation part.
+        val_fraction: Share of the training images that is held out, each class alike, where a folder or a torchvision
+            set has no validation part of its own.
+        download: Let torchvision and tfds download.
+        seed: Seed of shuffling, augmentation and holding out.
+    """
+
+    hparams: Any
+
+    def __init__(
+        self,
+        dataset: str = "digits",
+        root: str | None = None,
+        num_classes: int | None = None,
+        image_size: int | None = None,
+        in_chans: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        augmentation: str = "none",
+        batch_size: int = 128,
+        num_workers: int = 0,
+        train_split: str = "train",
+        val_split: str = "validation",
+        test_split: str | None = None,
+        val_fraction: float = 0.1,
+        download: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        # The logger would refuse the names that the model's parameters share.
+        self.save_hyperparameters(logger=False)
+        if augmentation not in AUGMENTATIONS and Path(augmentation).suffix not in (".json", ".yaml", ".yml"):
+            raise ConfigError(
+                f"There is no augmentation {augmentation!r}. Choose from {', '.join(AUGMENTATIONS)}, or give the path "
+                "of a pipeline saved by albumentations (.json, .yaml)."
+            )
+        on_disk = dataset in ("mnist", "cifar10-sheets", "folder")
+        if root is None and (on_disk or dataset.startswith("torch/")):
+            raise ConfigError(f"The dataset {dataset!r} needs a folder: set data.root.")
+        if root is not None and on_disk and not Path(root).exists():
+            raise DataError(f"There is no folder {root}.")
+        self._own: dict[str, Any] = {}
+
+    @cached_property
+    def class_names(self) -> list[str] | None:
+        """Name of each class, where the dataset says it."""
+        if self.hparams.dataset == "cifar10-sheets":
+            return list(CIFAR10_CLASSES)
+        if self.hparams.dataset in _ARRAYS:
+            return [str(digit) for digit in range(10)]
+        source = self._part("train")
+        class_to_idx = getattr(getattr(source, "reader", getattr(source, "dataset", None)), "class_to_idx", None)
+        return sorted(class_to_idx, key=class_to_idx.get) if class_to_idx else None
+
+    @cached_property
+    def num_classes(self) -> int:
+        """Number of classes, known before there is a model."""
+        if self.hparams.num_classes is not None:
+            return self.hparams.num_classes
+        names = self.class_names
+        if names is None:
+            raise ConfigError(f"The dataset {self.hparams.dataset!r} does not say its classes: set data.num_classes.")
+        if len(names) < 2:
+            raise DataError(
+                f"{self.hparams.root} holds one class only. Put the images of each class in a sub-folder of their own, "
+                "or set data.num_classes."
+            )
+        return len(names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must know of its training data."""
+        return {"class_names": self.class_names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Name the classes of predictions; refuse other classes."""
+        names = state_dict["class_names"]
+        if self.trainer is not None and self.trainer.predicting:
+            self.class_names = names
+        elif names and self.class_names and names != self.class_names:
+            raise DataError(
+                f"The checkpoint was trained on the classes {_some(names)}; the data have {_some(self.class_names)}."
+            )
+
+    def setup(self, stage: str) -> None:
+        """Take from the model what was not given."""
+        given = self.hparams
+        model = getattr(getattr(self.trainer, "lightning_module", None), "data_config", None)
+        if model is None:
+            if None in (given.image_size, given.in_chans, given.mean, given.std):
+                raise ConfigError(
+                    "Without a model to take them from, image_size, in_chans, mean and std must be given."
+                )
+            model = {"input_size": (given.in_chans, given.image_size, given.image_size)}
+        channels, *size = model["input_size"]
+        if given.in_chans not in (None, channels):
+            raise ConfigError(
+                f"The model takes {channels} channels, but data.in_chans is {given.in_chans}. Set model.in_chans to "
+                f"{given.in_chans} too, or leave data.in_chans out: images are converted to what the model takes."
+            )
+        if channels not in _MODES:
+            raise ConfigError(f"The model takes {channels} channels; images can have 1, 3 or 4.")
+        mean, std = given.mean or model["mean"], given.std or model["std"]
+        if len(mean) != channels or len(std) != channels:
+            raise ConfigError(
+                f"The model takes {channels} channels, but data.mean has {len(mean)} numbers and data.std {len(std)}."
+            )
+        size = tuple(size) if given.image_size is None else (given.image_size, given.image_size)
+        self.image_shape = (channels, *size)
+        interpolation = v2.InterpolationMode(model.get("interpolation", "bicubic"))
+        convert = partial(Image.Image.convert, mode=_MODES[channels])
+        finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+        # Photographs lose their edges to a centre crop, as their models expect; small pictures are shown whole.
+        whole = given.dataset in _ARRAYS or given.dataset in _TWO_PARTS
+        crop_pct = 1.0 if whole else model.get("crop_pct", 1.0)
+        self._eval_transform = v2.Compose([convert, *_fit(size, interpolation, crop_pct), *finish])
+        self._train_transform = v2.Compose([convert, *_augment(given.augmentation, size, interpolation), *finish])
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled, augmented, whole batches only."""
+        loader: Any = self._loader("train")
+        if not isinstance(loader, StreamLoader) and len(loader) == 0:
+            images, needed = loader.sampler.size, loader.batch_size * loader.sampler.num_replicas
+            raise DataError(
+                f"The training part has {images} images, fewer than one batch of {needed} on all devices. "
+                "Set data.batch_size lower."
+            )
+        return loader
+
+    def val_dataloader(self) -> DataLoader:
+        """In order, each image once."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """In order, each image once."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """In order; a folder without a `test` sub-folder is taken whole, its images need no classes."""
+        source = self._predicted
+        if isinstance(source, IterableImageDataset):
+            return self._loader("test")
+        dataset = SeededDataset(source, self._eval_transform, seed=None)
+        return ResumableLoader(dataset, batch_size=self.hparams.batch_size, num_workers=self.hparams.num_workers)
+
+    def predicted_names(self) -> Iterator[str]:
+        """What to call each predicted image, in order."""
+        source = self._predicted
+        if isinstance(source, IterableImageDataset):
+            return map(str, itertools.count())
+        if isinstance(source, Subset):
+            whole: Any = source.dataset
+            return (whole.name(index) for index in source.indices)
+        return (source.name(index) for index in range(len(source)))
+
+    @property
+    def _predicted(self) -> Any:
+        if self.hparams.dataset == "folder" and self._part("test") is None and self._part("val") is None:
+            return self._part("train")
+        return self._source("test")
+
+    def _loader(self, part: str) -> DataLoader:
+        """The loader of a part, the training part shuffled and augmented."""
+        given, training, source = self.hparams, part == "train", self._source(part)
+        transform = self._train_transform if training else self._eval_transform
+        common = {
+            "batch_size": given.batch_size,
+            "num_workers": given.num_workers,
+            "drop_last": training,
+            "pin_memory": torch.cuda.is_available(),
+        }
+        if isinstance(source, IterableImageDataset):
+            source.transform = transform
+            source.set_loader_cfg(num_workers=given.num_workers)
+            return StreamLoader(source, self._current_epoch, given.seed, **common)
+        draws = training and given.augmentation != "none"
+        dataset = SeededDataset(source, transform, given.seed if draws else None)
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return ResumableLoader(
+            dataset,
+            sampler=EpochSampler(dataset, world_size, rank, training, given.seed),
+            persistent_workers=given.num_workers > 0,
+            generator=torch.Generator().manual_seed(given.seed),
+            **common,
+        )
+
+    def _current_epoch(self) -> int:
+        return self.trainer.current_epoch if self.trainer is not None else 0
+
+    def _source(self, part: str) -> Any:
+        """Images of a part, held out from the training part where it is the validation part and does not exist."""
+        if part == "test" and self._part("test") is None:
+            return self._source("val")
+        if part != "test" and self._part("val") is None:
+            return Subset(self._part("train"), self._held_out[part])
+        return self._part(part)
+
+    @cached_property
+    def _held_out(self) -> dict[str, list[int]]:
+        """Which of the training images stay, and which are held out."""
+        selection = require("sklearn.model_selection", "train")
+        labels = self._part("train").labels
+        try:
+            train, val = selection.train_test_split(
+                np.arange(len(labels)),
+                test_size=self.hparams.val_fraction,
+                stratify=labels,
+                random_state=self.hparams.seed,
+            )
+        except ValueError as error:
+            raise DataError(
+                f"{self.hparams.root} has no validation part, and none can be held out: {error} Give it a folder "
+                "'val', or set data.val_fraction."
+            ) from error
+        return {"train": sorted(train.tolist()), "val": sorted(val.tolist())}
+
+    def _part(self, part: str) -> Any:
+        """The dataset's own part, opened once, or None."""
+        if part not in self._own:
+            self._own[part] = self._open(part)
+        return self._own[part]
+
+    def _open(self, part: str) -> Any:
+        name, root = self.hparams.dataset, self.hparams.root
+        if name == "digits":
+            return ArrayImages(*load_digits(part))
+        if name == "mnist":
+            return ArrayImages(*load_mnist(root, part))
+        if name == "cifar10-sheets":
+            return ArrayImages(*load_cifar10_sheets(root, part))
+        if name == "folder":
+            return self._open_folder(part)
+        if name in _TWO_PARTS:
+            return None if part == "val" else self._open_named(part)
+        split = {"train": self.hparams.train_split, "val": self.hparams.val_split, "test": self.hparams.test_split}[
+            part
+        ]
+        return None if split is None else self._open_named(split)
+
+    def _open_folder(self, part: str) -> ReaderImages | None:
+        root = Path(self.hparams.root)
+        found = {
+            part: next((root / name for name in names if (root / name).is_dir()), None)
+            for part, names in _FOLDERS.items()
+        }
+        folder = found[part]
+        if part == "train" and not any(found.values()):
+            folder = root
+        if folder is None:
+            if part == "train":
+                raise DataError(f"{root} has no folder 'train', but {', '.join(str(f) for f in found.values() if f)}.")
+            return None
+        source = ReaderImages(self._read_folder(folder))
+        if part != "train" and found["train"]:
+            # Classes are numbered by the training folder, also where this one lacks some.
+            class_to_idx = self._part("train").reader.class_to_idx
+            if unknown := sorted(set(source.reader.class_to_idx) - set(class_to_idx)):
+                raise DataError(f"{folder} has classes that {found['train']} lacks: {', '.join(unknown)}.")
+            source = ReaderImages(self._read_folder(folder, class_map=class_to_idx))
+        return source
+
+    def _read_folder(self, folder: Path, **kwargs: Any) -> Any:
+        try:
+            return timm.data.create_dataset("", root=str(folder), search_split=False, **kwargs).reader
+        except RuntimeError as error:
+            raise DataError(f"There are no images in {folder}: none that ends in .png, .jpg or .jpeg.") from error
+
+    def _open_named(self, split: str) -> Any:
+        given = self.hparams
+        try:
+            dataset = timm.data.create_dataset(
+                given.dataset,
+                root=given.root,
+                split=split,
+                is_training=split == given.train_split,
+                download=given.download,
+                batch_size=given.batch_size,
+                seed=given.seed,
+            )
+        except ImportError as error:
+            raise MissingPackageError(f"The dataset {given.dataset!r} needs the package {error.name!r}.") from error
+        except Exception as error:
+            raise DataError(f"Could not open the part {split!r} of the dataset {given.dataset!r}: {error}") from error
+        if isinstance(dataset, IterableImageDataset):
+            return dataset
+        return ReaderImages(dataset.reader) if hasattr(dataset, "reader") else TorchvisionImages(dataset)

@@ -1,0 +1,212 @@
+"""Loading that resumes exactly: every sample's randomness and every batch's place follow from seed, epoch and index.
+
+`EpochSampler` hands out keys (sample, epoch); `SeededDataset` draws a sample's augmentation from a hash of seed, epoch
+and index, whatever process loads it; `ResumableLoader` counts the batches it handed out and starts again behind them.
+So a run that was interrupted sees the batches that it would have seen, with any number of workers, and nothing here
+draws from the global random generators, which belong to the model.
+
+Streams (WebDataset, TFDS, streamed Hugging Face sets) cannot be sought: `StreamLoader` resumes exactly at the end of an
+epoch only, and says so otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from visionattn.errors import ConfigError, VisionAttnError
+
+__all__ = ["IGNORED", "EpochSampler", "ResumableLoader", "SampleKey", "SeededDataset", "StreamLoader"]
+
+# Label of the copies that fill up the last round of an evaluation on several devices; losses and metrics skip it.
+IGNORED = -1
+
+
+class SampleKey(NamedTuple):
+    """Which sample, in which epoch, and whether it is a copy that only evens out the ranks."""
+
+    sample: int
+    epoch: int
+    is_copy: bool = False
+
+
+class EpochSampler(DistributedSampler):
+    """Distributed sampler of `SampleKey`s that can start inside an epoch.
+
+    Training drops the few samples that do not divide by the number of ranks. Evaluation repeats some instead, as
+    batch counts must agree, and marks them as copies, so that each sample counts exactly once.
+
+    Args:
+        dataset: Dataset with a length.
+        num_replicas: Number of ranks.
+        rank: This rank.
+        training: Shuffle anew each epoch and drop, or keep the order and mark copies.
+        seed: Seed of the shuffling.
+    """
+
+    def __init__(self, dataset: Any, num_replicas: int, rank: int, training: bool, seed: int) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=training, seed=seed, drop_last=training)
+        self.size = len(dataset)
+        self.start = 0
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        epoch = self.epoch
+        for position, sample in enumerate(super().__iter__()):
+            if position >= self.start:
+                yield SampleKey(sample, epoch, is_copy=position * self.num_replicas + self.rank >= self.size)
+
+
+@contextlib.contextmanager
+def _seeded(*entropy: int) -> Iterator[None]:
+    """Seed torch's CPU generator, numpy and random, and put their states back afterwards."""
+    torch_seed, numpy_seed, python_seed = np.random.SeedSequence(entropy).generate_state(3).tolist()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    # torch.manual_seed would reseed the GPUs as well, whose states are not put back.
+    torch.default_generator.manual_seed(torch_seed)
+    np.random.seed(numpy_seed)
+    random.seed(python_seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+class SeededDataset(Dataset):
+    """A dataset of (image, label) read by `SampleKey`, its transform seeded by seed, epoch and index.
+
+    Args:
+        dataset: Map-style dataset of (PIL image, label).
+        transform: Image -> tensor.
+        seed: Seed of the augmentation; None where the transform draws nothing.
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Any], torch.Tensor], seed: int | None) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: SampleKey | int) -> tuple[torch.Tensor, int]:
+        # Lightning's overfit_batches and prediction put their own samplers in, which give bare indices.
+        sample, epoch, is_copy = key if isinstance(key, SampleKey) else SampleKey(key, epoch=0)
+        image, label = self.dataset[sample]
+        with contextlib.nullcontext() if self.seed is None else _seeded(self.seed, epoch, sample):
+            image = self.transform(image)
+        return image, IGNORED if is_copy else label
+
+
+class ResumableLoader(DataLoader):
+    """DataLoader over an `EpochSampler` whose position Lightning keeps in its checkpoints.
+
+    `state_dict()` counts the batches handed out in this epoch; after `load_state_dict()` the first iteration of that
+    epoch begins behind them without loading them. Give it a generator of its own: making an iterator draws a number.
+    """
+
+    # Class attributes, as Lightning rebuilds loaders from the arguments of their constructor.
+    _epoch = 0
+    _batches = 0
+    _resume: tuple[int, int] = (0, 0)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator starts at the first batch: Lightning makes the iterator before it tells the sampler the epoch.
+        sampler = self.sampler
+        if not isinstance(sampler, EpochSampler):
+            yield from _plain_errors(super().__iter__())
+            return
+        epoch, batches = self._resume
+        self._epoch, self._batches, self._resume = sampler.epoch, batches if epoch == sampler.epoch else 0, (0, 0)
+        sampler.start = self._batches * (self.batch_size or 1)
+        for batch in _plain_errors(super().__iter__()):
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Place of the next batch, in plain numbers."""
+        epoch, batches = self._resume if any(self._resume) else (self._epoch, self._batches)
+        return {
+            "epoch": epoch,
+            "batches": batches,
+            "batch_size": self.batch_size,
+            "num_replicas": getattr(self.sampler, "num_replicas", 1),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to the place that `state_dict()` gave.
+
+        Raises:
+            ConfigError: The place lies inside an epoch, and batches are now cut otherwise.
+        """
+        epoch, batches = state["epoch"], state["batches"]
+        if batches >= len(self):
+            epoch, batches = epoch + 1, 0
+        now = self.state_dict()
+        for key, words in (("batch_size", "batches of {}"), ("num_replicas", "{} devices")):
+            if batches and state[key] != now[key]:
+                raise ConfigError(
+                    f"The checkpoint lies inside an epoch that was cut into {words.format(state[key])}, now "
+                    f"{words.format(now[key])}. Resume with the same number, or from the end of an epoch."
+                )
+        self._resume = (epoch, batches)
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.set_epoch(epoch)
+
+
+class StreamLoader(DataLoader):
+    """DataLoader over a stream whose shuffling and augmentation follow from seed and epoch.
+
+    Args:
+        dataset: Stream with `set_epoch`.
+        current_epoch: Asked at the first batch of each epoch.
+        seed: Seed of the workers.
+        **kwargs: Arguments of `DataLoader`.
+    """
+
+    def __init__(self, dataset: Any, current_epoch: Callable[[], int], seed: int, **kwargs: Any) -> None:
+        super().__init__(dataset, generator=torch.Generator(), **kwargs)
+        self._stream = dataset
+        self._current_epoch = current_epoch
+        self._seed = seed
+        self._batches = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        epoch = self._current_epoch()
+        self._stream.set_epoch(epoch)
+        self.generator.manual_seed(int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0]))
+        self._batches = 0
+        for batch in _plain_errors(super().__iter__()):
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Number of batches handed out, in order to know what is lost."""
+        return {"batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Warn where the place lies inside an epoch."""
+        if 0 < state["batches"] < len(self):
+            warnings.warn(
+                f"The checkpoint lies {state['batches']} batches inside an epoch, and streamed data cannot be sought: "
+                "the rest of this epoch begins at the start of the stream again. To continue exactly, resume from a "
+                "checkpoint of the end of an epoch.",
+                stacklevel=2,
+            )
+
+
+def _plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """Hand through, leaving to our errors their own words only: a worker process wraps them in its traceback."""
+    try:
+        yield from batches
+    except VisionAttnError as error:
+        name = type(error).__name__
+        raise type(error)(str(error).rsplit(f"{name}: ", 1)[-1].strip()) from None

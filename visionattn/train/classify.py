@@ -1,0 +1,247 @@
+"""Training a classifier: any model of timm's registry, timm's optimizers, schedules and mixing."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any
+
+import timm.optim
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from timm.data import Mixup, resolve_model_data_config
+from timm.scheduler import create_scheduler_v2
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from visionattn.checkpoints import create
+from visionattn.data.samplers import IGNORED
+from visionattn.errors import CheckpointError, ConfigError, InputError
+from visionattn.weights import mismatches
+
+__all__ = ["SCHEDULES", "ClassifyTask"]
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
+
+
+class ClassifyTask(LightningModule):
+    """A classifier and how it is trained.
+
+    Args:
+        name: Name of the model in timm's registry.
+        model_args: Further arguments of the model, such as `drop_path_rate` or `img_size`.
+        num_classes: Number of classes.
+        in_chans: Channels of the images; None takes the model's own.
+        pretrained: Begin with the published weights.
+        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
+        lr: Peak learning rate.
+        weight_decay: Weight decay; norms, biases and what the model exempts have none.
+        opt_args: Further arguments of the optimizer, such as `betas`.
+        layer_decay: Factor by which the learning rate falls from each layer to the one below; None for one rate.
+        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
+        warmup_epochs: Epochs of linear warm-up, part of the whole.
+        min_lr: Learning rate at the end.
+        sched_args: Further arguments of timm's `create_scheduler_v2`.
+        label_smoothing: Share of the target that is spread over all classes.
+        mixup: Alpha of mixup; 0 for none.
+        cutmix: Alpha of cutmix; 0 for none.
+        grad_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        compile: Compile the model.
+    """
+
+    hparams: Any
+    trainer: Any
+
+    def __init__(
+        self,
+        name: str = "va_minimal_vit_nano_patch7_28",
+        model_args: dict[str, Any] | None = None,
+        num_classes: int = 10,
+        in_chans: int | None = None,
+        pretrained: bool = False,
+        opt: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        opt_args: dict[str, Any] | None = None,
+        layer_decay: float | None = None,
+        sched: str = "cosine",
+        warmup_epochs: float = 0.0,
+        min_lr: float = 1e-6,
+        sched_args: dict[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        grad_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if sched not in SCHEDULES:
+            raise ConfigError(f"There is no schedule {sched!r}. Choose from {', '.join(SCHEDULES)}.")
+        if opt.lower() not in timm.optim.list_optimizers():
+            known = [str(known) for known in timm.optim.list_optimizers()]
+            nearest = difflib.get_close_matches(opt, known, cutoff=0.4)
+            raise ConfigError(f"There is no optimizer {opt!r}. Near it: {', '.join(nearest) or 'none'}.")
+        settings = {**({} if in_chans is None else {"in_chans": in_chans}), **(model_args or {})}
+        try:
+            self.net = create(name, pretrained=pretrained, num_classes=num_classes, **settings)
+        except (OSError, RuntimeError) as error:
+            if not pretrained:
+                raise
+            raise CheckpointError(f"The pretrained weights of {name!r} could not be had: {error}") from error
+        if grad_checkpointing:
+            try:
+                self.net.set_grad_checkpointing(True)  # type: ignore[operator]
+            except (AttributeError, AssertionError) as error:
+                raise ConfigError(f"The model {name!r} has no gradient checkpointing.") from error
+        self.mix = None
+        if mixup or cutmix:
+            self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+        self.val_metrics = self._metrics("val/", num_classes)
+        self.test_metrics = self._metrics("test/", num_classes)
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    @staticmethod
+    def _metrics(prefix: str, num_classes: int) -> MetricCollection:
+        metrics: dict[str, Any] = {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15, norm="l1"),
+        }
+        if num_classes > 5:
+            metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+        # Compute groups would share the states of metrics that differ in top_k only.
+        return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """What images the model expects: input_size, mean, std, interpolation, crop_pct."""
+        config = resolve_model_data_config(self.net)
+        channels, *size = config["input_size"]
+        if img_size := (self.hparams.model_args or {}).get("img_size"):
+            size = [img_size, img_size] if isinstance(img_size, int) else img_size
+        if self.hparams.in_chans not in (None, channels):
+            channels = self.hparams.in_chans
+            # Grey images of a colour model, or the reverse: every channel gets the mean of the statistics.
+            config |= {key: [sum(config[key]) / len(config[key])] * channels for key in ("mean", "std")}
+        return {**config, "input_size": (channels, *size)}
+
+    def setup(self, stage: str) -> None:
+        """Check that model and data fit, and compile."""
+        datamodule = self.trainer.datamodule
+        shape = getattr(datamodule, "image_shape", None) or self.data_config["input_size"]
+        if self.mix is not None and stage == "fit" and getattr(datamodule, "hparams", {}).get("batch_size", 2) % 2:
+            raise ConfigError("mixup and cutmix mix pairs of images: set data.batch_size to an even number.")
+        self._check_input(shape)
+        if self.hparams.compile:
+            # In place: torch.compile(net) would put its own prefix before every key of the checkpoint.
+            self.net.compile()
+
+    def _check_input(self, shape: tuple[int, int, int]) -> None:
+        parameter = next(self.net.parameters())
+        training = self.net.training
+        try:
+            with torch.no_grad():
+                self.net.eval()(torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            channels, height, width = shape
+            size = f"{height} x {width} images of {channels} channels"
+            raise InputError(f"The model {self.hparams.name!r} does not take {size}: {error}") from error
+        finally:
+            self.net.train(training)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> logits (B, num_classes)."""
+        return self.net(images)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Loss of one batch."""
+        images, targets = batch
+        if self.mix is None:
+            loss = F.cross_entropy(self(images), targets, label_smoothing=self.hparams.label_smoothing)
+        else:
+            images, targets = self.mix(images, targets)
+            loss = F.cross_entropy(self(images), targets)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
+        return loss
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """Metrics of the validation part."""
+        self._evaluate(batch, self.val_metrics, self.val_loss)
+        self.log("val/loss", self.val_loss)
+        for key, metric in self.val_metrics.items():
+            self.log(key, metric, prog_bar=key == "val/accuracy")
+
+    def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """Metrics of the test part."""
+        self._evaluate(batch, self.test_metrics, self.test_loss)
+        self.log("test/loss", self.test_loss)
+        self.log_dict(self.test_metrics)
+
+    def _evaluate(self, batch: tuple[torch.Tensor, torch.Tensor], metrics: Any, mean_loss: Any) -> None:
+        images, labels = batch
+        logits = self(images).float()
+        kept = labels != IGNORED
+        logits, labels = logits[kept], labels[kept]
+        if len(labels):
+            mean_loss.update(F.cross_entropy(logits, labels, reduction="none"))
+            metrics.update(logits.softmax(dim=-1), labels)
+
+    def predict_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> dict[str, torch.Tensor]:
+        """Probability of each class, and the likeliest class."""
+        probabilities = self(batch[0]).float().softmax(dim=-1)
+        return {"probabilities": probabilities, "labels": probabilities.argmax(dim=-1)}
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and schedule."""
+        given = self.hparams
+        optimizer = timm.optim.create_optimizer_v2(
+            self.net,
+            opt=given.opt,
+            lr=given.lr,
+            weight_decay=given.weight_decay,
+            layer_decay=given.layer_decay,
+            **(given.opt_args or {}),
+        )
+        if given.sched == "none":
+            return optimizer
+        # The length of an epoch is not known before.
+        self.trainer.fit_loop.setup_data()
+        batches, updates = self.trainer.num_training_batches, self.trainer.estimated_stepping_batches
+        if math.isinf(batches) or math.isinf(updates):
+            raise ConfigError(
+                "A schedule must know where training ends: set trainer.max_epochs or trainer.max_steps, and for a "
+                "stream of unknown length trainer.limit_train_batches; or set model.sched to none."
+            )
+        updates_per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=given.sched,
+            num_epochs=updates / updates_per_epoch,
+            warmup_epochs=given.warmup_epochs,
+            min_lr=given.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+            **(given.sched_args or {}),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Timm's schedules are told the number of updates."""
+        scheduler.step_update(num_updates=self.trainer.global_step)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in plain words that a checkpoint is of another model, before torch lists its keys."""
+        saved = checkpoint.get("hyper_parameters", {})
+        for key, words in (("name", "the model {!r}"), ("num_classes", "{} classes"), ("in_chans", "in_chans = {}")):
+            if key in saved and saved[key] != self.hparams[key]:
+                raise CheckpointError(
+                    f"The checkpoint is of {words.format(saved[key])}; asked for was {words.format(self.hparams[key])}."
+                )
+        if wrong := mismatches(checkpoint["state_dict"], self.state_dict()):
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise CheckpointError(
+                f"The checkpoint does not fit the model {self.hparams.name!r}: {'; '.join(wrong[:3])}{more}. Were "
+                "model.model_args others?"
+            )

@@ -1,0 +1,176 @@
+"""Stopping and going on as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from visionattn.errors import CheckpointError, VisionAttnError
+
+__all__ = ["ExactResume", "Interrupted"]
+
+
+class Interrupted(VisionAttnError):
+    """Training was stopped by Ctrl-C; the place is saved in `checkpoint`."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"Stopped. The place is saved in {checkpoint}.")
+        self.checkpoint = checkpoint
+
+
+def _random_state() -> dict[str, Any]:
+    """States of all global generators, as tensors and numbers that a weights-only load accepts."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "python": [version, torch.tensor(internal), gauss],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    name, keys, position, has_gauss, cached = state["numpy"]
+    version, internal, gauss = state["python"]
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    random.setstate((version, tuple(internal.tolist()), gauss))
+
+
+class ExactResume(Callback):
+    """Makes a resumed run equal to an uninterrupted one, and Ctrl-C a safe way to interrupt it.
+
+    Lightning restores weights, optimizer, schedule and counters. This callback adds the states of the random generators
+    of torch, CUDA, numpy (timm's Mixup draws from it) and Python, for each rank, and the place of a `ResumableLoader`.
+    (Lightning saves that place too, but forgets to restore it once the number of updates was asked for, which every
+    schedule does.)
+
+    The first Ctrl-C lets training go on to the next safe place, saves `last.ckpt` there and raises `Interrupted`; a
+    second one aborts at once. Safe is the end of an update (gradients not yet applied are not saved) that no validation
+    follows (Lightning would leave it out after a resume), or else the beginning of the next epoch. Ranks agree on it.
+    """
+
+    def __init__(self) -> None:
+        self._loader: Any = None
+        self._to_restore: dict[str, Any] = {}
+        self._updates = 0
+        self._asked_to_stop = False
+        self._saved: Path | None = None
+        self._previous_handler: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Random states of all ranks, and the place in the data."""
+        ranks: list[Any] = [_random_state()]
+        if torch.distributed.is_initialized():
+            state, ranks = ranks[0], [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(ranks, state)
+        return {"ranks": ranks, "loader": self._loader.state_dict() if self._loader is not None else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the states until training begins."""
+        self._to_restore = state_dict
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Say that an epoch has just ended where the next just begins: resumed there, Lightning leaves it out."""
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        if epochs["current"]["ready"] > epochs["current"]["started"] > 0:
+            for period in ("current", "total"):
+                epochs[period]["ready"] -= 1
+                epochs[period]["completed"] -= 1
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights alone, and keep Lightning from counting an epoch twice.
+
+        It does the latter where max_steps is set and the end of an epoch was saved.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if "optimizer_states" not in checkpoint:
+            raise CheckpointError(
+                "The checkpoint holds weights only, so training cannot go on from it. To begin a new training with "
+                "these weights, give the file as model.model_args.checkpoint_path instead."
+            )
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+        if trainer.max_steps != -1 and epochs["current"]["processed"] > epochs["current"]["completed"]:
+            # Say that the last batch is just done and not yet counted, which Lightning takes for what it is.
+            for period in ("current", "total"):
+                epochs[period]["processed"] -= 1
+                batches[period]["completed"] -= 1
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Go to the place in the data, and listen to Ctrl-C."""
+        self._loader = trainer.train_dataloader if hasattr(trainer.train_dataloader, "load_state_dict") else None
+        if self._loader is not None and self._to_restore.get("loader"):
+            self._loader.load_state_dict(self._to_restore["loader"])
+        self._updates, self._asked_to_stop, self._saved = trainer.global_step, False, None
+        # Python gives signals to the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """A safe place, with the epoch before validated and saved."""
+        if trainer.current_epoch > 0 and self._must_stop(trainer):
+            raise Interrupted(self._save(trainer))
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Stop after the last batch was logged; restore the random states before the first draws from them."""
+        if self._saved is not None:
+            raise Interrupted(self._saved)
+        ranks = self._to_restore.get("ranks", [])
+        self._to_restore = {}
+        if len(ranks) == trainer.world_size:
+            _set_random_state(ranks[trainer.global_rank])
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A safe place after an update, unless the epoch ends."""
+        updated, self._updates = trainer.global_step != self._updates, trainer.global_step
+        if updated and not trainer.is_last_batch and self._must_stop(trainer):
+            self._saved = self._save(trainer)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Not a safe place after all."""
+        self._saved = None
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give Ctrl-C back."""
+        self._restore_handler()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give Ctrl-C back."""
+        self._restore_handler()
+
+    def _must_stop(self, trainer: Any) -> bool:
+        return trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False)
+
+    def _save(self, trainer: Any) -> Path:
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+        checkpoint = Path(folder) / "last.ckpt"
+        trainer.save_checkpoint(checkpoint)
+        return checkpoint
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        self._asked_to_stop = True
+        # A second Ctrl-C does what it always did.
+        self._restore_handler()
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print("\nStopping as soon as the place can be saved. Press Ctrl-C again to abort without.", flush=True)
+
+    def _restore_handler(self) -> None:
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
+            self._previous_handler = None
