@@ -13,15 +13,16 @@ import timm.data
 import torch
 from PIL import Image
 from timm.data.dataset import IterableImageDataset
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
-from visionattn.data.albumentations_adapter import AlbumentationsTransform
 from visionattn.data.cifar import CLASSES as CIFAR10_CLASSES
 from visionattn.data.cifar import load_cifar10_sheets
 from visionattn.data.digits import load_digits
 from visionattn.data.mnist import load_mnist
 from visionattn.data.samplers import EpochSampler, ResumableLoader, SeededDataset, StreamLoader
+from visionattn.data.sources import ArrayImages, ReaderImages, TorchvisionImages
+from visionattn.data.transforms import AUGMENTATIONS, augment, fit
 from visionattn.errors import ConfigError, DataError, MissingPackageError, require
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 else:
     LightningDataModule = require("lightning.pytorch", "train").LightningDataModule
 
-__all__ = ["AUGMENTATIONS", "ClassifyData"]
-
-AUGMENTATIONS = ("none", "shift", "crop-flip", "imagenet")
+__all__ = ["ClassifyData"]
 
 _ARRAYS = ("digits", "mnist", "cifar10-sheets")
 # torchvision's sets that have a training and a test part only; their images are small and shown whole.
@@ -43,105 +42,6 @@ _FOLDERS = {
     "test": ("test", "testing"),
 }
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-
-class ArrayImages(Dataset):
-    """Images held in memory: uint8 (B, H, W) or (B, H, W, 3), and labels (B,)."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.images = images
-        self.labels = labels.tolist()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), self.labels[index]
-
-    def name(self, index: int) -> str:
-        """What a list of predictions calls an image."""
-        return str(index)
-
-
-class ReaderImages(Dataset):
-    """Images of one of timm's readers.
-
-    Unlike timm's own dataset, which puts the next image in the place of an unreadable one, this one names the file.
-    """
-
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        try:
-            file, label = self.reader[index]
-            image = Image.open(file)
-            image.load()
-        except Exception as error:
-            # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError.
-            name = self.reader.filename(index, absolute=True)
-            raise DataError(f"Could not read the image {name}: {error}.") from error
-        return image, label
-
-    @property
-    def labels(self) -> list[int]:
-        """Every label, without reading an image."""
-        return [label for _, label in self.reader.samples]
-
-    def name(self, index: int) -> str:
-        """What a list of predictions calls an image."""
-        return self.reader.filename(index)
-
-
-class TorchvisionImages(Dataset):
-    """Images of a torchvision dataset."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.dataset[index]
-
-    @property
-    def labels(self) -> list[int]:
-        """Every label, without reading an image."""
-        return [int(label) for label in self.dataset.targets]
-
-    def name(self, index: int) -> str:
-        """What a list of predictions calls an image."""
-        return str(index)
-
-
-def _fit(size: tuple[int, int], interpolation: v2.InterpolationMode, crop_pct: float = 1.0) -> list[Any]:
-    """Transforms from an image of any size to the middle `crop_pct` of it, in `size`."""
-    height, width = (round(side / crop_pct) for side in size)
-    # A single number keeps the aspect of the image.
-    return [v2.Resize(height if height == width else (height, width), interpolation), v2.CenterCrop(size)]
-
-
-def _augment(augmentation: str, size: tuple[int, int], interpolation: v2.InterpolationMode) -> list[Any]:
-    """Transforms from an image of any size to an augmented one of `size`."""
-    whole = _fit(size, interpolation)
-    if augmentation == "none":
-        return whole
-    if augmentation == "shift":
-        bilinear = v2.InterpolationMode.BILINEAR
-        return [*whole, v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)]
-    if augmentation == "crop-flip":
-        return [*whole, v2.RandomCrop(size, padding=min(size) // 8), v2.RandomHorizontalFlip()]
-    if augmentation == "imagenet":
-        return [
-            v2.RandomResizedCrop(size, interpolation=interpolation),
-            v2.RandomHorizontalFlip(),
-            v2.TrivialAugmentWide(),
-        ]
-    return [AlbumentationsTransform(augmentation), *whole]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -285,8 +185,8 @@ class ClassifyData(LightningDataModule):
         # Photographs lose their edges to a centre crop, as their models expect; small pictures are shown whole.
         whole = given.dataset in _ARRAYS or given.dataset in _TWO_PARTS
         crop_pct = 1.0 if whole else model.get("crop_pct", 1.0)
-        self._eval_transform = v2.Compose([convert, *_fit(size, interpolation, crop_pct), *finish])
-        self._train_transform = v2.Compose([convert, *_augment(given.augmentation, size, interpolation), *finish])
+        self._eval_transform = v2.Compose([convert, *fit(size, interpolation, crop_pct), *finish])
+        self._train_transform = v2.Compose([convert, *augment(given.augmentation, size, interpolation), *finish])
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented, whole batches only."""
