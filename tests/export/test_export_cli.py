@@ -55,6 +55,14 @@ def test_weights_from_a_file(by_name, tmp_path, capsys):
         torch.testing.assert_close(torch.from_numpy(file(images)[0]), model.eval()(images), rtol=1e-4, atol=1e-6)
 
 
+def test_weights_from_a_folder(tmp_path, capsys):
+    model = timm.create_model(NANO, num_classes=2)
+    torch.nn.init.ones_(model.head.bias)
+    timm.models.save_for_hf(model, tmp_path / "folder", safe_serialization=True)
+    assert export(f"local-dir:{tmp_path / 'folder'}", "--output", tmp_path / "nano.onnx") == 0
+    assert "random" not in capsys.readouterr().out.splitlines()[0]
+
+
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [

@@ -95,8 +95,9 @@ def _from_file(args: argparse.Namespace) -> tuple[nn.Module, str, str | None]:
 
 def _from_name(args: argparse.Namespace, size: tuple[int, int] | None) -> tuple[nn.Module, str, str | None]:
     name = args.model
+    hosted = name.startswith(("hf-hub:", "local-dir:"))  # names of weights rather than of architectures
     try:
-        cfg = get_pretrained_cfg(name)
+        cfg = None if hosted else get_pretrained_cfg(name)
     except RuntimeError as error:
         raise UnknownNameError(f"{error} Leave out the part after the dot for the default weights.") from error
     settings: dict[str, Any] = {} if args.num_classes is None else {"num_classes": args.num_classes}
@@ -104,10 +105,10 @@ def _from_name(args: argparse.Namespace, size: tuple[int, int] | None) -> tuple[
         settings["img_size"] = size
     if args.checkpoint:
         return load(args.checkpoint, name=name, **settings), f"file {Path(args.checkpoint).name}", None
-    if cfg and cfg.has_weights:
-        source = cfg.hf_hub_id or cfg.url or Path(str(cfg.file)).name
+    if hosted or (cfg and cfg.has_weights):
+        source = (cfg.hf_hub_id or cfg.url or Path(str(cfg.file)).name) if cfg else "as named"
         try:
-            return create(name, pretrained=True, **settings), f"{name}, {source}", cfg.license
+            return create(name, pretrained=True, **settings), f"{name}, {source}", cfg.license if cfg else None
         except VisionAttnError:
             raise
         # Fetching weights fails in as many ways as there are servers.
