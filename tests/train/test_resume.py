@@ -148,6 +148,7 @@ def test_resume_where_training_is_counted_in_steps(tmp_path, place, step, valida
 )
 def test_ctrl_c_saves_a_place_to_go_on_from(uninterrupted, tmp_path, pressed, stopped):
     _, steps, weights = uninterrupted
+    handler = signal.getsignal(signal.SIGINT)
     first, _, checkpoint = fit(tmp_path, pressed)
     assert checkpoint == tmp_path / "last.ckpt"
     assert max(first.losses) == stopped
@@ -156,7 +157,7 @@ def test_ctrl_c_saves_a_place_to_go_on_from(uninterrupted, tmp_path, pressed, st
     # No validation is lost and none is repeated.
     assert {**first.accuracies, **resumed.accuracies} == steps.accuracies
     assert not first.accuracies.keys() & resumed.accuracies.keys()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_ctrl_c_stops_between_updates_and_not_before_a_validation(tmp_path):

@@ -33,7 +33,7 @@ from visionattn.train.classify import ClassifyTask
 from visionattn.train.throughput import ImagesPerSecond
 
 NAMES = {"baseline": "va_minimal_vit_nano_patch7_28", "minimum": "va_minimal_vit_nano_patch7_28_minimum"}
-EPOCHS = 30
+EPOCHS = 40
 TILE = 84  # pixels of a digit in the picture
 SHOWN = 12
 
