@@ -62,8 +62,8 @@ def minimal_vit(data: str, long: bool) -> str:
     return markdown(head, body) + f"\n{images:,} training images, {wanted} epochs, {devices}, torch {first['torch']}.\n"
 
 
-def speed(name: str) -> str:
-    """Paired times of the implementations or variants of one script."""
+def plain(name: str) -> str:
+    """A script's CSV as it is, less the columns that say where a row comes from."""
     rows = read_rows(RESULTS / f"{name}.csv")
     if not rows:
         return "Not measured yet.\n"
@@ -75,8 +75,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "minimal_vit_mnist_long": lambda: minimal_vit("mnist", long=True),
     "minimal_vit_mnist_grid": lambda: minimal_vit("mnist", long=False),
     "minimal_vit_cifar10_long": lambda: minimal_vit("cifar10", long=True),
-    "minimal_vit_speed": lambda: speed("minimal_vit_speed"),
-    "symmetric_gate": lambda: speed("symmetric_gate"),
+    "minimal_vit_speed": lambda: plain("minimal_vit_speed"),
+    "symmetric_gate": lambda: plain("symmetric_gate"),
+    "compiled_kernels": lambda: plain("compiled_kernels"),
 }
 
 

@@ -101,7 +101,7 @@ def test_any_shape_and_layout(shape, seed, data):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_compiles_for_sm_90_without_spilling(dtype, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
-    from kernels import aot
+    import aot
     from visionattn.kernels._triton import symmetric_gate as kernels
 
     for kernel in (kernels.symmetric_gate_fwd_kernel, kernels.symmetric_gate_bwd_kernel):
