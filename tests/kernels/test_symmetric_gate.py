@@ -108,7 +108,10 @@ def test_compiles_for_sm_90_without_spilling(dtype, tmp_path):
         types = {name: f"*{dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
         for size in ("i64", "i64:16"):
             compiled = aot.compile_for(kernel, types | {"size": size}, {"BLOCK": kernels.BLOCK}, capability=90)
-            used = aot.resources(compiled, tmp_path)
+            try:
+                used = aot.resources(compiled, tmp_path)
+            except FileNotFoundError:
+                pytest.skip("this Triton wheel has no cuobjdump")
             assert used.stack == used.local == used.shared == 0
             assert used.registers <= 40
         # A size divisible by 16, the usual case, is read and written 16 bytes at a time.
