@@ -44,6 +44,11 @@ def minimal_vit(data: str, long: bool) -> str:
         if int(row["epochs"]) == wanted:
             groups.setdefault(row["run"], []).append(row)
     first = next(iter(groups.values()))[0]
+
+    def place(item: tuple[str, list[dict[str, str]]]) -> tuple[int, int]:
+        row = item[1][0]
+        return ("variant", "budget", "readout", "replication").index(row["group"]), -int(row["parameters"])
+
     head = ["run", "accuracy %", "loss", "calibration error %", "parameters", "MACs (M)", "seeds"]
     body = [
         [
@@ -55,11 +60,14 @@ def minimal_vit(data: str, long: bool) -> str:
             f"{int(found[0]['macs']) / 1e6:.2f}",
             str(len(found)),
         ]
-        for run, found in groups.items()
+        for run, found in sorted(groups.items(), key=place)
     ]
     devices = ", ".join(sorted({row["device"] for found in groups.values() for row in found}))
     images = int(first["train_images"])
-    return markdown(head, body) + f"\n{images:,} training images, {wanted} epochs, {devices}, torch {first['torch']}.\n"
+    return (
+        markdown(head, body)
+        + f"\n{images:,} training images, {wanted} epoch{'s' * (wanted > 1)}, {devices}, torch {first['torch']}.\n"
+    )
 
 
 def plain(name: str) -> str:
