@@ -50,7 +50,6 @@ NETWORK = {
     "mnist": {"model_name": "va_minimal_vit_nano_patch7_28", "patch_size": 7},
     "cifar10": {"model_name": "va_minimal_vit_nano_patch4_32", "patch_size": 8},
 }
-ONLY_ATTENTION = {"mlp_ratio": 0}
 
 RUNS: dict[str, tuple[str, dict]] = {
     **{name: ("variant", {"mlp_ratio": 1, **changes}) for name, changes in VARIANTS.items()},
@@ -121,12 +120,9 @@ def build(data: str, run: str) -> nn.Module:
     """The network of a run, for the images of a data set."""
     group, settings = RUNS[run]
     if group == "replication":
-        return Replication(28 if data == "mnist" else 32, 1 if data == "mnist" else 3, **_patch(data), **settings)
+        channels, size, _ = timm.get_pretrained_cfg(NETWORK[data]["model_name"]).input_size
+        return Replication(size, channels, NETWORK[data]["patch_size"], **settings)
     return timm.create_model(**{**NETWORK[data], **settings})
-
-
-def _patch(data: str) -> dict[str, int]:
-    return {"patch_size": NETWORK[data]["patch_size"]}
 
 
 def load(data: str, root: Path, device: str) -> dict[str, tuple[Tensor, Tensor]]:

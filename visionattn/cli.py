@@ -27,10 +27,6 @@ TRAINING = {
 }
 
 
-def _size(size: tuple[int, int, int]) -> str:
-    return " x ".join(map(str, size))
-
-
 def _facts(name: str) -> dict[str, str]:
     """What the zoo's table says of a model."""
     model: Any = create(name, device="meta")
@@ -40,7 +36,7 @@ def _facts(name: str) -> dict[str, str]:
         "task": model.task,
         "parameters": f"{count_parameters(model) / 1e6:.2f} M",
         "MACs": f"{count_macs(model, size) / 1e6:,.1f} M",
-        "input": _size(size),
+        "input": " x ".join(map(str, size)),
         "weights": config["tag"] if config.get("url") or config.get("file") or config.get("hf_hub_id") else "none",
     }
 

@@ -26,10 +26,7 @@ class BlockContract:
 
     block: Callable[..., nn.Module]
     cases: list[dict]
-
-    @staticmethod
-    def inputs(batch: int, size: int) -> Tensor:
-        raise NotImplementedError
+    inputs: Callable[[int, int], Tensor]
 
     def pytest_generate_tests(self, metafunc):
         if "case" in metafunc.fixturenames:

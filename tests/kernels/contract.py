@@ -31,7 +31,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 class OperatorContract:
-    """Checks that hold for every operator. A subclass gives the attributes and `samples`.
+    """Checks that hold for every operator. A subclass gives the attributes.
 
     Attributes:
         name: The operator's name in `torch.ops.visionattn`. It is also the name of its file in `visionattn.kernels`
@@ -40,16 +40,15 @@ class OperatorContract:
         module: Class of a module whose forward has the operator's typed arguments and calls it as a block does. Its
             file must not postpone annotations: TorchScript cannot read them from an fx trace then.
         tolerance: Largest error of each dtype, as a share of the float64 result's largest magnitude, or of 1 if less.
+        samples: Method (dtype, device) -> lists of arguments: two small typical ones that differ in all sizes, then odd
+            shapes and strides.
     """
 
     name: str
     definition: Callable
     module: type[nn.Module]
     tolerance: dict[torch.dtype, float]
-
-    def samples(self, dtype: torch.dtype, device: str) -> list[tuple]:
-        """Give lists of arguments: two small typical ones that differ in all sizes, then odd shapes and strides."""
-        raise NotImplementedError
+    samples: Callable[..., list[tuple]]
 
     def interpreter_samples(self) -> list[tuple]:
         """Give the arguments that run in Triton's interpreter; override where all samples would take too long."""

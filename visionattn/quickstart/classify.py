@@ -207,7 +207,8 @@ def visit(folder: Path, console: Console) -> None:
         file = export_onnx(model, folder / f"{better}.onnx", weights=f"{better}.ckpt, trained by visionattn quickstart")
     print_rows(file.rows, console)
 
-    data = ClassifyData("digits", image_size=28, in_chans=1, mean=[0.1307], std=[0.3081], batch_size=360)
+    mean, std = (list(model.pretrained_cfg[key]) for key in ("mean", "std"))
+    data = ClassifyData("digits", image_size=28, in_chans=1, mean=mean, std=std, batch_size=360)
     data.setup("test")
     images, labels = next(iter(data.test_dataloader()))
     named = OnnxModel(file.path)(images.numpy())[0].argmax(axis=1)
@@ -215,7 +216,7 @@ def visit(folder: Path, console: Console) -> None:
     mistakes = np.flatnonzero(~correct)[: SHOWN // 3]
     chosen = np.concatenate([mistakes, np.flatnonzero(correct)[: SHOWN - len(mistakes)]])
     shown = images[chosen]
-    digits = ((shown[:, 0] * 0.3081 + 0.1307) * 255).clamp(0, 255).byte().numpy()
+    digits = ((shown[:, 0] * std[0] + mean[0]) * 255).clamp(0, 255).byte().numpy()
     maps = _class_token_maps(model, shown)
     _draw(folder / "predictions.png", digits, labels.numpy()[chosen], named[chosen], maps)
     right = int(correct.sum())
