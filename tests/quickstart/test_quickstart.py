@@ -9,6 +9,7 @@ from rich.console import Console
 
 import visionattn
 from visionattn import quickstart
+from visionattn.errors import InputError
 from visionattn.export import OnnxModel
 
 
@@ -57,3 +58,19 @@ def test_table_and_picture(folder):
 
 def test_stations_are_found():
     assert quickstart.stations()[0] == "classify"
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    photo = tmp_path / "classify" / "photo.jpg"
+    photo.parent.mkdir()
+    photo.write_bytes(b"mine")
+    with pytest.raises(InputError, match="holds something else"):
+        quickstart.run(tmp_path, ["classify"], Console())
+    assert photo.read_bytes() == b"mine"
+
+
+def test_an_earlier_tour_is_cleared(tmp_path):
+    quickstart._empty(tmp_path / "station")
+    (tmp_path / "station" / "old.onnx").write_bytes(b"")
+    quickstart._empty(tmp_path / "station")
+    assert [path.name for path in (tmp_path / "station").iterdir()] == ["README.md"]

@@ -8,19 +8,33 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import shutil
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from visionattn.errors import UnknownNameError, require
+from visionattn.errors import InputError, UnknownNameError, require
 
 __all__ = ["run", "stations"]
+
+TITLE = "# What `visionattn quickstart` left here\n"
 
 
 def stations() -> list[str]:
     """Names of the stations, in the order of the tour."""
     return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def _empty(folder: Path) -> None:
+    """Make a station's folder, or empty it of what an earlier tour left there, and of nothing else."""
+    readme = folder / "README.md"
+    if folder.exists() and any(folder.iterdir()):
+        if not (readme.is_file() and readme.read_text().startswith(TITLE)):
+            raise InputError(f"The folder {folder} holds something else. Give another by --output, or move it away.")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    readme.write_text(TITLE + "\nThe tour has not been finished.\n")
 
 
 def run(folder: Path, chosen: list[str], console: Console) -> None:
@@ -34,6 +48,7 @@ def run(folder: Path, chosen: list[str], console: Console) -> None:
     Raises:
         UnknownNameError: There is no such station.
         MissingPackageError: Training or export is not installed.
+        InputError: A station's folder holds something that is not of an earlier tour.
     """
     require("lightning", "all")
     require("onnxruntime", "all")
@@ -43,6 +58,7 @@ def run(folder: Path, chosen: list[str], console: Console) -> None:
     for name in chosen or stations():
         module = importlib.import_module(f"{__name__}.{name}")
         console.rule((module.__doc__ or name).split("\n")[0])
+        _empty(folder / name)
         start = time.perf_counter()
         module.visit(folder / name, console)
         console.print(f"{name}: {time.perf_counter() - start:.0f} s. What is what: {folder / name / 'README.md'}\n")

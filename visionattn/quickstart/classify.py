@@ -28,6 +28,7 @@ from visionattn.cost import count_macs, count_parameters
 from visionattn.data.classify import ClassifyData
 from visionattn.export import OnnxModel, export_onnx, print_rows
 from visionattn.files import atomic_path
+from visionattn.quickstart import TITLE
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
 from visionattn.train.classify import ClassifyTask
 from visionattn.train.throughput import ImagesPerSecond
@@ -37,8 +38,7 @@ EPOCHS = 40
 TILE = 84  # pixels of a digit in the picture
 SHOWN = 12
 
-README = """# What `visionattn quickstart` left here
-
+README = """
 | file | what it is |
 | --- | --- |
 | `baseline.ckpt`, `minimum.ckpt` | checkpoints of the two networks at their best validation accuracy |
@@ -177,7 +177,6 @@ def _draw(path: Path, digits: np.ndarray, labels: np.ndarray, named: np.ndarray,
 
 def visit(folder: Path, console: Console) -> None:
     """Train, compare, export, check, classify from the ONNX file, and leave everything in `folder`."""
-    shutil.rmtree(folder, ignore_errors=True)
     results = {}
     # Networks this small gain nothing from a second thread, and lose much to it on a busy machine.
     threads = torch.get_num_threads()
@@ -222,4 +221,4 @@ def visit(folder: Path, console: Console) -> None:
     right = int(correct.sum())
     console.print(f"The ONNX file names {right} of {len(labels)} test digits right: {folder / 'predictions.png'}")
     text = README.format(better=better, table=_markdown(table), right=right, count=len(labels))
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(TITLE + text)
