@@ -35,6 +35,7 @@ Sources: HaloNet, arXiv 2103.12731; the relative logits are those of arXiv 1904.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import product
 
@@ -125,6 +126,7 @@ class _Blocked:
         self.queries, self.window = block_size // stride, block_size + 2 * halo_size  # of one axis
         self.grid = -(-H // block_size), -(-W // block_size)
         self.scale = q.shape[2] ** -0.5
+        self.memory: dict[str, Tensor] = {}
 
         self.q = self.blocks(_padded(q, 0, *self.query_size, q.dtype))
         self.k = self.windows(_padded(k, self.halo, *self.key_size, self.dtype))
@@ -166,24 +168,35 @@ class _Blocked:
         for image, row, column in product(range(0, B, images), range(0, ny, rows), range(0, nx, columns)):
             yield slice(image, image + images), slice(row, row + rows), slice(column, column + columns)
 
+    def scratch(self, name: str, *shape: int) -> Tensor:
+        """Memory that every chunk uses again: asking for it anew costs more than what is done with it."""
+        size = math.prod(shape)
+        if name not in self.memory or self.memory[name].numel() < size:
+            self.memory[name] = self.like_q.new_empty(size, dtype=self.dtype)
+        return self.memory[name][:size].view(shape)
+
+    def gather(self, name: str, x: Tensor) -> Tensor:
+        """Copy blocks or windows of a chunk, (images, ny, nx, heads, ...) -> (G, ...)."""
+        return self.scratch(name, *x.shape).copy_(x).flatten(0, 3)
+
     def attend(self, chunk: _Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A chunk's G = images * rows * columns * heads blocks.
 
         Returns:
             q (G, bq, bq, D), k (G, D, w w), v (G, Dv, w w) and the attention weights (G, bq bq, w w).
         """
-        q = self.q[chunk].to(self.dtype).contiguous()
-        grid = q.shape[:4]
-        q = q.flatten(0, 3)
-        k, v = (x[chunk].reshape(len(q), x.shape[4], -1) for x in (self.k, self.v))
+        grid = self.q[chunk].shape[:4]
+        q = self.gather("q", self.q[chunk])
+        k = self.gather("k", self.k[chunk]).flatten(2)
+        v = self.gather("v", self.v[chunk]).flatten(2)
         height = torch.einsum("gyxd,yjd->gyxj", q, self.height)
         width = torch.einsum("gyxd,xjd->gyxj", q, self.width)
         if self.border_y is not None and self.border_x is not None:
             height.unflatten(0, grid).add_(self.border_y[chunk[1], None, None, None, None])
             width.unflatten(0, grid).add_(self.border_x[chunk[2], None, None, None])
-        logits = q.new_empty(*q.shape[:3], self.window, self.window)
+        logits = self.scratch("p", *q.shape[:3], self.window, self.window)
         torch.add(height[..., None], width[..., None, :], out=logits)
-        logits = logits.view(len(q), self.queries**2, self.window**2)
+        logits = logits.flatten(3).flatten(1, 2)
         logits.baddbmm_(q.flatten(1, 2), k, alpha=self.scale)
         return q, k, v, torch.softmax(logits, -1, out=logits)
 
@@ -206,12 +219,17 @@ class _Blocked:
         grad_height, grad_width = torch.zeros_like(self.height), torch.zeros_like(self.width)
         for chunk in self.chunks():
             q, k, v, p = self.attend(chunk)
-            g = grad_blocks[chunk].to(self.dtype).reshape(*p.shape[:2], -1)
-            self.add_windows(grad_v, chunk, torch.bmm(g.transpose(1, 2), p))
-            slope = torch.bmm(g, v)  # of the weights, then of the logits
-            torch.ops.aten._softmax_backward_data.out(slope, p, -1, self.dtype, grad_input=slope)
-            self.add_windows(grad_k, chunk, torch.bmm(q.flatten(1, 2).transpose(1, 2), slope).mul_(self.scale))
+            flat_q = q.flatten(1, 2)
+            g = self.gather("grad", grad_blocks[chunk]).flatten(1, 2)
+            slope = torch.bmm(g, v, out=self.scratch("slope", *p.shape))  # of the weights
+            self.add_windows(
+                grad_v, chunk, torch.bmm(g.transpose(1, 2), p, out=v)
+            )  # v's memory, read for the last time
+            torch.ops.aten._softmax_backward_data.out(slope, p, -1, self.dtype, grad_input=slope)  # of the logits
             slope_q = torch.bmm(slope, k.transpose(1, 2)).mul_(self.scale).view(q.shape)
+            self.add_windows(
+                grad_k, chunk, torch.bmm(flat_q.transpose(1, 2), slope, out=k).mul_(self.scale)
+            )  # as for v
             slope = slope.view(*q.shape[:3], self.window, self.window)
             slope_y, slope_x = slope.sum(-1), slope.sum(-2)
             slope_q += torch.einsum("gyxj,yjd->gyxd", slope_y, self.height)

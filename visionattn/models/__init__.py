@@ -6,6 +6,7 @@ import difflib
 
 import timm
 
+from visionattn.models import halonet as _halonet  # noqa: F401
 from visionattn.models import minimal_vit as _minimal_vit  # noqa: F401
 
 __all__ = ["names", "suggest"]
