@@ -29,8 +29,8 @@ b = 4, h = 2 at a half and a quarter.
 Images of any size are taken. H7 at 600 pixels has maps of 150, 75, 38 and 19, which blocks of 10 do not divide: the
 last blocks of a row and column reach beyond the map. With `border="mask"` nothing is there to attend to.
 
-Source: HaloNet, arXiv 2103.12731; the attention's equations stand in `visionattn.blocks.halo`. Modules have the names of
-timm's `ByobNet`, on which the network is built.
+Source: HaloNet, arXiv 2103.12731; the attention's equations stand in `visionattn.blocks.halo`. Modules have the names
+of timm's `ByobNet`, on which the network is built.
 """
 
 from functools import partial
