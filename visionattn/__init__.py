@@ -10,5 +10,6 @@ __version__ = "0.1.0"
 
 from visionattn import blocks, kernels, models
 from visionattn.checkpoints import load
+from visionattn.surgery import accelerate
 
-__all__ = ["blocks", "kernels", "load", "models"]
+__all__ = ["accelerate", "blocks", "kernels", "load", "models"]

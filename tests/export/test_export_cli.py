@@ -41,7 +41,7 @@ def test_name_without_weights(tmp_path, capsys):
 @pytest.mark.parametrize("by_name", [True, False])
 def test_weights_from_a_file(by_name, tmp_path, capsys):
     model = timm.create_model(NANO, num_classes=2)
-    torch.nn.init.ones_(model.head.bias)
+    torch.nn.init.normal_(model.head.weight)
     weights = tmp_path / "mine.pth"
     torch.save(model.state_dict(), weights)
     path = tmp_path / "nano.onnx"
@@ -57,7 +57,7 @@ def test_weights_from_a_file(by_name, tmp_path, capsys):
 
 def test_weights_from_a_folder(tmp_path, capsys):
     model = timm.create_model(NANO, num_classes=2)
-    torch.nn.init.ones_(model.head.bias)
+    torch.nn.init.normal_(model.head.weight)
     timm.models.save_for_hf(model, tmp_path / "folder", safe_serialization=True)
     assert export(f"local-dir:{tmp_path / 'folder'}", "--output", tmp_path / "nano.onnx") == 0
     assert "random" not in capsys.readouterr().out.splitlines()[0]

@@ -8,9 +8,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from timm.models import get_pretrained_cfg
+from timm.models import get_model_input_config, get_pretrained_cfg
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from visionattn.checkpoints import create, load
 from visionattn.errors import CheckpointError, InputError, UnknownNameError, VisionAttnError
@@ -117,9 +119,16 @@ def _from_name(args: argparse.Namespace, size: tuple[int, int] | None) -> tuple[
                 f"The weights of {name} ({source}) could not be read: {error} If this machine is offline, give them "
                 "with --checkpoint FILE."
             ) from error
-    model = create(name, **settings)
-    # A layer that starts at zero, as classifiers do, would hide everything before it from the check.
+    return _random(create(name, **settings), size), "random", None
+
+
+def _random(model: nn.Module, size: tuple[int, int] | None) -> nn.Module:
+    """Let the output of an untrained model depend on its image, or the check would prove nothing."""
+    # A layer that starts at zero, as classifiers do, would hide everything before it.
     for parameter in model.parameters():
         if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    return model, "random", None
+            nn.init.normal_(parameter, std=0.02 if parameter.ndim > 1 else 0.05)
+    # Untrained batch norm does not normalise: over many layers the signal would vanish.
+    channels, *default = get_model_input_config(model)["input_size"]
+    update_bn([torch.rand(2, channels, *(size or default))], model)
+    return model

@@ -84,9 +84,11 @@ class HaloBlock(nn.Module):
         num_heads, dim_values = attention["num_heads"], round(width * value_ratio)
         if width % num_heads:
             raise InputError(f"The attention is {width} channels wide, which {num_heads} heads do not divide.")
-        self.shortcut = create_shortcut(
+        shortcut = create_shortcut(
             "conv1x1", in_chs, out_chs, stride=stride, dilation=(1, 1), apply_act=False, layers=layers, **dd
         )
+        assert shortcut is not None  # of this kind there always is one
+        self.shortcut = shortcut
         self.conv1_1x1 = layers.conv_norm_act(in_chs, width, 1, **dd)
         self.self_attn = HaloAttention(width, dim_values, dim_head=width // num_heads, stride=stride, **attention, **dd)
         self.post_attn = layers.norm_act(dim_values, **dd)
@@ -303,12 +305,14 @@ default_cfgs = generate_default_cfgs(
 
 
 def _halonet(variant: str, pretrained: bool, settings: dict[str, Any]) -> HaloNet:
+    settings = {**VARIANTS[variant], **settings}
+    levels = len(settings["depths"]) + (settings.get("stem") != "3x3")  # a stem with a stride is a level of its own
     return build_model_with_cfg(
         HaloNet,
         f"va_halonet_{variant}",
         pretrained,
-        feature_cfg={"flatten_sequential": True},
-        **{**VARIANTS[variant], **settings},
+        feature_cfg={"flatten_sequential": True, "out_indices": tuple(range(levels))},
+        **settings,
     )
 
 
