@@ -15,7 +15,8 @@ ROOT = Path(visionattn.__file__).parent
 LAYERS = [
     {"cli"},
     {"quickstart"},
-    {"train", "export"},
+    {"train", "evaluate", "predict"},
+    {"export"},
     {"checkpoints", "data", "surgery"},
     {"models", "cost"},
     {"weights", "blocks"},
@@ -23,7 +24,18 @@ LAYERS = [
 ]
 EVERYBODY = {"errors", "files"}
 FROM_ROOT = {"__version__", "accelerate", "load"}  # names of the package itself
-HEAVY = ["lightning", "torchmetrics", "sklearn", "albumentations", "onnx", "onnxruntime", "onnxscript", "triton"]
+HEAVY = [
+    "lightning",
+    "torchmetrics",
+    "sklearn",
+    "skimage",
+    "cv2",
+    "albumentations",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "triton",
+]
 
 
 def layer(name: str) -> int:

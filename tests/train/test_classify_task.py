@@ -146,6 +146,15 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path):
     assert record.losses == pytest.approx(plain.losses, rel=1e-6)
 
 
+def test_channels_last_reaches_the_maps(tmp_path):
+    settings = {"name": "va_halonet_nano_32", "in_chans": 1, "model_args": {"depths": (1, 1, 1)}}
+    record, task, _ = fit(tmp_path, **settings, channels_last=True)
+    plain, *_ = fit(tmp_path, **settings)
+    features = task.net.forward_features(torch.randn(2, 1, 28, 28))
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    assert record.losses == pytest.approx(plain.losses, rel=1e-3)
+
+
 def test_compile_keeps_the_keys(tmp_path, monkeypatch):
     compiled = []
     # The real compiler takes half a minute on two cores; which call is made is what can go wrong here.

@@ -47,6 +47,7 @@ class ClassifyTask(LightningModule):
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of cutmix; 0 for none.
         grad_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        channels_last: Keep maps in memory with their channels side by side, which convolutions on GPUs prefer.
         compile: Compile the model.
     """
 
@@ -73,6 +74,7 @@ class ClassifyTask(LightningModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         grad_checkpointing: bool = False,
+        channels_last: bool = False,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -95,6 +97,8 @@ class ClassifyTask(LightningModule):
                 self.net.set_grad_checkpointing(True)  # type: ignore[operator]
             except (AttributeError, AssertionError) as error:
                 raise ConfigError(f"The model {name!r} has no gradient checkpointing.") from error
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)  # a convolution's output has the order of its weights
         self.mix = None
         if mixup or cutmix:
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
