@@ -222,14 +222,11 @@ class _Blocked:
             flat_q = q.flatten(1, 2)
             g = self.gather("grad", grad_blocks[chunk]).flatten(1, 2)
             slope = torch.bmm(g, v, out=self.scratch("slope", *p.shape))  # of the weights
-            self.add_windows(
-                grad_v, chunk, torch.bmm(g.transpose(1, 2), p, out=v)
-            )  # v's memory, read for the last time
+            # k and v have been read for the last time when their memory takes their gradients.
+            self.add_windows(grad_v, chunk, torch.bmm(g.transpose(1, 2), p, out=v))
             torch.ops.aten._softmax_backward_data.out(slope, p, -1, self.dtype, grad_input=slope)  # of the logits
             slope_q = torch.bmm(slope, k.transpose(1, 2)).mul_(self.scale).view(q.shape)
-            self.add_windows(
-                grad_k, chunk, torch.bmm(flat_q.transpose(1, 2), slope, out=k).mul_(self.scale)
-            )  # as for v
+            self.add_windows(grad_k, chunk, torch.bmm(flat_q.transpose(1, 2), slope, out=k).mul_(self.scale))
             slope = slope.view(*q.shape[:3], self.window, self.window)
             slope_y, slope_x = slope.sum(-1), slope.sum(-2)
             slope_q += torch.einsum("gyxj,yjd->gyxd", slope_y, self.height)
