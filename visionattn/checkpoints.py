@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from visionattn import models, weights
 from visionattn.errors import CheckpointError, ConfigError, UnknownNameError
+from visionattn.weights import span
 
 __all__ = ["create", "load"]
 
@@ -37,7 +38,8 @@ def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Mod
 
     Args:
         path: A checkpoint of `visionattn fit`, a file of bare weights (safetensors, or a pickle, wrapped as training
-            code wraps it or not), or a folder written by timm's `save_for_hf`.
+            code wraps it or not, in our layout or, of the SPAN family, a published one), either file of ncnn's pair
+            .param and .bin, or a folder written by timm's `save_for_hf`.
         name: Model name, where the file does not say it and its shapes fit several.
         **model_args: Arguments of the model that neither file nor name gives.
 
@@ -53,16 +55,21 @@ def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Mod
         if not (path / "config.json").is_file():
             raise CheckpointError(f"The folder {path} holds no config.json, so it was not written by save_for_hf.")
         return create(f"local-dir:{path}", pretrained=True, **model_args).eval()
-    content = weights.read(path)
+    ncnn = path.with_suffix(".param").is_file() and path.suffix in (".param", ".bin")
+    content: dict[str, Any] = dict(span.read_ncnn(path)) if ncnn else weights.read(path)
     state = weights.unwrap(content)
     hyper_parameters = content.get("hyper_parameters")
     if name is None and hyper_parameters:
         name, settings = _from_training(hyper_parameters)
         model_args = {**settings, **model_args}
+    published = None if hyper_parameters else span.identify(state)
     if name is None:
-        name, settings = _identify(path, state)
+        name, settings = published or _identify(path, state)
         model_args = {**settings, **model_args}
+    elif published and published[0] == name:
+        model_args = {**published[1], **model_args}
     model = create(name, **model_args)
+    state = dict(span.adapt(state, model.state_dict()))
     wrong = weights.mismatches(state, model.state_dict())
     if wrong:
         raise CheckpointError(_misfit(path, name, wrong))
@@ -72,9 +79,12 @@ def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Mod
 
 def _from_training(hyper_parameters: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name and arguments that `visionattn fit` wrote beside the weights."""
-    settings = {**(hyper_parameters.get("model_args") or {}), "num_classes": hyper_parameters["num_classes"]}
-    if hyper_parameters.get("in_chans"):
-        settings["in_chans"] = hyper_parameters["in_chans"]
+    settings = dict(hyper_parameters.get("model_args") or {})
+    # Branches serve training; the fused form reads them.
+    settings.pop("branches", None)
+    for key in ("num_classes", "in_chans"):
+        if hyper_parameters.get(key) is not None:
+            settings[key] = hyper_parameters[key]
     return hyper_parameters["name"], settings
 
 
@@ -86,7 +96,11 @@ def _misfit(path: Path, name: str, wrong: list[str]) -> str:
 def _identify(path: Path, state: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """Find the one name of the zoo whose keys and shapes are those of `state`, whatever its classes and channels."""
     fitting, nearest = [], []
-    for name in models.names():
+    names = models.names()
+    # To build every name takes many seconds; a family shares the key of its first convolution.
+    cards: dict[str, Any] = {name: timm.get_pretrained_cfg(name) for name in names}
+    likely = [name for name in names if f"{cards[name].first_conv}.weight" in state]
+    for name in likely or names:
         settings = _adaptation(name, state)
         try:
             with torch.device("meta"):

@@ -2,5 +2,6 @@
 
 from visionattn.blocks.halo import HaloAttention
 from visionattn.blocks.minimal import MinimalAttention, MinimalBlock
+from visionattn.blocks.span import SPAB, Conv3XC
 
-__all__ = ["HaloAttention", "MinimalAttention", "MinimalBlock"]
+__all__ = ["SPAB", "Conv3XC", "HaloAttention", "MinimalAttention", "MinimalBlock"]

@@ -7,6 +7,8 @@ A model class states what its `pretrained_cfg` cannot say; each attribute may be
     output_names    one output a name                      default: ("logits",), without classes ("features",)
     size_multiple   height and width are multiples of it   default: 1
     size_minimum    smallest height and width              default: the cfg's `min_input_size`, else not stated
+    scale           the output is so many times as large   default: not stated
+    radius          input pixels around its place that an output pixel depends on: what tiles have to overlap by
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ class ExportSpec:
     dynamic_axes: list[str]
     size_multiple: int
     size_minimum: int | None
+    scale: int | None
+    radius: int | None
     input_layout: str
     input_order: str
     input_range: list[float]  # before mean and std: x = (image - mean) / std
@@ -90,6 +94,8 @@ class ExportSpec:
             dynamic_axes=["batch", "height", "width"] if dynamic else ["batch"],
             size_multiple=multiple,
             size_minimum=None if minimum is None else multiple * math.ceil(minimum / multiple),
+            scale=_whole(model, "scale"),
+            radius=_whole(model, "radius"),
             input_layout="NCHW",
             input_order={1: "grey", 3: "RGB"}.get(channels, f"{channels} channels"),
             input_range=[0.0, 1.0],
@@ -149,6 +155,12 @@ class ExportSpec:
                 text = metadata[field.name]
                 values[field.name] = text if str(field.type).startswith("str") else json.loads(text)
         return cls(**values)
+
+
+def _whole(model: nn.Module, name: str) -> int | None:
+    # Models of others may use these names for something else.
+    value = getattr(model, name, None)
+    return value if isinstance(value, int) else None
 
 
 def _listed(values: Any, length: int) -> list | None:

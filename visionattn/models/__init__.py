@@ -8,6 +8,8 @@ import timm
 
 from visionattn.models import halonet as _halonet  # noqa: F401
 from visionattn.models import minimal_vit as _minimal_vit  # noqa: F401
+from visionattn.models import span as _span  # noqa: F401
+from visionattn.models import span_challenge as _span_challenge  # noqa: F401
 
 __all__ = ["names", "suggest"]
 

@@ -1,0 +1,395 @@
+"""Layouts of SPAN files and its relatives': which network is it, and its weights under our names.
+
+    published                                          keys of one 3 x 3 convolution P
+    authors' repository, BasicSR, neosr, spandrel      P.sk, P.conv.0, P.conv.1, P.conv.2, and P.eval_conv
+    fused ("slim"), pruned; SPANF and ESPAN            P.eval_conv
+    SPANV2                                             P.conv
+    ncnn, a .param and a .bin file                     see `read_ncnn`
+
+Ours has P.conv where the convolution is one, and P.skip, P.expand, P.mix, P.project in branches. A file that has
+branches also has P.eval_conv, which is out of date wherever it was saved while training: it is never read.
+
+What no shape tells: `no_norm`, an entry of one number, says that the network takes images as they are;
+`norm.img_range`, ours alone, is the range that they are stretched to where that is not 255.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from visionattn.errors import CheckpointError
+from visionattn.weights import unwrap
+
+__all__ = ["adapt", "convert", "fuse", "identify", "read_ncnn", "to_official", "unfuse"]
+
+# A key that only this network's files have, in the layouts of others and in ours.
+SIGNS = {
+    "spanf": ("conv_near.weight", "conv_cat.weight"),
+    "espan": ("tea_conv_cat.weight", "tea_upsampler.0.eval_conv.weight"),
+    "spanv2": ("block_2.guidance_map_conv.weight", "pointwise_conv.weight"),
+    "span": ("conv_cat.weight", "upsampler.0.weight", "conv_2.eval_conv.weight|conv_2.sk.weight"),
+}
+OUR_SIGNS = {
+    "spanf": ("first.conv1.conv.weight|first.conv1.mix.weight", "near.weight"),
+    "espan": ("last.conv1.conv.weight|last.conv1.mix.weight", "conv_cat.weight"),
+    "spanv2": ("blocks.1.gate.weight", "pointwise.weight"),
+    "span": ("blocks.5.conv3.conv.weight|blocks.5.conv3.mix.weight", "conv_cat.weight", "upsampler.weight"),
+}
+# Published place of a layer -> ours; blocks are counted from 1 there.
+PLACES = {
+    "span": {r"block_(\d+)\.c(\d)_r": "blocks.{}.conv{}", r"upsampler\.0": "upsampler"},
+    "spanf": {
+        r"block_1\.c(\d)_r": "first.conv{}",
+        r"block_(\d+)\.c(\d)_r": "blocks.{}.conv{}",
+        "conv_near": "near",
+        "conv_2": "upsampler",
+    },
+    "espan": {
+        r"conv_1\.eval_conv": "conv_1",
+        r"block_(\d+)\.c(\d)_r": "blocks.{}.conv{}",
+        r"teacher_block_seq\.c(\d)_r": "last.conv{}",
+        r"tea_upsampler\.0": "upsampler",
+        "tea_": "",
+    },
+    "spanv2": {
+        r"block_(\d+)\.c(\d)\.conv": "blocks.{}.conv{}",
+        r"block_(\d+)\.guidance_map_conv": "blocks.{}.gate",
+        "conv_near": "near",
+        "(depthwise|pointwise)_conv": "{}",
+    },
+}
+FIRST_OF_BLOCKS = {"span": 1, "spanf": 2, "espan": 1, "spanv2": 1}
+PARTS = {"eval_conv": "conv", "sk": "skip", "conv.0": "expand", "conv.1": "mix", "conv.2": "project"}
+BRANCHES = ("skip", "expand", "mix", "project")
+WIDTHS, SCALES = (26, 28, 32, 48, 52), (2, 3, 4)
+
+
+def _has(state: Mapping[str, Any], signs: tuple[str, ...]) -> bool:
+    return all(any(key in state for key in sign.split("|")) for sign in signs)
+
+
+def _family(state: Mapping[str, Any], signs: dict[str, tuple[str, ...]]) -> str | None:
+    return next((family for family, keys in signs.items() if _has(state, keys)), None)
+
+
+def identify(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
+    """Find the model name and its arguments for the weights of a SPAN or a relative.
+
+    A width or scale without a name of its own gives `va_span_ch48_x4` with the arguments `width` and `scale`.
+
+    Args:
+        state: Weights in any of the layouts (see the module), without wrappers.
+
+    Returns:
+        Name and arguments, or None for a network of another kind.
+
+    Raises:
+        CheckpointError: It is a relative that no model here computes, or its shapes contradict each other.
+    """
+    if any(key.startswith("feats.") and ".eval_conv." in key for key in state):
+        raise CheckpointError(
+            "This is a SPANPlus network. Its blocks have Mish in place of SiLU, so that no SPAN here computes it."
+        )
+    own = convert(state)
+    family = _family(own, OUR_SIGNS)
+    if family is None:
+        return None
+    settings: dict[str, Any] = {}
+    image, width_of, pixels_of = {
+        "span": ("conv_1", "conv_1", "upsampler"),
+        "spanf": ("first.conv1", "first.conv1", "near"),
+        "espan": ("conv_1", "conv_1", "upsampler"),
+        "spanv2": ("blocks.0.conv1", "blocks.0.conv1", "pointwise"),
+    }[family]
+    in_chans, width, pixels = _ends(own, image)[0], _ends(own, width_of)[1], _ends(own, pixels_of)[1]
+    out_chans, scale = _scale(pixels, in_chans)
+    if in_chans != 3:
+        settings["in_chans"] = in_chans
+    if out_chans != in_chans:
+        settings["out_chans"] = out_chans
+    if "no_norm" in own:
+        settings["norm"] = False
+    if "norm.img_range" in own:
+        settings["img_range"] = own["norm.img_range"].item()
+    if family != "span":
+        settings |= {"width": width} if width != 32 else {}
+        settings |= {"scale": scale} if scale != 4 else {}
+        return f"va_{family}_x4", settings
+    if (cat_width := own["conv_cat.weight"].shape[0]) != width:
+        settings["cat_width"] = cat_width
+    if width in WIDTHS and scale in SCALES:
+        return f"va_span_ch{width}_x{scale}", settings
+    return "va_span_ch48_x4", {"width": width, "scale": scale, **settings}
+
+
+def _ends(own: Mapping[str, Tensor], layer: str) -> tuple[int, int]:
+    """Input and output channels of a layer, in branches or one."""
+    for name in (f"{layer}.weight", f"{layer}.conv.weight", f"{layer}.skip.weight"):
+        if name in own:
+            return own[name].shape[1], own[name].shape[0]
+    raise CheckpointError(f"The weights look like a SPAN's, but those of {layer} are missing.")
+
+
+def _scale(pixels: int, in_chans: int) -> tuple[int, int]:
+    """Output channels and scale behind `pixels` = out_chans * scale^2; the channels are the input's where that fits."""
+    for out_chans in (in_chans, 3, 1, 4, 2):
+        scale = math.isqrt(pixels // out_chans)
+        if scale and out_chans * scale**2 == pixels:
+            return out_chans, scale
+    raise CheckpointError(f"The last convolution gives {pixels} channels, which no scale and 1 to 4 colours have.")
+
+
+def convert(state: Mapping[str, Tensor], branches: bool | None = None) -> dict[str, Tensor]:
+    """Give weights under our names; those that are ours, or of another network, keep theirs.
+
+    Args:
+        state: Weights in any of the layouts (see the module), without wrappers.
+        branches: Whether 3 x 3 convolutions shall be in branches or one; None leaves them as they are.
+    """
+    family = _family(state, SIGNS)
+    own = dict(state)
+    if family is not None:
+        own = {}
+        for key, value in state.items():
+            layer, dot, end = key.rpartition(".")
+            trained_apart = layer.endswith(".eval_conv") and f"{layer.removesuffix('eval_conv')}sk.weight" in state
+            if not trained_apart:
+                own[_our_layer(layer, family) + dot + end] = value
+    if "no_norm" in own:
+        own["no_norm"] = torch.zeros(1)
+    if branches is None:
+        return own
+    return unfuse(own) if branches else fuse(own)
+
+
+def _our_layer(layer: str, family: str) -> str:
+    for pattern, place in PLACES[family].items():
+        if found := re.match(pattern, layer):
+            numbers = list(found.groups())
+            if place.startswith("blocks."):
+                numbers[0] = str(int(numbers[0]) - FIRST_OF_BLOCKS[family])
+            layer = place.format(*numbers) + layer[found.end() :]
+            break
+    for theirs, ours in PARTS.items():
+        if layer.endswith(f".{theirs}"):
+            return layer.removesuffix(theirs) + ours
+    return layer
+
+
+def _layers(own: Mapping[str, Tensor], part: str) -> list[str]:
+    return [key.removesuffix(f".{part}.weight") for key in own if key.endswith(f".{part}.weight")]
+
+
+def fuse(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make every 3 x 3 convolution in branches one (equations: `visionattn.blocks.span`), computed in float64.
+
+    The result has the dtype of the branches, or float32 if that is wider.
+    """
+    fused = dict(own)
+    for layer in _layers(own, "mix"):
+        names = {(part, kind): f"{layer}.{part}.{kind}" for part in BRANCHES for kind in ("weight", "bias")}
+        if not all(name in own for name in names.values()):
+            continue  # an incomplete file: the caller names what is missing
+        ws, w1, w2, w3 = (own[names[part, "weight"]].double() for part in BRANCHES)
+        bs, b1, b2, b3 = (own[names[part, "bias"]].double() for part in BRANCHES)
+        dtype = torch.promote_types(own[names["mix", "weight"]].dtype, torch.float32)
+        weight = torch.einsum("ob,bauv,ai->oiuv", w3.flatten(1), w2, w1.flatten(1))
+        weight[:, :, 1, 1] += ws.flatten(1)
+        bias = w3.flatten(1) @ (b2 + w2.sum((2, 3)) @ b1) + b3 + bs
+        for name in names.values():
+            del fused[name]
+        fused |= {f"{layer}.conv.weight": weight.to(dtype), f"{layer}.conv.bias": bias.to(dtype)}
+    return fused
+
+
+def unfuse(own: Mapping[str, Tensor], gain: int = 2) -> dict[str, Tensor]:
+    """Give every 3 x 3 convolution that is one branches that compute exactly the same, `gain` times as wide.
+
+    All branches receive gradients: the inner ones carry copies of the convolution, and the last reads the first copy.
+    """
+    wide = dict(own)
+    for layer in _layers(own, "conv"):
+        weight, bias = own[f"{layer}.conv.weight"], own.get(f"{layer}.conv.bias")
+        if bias is None:
+            continue
+        out_chans, in_chans = weight.shape[:2]
+        copies = weight.new_zeros(gain, out_chans, gain, in_chans, 3, 3)
+        copies[:, :, 0] = weight
+        first = torch.eye(out_chans, gain * out_chans, dtype=weight.dtype, device=weight.device)
+        branches = {
+            "skip": (weight.new_zeros(out_chans, in_chans), torch.zeros_like(bias)),
+            "expand": (
+                torch.eye(in_chans, dtype=weight.dtype, device=weight.device).repeat(gain, 1),
+                bias.new_zeros(gain * in_chans),
+            ),
+            "mix": (copies.view(gain * out_chans, gain * in_chans, 3, 3), bias.new_zeros(gain * out_chans)),
+            "project": (first, bias.clone()),
+        }
+        del wide[f"{layer}.conv.weight"], wide[f"{layer}.conv.bias"]
+        for part, (kernel, offset) in branches.items():
+            wide[f"{layer}.{part}.weight"] = kernel if kernel.ndim == 4 else kernel[..., None, None]
+            wide[f"{layer}.{part}.bias"] = offset
+    return wide
+
+
+def adapt(state: Mapping[str, Any], wanted: Mapping[str, Tensor], prefix: str = "") -> Mapping[str, Any]:
+    """Give weights the names and the form, in branches or one, that a model has.
+
+    Args:
+        state: Weights in any of the layouts (see the module); wrappers such as `params_ema` are opened.
+        wanted: The model's own state dict, for its keys.
+        prefix: What stands before the model's keys in `state`; other entries are kept.
+
+    Returns:
+        `state` itself where it is the model's own layout, or no network of the family; else a new dictionary.
+    """
+    inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if set(inner) == set(wanted):
+        return state
+    if any(isinstance(value, Mapping) for value in inner.values()) or not prefix:
+        try:
+            inner = unwrap(inner)
+        except CheckpointError:
+            return state
+    own = convert(inner)
+    if _family(own, OUR_SIGNS) is None:
+        return state
+    own = unfuse(own) if any(key.endswith(".mix.weight") for key in wanted) else fuse(own)
+    others = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    return others | {prefix + key: value for key, value in own.items()}
+
+
+def to_official(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write a SPAN in the authors' layout in branches, which spandrel, neosr and BasicSR read.
+
+    What the layout cannot say is folded in exactly: a pruned `conv_cat` gets outputs of zeros, and a range of images
+    other than 255 goes into the first convolution.
+
+    Args:
+        weights: A SPAN of any width and scale, or its state dict, in either form.
+
+    Raises:
+        CheckpointError: It is no SPAN, or one that the layout has no place for.
+    """
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    own = convert(state)
+    if _family(own, OUR_SIGNS) != "span":
+        raise CheckpointError("The authors' layout holds a SPAN; these weights are none.")
+    wide, fused = unfuse(own), fuse(own)
+    in_chans, width = _ends(own, "conv_1")
+    cat_width = own["conv_cat.weight"].shape[0]
+    if in_chans != 3 and "no_norm" not in own:
+        raise CheckpointError(f"The authors' normalisation is one of 3 channels; this network has {in_chans}.")
+    if cat_width > width:
+        raise CheckpointError(f"The authors' conv_cat has {width} outputs at most; this one has {cat_width}.")
+    stretch = wide.pop("norm.img_range", torch.tensor(255.0)).item() / 255
+    for key in ("conv_1.expand.weight", "conv_1.skip.weight"):
+        wide[key] = wide[key] * stretch
+    spare = width - cat_width
+    for key, pad in {
+        "conv_cat.weight": (0, 0) * 3 + (0, spare),
+        "conv_cat.bias": (0, spare),
+        "upsampler.weight": (0, 0) * 2 + (0, spare),
+    }.items():
+        wide[key] = nn.functional.pad(wide[key], pad)
+    theirs = {ours: part for part, ours in PARTS.items()}
+    official = {}
+    for key, value in wide.items():
+        layer, dot, end = key.rpartition(".")
+        if layer.endswith(".skip"):  # once a convolution
+            place = _their_place(layer.removesuffix(".skip"))
+            kernel = fused[f"{layer.removesuffix('.skip')}.conv.{end}"]
+            factor = stretch if key == "conv_1.skip.weight" else 1
+            official[f"{place}.eval_conv.{end}"] = (kernel * factor).to(value.dtype)
+        part = layer.rpartition(".")[2]
+        if part in BRANCHES:
+            layer = f"{_their_place(layer.removesuffix('.' + part))}.{theirs[part]}"
+        elif layer == "upsampler":
+            layer = "upsampler.0"
+        official[layer + dot + end] = value
+    return official
+
+
+def _their_place(layer: str) -> str:
+    return re.sub(r"blocks\.(\d+)\.conv(\d)", lambda found: f"block_{int(found[1]) + 1}.c{found[2]}_r", layer)
+
+
+MEAN = (0.4488, 0.4371, 0.4040)  # of the images, RGB
+HALF = 0x01306B47  # before weights in float16; 0 before float32
+
+
+def read_ncnn(path: str | Path) -> dict[str, Tensor]:
+    """Read a fused SPAN from ncnn's pair of files.
+
+    The .param file names the layers, one a line. The .bin file has their numbers in that order: for a constant, its
+    values in float32; for a convolution, a tag of four bytes, the weights in float16 (filled up to four bytes) or
+    float32 as the tag says, and the bias in float32.
+
+    Args:
+        path: Either file; the other stands beside it under the same name.
+
+    Returns:
+        Weights in the authors' fused layout, float32.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or holds something else.
+    """
+    graph, numbers = Path(path).with_suffix(".param"), Path(path).with_suffix(".bin")
+    for file in (graph, numbers):
+        if not file.is_file():
+            raise CheckpointError(f"ncnn keeps a network in two files, and there is no {file}.")
+    try:
+        lines = [line.split() for line in graph.read_text().splitlines()]
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{graph} is not a network of ncnn in text form.") from error
+    if not lines or lines[0] != ["7767517"]:
+        raise CheckpointError(f"{graph} is not a network of ncnn in text form.")
+    data, offset, state = numbers.read_bytes(), 0, {}
+    means: list[np.ndarray] = []
+
+    def take(count: int, kind: str) -> np.ndarray:
+        nonlocal offset
+        values = np.frombuffer(data, kind, count, offset)
+        offset += 4 * math.ceil(values.nbytes / 4)
+        return values
+
+    try:
+        for words in lines[2:]:
+            options = dict(word.split("=", 1) for word in words if re.fullmatch(r"-?\d+=\S+", word))
+            if words[0] == "MemoryData":
+                means.append(take(math.prod(int(options.get(key, 0)) or 1 for key in ("0", "1", "11", "2")), "<f4"))
+            elif words[0] in ("Convolution", "ConvolutionDepthWise"):
+                outputs, side, size = int(options["0"]), int(options["1"]), int(options["6"])
+                tag = int(take(1, "<u4")[0])
+                if tag not in (0, HALF):
+                    raise CheckpointError(f"{numbers} holds weights in a form (tag {tag:#x}) that is not read here.")
+                weight = take(size, "<f2" if tag else "<f4").astype(np.float32)
+                layer = _torch_layer(words[1])
+                state[f"{layer}.weight"] = torch.from_numpy(weight.reshape(outputs, -1, side, side).copy())
+                if options.get("5") == "1":
+                    state[f"{layer}.bias"] = torch.from_numpy(take(outputs, "<f4").copy())
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{numbers} does not hold what {graph} announces: {error}") from error
+    if offset != len(data):
+        raise CheckpointError(f"{numbers} has {len(data)} bytes, but {graph} announces {offset}.")
+    if not means:
+        state["no_norm"] = torch.zeros(1)
+    elif len(means) > 1 or means[0].shape != (3,) or not np.allclose(means[0], MEAN, atol=1e-4):
+        told = ", ".join(f"{value:.4g}" for value in means[0][:4])
+        raise CheckpointError(f"{graph} takes off a mean of {told}; SPAN's is {MEAN}.")
+    return state
+
+
+def _torch_layer(name: str) -> str:
+    """`/upsampler/upsampler.0/Conv` -> `upsampler.0`."""
+    steps = name.strip("/").removesuffix("/Conv").split("/")
+    kept = [step for step, after in zip(steps, [*steps[1:], ""]) if not after.startswith(f"{step}.")]
+    return ".".join(kept)
