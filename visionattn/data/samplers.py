@@ -85,11 +85,11 @@ class SeededDataset(Dataset):
 
     Args:
         dataset: Map-style dataset of (PIL image, label).
-        transform: Image -> tensor.
+        transform: Image -> tensor, or what else a sample shall be.
         seed: Seed of the augmentation; None where the transform draws nothing.
     """
 
-    def __init__(self, dataset: Any, transform: Callable[[Any], torch.Tensor], seed: int | None) -> None:
+    def __init__(self, dataset: Any, transform: Callable[[Any], Any], seed: int | None) -> None:
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
@@ -97,7 +97,7 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: SampleKey | int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, key: SampleKey | int) -> tuple[Any, ...]:
         # Lightning's overfit_batches and prediction put their own samplers in, which give bare indices.
         sample, epoch, is_copy = key if isinstance(key, SampleKey) else SampleKey(key, epoch=0)
         image, label = self.dataset[sample]

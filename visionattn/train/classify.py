@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from typing import Any
 
-import timm.optim
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from timm.data import Mixup, resolve_model_data_config
-from timm.scheduler import create_scheduler_v2
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from visionattn.checkpoints import create
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError, InputError
+from visionattn.train.optimization import OptimizedTask
 from visionattn.weights import mismatches
 
-__all__ = ["SCHEDULES", "ClassifyTask"]
-
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
+__all__ = ["ClassifyTask"]
 
 
-class ClassifyTask(LightningModule):
+class ClassifyTask(OptimizedTask):
     """A classifier and how it is trained.
 
     Args:
@@ -50,9 +44,6 @@ class ClassifyTask(LightningModule):
         channels_last: Keep maps in memory with their channels side by side, which convolutions on GPUs prefer.
         compile: Compile the model.
     """
-
-    hparams: Any
-    trainer: Any
 
     def __init__(
         self,
@@ -79,12 +70,7 @@ class ClassifyTask(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if sched not in SCHEDULES:
-            raise ConfigError(f"There is no schedule {sched!r}. Choose from {', '.join(SCHEDULES)}.")
-        if opt.lower() not in timm.optim.list_optimizers():
-            known = [str(known) for known in timm.optim.list_optimizers()]
-            nearest = difflib.get_close_matches(opt, known, cutoff=0.4)
-            raise ConfigError(f"There is no optimizer {opt!r}. Near it: {', '.join(nearest) or 'none'}.")
+        self.check_names()
         settings = {**({} if in_chans is None else {"in_chans": in_chans}), **(model_args or {})}
         try:
             self.net = create(name, pretrained=pretrained, num_classes=num_classes, **settings)
@@ -196,44 +182,6 @@ class ClassifyTask(LightningModule):
         """Probability of each class, and the likeliest class."""
         probabilities = self(batch[0]).float().softmax(dim=-1)
         return {"probabilities": probabilities, "labels": probabilities.argmax(dim=-1)}
-
-    def configure_optimizers(self) -> Any:
-        """Optimizer and schedule."""
-        given = self.hparams
-        optimizer = timm.optim.create_optimizer_v2(
-            self.net,
-            opt=given.opt,
-            lr=given.lr,
-            weight_decay=given.weight_decay,
-            layer_decay=given.layer_decay,
-            **(given.opt_args or {}),
-        )
-        if given.sched == "none":
-            return optimizer
-        # The length of an epoch is not known before.
-        self.trainer.fit_loop.setup_data()
-        batches, updates = self.trainer.num_training_batches, self.trainer.estimated_stepping_batches
-        if math.isinf(batches) or math.isinf(updates):
-            raise ConfigError(
-                "A schedule must know where training ends: set trainer.max_epochs or trainer.max_steps, and for a "
-                "stream of unknown length trainer.limit_train_batches; or set model.sched to none."
-            )
-        updates_per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=given.sched,
-            num_epochs=updates / updates_per_epoch,
-            warmup_epochs=given.warmup_epochs,
-            min_lr=given.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=updates_per_epoch,
-            **(given.sched_args or {}),
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Timm's schedules are told the number of updates."""
-        scheduler.step_update(num_updates=self.trainer.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in plain words that a checkpoint is of another model, before torch lists its keys."""

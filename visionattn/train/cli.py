@@ -34,6 +34,7 @@ from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, Vi
 from visionattn.files import atomic_path
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
 from visionattn.train.classify import ClassifyTask
+from visionattn.train.restore import RestoreTask
 from visionattn.train.resume import ExactResume, Interrupted
 from visionattn.train.run_logger import ResumedLogger
 from visionattn.train.throughput import ImagesPerSecond
@@ -98,8 +99,9 @@ class TrainCLI(LightningCLI):
     """LightningCLI with this package's defaults.
 
     Any LightningModule and LightningDataModule may be named by `model.class_path` and `data.class_path`; without them
-    the task is classification. Runs land in `runs/RECIPE/version_N`: config.yaml, metrics.csv, checkpoints/best.ckpt
-    and checkpoints/last.ckpt. A run that is resumed from its last.ckpt goes on in its own folder.
+    the task is classification. The best checkpoint is the one with the highest `monitor` of the task's class. Runs land
+    in `runs/RECIPE/version_N`: config.yaml, metrics.csv, checkpoints/best.ckpt and checkpoints/last.ckpt. A run that is
+    resumed from its last.ckpt goes on in its own folder.
 
     Args:
         args: Arguments of the command line.
@@ -114,7 +116,10 @@ class TrainCLI(LightningCLI):
         self._run_name = configs[-1].stem if configs else None
         if self._run_name == "config":
             self._run_name = configs[-1].resolve().parent.parent.name
-        more = f"Recipes: {', '.join(recipes())}. More settings: --model.help ClassifyTask, --data.help ClassifyData."
+        more = (
+            f"Recipes: {', '.join(recipes())}. More settings: --model.help ClassifyTask, --data.help ClassifyData; for "
+            "super-resolution --model.help RestoreTask, --data.help RestoreData."
+        )
         parsers = {
             command: {
                 "usage": f"visionattn {command} --config RECIPE [--SETTING VALUE ...]",
@@ -147,7 +152,7 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         # Lightning's save_last saves the last best one, not the last: a second callback does.
         for name, settings in {
-            "best": {"filename": "best", "monitor": "val/accuracy", "mode": "max"},
+            "best": {"filename": "best", "mode": "max"},
             "last": {"filename": "last"},
         }.items():
             parser.add_lightning_class_args(ModelCheckpoint, name)
@@ -160,6 +165,11 @@ class TrainCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             raise ConfigError(self._explain(str(error), args)) from error
+        given = self.config.get(self.config.subcommand)
+        if given is not None and given.best.monitor is None:
+            module, _, name = given.model.class_path.rpartition(".")
+            task = getattr(importlib.import_module(module), name)
+            given.best.monitor = getattr(task, "monitor", "val/accuracy")
 
     def _explain(self, message: str, args: Sequence[str]) -> str:
         """Jsonargparse's message without its tree of types, and the name that was probably meant."""
@@ -319,7 +329,8 @@ class TrainCLI(LightningCLI):
             table.add_column({"train": "training", "val": "validation", "test": "test"}[part], justify="right")
         for measure, values in rows.items():
             table.add_row(measure, *(values.get(part, "") for part in measured))
-        net, shape = getattr(self.model, "net", None), getattr(self.datamodule, "image_shape", None)
+        net = self.model.for_use() if isinstance(self.model, RestoreTask) else getattr(self.model, "net", None)
+        shape = getattr(self.datamodule, "image_shape", None)
         if net is not None and shape is not None:
             empty = [""] * (len(measured) - 1)
             table.add_section()

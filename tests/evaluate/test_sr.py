@@ -1,0 +1,207 @@
+"""The super-resolution protocol: its published numbers, its definition in loops, and what it says of bad pictures."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from visionattn import cli
+from visionattn.data.bicubic import downscale, upscale
+from visionattn.data.luma import luma
+from visionattn.data.pictures import find_pictures, read_rgb
+from visionattn.errors import CheckpointError, ConfigError, DataError, MissingPackageError
+
+pytest.importorskip("skimage")
+
+from visionattn.evaluate import super_resolution
+from visionattn.evaluate.sr import ssim_y
+
+SHARED = Path(__file__).parents[3] / "shared"
+
+
+class Nearest(nn.Module):
+    """Repeats pixels."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.gain * x.repeat_interleave(self.scale, 2).repeat_interleave(self.scale, 3)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures, one of them grey and none a multiple of 2 or 3."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    y, x = np.mgrid[:47, :41] / 6.0
+    for number, name in enumerate(("a.png", "b.jpg", "c.bmp")):
+        waves = [np.sin(x + y + number), np.sin(1.7 * x - y), np.cos(0.6 * x * y)]
+        picture = np.stack([np.clip(127 + 110 * wave, 0, 255).astype(np.uint8) for wave in waves], axis=-1)
+        Image.fromarray(picture[..., 0] if name == "c.bmp" else picture).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "psnr", "ssim"), [("Set5", 28.432, 0.8113), ("Set14", 26.093, 0.7049)])
+def test_bicubic_has_its_published_numbers(name, psnr, ssim):
+    folder = SHARED / "data/sr" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not on this machine")
+    # The published means were computed without rounding between rows and columns.
+    for small in (None, folder / "LRbicx4"):
+        found = super_resolution([], folder / "HR", scale=4, small_folder=small)
+        (mean,) = found.means()
+        assert mean.psnr_y == pytest.approx(psnr, abs=0.005)
+        assert mean.ssim_y == pytest.approx(ssim, abs=0.0005)
+
+
+def test_a_published_network_has_its_measured_numbers():
+    weights, folder = SHARED / "weights/span/team38_span_ch28_slim.pth", SHARED / "data/sr/Set5/HR"
+    for path in (weights, folder):
+        if not path.exists():
+            pytest.skip(f"{path} is not on this machine")
+    mean = super_resolution(weights, folder).means()[1]
+    assert mean.psnr_y == pytest.approx(31.746, abs=0.001)
+    assert mean.ssim_y == pytest.approx(0.8898, abs=0.0001)
+
+
+def by_loops(first, second, border):
+    """PSNR and SSIM, window by window."""
+    y1, y2 = (luma(image)[border:-border, border:-border] for image in (first, second))
+    psnr = 10 * math.log10(255**2 / np.mean((y1 - y2) ** 2))
+    line = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    window = np.outer(line, line) / line.sum() ** 2
+    values = []
+    for top in range(y1.shape[0] - 10):
+        for left in range(y1.shape[1] - 10):
+            a, b = (y[top : top + 11, left : left + 11] for y in (y1, y2))
+            mean_a, mean_b = (window * a).sum(), (window * b).sum()
+            var_a, var_b = (window * (a - mean_a) ** 2).sum(), (window * (b - mean_b) ** 2).sum()
+            both = (window * (a - mean_a) * (b - mean_b)).sum()
+            c1, c2 = 2.55**2, 7.65**2
+            values.append(
+                (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+            )
+    return psnr, np.mean(values)
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_equals_the_definition(pictures, scale):
+    found = super_resolution(Nearest(scale), pictures)
+    assert found.failures == []
+    assert [(row.model, row.picture) for row in found.rows] == [
+        (model, name) for name in ("a.png", "b.jpg", "c.bmp") for model in ("bicubic", "Nearest")
+    ]
+    for bicubic, nearest in zip(found.rows[::2], found.rows[1::2]):
+        large = read_rgb(pictures / nearest.picture)[: 47 // scale * scale, : 41 // scale * scale]
+        small = downscale(large, scale)
+        repeated = small.repeat(scale, axis=0).repeat(scale, axis=1)
+        assert (nearest.psnr_y, nearest.ssim_y) == pytest.approx(by_loops(repeated, large, scale), rel=1e-9)
+        expected = by_loops(upscale(small, scale), large, scale)
+        assert (bicubic.psnr_y, bicubic.ssim_y) == pytest.approx(expected, rel=1e-9)
+    means = found.means()
+    assert [mean.model for mean in means] == ["bicubic", "Nearest"]
+    assert means[1].psnr_y == pytest.approx(np.mean([row.psnr_y for row in found.rows[1::2]]))
+
+
+def test_equal_pictures_have_ssim_one(pictures):
+    picture = read_rgb(pictures / "a.png")
+    assert ssim_y(picture, picture, 4) == pytest.approx(1)
+
+
+def test_dtypes_and_the_callers_model(pictures):
+    model = Nearest(2).train()
+    found = {dtype: super_resolution(model, pictures, dtype=dtype).rows for dtype in ("float32", "float64", "bfloat16")}
+    assert found["float32"] == found["float64"]
+    assert found["bfloat16"][1].psnr_y == pytest.approx(found["float32"][1].psnr_y, abs=0.3)
+    assert model.gain.dtype == torch.float32
+    assert model.training
+
+
+def test_several_models_have_several_names(pictures):
+    found = super_resolution([Nearest(2), Nearest(2)], pictures)
+    assert [mean.model for mean in found.means()] == ["bicubic", "Nearest", "Nearest (2)"]
+
+
+def test_small_pictures_of_ones_own(pictures, tmp_path):
+    (tmp_path / "small").mkdir()
+    for path in find_pictures(pictures):
+        small = downscale(read_rgb(path)[:46, :40], 2)
+        Image.fromarray(small).save(tmp_path / "small" / f"{path.stem}x2.png")
+    expected = super_resolution(Nearest(2), pictures).rows
+    assert super_resolution(Nearest(2), pictures, small_folder=tmp_path / "small").rows == expected
+    Image.new("RGB", (5, 5)).save(tmp_path / "small/ax2.png")
+    (failure,) = super_resolution(Nearest(2), pictures, small_folder=tmp_path / "small").failures
+    assert "ax2.png of 5 x 5 is not" in failure
+    assert "a.png of 46 x 40 made 2 times smaller" in failure
+
+
+def test_command(pictures, tmp_path, capsys):
+    arguments = ["evaluate", "sr", "--data", str(pictures), "--scale", "2", "--output", str(tmp_path / "sr.csv")]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    expected = super_resolution([], pictures, scale=2)
+    with open(tmp_path / "sr.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["picture"] for row in rows] == ["a.png", "b.jpg", "c.bmp", "mean of 3"]
+    for row, found in zip(rows, [*expected.rows, *expected.means()]):
+        assert float(row["psnr_y"]) == pytest.approx(found.psnr_y, abs=1e-4)
+        assert f"{found.psnr_y:.3f} / {found.ssim_y:.4f}" in shown
+        assert (row["model"], row["scale"], row["device"], row["dtype"]) == ("bicubic", "2", "cpu", "float32")
+
+
+def test_bad_pictures_are_named_and_the_rest_goes_on(pictures, tmp_path, capsys):
+    whole = (pictures / "a.png").read_bytes()
+    (pictures / "broken.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (12, 12)).save(pictures / "tiny.png")
+    assert cli.main(["evaluate", "sr", "--data", str(pictures), "--scale", "2"]) == 1
+    told = capsys.readouterr()
+    messages = told.err.splitlines()
+    assert len(messages) == 2
+    assert messages[0].startswith(f"visionattn: Could not read the picture {pictures / 'broken.png'}: ")
+    assert messages[1].startswith(f"visionattn: {pictures / 'tiny.png'}: A picture of 12 x 12 is too small for SSIM's")
+    assert "mean" in told.out
+    assert "broken" not in told.out
+
+
+def test_a_model_that_fails_is_told(pictures):
+    broken = Nearest(2)
+    broken.gain.data.fill_(math.nan)
+    found = super_resolution(broken, pictures)
+    assert found.rows == []
+    assert [failure.endswith("holds values that are not finite.") for failure in found.failures] == [True] * 3
+
+
+def test_wrong_input(pictures, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (lambda: super_resolution([], tmp_path / "empty", scale=2), DataError, "There are no pictures in"),
+        (lambda: super_resolution([], tmp_path / "none", scale=2), DataError, "There is no folder"),
+        (lambda: super_resolution([], pictures), ConfigError, "Bicubic alone needs a scale"),
+        (lambda: super_resolution(Nearest(2), pictures, scale=3), ConfigError, "Nearest 2 and 3 was asked for"),
+        (lambda: super_resolution([Nearest(2), Nearest(4)], pictures), ConfigError, r"Nearest 2, Nearest \(2\) 4"),
+        (lambda: super_resolution(nn.Conv2d(3, 3, 1), pictures), ConfigError, "Conv2d does not enlarge pictures"),
+        (
+            lambda: super_resolution("va_span_ch26_x4", pictures),
+            CheckpointError,
+            "No weights are published for va_span",
+        ),
+        (lambda: super_resolution(Nearest(2), pictures, dtype="int8"), ConfigError, "There is no dtype 'int8'"),
+        (lambda: super_resolution(Nearest(2), pictures, device="toaster"), ConfigError, "on the device 'toaster'"),
+        (lambda: super_resolution(Nearest(2), pictures, small_folder=pictures.parent), DataError, "no pictures in"),
+    ]
+    for call, error, message in cases:
+        with pytest.raises(error, match=message):
+            call()
+    monkeypatch.setitem(__import__("sys").modules, "skimage.metrics", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'visionattn\[images\]'"):
+        super_resolution([], pictures, scale=2)

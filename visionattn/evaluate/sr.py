@@ -1,0 +1,250 @@
+"""Super-resolution as Set5, Set14 and B100 are reported: PSNR and SSIM on Y, beside bicubic enlargement.
+
+The large picture is cropped at the top left to a multiple of the scale r, grey replicated to RGB. The small picture is
+MATLAB's bicubic of it (`visionattn.data.bicubic`), or a file. The network's output is times 255, clipped, rounded half
+up. On Y, r pixels cut off on each side (`visionattn.data.luma`), PSNR has the peak 255, and SSIM (Wang et al., 2004) a
+Gaussian window of 11 pixels and sigma 1.5, averaged where it lies inside the picture, C1 = 2.55^2 and C2 = 7.65^2. A
+data set has the mean over its pictures.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from visionattn import __version__
+from visionattn.checkpoints import create, load
+from visionattn.data.bicubic import crop_to_multiple, downscale, upscale
+from visionattn.data.luma import cut_border, luma, psnr_y, to_uint8
+from visionattn.data.pictures import find_pictures, pair_by_name, read_rgb
+from visionattn.errors import CheckpointError, ConfigError, DataError, InputError, VisionAttnError, require
+from visionattn.files import atomic_path
+
+__all__ = ["DTYPES", "Measured", "Measurements", "ssim_y", "super_resolution"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+BICUBIC = "bicubic"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on one picture: PSNR in dB and SSIM, both on Y."""
+
+    model: str
+    scale: int
+    picture: str
+    psnr_y: float
+    ssim_y: float
+
+
+@dataclass
+class Measurements:
+    """What `super_resolution` found.
+
+    Attributes:
+        rows: Each model on each picture, bicubic first.
+        failures: What went wrong, one line for each picture that could not be measured.
+        folder: Where the pictures are.
+        device: Where the models ran.
+        dtype: In what precision.
+    """
+
+    folder: str
+    device: str
+    dtype: str
+    rows: list[Measured] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def means(self) -> list[Measured]:
+        """Each model's mean over the pictures."""
+        found = []
+        for model in dict.fromkeys(row.model for row in self.rows):
+            own = [row for row in self.rows if row.model == model]
+            psnr, ssim = (float(np.mean([getattr(row, key) for row in own])) for key in ("psnr_y", "ssim_y"))
+            found.append(Measured(model, own[0].scale, f"mean of {len(own)}", psnr, ssim))
+        return found
+
+    def table(self) -> Table:
+        """A row for each picture and for the mean, a column for each model."""
+        means = self.means()
+        table = Table("picture")
+        for mean in means:
+            table.add_column(Path(mean.model).name, justify="right")
+        found = {(row.model, row.picture): f"{row.psnr_y:.3f} / {row.ssim_y:.4f}" for row in self.rows}
+        for picture in dict.fromkeys(row.picture for row in self.rows):
+            table.add_row(picture, *(found.get((mean.model, picture), "") for mean in means))
+        table.add_section()
+        table.add_row("mean", *(f"{mean.psnr_y:.3f} / {mean.ssim_y:.4f}" for mean in means))
+        return table
+
+    def write(self, path: str | Path) -> None:
+        """Write all rows and means as CSV.
+
+        Raises:
+            StorageError: The file could not be written.
+        """
+        origin = {
+            "folder": self.folder,
+            "device": self.device,
+            "dtype": self.dtype,
+            "torch": torch.__version__,
+            "visionattn": __version__,
+        }
+        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*Measured.__dataclass_fields__, *origin])
+            writer.writeheader()
+            for row in [*self.rows, *self.means()]:
+                rounded = {"psnr_y": f"{row.psnr_y:.4f}", "ssim_y": f"{row.ssim_y:.5f}"}
+                writer.writerow({**asdict(row), **rounded, **origin})
+
+
+def super_resolution(
+    models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
+    folder: str | Path,
+    *,
+    small_folder: str | Path | None = None,
+    scale: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    console: Console | None = None,
+) -> Measurements:
+    """Measure models of one scale on a folder of large pictures, bicubic beside them.
+
+    Args:
+        models: One or several, each a name whose weights are published, a weight file, or a module that takes RGB
+            (B, 3, H, W) in 0..1 and states its `scale`. None at all measures bicubic alone.
+        folder: Large pictures (png, jpg, webp, bmp, tiff).
+        small_folder: Small pictures of the same names; None makes them by MATLAB's bicubic.
+        scale: Factor r; None takes the models'.
+        device: Where the models run, such as `"cuda"`.
+        dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
+        console: Shows the progress; None shows none.
+
+    Returns:
+        All rows; pictures that could not be measured are listed in `failures`.
+
+    Raises:
+        ConfigError: The models have several scales, there is no scale, or there is no such device or dtype.
+        CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
+        DataError: The folder has no pictures, or the folder of small pictures lacks some.
+        MissingPackageError: scikit-image is not installed.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"There is no dtype {dtype!r}. Choose from {', '.join(DTYPES)}.")
+    require("skimage.metrics", "images")
+    given = [models] if isinstance(models, (str, Path, nn.Module)) else list(models)
+    files = find_pictures(folder)
+    networks: dict[str, Any] = {}
+    for model in given:
+        networks[_label(model, networks)] = _open(model)
+    scale = _common_scale(networks, scale)
+    small_files = pair_by_name(files, small_folder, scale) if small_folder is not None else [None] * len(files)
+    try:
+        networks = {label: network.eval().to(device, DTYPES[dtype]) for label, network in networks.items()}
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"The models cannot run on the device {device!r}: {error}") from error
+    found = Measurements(str(folder), device, dtype)
+    with Progress(console=console, disable=console is None, transient=True) as progress:
+        task = progress.add_task("pictures", total=len(files) * (1 + len(networks)))
+        for file, small_file in zip(files, small_files):
+            try:
+                large, small = _pair(file, small_file, scale)
+                rows = []
+                for label in (BICUBIC, *networks):
+                    output = upscale(small, scale) if label == BICUBIC else _run(networks[label], small)
+                    psnr, ssim = psnr_y(output, large, scale), ssim_y(output, large, scale)
+                    rows.append(Measured(label, scale, file.name, psnr, ssim))
+                    progress.advance(task)
+                # A picture counts for all models or for none, or means would not compare.
+                found.rows += rows
+            except VisionAttnError as error:
+                found.failures.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+    return found
+
+
+def ssim_y(first: np.ndarray, second: np.ndarray, border: int) -> float:
+    """SSIM of two uint8 RGB pictures (H, W, 3) on Y, without `border` pixels on each side.
+
+    Raises:
+        InputError: The rest is smaller than the window of 11 pixels.
+    """
+    y1, y2 = (cut_border(luma(image), border) for image in (first, second))
+    if min(y1.shape) < 11:
+        raise InputError(f"A picture of {first.shape[0]} x {first.shape[1]} is too small for SSIM's window of 11.")
+    metrics = require("skimage.metrics", "images")
+    # scikit-image averages where the window lies inside; truncated at 3.5 sigma it has 11 pixels.
+    return float(
+        metrics.structural_similarity(
+            y1, y2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+    )
+
+
+def _label(model: str | Path | nn.Module, taken: dict[str, Any]) -> str:
+    """What tables call a model, each once."""
+    if isinstance(model, nn.Module):
+        config = getattr(model, "pretrained_cfg", None) or {}
+        label = config.get("architecture") or type(model).__name__
+    else:
+        label = str(model)
+    number = 1 + sum(other == label or other.startswith(f"{label} (") for other in taken)
+    return label if number == 1 else f"{label} ({number})"
+
+
+def _open(model: str | Path | nn.Module) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model)  # it will change device, dtype and mode
+    if Path(model).exists():
+        return load(model)
+    name = str(model)
+    config: Any = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    if config is not None and not config.has_weights:
+        raise CheckpointError(f"No weights are published for {name}: give a weight file.")
+    return create(name, pretrained=True)
+
+
+def _common_scale(networks: dict[str, Any], scale: int | None) -> int:
+    scales = {label: getattr(network, "scale", None) for label, network in networks.items()}
+    if odd := [label for label, own in scales.items() if own is None]:
+        raise ConfigError(f"{odd[0]} does not enlarge pictures: it states no scale.")
+    different = sorted({own for own in (*scales.values(), scale) if own is not None})
+    if len(different) > 1:
+        stated = ", ".join(f"{label} {own}" for label, own in scales.items())
+        asked = f" and {scale} was asked for" if scale is not None else ""
+        raise ConfigError(f"One run measures one scale, but the models have {stated}{asked}.")
+    if not different:
+        raise ConfigError("Bicubic alone needs a scale.")
+    return different[0]
+
+
+def _pair(file: Path, small_file: Path | None, scale: int) -> tuple[np.ndarray, np.ndarray]:
+    large = crop_to_multiple(read_rgb(file), scale)
+    if small_file is None:
+        return large, downscale(large, scale)
+    small = read_rgb(small_file)
+    if (scale * small.shape[0], scale * small.shape[1]) != large.shape[:2]:
+        raise DataError(
+            f"{small_file} of {small.shape[0]} x {small.shape[1]} is not {file} of {large.shape[0]} x {large.shape[1]} "
+            f"made {scale} times smaller."
+        )
+    return large, small
+
+
+@torch.inference_mode()
+def _run(network: Any, small: np.ndarray) -> np.ndarray:
+    """Uint8 (H, W, 3) -> uint8 (rH, rW, 3)."""
+    parameter = next(network.parameters())
+    image = torch.from_numpy(small).permute(2, 0, 1)[None].to(parameter.device)
+    return to_uint8(network((image / 255).to(parameter.dtype))[0])

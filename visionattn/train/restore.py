@@ -1,0 +1,195 @@
+"""Training super-resolution: a model of the task "restore", with or without a teacher.
+
+    out = net(small / 255)
+    L = (1 - w) l(out, large / 255) + w l(out, teacher(small / 255))      w = 0 without a teacher
+    l = mean sqrt(d^2 + eps^2)  (Charbonnier)   or   mean |d|  (l1)       d the difference of a colour value
+
+Validation measures PSNR as the benchmarks do (`visionattn.data.luma`).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torchmetrics import MeanMetric
+
+from visionattn.checkpoints import create, load
+from visionattn.data.luma import psnr_y, to_uint8
+from visionattn.data.samplers import IGNORED
+from visionattn.errors import CheckpointError, ConfigError
+from visionattn.train.optimization import OptimizedTask
+from visionattn.weights import mismatches
+
+__all__ = ["RestoreTask"]
+
+LOSSES = ("charbonnier", "l1")
+
+
+class RestoreTask(OptimizedTask):
+    """A model that enlarges pictures and how it is trained.
+
+    Args:
+        name: Name of the model in timm's registry; it takes RGB in 0..1 and states its `scale`.
+        model_args: Further arguments of the model. Of SPAN, `branches: true` trains each convolution in branches; it is
+            measured fused, and `visionattn.load` reads the checkpoint fused.
+        pretrained: Begin with the published weights.
+        loss: charbonnier or l1.
+        eps: Where Charbonnier's loss turns from square to absolute, in units of the 0..1 range.
+        teacher: Checkpoint of a model of the same scale, read by `visionattn.load`, whose output is a second target.
+        teacher_weight: Share w of the teacher in the loss, above 0, at most 1.
+        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
+        lr: Peak learning rate.
+        weight_decay: Weight decay; biases have none.
+        opt_args: Further arguments of the optimizer, such as `betas`.
+        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
+        warmup_epochs: Epochs of linear warm-up, part of the whole.
+        min_lr: Learning rate at the end.
+        sched_args: Further arguments of timm's `create_scheduler_v2`; halving at epochs 50 and 80 is sched multistep
+            with `{decay_milestones: [50, 80], decay_rate: 0.5}`.
+        channels_last: Keep maps in memory with their channels side by side, which convolutions on GPUs prefer.
+        compile: Compile the model.
+    """
+
+    monitor: ClassVar[str] = "val/psnr_y"
+    """The measure whose highest value makes the best checkpoint."""
+
+    def __init__(
+        self,
+        name: str = "va_span_ch26_x4",
+        model_args: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        loss: str = "charbonnier",
+        eps: float = 1e-3,
+        teacher: str | None = None,
+        teacher_weight: float = 0.5,
+        opt: str = "adamw",
+        lr: float = 5e-4,
+        weight_decay: float = 0.0,
+        opt_args: dict[str, Any] | None = None,
+        sched: str = "cosine",
+        warmup_epochs: float = 0.0,
+        min_lr: float = 1e-7,
+        sched_args: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.check_names()
+        if loss not in LOSSES:
+            raise ConfigError(f"There is no loss {loss!r}. Choose from {', '.join(LOSSES)}.")
+        if not 0 < teacher_weight <= 1:
+            raise ConfigError(f"model.teacher_weight is above 0 and at most 1, not {teacher_weight}.")
+        try:
+            self.net = create(name, pretrained=pretrained, **(model_args or {}))
+        except (OSError, RuntimeError) as error:
+            if not pretrained:
+                raise
+            raise CheckpointError(f"The pretrained weights of {name!r} could not be had: {error}") from error
+        net: Any = self.net
+        if getattr(net, "task", None) != "restore" or net.in_chans != 3:
+            raise ConfigError(f"{name!r} does not enlarge colour pictures; models of the task 'restore' do.")
+        self.scale: int = net.scale
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)  # a convolution's output has the order of its weights
+        # In tuples, torch does not see the networks: they belong neither to the checkpoint nor to the optimizer.
+        self._teacher: tuple[torch.nn.Module, ...] = ()
+        self._measured: tuple[torch.nn.Module, ...] = ()
+        self.val_psnr, self.test_psnr = MeanMetric(), MeanMetric()
+
+    def setup(self, stage: str) -> None:
+        """Read the teacher, and compile."""
+        given = self.hparams
+        if stage == "fit" and given.teacher is not None and not self._teacher:
+            teacher: Any = load(Path(given.teacher))
+            if getattr(teacher, "scale", None) != self.scale:
+                raise ConfigError(
+                    f"The teacher {given.teacher} enlarges {getattr(teacher, 'scale', None)} times, the model "
+                    f"{self.scale} times."
+                )
+            self._teacher = (teacher.requires_grad_(False),)
+        if given.compile:
+            # In place: torch.compile(net) would put its own prefix before every key of the checkpoint.
+            self.net.compile()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """RGB in 0..1, (B, 3, H, W) -> (B, 3, rH, rW), not clamped."""
+        return self.net(images)
+
+    def on_fit_start(self) -> None:
+        """Take the teacher to the device."""
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Loss of one batch."""
+        images, targets = batch[0] / 255, batch[1] / 255
+        found = self(images).float()
+        loss = self._distance(found, targets)
+        for teacher in self._teacher:
+            with torch.no_grad():
+                taught = teacher(images).float()
+            share = self.hparams.teacher_weight
+            loss = (1 - share) * loss + share * self._distance(found, taught)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
+        return loss
+
+    def _distance(self, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        difference = found - wanted
+        if self.hparams.loss == "l1":
+            return difference.abs().mean()
+        return (difference.square() + self.hparams.eps**2).sqrt().mean()
+
+    def on_validation_epoch_start(self) -> None:
+        """Fuse a copy, as it will be used."""
+        self._measured = (self.for_use(),)
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """PSNR of the validation pictures."""
+        self._measure(batch, self.val_psnr)
+        self.log("val/psnr_y", self.val_psnr, prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Let the copy go."""
+        self._measured = ()
+
+    def on_test_epoch_start(self) -> None:
+        """Fuse a copy, as it will be used."""
+        self._measured = (self.for_use(),)
+
+    def test_step(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """PSNR of the test pictures."""
+        self._measure(batch, self.test_psnr)
+        self.log("test/psnr_y", self.test_psnr)
+
+    def on_test_epoch_end(self) -> None:
+        """Let the copy go."""
+        self._measured = ()
+
+    def for_use(self) -> torch.nn.Module:
+        """A fused copy of a network that can be fused, else the network."""
+        net: Any = self.net
+        return copy.deepcopy(net).fuse() if hasattr(net, "fuse") else net
+
+    def _measure(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor], mean: MeanMetric) -> None:
+        small, large, numbers = batch
+        (net,) = self._measured
+        for image, target, found in zip(numbers.tolist(), large, net(small / 255)):
+            if image != IGNORED:
+                mean.update(psnr_y(to_uint8(found), target.permute(1, 2, 0).cpu().numpy(), self.scale))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in plain words that a checkpoint is of another model, before torch lists its keys."""
+        saved = checkpoint.get("hyper_parameters", {}).get("name", self.hparams.name)
+        if saved != self.hparams.name:
+            raise CheckpointError(f"The checkpoint is of the model {saved!r}; asked for was {self.hparams.name!r}.")
+        if wrong := mismatches(checkpoint["state_dict"], self.state_dict()):
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise CheckpointError(
+                f"The checkpoint does not fit the model {self.hparams.name!r}: {'; '.join(wrong[:3])}{more}. Were "
+                "model.model_args others?"
+            )
