@@ -91,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     from visionattn.export import cli as export_cli
 
     export_cli.add_arguments(export)
+    upscale = commands.add_parser("upscale", help="enlarge pictures and videos")
+    from visionattn.predict import upscale_cli
+
+    upscale_cli.add_arguments(upscale)
+    evaluate = commands.add_parser("evaluate", help="measure models by their benchmark's protocol")
+    from visionattn.evaluate import cli as evaluate_cli
+
+    evaluate_cli.add_arguments(evaluate)
     for name, description in TRAINING.items():
         commands.add_parser(name, help=description, add_help=False)
     return parser
@@ -113,6 +121,14 @@ def _run(argv: list[str]) -> int:
         from visionattn.export import cli as export_cli
 
         return export_cli.run(args)
+    elif args.command == "upscale":
+        from visionattn.predict import upscale_cli
+
+        return upscale_cli.run(args)
+    elif args.command == "evaluate":
+        from visionattn.evaluate import cli as evaluate_cli
+
+        return evaluate_cli.run(args)
     else:
         from visionattn import quickstart
 

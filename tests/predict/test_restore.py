@@ -1,0 +1,182 @@
+"""`upscale`: every kind of image, exact seams, alpha without fringes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import visionattn
+from predict.upscalers import Blur, Repeat, picture, repeated
+from visionattn.errors import InputError
+from visionattn.predict import upscale
+from visionattn.predict.engine import TorchEngine
+from visionattn.predict.restore import bleed, tiles_of
+from visionattn.predict.tiles import MIB
+
+SPAN = Path("/work/shared/weights/span/team39_spantiny_ch26_slim.pth")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize("channels", [None, 1, 2, 3, 4])
+@pytest.mark.parametrize("model_channels", [1, 3])
+def test_arrays_keep_kind_and_channels(dtype, channels, model_channels):
+    pixels = picture(6, 9, channels or 1, dtype)
+    pixels = pixels[:, :, 0] if channels is None else pixels
+    result = upscale(pixels, Repeat(2, model_channels))
+    assert result.dtype == dtype
+    # float64 passes through the weights' float32.
+    np.testing.assert_allclose(result, repeated(pixels), rtol=1e-6 if np.dtype(dtype).kind == "f" else 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 6), (2, 3, 5, 6), (1, 5, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_keep_kind(shape, dtype):
+    image = torch.rand(shape, dtype=torch.float64).to(dtype)
+    result = upscale(image, Repeat(3))
+    assert result.dtype == dtype
+    expected = image.repeat_interleave(3, -1).repeat_interleave(3, -2)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("L", "L"), ("LA", "LA"), ("RGB", "RGB"), ("RGBA", "RGBA"), ("P", "RGB"), ("1", "L"), ("CMYK", "RGB")],
+)
+def test_pil_images(mode, expected):
+    image = Image.fromarray(picture()).convert(mode)
+    result = upscale(image, Repeat(2))
+    assert (result.mode, result.size) == (expected, (60, 40))
+    np.testing.assert_array_equal(np.asarray(result), repeated(np.asarray(image.convert(expected))))
+
+
+def test_pil_image_of_16_bits_and_its_profile():
+    image = Image.fromarray(picture(channels=1, dtype=np.uint16)[:, :, 0])
+    image.info |= {"icc_profile": b"profile", "dpi": (300, 300)}
+    result = upscale(image, Repeat(2))
+    assert result.mode == "I;16"
+    assert result.info == {"icc_profile": b"profile", "dpi": (300, 300)}
+    np.testing.assert_array_equal(np.asarray(result), repeated(np.asarray(image)))
+
+
+def test_the_result_is_clamped_and_rounded_half_up():
+    model = Repeat(1, 1)
+    pixels = np.arange(256, dtype=np.uint8)[None]
+    model.spread.weight.data *= 1.5
+    expected = np.minimum(np.floor(1.5 * pixels + 0.5), 255)
+    near_half = np.abs((1.5 * pixels) % 1 - 0.5) < 1e-6  # 1.5 x / 255 * 255 in float32 falls to either side
+    result = upscale(pixels, model)
+    assert (np.abs(result - expected)[near_half] <= 1).all()
+    np.testing.assert_array_equal(result[~near_half], expected[~near_half])
+    assert upscale(np.float32([[0.9]]), model) == 1.0
+
+
+def test_grey_through_a_colour_model_is_the_mean():
+    model = Repeat(1, 3)
+    model.spread.weight.data *= torch.tensor([0.25, 0.5, 0.75]).view(3, 1, 1, 1)
+    np.testing.assert_allclose(upscale(np.float32([[0.5]]), model), 0.25)
+
+
+def test_tiles_are_exact_to_the_last_bit():
+    """Pixels k / 128 and weights k / 64: float64 holds every sum exactly, whatever a kernel's order."""
+    model = Blur(2).double()
+    pixels = np.random.default_rng(0).integers(0, 129, (47, 61, 3)) / 128
+    whole = upscale(pixels, model)
+    assert 0 < whole.std() < 1
+    memory = 600 * TorchEngine(model).bytes_per_pixel / MIB
+    assert len(tiles_of(TorchEngine(model), 47, 61, None, memory)) > 4
+    np.testing.assert_array_equal(upscale(pixels, model, memory=memory), whole)
+    assert (upscale(pixels, model, memory=memory, overlap=2) != whole).any()
+
+
+def test_tiles_in_float32_and_8_bits():
+    model = Blur(2)
+    pixels = picture(47, 61)
+    memory = 600 * TorchEngine(model).bytes_per_pixel / MIB
+    scaled = (pixels / 255).astype(np.float32)
+    np.testing.assert_allclose(upscale(scaled, model, memory=memory), upscale(scaled, model), atol=1e-6)
+    np.testing.assert_array_equal(upscale(pixels, model, memory=memory), upscale(pixels, model))
+
+
+@pytest.mark.skipif(not SPAN.exists(), reason="needs a published weight file")
+def test_tiles_of_span():
+    model = visionattn.load(SPAN).double()
+    pixels = np.asarray(Image.fromarray(picture(70, 90)).resize((90, 70), Image.Resampling.BICUBIC)) / 255
+    whole = upscale(pixels, model)
+    memory = 70 * 70 * TorchEngine(model).bytes_per_pixel / MIB
+    # Kernels take sums in another order at another size, which moves the last bits.
+    np.testing.assert_allclose(upscale(pixels, model, memory=memory), whole, atol=1e-12)
+    assert np.abs(upscale(pixels, model, memory=memory, overlap=8) - whole).max() > 1e-8
+
+
+def test_the_zoo_states_what_upscaling_needs():
+    model = timm.create_model("va_span_ch26_x2").eval()
+    assert upscale(picture(9, 7), model).shape == (18, 14, 3)
+
+
+def test_alpha_is_apart_and_opaque_stays_opaque():
+    pixels = picture(20, 20, 4)
+    pixels[..., 3] = 255
+    pixels[:10, :, 3] = 0
+    model = Blur(2)
+    result = upscale(pixels, model)
+    assert (result[22:, :, 3] == 255).all()
+    assert (result[:18, :, 3] == 0).all()
+    opaque = pixels[..., :3].copy()
+    np.testing.assert_array_equal(result[30:, :, :3], upscale(opaque, model)[30:])
+
+
+def test_no_dark_fringe():
+    """White beside transparent black: after upscaling, white is white up to the edge."""
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[:, 8:] = 255
+    model = Blur(2)
+    white = upscale(np.full((16, 16, 3), 255, np.uint8), model)
+    np.testing.assert_array_equal(upscale(pixels, model)[..., :3], white)
+
+
+def test_bleed_takes_the_nearest_block_and_leaves_what_is_visible():
+    colour = np.array([[10, 0, 0, 0, 0, 0, 0, 90]], np.uint8)[..., None]
+    alpha = np.array([[9, 0, 0, 0, 0, 0, 0, 255]], np.uint8)[..., None]
+    assert bleed(colour, alpha)[0, :, 0].tolist() == [10, 10, 10, 10, 90, 90, 90, 90]
+    nothing = np.zeros_like(alpha)
+    assert bleed(colour, nothing) is colour
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4, 5), np.uint8), "5 channels"),
+        (np.zeros((4, 4), np.int64), "int64"),
+        (np.zeros((0, 4), np.uint8), "no pixels"),
+        (np.full((4, 4), 200.0), "floats are 0..1"),
+        (np.full((4, 4), np.nan), "floats are 0..1"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), "this takes floats"),
+        ("cat.png", "neither an array"),
+        (Image.fromarray(np.zeros((4, 4), np.float32)), "32 bits"),
+    ],
+)
+def test_images_that_are_not_taken(image, message):
+    with pytest.raises(InputError, match=message):
+        upscale(image, Repeat())
+
+
+def test_arguments_that_are_not_taken():
+    for arguments, message in [
+        ({"overlap": -1}, "overlap is -1"),
+        ({"memory": 0}, "more than 0"),
+        ({"precision": "fp8"}, "fp16"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            upscale(picture(), Repeat(), **arguments)
+    with pytest.raises(InputError, match="takes 4"):
+        upscale(picture(), Repeat(2, 4))
+
+
+def test_a_broken_network_is_named():
+    model = Repeat()
+    model.spread.weight.data[:] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        upscale(picture(), model)

@@ -1,0 +1,46 @@
+"""A picture that shows bicubic interpolation and the network side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from visionattn.predict.picture import Picture, on_white
+
+__all__ = ["side_by_side"]
+
+MOST = 1600  # pixels a side of each half; a larger result is shown by its middle
+STRIP = 28
+
+
+def side_by_side(source: np.ndarray, result: np.ndarray) -> Picture:
+    """Left the bicubic enlargement, right the network's, each labelled: the same part of the same size.
+
+    Args:
+        source: (H, W, C) of uint8 or uint16.
+        result: (r H, r W, C), the same type.
+    """
+    scale = result.shape[0] // source.shape[0]
+    rows, columns = (_middle(side, max(MOST // scale, 1)) for side in source.shape[:2])
+    low = _shown(source[rows, columns])
+    left = low.resize((scale * low.width, scale * low.height), Image.Resampling.BICUBIC)
+    right = _shown(result[tuple(slice(scale * part.start, scale * part.stop) for part in (rows, columns))])
+    picture = Image.new("RGB", (2 * left.width + 4, left.height + STRIP), "white")
+    pen = ImageDraw.Draw(picture)
+    for start, half, label in ((0, left, "bicubic"), (left.width + 4, right, "network")):
+        pen.text((start + 4, 6), label, fill="black")
+        picture.paste(half, (start, STRIP))
+    return Picture.of(picture)
+
+
+def _middle(length: int, most: int) -> slice:
+    start = max(length - most, 0) // 2
+    return slice(start, start + min(length, most))
+
+
+def _shown(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    if pixels.shape[2] in (2, 4):
+        pixels = on_white(pixels)
+    return Picture(np.ascontiguousarray(pixels)).image().convert("RGB")

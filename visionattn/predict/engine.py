@@ -1,0 +1,197 @@
+"""What computes a tile: PyTorch, or an exported file in ONNX Runtime.
+
+An engine is called with a float tensor (B, C, h, w) in 0..1 on the CPU and gives (B, C, r h, r w), same type, not
+clamped. It states `scale`, `channels`, `radius` (pixels of the input that reach one of the result), `dtype` of its
+input, and `bytes_per_pixel` and `device` for the size of tiles.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.checkpoints import create
+from visionattn.errors import InputError, MissingPackageError, VisionAttnError
+from visionattn.export import OnnxModel, export_onnx
+from visionattn.predict.tiles import bytes_per_pixel
+
+__all__ = ["PRECISIONS", "Engine", "OnnxEngine", "TorchEngine", "check_task", "faster"]
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Nearer than half an 8-bit level: the two engines give the same picture.
+AGREEMENT = 1e-3
+# ONNX Runtime keeps what it has allocated: measured 1.1 to 1.2 times what PyTorch is reckoned to take.
+ARENA = 1.25
+
+
+def check_task(model: nn.Module) -> None:
+    """Raise `InputError` for a model that does something else than upscaling."""
+    facts: Any = model
+    task = getattr(model, "task", None)
+    if task != "restore":
+        does = f"its task is {task!r}" if task else "it states no task"
+        raise InputError(
+            f"{type(model).__name__} does not upscale images: {does}. Models of the task 'restore' do; "
+            "`visionattn list` shows them."
+        )
+    missing = [key for key in ("scale", "in_chans", "radius") if not hasattr(model, key)]
+    if missing:
+        raise InputError(f"{type(model).__name__} does not state its {', '.join(missing)} as attributes.")
+    if getattr(model, "out_chans", facts.in_chans) != facts.in_chans:
+        raise InputError(f"{type(model).__name__} makes {facts.out_chans} channels of {facts.in_chans}: not taken.")
+
+
+class Engine:
+    """What all engines state, taken from a model of the task "restore".
+
+    Args:
+        model: States `task`, `scale`, `in_chans` and `radius`.
+
+    Raises:
+        InputError: The model does something else than upscaling.
+    """
+
+    name: str
+
+    def __init__(self, model: nn.Module) -> None:
+        check_task(model)
+        facts: Any = model
+        weight = next(model.parameters())
+        self.scale: int = facts.scale
+        self.channels: int = facts.in_chans
+        self.radius: int = facts.radius
+        self.device = weight.device
+        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.bytes_per_pixel = bytes_per_pixel(model, self.channels)
+        self.notes: list[str] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Upscale: (B, C, h, w) -> (B, C, r h, r w)."""
+        raise NotImplementedError
+
+
+class TorchEngine(Engine):
+    """The model itself, on its own device.
+
+    Args:
+        model: A model of the task "restore". Not changed.
+        precision: "fp32", "fp16", "bf16", or "auto": fp16 on a GPU, the weights' own type on a CPU. Where the result of
+            fp16 or bf16 is not finite, the tile is computed again with the model's own weights, and a note is left.
+    """
+
+    name = "torch"
+
+    def __init__(self, model: nn.Module, precision: str = "auto") -> None:
+        if precision not in ("auto", *PRECISIONS):
+            raise InputError(f"The precision is {precision!r}; there are auto, {', '.join(PRECISIONS)}.")
+        if model.training:
+            model = copy.deepcopy(model).eval()
+        super().__init__(model)
+        own = next(model.parameters()).dtype
+        if precision == "auto":
+            chosen = torch.float16 if self.device.type == "cuda" and own == torch.float32 else own
+        else:
+            chosen = PRECISIONS[precision]
+        self.model = model
+        self.compute_dtype = chosen
+        self.fast = model if chosen == own else copy.deepcopy(model).to(chosen)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Upscale: (B, C, h, w) -> (B, C, r h, r w)."""
+        result = self._compute(self.fast, images)
+        if self.fast is not self.model and not result.isfinite().all():
+            self.notes.append(f"{self.compute_dtype} overflowed".replace("torch.", ""))
+            result = self._compute(self.model, images)
+        return result
+
+    def _compute(self, model: nn.Module, images: Tensor) -> Tensor:
+        weight = next(model.parameters())
+        try:
+            return model(images.to(weight.device, weight.dtype)).to("cpu", images.dtype)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            # The CPU's allocator raises a bare RuntimeError.
+            if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
+                height, width = images.shape[-2:]
+                raise InputError(
+                    f"A tile of {height} x {width} pixels does not fit the memory: lower --memory (memory=)."
+                ) from error
+            raise
+
+
+class OnnxEngine(Engine):
+    """An exported file in ONNX Runtime, on the CPU, in float32.
+
+    Args:
+        file: The file.
+        model: The model that it was exported from, for its facts. Default: the zoo's model of the name in the file.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, file: OnnxModel, model: nn.Module | None = None) -> None:
+        spec = file.spec
+        if spec.task != "restore":
+            raise InputError(f"The ONNX file of {spec.model} does not upscale images: its task is {spec.task!r}.")
+        if not spec.dynamic_size:
+            raise InputError(f"The ONNX file of {spec.model} takes one size only: export it without --static-size.")
+        super().__init__(model or create(spec.model, in_chans=spec.input_size[0]).eval())
+        self.file = file
+        # The exported model may have been built with other arguments than its name has.
+        self.scale = spec.scale or self.scale
+        self.radius = self.radius if spec.radius is None else spec.radius
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.bytes_per_pixel *= ARENA
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Upscale: (B, C, h, w) -> (B, C, r h, r w)."""
+        return torch.from_numpy(self.file(images.numpy())[0])
+
+    @classmethod
+    def of(cls, model: nn.Module) -> OnnxEngine:
+        """Export a model for this run.
+
+        Raises:
+            MissingPackageError: The packages of the extra `export` are not installed.
+            ExportError: The model cannot be exported.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            # Its outputs are compared on the picture itself, which says more than random images.
+            file = export_onnx(model, Path(folder) / "model.onnx", check=False)
+            return cls(OnnxModel(file.path), model)
+
+
+def faster(engine: TorchEngine, images: Tensor) -> tuple[Engine, str]:
+    """Time an engine and the same model in ONNX Runtime on a tile; give the faster one, and a line that says why.
+
+    Args:
+        engine: A model on the CPU.
+        images: The tile, (B, C, h, w).
+    """
+    try:
+        other = OnnxEngine.of(engine.model)
+        (mine, seconds), (theirs, their_seconds) = (_timed(candidate, images) for candidate in (engine, other))
+    except MissingPackageError:
+        return engine, "PyTorch: ONNX Runtime is not installed"
+    except VisionAttnError as error:
+        return engine, f"PyTorch: {error}"
+    times = f"{seconds:.2f} s a tile in PyTorch, {their_seconds:.2f} s in ONNX Runtime"
+    difference = float((mine - theirs).abs().max())
+    if not difference <= AGREEMENT:
+        return engine, f"PyTorch: the outputs of ONNX Runtime differ by {difference:.2g}"
+    return (other, f"ONNX Runtime: {times}") if their_seconds < seconds else (engine, f"PyTorch: {times}")
+
+
+def _timed(engine: Engine, images: Tensor) -> tuple[Tensor, float]:
+    """The second pass counts: the first allocates and prepares."""
+    engine(images)
+    start = time.perf_counter()
+    result = engine(images)
+    return result, time.perf_counter() - start

@@ -1,0 +1,233 @@
+"""The loop over tiles, and `upscale` for what a program holds: array, PIL image or tensor.
+
+The loop writes each tile straight into the result, so that beside the two pictures only one tile is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from visionattn.errors import InputError
+from visionattn.predict.engine import Engine, TorchEngine
+from visionattn.predict.picture import Picture
+from visionattn.predict.tiles import MIB, Tile, default_memory, plan
+
+__all__ = ["bleed", "restore", "tiles_of", "upscale"]
+
+Image_ = TypeVar("Image_", np.ndarray, Tensor, Image.Image)
+PEAKS = {"u1": 255.0, "u2": 65535.0}
+# Float tensors that rounding makes of a tile's result: the clamped one, the rounded one, the one in its final type.
+COPIES = 3
+
+
+def upscale(
+    image: Image_,
+    model: nn.Module,
+    *,
+    overlap: int | None = None,
+    memory: float | None = None,
+    precision: str = "auto",
+) -> Image_:
+    """Upscale an image by a model of the task "restore".
+
+    A colour model is applied to a grey image by replicating its channel and averaging the result; a one-channel model
+    to each channel of a colour image. A second or fourth channel that the model does not know is alpha: it is upscaled
+    apart, and colours are continued below transparent pixels first, so that no dark fringe appears.
+
+    Args:
+        image: An array (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; a PIL image; or a float tensor (C, H, W)
+            or (B, C, H, W) in 0..1. RGB order.
+        model: Its device computes; the image may lie elsewhere.
+        overlap: Pixels by which tiles overlap on each side. Default: the model's radius, which is exact.
+        memory: MiB that a pass of the network may take; larger images are cut into tiles. Default: half of what is
+            free, on a CPU at most 256.
+        precision: "fp32", "fp16", "bf16" or "auto" (fp16 on a GPU, else the weights' type).
+
+    Returns:
+        The same kind, type and channels, r times as high and wide, clamped, and rounded where the type is an integer.
+        PIL images of other modes than L, LA, RGB, RGBA and I;16 become RGB or RGBA.
+
+    Raises:
+        InputError: Shape, type or values of the image, the model or an argument are not accepted.
+    """
+    engine = TorchEngine(model, precision)
+
+    def enlarge(pixels: np.ndarray) -> np.ndarray:
+        return restore(engine, pixels, overlap, memory)
+
+    if isinstance(image, Image.Image):
+        picture = Picture.of(image)
+        return Picture(enlarge(picture.pixels), icc=picture.icc, exif=picture.exif, dpi=picture.dpi).image()
+    if isinstance(image, Tensor):
+        if not image.is_floating_point() or image.ndim not in (3, 4):
+            raise InputError(
+                f"The tensor is {tuple(image.shape)} of {image.dtype}; this takes floats (C, H, W) or (B, C, H, W)."
+            )
+        batch = image.detach().cpu()[(None,) * (4 - image.ndim)].movedim(1, -1)  # (B, H, W, C)
+        # numpy knows no bfloat16.
+        batch = batch if batch.dtype == torch.float64 else batch.float()
+        result = torch.stack([torch.from_numpy(enlarge(one.numpy())) for one in batch]).movedim(-1, 1)
+        return result.reshape(*image.shape[:-2], *result.shape[-2:]).to(image)
+    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
+        raise InputError("The image is neither an array (H, W) or (H, W, C), a PIL image nor a tensor.")
+    if image.ndim == 2:
+        return enlarge(image[:, :, None])[:, :, 0]
+    return enlarge(image)
+
+
+def restore(
+    engine: Engine,
+    pixels: np.ndarray,
+    overlap: int | None = None,
+    memory: float | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Upscale an array (H, W, C) of uint8, uint16 or floats in 0..1; the result has its type and channels.
+
+    Args:
+        engine: What computes a tile.
+        pixels: The picture. A channel count that the engine does not take is split as `upscale` says.
+        overlap: Pixels, default the engine's radius.
+        memory: MiB of a pass.
+        advance: Called after each tile.
+
+    Raises:
+        InputError: Type, values or channels are not accepted, or the result is not finite.
+    """
+    _check(pixels)
+    height, width, channels = pixels.shape
+    tiles = tiles_of(engine, height, width, overlap, memory)
+    result = np.empty((engine.scale * height, engine.scale * width, channels), pixels.dtype)
+    colours = _colours(channels, engine)
+    colour = pixels[..., :colours]
+    if colours < channels:
+        alpha = pixels[..., -1:]
+        colour = bleed(colour, alpha)
+        _fill(engine, alpha, result[..., -1:], tiles, advance, bounded=True)
+    _fill(engine, colour, result[..., :colours], tiles, advance)
+    return result
+
+
+def tiles_of(engine: Engine, height: int, width: int, overlap: int | None, memory: float | None) -> list[Tile]:
+    """The tiles of a picture; `restore` runs through them twice where there is alpha.
+
+    Raises:
+        InputError: Overlap or memory is negative, or too small for a tile.
+    """
+    overlap = engine.radius if overlap is None else overlap
+    if overlap < 0:
+        raise InputError(f"The overlap is {overlap}; it is a number of pixels, 0 or more.")
+    if memory is not None and not memory > 0:
+        raise InputError(f"The memory is {memory} MiB; it must be more than 0.")
+    budget = default_memory(engine.device) if memory is None else memory * MIB
+    each = engine.bytes_per_pixel + COPIES * engine.scale**2 * engine.channels * 4
+    return plan(height, width, int(budget / each), overlap)
+
+
+def bleed(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Continue the colours below transparent pixels: (H, W, C) and (H, W, 1) -> (H, W, C).
+
+    What lies under an alpha of 0 is often black, and an upscaler would mix it into the visible edge. Each such pixel
+    takes the mean of the visible pixels in the smallest block of 2, 4, 8 ... pixels a side that holds any.
+    """
+    hidden = torch.from_numpy(alpha[..., 0] == 0)
+    if not hidden.any() or hidden.all():
+        return colour
+    values = torch.from_numpy(colour.astype(np.float32)).movedim(-1, 0)[None]  # (1, C, H, W)
+    weight = (~hidden).float()[None, None]
+    filled = _pyramid(values * weight, weight)[0].movedim(0, -1).numpy()
+    if colour.dtype.kind == "u":
+        filled = np.rint(filled)
+    return np.where(hidden[..., None].numpy(), filled.astype(colour.dtype), colour)
+
+
+def _pyramid(values: Tensor, weight: Tensor) -> Tensor:
+    """Weighted values (1, C, H, W) and weights (1, 1, H, W) -> values everywhere; some weight is not 0."""
+    height, width = weight.shape[-2:]
+    mean = values / weight.clamp(min=1e-12)
+    if weight.all():
+        return mean
+    coarse = _pyramid(*(F.avg_pool2d(x, 2, ceil_mode=True) for x in (values, weight)))
+    spread = coarse.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)[..., :height, :width]
+    return torch.where(weight > 0, mean, spread)
+
+
+def _check(pixels: np.ndarray) -> None:
+    if pixels.dtype.str[1:] not in PEAKS and pixels.dtype.kind != "f":
+        raise InputError(f"The image's type is {pixels.dtype}; this takes uint8, uint16 and floats in 0..1.")
+    if not pixels.size or pixels.ndim != 3:
+        raise InputError(f"The image's shape is {pixels.shape}: there are no pixels in it.")
+    if pixels.dtype.kind == "f" and not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise InputError(
+            f"The image holds floats from {pixels.min()} to {pixels.max()}; floats are 0..1: divide by the largest "
+            "possible value, and clip."
+        )
+
+
+def _colours(channels: int, engine: Engine) -> int:
+    """How many of an image's channels are colours."""
+    if channels == engine.channels or channels in (1, 3):
+        colours = channels
+    elif channels in (2, 4):
+        colours = channels - 1
+    else:
+        raise InputError(f"The image has {channels} channels; this takes 1 (grey) to 4 (RGB and alpha).")
+    if colours not in (1, engine.channels) and engine.channels != 1:
+        raise InputError(f"The image has {colours} colour channels; the model takes {engine.channels}.")
+    return colours
+
+
+def _fill(
+    engine: Engine,
+    source: np.ndarray,
+    target: np.ndarray,
+    tiles: list[Tile],
+    advance: Callable[[], None],
+    bounded: bool = False,
+) -> None:
+    """Compute all tiles of `source` (H, W, C) into `target` (r H, r W, C).
+
+    `bounded` keeps each pixel within the least and largest of its input pixel's 3 x 3 neighbours: what is opaque stays
+    opaque, and what is fully transparent stays so.
+    """
+    peak = PEAKS.get(source.dtype.str[1:], 1.0)
+    for tile in tiles:
+        window = torch.from_numpy(source[tile.window].astype(np.float64 if engine.dtype.itemsize == 8 else np.float32))
+        image = (window / peak).movedim(-1, 0)[None]  # (1, C, h, w)
+        result = _apply(engine, image)
+        if not result.isfinite().all():
+            raise InputError("The network's result is not finite: its weights are broken, or are not for this task.")
+        if bounded:
+            result = _between(result, image, engine.scale)
+        rows, columns = tile.inside(engine.scale)
+        kept = result[0, :, rows, columns].movedim(0, -1).clamp(0, 1)
+        if source.dtype.kind == "u":
+            kept = kept.mul_(peak).add_(0.5).floor_()
+        target[tile.target(engine.scale)] = kept.numpy()
+        advance()
+
+
+def _apply(engine: Engine, image: Tensor) -> Tensor:
+    """(1, C, h, w) -> (1, C, r h, r w) whatever the engine's channels: see `upscale`."""
+    channels = image.shape[1]
+    if channels == engine.channels:
+        return engine(image)
+    if channels == 1:
+        return engine(image.expand(-1, engine.channels, -1, -1).contiguous()).mean(dim=1, keepdim=True)
+    return torch.cat([engine(channel) for channel in image.split(1, dim=1)], dim=1)
+
+
+def _between(result: Tensor, image: Tensor, scale: int) -> Tensor:
+    least, most = (
+        sign
+        * F.max_pool2d(sign * image, 3, stride=1, padding=1).repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+        for sign in (-1, 1)
+    )
+    return result.clamp(least, most)
