@@ -34,27 +34,30 @@ def environment(device: str) -> dict[str, str]:
     }
 
 
-def paired_milliseconds(functions: dict[str, Callable], device: str, repeats: int) -> dict[str, list[float]]:
+def paired_milliseconds(
+    functions: dict[str, Callable], device: str, repeats: int, warm_up: int = 3
+) -> dict[str, list[float]]:
     """Time functions in turn, round after round, so that a disturbance meets all of them.
 
     Args:
         functions: Implementation -> function without arguments.
         device: Where they work; a CUDA device is synchronised around each call.
-        repeats: Rounds counted, after three that are not.
+        repeats: Rounds counted.
+        warm_up: Rounds before them that are not.
 
     Returns:
         Implementation -> milliseconds, entry i of each from round i.
     """
     synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats + 3):
+    for _ in range(warm_up + repeats):
         for name, function in functions.items():
             synchronize()
             start = time.perf_counter()
             function()
             synchronize()
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: values[3:] for name, values in times.items()}
+    return {name: values[warm_up:] for name, values in times.items()}
 
 
 def summarize(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str, str]]:

@@ -110,8 +110,8 @@ def train(
             start = time.perf_counter()
             progress = (step - warmup) / max(1, steps - warmup)
             rate = step / warmup if step < warmup else (1 + math.cos(math.pi * progress)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = PEAK * rate
+            for settings in optimizer.param_groups:
+                settings["lr"] = PEAK * rate
             loss = F.cross_entropy(model(augment(images[chosen], data, generator)), labels[chosen])
             optimizer.zero_grad()
             loss.backward()

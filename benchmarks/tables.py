@@ -79,12 +79,68 @@ def plain(name: str) -> str:
     return markdown(shown, ([row[key] for key in shown] for row in rows))
 
 
+def halo_attention(part: str) -> str:
+    """Calls of one part, a table for each device."""
+    rows = [row for row in read_rows(RESULTS / "halo_attention.csv") if row["part"] == part]
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["case", "dtype", "pass", "implementation", "median ms", "spread", "ratio", "peak MiB"]
+    tables = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        found = [row for row in rows if row["device"] == device]
+        body = (
+            [
+                *(row[key] for key in ("case", "dtype", "pass", "implementation")),
+                *(row[key] and f"{float(row[key]):.2f}" for key in ("median_ms", "iqr_ms", "ratio")),
+                row["peak_mib"] and f"{float(row['peak_mib']):,.0f}",
+            ]
+            for row in found
+        )
+        threads = f"{found[0]['threads']} thread{'s' * (found[0]['threads'] != '1')}"
+        tables.append(markdown(head, body) + f"\n{device}, {threads}, torch {found[0]['torch']}.\n")
+    return "\n".join(tables)
+
+
+def halonet_cifar10() -> str:
+    """Runs trained longest, best first."""
+    rows = read_rows(RESULTS / "halonet_cifar10.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    epochs = max(int(row["epochs"]) for row in rows)
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        if int(row["epochs"]) == epochs:
+            groups.setdefault(row["run"], []).append(row)
+    body = [
+        [
+            f"`{run}`",
+            spread([float(row["test_accuracy"]) for row in found], 2),
+            spread([float(row["test_loss"]) for row in found], 3),
+            f"{int(found[0]['parameters']):,}",
+            f"{int(found[0]['macs']) / 1e6:.1f}",
+            str(len(found)),
+        ]
+        for run, found in groups.items()
+    ]
+    body.sort(key=lambda cells: cells[1], reverse=True)
+    head = ["run", "accuracy %", "loss", "parameters", "MACs (M)", "seeds"]
+    origin = f"{rows[0]['device']}, torch {rows[0]['torch']}"
+    return markdown(head, body) + f"\n{int(rows[0]['train_images']):,} training images, {epochs} epochs, {origin}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "minimal_vit_mnist_long": lambda: minimal_vit("mnist", long=True),
     "minimal_vit_mnist_grid": lambda: minimal_vit("mnist", long=False),
     "minimal_vit_cifar10_long": lambda: minimal_vit("cifar10", long=True),
     "minimal_vit_speed": lambda: plain("minimal_vit_speed"),
     "symmetric_gate": lambda: plain("symmetric_gate"),
+    "halo_attention_layer": lambda: halo_attention("layer"),
+    "halo_attention_growth": lambda: halo_attention("growth"),
+    "halo_attention_model": lambda: halo_attention("model"),
+    "halo_attention_onnx": lambda: halo_attention("onnx"),
+    "halonet_cifar10": halonet_cifar10,
+    "span_psnr": lambda: plain("span_psnr"),
+    "span_speed": lambda: plain("span_speed"),
     "compiled_kernels": lambda: plain("compiled_kernels"),
 }
 

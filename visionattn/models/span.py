@@ -27,6 +27,7 @@ weights, and this network, have s6.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +41,7 @@ from visionattn.weights import span as layouts
 
 __all__ = ["SPAN", "Normalisation", "SuperResolver"]
 
+WEIGHTS = Path(layouts.__file__).parent
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's training images, as in the authors' code
 
 
@@ -279,8 +281,14 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+# Trained here; a card lies beside each file.
+SHIPPED = ("va_span_ch26_x2", "va_span_ch26_x4")
+
 default_cfgs = generate_default_cfgs(
-    {f"va_span_ch{width}_x{scale}.untrained": _cfg() for width in WIDTHS for scale in SCALES}
+    {
+        **{f"va_span_ch{width}_x{scale}.untrained": _cfg() for width in WIDTHS for scale in SCALES},
+        **{f"{name}.wallpapers": _cfg(file=str(WEIGHTS / f"{name}.safetensors")) for name in SHIPPED},
+    }
 )
 
 
