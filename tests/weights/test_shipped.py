@@ -1,0 +1,44 @@
+"""The weights in the package: each has a card, is small, loads offline, and keeps what its card says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import visionattn
+import visionattn.evaluate
+from visionattn import weights
+
+FOLDER = Path(weights.__file__).parent
+SET5 = Path(visionattn.__file__).parents[2] / "shared" / "data" / "sr" / "Set5" / "HR"
+FILES = sorted(FOLDER.glob("*.safetensors"))
+
+
+def test_names_and_files_are_the_same():
+    named = {name for name in visionattn.models.names() if timm.get_pretrained_cfg(name).has_weights}
+    assert {file.stem for file in FILES} == named == {"va_span_ch26_x2", "va_span_ch26_x4"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+class TestFile:
+    def test_card_and_size(self, file):
+        card = file.with_suffix(".md").read_text()
+        for part in ("Data:", "Command:", "Measured:", "Licence:"):
+            assert part in card
+        assert file.stat().st_size <= 2e6
+
+    def test_loads_by_name_and_by_file(self, file):
+        model = timm.create_model(file.stem, pretrained=True).eval()
+        other = visionattn.load(file)
+        x = torch.rand(1, 3, 12, 17)
+        assert torch.equal(model(x), other(x))
+        assert model(x).shape == (1, 3, 12 * model.scale, 17 * model.scale)
+
+    @pytest.mark.skipif(not SET5.is_dir(), reason="Set5 is not there")
+    def test_reaches_what_its_card_says(self, file):
+        stated = float(re.search(r"Set5 ([\d.]+) dB", file.with_suffix(".md").read_text())[1])
+        bicubic, network = visionattn.evaluate.super_resolution([file], SET5).means()
+        assert network.psnr_y == pytest.approx(stated, abs=0.005)
+        assert network.psnr_y > bicubic.psnr_y + 2
