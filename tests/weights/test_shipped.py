@@ -41,4 +41,4 @@ class TestFile:
         stated = float(re.search(r"Set5 ([\d.]+) dB", file.with_suffix(".md").read_text())[1])
         bicubic, network = visionattn.evaluate.super_resolution([file], SET5).means()
         assert network.psnr_y == pytest.approx(stated, abs=0.005)
-        assert network.psnr_y > bicubic.psnr_y + 2
+        assert network.psnr_y > bicubic.psnr_y + 1.5
