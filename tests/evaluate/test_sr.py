@@ -191,7 +191,7 @@ def test_wrong_input(pictures, tmp_path, monkeypatch):
         (lambda: super_resolution([Nearest(2), Nearest(4)], pictures), ConfigError, r"Nearest 2, Nearest \(2\) 4"),
         (lambda: super_resolution(nn.Conv2d(3, 3, 1), pictures), ConfigError, "Conv2d does not enlarge pictures"),
         (
-            lambda: super_resolution("va_span_ch26_x4", pictures),
+            lambda: super_resolution("va_span_ch48_x4", pictures),
             CheckpointError,
             "No weights are published for va_span",
         ),
