@@ -12,6 +12,7 @@ from export.contract import ExportContract, draw_weights, export_by_name, smalle
 from export.toys import Gated, OneSize, Pair, SpecialisedWidth, Toy
 from visionattn.errors import ExportError, InputError, StorageError
 from visionattn.export import OnnxModel, export_onnx, run
+from visionattn.export.cli import draw_random_weights
 
 
 @pytest.fixture(scope="module", params=smallest_names())
@@ -32,6 +33,18 @@ def test_forms_of_minimal_attention(similarity, values, tmp_path):
     file = export_onnx(draw_weights(model), tmp_path / "model.onnx")
     assert max(row.error / row.spread for row in file.rows) < 2e-5
     assert len({(row.height, row.width) for row in file.rows}) == 3
+
+
+@pytest.mark.parametrize("name", ["va_halonet_h0", "va_halonet_h5"])
+def test_halo_attention_is_open_in_every_size(name, tmp_path):
+    """Stem, strides and a width of values of their own, one block a stage; 14 divides none of h5's maps here."""
+    model = draw_random_weights(timm.create_model(name, depths=(1, 1, 1, 1)), (96, 96))
+    file = export_onnx(model, tmp_path / "model.onnx")
+    assert file.spec.dynamic_axes == ["batch", "height", "width"]
+    assert len({(row.height, row.width) for row in file.rows}) == 3
+    nodes = [node.op_type for node in onnx.load(file.path).graph.node]
+    assert nodes.count("Gather") >= 2 * 4  # keys and values of each attention: rows of a table of pixels
+    assert not {"GatherElements", "GatherND", "ScatterND"} & set(nodes)
 
 
 def test_convolutional_network_of_timm(tmp_path):
