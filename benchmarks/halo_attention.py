@@ -64,8 +64,7 @@ class Layer:
 class Form(HaloAttention):
     """Our block's projections and tables around another way to compute the attention."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # what a form is: queries, keys and values to the output
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x).unflatten(1, (self.num_heads, self.dim_head))

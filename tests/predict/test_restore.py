@@ -16,7 +16,8 @@ from visionattn.predict.engine import TorchEngine
 from visionattn.predict.restore import bleed, tiles_of
 from visionattn.predict.tiles import MIB
 
-SPAN = Path("/work/shared/weights/span/team39_spantiny_ch26_slim.pth")
+WEIGHTS = Path(visionattn.__file__).parents[2] / "shared" / "weights" / "span"
+SPAN = WEIGHTS / "team39_spantiny_ch26_slim.pth"
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])

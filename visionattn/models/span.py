@@ -214,8 +214,8 @@ class SPAN(SuperResolver):
     def init_weights(self) -> None:
         """Start as bilinear interpolation, to which the rest of the network adds little.
 
-        The first channels of f0 and of z carry the image. From PyTorch's own start, noise of several times the range of
-        an image, a fifth of a short training goes by before the output is as good.
+        The first channels of f0 and of z carry the image. PyTorch's own start is noise, which a training would have to
+        unlearn first.
         """
         image, r = self.in_chans, self.scale
         unit = 4 / self.norm.factor  # features of about 1, where the normalised image is about 100

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def check_task(model: nn.Module) -> None:
         raise InputError(f"{type(model).__name__} makes {facts.out_chans} channels of {facts.in_chans}: not taken.")
 
 
-class Engine:
+class Engine(ABC):
     """What all engines state, taken from a model of the task "restore".
 
     Args:
@@ -71,9 +72,9 @@ class Engine:
         self.bytes_per_pixel = bytes_per_pixel(model, self.channels)
         self.notes: list[str] = []
 
+    @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
         """Upscale: (B, C, h, w) -> (B, C, r h, r w)."""
-        raise NotImplementedError
 
 
 class TorchEngine(Engine):
