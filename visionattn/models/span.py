@@ -38,11 +38,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from visionattn.blocks.span import SPAB, Conv3XC
 from visionattn.errors import InputError
 from visionattn.weights import span as layouts
+from visionattn.weights.span import SCALES
 
 __all__ = ["SPAN", "Normalisation", "SuperResolver"]
 
 WEIGHTS = Path(layouts.__file__).parent
-RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's training images, as in the authors' code
 
 
 class Normalisation(nn.Module):
@@ -64,7 +64,7 @@ class Normalisation(nn.Module):
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
         """Fill in the mean."""
-        rgb = torch.tensor(RGB_MEAN, dtype=torch.float64)
+        rgb = torch.tensor(layouts.RGB_MEAN, dtype=torch.float64)
         channels = self.mean.shape[1]
         self.mean.copy_((rgb if channels == 3 else rgb.mean().expand(channels)).view(1, -1, 1, 1))
 
@@ -261,7 +261,6 @@ WIDTHS = {
     48: "the width of the authors' code",
     52: "the width of the paper's table",
 }
-SCALES = (2, 3, 4)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import nn
 from visionattn.checkpoints import create, load
 from visionattn.errors import CheckpointError, DataError, InputError, StorageError, UnknownNameError, VisionAttnError
 from visionattn.export import OnnxModel
+from visionattn.models.span import SHIPPED
 from visionattn.predict import picture
 from visionattn.predict.compare import side_by_side
 from visionattn.predict.engine import PRECISIONS, Engine, OnnxEngine, TorchEngine, check_task, faster
@@ -29,7 +30,6 @@ from visionattn.predict.video import VIDEOS, probe, upscale_video
 
 __all__ = ["add_arguments", "default_name", "pretrained", "run"]
 
-SHIPPED = (2, 4)
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 # Exporting for ONNX Runtime takes about ten seconds; a run shorter than this does not earn them back.
 WORTH_TIMING = 60.0
@@ -73,12 +73,11 @@ def default_name(scale: int) -> str:
     Raises:
         InputError: None is.
     """
-    if scale not in SHIPPED:
-        raise InputError(
-            f"No weights for x{scale} are shipped, only for x{' and x'.join(map(str, SHIPPED))}: "
-            "give your own with --model FILE."
-        )
-    return f"va_span_ch26_x{scale}"
+    name = f"va_span_ch26_x{scale}"
+    if name not in SHIPPED:
+        scales = " and ".join(shipped.rpartition("_")[2] for shipped in SHIPPED)
+        raise InputError(f"No weights for x{scale} are shipped, only for {scales}: give your own with --model FILE.")
+    return name
 
 
 def pretrained(name: str) -> nn.Module:

@@ -70,6 +70,7 @@ FIRST_OF_BLOCKS = {"span": 1, "spanf": 2, "espan": 1, "spanv2": 1}
 PARTS = {"eval_conv": "conv", "sk": "skip", "conv.0": "expand", "conv.1": "mix", "conv.2": "project"}
 BRANCHES = ("skip", "expand", "mix", "project")
 WIDTHS, SCALES = (26, 28, 32, 48, 52), (2, 3, 4)
+RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's training images, as in the authors' code
 
 
 def _has(state: Mapping[str, Any], signs: tuple[str, ...]) -> bool:
@@ -322,7 +323,6 @@ def _their_place(layer: str) -> str:
     return re.sub(r"blocks\.(\d+)\.conv(\d)", lambda found: f"block_{int(found[1]) + 1}.c{found[2]}_r", layer)
 
 
-MEAN = (0.4488, 0.4371, 0.4040)  # of the images, RGB
 HALF = 0x01306B47  # before weights in float16; 0 before float32
 
 
@@ -382,9 +382,9 @@ def read_ncnn(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{numbers} has {len(data)} bytes, but {graph} announces {offset}.")
     if not means:
         state["no_norm"] = torch.zeros(1)
-    elif len(means) > 1 or means[0].shape != (3,) or not np.allclose(means[0], MEAN, atol=1e-4):
+    elif len(means) > 1 or means[0].shape != (3,) or not np.allclose(means[0], RGB_MEAN, atol=1e-4):
         told = ", ".join(f"{value:.4g}" for value in means[0][:4])
-        raise CheckpointError(f"{graph} takes off a mean of {told}; SPAN's is {MEAN}.")
+        raise CheckpointError(f"{graph} takes off a mean of {told}; SPAN's is {RGB_MEAN}.")
     return state
 
 
