@@ -285,7 +285,7 @@ LAYERS = [
     Layer(4, 864, 14, heads=8, dim_head=36, block=7, halo=2),
 ]
 GROWING = [Layer(1, 64, size, heads=4, dim_head=16) for size in (56, 128, 256, 512, 1024)]
-NETWORKS = ["halonet26t", "halonet50ts", "halonet_h1"]
+NETWORKS = ["halonet26t", "halonet50ts"]
 PARTS = {"layer": layers, "growth": growth, "model": models, "onnx": exported}
 
 
