@@ -3,13 +3,16 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import skimage
 import timm
 import torch
 
 import visionattn
 import visionattn.evaluate
 from visionattn import weights
+from visionattn.export import OnnxModel, export_onnx
 
 FOLDER = Path(weights.__file__).parent
 SET5 = Path(visionattn.__file__).parents[2] / "shared" / "data" / "sr" / "Set5" / "HR"
@@ -35,6 +38,18 @@ class TestFile:
         x = torch.rand(1, 3, 12, 17)
         assert torch.equal(model(x), other(x))
         assert model(x).shape == (1, 3, 12 * model.scale, 17 * model.scale)
+
+    def test_exported_file_computes_the_same_on_a_photograph(self, file, tmp_path):
+        model = visionattn.load(file)
+        exported = export_onnx(model, tmp_path / "model.onnx")
+        assert exported.spec.dynamic_axes == ["batch", "height", "width"]
+        photograph = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1)[None].float() / 255
+        model.double()
+        for height, width in ((64, 64), (37, 101), (128, 21), (1, 3)):
+            x = photograph[..., 100 : 100 + height, 150 : 150 + width]
+            expected = model(x.double()).detach().numpy()
+            actual = OnnxModel(tmp_path / "model.onnx")(x.numpy())[0]
+            assert np.abs(actual - expected).max() < 1e-5
 
     @pytest.mark.skipif(not SET5.is_dir(), reason="Set5 is not there")
     def test_reaches_what_its_card_says(self, file):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import visionattn
 from visionattn import weights
 from visionattn.errors import CheckpointError
+from visionattn.export import export_onnx
 from visionattn.models.span import SPAN
 from visionattn.weights import span
 
@@ -400,3 +401,10 @@ def test_a_name_in_another_form_is_told_what_is_missing():
         SPAN(width=4, scale=2, norm=False).load_state_dict(official())
     with pytest.raises(RuntimeError, match=r"first\.conv1"):
         timm.create_model("va_spanf_x4").load_state_dict(official(width=32, scale=4))
+
+
+@pytest.mark.parametrize("name", [file for file, *_ in PUBLISHED])
+def test_published_network_exports(name, tmp_path):
+    exported = export_onnx(visionattn.load(published(name)), tmp_path / "model.onnx")
+    assert len({(row.height, row.width) for row in exported.rows}) == 3
+    assert all(row.error < 1e-5 and row.spread > 0.3 for row in exported.rows)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -108,7 +109,12 @@ def check_sizes(spec: ExportSpec) -> list[tuple[int, int]]:
 
 
 def random_images(spec: ExportSpec, batch: int, size: tuple[int, int], seed: int) -> list[torch.Tensor]:
-    """One image batch an input: noise in the input range, normalised as the file's metadata says."""
+    """One image batch an input, in the input range, normalised as the file's metadata says.
+
+    Like photographs, an image varies as much over its whole as from pixel to pixel: it is the mean of noise on the grid
+    itself, on one half as fine, and so on. On pure noise a network trained on photographs may leave all bounds, where
+    rounding alone makes its outputs differ.
+    """
     generator = torch.Generator().manual_seed(seed)
     low, high = spec.input_range
     channels = spec.input_size[0]
@@ -116,9 +122,18 @@ def random_images(spec: ExportSpec, batch: int, size: tuple[int, int], seed: int
     std = torch.tensor(spec.std or [1.0]).view(-1, 1, 1)
     images = []
     for _ in spec.input_names:
-        noise = torch.rand(batch, channels, *size, generator=generator) * (high - low) + low
-        images.append((noise - mean) / std)
+        octaves = [
+            F.interpolate(torch.rand(batch, channels, *grid, generator=generator), size, mode="bilinear")
+            for grid in _halvings(size)
+        ]
+        images.append((torch.stack(octaves).mean(0) * (high - low) + low - mean) / std)
     return images
+
+
+def _halvings(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """A size, its half, and so on while both sides have a pixel."""
+    height, width = size
+    return [(height >> level, width >> level) for level in range(min(size).bit_length())]
 
 
 def check_onnx(
