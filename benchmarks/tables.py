@@ -79,9 +79,9 @@ def plain(name: str) -> str:
     return markdown(shown, ([row[key] for key in shown] for row in rows))
 
 
-def halo_attention(part: str) -> str:
-    """Calls of one part, a table for each device."""
-    rows = [row for row in read_rows(RESULTS / "halo_attention.csv") if row["part"] == part]
+def calls(name: str, part: str) -> str:
+    """Calls of one part of a script, a table for each device."""
+    rows = [row for row in read_rows(RESULTS / f"{name}.csv") if row["part"] == part]
     if not rows:
         return "Not measured yet.\n"
     head = ["case", "dtype", "pass", "implementation", "median ms", "spread", "ratio", "peak MiB"]
@@ -134,10 +134,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "minimal_vit_cifar10_long": lambda: minimal_vit("cifar10", long=True),
     "minimal_vit_speed": lambda: plain("minimal_vit_speed"),
     "symmetric_gate": lambda: plain("symmetric_gate"),
-    "halo_attention_layer": lambda: halo_attention("layer"),
-    "halo_attention_growth": lambda: halo_attention("growth"),
-    "halo_attention_model": lambda: halo_attention("model"),
-    "halo_attention_onnx": lambda: halo_attention("onnx"),
+    "halo_attention_layer": lambda: calls("halo_attention", "layer"),
+    "halo_attention_growth": lambda: calls("halo_attention", "growth"),
+    "halo_attention_model": lambda: calls("halo_attention", "model"),
+    "halo_attention_onnx": lambda: calls("halo_attention", "onnx"),
+    "multi_query_pool_block": lambda: calls("multi_query_pool", "block"),
+    "multi_query_pool_operator": lambda: calls("multi_query_pool", "operator"),
     "halonet_cifar10": halonet_cifar10,
     "span_psnr": lambda: plain("span_psnr"),
     "span_speed": lambda: plain("span_speed"),

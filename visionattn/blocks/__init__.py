@@ -1,7 +1,8 @@
 """One attention mechanism a file: plain modules to copy into any network."""
 
+from visionattn.blocks.efficient_probing import EfficientProbing
 from visionattn.blocks.halo import HaloAttention
 from visionattn.blocks.minimal import MinimalAttention, MinimalBlock
 from visionattn.blocks.span import SPAB, Conv3XC
 
-__all__ = ["SPAB", "Conv3XC", "HaloAttention", "MinimalAttention", "MinimalBlock"]
+__all__ = ["SPAB", "Conv3XC", "EfficientProbing", "HaloAttention", "MinimalAttention", "MinimalBlock"]

@@ -1,0 +1,182 @@
+"""Multi-query pooling: learned queries average the tokens of each image, which are keys and values at once.
+
+    a_bm = softmax over n of q_m . x_bn / sqrt(D)      over the tokens that the mask marks True
+    z_bm = sum over n of a_bmn x_bn
+
+    x          (B, N, D)   tokens
+    q          (M, D)      queries, shared by all images; those of several heads stand below each other
+    mask       (B, N)      bool, True for a token that takes part; None for all
+    z          (B, M, D)
+    attention  (B, M, N)   a; zeros, as z and all gradients, for an image without any token
+
+With cotangents g of z and h of the attention, the gradients are
+
+    d_bmn  = a_bmn (e_bmn - sum over n of a_bmn e_bmn) / sqrt(D)      e_bmn = g_bm . x_bn + h_bmn
+    grad_q = sum over b, n of d_bmn x_bn                              (M, D)
+    grad_x = sum over m of (a_bmn g_bm + d_bmn q_m)                   (B, N, D), computed where x requires it alone
+
+The attention is handed out and kept for the backward pass: it is M / D of the tokens' size, and computing it again,
+from its logarithmic sum, would be a third product with the tokens beside the two that grad_q needs.
+
+Dtypes: float64, float32, bfloat16, float16, x and q of one (autocast casts them together); half precisions are computed
+in float32, the backward pass from the attention as it was rounded.
+Tolerance, forward and gradients, as a share of the float64 result's largest magnitude, or of 1 where that is less:
+    float64 1e-13, float32 1e-5, bfloat16 2e-2, float16 2e-3.
+Form: chunks of images whose tokens stay in a CPU's cache between the two products that read them.
+Limits: tokens that are masked must be finite; differentiable once, a second derivative raises RuntimeError.
+Source: Efficient Probing, arXiv 2506.10178. There values are projected before they are averaged; averaged first, the
+tokens serve as values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from visionattn.errors import InputError
+from visionattn.kernels._operator import DEFINITIONS, check_alike, register_autocast, register_flop_formula
+
+__all__ = ["multi_query_pool_definition"]
+
+
+def multi_query_pool_definition(x: Tensor, q: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The definition, in plain PyTorch."""
+    logits = (q * q.shape[1] ** -0.5) @ x.transpose(1, 2)
+    if mask is None:
+        attention = logits.softmax(-1)
+    else:
+        absent = ~mask.unsqueeze(1)
+        # A finite number: where all are absent, the softmax of -inf would be NaN.
+        attention = logits.masked_fill(absent, torch.finfo(logits.dtype).min).softmax(-1).masked_fill(absent, 0)
+    return attention @ x, attention
+
+
+# Numbers in the tokens of a chunk, of one image at least. On CPUs 1 MiB of float32 is about a core's second-level
+# cache; elsewhere, starting an operation costs more than missing a cache.
+_CHUNK_ON_CPU, _CHUNK_ELSEWHERE = 2**18, 2**26
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    B, N, D = x.shape
+    wanted = _CHUNK_ON_CPU if x.device.type == "cpu" else _CHUNK_ELSEWHERE
+    images = max(1, wanted // max(1, N * D))
+    for first in range(0, B, images):
+        yield slice(first, first + images)
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _plain(x: Tensor, q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    (B, N, D), M, dtype = x.shape, len(q), _computed_in(x.dtype)
+    scaled = q.to(dtype) * D**-0.5
+    z, attention = x.new_empty(B, M, D, dtype=dtype), x.new_empty(B, M, N, dtype=dtype)
+    for images in _chunks(x):
+        tokens, a = x[images].to(dtype), attention[images]
+        torch.bmm(scaled.expand(len(tokens), M, D), tokens.transpose(1, 2), out=a)
+        if mask is not None:
+            absent = ~mask[images, None]
+            a.masked_fill_(absent, torch.finfo(dtype).min)
+        torch.softmax(a, -1, out=a)
+        if mask is not None:
+            a.masked_fill_(absent, 0)
+        torch.bmm(a, tokens, out=z[images])
+    return z.to(x.dtype), attention.to(x.dtype)
+
+
+def _plain_backward(
+    grad_z: Tensor, grad_attention: Tensor | None, x: Tensor, q: Tensor, attention: Tensor, needs_x: bool
+) -> tuple[Tensor, Tensor]:
+    (_, _, D), M, dtype = x.shape, len(q), _computed_in(x.dtype)
+    scaled = q.to(dtype) * D**-0.5
+    grad_q = x.new_zeros(M, D, dtype=dtype)
+    grad_x = x.new_empty(x.shape if needs_x else 0)
+    for images in _chunks(x):
+        tokens, g, a = (whole[images].to(dtype) for whole in (x, grad_z, attention))
+        slope = torch.bmm(g, tokens.transpose(1, 2))  # of the attention
+        if grad_attention is not None:
+            slope += grad_attention[images]
+        torch.ops.aten._softmax_backward_data.out(slope, a, -1, dtype, grad_input=slope)  # of the logits
+        grad_q.addbmm_(slope, tokens)
+        if needs_x:
+            by_value = torch.bmm(a.transpose(1, 2), g)
+            grad_x[images] = by_value.baddbmm_(slope.transpose(1, 2), scaled.expand(len(tokens), M, D))
+    return grad_x, grad_q.mul_(D**-0.5).to(q.dtype)
+
+
+def _check(x: Tensor, q: Tensor, mask: Tensor | None = None, **others: Tensor) -> None:
+    check_alike("multi_query_pool", x=x, q=q, **others)
+    if x.ndim != 3 or q.ndim != 2 or x.shape[2] != q.shape[1]:
+        raise InputError(
+            f"multi_query_pool takes x (B, N, D) and q (M, D), but got x: {tuple(x.shape)}, q: {tuple(q.shape)}."
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.device != x.device or mask.shape != x.shape[:2]):
+        raise InputError(
+            f"multi_query_pool takes a mask of shape {tuple(x.shape[:2])}, torch.bool on {x.device}, True for tokens "
+            f"that take part, but got {tuple(mask.shape)}, {mask.dtype} on {mask.device}."
+        )
+
+
+@torch.library.custom_op("visionattn::multi_query_pool", mutates_args=())
+def multi_query_pool(x: Tensor, q: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    _check(x, q, mask)
+    return _plain(x, q, mask)
+
+
+@multi_query_pool.register_fake
+def _(x: Tensor, q: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    _check(x, q, mask)
+    (B, N, D), M = x.shape, q.shape[0]
+    return x.new_empty(B, M, D), x.new_empty(B, M, N)
+
+
+@torch.library.custom_op("visionattn::multi_query_pool_backward", mutates_args=())
+def multi_query_pool_backward(
+    grad_z: Tensor, grad_attention: Tensor | None, x: Tensor, q: Tensor, attention: Tensor, needs_x: bool
+) -> tuple[Tensor, Tensor]:
+    _check(x, q, grad_z=grad_z, attention=attention)
+    return _plain_backward(grad_z, grad_attention, x, q, attention, needs_x)
+
+
+@multi_query_pool_backward.register_fake
+def _(grad_z, grad_attention, x, q, attention, needs_x):
+    return x.new_empty(x.shape if needs_x else 0), q.new_empty(q.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, q, _ = inputs
+    ctx.save_for_backward(x, q, output[1])
+    ctx.set_materialize_grads(False)  # the attention mostly has none
+
+
+def _differentiate(ctx, grad_z: Tensor | None, grad_attention: Tensor | None):
+    x, q, attention = ctx.saved_tensors
+    if grad_z is None:
+        grad_z = x.new_zeros(len(x), len(q), x.shape[2])
+    needs_x = ctx.needs_input_grad[0]
+    grad_x, grad_q = torch.ops.visionattn.multi_query_pool_backward(grad_z, grad_attention, x, q, attention, needs_x)
+    return grad_x if needs_x else None, grad_q, None
+
+
+multi_query_pool.register_autograd(_differentiate, setup_context=_save)
+register_autocast("multi_query_pool")
+
+
+@register_flop_formula(torch.ops.visionattn.multi_query_pool)
+def _(x, q, mask=None, out_shape=None) -> int:
+    """Products with the tokens as keys and as values."""
+    B, N, D = x
+    return 4 * B * N * D * q[0]
+
+
+@register_flop_formula(torch.ops.visionattn.multi_query_pool_backward)
+def _(grad_z, grad_attention, x, q, attention, needs_x: bool, out_shape=None) -> int:
+    """One product for each of the forward pass, and as many again for the gradient of x."""
+    B, N, D = x
+    return (8 if needs_x else 4) * B * N * D * q[0]
+
+
+DEFINITIONS[torch.ops.visionattn.multi_query_pool.default] = multi_query_pool_definition
