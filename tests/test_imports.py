@@ -15,7 +15,7 @@ ROOT = Path(visionattn.__file__).parent
 LAYERS = [
     {"cli"},
     {"quickstart"},
-    {"train", "evaluate", "predict"},
+    {"train", "probe", "evaluate", "predict"},
     {"export"},
     {"checkpoints", "data", "surgery"},
     {"models", "cost"},
