@@ -57,8 +57,11 @@ def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Mod
         return create(f"local-dir:{path}", pretrained=True, **model_args).eval()
     ncnn = path.with_suffix(".param").is_file() and path.suffix in (".param", ".bin")
     content: dict[str, Any] = dict(span.read_ncnn(path)) if ncnn else weights.read(path)
-    state = weights.unwrap(content)
     hyper_parameters = content.get("hyper_parameters")
+    if hyper_parameters:
+        # A task can train more than its network, such as a decoder that is thrown away.
+        content = {key: value for key, value in content["state_dict"].items() if key.startswith("net.")}
+    state = weights.unwrap(content)
     if name is None and hyper_parameters:
         name, settings = _from_training(hyper_parameters)
         model_args = {**settings, **model_args}

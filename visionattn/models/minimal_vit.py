@@ -172,6 +172,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 NANO = {"embed_dim": 64, "depth": 6, "num_heads": 4}
+MICRO = {"embed_dim": 96, "depth": 8, "num_heads": 3}
 TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
 SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
 
@@ -216,6 +217,7 @@ default_cfgs = generate_default_cfgs(
         "va_minimal_vit_nano_patch7_28_minimum.untrained": _mnist(),
         "va_minimal_vit_nano_patch4_32.untrained": _cifar(),
         "va_minimal_vit_nano_patch4_32_minimum.untrained": _cifar(),
+        "va_minimal_vit_micro_patch4_32.untrained": _cifar(),
     }
 )
 
@@ -371,3 +373,9 @@ def va_minimal_vit_nano_patch4_32_minimum(pretrained: bool = False, **kwargs: An
         VARIANTS["minimum"],
         kwargs,
     )
+
+
+@register_model
+def va_minimal_vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> MinimalVisionTransformer:
+    """ViT of width 96 and 8 blocks for 32 x 32 colour images."""
+    return _minimal_vit("va_minimal_vit_micro_patch4_32", pretrained, MICRO, {"img_size": 32, "patch_size": 4}, kwargs)

@@ -43,11 +43,16 @@ class OptimizedTask(LightningModule):
             nearest = difflib.get_close_matches(opt, known, cutoff=0.4)
             raise ConfigError(f"There is no optimizer {opt!r}. Near it: {', '.join(nearest) or 'none'}.")
 
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimizer trains: the network."""
+        return self.net
+
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule."""
         given = self.hparams
         optimizer = timm.optim.create_optimizer_v2(
-            self.net,
+            self.trained,
             opt=given.opt,
             lr=given.lr,
             weight_decay=given.weight_decay,

@@ -1,0 +1,234 @@
+r"""Masked image modelling: a ViT learns from images without labels, by painting in what it is not shown.
+
+An image is cut into N patches of p x p pixels; t_n in R^{p p C} is patch n, less its own mean, over its own deviation.
+A random quarter of the patches, V, is shown to the encoder, which is the network that is wanted; a small decoder sees
+its output, and in place of each hidden patch one learned vector u, all with positions:
+
+    z   = encoder(patches in V)                              (B, 1 + |V|, C)
+    y_n = W z_n  for n in V,  else u,  plus position n       (B, 1 + N, C')
+    L   = mean over n not in V of |head(decoder(y))_n - t_n|^2 / (p p C)
+
+The patches that are hidden cost the encoder nothing: a step takes about a quarter of a supervised one. Predicting each
+patch's mean costs L = 1, so that 1 - L is the share of the hidden patches' variance that is explained.
+
+Source: Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from timm.data import resolve_model_data_config
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+from torchmetrics import MeanMetric
+
+from visionattn.checkpoints import create
+from visionattn.data.samplers import IGNORED
+from visionattn.errors import CheckpointError, ConfigError
+from visionattn.train.optimization import OptimizedTask
+from visionattn.weights import mismatches
+
+__all__ = ["MaskedTask"]
+
+
+class PatchDecoder(nn.Module):
+    """What paints: encoded visible tokens -> every patch's pixels. Thrown away after training.
+
+    Args:
+        in_dim: Width C of the encoder.
+        dim: Width C' of the decoder.
+        depth: Blocks.
+        num_heads: Heads.
+        grid: Height and width of the image in patches.
+        num_prefix_tokens: Tokens of the encoder before the patches.
+        patch_values: Numbers of a patch, p p times the image's channels.
+    """
+
+    positions: torch.Tensor
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        num_prefix_tokens: int,
+        patch_values: int,
+    ) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.embed = nn.Linear(in_dim, dim)
+        self.hidden = nn.Parameter(torch.empty(dim).normal_(std=0.02))
+        self.register_buffer("positions", build_sincos2d_pos_embed(list(grid), dim), persistent=False)  # (N, C')
+        self.blocks = nn.Sequential(*[Block(dim, num_heads, qkv_bias=True) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, patch_values)
+
+    def forward(self, encoded: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        """Encoded (B, prefix + |V|, C) and the places of V (B, |V|) -> (B, N, patch_values)."""
+        y = self.embed(encoded)
+        prefix, visible = y.tensor_split([self.num_prefix_tokens], dim=1)
+        places = shown[..., None].expand_as(visible)
+        every = self.hidden.to(y.dtype).expand(len(y), len(self.positions), -1).scatter(1, places, visible)
+        every = every + self.positions
+        return self.head(self.norm(self.blocks(torch.cat([prefix, every], dim=1))))[:, self.num_prefix_tokens :]
+
+
+class MaskedTask(OptimizedTask):
+    """A vision transformer, pre-trained as a masked autoencoder (equations: see the module).
+
+    Args:
+        name: Name of a model in timm's registry that is a `VisionTransformer` with learned positions.
+        model_args: Further arguments of the model.
+        mask_ratio: Share of the patches that are hidden.
+        decoder_dim: Width of the decoder.
+        decoder_depth: Blocks of the decoder.
+        decoder_heads: Heads of the decoder.
+        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
+        lr: Peak learning rate.
+        weight_decay: Weight decay; norms and biases have none.
+        opt_args: Further arguments of the optimizer, such as `betas`.
+        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
+        warmup_epochs: Epochs of linear warm-up, part of the whole.
+        min_lr: Learning rate at the end.
+        sched_args: Further arguments of timm's `create_scheduler_v2`.
+        compile: Compile encoder and decoder.
+    """
+
+    net: Any
+    monitor: ClassVar[str] = "val/explained_variance"
+    """The measure whose highest value makes the best checkpoint."""
+
+    def __init__(
+        self,
+        name: str = "va_minimal_vit_micro_patch4_32",
+        model_args: dict[str, Any] | None = None,
+        mask_ratio: float = 0.75,
+        decoder_dim: int = 64,
+        decoder_depth: int = 2,
+        decoder_heads: int = 4,
+        opt: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        opt_args: dict[str, Any] | None = None,
+        sched: str = "cosine",
+        warmup_epochs: float = 0.0,
+        min_lr: float = 1e-6,
+        sched_args: dict[str, Any] | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        # Without a classifier; `visionattn.load` reads here how the network was made.
+        model_args = {**(model_args or {}), "num_classes": 0}
+        self.save_hyperparameters()
+        self.check_names()
+        encoder: Any = create(name, **model_args)
+        if not isinstance(encoder, VisionTransformer) or encoder.pos_embed is None:
+            raise ConfigError(f"{name!r} is no VisionTransformer with learned positions, whose patches can be hidden.")
+        grid = encoder.patch_embed.grid_size
+        self.num_shown = round(grid[0] * grid[1] * (1 - mask_ratio))
+        if not 0 < self.num_shown < grid[0] * grid[1]:
+            raise ConfigError(
+                f"model.mask_ratio is {mask_ratio}: of {grid[0]} x {grid[1]} patches it shows {self.num_shown}; it "
+                "must show at least one, and not all."
+            )
+        if decoder_dim % 4 or decoder_dim % decoder_heads:
+            raise ConfigError(f"model.decoder_dim is {decoder_dim}: it must be a multiple of 4 and of the heads.")
+        self.net = encoder
+        self.decoder = PatchDecoder(
+            encoder.embed_dim,
+            decoder_dim,
+            decoder_depth,
+            decoder_heads,
+            grid,
+            encoder.num_prefix_tokens,
+            encoder.patch_embed.proj.weight[0].numel(),
+        )
+        self.val_loss = MeanMetric()
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network and its decoder."""
+        return self
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """What images the model expects: input_size, mean, std, interpolation, crop_pct."""
+        return resolve_model_data_config(self.net)
+
+    def setup(self, stage: str) -> None:
+        """Compile."""
+        if self.hparams.compile:
+            # In place: torch.compile(net) would put its own prefix before every key of the checkpoint.
+            self.net.blocks.compile()
+            self.decoder.compile()
+
+    def encode(self, images: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) and the places of the patches shown (B, |V|) -> tokens (B, prefix + |V|, C)."""
+        net: Any = self.net
+        tokens = net.norm_pre(net._pos_embed(net.patch_embed(images)))
+        prefix, patches = tokens.tensor_split([net.num_prefix_tokens], dim=1)
+        visible = patches.gather(1, shown[..., None].expand(-1, -1, patches.shape[2]))
+        return net.norm(net.blocks(torch.cat([prefix, visible], dim=1)))
+
+    def losses(self, images: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """The loss L of each image.
+
+        Args:
+            images: (B, C, H, W).
+            order: (B, N), a permutation of the patches of each image: the first are shown.
+        """
+        shown, hidden = order.tensor_split([self.num_shown], dim=1)
+        painted = self.decoder(self.encode(images, shown), shown)
+        wanted = self.patches(images)
+        wanted = wanted - wanted.mean(dim=-1, keepdim=True)
+        wanted = wanted * (wanted.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
+        return (painted - wanted).square().mean(dim=-1).gather(1, hidden).mean(dim=1)
+
+    def patches(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, N, p p C)."""
+        height, width = self.net.patch_embed.patch_size
+        return nn.functional.unfold(images, (height, width), stride=(height, width)).transpose(1, 2)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Loss of one batch; labels are not looked at."""
+        images = batch[0]
+        loss = self.losses(images, self._orders(images, None)).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
+        return loss
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """Explained variance of the hidden patches, the same ones in every epoch."""
+        images, labels = batch
+        generator = torch.Generator(images.device).manual_seed(batch_idx)
+        losses = self.losses(images, self._orders(images, generator))[labels != IGNORED]
+        if len(losses):
+            self.val_loss.update(losses)
+
+    def on_validation_epoch_end(self) -> None:
+        """State the measure."""
+        loss = self.val_loss.compute()
+        self.log("val/loss", loss)
+        self.log("val/explained_variance", 1 - loss, prog_bar=True)
+        self.val_loss.reset()
+
+    def _orders(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        rows, columns = self.net.patch_embed.grid_size
+        return torch.rand(len(images), rows * columns, device=images.device, generator=generator).argsort(dim=1)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in plain words that a checkpoint is of another model, before torch lists its keys."""
+        saved = checkpoint.get("hyper_parameters", {}).get("name", self.hparams.name)
+        if saved != self.hparams.name:
+            raise CheckpointError(f"The checkpoint is of the model {saved!r}; asked for was {self.hparams.name!r}.")
+        if wrong := mismatches(checkpoint["state_dict"], self.state_dict()):
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise CheckpointError(
+                f"The checkpoint does not fit the model {self.hparams.name!r}: {'; '.join(wrong[:3])}{more}. Were "
+                "model.model_args others?"
+            )
