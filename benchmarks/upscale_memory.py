@@ -23,6 +23,8 @@ from skimage import data
 
 from report import RESULTS, environment, write_rows
 
+Image.MAX_IMAGE_PIXELS = None  # the result is larger than what PIL takes for an attack
+
 COMMAND = "import sys; from visionattn.cli import main; sys.exit(main())"
 
 
