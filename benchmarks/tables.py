@@ -143,6 +143,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "halonet_cifar10": halonet_cifar10,
     "span_psnr": lambda: plain("span_psnr"),
     "span_speed": lambda: plain("span_speed"),
+    "upscale_memory": lambda: plain("upscale_memory"),
     "compiled_kernels": lambda: plain("compiled_kernels"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import glob
 import tempfile
 import time
@@ -34,6 +35,7 @@ WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 # Exporting for ONNX Runtime takes about ten seconds; a run shorter than this does not earn them back.
 WORTH_TIMING = 60.0
 SAMPLE = 192  # pixels a side of what is timed
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VisionAttnError: Nothing could be started: no such input, model or folder.
     """
+    _keep_freed_memory()
     console = Console(highlight=False, markup=False, soft_wrap=True)
     jobs = _jobs(args.input, args.output)
     engine = _engine(args)
@@ -128,6 +131,20 @@ def run(args: argparse.Namespace) -> int:
     if failed and len(jobs) > 1:
         console.print(f"{len(failed)} of {len(jobs)} failed: {', '.join(failed)}")
     return 1 if failed else 0
+
+
+def _keep_freed_memory() -> None:
+    """Let this process keep what it frees, where its C library is glibc.
+
+    Large blocks otherwise go back to the system at once, and each layer gets new ones, page by page: SPAN of 48
+    channels took 1.7 times as long on 512 x 512 pixels.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _jobs(inputs: list[str], output: str) -> list[Job]:
