@@ -1,0 +1,55 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from visionattn.errors import InputError
+from visionattn.probe.statistics import (
+    bootstrap_interval,
+    calibration_error,
+    mcnemar_test,
+    t_interval,
+    wilson_interval,
+)
+
+
+def test_wilson_is_the_textbook_s():
+    # Newcombe 1998, Statistics in Medicine 17, table I: 81 of 263 and 0 of 20, without continuity correction.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
+
+
+def test_bootstrap_is_near_the_normal_interval_and_seeded():
+    scores = np.random.default_rng(0).exponential(size=2000)
+    interval = bootstrap_interval(scores, seed=1)
+    reach = 1.96 * scores.std() / 2000**0.5
+    assert interval == pytest.approx((scores.mean() - reach, scores.mean() + reach), abs=0.1 * reach)
+    assert interval == bootstrap_interval(scores, seed=1)
+    with pytest.raises(InputError, match="two images"):
+        bootstrap_interval(scores[:1])
+
+
+def test_mcnemar_is_the_binomial_s():
+    one = np.array([True] * 10 + [False] * 2 + [True] * 30)
+    other = np.array([False] * 10 + [True] * 2 + [True] * 30)
+    p = 2 * sum(math.comb(12, count) for count in range(3)) / 2**12
+    assert mcnemar_test(one, other) == pytest.approx(p)
+    assert mcnemar_test(one, one) == 1
+    with pytest.raises(InputError, match="same images"):
+        mcnemar_test(one, other[1:])
+
+
+def test_calibration_error_is_the_mean_distance_of_the_bins():
+    confidences = torch.tensor([0.51, 0.52, 0.95, 0.99, 0.97, 0.96])
+    correct = torch.tensor([True, False, True, True, True, False])
+    low, high = abs(0.515 - 0.5) * 2 / 6, abs(confidences[2:].mean() - 0.75) * 4 / 6
+    assert calibration_error(confidences, correct) == pytest.approx(float(low + high), abs=1e-6)
+
+
+def test_t_interval():
+    # Four degrees of freedom: t = 2.776.
+    assert t_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(
+        (3 - 2.776 * 0.5**0.5, 3 + 2.776 * 0.5**0.5), abs=1e-3
+    )
+    assert all(math.isnan(end) for end in t_interval([0.5]))

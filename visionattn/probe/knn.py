@@ -1,0 +1,263 @@
+r"""Exact nearest-neighbour classification of frozen features.
+
+    s_ij  = x_i . t_j / (|x_i| |t_j|)                      x_i a test image's vector, t_j a training image's
+    p_ic  proportional to sum over the k largest s_ij of exp(s_ij / T) [label of j is c]
+
+Of images that are equally near, the one with the lower row counts first; of classes with equal votes, the lower wins.
+The vote is counted in float64. k and T are chosen by training images that are held out, whose neighbours are the other
+training images; test images vote among all.
+
+The training images are read once, batch by batch, and only each test image's neighbours so far are kept, so that the
+memory does not grow with their number. Under torch.distributed every process votes for a part of the test images and
+sees all training images. Products are formed in blocks of one shape whatever the number of processes is, so that their
+results are equal bit by bit.
+
+Source: the weighted vote is that of Wu et al., arXiv 1805.01978, and of DINO, arXiv 2104.14294.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from visionattn.errors import DataError, InputError
+from visionattn.probe.statistics import Interval, wilson_interval
+from visionattn.probe.sweep import hold_out
+from visionattn.probe.tokens import Features
+
+__all__ = ["Neighbours", "NeighboursResult", "nearest_neighbours"]
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """How a number of neighbours and a temperature do.
+
+    Attributes:
+        k: Neighbours.
+        temperature: T.
+        held_out_accuracy: On held-out training images; NaN where none are held out.
+        predictions: Class of each test image, int64 (n,).
+        confidences: Share of the vote of that class, float64 (n,).
+        correct: Whether it is right, bool (n,).
+    """
+
+    k: int
+    temperature: float
+    held_out_accuracy: float
+    predictions: torch.Tensor
+    confidences: torch.Tensor
+    correct: torch.Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of test images that it gets right."""
+        return float(self.correct.double().mean())
+
+    @property
+    def interval(self) -> Interval:
+        """Wilson's 95 % interval of the accuracy."""
+        return wilson_interval(int(self.correct.sum()), len(self.correct))
+
+
+@dataclass(frozen=True)
+class NeighboursResult:
+    """Every pair of k and T, and the one that the held-out images chose, the first of equals."""
+
+    pairs: list[Neighbours]
+    chosen: Neighbours
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Give the table, a row a pair."""
+        return [
+            {
+                "k": pair.k,
+                "temperature": pair.temperature,
+                "chosen": pair is self.chosen,
+                "held_out_accuracy": pair.held_out_accuracy,
+                "test_accuracy": pair.accuracy,
+                "test_accuracy_low": pair.interval.low,
+                "test_accuracy_high": pair.interval.high,
+            }
+            for pair in self.pairs
+        ]
+
+
+def nearest_neighbours(
+    train: Features,
+    test: Features,
+    layer: int = -1,
+    source: str = "class",
+    ks: Sequence[int] = (5, 10, 15, 20, 50, 100, 200),
+    temperatures: Sequence[float] = (0.07, 0.1, 0.2),
+    *,
+    holdout: float = 0.1,
+    seed: int = 0,
+    train_chunk: int = 4096,
+    test_chunk: int = 512,
+    device: str | torch.device = "cpu",
+    process_group: dist.ProcessGroup | None = None,
+) -> NeighboursResult:
+    """Classify test images by their nearest training images (see the module).
+
+    Args:
+        train: Training images.
+        test: Test images.
+        layer: Which of the features' layers, an index.
+        source: What an image's vector is: the `"class"` token, or the `"mean"` of the patches.
+        ks: Numbers of neighbours; one that is larger than the training images that are not held out becomes as many as
+            these are.
+        temperatures: T of the vote.
+        holdout: Share of the training images that chooses; 0 with a single pair.
+        seed: Of the held-out part.
+        train_chunk: Training images at once.
+        test_chunk: Test images at once.
+        device: Where products are formed.
+        process_group: Whose processes divide the test images; the default group if None, where torch.distributed has
+            been initialised. Every process gets the whole result.
+
+    Raises:
+        InputError: The features or settings do not allow it; the message says why.
+        DataError: Tokens are not finite.
+    """
+    layers = train.layers
+    if layers != test.layers or train.classes != test.classes or not len(train) or not len(test):
+        raise InputError("Training and test images must exist and have the same layers and classes.")
+    if not -len(layers) <= layer < len(layers) or source not in ("class", "mean"):
+        raise InputError(
+            f"A layer of {len(layers)} and the source 'class' or 'mean' are needed, but got {layer} and {source!r}."
+        )
+    if source == "class" and not layers[layer].has_class:
+        raise InputError(f"Layer {layers[layer].name!r} has no class token: take the source 'mean'.")
+    if not ks or not temperatures or min(ks) < 1 or min(temperatures) <= 0 or min(train_chunk, test_chunk) < 1:
+        raise InputError("Neighbours, temperatures and chunks are above 0, and there is one of each or more.")
+    every = torch.arange(len(train))
+    kept, held = hold_out(train.labels, every, holdout, seed)
+    ks = list(dict.fromkeys(min(k, len(kept)) for k in ks))
+    pairs = [(k, temperature) for k in ks for temperature in temperatures]
+    if not len(held) and len(pairs) > 1:
+        raise InputError("No training image is held out, so that nothing can choose: hold out some, or give one pair.")
+
+    search = _Search(train, layer, source, max(ks), train_chunk, torch.device(device))
+    queries = [(train, held, True)] if len(held) else []
+    queries.append((test, torch.arange(len(test)), False))
+    blocks = [(features, rows, alone) for features, all_rows, alone in queries for rows in all_rows.split(test_chunk)]
+    rank, processes = (dist.get_rank(process_group), dist.get_world_size(process_group)) if _distributed() else (0, 1)
+    mine = range(rank, len(blocks), processes)
+    found = search.run([blocks[number] for number in mine], held, test_chunk)
+    votes = {
+        number: _vote(similarity, train.labels[nearest], pairs, len(train.classes))
+        for number, (similarity, nearest) in zip(mine, found, strict=True)
+    }
+    if processes > 1:
+        gathered: list[Any] = [None] * processes
+        dist.all_gather_object(gathered, votes, group=process_group)
+        votes = {number: vote for part in gathered for number, vote in part.items()}
+    count = math.ceil(len(held) / test_chunk)
+    in_order = [votes[number] for number in range(len(blocks))]
+    predictions, confidences = (torch.cat(part, dim=1) for part in zip(*in_order[count:], strict=True))
+    of_held = torch.cat([part for part, _ in in_order[:count]], dim=1) if count else None
+    results = []
+    for number, (k, temperature) in enumerate(pairs):
+        held_out = math.nan
+        if of_held is not None:
+            held_out = float((of_held[number] == train.labels[held]).double().mean())
+        correct = predictions[number] == test.labels
+        results.append(Neighbours(k, temperature, held_out, predictions[number], confidences[number], correct))
+    chosen = results[0] if of_held is None else max(results, key=lambda pair: pair.held_out_accuracy)
+    return NeighboursResult(results, chosen)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+class _Search:
+    """The k nearest training images of blocks of queries."""
+
+    def __init__(self, train: Features, layer: int, source: str, k: int, chunk: int, device: torch.device) -> None:
+        self.train, self.layer, self.source, self.k = train, layer, source, k
+        self.chunk, self.device = chunk, device
+
+    def run(
+        self, blocks: list[tuple[Features, torch.Tensor, bool]], held: torch.Tensor, size: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Search for blocks of images and their rows, without the held-out training images where it says so.
+
+        Returns:
+            Of each block similarities (b, k), falling, and rows of training images (b, k), int64, on the CPU.
+        """
+        queries = [self._vectors(features, rows, size) for features, rows, _ in blocks]
+        absent = torch.zeros(len(self.train), dtype=torch.bool)
+        absent[held] = True
+        best: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(blocks)
+        for rows in torch.arange(len(self.train)).split(self.chunk):
+            vectors = self._vectors(self.train, rows, self.chunk)
+            for number, (_, _, alone) in enumerate(blocks):
+                similarity = (queries[number] @ vectors.T)[:, : len(rows)]
+                if alone:
+                    similarity.masked_fill_(absent[rows].to(self.device), -math.inf)
+                places = rows.to(self.device).expand(len(similarity), -1)
+                before = best[number]
+                if before is not None:
+                    similarity = torch.cat([before[0], similarity], dim=1)
+                    places = torch.cat([before[1], places], dim=1)
+                best[number] = _largest(similarity, places, self.k)
+        found = []
+        for (_, rows, _), result in zip(blocks, best, strict=True):
+            if result is not None:
+                found.append((result[0][: len(rows)].cpu(), result[1][: len(rows)].cpu()))
+        return found
+
+    def _vectors(self, features: Features, rows: torch.Tensor, size: int) -> torch.Tensor:
+        """Unit vectors (size, D) of up to so many images, zeros below them: the products have one shape."""
+        parts = []
+        for numbers, tokens in features.batches(rows, size):
+            given = tokens[self.layer]
+            vector = given.class_token if self.source == "class" else given.patches
+            if vector is None:
+                raise InputError("The features have no class token, although their layer says so.")
+            vector = vector.to(self.device, torch.promote_types(vector.dtype, torch.float32))
+            vector = vector if self.source == "class" else vector.mean(dim=1)
+            if not vector.isfinite().all():
+                broken = numbers[~vector.isfinite().all(1).cpu()].tolist()
+                raise DataError(
+                    f"The tokens of {len(broken)} images are not finite, the first of them row {broken[0]}."
+                )
+            parts.append(F.normalize(vector, dim=1))
+        vectors = torch.cat(parts)
+        return F.pad(vectors, (0, 0, 0, size - len(vectors)))
+
+
+def _largest(similarity: torch.Tensor, places: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row, falling, and their places; of equals those to the left, where places rise."""
+    k = min(k, similarity.shape[1])
+    values, indices = similarity.topk(k, dim=1)
+    # topk takes any of those that equal the last one taken; where more of these exist than there was room for, sort.
+    several = ((similarity >= values[:, -1:]).sum(1) > k).nonzero().squeeze(1)
+    if len(several):
+        ordered = similarity[several].sort(dim=1, descending=True, stable=True).indices[:, :k]
+        indices[several] = ordered
+    indices = indices.sort(dim=1).values
+    values, order = similarity.gather(1, indices).sort(dim=1, descending=True, stable=True)
+    return values, places.gather(1, indices.gather(1, order))
+
+
+def _vote(
+    similarity: torch.Tensor, labels: torch.Tensor, pairs: list[tuple[int, float]], classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes, and their share of the vote, of each pair of k and T: (b, k) -> (pairs, b)."""
+    similarity = similarity.double()
+    numbers = torch.arange(classes)
+    predictions, confidences = [], []
+    for k, temperature in pairs:
+        # Less the largest: a small T does not overflow.
+        weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
+        votes = weights.new_zeros(len(weights), classes).scatter_add_(1, labels[:, :k], weights)
+        most = votes.amax(1, keepdim=True)
+        predictions.append(torch.where(votes == most, numbers, classes).amin(1))
+        confidences.append(most.squeeze(1) / votes.sum(1))
+    return torch.stack(predictions), torch.stack(confidences)

@@ -1,0 +1,111 @@
+"""How sure a number of the report is: intervals, paired tests, calibration."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from visionattn.errors import InputError, require
+
+__all__ = ["Interval", "bootstrap_interval", "calibration_error", "mcnemar_test", "t_interval", "wilson_interval"]
+
+
+class Interval(NamedTuple):
+    """Lower and upper end."""
+
+    low: float
+    high: float
+
+
+def wilson_interval(correct: int, total: int, level: float = 0.95) -> Interval:
+    """Wilson's interval of a share.
+
+    Source: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953
+
+    Args:
+        correct: Successes.
+        total: Trials, 1 or more.
+        level: Confidence level.
+    """
+    test = require("scipy.stats", "train").binomtest(correct, total)
+    return Interval(*map(float, test.proportion_ci(level, method="wilson")))
+
+
+def bootstrap_interval(scores: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Percentile interval of the mean of a score that each image has, images drawn with replacement.
+
+    Args:
+        scores: Of each image, (n,).
+        level: Confidence level.
+        resamples: Draws of n images.
+        seed: Of the draws.
+
+    Raises:
+        InputError: There are fewer than two images.
+    """
+    if len(scores) < 2:
+        raise InputError(f"An interval needs the scores of two images or more, but got {len(scores)}.")
+    found = require("scipy.stats", "train").bootstrap(
+        (np.asarray(scores, dtype=np.float64),),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(1, 2**22 // len(scores)),  # 32 MiB of draws at once
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return Interval(float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def mcnemar_test(correct: np.ndarray, other: np.ndarray) -> float:
+    """McNemar's exact test of whether two heads are right equally often on the same images.
+
+    Source: McNemar 1947, https://doi.org/10.1007/BF02295996
+
+    Args:
+        correct: Whether the one head is right, bool (n,).
+        other: Whether the other is.
+
+    Returns:
+        The two-sided p value; 1 where they differ on no image.
+
+    Raises:
+        InputError: They are not about the same number of images.
+    """
+    if correct.shape != other.shape:
+        raise InputError(f"A paired test needs the same images of both, but got {len(correct)} and {len(other)}.")
+    only_one, only_other = int((correct & ~other).sum()), int((other & ~correct).sum())
+    if only_one + only_other == 0:
+        return 1.0
+    return float(require("scipy.stats", "train").binomtest(only_one, only_one + only_other).pvalue)
+
+
+def calibration_error(confidences: torch.Tensor, correct: torch.Tensor, bins: int = 15) -> float:
+    """Expected calibration error: mean distance of confidence and accuracy over bins of equal width.
+
+    Source: "On Calibration of Modern Neural Networks", arXiv 1706.04599.
+
+    Args:
+        confidences: Probability of the class that was predicted, (n,).
+        correct: Whether it was right, bool (n,).
+        bins: Of [0, 1].
+    """
+    classification = require("torchmetrics.functional.classification", "train")
+    # Confidence in an answer, and whether it was right, are a binary problem.
+    return float(classification.binary_calibration_error(confidences, correct.long(), n_bins=bins, norm="l1"))
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Student's t interval of the mean of independent draws; NaN for less than two of them.
+
+    Args:
+        values: One of each draw.
+        level: Confidence level.
+    """
+    if len(values) < 2:
+        return Interval(float("nan"), float("nan"))
+    deviation = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    reach = float(require("scipy.stats", "train").t.ppf((1 + level) / 2, len(values) - 1)) * deviation
+    mean = float(np.mean(values))
+    return Interval(mean - reach, mean + reach)

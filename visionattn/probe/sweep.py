@@ -1,0 +1,676 @@
+"""Train many probing heads in one pass over a frozen backbone's tokens, and choose among them honestly.
+
+A part of the training images is held out and chooses: the epoch of each head, and the head of each pooling and layer.
+The test images are read when the training is over, and no choice depends on them.
+
+The protocol is that of the paper: LARS with momentum 0.9 and trust 0.001, no trust ratio for biases, or AdamW; warm-up,
+then half a cosine to 0, step by step; batches of one size, the rest of an epoch's images left out of that epoch.
+
+Sources: Efficient Probing, arXiv 2506.10178; MAE, arXiv 2111.06377; LARS, arXiv 1708.03888.
+
+Deviations, and why. The authors choose by the test images and report their best epoch. Here the last epoch and the one
+that the held-out images chose are both reported. LARS is timm's, which divides by |g| + decay |w|, as its paper does,
+where the authors' code divides by |g + decay w|; without weight decay these are the same.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from timm.optim import Lars
+
+from visionattn.errors import DataError, InputError
+from visionattn.files import atomic_path
+from visionattn.probe.banks import Head, HeadSpec, create_head, grid, group_logits, head_tokens, make_banks
+from visionattn.probe.statistics import Interval, calibration_error, t_interval, wilson_interval
+from visionattn.probe.tokens import Features, Tokens
+
+__all__ = [
+    "FewShotResult",
+    "HeadResult",
+    "HeadSpec",
+    "Score",
+    "SweepResult",
+    "few_shot",
+    "few_shot_rows",
+    "grid",
+    "hold_out",
+    "sweep",
+]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a head says of the test images.
+
+    Attributes:
+        predictions: Class of each image, int64 (n,).
+        confidences: Probability that it gives to that class, (n,).
+        correct: Whether it is right, bool (n,).
+        nll: Negative log-likelihood of each image's class, in nats, (n,).
+    """
+
+    predictions: torch.Tensor
+    confidences: torch.Tensor
+    correct: torch.Tensor
+    nll: torch.Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images that it gets right."""
+        return float(self.correct.double().mean())
+
+    @property
+    def interval(self) -> Interval:
+        """Wilson's 95 % interval of the accuracy."""
+        return wilson_interval(int(self.correct.sum()), len(self.correct))
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error, 15 bins."""
+        return calibration_error(self.confidences, self.correct)
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """A head after its training.
+
+    Attributes:
+        spec: What it is.
+        layer: Name of its layer.
+        head: The head with the weights of its best epoch, on the CPU, in evaluation.
+        held_out: Accuracy on the held-out images after each epoch; empty where none are held out.
+        best_epoch: The first of the epochs with the highest of these, counted from 1; the last where none are held out,
+            0 where the head diverged in the first.
+        last: Test images after the last epoch; None for a head that diverged.
+        best: Test images after the best epoch; None for a head without one.
+        diverged: Epoch in which its loss stopped being finite, 0 for a head whose loss never did. Its best epoch is one
+            before that, and it is not chosen.
+        refit: Whether it was trained on the held-out images too.
+    """
+
+    spec: HeadSpec
+    layer: str
+    head: Head
+    held_out: list[float]
+    best_epoch: int
+    last: Score | None
+    best: Score | None
+    diverged: int
+    refit: bool = False
+
+    @property
+    def held_out_accuracy(self) -> float:
+        """Accuracy on the held-out images after the best epoch; NaN where there is none."""
+        return self.held_out[self.best_epoch - 1] if self.held_out and self.best_epoch else math.nan
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found.
+
+    Attributes:
+        heads: In the order in which they were asked for.
+        chosen: Of each pooling and layer the head with the highest held-out accuracy, the first of equals; with `refit`
+            trained again on all training images.
+        epochs: Of the training.
+        seconds: The sweep took, reading tokens included and time between a kill and the next start not. The heads share
+            them.
+        notes: What a reader of the table should know, such as classes without test images.
+    """
+
+    heads: list[HeadResult]
+    chosen: list[HeadResult]
+    epochs: int
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Give the table, a row a head, then those that were fitted again; missing numbers are NaN."""
+        chosen = {id(result) for result in self.chosen}
+        again = [result for result in self.chosen if result.refit]
+        selected = {(result.spec, result.layer) for result in again}
+        rows = []
+        for result in self.heads + again:
+            pooling = sum(p.numel() for p in result.head.pooling.parameters())
+            row = {
+                **asdict(result.spec),
+                "layer": result.layer,
+                "refit": result.refit,
+                "chosen": id(result) in chosen or (result.spec, result.layer) in selected,
+                "pooling_parameters": pooling,
+                "classifier_parameters": sum(p.numel() for p in result.head.parameters()) - pooling,
+                "epochs": self.epochs,
+                "best_epoch": result.best_epoch,
+                "diverged": result.diverged,
+                "held_out_accuracy": result.held_out_accuracy,
+            }
+            for name, score in {"last": result.last, "best": result.best}.items():
+                low, high = score.interval if score else (math.nan, math.nan)
+                row[f"test_{name}"] = score.accuracy if score else math.nan
+                row[f"test_{name}_low"], row[f"test_{name}_high"] = low, high
+            row["calibration_error"] = result.best.calibration_error if result.best else math.nan
+            row["nll"] = float(result.best.nll.mean()) if result.best else math.nan
+            row["sweep_seconds"] = self.seconds
+            rows.append(row)
+        return rows
+
+
+def hold_out(labels: torch.Tensor, rows: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide training images into those that train and those that choose.
+
+    Each class gives its share, rounded, and at least one image; a class of one image gives none.
+
+    Args:
+        labels: Of all images, (n,).
+        rows: Images to divide, (m,).
+        share: To hold out, 0 to less than 1; none at 0.
+        seed: Of the draw.
+
+    Returns:
+        Rows that train, and rows that are held out, both sorted.
+
+    Raises:
+        InputError: The share is out of range.
+    """
+    if not 0 <= share < 1:
+        raise InputError(f"A share of the training images between 0 and 1 is held out, but got {share}.")
+    random, kept, held = np.random.default_rng(seed), [], []
+    for label in labels[rows].unique():
+        members = random.permutation(rows[labels[rows] == label].numpy())
+        count = min(len(members) - 1, max(1, math.floor(share * len(members) + 0.5))) if share else 0
+        held.append(members[:count])
+        kept.append(members[count:])
+    return torch.from_numpy(np.sort(np.concatenate(kept))), torch.from_numpy(np.sort(np.concatenate(held)))
+
+
+def few_shot_rows(
+    labels: torch.Tensor, per_class: int | None = None, fraction: float | None = None, draw_seed: int = 0
+) -> torch.Tensor:
+    """Draw a few training images of each class.
+
+    Args:
+        labels: Of all training images, (n,).
+        per_class: Images of each class, or
+        fraction: share of each class, rounded, and at least one image.
+        draw_seed: Of the draw.
+
+    Returns:
+        Rows, sorted, int64.
+
+    Raises:
+        InputError: Not one of the two is given, it is out of range, or a class has fewer images.
+    """
+    if (per_class is None) == (fraction is None):
+        raise InputError("Few-shot images are so many a class or a fraction of each: give one of the two.")
+    if (per_class is not None and per_class < 1) or (fraction is not None and not 0 < fraction <= 1):
+        raise InputError(
+            f"Few-shot images are 1 or more a class, or a fraction above 0 and up to 1, but got "
+            f"{fraction if per_class is None else per_class}."
+        )
+    random, drawn = np.random.default_rng(draw_seed), []
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1).numpy()
+        count = per_class if fraction is None else max(1, math.floor(fraction * len(members) + 0.5))
+        if count is None or count > len(members):
+            raise InputError(
+                f"Class {int(label)} has {len(members)} training images, fewer than the {count} asked for."
+            )
+        drawn.append(random.permutation(members)[:count])
+    return torch.from_numpy(np.sort(np.concatenate(drawn)))
+
+
+def sweep(
+    train: Features,
+    test: Features,
+    heads: Sequence[HeadSpec],
+    *,
+    epochs: int = 90,
+    batch_size: int = 4096,
+    warmup_epochs: float = 10,
+    holdout: float = 0.1,
+    refit: bool = False,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    state: Path | None = None,
+    rows: torch.Tensor | None = None,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Train heads together, choose, and test (see the module).
+
+    Every batch is read once for all heads. A head becomes what it becomes alone, but for rounding. Heads compute in
+    float32, or in float64 where the tokens are float64.
+
+    Args:
+        train: Training images.
+        test: Test images.
+        heads: What to train.
+        epochs: Passes over the training images.
+        batch_size: Images a step.
+        warmup_epochs: In which the learning rate rises from 0.
+        holdout: Share of the training images that chooses; 0 where there is nothing to choose.
+        refit: Train the chosen heads again, on the held-out images too, for the same number of epochs, and test them
+            after the last.
+        seed: Of the held-out part and of the order of images, which is a function of it and of the epoch.
+        device: Where heads are trained.
+        state: File that is written after each epoch. A sweep that finds its own file goes on from there, and ends with
+            the same table. The refit's stands beside it.
+        rows: Training images to use, (m,); all if None.
+        progress: Where a bar appears while heads train.
+
+    Raises:
+        InputError: The images or settings do not allow the sweep; the message says why.
+        UnknownNameError: There is no such pooling.
+        DataError: Tokens are not finite, or the state file is another sweep's or unreadable.
+        StorageError: The state file could not be written.
+    """
+    heads = [_with_layer(spec, train) for spec in heads]
+    rows = torch.arange(len(train)) if rows is None else rows
+    notes = _check(train, test, heads, rows, epochs, warmup_epochs)
+    fit_rows, held_rows = hold_out(train.labels, rows, holdout, seed)
+    keys = [(spec.pooling, spec.layer) for spec in heads]
+    if not len(held_rows) and len(set(keys)) < len(keys):
+        raise InputError(
+            "No training image is held out, so that nothing can choose among several heads of one pooling and layer: "
+            "hold out a share, with two images or more of a class, or give one head of each."
+        )
+    common: dict[str, Any] = {
+        "epochs": epochs, "batch_size": batch_size, "warmup_epochs": warmup_epochs, "seed": seed, "progress": progress
+    }  # fmt: skip
+    run = _Run(train, test, heads, fit_rows, held_rows, device=torch.device(device), state=state, **common)
+    results, seconds = run.results(), run.seconds
+    chosen = []
+    for key in dict.fromkeys(keys):
+        able = [result for result, other in zip(results, keys, strict=True) if other == key and not result.diverged]
+        if able:
+            chosen.append(max(able, key=lambda result: result.held_out_accuracy if result.held_out else 0.0))
+        else:
+            notes.append(f"All heads of {key[0]} at {train.layers[key[1]].name} diverged; none was chosen.")
+    if refit and chosen:
+        state = None if state is None else state.with_name(f"{state.stem}-refit{state.suffix}")
+        specs, none = [result.spec for result in chosen], torch.empty(0, dtype=torch.int64)
+        run = _Run(train, test, specs, rows.sort().values, none, device=torch.device(device), state=state, **common)
+        chosen = [replace(result, refit=True) for result in run.results()]
+        seconds += run.seconds
+    return SweepResult(results, chosen, epochs, seconds, notes)
+
+
+@dataclass(frozen=True)
+class FewShotResult:
+    """Accuracy of a pooling with a few training images.
+
+    Attributes:
+        pooling: Its name.
+        layer: Name of the layer.
+        size: Images a class, or the fraction of each class where it is a float.
+        accuracies: On the test images, one of each draw: of the head and the epoch that the held-out images chose.
+    """
+
+    pooling: str
+    layer: str
+    size: float
+    accuracies: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Over the draws."""
+        return float(np.mean(self.accuracies))
+
+    @property
+    def interval(self) -> Interval:
+        """Student's 95 % t interval of the mean; NaN for a single draw."""
+        return t_interval(self.accuracies)
+
+
+def few_shot(
+    train: Features,
+    test: Features,
+    heads: Sequence[HeadSpec],
+    sizes: Sequence[float],
+    draws: int = 5,
+    *,
+    batch_size: int = 4096,
+    state: Path | None = None,
+    **options: Any,
+) -> list[FewShotResult]:
+    """Sweep over heads with a few training images, several times for each number of them.
+
+    Args:
+        train: Training images.
+        test: Test images.
+        heads: What to train.
+        sizes: Images a class (int), or fractions of each class (float).
+        draws: Of the images, independent, seeded 0, 1, ...
+        batch_size: Images a step, or all that there are where these are less.
+        state: Folder of a state file a draw.
+        **options: Of `sweep`.
+
+    Returns:
+        Of each size and each pooling and layer. Draws in which all its heads diverged are left out.
+
+    Raises:
+        InputError: As in `sweep` and `few_shot_rows`.
+    """
+    found: dict[tuple[float, str, str], list[float]] = {}
+    for size in sizes:
+        for draw in range(draws):
+            amount = {"fraction": size} if isinstance(size, float) else {"per_class": int(size)}
+            rows = few_shot_rows(train.labels, draw_seed=draw, **amount)  # type: ignore[arg-type]
+            held = hold_out(train.labels, rows, options.get("holdout", 0.1), options.get("seed", 0))[1]
+            file = None if state is None else Path(state) / f"{size}-{draw}.pt"
+            size_of_batch = min(batch_size, len(rows) - len(held))
+            result = sweep(train, test, heads, batch_size=size_of_batch, rows=rows, state=file, **options)
+            for head in result.chosen:
+                if head.best is not None:
+                    found.setdefault((size, head.spec.pooling, head.layer), []).append(head.best.accuracy)
+    return [FewShotResult(pooling, layer, size, values) for (size, pooling, layer), values in found.items()]
+
+
+def _with_layer(spec: HeadSpec, features: Features) -> HeadSpec:
+    """The same head with its layer counted from 0."""
+    count = len(features.layers)
+    if not -count <= spec.layer < count:
+        raise InputError(f"{spec} reads layer {spec.layer}, but the features have {count} layers.")
+    return replace(spec, layer=spec.layer % count)
+
+
+def _check(
+    train: Features, test: Features, heads: list[HeadSpec], rows: torch.Tensor, epochs: int, warmup_epochs: float
+) -> list[str]:
+    """Refuse what cannot be swept over; give notes about what can."""
+    if not heads or epochs < 1 or not 0 <= warmup_epochs <= epochs:
+        raise InputError(
+            "A sweep has a head or more, an epoch or more, and no more epochs to warm up, but got "
+            f"{len(heads)} heads, {epochs} epochs and {warmup_epochs} to warm up."
+        )
+    if train.layers != test.layers or train.classes != test.classes:
+        raise InputError("Training and test images must have the same layers and classes, in the same order.")
+    if not len(test):
+        raise InputError("There are no test images.")
+    present, tested = (set(labels.tolist()) for labels in (train.labels[rows], test.labels))
+    if len(present) < 2:
+        raise InputError(f"Probing tells classes apart, but the training images have {len(present)} class(es).")
+    if tested - present:
+        names = ", ".join(train.classes[label] for label in sorted(tested - present))
+        raise InputError(f"These classes have test images and no training images: {names}.")
+    if present - tested:
+        names = ", ".join(train.classes[label] for label in sorted(present - tested))
+        return [f"These classes have no test images, so that the test says nothing about them: {names}."]
+    return []
+
+
+def _refuse_broken(features: Features, tokens: list[Tokens], rows: torch.Tensor) -> None:
+    """Refuse tokens that are not finite."""
+    for layer, given in zip(features.layers, tokens, strict=True):
+        for part in given:
+            if part is not None and not part.isfinite().all():
+                broken = rows[~part.flatten(1).isfinite().all(1).cpu()].tolist()
+                raise DataError(
+                    f"The tokens of layer {layer.name!r} are not finite in {len(broken)} images of a batch, "
+                    f"the first of them row {broken[0]}: extract them again, in a wider type."
+                )
+
+
+class _Run:
+    """A training of heads on some rows, and its test."""
+
+    def __init__(
+        self,
+        train: Features,
+        test: Features,
+        specs: list[HeadSpec],
+        fit_rows: torch.Tensor,
+        held_rows: torch.Tensor,
+        *,
+        epochs: int,
+        batch_size: int,
+        warmup_epochs: float,
+        seed: int,
+        device: torch.device,
+        state: Path | None,
+        progress: Progress | None,
+    ) -> None:
+        if not 2 <= batch_size <= len(fit_rows):
+            raise InputError(
+                f"A batch has 2 images or more and no more than there are to train on, {len(fit_rows)}, but got "
+                f"{batch_size}."
+            )
+        self.train, self.test, self.specs = train, test, specs
+        self.fit_rows, self.held_rows = fit_rows, held_rows
+        self.epochs, self.batch_size, self.warmup_epochs, self.seed = epochs, batch_size, warmup_epochs, seed
+        self.device, self.state, self.progress = device, state, progress
+        self.steps = len(fit_rows) // batch_size  # an epoch
+        first = next(train.batches(fit_rows[:1], 1))[1]
+        self.dtype = torch.float64 if first[0].patches.dtype == torch.float64 else torch.float32
+        self.heads = [
+            create_head(spec, train.layers[spec.layer], len(train.classes)).to(device, self.dtype) for spec in specs
+        ]
+        self.groups = make_banks(self.heads, specs, batch_size)
+        self.banks = [bank for _, banks, _ in self.groups for bank in banks]
+        self.order = torch.tensor([number for _, _, numbers in self.groups for number in numbers])
+        self.optimizers = self._optimizers()
+        self.epoch, self.seconds = 0, 0.0
+        self.held_out: list[list[float]] = [[] for _ in specs]
+        self.best_epoch = [0] * len(specs)
+        self.best = [self._weights(head) for head in self.heads]
+        self.diverged = [0] * len(specs)
+
+    def results(self) -> list[HeadResult]:
+        """Train from where the state file stands, then test."""
+        self._resume()
+        bar: Any = None
+        if self.progress is not None:
+            bar = self.progress.add_task("heads", total=self.epochs * self.steps, completed=self.epoch * self.steps)
+        while self.epoch < self.epochs:
+            start = time.perf_counter()
+            finite = self._train_epoch(bar)
+            self.epoch += 1
+            self._after_epoch(finite)
+            self.seconds += time.perf_counter() - start
+            self._save()
+        if self.progress is not None:
+            self.progress.remove_task(bar)
+        last = self._scores()
+        for _, banks, numbers in self.groups:
+            weights = iter(numbers)
+            for bank in banks:
+                bank.load([self.best[next(weights)] for _ in bank.heads])
+        best = last if all(epoch == self.epochs for epoch in self.best_epoch) else self._scores()
+        results = []
+        for number, spec in enumerate(self.specs):
+            layer = self.train.layers[spec.layer]
+            head = create_head(spec, layer, len(self.train.classes)).to(self.dtype)
+            head.load_state_dict(self.best[number])
+            results.append(
+                HeadResult(
+                    spec=spec,
+                    layer=layer.name,
+                    head=head.eval(),
+                    held_out=self.held_out[number],
+                    best_epoch=self.best_epoch[number],
+                    last=None if self.diverged[number] else last[number],
+                    best=best[number] if self.best_epoch[number] else None,
+                    diverged=self.diverged[number],
+                )
+            )
+        return results
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """One of each kind, its parameters in groups of like settings, with their peak learning rates."""
+        groups: dict[tuple, list[torch.nn.Parameter]] = {}
+        for spec, head in zip(self.specs, self.heads, strict=True):
+            for parameter in head.parameters():
+                matrix = parameter.ndim > 1
+                key = (spec.optimizer, spec.lr, spec.weight_decay if matrix else 0.0, matrix)
+                groups.setdefault(key, []).append(parameter)
+        by_kind: dict[str, list[dict]] = {}
+        for (kind, lr, decay, matrix), parameters in groups.items():
+            group = {"params": parameters, "weight_decay": decay, "peak": lr}
+            if kind == "lars":
+                group |= {"peak": lr * self.batch_size / 256, "always_adapt": matrix}
+            by_kind.setdefault(kind, []).append(group)
+        return [
+            Lars(groups, momentum=0.9, trust_coeff=0.001, foreach=True)
+            if kind == "lars"
+            else torch.optim.AdamW(groups, foreach=True)
+            for kind, groups in by_kind.items()
+        ]
+
+    def _train_epoch(self, bar: Any) -> torch.Tensor:
+        """Give whether the loss of each bank's heads stayed finite, (heads,) in the order of the banks."""
+        for bank in self.banks:
+            bank.train(True)
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.fit_rows))
+        rows = self.fit_rows[torch.from_numpy(order)][: self.steps * self.batch_size]
+        finite = torch.ones(len(self.heads), dtype=torch.bool, device=self.device)
+        for step, (labels, groups) in enumerate(self._batches(self.train, rows)):
+            done = self.epoch + step / self.steps
+            if done < self.warmup_epochs:
+                factor = done / self.warmup_epochs
+            else:
+                share = (done - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-12)
+                factor = 0.5 * (1 + math.cos(math.pi * share))
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * factor
+            for bank in self.banks:
+                bank.zero_grad()
+            losses = []
+            for (_, banks, _), tokens in zip(self.groups, groups, strict=True):
+                own = [_losses(logits, labels).mean(1) for logits in group_logits(banks, tokens)]
+                torch.cat(own).sum().backward()
+                losses += [loss.detach() for loss in own]
+            finite &= torch.cat(losses).isfinite()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if self.progress is not None:
+                self.progress.advance(bar)
+        return finite.cpu()
+
+    def _after_epoch(self, finite: torch.Tensor) -> None:
+        """Keep what the epoch gave: divergence, held-out accuracies, the best weights."""
+        diverging = [int(n) for n, fine in zip(self.order, finite, strict=True) if not fine and not self.diverged[n]]
+        if diverging:
+            for rows, tokens in self.train.batches(self.fit_rows, self.batch_size):
+                _refuse_broken(self.train, tokens, rows)
+        for number in diverging:
+            self.diverged[number] = self.epoch
+        accuracies = [math.nan] * len(self.heads)
+        if len(self.held_rows):
+            correct = torch.zeros(len(self.heads), dtype=torch.int64, device=self.device)
+            for labels, logits in self._logits(self.train, self.held_rows):
+                correct += (logits.argmax(2) == labels).sum(1)
+            accuracies = (correct.double() / len(self.held_rows)).tolist()
+        for number, head in enumerate(self.heads):
+            if self.diverged[number]:
+                continue
+            before = self.held_out[number]
+            if not len(self.held_rows) or accuracies[number] > max(before, default=-1.0):
+                self.best_epoch[number], self.best[number] = self.epoch, self._weights(head)
+            if len(self.held_rows):
+                before.append(accuracies[number])
+
+    def _scores(self) -> list[Score]:
+        """Test the heads as they are."""
+        parts: list[list[torch.Tensor]] = []
+        for labels, logits in self._logits(self.test, torch.arange(len(self.test))):
+            confidences, predictions = logits.softmax(2).max(2)
+            values = [predictions, confidences, predictions == labels, _losses(logits, labels)]
+            parts.append([value.cpu() for value in values])
+        joined = [torch.cat(values, dim=1) for values in zip(*parts, strict=True)]
+        return [Score(*(value[number] for value in joined)) for number in range(len(self.heads))]
+
+    @torch.no_grad()
+    def _logits(self, features: Features, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Labels (B,) and logits (heads, B, K) of each batch, in evaluation, the heads as they were asked for."""
+        for bank in self.banks:
+            bank.train(False)
+        place = self.order.argsort().to(self.device)
+        sound = torch.tensor([not epoch for epoch in self.diverged], device=self.device)
+        for (labels, groups), numbers in zip(self._batches(features, rows), rows.split(self.batch_size), strict=True):
+            found = [
+                logits
+                for (_, banks, _), tokens in zip(self.groups, groups, strict=True)
+                for logits in group_logits(banks, tokens)
+            ]
+            logits = torch.cat(found)[place]
+            if not logits[sound].isfinite().all():
+                for broken, tokens in features.batches(numbers, self.batch_size):
+                    _refuse_broken(features, tokens, broken)
+            yield labels, logits
+
+    def _batches(self, features: Features, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+        """Labels, and the tokens that each group of banks reads, batch by batch."""
+        for numbers, tokens in features.batches(rows, self.batch_size):
+            read: dict[tuple[int, str], torch.Tensor] = {}
+            for layer, banks, _ in self.groups:
+                key = (layer, banks[0].kind)
+                if key not in read:
+                    read[key] = head_tokens(tokens[layer], banks[0].kind).to(self.device, self.dtype)
+            yield (
+                features.labels[numbers].to(self.device),
+                [read[layer, banks[0].kind] for layer, banks, _ in self.groups],
+            )
+
+    def _weights(self, head: Head) -> dict[str, torch.Tensor]:
+        return {name: value.detach().cpu().clone() for name, value in head.state_dict().items()}
+
+    def _identity(self) -> str:
+        """What must be the same for a state file to be this run's."""
+        settings = [
+            self.specs, self.train.layers, self.train.classes, len(self.train), self.epochs, self.batch_size,
+            self.warmup_epochs, self.seed, str(self.dtype),
+        ]  # fmt: skip
+        digest = hashlib.sha256(repr(settings).encode())
+        for rows in (self.fit_rows, self.held_rows):
+            digest.update(rows.numpy().tobytes() + self.train.labels[rows].numpy().tobytes())
+        return digest.hexdigest()
+
+    def _save(self) -> None:
+        if self.state is None:
+            return
+        content = {
+            "identity": self._identity(),
+            "heads": [self._weights(head) for head in self.heads],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            **{name: getattr(self, name) for name in _KEPT},
+        }
+        with atomic_path(self.state) as temporary:
+            torch.save(content, temporary)
+
+    def _resume(self) -> None:
+        if self.state is None or not self.state.exists():
+            return
+        try:
+            content = torch.load(self.state, map_location="cpu", weights_only=True)
+            identity = content["identity"]
+        except Exception as error:
+            raise DataError(f"{self.state} is no state of a sweep: {error} Delete it to start anew.") from error
+        if identity != self._identity():
+            raise DataError(
+                f"{self.state} belongs to a sweep over other images, heads or settings: delete it to start anew, or "
+                "name another file."
+            )
+        for head, weights in zip(self.heads, content["heads"], strict=True):
+            head.load_state_dict(weights)
+        for optimizer, kept in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        for name in _KEPT:
+            setattr(self, name, content[name])
+
+
+_KEPT = ("epoch", "seconds", "held_out", "best_epoch", "best", "diverged")
+
+
+def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each head and image: (H, B, K), (B,) -> (H, B)."""
+    every = labels.expand(len(logits), -1)
+    return F.cross_entropy(logits.flatten(0, 1), every.reshape(-1), reduction="none").view_as(every)
