@@ -99,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     from visionattn.evaluate import cli as evaluate_cli
 
     evaluate_cli.add_arguments(evaluate)
+    probe = commands.add_parser("probe", help="judge a frozen backbone by heads that read its tokens")
+    from visionattn.probe import cli as probe_cli
+
+    probe_cli.add_arguments(probe)
     for name, description in TRAINING.items():
         commands.add_parser(name, help=description, add_help=False)
     return parser
@@ -129,6 +133,10 @@ def _run(argv: list[str]) -> int:
         from visionattn.evaluate import cli as evaluate_cli
 
         return evaluate_cli.run(args)
+    elif args.command == "probe":
+        from visionattn.probe import cli as probe_cli
+
+        return probe_cli.run(args)
     else:
         from visionattn import quickstart
 

@@ -1,0 +1,289 @@
+"""`visionattn probe` on real digits, from the command line to its files."""
+
+import argparse
+import csv
+import json
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
+
+from visionattn.checkpoints import create
+from visionattn.cli import main
+from visionattn.data.classify import ClassifyData
+from visionattn.export import OnnxModel
+from visionattn.probe import cli
+from visionattn.probe.backbone import Backbone
+from visionattn.probe.banks import head_tokens
+from visionattn.probe.report import load_head
+from visionattn.probe.sweep import _Run
+
+NAME = "va_minimal_vit_nano_patch7_28"
+FEW = ["--heads", "cls,gap,ep_8", "--lrs", "0.01,0.1", "--epochs", "3"]
+
+
+def command(folder, *more):
+    return ["probe", NAME, "--random", "--dataset", "digits", "--output", str(folder), "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_few_shot():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "FEW_SHOT_STEPS", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("probe")
+    more = ["--layers", "2,5", "--few-shot", "1,5,1000", "--draws", "2", "--maps", "2", "--export", "ep_8"]
+    assert main(command(path, *FEW, *more)) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def table(folder):
+    with (folder / "results.csv").open() as file:
+        return [{key: value for key, value in row.items() if key != "sweep_seconds"} for row in csv.DictReader(file)]
+
+
+def test_every_file_is_there(folder, results):
+    heads = {f"{pooling}-layer{layer}" for pooling in ("cls", "gap", "ep_8") for layer in (2, 5)}
+    assert {path.stem for path in (folder / "heads").glob("*.safetensors")} == heads
+    assert {path.stem for path in (folder / "heads").glob("*.md")} == heads
+    assert len(list((folder / "maps").glob("*.jpg"))) == 2
+    for name in ("report.md", "report.html", "layers.svg", "few_shot.svg", "ep_8.onnx"):
+        assert (folder / name).stat().st_size > 0
+    assert results["data"]["train_images"] == 1437  # training and validation part
+    assert results["data"]["test_images"] == 360
+    assert [layer["index"] for layer in results["layers"]] == [2, 5]
+    assert any("No head was trained on 1000 images a class" in note for note in results["notes"])
+    assert {entry["size"] for entry in results["few_shot"]} == {1, 5}
+
+
+def test_json_and_csv_agree(folder, results):
+    with (folder / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert lines == [
+        {key: "" if value is None else str(value) for key, value in row.items()} for row in results["heads"]
+    ]
+    assert sum(row["method"] == "head" for row in lines) == 3 * 2 * 2
+    assert {row["pooling"] for row in lines if row["method"] == "k-NN"} == {"class", "mean"}
+
+
+def test_the_page_needs_no_other_file(folder):
+    page = (folder / "report.html").read_text()
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 2
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert not re.search(r"<script|<link|href=|url\(|@import", page)
+
+
+def test_every_value_lies_in_its_interval(results):
+    for row in results["heads"]:
+        for key, low in (("test_best", "test_best_low"), ("held_out_accuracy", "held_out_low")):
+            assert row[low] < row[key] < row[low.replace("_low", "_high")] or row[key] in (0, 1)
+
+
+def test_the_command_in_the_report_gives_the_same_table_and_computes_nothing(folder, results, monkeypatch, capsys):
+    before, page = (folder / "results.csv").read_bytes(), (folder / "report.html").read_bytes()
+
+    def computed(*_, **__):
+        raise AssertionError("This was known.")
+
+    monkeypatch.setattr("visionattn.probe.features._compute", computed)
+    monkeypatch.setattr("visionattn.probe.sweep._Run._train_epoch", computed)
+    monkeypatch.setattr(cli, "nearest_neighbours", computed)
+    words = shlex.split(results["command"])
+    assert words[0] == "visionattn"
+    assert main(words[1:]) == 0
+    assert (folder / "results.csv").read_bytes() == before
+    assert (folder / "report.html").read_bytes() == page
+    shown = capsys.readouterr().out
+    for name in ("k-NN class", "cls", "gap", "ep_8"):
+        row = next(line for line in shown.splitlines() if line.strip().startswith(name))
+        assert re.search(r"\d\d\.\d +\d\d\.\d to \d\d\.\d", row)
+
+
+def test_a_sweep_that_was_killed_ends_with_the_same_table(folder, tmp_path, monkeypatch):
+    more = ["--layers", "2,5", "--few-shot", "", "--maps", "0", "--cache", str(folder / "features")]
+    true = _Run._train_epoch
+    done = []
+
+    def killed(self, bar):
+        done.append(self.epoch)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return true(self, bar)
+
+    monkeypatch.setattr("visionattn.probe.sweep._Run._train_epoch", killed)
+    assert main(command(tmp_path, *FEW, *more)) == 130
+    assert not (tmp_path / "results.json").exists()
+    assert main(command(tmp_path, *FEW, *more)) == 0
+    assert done == [0, 1, 1, 2]
+    assert table(tmp_path) == table(folder)
+
+
+def test_the_onnx_file_is_backbone_and_head(folder, results):
+    exported = OnnxModel(folder / "ep_8.onnx")
+    file = exported.spec.weights.split("; ")[1]
+    assert exported.spec.dynamic_axes == ["batch"]
+    assert exported.spec.labels == [str(digit) for digit in range(10)]
+    torch.manual_seed(0)
+    model = create(NAME)
+    config = resolve_model_data_config(model)
+    data = ClassifyData("digits", image_size=28, in_chans=1, mean=list(config["mean"]), std=list(config["std"]))
+    data.setup("test")
+    loaded = [data.test_dataloader().dataset[number] for number in range(360)]
+    images, labels = torch.stack([image for image, _ in loaded]), torch.tensor([label for _, label in loaded])
+    index = int(re.search(r"layer(\d+)", file)[1])
+    head, backbone = load_head(folder / file), Backbone(model, [index], image_size=28)
+    with torch.no_grad():
+        expected = head(head_tokens(backbone(images)[0], head.pooling.tokens))
+    for count in (1, 7):
+        np.testing.assert_allclose(exported(images[:count].numpy())[0], expected[:count], atol=2e-5)
+    # Stored tokens are rounded to fp16: an image in 360 may change sides.
+    row = next(
+        row for row in results["heads"] if (row["pooling"], row["layer_index"], row["chosen"]) == ("ep_8", index, True)
+    )
+    assert float((expected.argmax(1) == labels).float().mean()) == pytest.approx(row["test_best"], abs=1 / 359)
+
+
+def pictures(root, parts, broken=()):
+    """Folders of small pictures, bright for class 1; `parts` says how many of each class."""
+    random = np.random.default_rng(0)
+    for part, counts in parts.items():
+        for label, count in counts.items():
+            (root / part / label).mkdir(parents=True)
+            for number in range(count):
+                low = 128 if label == "one" else 0
+                pixels = random.integers(low, low + 128, (28, 28), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / label / f"{number}.png")
+    for name in broken:
+        (root / name).write_bytes(b"no picture")
+    return ["--dataset", "folder", "--root", str(root)]
+
+
+TINY = ["--heads", "gap", "--lrs", "0.1", "--epochs", "2", "--few-shot", "", "--maps", "0", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("live", [[], ["--live"]])
+def test_unreadable_images_and_classes_without_test_images_are_told(tmp_path, capsys, live):
+    parts = {"train": {"none": 12, "one": 12, "rest": 12}, "test": {"none": 6, "one": 6}}
+    data = pictures(tmp_path / "data", parts, ["train/one/3.png", "test/none/0.png"])
+    assert main(["probe", NAME, "--random", *data, "--output", str(tmp_path / "out"), *TINY, *live]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].strip() for line in told] == ["left out of train", "left out of test"]
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(entry["part"], entry["name"]) for entry in content["skipped"]] == [
+        ("train", "one/3.png"),
+        ("test", "none/0.png"),
+    ]
+    assert (content["data"]["train_images"], content["data"]["test_images"]) == (35, 11)
+    assert any("no test images" in note and "rest" in note for note in content["notes"])
+    assert "one/3.png" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_one_class_is_refused(tmp_path, capsys):
+    data = pictures(tmp_path / "data", {"train": {"one": 5}, "test": {"one": 2}})
+    assert main(["probe", NAME, "--random", *data, "--output", str(tmp_path / "out"), *TINY]) == 2
+    assert "holds one class only" in capsys.readouterr().err
+
+
+def test_broken_weights_are_refused(tmp_path, capsys):
+    state = create(NAME).state_dict()
+    state["norm.weight"].fill_(float("nan"))
+    save_file(state, tmp_path / "net.safetensors")
+    arguments = ["probe", str(tmp_path / "net.safetensors"), "--dataset", "digits", "--output", str(tmp_path), *TINY]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "are NaN or infinite" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["va_halonet_nano_32", "--random", "--dataset", "digits", "--heads", "cls"], "reads the class token"),
+        (["va_span_ch26_x4", "--random", "--dataset", "digits"], "SPAN cannot be probed"),
+        ([NAME, "--dataset", "digits"], f"No weights of {NAME} are published"),
+        ([NAME, "--random", "--dataset", "mnist"], "needs a folder: set --root"),
+        ([NAME, "--random", "--dataset", "folder", "--root", "nowhere"], "There is no folder nowhere"),
+        ([NAME, "--random", "--dataset", "digits", "--layers", "9"], "layers 0 to 5"),
+        ([NAME, "--random", "--dataset", "digits", "--heads", "gap", "--export", "ep_8"], "none of the heads gap"),
+        ([NAME, "--random", "--dataset", "digits", "--heads", "wave"], "There is no pooling 'wave'"),
+        ([NAME, "--random", "--dataset", "digits", "--heads", "ep_7"], "queries divide the output's width"),
+        ([NAME, "--random", "--dataset", "digits", "--device", "moon"], "The device moon cannot be used"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, arguments, message):
+    assert main(["probe", *arguments, "--output", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_tokens_are_computed_again(folder, tmp_path, capsys):
+    shutil.copytree(folder / "features", tmp_path / "features")
+    damaged = next((tmp_path / "features").glob("*/000000.0.patches.bin"))
+    content = bytearray(damaged.read_bytes())
+    content[1000] ^= 255
+    damaged.write_bytes(content)
+    more = ["--layers", "2,5", "--few-shot", "", "--maps", "0"]
+    assert main(command(tmp_path, *FEW, *more)) == 0
+    assert "Shard 0 is extracted again" in " ".join(capsys.readouterr().out.split())
+    assert table(tmp_path) == table(folder)
+
+
+def test_a_weight_file_without_a_classifier_is_read(tmp_path):
+    net = create(NAME)
+    save_file(create(NAME, num_classes=0).state_dict(), tmp_path / "bare.safetensors")
+    save_file(net.state_dict(), tmp_path / "whole.safetensors")
+    for file in ("bare", "whole"):
+        arguments = [NAME, "--checkpoint", str(tmp_path / f"{file}.safetensors"), "--dataset", "digits"]
+        assert main(["probe", *arguments, "--output", str(tmp_path / file), *TINY]) == 0
+        rows = json.loads((tmp_path / file / "results.json").read_text())["heads"]
+        assert [row["method"] for row in rows].count("head") == 1
+
+
+def test_a_weight_file_of_another_model_is_refused(tmp_path, capsys):
+    file = tmp_path / "other.safetensors"
+    save_file(create("va_minimal_vit_nano_patch4_32").state_dict(), file)
+    arguments = ["probe", NAME, "--checkpoint", str(file), "--dataset", "digits", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert re.search(r"other.safetensors does not fit \S+: pos_embed is \(1, 65, 64\), not", capsys.readouterr().err)
+
+
+def test_counters_of_batch_norms_may_be_missing(tmp_path):
+    net = create("va_halonet_nano_32")
+    state = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
+    save_file(state, tmp_path / "net.safetensors")
+    read = cli._from_checkpoint(str(tmp_path / "net.safetensors"), "va_halonet_nano_32", {}).state_dict()
+    assert len(state) < len(net.state_dict())
+    assert all(torch.equal(read[key], value) for key, value in state.items() if key in read)
+    assert len(read) == len(net.state_dict()) - 2  # less the classifier's
+
+
+def test_heads_are_made_where_they_fit():
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    args = parser.parse_args(["tf_efficientnet_lite0", "--dataset", "digits", "--lrs", "0.1"])
+    cli._complete(args)
+    backbone, notes = Backbone(create("tf_efficientnet_lite0"), range(5), image_size=64), []
+    widths = [layer.dim for layer in backbone.layers]
+    assert widths == [16, 24, 40, 112, 1280]
+    found = {(spec.pooling, spec.layer) for spec in cli._specs(args, backbone, 10, notes)}
+    fitting = {"gap": range(5), "ep_8": range(5), "ep_16": (0, 3, 4), "ep_32": (4,)}
+    assert found == {(pooling, place) for pooling, places in fitting.items() for place in places}
+    assert [note.split(" was left out at ")[0] for note in notes] == ["ep_16", "ep_32"]
