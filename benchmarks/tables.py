@@ -128,6 +128,16 @@ def halonet_cifar10() -> str:
     return markdown(head, body) + f"\n{int(rows[0]['train_images']):,} training images, {epochs} epochs, {origin}.\n"
 
 
+def probe_sweep() -> str:
+    """The time of a sweep as a share of that of its heads one after the other."""
+    rows = [row for row in read_rows(RESULTS / "probe_sweep.csv") if row["share"]]
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["tokens and heads", "against", "share of the time", "share of the processor's time", "device"]
+    keys = ("case", "implementation", "share", "cpu_share", "device")
+    return markdown(head, ([row[key] for key in keys] for row in rows))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "minimal_vit_mnist_long": lambda: minimal_vit("mnist", long=True),
     "minimal_vit_mnist_grid": lambda: minimal_vit("mnist", long=False),
@@ -144,6 +154,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "span_psnr": lambda: plain("span_psnr"),
     "span_speed": lambda: plain("span_speed"),
     "upscale_memory": lambda: plain("upscale_memory"),
+    "probe_poolings": lambda: plain("probe_poolings"),
+    "probe_sweep": probe_sweep,
+    "probe_extraction": lambda: plain("probe_extraction"),
     "compiled_kernels": lambda: plain("compiled_kernels"),
 }
 
