@@ -1,22 +1,24 @@
-"""A sweep of 32 heads beside 32 trainings of one head, over cached tokens.
+"""A sweep of 32 heads beside trainings of one head: over cached tokens, and with the backbone on the fly.
 
     python benchmarks/probe_sweep.py --device cpu
     python benchmarks/probe_sweep.py --cases "in memory, 64 x 192, 32 ep_8"
 
 Writes results/probe_sweep.csv, case by case; rows of other cases and devices stay. All train an epoch with LARS on
 random tokens, evaluate the held-out images, then test, and read float16 from a memory-mapped file. `from disk` drops
-the file from the system's page cache before each pass, as a cache larger than the memory would be.
+the file from the system's page cache before each pass, as a cache larger than the memory would be. `live` stores no
+tokens: a timm backbone with random weights computes them at each pass from random images that lie in memory.
 
 Trainings:
     sweep of 32        visionattn's sweep
     runs               its sweep over one head, 32 times
     loops              a plain training loop, 32 times, efficient probing in its authors' order: all tokens are
-                       projected to values, which the queries then average
+                       projected to values, which the queries then average; not where the backbone is live
+    slowest run        the one of the runs with the largest median, where the backbone is live
 
 Runs and loops are timed for one head of each pooling, in turn with the sweep, and counted as often as the sweep has
 such heads. `seconds` is by the clock, `cpu_seconds` what the process computed, which other work on the machine disturbs
-less; both are medians over the rounds. `share` is the sweep's time over that of the 32: 1/32 where they share all and 1
-where they share nothing.
+less; both are medians over the rounds. `share` is the sweep's time over that of the 32, 1/32 where they share all and 1
+where they share nothing, or over that of the slowest run, 1 where they share all.
 """
 
 from __future__ import annotations
@@ -32,19 +34,25 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from multi_query_pool import ValuesFirst
 from report import RESULTS, environment, write_rows
 from runner import SEED, arguments
+from visionattn.probe.backbone import Backbone
+from visionattn.probe.banks import HeadSpec, grid
+from visionattn.probe.features import LiveFeatures
 from visionattn.probe.poolings import create_pooling
-from visionattn.probe.sweep import HeadSpec, grid, hold_out, sweep
+from visionattn.probe.sweep import hold_out, sweep
 from visionattn.probe.tokens import Features, Layer, Tokens
 
 CLASSES, BATCH = 10, 256
+TESTS, LIVE_TESTS = 256, 32
 RATES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
 
 
@@ -55,12 +63,16 @@ class Case:
     dim: int = 192
     images: int = 2816
     on_disk: bool = False
+    live: str = ""  # a backbone's name
+    pixels: int = 128  # of a side of its images
 
     def heads(self) -> list[HeadSpec]:
         return grid(self.poolings, lrs=RATES, seeds=range(32 // (len(RATES) * len(self.poolings))))
 
     def __str__(self) -> str:
         heads = ", ".join(f"{32 // len(self.poolings)} {name}" for name in self.poolings)
+        if self.live:
+            return f"live, {self.live} at {self.pixels} pixels, {heads}"
         return f"{'from disk' if self.on_disk else 'in memory'}, {self.tokens} x {self.dim}, {heads}"
 
 
@@ -74,6 +86,8 @@ CASES = [
     Case(MIXED, tokens=196, dim=768, images=640),
     Case(("gap", "ep_8"), on_disk=True),
     Case(MIXED, on_disk=True),
+    Case(MIXED, images=288, live="vit_tiny_patch16_224"),
+    Case(MIXED, images=860, live="tf_efficientnet_lite0"),
 ]
 
 
@@ -100,6 +114,19 @@ class FileFeatures(Features):
         tokens = np.memmap(self.path, np.float16, "r", shape=self.shape)
         for part in rows.split(batch_size):
             yield part, [Tokens(torch.from_numpy(tokens[part.numpy()]))]
+
+
+def live_features(case: Case, device: str) -> list[Features]:
+    """Random images to train on and to test, as a backbone with random weights sees them."""
+    torch.manual_seed(SEED)
+    size = {"img_size": case.pixels} if case.live.startswith("vit") else {}
+    backbone = Backbone(timm.create_model(case.live, **size).to(device), image_size=case.pixels)
+    found: list[Features] = []
+    for count in (case.images, LIVE_TESTS):
+        labels = torch.arange(count) % CLASSES
+        images = TensorDataset(torch.randn(count, 3, case.pixels, case.pixels), labels)
+        found.append(LiveFeatures(backbone, images, labels, [str(number) for number in range(CLASSES)]))
+    return found
 
 
 def one_sweep(train: Features, test: Features, heads: list[HeadSpec], device: str) -> None:
@@ -138,22 +165,31 @@ def measure(case: Case, device: str, repeats: int) -> list[dict]:
     heads = case.heads()
     each = len(heads) // len(case.poolings)
     with tempfile.TemporaryDirectory(dir=RESULTS.parent) as folder:
-        train, test = (
-            FileFeatures(Path(folder) / part, case, n) for part, n in (("train", case.images), ("test", 256))
-        )
+        if case.live:
+            train, test = live_features(case, device)
+        else:
+            train, test = (
+                FileFeatures(Path(folder) / part, case, n) for part, n in (("train", case.images), ("test", TESTS))
+            )
         kinds: dict[str, Callable[[], None]] = {"sweep of 32": partial(one_sweep, train, test, heads, device)}
         for name in case.poolings:
             kinds[f"run of {name}"] = partial(one_sweep, train, test, [HeadSpec(name)], device)
-            kinds[f"loop of {name}"] = partial(loop, train, test, name, device)
+            if not case.live:
+                kinds[f"loop of {name}"] = partial(loop, train, test, name, device)
         times: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in kinds}
         for number in range(repeats + 1):
             for kind, function in kinds.items():
                 found = seconds(function)
                 if number:  # the first round warms up
                     times[kind].append(found)
-    for kind in ("run", "loop"):
+    for kind in ("run",) if case.live else ("run", "loop"):
         singles = [times[f"{kind} of {name}"] for name in case.poolings]
         times[f"32 {kind}s"] = [tuple(each * sum(clock) for clock in zip(*values)) for values in zip(*singles)]
+    against = ["32 runs", "32 loops"]
+    if case.live:
+        slowest = max(case.poolings, key=lambda name: statistics.median(clock for clock, _ in times[f"run of {name}"]))
+        against.append("slowest run")
+        times["slowest run"] = times[f"run of {slowest}"]
     common = {
         "images": case.images,
         "batch": BATCH,
@@ -168,7 +204,7 @@ def measure(case: Case, device: str, repeats: int) -> list[dict]:
             row[name] = f"{statistics.median(value[clock] for value in values):.3f}"
         for clock, name in enumerate(("share", "cpu_share")):
             shares = [sweep_of_32[clock] / value[clock] for sweep_of_32, value in zip(times["sweep of 32"], values)]
-            row[name] = f"{statistics.median(shares):.3f}" if kind.startswith("32") else ""
+            row[name] = f"{statistics.median(shares):.3f}" if kind in against else ""
         rows.append({**row, **common, **environment(device), "seed": SEED})
     return rows
 

@@ -129,11 +129,11 @@ def halonet_cifar10() -> str:
 
 
 def probe_sweep() -> str:
-    """The time of a sweep as a share of that of its heads one after the other."""
+    """The time of a sweep as a share of that of its heads one after the other, or of a single head's."""
     rows = [row for row in read_rows(RESULTS / "probe_sweep.csv") if row["share"]]
     if not rows:
         return "Not measured yet.\n"
-    head = ["tokens and heads", "against", "share of the time", "share of the processor's time", "device"]
+    head = ["tokens and heads", "the sweep's time over that of", "by the clock", "of the processor", "device"]
     keys = ("case", "implementation", "share", "cpu_share", "device")
     return markdown(head, ([row[key] for key in keys] for row in rows))
 
@@ -150,6 +150,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "halo_attention_onnx": lambda: calls("halo_attention", "onnx"),
     "multi_query_pool_block": lambda: calls("multi_query_pool", "block"),
     "multi_query_pool_operator": lambda: calls("multi_query_pool", "operator"),
+    "match_attention_operator": lambda: calls("match_attention", "operator"),
+    "match_attention_block": lambda: calls("match_attention", "block"),
     "halonet_cifar10": halonet_cifar10,
     "span_psnr": lambda: plain("span_psnr"),
     "span_speed": lambda: plain("span_speed"),

@@ -18,7 +18,7 @@ from visionattn.checkpoints import create
 from visionattn.cli import main
 from visionattn.data.classify import ClassifyData
 from visionattn.export import OnnxModel
-from visionattn.probe import cli
+from visionattn.probe import cli, inputs, work
 from visionattn.probe.backbone import Backbone
 from visionattn.probe.banks import head_tokens
 from visionattn.probe.report import load_head
@@ -35,7 +35,7 @@ def command(folder, *more):
 @pytest.fixture(scope="module", autouse=True)
 def _short_few_shot():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "FEW_SHOT_STEPS", 4)
+        patch.setattr(work, "FEW_SHOT_STEPS", 4)
         yield
 
 
@@ -102,8 +102,8 @@ def test_the_command_in_the_report_gives_the_same_table_and_computes_nothing(fol
         raise AssertionError("This was known.")
 
     monkeypatch.setattr("visionattn.probe.features._compute", computed)
-    monkeypatch.setattr("visionattn.probe.sweep._Run._train_epoch", computed)
-    monkeypatch.setattr(cli, "nearest_neighbours", computed)
+    monkeypatch.setattr(_Run, "_train_epoch", computed)
+    monkeypatch.setattr(work, "nearest_neighbours", computed)
     words = shlex.split(results["command"])
     assert words[0] == "visionattn"
     assert main(words[1:]) == 0
@@ -126,7 +126,7 @@ def test_a_sweep_that_was_killed_ends_with_the_same_table(folder, tmp_path, monk
             raise KeyboardInterrupt
         return true(self, bar)
 
-    monkeypatch.setattr("visionattn.probe.sweep._Run._train_epoch", killed)
+    monkeypatch.setattr(_Run, "_train_epoch", killed)
     assert main(command(tmp_path, *FEW, *more)) == 130
     assert not (tmp_path / "results.json").exists()
     assert main(command(tmp_path, *FEW, *more)) == 0
@@ -269,7 +269,7 @@ def test_counters_of_batch_norms_may_be_missing(tmp_path):
     net = create("va_halonet_nano_32")
     state = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
     save_file(state, tmp_path / "net.safetensors")
-    read = cli._from_checkpoint(str(tmp_path / "net.safetensors"), "va_halonet_nano_32", {}).state_dict()
+    read = inputs._from_checkpoint(str(tmp_path / "net.safetensors"), "va_halonet_nano_32", {}).state_dict()
     assert len(state) < len(net.state_dict())
     assert all(torch.equal(read[key], value) for key, value in state.items() if key in read)
     assert len(read) == len(net.state_dict()) - 2  # less the classifier's

@@ -10,11 +10,12 @@ import torch
 
 from probe.arrays import clustered
 from visionattn.errors import CheckpointError
-from visionattn.probe.banks import head_tokens
+from visionattn.probe.banks import grid, head_tokens
+from visionattn.probe.few_shot import few_shot
 from visionattn.probe.knn import nearest_neighbours
 from visionattn.probe.report import CurvePoint, LayerNeighbours, Report, draw_curves, load_head, write_report
 from visionattn.probe.statistics import Interval, mcnemar_test
-from visionattn.probe.sweep import few_shot, grid, sweep
+from visionattn.probe.sweep import sweep
 
 TRAIN, TEST = clustered(120, layers=2, noise=4.0), clustered(60, layers=2, seed=1, noise=4.0)
 

@@ -8,9 +8,10 @@ from torch import nn
 
 from probe.arrays import ArrayFeatures, clustered
 from visionattn.errors import DataError, InputError, UnknownNameError
+from visionattn.probe.banks import HeadSpec, grid
 from visionattn.probe.poolings import create_pooling
 from visionattn.probe.statistics import calibration_error
-from visionattn.probe.sweep import HeadSpec, few_shot, few_shot_rows, grid, hold_out, sweep
+from visionattn.probe.sweep import hold_out, sweep
 
 SHORT = {"epochs": 3, "batch_size": 32, "warmup_epochs": 1}
 
@@ -264,45 +265,6 @@ def test_hold_out_is_stratified_and_keeps_the_only_image_of_a_class():
     assert len(hold_out(labels, rows, 0, 0)[1]) == 0
     with pytest.raises(InputError, match="between 0 and 1"):
         hold_out(labels, rows, 1.0, 0)
-
-
-def test_few_shot_rows():
-    labels = torch.tensor([0, 1] * 20 + [2] * 5)
-    for draw in range(3):
-        rows = few_shot_rows(labels, per_class=4, draw_seed=draw)
-        assert labels[rows].bincount().tolist() == [4, 4, 4]
-        assert torch.equal(rows, few_shot_rows(labels, per_class=4, draw_seed=draw))
-    assert not torch.equal(rows, few_shot_rows(labels, per_class=4, draw_seed=0))
-    assert labels[few_shot_rows(labels, fraction=0.1)].bincount().tolist() == [2, 2, 1]
-    for wrong, message in [
-        ({}, "one of the two"),
-        ({"per_class": 3, "fraction": 0.1}, "one of the two"),
-        ({"per_class": 0}, "but got 0"),
-        ({"fraction": 1.5}, "but got 1.5"),
-        ({"per_class": 6}, "Class 2 has 5 training images, fewer than the 6"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            few_shot_rows(labels, **wrong)
-
-
-def test_few_shot(tmp_path):
-    train, test = clustered(150, noise=4.0), clustered(60, noise=4.0, seed=1)
-    heads = [HeadSpec("gap", optimizer="adamw", lr=0.05), HeadSpec("ep_4", optimizer="adamw", lr=0.05)]
-    options = {"epochs": 5, "warmup_epochs": 1, "batch_size": 64}
-    found = few_shot(train, test, heads, [2, 10, 0.5], draws=3, state=tmp_path, **options)
-    assert [(one.pooling, one.size) for one in found] == [
-        (name, size) for size in (2, 10, 0.5) for name in ("gap", "ep_4")
-    ]
-    for one in found:
-        assert len(set(one.accuracies)) > 1
-        assert one.interval.low < one.mean < one.interval.high
-    rows = few_shot_rows(train.labels, per_class=10, draw_seed=1)
-    expected = sweep(train, test, heads, rows=rows, epochs=5, warmup_epochs=1, batch_size=27)
-    assert found[2].accuracies[1] == expected.chosen[0].best.accuracy
-    assert found[4].mean > found[0].mean
-    assert len(list(tmp_path.iterdir())) == 9
-    single = few_shot(train, test, heads, [1], draws=1, holdout=0, **options)
-    assert math.isnan(single[0].interval.low)
 
 
 def test_classes():

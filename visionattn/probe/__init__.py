@@ -1,5 +1,31 @@
-"""Judging a frozen backbone: its tokens are pooled into one vector a picture, and a small head reads that."""
+"""Judging a frozen backbone: its tokens are pooled into one vector a picture, and a small head reads that.
 
+`Backbone` reads the tokens; `extract` stores them, or `LiveFeatures` computes them at each pass; `sweep`, `few_shot`
+and `nearest_neighbours` judge them. The command `visionattn probe` does all of it and writes a report. Intervals and
+calibration need `pip install 'visionattn[train]'`.
+"""
+
+from visionattn.probe.backbone import Backbone
+from visionattn.probe.banks import HeadSpec, grid
+from visionattn.probe.features import LiveFeatures, StoredFeatures, extract
+from visionattn.probe.few_shot import few_shot
+from visionattn.probe.knn import nearest_neighbours
 from visionattn.probe.poolings import POOLINGS, create_pooling
+from visionattn.probe.report import load_head
+from visionattn.probe.sweep import sweep
 
-__all__ = ["POOLINGS", "create_pooling"]
+# `sweep` and `few_shot` are the functions: what else is in the modules of these names is had by `from ... import`.
+__all__ = [
+    "POOLINGS",
+    "Backbone",
+    "HeadSpec",
+    "LiveFeatures",
+    "StoredFeatures",
+    "create_pooling",
+    "extract",
+    "few_shot",
+    "grid",
+    "load_head",
+    "nearest_neighbours",
+    "sweep",
+]

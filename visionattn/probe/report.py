@@ -25,10 +25,11 @@ from torch import Tensor
 from visionattn.errors import CheckpointError
 from visionattn.files import atomic_path
 from visionattn.probe.banks import Head
+from visionattn.probe.few_shot import FewShotResult
 from visionattn.probe.knn import Neighbours, NeighboursResult
 from visionattn.probe.poolings import create_pooling
+from visionattn.probe.results import HeadResult, SweepResult
 from visionattn.probe.statistics import Interval, bootstrap_interval, mcnemar_test, t_interval, wilson_interval
-from visionattn.probe.sweep import FewShotResult, HeadResult, SweepResult
 from visionattn.probe.tokens import Layer
 
 __all__ = [

@@ -17,7 +17,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,139 +29,11 @@ from timm.optim import Lars
 
 from visionattn.errors import DataError, InputError
 from visionattn.files import atomic_path
-from visionattn.probe.banks import Head, HeadSpec, create_head, grid, group_logits, head_tokens, make_banks
-from visionattn.probe.statistics import Interval, calibration_error, t_interval, wilson_interval
+from visionattn.probe.banks import Head, HeadSpec, create_head, group_logits, head_tokens, make_banks
+from visionattn.probe.results import HeadResult, Score, SweepResult
 from visionattn.probe.tokens import Features, Tokens
 
-__all__ = [
-    "FewShotResult",
-    "HeadResult",
-    "HeadSpec",
-    "Score",
-    "SweepResult",
-    "few_shot",
-    "few_shot_rows",
-    "grid",
-    "hold_out",
-    "sweep",
-]
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a head says of the test images.
-
-    Attributes:
-        predictions: Class of each image, int64 (n,).
-        confidences: Probability that it gives to that class, (n,).
-        correct: Whether it is right, bool (n,).
-        nll: Negative log-likelihood of each image's class, in nats, (n,).
-    """
-
-    predictions: torch.Tensor
-    confidences: torch.Tensor
-    correct: torch.Tensor
-    nll: torch.Tensor
-
-    @property
-    def accuracy(self) -> float:
-        """Share of images that it gets right."""
-        return float(self.correct.double().mean())
-
-    @property
-    def interval(self) -> Interval:
-        """Wilson's 95 % interval of the accuracy."""
-        return wilson_interval(int(self.correct.sum()), len(self.correct))
-
-    @property
-    def calibration_error(self) -> float:
-        """Expected calibration error, 15 bins."""
-        return calibration_error(self.confidences, self.correct)
-
-
-@dataclass(frozen=True)
-class HeadResult:
-    """A head after its training.
-
-    Attributes:
-        spec: What it is.
-        layer: Name of its layer.
-        head: The head with the weights of its best epoch, on the CPU, in evaluation.
-        held_out: Accuracy on the held-out images after each epoch; empty where none are held out.
-        best_epoch: The first of the epochs with the highest of these, counted from 1; the last where none are held out,
-            0 where the head diverged in the first.
-        last: Test images after the last epoch; None for a head that diverged.
-        best: Test images after the best epoch; None for a head without one.
-        diverged: Epoch in which its loss stopped being finite, 0 for a head whose loss never did. Its best epoch is one
-            before that, and it is not chosen.
-        refit: Whether it was trained on the held-out images too.
-    """
-
-    spec: HeadSpec
-    layer: str
-    head: Head
-    held_out: list[float]
-    best_epoch: int
-    last: Score | None
-    best: Score | None
-    diverged: int
-    refit: bool = False
-
-    @property
-    def held_out_accuracy(self) -> float:
-        """Accuracy on the held-out images after the best epoch; NaN where there is none."""
-        return self.held_out[self.best_epoch - 1] if self.held_out and self.best_epoch else math.nan
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What a sweep found.
-
-    Attributes:
-        heads: In the order in which they were asked for.
-        chosen: Of each pooling and layer the head with the highest held-out accuracy, the first of equals; with `refit`
-            trained again on all training images.
-        epochs: Of the training.
-        seconds: The sweep took, reading tokens included and time between a kill and the next start not. The heads share
-            them.
-        notes: What a reader of the table should know, such as classes without test images.
-    """
-
-    heads: list[HeadResult]
-    chosen: list[HeadResult]
-    epochs: int
-    seconds: float
-    notes: list[str] = field(default_factory=list)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Give the table, a row a head, then those that were fitted again; missing numbers are NaN."""
-        chosen = {id(result) for result in self.chosen}
-        again = [result for result in self.chosen if result.refit]
-        selected = {(result.spec, result.layer) for result in again}
-        rows = []
-        for result in self.heads + again:
-            pooling = sum(p.numel() for p in result.head.pooling.parameters())
-            row = {
-                **asdict(result.spec),
-                "layer": result.layer,
-                "refit": result.refit,
-                "chosen": id(result) in chosen or (result.spec, result.layer) in selected,
-                "pooling_parameters": pooling,
-                "classifier_parameters": sum(p.numel() for p in result.head.parameters()) - pooling,
-                "epochs": self.epochs,
-                "best_epoch": result.best_epoch,
-                "diverged": result.diverged,
-                "held_out_accuracy": result.held_out_accuracy,
-            }
-            for name, score in {"last": result.last, "best": result.best}.items():
-                low, high = score.interval if score else (math.nan, math.nan)
-                row[f"test_{name}"] = score.accuracy if score else math.nan
-                row[f"test_{name}_low"], row[f"test_{name}_high"] = low, high
-            row["calibration_error"] = result.best.calibration_error if result.best else math.nan
-            row["nll"] = float(result.best.nll.mean()) if result.best else math.nan
-            row["sweep_seconds"] = self.seconds
-            rows.append(row)
-        return rows
+__all__ = ["hold_out", "sweep"]
 
 
 def hold_out(labels: torch.Tensor, rows: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,42 +62,6 @@ def hold_out(labels: torch.Tensor, rows: torch.Tensor, share: float, seed: int) 
         held.append(members[:count])
         kept.append(members[count:])
     return torch.from_numpy(np.sort(np.concatenate(kept))), torch.from_numpy(np.sort(np.concatenate(held)))
-
-
-def few_shot_rows(
-    labels: torch.Tensor, per_class: int | None = None, fraction: float | None = None, draw_seed: int = 0
-) -> torch.Tensor:
-    """Draw a few training images of each class.
-
-    Args:
-        labels: Of all training images, (n,).
-        per_class: Images of each class, or
-        fraction: share of each class, rounded, and at least one image.
-        draw_seed: Of the draw.
-
-    Returns:
-        Rows, sorted, int64.
-
-    Raises:
-        InputError: Not one of the two is given, it is out of range, or a class has fewer images.
-    """
-    if (per_class is None) == (fraction is None):
-        raise InputError("Few-shot images are so many a class or a fraction of each: give one of the two.")
-    if (per_class is not None and per_class < 1) or (fraction is not None and not 0 < fraction <= 1):
-        raise InputError(
-            f"Few-shot images are 1 or more a class, or a fraction above 0 and up to 1, but got "
-            f"{fraction if per_class is None else per_class}."
-        )
-    random, drawn = np.random.default_rng(draw_seed), []
-    for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1).numpy()
-        count = per_class if fraction is None else max(1, math.floor(fraction * len(members) + 0.5))
-        if count is None or count > len(members):
-            raise InputError(
-                f"Class {int(label)} has {len(members)} training images, fewer than the {count} asked for."
-            )
-        drawn.append(random.permutation(members)[:count])
-    return torch.from_numpy(np.sort(np.concatenate(drawn)))
 
 
 def sweep(
@@ -301,77 +137,6 @@ def sweep(
         chosen = [replace(result, refit=True) for result in run.results()]
         seconds += run.seconds
     return SweepResult(results, chosen, epochs, seconds, notes)
-
-
-@dataclass(frozen=True)
-class FewShotResult:
-    """Accuracy of a pooling with a few training images.
-
-    Attributes:
-        pooling: Its name.
-        layer: Name of the layer.
-        size: Images a class, or the fraction of each class where it is a float.
-        accuracies: On the test images, one of each draw: of the head and the epoch that the held-out images chose.
-    """
-
-    pooling: str
-    layer: str
-    size: float
-    accuracies: list[float]
-
-    @property
-    def mean(self) -> float:
-        """Over the draws."""
-        return float(np.mean(self.accuracies))
-
-    @property
-    def interval(self) -> Interval:
-        """Student's 95 % t interval of the mean; NaN for a single draw."""
-        return t_interval(self.accuracies)
-
-
-def few_shot(
-    train: Features,
-    test: Features,
-    heads: Sequence[HeadSpec],
-    sizes: Sequence[float],
-    draws: int = 5,
-    *,
-    batch_size: int = 4096,
-    state: Path | None = None,
-    **options: Any,
-) -> list[FewShotResult]:
-    """Sweep over heads with a few training images, several times for each number of them.
-
-    Args:
-        train: Training images.
-        test: Test images.
-        heads: What to train.
-        sizes: Images a class (int), or fractions of each class (float).
-        draws: Of the images, independent, seeded 0, 1, ...
-        batch_size: Images a step, or all that there are where these are less.
-        state: Folder of a state file a draw.
-        **options: Of `sweep`.
-
-    Returns:
-        Of each size and each pooling and layer. Draws in which all its heads diverged are left out.
-
-    Raises:
-        InputError: As in `sweep` and `few_shot_rows`.
-    """
-    found: dict[tuple[float, str, str], list[float]] = {}
-    for size in sizes:
-        for draw in range(draws):
-            amount = {"fraction": size} if isinstance(size, float) else {"per_class": int(size)}
-            rows = few_shot_rows(train.labels, draw_seed=draw, **amount)  # type: ignore[arg-type]
-            held = hold_out(train.labels, rows, options.get("holdout", 0.1), options.get("seed", 0))[1]
-            file = None if state is None else Path(state) / f"{size}-{draw}.pt"
-            size_of_batch = min(batch_size, len(rows) - len(held))
-            result = sweep(train, test, heads, batch_size=size_of_batch, rows=rows, state=file, **options)
-            for head in result.chosen:
-                if head.best is not None:
-                    found.setdefault((size, head.spec.pooling, head.layer), []).append(head.best.accuracy)
-    return [FewShotResult(pooling, layer, size, values) for (size, pooling, layer), values in found.items()]
 
 
 def _with_layer(spec: HeadSpec, features: Features) -> HeadSpec:

@@ -1,0 +1,41 @@
+"""What `visionattn.probe` brings in, and what it says without the packages that it may need."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import visionattn.probe
+
+TESTS = str(Path(__file__).parents[1])
+ABSENT = ["lightning", "torchmetrics", "sklearn", "scipy", "onnx", "onnxruntime", "onnxscript"]
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_the_package_does_not_bring_in_probing():
+    assert python("import sys, visionattn; print('visionattn.probe' in sys.modules)") == ["False"]
+
+
+def test_everything_named_is_there():
+    assert all(callable(getattr(visionattn.probe, name)) for name in visionattn.probe.__all__ if name != "POOLINGS")
+
+
+def test_without_the_extra_probing_is_imported_and_what_needs_it_says_so():
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({ABSENT!r}))  # as if they were not installed
+sys.path.insert(0, {TESTS!r})
+from probe.arrays import clustered
+from visionattn.errors import MissingPackageError
+from visionattn.probe import grid, nearest_neighbours, sweep
+train, test = clustered(60), clustered(30, seed=1)
+result = sweep(train, test, grid(["gap"]), epochs=1, batch_size=32, warmup_epochs=0)
+for rows in (result.rows, nearest_neighbours(train, test).rows):
+    try:
+        rows()
+    except MissingPackageError as error:
+        print(str(error).count("pip install 'visionattn[train]'"))
+"""
+    assert python(code) == ["1", "1"]

@@ -1,0 +1,324 @@
+"""The parts of a run of `visionattn probe`, from the tokens to the ONNX file; each can be stopped and goes on."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from visionattn.errors import InputError, StorageError
+from visionattn.export import export_onnx
+from visionattn.files import atomic_path
+from visionattn.probe.backbone import Backbone, hash_weights
+from visionattn.probe.banks import Head, HeadSpec, head_tokens
+from visionattn.probe.features import LiveFeatures, extract, find_readable, space_line
+from visionattn.probe.few_shot import FewShotResult, few_shot
+from visionattn.probe.inputs import Images, Part
+from visionattn.probe.knn import Neighbours, NeighboursResult, nearest_neighbours
+from visionattn.probe.maps import attention_of, overlay
+from visionattn.probe.report import LayerNeighbours, Report, Skipped, head_file
+from visionattn.probe.results import SweepResult
+from visionattn.probe.sweep import hold_out, sweep
+from visionattn.probe.tokens import Features
+
+__all__ = ["HOLDOUT", "WARMUP", "ProbedClassifier", "ProbingRun"]
+
+HOLDOUT = 0.1
+WARMUP = 0.1  # of the epochs
+# A few images make an epoch of one step: a head needs more of these than a data set has epochs.
+FEW_SHOT_STEPS = 200
+EXTRACTION_BATCH = 64
+
+
+class ProbedClassifier(nn.Module):
+    """A backbone and a head as one model, of one input size.
+
+    Args:
+        backbone: On the CPU, computing in float32.
+        position: Which of the backbone's layers the head reads.
+        head: In evaluation.
+        classes: Names.
+        mean: Of the images' normalisation.
+        std: Likewise.
+
+    Shape:
+        (B, C, H, W), normalised -> (B, K), logits.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        position: int,
+        head: Head,
+        classes: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.model: Any = backbone.model
+        self.head = head
+        self.num_classes = len(classes)
+        self._read = backbone
+        self._position = position
+        cfg = dict(getattr(self.model, "pretrained_cfg", None) or {})
+        channels = len(mean)
+        self.pretrained_cfg = {
+            "architecture": f"{cfg.get('architecture') or type(self.model).__name__} probed",
+            "input_size": (channels, *backbone.image_size),
+            "fixed_input_size": True,
+            "mean": tuple(mean),
+            "std": tuple(std),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "label_names": list(classes),
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K)."""
+        tokens = self._read(images)[self._position]
+        return self.head(head_tokens(tokens, self.head.pooling.tokens))
+
+
+class ProbingRun:
+    """The parts of a run, each of which goes on where an earlier run of the same settings ended."""
+
+    def __init__(self, args: argparse.Namespace, backbone: Backbone, images: Images, console: Console) -> None:
+        self.args, self.backbone, self.images, self.console = args, backbone, images, console
+        self.weights = hash_weights(backbone.model)
+        self.skipped: list[Skipped] = []
+        self.readable: list[Tensor] = []  # rows of the training and of the test images
+        self.batch_size = 0
+        self.seconds: dict[str, float] = {}  # of each part, in all runs
+
+    def features(self) -> list[Features]:
+        """Tokens of the training and the test images."""
+        args, parts = self.args, {"train": self.images.train, "test": self.images.test}
+        count = sum(len(part.names) for part in parts.values())
+        if args.live:
+            self.console.print(f"Tokens of {count:,} images are computed at each pass (--live): nothing is stored.")
+        else:
+            self.console.print(space_line(self.backbone, count, args.precision, args.cache))
+        found: list[Features] = []
+        for name, part in parts.items():
+            features = self._live(part) if args.live else self._stored(name, part)
+            skipped = dict(features[1])
+            self.skipped += [Skipped(name, part.names[row], reason) for row, reason in skipped.items()]
+            self.readable.append(torch.tensor([row for row in range(len(part.names)) if row not in skipped]))
+            found.append(features[0])
+        return found
+
+    def _live(self, part: Part) -> tuple[Features, list[tuple[int, str]]]:
+        with self.console.status("Looking for images that cannot be read."):
+            readable = find_readable(part.dataset, self.args.workers)
+        dataset = Subset(part.dataset, readable.rows.tolist())
+        features = LiveFeatures(self.backbone, dataset, readable.labels, self.images.classes, self.args.workers)
+        return features, readable.skipped
+
+    def _stored(self, name: str, part: Part) -> tuple[Features, list[tuple[int, str]]]:
+        args = self.args
+        identity = {
+            "model": args.backbone,
+            "transform": self.images.transform,
+            "dataset": f"{args.dataset}, {args.root}, {name}, {part.digest}",
+        }
+        try:
+            with warnings.catch_warnings(record=True) as told, _progress(self.console) as progress:
+                warnings.simplefilter("always")
+                features = extract(
+                    self.backbone,
+                    part.dataset,
+                    args.cache,
+                    identity=identity,
+                    classes=self.images.classes,
+                    precision=args.precision,
+                    batch_size=EXTRACTION_BATCH,
+                    num_workers=args.workers,
+                    progress=progress,
+                )
+        except StorageError as error:
+            raise StorageError(f"{error} The options are --live and --precision int8.") from error
+        for words in dict.fromkeys(str(warning.message) for warning in told):
+            self.console.print(f"note: {words}")
+        return features, features.skipped
+
+    def sweep(self, train: Features, test: Features, specs: list[HeadSpec]) -> SweepResult:
+        """Train the heads."""
+        args = self.args
+        fitting = len(hold_out(train.labels, torch.arange(len(train)), HOLDOUT, 0)[0])
+        self.batch_size = min(args.batch_size, fitting)
+        settings = {
+            "weights": self.weights,
+            "model": args.backbone,
+            "images": [self.images.train.digest, self.images.test.digest, self.images.transform, len(train), len(test)],
+            "layers": self.backbone.indices,
+            "computed in": str(self.backbone.autocast),
+            "tokens": "live" if args.live else args.precision,
+            "heads": [asdict(spec) for spec in specs],
+            "training": [args.epochs, self.batch_size],
+        }
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        self.state = args.output / "state" / key
+        file = self.state / "seconds.json"
+        if file.exists():
+            self.seconds = json.loads(file.read_text())
+        with _progress(self.console) as progress:
+            return sweep(
+                train,
+                test,
+                specs,
+                epochs=args.epochs,
+                batch_size=self.batch_size,
+                warmup_epochs=WARMUP * args.epochs,
+                holdout=HOLDOUT,
+                device=args.device,
+                state=self.state / "sweep.pt",
+                progress=progress,
+            )
+
+    def neighbours(self, report: Report, train: Features, test: Features) -> None:
+        """k-NN on the class token and on the mean of the patches, at each layer."""
+        file = self.state / "neighbours.pt"
+        known: dict[tuple[int, str], list[dict[str, Any]]] = {}
+        if file.exists():
+            known = torch.load(file, weights_only=True)
+        with self.console.status("Looking for nearest neighbours."):
+            for position, layer in enumerate(report.layers):
+                for source in ("class", "mean") if layer.has_class else ("mean",):
+                    if (position, source) not in known:
+                        start = time.perf_counter()
+                        result = nearest_neighbours(
+                            train, test, position, source, holdout=HOLDOUT, device=self.args.device
+                        )
+                        pairs = [{**vars(pair), "chosen": pair is result.chosen} for pair in result.pairs]
+                        known[position, source] = pairs
+                        self._keep(file, known)
+                        self.spend("k-NN", time.perf_counter() - start)
+                    entries = known[position, source]
+                    pairs_found = [
+                        Neighbours(**{key: value for key, value in entry.items() if key != "chosen"})
+                        for entry in entries
+                    ]
+                    chosen = next(pair for pair, entry in zip(pairs_found, entries) if entry["chosen"])
+                    report.neighbours.append(LayerNeighbours(position, source, NeighboursResult(pairs_found, chosen)))
+        report.seconds["k-NN"] = self.seconds["k-NN"]
+
+    def few_shot(self, report: Report, train: Features, test: Features) -> None:
+        """The best of each pooling with a few training images."""
+        args = self.args
+        specs = [result.spec for result in report.best()]
+        counts = train.labels.bincount(minlength=len(report.classes))
+        present = counts[counts > 0]
+        for size in args.few_shot if specs else []:
+            if size > int(present.min()):
+                rarest = report.classes[int(torch.where(counts > 0, counts, len(train) + 1).argmin())]
+                report.notes.append(
+                    f"No head was trained on {size} images a class: {rarest} has {int(present.min())} training images."
+                )
+                continue
+            file = self.state / f"few-shot-{size}-{args.draws}.pt"
+            if not file.exists():
+                start = time.perf_counter()
+                images = size * (int(present.sum()) if isinstance(size, float) else len(present))
+                steps = max(1, int(images) // self.batch_size)
+                epochs = max(args.epochs, math.ceil(FEW_SHOT_STEPS / steps))
+                with _progress(self.console) as progress:
+                    results = few_shot(
+                        train,
+                        test,
+                        specs,
+                        [size],
+                        args.draws,
+                        batch_size=self.batch_size,
+                        epochs=epochs,
+                        warmup_epochs=WARMUP * epochs,
+                        holdout=0.0,
+                        device=args.device,
+                        progress=progress,
+                    )
+                self._keep(file, [asdict(result) for result in results])
+                self.spend("few-shot", time.perf_counter() - start)
+            report.few_shot += [FewShotResult(**entry) for entry in torch.load(file, weights_only=True)]
+        report.seconds["few-shot"] = self.seconds.get("few-shot", 0.0)
+
+    def spend(self, what: str, seconds: float) -> None:
+        """Count time that a part of the work took."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+        with atomic_path(self.state / "seconds.json") as temporary:
+            temporary.write_text(json.dumps(self.seconds))
+
+    @staticmethod
+    def _keep(file: Path, content: Any) -> None:
+        with atomic_path(file) as temporary:
+            torch.save(content, temporary)
+
+    def maps(self, report: Report, test: Features) -> None:
+        """Attention maps of the reference head on test images of different classes."""
+        result = report.reference()
+        if result is None or result.best is None or not result.spec.pooling.startswith("ep") or not self.args.maps:
+            return
+        firsts = [int((test.labels == label).nonzero()[0]) for label in test.labels.unique()]
+        rows = firsts[:: max(1, len(firsts) // self.args.maps)][: self.args.maps]
+        dataset, places = self.images.test.dataset, self.readable[1]
+        images = torch.stack([dataset[int(places[row])][0] for row in rows])
+        tokens = self.backbone(images)[result.spec.layer]
+        attention = attention_of(result.head, tokens)
+        for row, image, shares in zip(rows, images, attention):
+            sheet = overlay(_picture(image, self.images), shares, report.layers[result.spec.layer].grid)
+            name = self.images.test.names[int(places[row])]
+            file = f"maps/{row:06d}.jpg"
+            with atomic_path(self.args.output / file) as temporary:
+                sheet.save(temporary, quality=90)
+            truth, said = (report.classes[int(label)] for label in (test.labels[row], result.best.predictions[row]))
+            verdict = "right" if truth == said else f"taken for {said}"
+            report.maps.append((file, f"{report.name(result)} on {name}: {truth}, {verdict}"))
+
+    def export(self, report: Report) -> None:
+        """Backbone and head as one ONNX file."""
+        result = next((result for result in report.best() if result.spec.pooling == self.args.export), None)
+        if result is None:
+            raise InputError(f"No head of {self.args.export} was chosen, so that none can be exported.")
+        model = copy.deepcopy(self.backbone.model).to("cpu", torch.float32)
+        index = self.backbone.indices[result.spec.layer]
+        backbone = Backbone(model, [index], self.backbone.norm, image_size=self.backbone.image_size)
+        probed = ProbedClassifier(
+            backbone, 0, result.head.float(), report.classes, self.images.mean, self.images.std
+        )  # fmt: skip
+        with self.console.status("Exporting; a large network takes minutes."):
+            file = export_onnx(
+                probed,
+                self.args.output / f"{self.args.export}.onnx",
+                weights=f"{report.backbone['weights']}; {head_file(Path('heads'), report, result)}",
+                license=report.backbone["license"],
+            )
+        self.console.print(f"Wrote {file.path}: {file.bytes / 1e6:.2f} MB, checked against PyTorch.")
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """Bars that disappear when they are done, and none in a pipe."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress
+
+
+def _picture(image: Tensor, images: Images) -> Image.Image:
+    """What the backbone saw."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (images.mean, images.std))
+    pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
