@@ -33,37 +33,43 @@ def step(pooling: torch.nn.Module, tokens: torch.Tensor, cotangent: torch.Tensor
     pooling(tokens).backward(cotangent)
 
 
+def measure(
+    poolings: list[str], dim: int, grid: tuple[int, int], batch_size: int, device: str, repeats: int, baseline: str
+) -> dict[str, dict[str, str]]:
+    """Give the columns parameters, mega_macs, median_ms, iqr_ms and ratio of each pooling."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokens = torch.randn(batch_size, grid[0] * grid[1], dim, device=device)
+    costs, steps = {}, {}
+    for name in poolings:
+        pooling = create_pooling(name, dim, grid, device=device)
+        parameters = sum(parameter.numel() for parameter in pooling.parameters())
+        macs = count_macs(pooling, (grid[0] * grid[1], dim))
+        costs[name] = {"parameters": str(parameters), "mega_macs": f"{macs / 1e6:.1f}"}
+        cotangent = torch.randn(batch_size, pooling.out_dim, device=device)
+        call: Callable[[], None] = partial(step, pooling, tokens, cotangent)
+        steps[name] = call
+    times = paired_milliseconds(steps, device, repeats, warm_up=1)
+    return {name: {**costs[name], **columns} for name, columns in summarize(times, baseline).items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    tokens = torch.randn(args.batch_size, GRID[0] * GRID[1], DIM, device=args.device)
-    costs, steps = {}, {}
-    for name in names():
-        pooling = create_pooling(name, DIM, GRID, device=args.device)
-        macs = count_macs(pooling, (GRID[0] * GRID[1], DIM))
-        costs[name] = (sum(parameter.numel() for parameter in pooling.parameters()), macs)
-        cotangent = torch.randn(args.batch_size, pooling.out_dim, device=args.device)
-        call: Callable[[], None] = partial(step, pooling, tokens, cotangent)
-        steps[name] = call
-    times = paired_milliseconds(steps, args.device, args.repeats, warm_up=1)
     rows = [
         {
             "pooling": name,
-            "parameters": costs[name][0],
-            "mega_macs": f"{costs[name][1] / 1e6:.1f}",
             **columns,
             "batch": args.batch_size,
-            "tokens": f"{tokens.shape[1]}x{DIM}",
+            "tokens": f"{GRID[0] * GRID[1]}x{DIM}",
             "dtype": "float32",
             "threads": torch.get_num_threads(),
             **environment(args.device),
         }
-        for name, columns in summarize(times, BASELINE).items()
+        for name, columns in measure(names(), DIM, GRID, args.batch_size, args.device, args.repeats, BASELINE).items()
     ]
     write_rows(RESULTS / "probe_poolings.csv", rows)
     for row in rows:
