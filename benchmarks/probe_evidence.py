@@ -60,7 +60,16 @@ class Case:
         """The words of `visionattn probe`."""
         words = [self.model, "--dataset", "cifar10-sheets" if self.data == "cifar10" else "folder"]
         words += ["--root", str(folders[self.data]), "--heads", ",".join(self.heads), "--epochs", str(self.epochs)]
-        words += ["--lrs", "0.001,0.003,0.01,0.03", "--few-shot", "1,5,10", "--output", str(runs / str(self))]
+        words += [
+            "--lrs",
+            "0.001,0.003,0.01,0.03",
+            "--few-shot",
+            "5",
+            "--draws",
+            "3",
+            "--output",
+            str(runs / str(self)),
+        ]
         if self.weights == "random":
             words.append("--random")
         elif self.weights:
@@ -79,7 +88,7 @@ CASES = [
     Case("ResNet-56, CIFAR-10", "products", "cifar_resnet56", MOST, "resnet56_cifar10.safetensors"),
     Case("ResNet-56, CIFAR-10", "mnist", "cifar_resnet56", (*LIGHT, "aim"), "resnet56_cifar10.safetensors"),
     Case("ResNet-20, CIFAR-10", "cifar10", "cifar_resnet20", LIGHT, "resnet20_cifar10.safetensors"),
-    Case("EfficientNet-Lite0, ImageNet", "products", LITE0[0], (*LIGHT, "aim"), LITE0[1], 10, 128),
+    Case("EfficientNet-Lite0, ImageNet", "products", LITE0[0], LIGHT, LITE0[1], 10, 128),
     Case("EfficientNet-Lite0, ImageNet", "cifar10", LITE0[0], LIGHT, LITE0[1], 10, 128),
     Case("EfficientNet-Lite0, ImageNet", "mnist", LITE0[0], LIGHT, LITE0[1], 10, 128),
 ]

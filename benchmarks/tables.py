@@ -138,6 +138,62 @@ def probe_sweep() -> str:
     return markdown(head, ([row[key] for key in keys] for row in rows))
 
 
+def ulsam_costs() -> str:
+    """Counted beside printed, a row a network."""
+    rows = read_rows(RESULTS / "ulsam_costs.csv")
+    head = ["paper's table", "network", "ULSAM", "parameters", "M", "printed", "", "MACs", "M", "printed", ""]
+    keys = [f"{name}{what}" for name in ("parameters", "macs") for what in ("", "_from_printed_base_m")]
+    body = [
+        [
+            *(row[key] for key in ("table", "network", "ulsam")),
+            *(f"{int(row[keys[0]]):,}", row[keys[1]], row["printed_parameters_m"], row["parameters_verdict"]),
+            *(f"{int(row[keys[2]]):,}", row[keys[3]], row["printed_macs_m"], row["macs_verdict"]),
+        ]
+        for row in rows
+    ]
+    return markdown(head, body)
+
+
+def ulsam_controls(data: str) -> str:
+    """Runs trained longest on a data set, and their differences to the baseline of the same seed."""
+    rows = [
+        row for row in read_rows(RESULTS / "ulsam_controls.csv") if (row["data"] == "cifar10") == (data == "cifar10")
+    ]
+    if not rows:
+        return "Not measured yet.\n"
+    tables = []
+    for name, size in dict.fromkeys((row["data"], row["size"]) for row in rows):
+        found = [row for row in rows if (row["data"], row["size"]) == (name, size)]
+        epochs = max(int(row["epochs"]) for row in found)
+        groups: dict[str, dict[str, dict[str, str]]] = {}
+        for row in found:
+            if int(row["epochs"]) == epochs:
+                groups.setdefault(row["run"], {})[row["seed"]] = row
+        body = []
+        for run, seeds in groups.items():
+            accuracy = {seed: float(row["test_accuracy"]) for seed, row in seeds.items()}
+            base = {seed: float(row["test_accuracy"]) for seed, row in groups.get("baseline", {}).items()}
+            differences = [accuracy[seed] - base[seed] for seed in accuracy if seed in base and run != "baseline"]
+            first = next(iter(seeds.values()))
+            body.append(
+                [
+                    f"`{run}`",
+                    spread(list(accuracy.values()), 2),
+                    spread(differences, 2) if differences else "",
+                    f"{first['test_accuracy_low']} to {first['test_accuracy_high']}",
+                    f"{int(first['parameters']):,}",
+                    f"{int(first['macs']) / 1e6:.2f}",
+                    f"{statistics.median(float(row['latency_ratio']) for row in seeds.values()):.2f}",
+                    str(len(seeds)),
+                ]
+            )
+        head = ["run", "accuracy %", "to the baseline", "95 % (first seed)", "parameters", "MACs (M)", "speed", "seeds"]
+        images = f"{int(found[0]['train_images']):,} training images of {size} x {size}, {epochs} epochs"
+        origin = f"{found[0]['device']}, torch {found[0]['torch']}"
+        tables.append(markdown(head, body) + f"\n{name}: {images}, {origin}.\n")
+    return "\n".join(tables)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "minimal_vit_mnist_long": lambda: minimal_vit("mnist", long=True),
     "minimal_vit_mnist_grid": lambda: minimal_vit("mnist", long=False),
@@ -152,6 +208,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "multi_query_pool_operator": lambda: calls("multi_query_pool", "operator"),
     "match_attention_operator": lambda: calls("match_attention", "operator"),
     "match_attention_block": lambda: calls("match_attention", "block"),
+    "subspace_attention": lambda: calls("subspace_attention", "block"),
+    "ulsam_costs": ulsam_costs,
+    "ulsam_controls_cifar10": lambda: ulsam_controls("cifar10"),
+    "ulsam_controls_others": lambda: ulsam_controls("others"),
     "halonet_cifar10": halonet_cifar10,
     "span_psnr": lambda: plain("span_psnr"),
     "span_speed": lambda: plain("span_speed"),

@@ -287,3 +287,27 @@ def test_heads_are_made_where_they_fit():
     fitting = {"gap": range(5), "ep_8": range(5), "ep_16": (0, 3, 4), "ep_32": (4,)}
     assert found == {(pooling, place) for pooling, places in fitting.items() for place in places}
     assert [note.split(" was left out at ")[0] for note in notes] == ["ep_16", "ep_32"]
+
+
+def test_two_processes_report_what_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "FEW_SHOT_STEPS", 200)  # other processes do not see the module's shorter few-shot
+    small = ["--heads", "gap,ep_8", "--lrs", "0.01,0.1", "--epochs", "2", "--few-shot", "5", "--draws", "1"]
+    tables = {}
+    for devices in (1, 2):
+        path = tmp_path / str(devices)
+        assert main(command(path, *small, "--devices", str(devices))) == 0
+        found = json.loads((path / "results.json").read_text())
+        tables[devices] = found["heads"], found["few_shot"]
+        assert (path / "report.html").exists()
+    # k-NN is the same to the bit; in a bank of heads the order of sums depends on how many there are.
+    for row, other in zip(*(heads for heads, _ in tables.values()), strict=True):
+        assert (row["pooling"], row["lr"]) == (other["pooling"], other["lr"])
+        allowed = 0 if row["method"] == "k-NN" else 3 / 360
+        assert row["test_best"] == pytest.approx(other["test_best"], abs=allowed + 1e-12)
+    for row, other in zip(*(few for _, few in tables.values()), strict=True):
+        assert row["mean"] == pytest.approx(other["mean"], abs=5 / 360)
+
+
+def test_an_error_of_several_processes_is_said_once(tmp_path, capsys):
+    assert main(command(tmp_path, "--heads", "gap,dolgx", "--devices", "2")) == 2
+    assert "dolgx" in capsys.readouterr().err

@@ -20,11 +20,12 @@ from rich.table import Table
 from timm.data import resolve_model_data_config
 
 import visionattn
-from visionattn.errors import InputError
+from visionattn.errors import InputError, VisionAttnError, require
 from visionattn.probe.backbone import Backbone
 from visionattn.probe.banks import Head, HeadSpec, create_head, grid
 from visionattn.probe.features import PRECISIONS
 from visionattn.probe.inputs import make_backbone, read_images, read_model
+from visionattn.probe.processes import rank_and_size
 from visionattn.probe.report import LayerNeighbours, Report, percent, write_report
 from visionattn.probe.results import HeadResult
 from visionattn.probe.sweep import hold_out
@@ -89,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     heads.add_argument("--draws", type=int, default=5, metavar="N", help="of the few images (default: 5)")
     heads.add_argument("--device", help="such as cuda or cpu (default: a GPU where there is one)")
+    heads.add_argument("--devices", type=int, default=1, metavar="N", help="how many of them, each in a process")
     output = parser.add_argument_group("results")
     output.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/probe/BACKBONE-DATASET")
     output.add_argument("--maps", type=int, default=4, metavar="N", help="test images with attention maps (default: 4)")
@@ -104,8 +106,31 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VisionAttnError: Nothing could be reported.
     """
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     _complete(args)
+    if args.devices == 1:
+        return _probe(args)
+    fabric = require("lightning.fabric", "train").Fabric(
+        accelerator="cuda" if args.device.startswith("cuda") else "cpu", devices=args.devices, strategy="ddp_spawn"
+    )
+    result = fabric.launch(_probe_in_process, args)
+    if isinstance(result, VisionAttnError):
+        raise result
+    return result
+
+
+def _probe_in_process(fabric: Any, args: argparse.Namespace) -> int | VisionAttnError:
+    """What each of several processes does; the first one's result is the command's."""
+    args.device = str(fabric.device)
+    try:
+        return _probe(args)
+    except VisionAttnError as error:  # raised there it would come back as a stack trace
+        return error
+
+
+def _probe(args: argparse.Namespace) -> int:
+    """Probe, alone or as one of several processes, of which the first reports."""
+    first = rank_and_size()[0] == 0
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, quiet=not first)
     model, weights, licence = read_model(args)
     images = read_images(args, resolve_model_data_config(model))
     backbone = make_backbone(args, model, images.size)
@@ -164,6 +189,8 @@ def run(args: argparse.Namespace) -> int:
         work.neighbours(report, train, test)
     if args.few_shot:
         work.few_shot(report, train, test)
+    if not first:
+        return 0
     work.maps(report, test)
     write_report(report, args.output)
     if args.export:
@@ -183,8 +210,12 @@ def _complete(args: argparse.Namespace) -> None:
     args.cache = args.cache or args.output / "features"
     args.lrs = args.lrs or list(LRS[args.optimizer])
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if min(args.epochs, args.draws, args.batch_size) < 1 or args.maps < 0 or not (args.weight_decays and args.seeds):
-        raise InputError("Epochs, draws, batch size, weight decays and seeds are needed, and maps are 0 or more.")
+    if (
+        min(args.epochs, args.draws, args.batch_size, args.devices) < 1
+        or args.maps < 0
+        or not (args.weight_decays and args.seeds)
+    ):
+        raise InputError("Epochs, draws, batch size, devices, decays and seeds are needed, and maps are 0 or more.")
     if args.export and args.heads and args.export not in args.heads:
         raise InputError(f"--export {args.export} is none of the heads {', '.join(args.heads)}.")
 

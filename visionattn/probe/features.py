@@ -32,6 +32,7 @@ from visionattn.data.samplers import ResumableLoader
 from visionattn.errors import ConfigError, DataError, InputError, StorageError
 from visionattn.files import atomic_path
 from visionattn.probe.backbone import Backbone, hash_weights
+from visionattn.probe.processes import rank_and_size, together
 from visionattn.probe.tokens import Features, Layer, Tokens
 
 __all__ = [
@@ -386,6 +387,7 @@ def extract(
     A run that ended early goes on: finished shards are checked and kept, and with the same arguments on the same
     machine the files come out byte for byte as without the interruption. Damaged shards are computed again, with a
     warning. Images that cannot be read are left out and listed in `meta.json`. Two runs must not write to one store.
+    Under torch.distributed all processes call this, and each computes a part of the shards.
 
     Args:
         backbone: Gives the tokens.
@@ -438,8 +440,9 @@ def extract(
         "complete": False,
     }
 
+    process, processes = rank_and_size()
     missing_shards, skipped = [], []
-    for shard in range(math.ceil(images / shard_images)):
+    for shard in range(process, math.ceil(images / shard_images), processes):
         try:
             content = _open_shard(store, shard, parts, verify=True)
         except DataError as error:
@@ -452,19 +455,30 @@ def extract(
         else:
             skipped += content["skipped"]
     rows = {shard: range(shard * shard_images, min((shard + 1) * shard_images, images)) for shard in missing_shards}
-    needed, free = estimate(backbone, sum(map(len, rows.values())), precision), _free(store)
+    needed = sum(together(lambda: estimate(backbone, sum(map(len, rows.values())), precision)))
+    free = _free(store)
     if needed > free:
         raise StorageError(
             f"The tokens would take {_gigabytes(needed)}, and {folder} has {_gigabytes(free)} free. Compute them at "
             "each pass (LiveFeatures), or store them in int8 at half the size of fp16."
         )
-    if missing_shards:
-        _write_json(store / "meta.json", meta, indent=2)
-        _write_shards(backbone, dataset, store, parts, rows, skipped, batch_size, num_workers, len(classes), progress)
-    skipped.sort()
-    _write_json(
-        store / "meta.json", {**meta, "complete": True, "readable": images - len(skipped), "skipped": skipped}, indent=2
-    )
+
+    def describe() -> None:
+        if process == 0:
+            _write_json(store / "meta.json", meta, indent=2)
+
+    def write() -> list[tuple[int, str]]:
+        if rows:
+            _write_shards(
+                backbone, dataset, store, parts, rows, skipped, batch_size, num_workers, len(classes), progress
+            )
+        return skipped
+
+    if needed:
+        together(describe)
+    skipped = sorted(entry for part in together(write) for entry in part)
+    meta |= {"complete": True, "readable": images - len(skipped), "skipped": skipped}
+    together(describe)
     return StoredFeatures(store, verify=False)
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from visionattn.errors import DataError, InputError
+from visionattn.probe.processes import rank_and_size, together
 from visionattn.probe.statistics import Interval, wilson_interval
 from visionattn.probe.sweep import hold_out
 from visionattn.probe.tokens import Features
@@ -145,17 +146,17 @@ def nearest_neighbours(
     queries = [(train, held, True)] if len(held) else []
     queries.append((test, torch.arange(len(test)), False))
     blocks = [(features, rows, alone) for features, all_rows, alone in queries for rows in all_rows.split(test_chunk)]
-    rank, processes = (dist.get_rank(process_group), dist.get_world_size(process_group)) if _distributed() else (0, 1)
+    rank, processes = rank_and_size(process_group)
     mine = range(rank, len(blocks), processes)
-    found = search.run([blocks[number] for number in mine], held, test_chunk)
-    votes = {
-        number: _vote(similarity, train.labels[nearest], pairs, len(train.classes))
-        for number, (similarity, nearest) in zip(mine, found, strict=True)
-    }
-    if processes > 1:
-        gathered: list[Any] = [None] * processes
-        dist.all_gather_object(gathered, votes, group=process_group)
-        votes = {number: vote for part in gathered for number, vote in part.items()}
+
+    def vote() -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        found = search.run([blocks[number] for number in mine], held, test_chunk)
+        return {
+            number: _vote(similarity, train.labels[nearest], pairs, len(train.classes))
+            for number, (similarity, nearest) in zip(mine, found, strict=True)
+        }
+
+    votes = {number: vote for part in together(vote, process_group) for number, vote in part.items()}
     count = math.ceil(len(held) / test_chunk)
     in_order = [votes[number] for number in range(len(blocks))]
     predictions, confidences = (torch.cat(part, dim=1) for part in zip(*in_order[count:], strict=True))
@@ -169,10 +170,6 @@ def nearest_neighbours(
         results.append(Neighbours(k, temperature, held_out, predictions[number], confidences[number], correct))
     chosen = results[0] if of_held is None else max(results, key=lambda pair: pair.held_out_accuracy)
     return NeighboursResult(results, chosen)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 class _Search:

@@ -30,6 +30,7 @@ from timm.optim import Lars
 from visionattn.errors import DataError, InputError
 from visionattn.files import atomic_path
 from visionattn.probe.banks import Head, HeadSpec, create_head, group_logits, head_tokens, make_banks
+from visionattn.probe.processes import rank_and_size, together
 from visionattn.probe.results import HeadResult, Score, SweepResult
 from visionattn.probe.tokens import Features, Tokens
 
@@ -83,7 +84,8 @@ def sweep(
     """Train heads together, choose, and test (see the module).
 
     Every batch is read once for all heads. A head becomes what it becomes alone, but for rounding. Heads compute in
-    float32, or in float64 where the tokens are float64.
+    float32, or in float64 where the tokens are float64. Under torch.distributed all processes call this, each trains a
+    part of the heads, and all get the whole result.
 
     Args:
         train: Training images.
@@ -98,7 +100,7 @@ def sweep(
         seed: Of the held-out part and of the order of images, which is a function of it and of the epoch.
         device: Where heads are trained.
         state: File that is written after each epoch. A sweep that finds its own file goes on from there, and ends with
-            the same table. The refit's stands beside it.
+            the same table. The refit's stands beside it; of several processes each has its own.
         rows: Training images to use, (m,); all if None.
         progress: Where a bar appears while heads train.
 
@@ -121,8 +123,7 @@ def sweep(
     common: dict[str, Any] = {
         "epochs": epochs, "batch_size": batch_size, "warmup_epochs": warmup_epochs, "seed": seed, "progress": progress
     }  # fmt: skip
-    run = _Run(train, test, heads, fit_rows, held_rows, device=torch.device(device), state=state, **common)
-    results, seconds = run.results(), run.seconds
+    results, seconds = _divide(train, test, heads, fit_rows, held_rows, torch.device(device), state, common)
     chosen = []
     for key in dict.fromkeys(keys):
         able = [result for result, other in zip(results, keys, strict=True) if other == key and not result.diverged]
@@ -133,10 +134,37 @@ def sweep(
     if refit and chosen:
         state = None if state is None else state.with_name(f"{state.stem}-refit{state.suffix}")
         specs, none = [result.spec for result in chosen], torch.empty(0, dtype=torch.int64)
-        run = _Run(train, test, specs, rows.sort().values, none, device=torch.device(device), state=state, **common)
-        chosen = [replace(result, refit=True) for result in run.results()]
-        seconds += run.seconds
+        again, more = _divide(train, test, specs, rows.sort().values, none, torch.device(device), state, common)
+        chosen = [replace(result, refit=True) for result in again]
+        seconds += more
     return SweepResult(results, chosen, epochs, seconds, notes)
+
+
+def _divide(
+    train: Features,
+    test: Features,
+    heads: list[HeadSpec],
+    fit_rows: torch.Tensor,
+    held_rows: torch.Tensor,
+    device: torch.device,
+    state: Path | None,
+    common: dict[str, Any],
+) -> tuple[list[HeadResult], float]:
+    """Train each process's share of the heads; give all of them, and the seconds of the slowest process."""
+    process, processes = rank_and_size()
+    if processes > 1 and state is not None:
+        state = state.with_name(f"{state.stem}-{process + 1}-of-{processes}{state.suffix}")
+    mine = range(process, len(heads), processes)
+
+    def work() -> tuple[list[HeadResult], float]:
+        if not mine:
+            return [], 0.0
+        run = _Run(train, test, [heads[n] for n in mine], fit_rows, held_rows, device=device, state=state, **common)
+        return run.results(), run.seconds
+
+    shares = together(work)
+    results = [shares[number % processes][0][number // processes] for number in range(len(heads))]
+    return results, max(seconds for _, seconds in shares)
 
 
 def _with_layer(spec: HeadSpec, features: Features) -> HeadSpec:

@@ -32,6 +32,7 @@ from visionattn.probe.few_shot import FewShotResult, few_shot
 from visionattn.probe.inputs import Images, Part
 from visionattn.probe.knn import Neighbours, NeighboursResult, nearest_neighbours
 from visionattn.probe.maps import attention_of, overlay
+from visionattn.probe.processes import rank_and_size
 from visionattn.probe.report import LayerNeighbours, Report, Skipped, head_file
 from visionattn.probe.results import SweepResult
 from visionattn.probe.sweep import hold_out, sweep
@@ -253,17 +254,23 @@ class ProbingRun:
                     )
                 self._keep(file, [asdict(result) for result in results])
                 self.spend("few-shot", time.perf_counter() - start)
-            report.few_shot += [FewShotResult(**entry) for entry in torch.load(file, weights_only=True)]
+            else:
+                results = [FewShotResult(**entry) for entry in torch.load(file, weights_only=True)]
+            report.few_shot += results
         report.seconds["few-shot"] = self.seconds.get("few-shot", 0.0)
 
     def spend(self, what: str, seconds: float) -> None:
         """Count time that a part of the work took."""
         self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+        if rank_and_size()[0]:
+            return
         with atomic_path(self.state / "seconds.json") as temporary:
             temporary.write_text(json.dumps(self.seconds))
 
     @staticmethod
     def _keep(file: Path, content: Any) -> None:
+        if rank_and_size()[0]:
+            return
         with atomic_path(file) as temporary:
             torch.save(content, temporary)
 
