@@ -194,6 +194,61 @@ def ulsam_controls(data: str) -> str:
     return "\n".join(tables)
 
 
+def probe_evidence() -> str:
+    """Heads by backbones and data: accuracy with its interval, the best of each column in bold."""
+    rows = read_rows(RESULTS / "probe_evidence.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    cases = list(dict.fromkeys((row["backbone"], row["data"]) for row in rows))
+    heads = list(dict.fromkeys(row["head"] for row in rows))
+    cells = {(row["backbone"], row["data"], row["head"]): row for row in rows}
+    best = {
+        case: max(float(row["accuracy"]) for row in rows if (row["backbone"], row["data"]) == case and row["lr"])
+        for case in cases
+    }
+
+    def cell(case: tuple[str, str], head: str) -> str:
+        row = cells.get((*case, head))
+        if row is None:
+            return ""
+        half = (float(row["high"]) - float(row["low"])) / 2
+        text = f"{row['accuracy']} ± {half:.2f}"
+        return f"**{text}**" if row["lr"] and float(row["accuracy"]) == best[case] else text
+
+    head = ["head", *(f"{backbone}: {data}" for backbone, data in cases)]
+    return markdown(head, ([name, *(cell(case, name) for case in cases)] for name in heads))
+
+
+def probe_evidence_costs() -> str:
+    """The pre-trained ViT on CIFAR-10: accuracy beside parameters, arithmetic and time."""
+    rows = [
+        row
+        for row in read_rows(RESULTS / "probe_evidence.csv")
+        if row["backbone"].startswith("micro ViT, masked") and row["data"] == "cifar10" and "a class" not in row["head"]
+    ]
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["head", "accuracy %", "EP ahead by", "p", "parameters", "MACs (M)", "step ms", "calibration error %"]
+
+    def ahead(row: dict[str, str]) -> str:
+        return row["ahead"] and f"{row['ahead']} ({row['ahead_low']} to {row['ahead_high']})"
+
+    body = (
+        [
+            row["head"],
+            f"{row['accuracy']} ({row['low']} to {row['high']})",
+            ahead(row),
+            row["p_holm"],
+            f"{int(row['parameters']):,}",
+            row["mega_macs"],
+            row["step_ms"],
+            row["calibration_error"],
+        ]
+        for row in rows
+    )
+    return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}, seed {rows[0]['seed']}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "minimal_vit_mnist_long": lambda: minimal_vit("mnist", long=True),
     "minimal_vit_mnist_grid": lambda: minimal_vit("mnist", long=False),
@@ -214,10 +269,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "ulsam_controls_others": lambda: ulsam_controls("others"),
     "halonet_cifar10": halonet_cifar10,
     "span_psnr": lambda: plain("span_psnr"),
+    "match_stereo_speed": lambda: plain("match_stereo_speed"),
     "span_speed": lambda: plain("span_speed"),
     "upscale_memory": lambda: plain("upscale_memory"),
     "probe_poolings": lambda: plain("probe_poolings"),
     "probe_sweep": probe_sweep,
+    "probe_evidence": probe_evidence,
+    "probe_evidence_costs": probe_evidence_costs,
     "probe_extraction": lambda: plain("probe_extraction"),
     "compiled_kernels": lambda: plain("compiled_kernels"),
 }

@@ -198,8 +198,11 @@ def test_without_a_share_above_average_the_start_is_zero():
     """As before, but that disparity 7 has less than the others at pixel 7: nothing is left at pixel 2."""
     q, k = torch.full((1, 1, 8, 1), 60.0), torch.full((1, 1, 8, 1), -1.0)
     k[0, 0, 0] = -3.0
-    left, _ = told(CorrelationStart(1), q, k)
+    start = CorrelationStart(1)
+    left, _ = told(start, q, k)
     assert left[0, 2, 0].item() == 0
+    left[0, 2, 0].backward()
+    assert all(not p.grad.any() for p in (start.q.weight, start.k.weight))
 
 
 def test_a_clear_match_is_found():

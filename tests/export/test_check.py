@@ -52,6 +52,28 @@ def test_other_weights_are_caught(toy_file, offset, passes):
             check_onnx(model, toy_file)
 
 
+class Turned(Toy):
+    """Computes something else in its first calls."""
+
+    def __init__(self, decides: bool, calls: int) -> None:
+        super().__init__()
+        self.decides, self.calls = decides, calls
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, 3)."""
+        self.calls -= 1
+        return super().forward(image) + float(self.calls >= 0)
+
+
+def test_other_images_are_tried_where_rounding_can_decide(toy_file):
+    first = check_onnx(Toy(), toy_file)
+    rows = check_onnx(Turned(True, 2), toy_file)
+    assert [row.spread == other.spread for row, other in zip(rows, first)] == [False] * 2 + [True] * 4
+    for decides, calls in ((False, 1), (True, 100)):
+        with pytest.raises(ExportError, match=r"in [16] of 6 checks"):
+            check_onnx(Turned(decides, calls), toy_file)
+
+
 def test_output_of_zeros_proves_nothing(tmp_path):
     model = Toy()
     torch.nn.init.zeros_(model.conv.weight)

@@ -60,6 +60,14 @@ def test_what_is_freed_does_not_count():
     assert bytes_per_pixel(chain, 1) == WORKSPACE * 4 * 3  # image, input and output of a layer
 
 
+def test_weights_do_not_count():
+    class Linear(nn.Linear):
+        def forward(self, x):
+            return x.mean((2, 3)) @ self.weight.t()  # a view of the weight's storage
+
+    assert bytes_per_pixel(Linear(3, 5000), 3) * 48**2 == WORKSPACE * 4 * (3 * 48**2 + 3 + 5000)
+
+
 def test_default_memory_is_bounded():
     assert MIB <= default_memory(torch.device("cpu")) <= MOST_ON_CPU
 

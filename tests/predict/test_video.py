@@ -10,7 +10,7 @@ import pytest
 
 from predict.upscalers import picture, repeated
 from visionattn.errors import DataError, InputError, StorageError
-from visionattn.predict.video import Video, probe, upscale_video
+from visionattn.predict.video import Video, convert_videos, probe, upscale_video
 
 # The stand-in's video is raw RGB. It notes the arguments that it was called with, for the tests to look at.
 FFMPEG = """
@@ -79,6 +79,20 @@ def test_failures_leave_nothing(tools, clip, monkeypatch, mode, error, message):
     with pytest.raises(error, match=message):
         upscale_video(tools / "in.mp4", tools / "out.mp4", repeated, 2, lambda: None)
     assert not list(tools.glob("*out*"))
+
+
+def test_videos_in_step_end_with_the_shortest(tools, clip):
+    (tools / "other.mp4").write_bytes((255 - clip[:2]).tobytes())
+    sums = []
+
+    def add(one, other):
+        sums.append(one.astype(int) + other)
+        return None if len(sums) == 1 else other  # the first step makes no frame
+
+    convert_videos([tools / "in.mp4", tools / "other.mp4"], tools / "out.mp4", add, (20, 30), lambda: None)
+    assert [(step == 255).all() for step in sums] == [True, True]
+    found = np.fromfile(tools / "out.mp4", np.uint8).reshape(1, 20, 30, 3)
+    np.testing.assert_array_equal(found[0], 255 - clip[1])
 
 
 def test_a_file_without_frames(tools):

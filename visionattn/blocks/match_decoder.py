@@ -181,10 +181,13 @@ def convex_upsample(field: torch.Tensor, logits: torch.Tensor, factor: int) -> t
         (B, k H, k W, channels), in pixels of the new scale.
     """
     H, W = field.shape[1:3]
-    padded = F.pad(field * factor, (0, 0, 1, 1, 1, 1))
-    around = torch.stack([padded[:, n // 3 : n // 3 + H, n % 3 : n % 3 + W] for n in range(9)], -1)
-    weights = logits.unflatten(-1, (9, factor * factor)).softmax(-2).to(field.dtype)
-    up = (around @ weights).flatten(-2)  # (B, H, W, channels k k)
+    padded = F.pad(field * factor, (0, 0, 1, 1, 1, 1)).unsqueeze(-1)
+    weights = logits.unflatten(-1, (9, 1, factor * factor)).to(field.dtype).softmax(-3)
+    # Products and sums, since autocast would round the fields in a matrix product.
+    up = padded[:, :H, :W] * weights[..., 0, :, :]
+    for n in range(1, 9):
+        up = up + padded[:, n // 3 : n // 3 + H, n % 3 : n % 3 + W] * weights[..., n, :, :]
+    up = up.flatten(-2)  # (B, H, W, channels k k)
     return F.pixel_shuffle(up.permute(0, 3, 1, 2), factor).permute(0, 2, 3, 1)
 
 
@@ -234,8 +237,12 @@ class CorrelationStart(nn.Module):
         self.q = nn.Linear(dim, dim, bias=False, **dd)
         self.k = nn.Linear(dim, dim, bias=False, **dd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(2B, H, W, C) -> (2B, H, W, 2)."""
+    def match(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the first fields and what they are read from.
+
+        Returns:
+            f (2B, H, W, 2), and P as (2B, H, W, W), disparities last, or in flow (2B, H W, H W), other pixels last.
+        """
         x, half = self.norm(x), x.shape[0] // 2
         q, k = _widened(self.q(x[:half])), _widened(self.k(x[half:]))  # (B, H, W, C)
         q = q * self.q.weight.shape[0] ** -0.5
@@ -243,13 +250,17 @@ class CorrelationStart(nn.Module):
             return _flow_start(q, k)
         return _stereo_start(q, k)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(2B, H, W, C) -> (2B, H, W, 2)."""
+        return self.match(x)[0]
+
 
 @torch.fx.wrap  # as one node, since a trace does not know dtypes
 def _widened(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _stereo_start(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def _stereo_start(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     W = q.shape[2]
     scores = q @ k.transpose(-1, -2)  # (B, H, W, W): left x, right x'
     # Mirrored, the right view's matches lie on the same side as those of the left one.
@@ -262,11 +273,12 @@ def _stereo_start(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     best = F.avg_pool1d(p.flatten(0, 1), 5, stride=1, padding=2).unflatten(0, p.shape[:2]).argmax(-1, keepdim=True)
     taps = best.clamp(2, W - 3) + torch.arange(-2, 3, device=q.device)  # (2B, H, W, 5)
     found = _mean(p, taps, taps.unsqueeze(-1)).squeeze(-1)
-    left, right = found[: q.shape[0]], found[q.shape[0] :].flip(-1)
-    return F.pad(torch.cat([-left, right]).unsqueeze(-1), (0, 1))
+    half = q.shape[0]
+    field = F.pad(torch.cat([-found[:half], found[half:].flip(-1)]).unsqueeze(-1), (0, 1))
+    return field, torch.cat([p[:half], p[half:].flip(-2)])
 
 
-def _flow_start(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def _flow_start(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     H, W = q.shape[1:3]
     scores = q.flatten(1, 2) @ k.flatten(1, 2).transpose(-1, -2)  # (B, H W, H W): left, right
     p = torch.cat([scores, scores.transpose(-1, -2)]).softmax(-1)
@@ -277,12 +289,13 @@ def _flow_start(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     x = (best - row * W).clamp(2, W - 3) + near.repeat(5)
     found = _mean(p, y * W + x, torch.stack([x, y], -1)).unflatten(1, (H, W))
     own_x, own_y = torch.arange(W, device=q.device), torch.arange(H, device=q.device).unsqueeze(1)
-    return found - torch.stack([own_x.expand(H, W), own_y.expand(H, W)], -1)
+    return found - torch.stack([own_x.expand(H, W), own_y.expand(H, W)], -1), p
 
 
 def _mean(p: torch.Tensor, taps: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Mean of places (..., n, 1 or 2) under the probabilities at taps (..., n), without those below average."""
     shares = p.gather(-1, taps)
     shares = shares * (shares >= 1 / p.shape[-1])
-    total = shares.sum(-1, keepdim=True).clamp(min=1.2e-38)  # for 0 / 0
+    total = shares.sum(-1, keepdim=True)
+    total = total.masked_fill(total == 0, 1)  # 0 then, with gradients of 0
     return (shares.unsqueeze(-1) * places).sum(-2) / total

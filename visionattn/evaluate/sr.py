@@ -9,7 +9,6 @@ data set has the mean over its pictures.
 
 from __future__ import annotations
 
-import copy
 import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -25,16 +23,15 @@ from rich.table import Table
 from torch import nn
 
 from visionattn import __version__
-from visionattn.checkpoints import create, load
 from visionattn.data.bicubic import crop_to_multiple, downscale, upscale
 from visionattn.data.luma import cut_border, luma, psnr_y, to_uint8
 from visionattn.data.pictures import find_pictures, pair_by_name, read_rgb
-from visionattn.errors import CheckpointError, ConfigError, DataError, InputError, VisionAttnError, require
+from visionattn.errors import ConfigError, DataError, InputError, VisionAttnError, require
+from visionattn.evaluate.opening import open_models, place
 from visionattn.files import atomic_path
 
-__all__ = ["DTYPES", "Measured", "Measurements", "ssim_y", "super_resolution"]
+__all__ = ["Measured", "Measurements", "ssim_y", "super_resolution"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 BICUBIC = "bicubic"
 
 
@@ -141,20 +138,12 @@ def super_resolution(
         DataError: The folder has no pictures, or the folder of small pictures lacks some.
         MissingPackageError: scikit-image is not installed.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"There is no dtype {dtype!r}. Choose from {', '.join(DTYPES)}.")
     require("skimage.metrics", "images")
-    given = [models] if isinstance(models, (str, Path, nn.Module)) else list(models)
     files = find_pictures(folder)
-    networks: dict[str, Any] = {}
-    for model in given:
-        networks[_label(model, networks)] = _open(model)
+    networks = open_models(models)
     scale = _common_scale(networks, scale)
     small_files = pair_by_name(files, small_folder, scale) if small_folder is not None else [None] * len(files)
-    try:
-        networks = {label: network.eval().to(device, DTYPES[dtype]) for label, network in networks.items()}
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"The models cannot run on the device {device!r}: {error}") from error
+    networks = place(networks, device, dtype)
     found = Measurements(str(folder), device, dtype)
     with Progress(console=console, disable=console is None, transient=True) as progress:
         task = progress.add_task("pictures", total=len(files) * (1 + len(networks)))
@@ -190,29 +179,6 @@ def ssim_y(first: np.ndarray, second: np.ndarray, border: int) -> float:
             y1, y2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
     )
-
-
-def _label(model: str | Path | nn.Module, taken: dict[str, Any]) -> str:
-    """What tables call a model, each once."""
-    if isinstance(model, nn.Module):
-        config = getattr(model, "pretrained_cfg", None) or {}
-        label = config.get("architecture") or type(model).__name__
-    else:
-        label = str(model)
-    number = 1 + sum(other == label or other.startswith(f"{label} (") for other in taken)
-    return label if number == 1 else f"{label} ({number})"
-
-
-def _open(model: str | Path | nn.Module) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return copy.deepcopy(model)  # it will change device, dtype and mode
-    if Path(model).exists():
-        return load(model)
-    name = str(model)
-    config: Any = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
-    if config is not None and not config.has_weights:
-        raise CheckpointError(f"No weights are published for {name}: give a weight file.")
-    return create(name, pretrained=True)
 
 
 def _common_scale(networks: dict[str, Any], scale: int | None) -> int:

@@ -29,6 +29,9 @@ __all__ = ["TOLERANCE", "CheckRow", "check_onnx", "check_sizes", "print_rows"]
 # Largest absolute error that passes: the first number + the second x the spread of the reference over images.
 TOLERANCE = (1e-6, 1e-4)
 
+# Draws of images for a model that decides: a decision that rounding turned stands in one of them, a mistake in all.
+DRAWS = 4
+
 # A model whose outputs for two images are nearer than this says nothing of them: any file would agree with it.
 LEAST_SPREAD = 1e-4
 
@@ -168,13 +171,14 @@ def check_onnx(
     file = OnnxModel(path)
     model = frozen(model)
     rows: list[CheckRow] = []
+    draws = DRAWS if getattr(model, "decides", False) else 1
     for size in check_sizes(file.spec) if sizes is None else sizes:
         file.spec.check_size(*size)
-        images = [random_images(file.spec, batch, size, seed=number) for number, batch in enumerate(batches)]
-        expected = [outputs_of(model, inputs) for inputs in images]
-        spreads = [_spread(torch.cat(outputs)) for outputs in zip(*expected)]
-        for inputs, outputs in zip(images, expected):
-            rows += _compare(file, inputs, outputs, spreads, tolerance)
+        for draw in range(draws):
+            found = _check_size(model, file, size, batches, tolerance, draw * len(batches))
+            if all(row.passed for row in found):
+                break
+        rows += found
     failed = [row for row in rows if not row.passed]
     if failed:
         raise ExportError(
@@ -183,6 +187,23 @@ def check_onnx(
             + ". Errors that grow away from the size of the export come from a size baked in by a Python branch or by "
             "pooling to a grid; --static-size exports one fixed size."
         )
+    return rows
+
+
+def _check_size(
+    model: nn.Module,
+    file: OnnxModel,
+    size: tuple[int, int],
+    batches: Sequence[int],
+    tolerance: tuple[float, float],
+    seed: int,
+) -> list[CheckRow]:
+    images = [random_images(file.spec, batch, size, seed + number) for number, batch in enumerate(batches)]
+    expected = [outputs_of(model, inputs) for inputs in images]
+    spreads = [_spread(torch.cat(outputs)) for outputs in zip(*expected)]
+    rows: list[CheckRow] = []
+    for inputs, outputs in zip(images, expected):
+        rows += _compare(file, inputs, outputs, spreads, tolerance)
     return rows
 
 

@@ -9,6 +9,8 @@ A model class states what its `pretrained_cfg` cannot say; each attribute may be
     size_minimum    smallest height and width              default: the cfg's `min_input_size`, else not stated
     scale           the output is so many times as large   default: not stated
     radius          input pixels around its place that an output pixel depends on: what tiles have to overlap by
+    decides         whether it takes decisions that rounding can turn, such as the largest of many scores; the check of
+                    a file then tries other images where outputs differ   default: False
 """
 
 from __future__ import annotations

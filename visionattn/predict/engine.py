@@ -7,7 +7,6 @@ input, and `bytes_per_pixel` and `device` for the size of tiles.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 from visionattn.checkpoints import create
 from visionattn.errors import InputError, MissingPackageError, VisionAttnError
 from visionattn.export import OnnxModel, export_onnx
+from visionattn.predict.network import Network
 from visionattn.predict.tiles import bytes_per_pixel
 
-__all__ = ["PRECISIONS", "Engine", "OnnxEngine", "TorchEngine", "check_task", "faster"]
+__all__ = ["Engine", "OnnxEngine", "TorchEngine", "check_task", "faster"]
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Nearer than half an 8-bit level: the two engines give the same picture.
 AGREEMENT = 1e-3
 # ONNX Runtime keeps what it has allocated: measured 1.1 to 1.2 times what PyTorch is reckoned to take.
@@ -82,48 +81,22 @@ class TorchEngine(Engine):
 
     Args:
         model: A model of the task "restore". Not changed.
-        precision: "fp32", "fp16", "bf16", or "auto": fp16 on a GPU, the weights' own type on a CPU. Where the result of
-            fp16 or bf16 is not finite, the tile is computed again with the model's own weights, and a note is left.
+        precision: "fp32", "fp16", "bf16" or "auto", as `Network` says; what is computed again is a tile.
     """
 
     name = "torch"
 
     def __init__(self, model: nn.Module, precision: str = "auto") -> None:
-        if precision not in ("auto", *PRECISIONS):
-            raise InputError(f"The precision is {precision!r}; there are auto, {', '.join(PRECISIONS)}.")
-        if model.training:
-            model = copy.deepcopy(model).eval()
-        super().__init__(model)
-        own = next(model.parameters()).dtype
-        if precision == "auto":
-            chosen = torch.float16 if self.device.type == "cuda" and own == torch.float32 else own
-        else:
-            chosen = PRECISIONS[precision]
-        self.model = model
-        self.compute_dtype = chosen
-        self.fast = model if chosen == own else copy.deepcopy(model).to(chosen)
+        network = Network(model, precision, "lower --memory (memory=)")
+        super().__init__(network.model)
+        self.network = network
+        self.model = network.model
+        self.compute_dtype = network.compute_dtype
+        self.notes = network.notes
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Upscale: (B, C, h, w) -> (B, C, r h, r w)."""
-        result = self._compute(self.fast, images)
-        if self.fast is not self.model and not result.isfinite().all():
-            self.notes.append(f"{self.compute_dtype} overflowed".replace("torch.", ""))
-            result = self._compute(self.model, images)
-        return result
-
-    def _compute(self, model: nn.Module, images: Tensor) -> Tensor:
-        weight = next(model.parameters())
-        try:
-            return model(images.to(weight.device, weight.dtype)).to("cpu", images.dtype)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            # The CPU's allocator raises a bare RuntimeError.
-            if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
-                height, width = images.shape[-2:]
-                raise InputError(
-                    f"A tile of {height} x {width} pixels does not fit the memory: lower --memory (memory=)."
-                ) from error
-            raise
+        return self.network(images)
 
 
 class OnnxEngine(Engine):

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from visionattn.errors import InputError
 
-__all__ = ["MIB", "WORKSPACE", "Tile", "bytes_per_pixel", "default_memory", "plan"]
+__all__ = ["MIB", "WORKSPACE", "Tile", "bytes_per_pixel", "default_memory", "free_memory", "plan"]
 
 MIB = 2**20
 # A convolution keeps copies of its input and output in a layout of its own. Process memory beside the live tensors was
@@ -87,12 +87,14 @@ def _cut(length: int, window: int, overlap: int) -> list[tuple[slice, slice]]:
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, and their peak."""
+    """Counts the bytes of the tensors that are alive beside the model's own, and their peak."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.bytes = self.peak = 0
-        self.known: dict[int, Any] = {}
+        # Views of weights, such as transposed ones, share their storage.
+        own = (*model.parameters(), *model.buffers())
+        self.known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in own}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -116,23 +118,36 @@ class _LiveTensors(TorchDispatchMode):
 
 
 @torch.no_grad()
-def bytes_per_pixel(model: nn.Module, channels: int) -> float:
+def bytes_per_pixel(model: nn.Module, channels: int, side: int = PROBE, views: int = 1) -> float:
     """Memory that a network's pass takes, in bytes a pixel of its input.
 
     The peak of the live tensors in a small pass, times `WORKSPACE` for what the convolutions take beside them.
+
+    Args:
+        model: The network.
+        channels: Of an image.
+        side: Height and width of the small pass.
+        views: How many images the network takes; a pixel is one place in all of them.
     """
     weight = next(model.parameters())
-    with _LiveTensors() as live:
-        model(torch.zeros(1, channels, PROBE, PROBE, dtype=weight.dtype, device=weight.device))
-    return WORKSPACE * live.peak / PROBE**2
+    shape = (1, channels, side, side)
+    with _LiveTensors(model) as live:
+        model(*[torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(views)])
+    return WORKSPACE * live.peak / side**2
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free where a device keeps its tensors; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def default_memory(device: torch.device) -> int:
     """Bytes that a pass may take: half of what is free, on a CPU at most `MOST_ON_CPU`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not a system that says
-        free = 2 * MOST_ON_CPU
-    return min(free // 2, MOST_ON_CPU)
+    free = free_memory(device)
+    half = MOST_ON_CPU if free is None else free // 2
+    return half if device.type == "cuda" else min(half, MOST_ON_CPU)

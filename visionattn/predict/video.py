@@ -1,4 +1,4 @@
-"""Video through ffmpeg: raw RGB frames out of one process, upscaled, into another; sound is copied."""
+"""Video through ffmpeg: raw RGB frames out of one process for each input, through a function, into another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from visionattn.errors import DataError, InputError
 from visionattn.files import atomic_path
 
-__all__ = ["VIDEOS", "Video", "probe", "upscale_video"]
+__all__ = ["VIDEOS", "Video", "convert_videos", "probe", "upscale_video"]
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
@@ -85,24 +86,50 @@ def upscale_video(
         StorageError: ffmpeg could not write the result.
     """
     video = probe(source)
+    convert_videos([source], target, enlarge, (scale * video.height, scale * video.width), advance)
+
+
+def convert_videos(
+    sources: Sequence[Path],
+    target: Path,
+    convert: Callable[..., np.ndarray | None],
+    size: tuple[int, int],
+    advance: Callable[[], None],
+) -> None:
+    """Make a video of one or several that are read in step, at the rate and with the sound of the first.
+
+    Args:
+        sources: The videos. The result ends with the shortest.
+        target: The result, in the container of its suffix with that container's usual codec; whole or not at all.
+        convert: Takes a frame (H, W, 3) of uint8 of each video and gives a frame of `size`, or None for no frame.
+        size: Height and width of the result.
+        advance: Called after each step.
+
+    Raises:
+        InputError: ffmpeg is not installed.
+        DataError: A file is no video, or is damaged.
+        StorageError: ffmpeg could not write the result.
+    """
+    videos = [probe(source) for source in sources]
+    rate = videos[0].rate
     ffmpeg = [_program("ffmpeg"), "-nostdin", "-v", "error"]
     raw = ["-f", "rawvideo", "-pix_fmt", "rgb24"]
-    reader = [*ffmpeg, "-i", str(source), "-map", "0:v:0", "-vf", f"fps={video.rate}", *raw, "pipe:1"]
-    size = f"{scale * video.width}x{scale * video.height}"
-    writer = [*ffmpeg, *raw, "-s", size, "-r", str(video.rate), "-i", "pipe:0", "-i", str(source)]
+    readers = [[*ffmpeg, "-i", str(path), "-map", "0:v:0", "-vf", f"fps={rate}", *raw, "pipe:1"] for path in sources]
+    writer = [*ffmpeg, *raw, "-s", f"{size[1]}x{size[0]}", "-r", str(rate), "-i", "pipe:0", "-i", str(sources[0])]
     writer += ["-map", "0:v:0", "-map", "1:a?", "-c:a", "copy", "-crf", "17"]
     # Most codecs take even sides only; players take an HD picture without a stated matrix for BT.709.
     writer += ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2,scale=out_color_matrix=bt709,format=yuv420p"]
     writer += ["-colorspace", "bt709", "-y"]
     with atomic_path(target) as temporary, tempfile.TemporaryFile("w+") as complaints:
-        decoder = subprocess.Popen(reader, stdout=subprocess.PIPE, stderr=complaints)
+        decoders = [subprocess.Popen(reader, stdout=subprocess.PIPE, stderr=complaints) for reader in readers]
         encoder = subprocess.Popen([*writer, str(temporary)], stdin=subprocess.PIPE, stderr=complaints)
         try:
-            count = _pump(decoder.stdout, encoder.stdin, video, enlarge, advance)
-            failed = decoder.wait() or not count
+            count = _pump([decoder.stdout for decoder in decoders], encoder.stdin, videos, convert, advance)
+            # Of several, the longer ones end with a broken pipe, which is no failure.
+            failed = all([decoder.wait() for decoder in decoders]) or not count
             encoder_failed = encoder.wait()
         finally:
-            for process in (decoder, encoder):
+            for process in (*decoders, encoder):
                 process.kill()
                 process.wait()
         complaints.seek(0)
@@ -110,31 +137,38 @@ def upscale_video(
         if encoder_failed:
             raise OSError(f"ffmpeg says: {reason}")
         if failed:
-            raise DataError(f"ffmpeg could not read {source} after {count} frames: {reason}")
+            raise DataError(f"ffmpeg could not read {' and '.join(map(str, sources))} after {count} frames: {reason}")
 
 
 def _pump(
-    frames: IO[bytes] | None,
+    streams: Sequence[IO[bytes] | None],
     sink: IO[bytes] | None,
-    video: Video,
-    enlarge: Callable[[np.ndarray], np.ndarray],
+    videos: Sequence[Video],
+    convert: Callable[..., np.ndarray | None],
     advance: Callable[[], None],
 ) -> int:
-    """Read, upscale and write frames until there are none; returns how many."""
-    assert frames is not None
+    """Read, convert and write frames until a stream ends; returns how many steps there were."""
     assert sink is not None
     count = 0
-    shape = video.height, video.width, 3
-    try:
-        with frames, sink:
-            while len(data := frames.read(video.height * video.width * 3)) == video.height * video.width * 3:
-                sink.write(enlarge(np.frombuffer(data, np.uint8).reshape(shape).copy()).tobytes())
+    with ExitStack() as opened:
+        opened.enter_context(suppress(BrokenPipeError))  # the encoder ended, and says why in its own words
+        opened.enter_context(sink)
+        sources = [opened.enter_context(stream) for stream in streams if stream is not None]
+        for frames in zip(*map(_frames, sources, videos)):
+            result = convert(*frames)
+            if result is not None:
+                sink.write(result.tobytes())
                 sink.flush()
-                count += 1
-                advance()
-    except BrokenPipeError:  # the encoder ended, and says why in its own words
-        pass
+            count += 1
+            advance()
     return count
+
+
+def _frames(stream: IO[bytes], video: Video) -> Iterator[np.ndarray]:
+    """The frames, each (H, W, 3)."""
+    size = video.height * video.width * 3
+    while len(data := stream.read(size)) == size:
+        yield np.frombuffer(data, np.uint8).reshape(video.height, video.width, 3).copy()
 
 
 def _last_line(text: str) -> str:

@@ -14,8 +14,9 @@ from rich.console import Console
 from visionattn.errors import CheckpointError, require
 from visionattn.predict import upscale
 from visionattn.predict.compare import side_by_side
+from visionattn.predict.opening import pretrained
 from visionattn.predict.picture import Picture, write
-from visionattn.predict.upscale_cli import default_name, pretrained
+from visionattn.predict.upscale_cli import default_name
 from visionattn.quickstart import TITLE
 
 SCALE = 4

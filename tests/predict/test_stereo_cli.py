@@ -1,0 +1,253 @@
+"""`visionattn stereo` and `visionattn flow`: files, folders, videos, what is written beside, and clear refusals."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from predict.matchers import GAIN, Flow, Stereo, shifted, view
+from visionattn.cli import main
+from visionattn.data.disparity import read_disparity, read_flow
+from visionattn.predict import pairs
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the files of models whose results are known."""
+    monkeypatch.chdir(tmp_path)
+    models = {"stereo.pth": Stereo, "flow.pth": Flow}
+    for name in models:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(pairs, "load", lambda path, name=None: models[path]().eval())
+    for name in ("left", "right"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def save(path, pixels):
+    Image.fromarray(pixels).save(path)
+
+
+def run(command, *arguments):
+    return main([command, *map(str, arguments), "--model", f"{command}.pth"])
+
+
+@pytest.fixture
+def pair(folder):
+    save(folder / "l.png", view(8, 12, 0.4))
+    save(folder / "r.png", view(8, 12, 0.4))
+    return "l.png", "r.png"
+
+
+@pytest.mark.parametrize("suffix", ["png", "pfm", "npy", "npz"])
+def test_the_suffix_says_the_format(folder, pair, suffix, capsys):
+    assert run("stereo", *pair, f"out.{suffix}") == 0
+    np.testing.assert_allclose(read_disparity(folder / f"out.{suffix}"), np.full((8, 12), 0.4 * GAIN), atol=1 / 256)
+    assert capsys.readouterr().out == f"wrote out.{suffix}\n"
+    assert run("stereo", *pair, "out.jpg") == 1
+    assert "its suffix is none of .png, .pfm, .npy, .npz" in capsys.readouterr().out
+
+
+def test_everything_beside(folder, pair):
+    calibration = ["--focal", 100, "--baseline", 0.2, "--doffs", 2, "--principal-point", 0, 0]
+    assert run("stereo", *pair, "out.png", "--color", "--nonocc", "--ply", *calibration) == 0
+    names = {path.name for path in folder.glob("out*")}
+    assert names == {"out.png", "out_color.png", "out_nonocc.png", "out_depth.png", "out.ply"}
+    nonocc = np.asarray(Image.open(folder / "out_nonocc.png"))
+    np.testing.assert_array_equal(nonocc, np.tile(np.where(np.arange(12) >= 8, 255, 0), (8, 1)))
+    assert np.asarray(Image.open(folder / "out_color.png")).shape == (8, 12, 3)
+    assert (np.asarray(Image.open(folder / "out_depth.png")) == 2000).all()  # 100 * 0.2 / (8 + 2) metres
+    assert b"element vertex 32\n" in (folder / "out.ply").read_bytes()
+
+
+def test_folders_go_by_name_and_can_be_resumed(folder, capsys):
+    for name, value in (("a", 0.2), ("b", 0.4)):
+        save(folder / "left" / f"{name}.png", view(8, 12, value))
+        save(folder / "right" / f"{name}.jpg", view(8, 12, value))
+    (folder / "right" / "b.jpg").write_bytes(b"junk")
+    assert run("stereo", "left", "right", "out", "--format", "pfm") == 1
+    told = capsys.readouterr().out
+    assert "failed: right/b.jpg is not an image" in told
+    assert told.endswith("1 of 2 failed: left/b.png\n")
+    save(folder / "right" / "b.jpg", view(8, 12, 0.4))
+    assert run("stereo", "left", "right", "out", "--format", "pfm", "--skip-existing") == 0
+    assert capsys.readouterr().out == "skipped: out/a.pfm exists\nwrote out/b.pfm\n"
+    np.testing.assert_allclose(read_disparity(folder / "out" / "b.pfm"), 0.4 * GAIN, rtol=1e-5)
+    assert run("stereo", "left", "right", "out", "--format", "pfm") == 1
+    assert "out/a.pfm exists: give --overwrite" in capsys.readouterr().out
+
+
+def test_grey_of_16_bits_and_alpha(folder):
+    save(folder / "l.png", view(8, 12, 0.4, 1, np.uint16)[..., 0])
+    save(folder / "r.png", np.dstack([view(8, 12, 0.4), view(8, 12, 1.0, 1)]))
+    assert run("stereo", "l.png", "r.png", "out.pfm") == 0
+    np.testing.assert_allclose(read_disparity(folder / "out.pfm"), 0.4 * GAIN, rtol=1e-4)
+
+
+def test_exchanged_views_are_told(folder, capsys):
+    left, right = shifted(60, 90, 8)
+    save(folder / "l.png", left)
+    save(folder / "r.png", right)
+    assert run("stereo", "l.png", "r.png", "a.pfm") == 0
+    assert "exchanged" not in capsys.readouterr().out
+    assert run("stereo", "r.png", "l.png", "b.pfm") == 0
+    assert "note: r.png: its matches lie to the right, so that left and right seem to be exchanged" in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_bound_is_told(folder, pair, capsys):
+    assert run("stereo", *pair, "out.pfm", "--max-pixels", 50) == 0
+    assert "note: l.png: 8 x 12 pixels are more than the bound of 50, so that they were matched at 5 x 8" in (
+        capsys.readouterr().out
+    )
+    assert read_disparity(folder / "out.pfm").shape == (8, 12)
+
+
+def test_options_reach_the_matcher(folder):
+    save(folder / "l.png", view(8, 12, 0.3))
+    assert run("stereo", "l.png", "l.png", "out.pfm", "--low-resolution-start", "--precision", "bf16") == 0
+    found = read_disparity(folder / "out.pfm")
+    exact = 76 / 255 * GAIN + 3
+    assert found[0, 0] == pytest.approx(exact, abs=0.1)
+    assert found[0, 0] != pytest.approx(exact, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["l.png", "r.png", "o.png", "--focal", "3"], "--focal without --baseline"),
+        (["l.png", "r.png", "o.png", "--baseline", "3"], "--baseline without --focal"),
+        (["l.png", "r.png", "o.png", "--focal", "3", "--baseline", "-1"], "The baseline is -1.0; it must be more"),
+        (["l.png", "r.png", "o.png", "--ply"], "--ply needs --focal and --baseline"),
+        (["l.png", "r.png", "o.png", "--principal-point", "1", "1"], "--principal-point needs --focal"),
+        (["l.png", "r.png", "o.png", "--max-pixels", "0"], "The bound is 0 pixels"),
+        (["l.png", "r.png", "o.png", "--format", "pfm"], "leave out --format, which is for folders"),
+        (["l.png", "none.png", "o.png"], "There is no file or folder none.png"),
+        (["left", "right", "out"], "left holds no image or video"),
+        (["l.png", "r.png", "o.png", "--model", "va_span_ch26_x4"], "its task is 'restore'"),
+        (["l.png", "r.png", "o.png", "--model", "flow.pth"], "Flow is of no use here: its task is 'flow'"),
+        (["l.png", "r.png", "o.png", "--model", "va_match"], "There is no model 'va_match'"),
+    ],
+)
+def test_mistakes_are_one_message(folder, pair, capsys, arguments, message):
+    model = [] if "--model" in arguments else ["--model", "stereo.pth"]
+    assert main(["stereo", *arguments, *model]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert not (folder / "o.png").exists()
+
+
+def test_views_that_do_not_belong_together(folder, pair, capsys):
+    save(folder / "r.png", view(8, 13, 0.4))
+    assert run("stereo", *pair, "out.png") == 1
+    assert "l.png is 8 x 12 and r.png is 8 x 13; both must have one size" in capsys.readouterr().out
+    for name in ("left/a.png", "left/b.png", "right/a.png"):
+        save(folder / name, view(8, 12, 0.4))
+    assert run("stereo", "left", "right", "out") == 2
+    assert "right lacks the other images of b.png: names must be equal" in capsys.readouterr().err
+
+
+def test_weights_of_a_named_model(folder, pair, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pairs, "load", lambda *arguments: asked.append(arguments) or Stereo().eval())
+    assert main(["stereo", *pair, "a.pfm", "--model", "va_match_stereo_tiny", "--checkpoint", "w.pth"]) == 0
+    assert main(["stereo", *pair, "b.pfm", "--checkpoint", "w.pth"]) == 0
+    assert asked == [("w.pth", "va_match_stereo_tiny"), ("w.pth", None)]
+
+
+def test_flow_needs_a_model(pair, capsys):
+    assert main(["flow", *pair, "out.flo"]) == 2
+    assert "No weights for flow are shipped: give a weight file with --model FILE." in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_downloaded(pair, capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise FileNotFoundError("Please check your connection.\nAnd more.")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
+    assert main(["stereo", *pair, "out.pfm", "--model", "va_match_stereo_tiny"]) == 2
+    told = capsys.readouterr().err
+    assert "The weights of 'va_match_stereo_tiny' could not be downloaded: Please check your connection." in told
+
+
+def test_too_small(folder, capsys):
+    for name in ("l.png", "r.png"):
+        save(folder / name, view(3, 12, 0.4))
+    assert run("stereo", "l.png", "r.png", "out.png") == 1
+    assert "failed: l.png: The images are of 3 x 12 pixels; a side of 4 is the least" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["flo", "png", "npy"])
+def test_flow_of_two_images(folder, pair, suffix):
+    assert run("flow", *pair, f"out.{suffix}", "--color", "--nonocc") == 0
+    np.testing.assert_allclose(read_flow(folder / f"out.{suffix}"), np.full((8, 12, 2), 0.4 * GAIN), atol=1 / 64)
+    assert (folder / "out_color.png").exists()
+    assert not np.asarray(Image.open(folder / "out_nonocc.png")).any()  # no way back fits
+
+
+def test_flow_along_a_folder(folder, capsys):
+    for name, value in (("a", 0.2), ("b", 0.4), ("c", 0.6)):
+        save(folder / "left" / f"{name}.png", view(8, 12, value))
+    assert run("flow", "left", "out") == 0
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["a.flo", "b.flo"]
+    np.testing.assert_allclose(read_flow(folder / "out" / "b.flo"), 0.4 * GAIN, rtol=1e-5)
+    assert run("flow", "left/a.png", "out.flo") == 2
+    assert "left/a.png is one image; flow is between two images" in capsys.readouterr().err
+    assert run("flow", "a", "b", "c", "out") == 2
+    assert "Flow takes one input or two and an output, but there are 3 inputs" in capsys.readouterr().err
+
+
+def fake_videos(monkeypatch, folder, frames, sizes=None):
+    """Let videos be lists of frames; what would be written is in the returned list."""
+    shown = []
+    for name in frames:
+        (folder / name).touch()
+
+    def probe(path):
+        height, width = (sizes or {}).get(path.name, frames[path.name][0].shape[:2])
+        return SimpleNamespace(height=height, width=width, frames=len(frames[path.name]))
+
+    def convert(sources, target, convert, size, advance):
+        for step in zip(*(frames[path.name] for path in sources)):
+            result = convert(*step)
+            shown.extend([] if result is None else [result])
+            advance()
+
+    monkeypatch.setattr(pairs, "probe", probe)
+    monkeypatch.setattr(pairs, "convert_videos", convert)
+    return shown
+
+
+def test_videos_show_colours_of_one_range(folder, monkeypatch, capsys):
+    frames = [view(8, 12, value) for value in (0.4, 0.2)]
+    shown = fake_videos(monkeypatch, folder, {"l.mp4": frames, "r.mp4": frames})
+    assert run("stereo", "l.mp4", "r.mp4", "out.mp4", "--nonocc") == 0
+    assert [picture.shape for picture in shown] == [(8, 12, 3)] * 2
+    first, second = (picture[0, 0].astype(int) for picture in shown)
+    assert first[0] > 100  # red: the largest of the first frame
+    assert second[1] > 200  # green: half of it
+    assert "note: l.mp4: --nonocc: of images only" in capsys.readouterr().out
+
+
+def test_flow_along_a_video(folder, monkeypatch):
+    shown = fake_videos(monkeypatch, folder, {"in.mp4": [view(8, 12, value) for value in (0.2, 0.4, 0.6)]})
+    assert run("flow", "in.mp4", "out.mp4") == 0
+    assert len(shown) == 2
+
+
+def test_videos_of_different_size(folder, monkeypatch, capsys):
+    frames = [view(8, 12, 0.4)]
+    fake_videos(monkeypatch, folder, {"l.mp4": frames, "r.mp4": frames}, {"r.mp4": (9, 12)})
+    assert run("stereo", "l.mp4", "r.mp4", "out.mp4") == 1
+    assert "l.mp4 is 8 x 12 and r.mp4 is 9 x 12" in capsys.readouterr().out
+
+
+def test_video_without_ffmpeg_is_told(folder, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(folder))
+    for name in ("l.mp4", "r.mp4"):
+        (folder / name).touch()
+    assert run("stereo", "l.mp4", "r.mp4", "out.mp4") == 1
+    assert "failed: l.mp4: Video needs the program ffprobe" in capsys.readouterr().out

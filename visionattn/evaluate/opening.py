@@ -1,0 +1,68 @@
+"""The models of a measurement: names, files and modules, each with a label for tables."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from visionattn.checkpoints import create, load
+from visionattn.errors import CheckpointError, ConfigError
+
+__all__ = ["DTYPES", "open_models", "place"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def open_models(models: str | Path | nn.Module | Sequence[str | Path | nn.Module]) -> dict[str, Any]:
+    """Models by label, each once; modules are copied, for they will change device, dtype and mode.
+
+    Raises:
+        CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
+    """
+    networks: dict[str, Any] = {}
+    for model in [models] if isinstance(models, (str, Path, nn.Module)) else models:
+        networks[_label(model, networks)] = _open(model)
+    return networks
+
+
+def place(networks: dict[str, Any], device: str, dtype: str) -> dict[str, Any]:
+    """The networks in evaluation mode on a device.
+
+    Raises:
+        ConfigError: There is no such device or dtype.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"There is no dtype {dtype!r}. Choose from {', '.join(DTYPES)}.")
+    try:
+        return {label: network.eval().to(device, DTYPES[dtype]) for label, network in networks.items()}
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"The models cannot run on the device {device!r}: {error}") from error
+
+
+def _label(model: str | Path | nn.Module, taken: dict[str, Any]) -> str:
+    """What tables call a model, each once."""
+    if isinstance(model, nn.Module):
+        config = getattr(model, "pretrained_cfg", None) or {}
+        label = config.get("architecture") or type(model).__name__
+    else:
+        label = str(model)
+    number = 1 + sum(other == label or other.startswith(f"{label} (") for other in taken)
+    return label if number == 1 else f"{label} ({number})"
+
+
+def _open(model: str | Path | nn.Module) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model)
+    if Path(model).exists():
+        return load(model)
+    name = str(model)
+    config: Any = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    if config is not None and not config.has_weights:
+        raise CheckpointError(f"No weights are published for {name}: give a weight file.")
+    return create(name, pretrained=True)

@@ -1,0 +1,238 @@
+"""Stereo as Middlebury, ETH3D and KITTI report it: end-point error and bad pixels of the left view's disparity.
+
+With the disparity d, its truth t and the error e = |d - t| in pixels of the images as they are, over pixels with truth:
+
+    EPE     mean of e
+    bad-x   share of e > x, for x = 0.5, 1, 2, 4
+    D1      share of e > 3 and e > 0.05 t
+
+once over all of them, once over those that both views see. Where a method gives no disparity the pixel is bad, and EPE
+is without it; `density` is the share with one. Data sets have the mean over their scenes.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from visionattn import __version__
+from visionattn.data.stereo import StereoPair, find_scenes
+from visionattn.errors import ConfigError, InputError, VisionAttnError, require
+from visionattn.evaluate.opening import open_models, place
+from visionattn.evaluate.sgbm import sgbm
+from visionattn.files import atomic_path
+
+__all__ = ["BASELINES", "Errors", "MeasuredStereo", "StereoMeasurements", "disparity_errors", "stereo_matching"]
+
+BASELINES = {"sgbm": sgbm}
+REGIONS = ("all", "nonocc")
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors of one disparity: EPE in pixels, all others in percent of the pixels with truth."""
+
+    epe: float
+    bad_0_5: float
+    bad_1: float
+    bad_2: float
+    bad_4: float
+    d1: float
+    density: float
+
+
+@dataclass(frozen=True)
+class MeasuredStereo:
+    """One model on one scene, over "all" pixels or those that are seen in both views ("nonocc")."""
+
+    model: str
+    scene: str
+    region: str
+    errors: Errors
+
+
+@dataclass
+class StereoMeasurements:
+    """What `stereo_matching` found.
+
+    Attributes:
+        device: Where the models ran.
+        dtype: In what precision.
+        rows: Each model on each scene and region.
+        failures: What went wrong, one line for each scene that could not be measured.
+    """
+
+    device: str
+    dtype: str
+    rows: list[MeasuredStereo] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def means(self) -> list[MeasuredStereo]:
+        """Each model's mean over the scenes, by region."""
+        found = []
+        for model in dict.fromkeys(row.model for row in self.rows):
+            for region in REGIONS:
+                own = [row.errors for row in self.rows if (row.model, row.region) == (model, region)]
+                if own:
+                    values = {key.name: float(np.mean([getattr(e, key.name) for e in own])) for key in fields(Errors)}
+                    found.append(MeasuredStereo(model, f"mean of {len(own)}", region, Errors(**values)))
+        return found
+
+    def table(self) -> Table:
+        """A row for each scene, region and model."""
+        names = ("scene", "pixels", "model")
+        table = Table(*names, "EPE", "bad-0.5", "bad-1", "bad-2", "bad-4", "D1", "density")
+        for column in table.columns[len(names) :]:
+            column.justify = "right"
+        scenes = dict.fromkeys((row.scene, row.region) for row in self.rows)
+        by_scene = [row for scene in scenes for row in self.rows if (row.scene, row.region) == scene]
+        for rows in (by_scene, self.means()):
+            for row in rows:
+                epe, *shares = asdict(row.errors).values()
+                table.add_row(row.scene, row.region, Path(row.model).name, f"{epe:.3f}", *(f"{x:.1f}" for x in shares))
+            table.add_section()
+        return table
+
+    def write(self, path: str | Path) -> None:
+        """Write all rows and means as CSV.
+
+        Raises:
+            StorageError: The file could not be written.
+        """
+        origin = {"device": self.device, "dtype": self.dtype, "torch": torch.__version__, "visionattn": __version__}
+        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+            names = ["model", "scene", "region", *(key.name for key in fields(Errors)), *origin]
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            for row in [*self.rows, *self.means()]:
+                errors = {key: f"{value:.4f}" for key, value in asdict(row.errors).items()}
+                writer.writerow({"model": row.model, "scene": row.scene, "region": row.region, **errors, **origin})
+
+
+def disparity_errors(disparity: np.ndarray, truth: np.ndarray, region: np.ndarray | None = None) -> Errors:
+    """The errors of a disparity (equations: see the module).
+
+    Args:
+        disparity: (H, W) in pixels, NaN where there is none.
+        truth: (H, W) in pixels, NaN where it is not known.
+        region: (H, W) of bool, pixels to look at; None is all.
+
+    Raises:
+        InputError: The shapes differ, or no pixel has truth.
+    """
+    if disparity.shape != truth.shape:
+        raise InputError(f"The disparity is {disparity.shape}, and its truth {truth.shape}.")
+    counted = np.isfinite(truth) if region is None else np.isfinite(truth) & region
+    if not counted.any():
+        raise InputError("No pixel has truth there.")
+    target = truth[counted].astype(np.float64)
+    error = np.abs(disparity[counted].astype(np.float64) - target)
+    given = np.isfinite(error)
+    error = np.where(given, error, np.inf)
+    return Errors(
+        epe=float(error[given].mean()) if given.any() else float("nan"),
+        bad_0_5=_percent(error > 0.5),
+        bad_1=_percent(error > 1),
+        bad_2=_percent(error > 2),
+        bad_4=_percent(error > 4),
+        d1=_percent((error > 3) & (error > 0.05 * target)),
+        density=_percent(given),
+    )
+
+
+def _percent(pixels: np.ndarray) -> float:
+    return 100 * float(pixels.mean())
+
+
+def stereo_matching(
+    models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
+    folders: str | Path | Sequence[str | Path],
+    *,
+    layout: str | None = None,
+    factor: float | None = None,
+    baseline: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    console: Console | None = None,
+) -> StereoMeasurements:
+    """Measure models on stereo pairs with truth.
+
+    Args:
+        models: One or several, or none beside a baseline; each a name whose weights are published, a weight file, or a
+            module of the task "stereo".
+        folders: Data sets or scenes, laid out as `visionattn.data.stereo` says.
+        layout: Their layout; None finds out.
+        factor: By which disparities in 8 bits are larger; None goes by the image's height as Middlebury's.
+        baseline: "sgbm" for OpenCV's semi-global matching beside; it is told the largest disparity of the truth.
+        device: Where the models run, such as `"cuda"`.
+        dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
+        console: Shows the progress; None shows none.
+
+    Returns:
+        All rows; scenes that could not be measured are listed in `failures`.
+
+    Raises:
+        ConfigError: There is nothing to measure, a model does something else, or there is no such layout, baseline,
+            device or dtype.
+        CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
+        DataError: A folder holds no stereo pair with truth.
+        MissingPackageError: The baseline needs OpenCV, which is not installed.
+    """
+    if baseline is not None and baseline not in BASELINES:
+        raise ConfigError(f"There is no baseline {baseline!r}. Choose from {', '.join(BASELINES)}.")
+    if baseline is not None:
+        require("cv2", "images")
+    scenes = find_scenes(folders, layout, factor)
+    networks = open_models(models)
+    if not networks and baseline is None:
+        raise ConfigError("There is nothing to measure: name a model, or the baseline sgbm.")
+    for label, network in networks.items():
+        if getattr(network, "task", None) != "stereo":
+            raise ConfigError(f"{label} does not match stereo pairs: its task is {getattr(network, 'task', None)!r}.")
+    networks = place(networks, device, dtype)
+    found = StereoMeasurements(device, dtype)
+    with Progress(console=console, disable=console is None, transient=True) as progress:
+        task = progress.add_task("scenes", total=len(scenes))
+        for scene in scenes:
+            try:
+                pair = scene.read()
+                rows = _measure(scene.name, pair, baseline, networks)
+                # A scene counts for all models or for none, or means would not compare.
+                found.rows += rows
+            except VisionAttnError as error:
+                found.failures.append(str(error) if str(scene.left.parent) in str(error) else f"{scene.left}: {error}")
+            progress.advance(task)
+    return found
+
+
+def _measure(name: str, pair: StereoPair, baseline: str | None, networks: dict[str, Any]) -> list[MeasuredStereo]:
+    disparities = {}
+    if baseline is not None:
+        disparities[baseline] = BASELINES[baseline](pair.left, pair.right, float(np.nanmax(pair.truth, initial=0)))
+    for label, network in networks.items():
+        disparities[label] = _run(network, pair)
+    regions = {"all": None} if pair.nonocc is None else {"all": None, "nonocc": pair.nonocc}
+    return [
+        MeasuredStereo(label, name, region, disparity_errors(disparity, pair.truth, mask))
+        for region, mask in regions.items()
+        for label, disparity in disparities.items()
+    ]
+
+
+@torch.inference_mode()
+def _run(network: Any, pair: StereoPair) -> np.ndarray:
+    """The left view's disparity (H, W)."""
+    parameter = next(network.parameters())
+    views = [torch.from_numpy(view).permute(2, 0, 1)[None].to(parameter.device) for view in (pair.left, pair.right)]
+    result = network(*((view / 255).to(parameter.dtype) for view in views))
+    return result[0, 0].float().cpu().numpy()

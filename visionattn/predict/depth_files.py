@@ -1,0 +1,75 @@
+"""Files of depth: maps in metres or millimetres, and clouds of coloured points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from visionattn.data.disparity import write_disparity
+from visionattn.files import atomic_path
+
+__all__ = ["write_depth", "write_point_cloud"]
+
+MOST_MILLIMETRES = 65535
+
+
+def write_depth(path: str | Path, depth: np.ndarray) -> list[str]:
+    """Write a depth (H, W) in metres, NaN where there is none.
+
+    PNG holds millimetres in 16 bits, 0 where there is none or where it is beyond 65.535 m; other formats of
+    `write_disparity` hold metres.
+
+    Returns:
+        What was lost, in words.
+
+    Raises:
+        InputError: The suffix is no format.
+        StorageError: The file could not be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        write_disparity(path, depth)
+        return []
+    millimetres = np.rint(np.nan_to_num(depth, nan=0, posinf=0) * 1000.0)
+    beyond = millimetres > MOST_MILLIMETRES
+    with atomic_path(path) as temporary:
+        Image.fromarray(np.where(beyond, 0, millimetres).astype(np.uint16)).save(temporary, "PNG")
+    if not beyond.any():
+        return []
+    return [f"{beyond.mean():.1%} of the depth is beyond the 65.5 m of a PNG in millimetres and became 0"]
+
+
+def write_point_cloud(
+    path: str | Path,
+    depth: np.ndarray,
+    colours: np.ndarray,
+    focal: float,
+    principal_point: tuple[float, float] | None = None,
+) -> None:
+    """Write a PLY file (binary, little-endian) of points in metres: x to the right, y down, z away from the camera.
+
+    Args:
+        path: The file.
+        depth: (H, W) in metres; NaN is no point.
+        colours: (H, W, 3) of uint8.
+        focal: Focal length in pixels.
+        principal_point: Column and row; default the middle of the image.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    height, width = depth.shape
+    column, row = principal_point or ((width - 1) / 2, (height - 1) / 2)
+    rows, columns = np.nonzero(np.isfinite(depth))
+    z = depth[rows, columns]
+    points = np.empty(len(z), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    points["xyz"] = np.stack([(columns - column) * z / focal, (rows - row) * z / focal, z], axis=1)
+    points["rgb"] = colours[rows, columns]
+    lines = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}"]
+    lines += [f"property float {axis}" for axis in "xyz"]
+    lines += [f"property uchar {colour}" for colour in ("red", "green", "blue")]
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write("\n".join([*lines, "end_header", ""]).encode())
+        file.write(points.tobytes())

@@ -1,0 +1,134 @@
+"""Disparity of a rectified stereo pair, and what follows from it: where both views see a point, and how far it is.
+
+A point at the column x of the left view lies at x - d of the right one, in the same row. A camera of focal length f
+pixels, at a distance of b metres from the other, sees it at a depth of f b / (d + o) metres, where o is by how much the
+principal point of the right view lies further right than the left's (`doffs` of Middlebury's calib.txt, else 0).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionattn.errors import InputError
+from visionattn.predict.matching import Matcher, as_tensor
+
+__all__ = ["depth", "estimate_disparity", "looks_exchanged", "seen_in_both"]
+
+# Of the search for exchanged views: width that they are reduced to, side of the windows that are compared, how much of
+# the usual difference a match may have, shift in reduced pixels from which on its sign counts, and the share of the
+# windows and of the signs that make a verdict.
+WIDTH, WINDOW, MATCHING, SHIFT, ENOUGH, VERDICT = 192, 7, 0.5, 2, 0.05, 0.75
+
+
+def estimate_disparity(
+    left: np.ndarray,
+    right: np.ndarray,
+    model: nn.Module,
+    *,
+    precision: str = "auto",
+    max_pixels: int | None = None,
+    low_resolution_start: bool = False,
+) -> np.ndarray:
+    """Estimate the disparities of a rectified stereo pair.
+
+    Args:
+        left: (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; grey or RGB, alpha is laid on white.
+        right: Likewise, of the same size.
+        model: Of the task "stereo"; its device computes.
+        precision: "fp32", "fp16", "bf16" or "auto" (fp16 on a GPU, else the weights' type).
+        max_pixels: Larger pairs are reduced to this many pixels, and the result enlarged. Default: what half of the
+            free memory holds.
+        low_resolution_start: Start from what the model finds at half the size, as its authors do from 2K on.
+
+    Returns:
+        (2, H, W) of float32: the disparities of the left and of the right view, in pixels, 0 or more.
+
+    Raises:
+        InputError: Sizes, type or values of the images, the model or an argument are not accepted.
+    """
+    return Matcher(model, "stereo", precision, max_pixels, low_resolution_start)(left, right)
+
+
+def seen_in_both(disparity: np.ndarray, tolerance: float = 1.0) -> np.ndarray:
+    """Which pixels of the left view the right one sees too, by the consistency of both disparities.
+
+    Args:
+        disparity: (2, H, W), of the left and of the right view; NaN is not consistent with anything.
+        tolerance: Pixels by which the two may differ at a match.
+
+    Returns:
+        (H, W) of bool: False is occluded, out of the right view, or wrong.
+    """
+    left, right = disparity
+    width = left.shape[1]
+    place = np.nan_to_num(np.arange(width) - left, nan=-1)
+    inside = place >= 0
+    low = np.floor(place.clip(0, width - 1)).astype(np.int64)
+    high = np.minimum(low + 1, width - 1)
+    part = place.clip(0, width - 1) - low
+    found = (1 - part) * np.take_along_axis(right, low, 1) + part * np.take_along_axis(right, high, 1)
+    return inside & (np.abs(left - found) <= tolerance)
+
+
+def depth(disparity: np.ndarray, focal: float, baseline: float, doffs: float = 0.0) -> np.ndarray:
+    """Depth in metres.
+
+    Args:
+        disparity: (H, W) in pixels.
+        focal: Focal length in pixels.
+        baseline: Distance of the cameras in metres.
+        doffs: Column of the right view's principal point minus the left's, in pixels.
+
+    Returns:
+        (H, W) of float32; NaN where it is infinite.
+
+    Raises:
+        InputError: Focal length or baseline is not more than 0.
+    """
+    for name, value in (("focal length", focal), ("baseline", baseline)):
+        if not 0 < value < np.inf:
+            raise InputError(f"The {name} is {value}; it must be more than 0.")
+    total = disparity + doffs
+    return np.where(total > 0, focal * baseline / np.where(total > 0, total, 1), np.nan).astype(np.float32)
+
+
+def looks_exchanged(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether the left view seems to be the right one: matches lie to the right instead of to the left.
+
+    Windows of the reduced views are compared at all shifts up to a third of the width, both ways, by the sum of
+    absolute differences from their mean. A network cannot tell: it looks one way only.
+
+    Args:
+        left: (H, W) or (H, W, C), as of `estimate_disparity`.
+        right: Likewise, of the same size.
+    """
+    views = [_reduced_grey(as_tensor(pixels)) for pixels in (left, right)]
+    width = views[0].shape[3]
+    reach = width // 3
+    costs = []
+    for shift in range(-reach, reach + 1):
+        moved = torch.roll(views[1], shift, 3)
+        cost = F.avg_pool2d((views[0] - moved).abs(), WINDOW, 1, WINDOW // 2)
+        columns = torch.arange(width) - shift
+        cost[..., (columns < 0) | (columns >= width)] = torch.inf
+        costs.append(cost[0, 0])
+    volume = torch.stack(costs)  # (shifts, H, W)
+    least, best = volume.min(0)
+    usual = volume.median(0).values
+    shifts = best - reach
+    counted = (least < MATCHING * usual) & (shifts.abs() >= SHIFT)
+    if counted.sum() < ENOUGH * counted.numel():
+        return False
+    return bool((shifts[counted] < 0).float().mean() > VERDICT)
+
+
+def _reduced_grey(image: Tensor) -> Tensor:
+    """(1, 3, H, W) -> (1, 1, h, w) of at most `WIDTH` columns, without its local mean."""
+    grey = image.mean(1, keepdim=True)
+    ratio = min(1.0, WIDTH / grey.shape[3])
+    size = max(1, round(grey.shape[2] * ratio)), max(1, round(grey.shape[3] * ratio))
+    grey = F.interpolate(grey, size, mode="bilinear", antialias=True)
+    return grey - F.avg_pool2d(grey, WINDOW, 1, WINDOW // 2, count_include_pad=False)

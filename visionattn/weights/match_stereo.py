@@ -1,0 +1,146 @@
+"""Layouts of MatchStereo and MatchFlow files: which network is it, and its weights under our names.
+
+The authors' files hold, under "model", 646 tensors for 26 layers:
+
+    theirs                                           ours
+    encoder.downsample_layers.0.{0,3}                encoder.stem.{0,3}
+    encoder.downsample_layers.{i}, i = 1 .. 3        encoder.downsamplings.{i - 1}
+    init_correlation_volume                          start
+    match_attentions.{i}.layers.{j}                  decoder.{i}.{j}
+    ....match_attention_cross.g.0                    ....match_attention_cross.g
+    up_decoders.{i}, i = 1 .. 3                      fusions.{i - 1}
+    up_masks.{i}, i = 1 .. 4                         upsamplings.{i - 1}.mask
+    encoder.head, encoder.stages.{i}.{j}.res_scale*  18 tensors that no network reads: left out
+
+The rest has one name in both. No shape tells stereo from flow: files of ours have an entry `flow` of one number where
+they are of flow; one of the authors is taken for stereo, of which are three of the four that are published, unless a
+name says otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionattn.errors import CheckpointError
+from visionattn.weights import unwrap
+
+__all__ = ["VARIANTS", "adapt", "convert", "identify"]
+
+# Widths and blocks of the encoder at 1/4 to 1/32, layers of the decoder at 1/32 to 1/4.
+VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "nano": {"widths": (16, 32, 64, 128), "encoder_depths": (2, 2, 2, 1), "depths": (2, 2, 2, 1)},
+    "tiny": {"widths": (32, 64, 128, 160), "encoder_depths": (2, 2, 6, 2), "depths": (8, 8, 8, 2)},
+    "small": {"widths": (64, 128, 160, 320), "encoder_depths": (2, 2, 6, 2), "depths": (8, 8, 8, 2)},
+    "base": {"widths": (128, 256, 320, 512), "encoder_depths": (2, 2, 6, 2), "depths": (8, 8, 8, 2)},
+}
+# Names that exist; a network of other widths is built under the first with these as arguments.
+NAMES = {"stereo": ("tiny", "nano", "small", "base"), "flow": ("tiny", "base")}
+SIGN, OUR_SIGN = "init_correlation_volume.q.weight", "start.q.weight"
+UNREAD = re.compile(r"encoder\.head\.|encoder\.stages\.\d+\.\d+\.res_scale")
+PLACES = {
+    r"encoder\.downsample_layers\.0\.": "encoder.stem.",
+    r"encoder\.downsample_layers\.(\d+)\.": "encoder.downsamplings.{}.",
+    r"init_correlation_volume\.": "start.",
+    r"match_attentions\.(\d+)\.layers\.": "decoder.{}.",
+    r"up_decoders\.(\d+)\.": "fusions.{}.",
+    r"up_masks\.(\d+)\.": "upsamplings.{}.mask.",
+}
+FROM_ONE = ("encoder.downsamplings", "fusions", "upsamplings")  # the authors count these from 1
+
+
+def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give weights under our names, without those that nothing reads; ours and others' keep theirs."""
+    if SIGN not in state:
+        return dict(state)
+    return {_our_key(key): value for key, value in state.items() if not UNREAD.match(key)}
+
+
+def _our_key(key: str) -> str:
+    for pattern, place in PLACES.items():
+        if found := re.match(pattern, key):
+            first = 1 if place.startswith(FROM_ONE) else 0
+            key = place.format(*[int(number) - first for number in found.groups()]) + key[found.end() :]
+            break
+    return key.replace("_cross.g.0.", "_cross.g.")
+
+
+def identify(state: Mapping[str, Tensor], name: str | None = None) -> tuple[str, dict[str, Any]] | None:
+    """Find the model name and its arguments for the weights of a MatchStereo or a MatchFlow.
+
+    Args:
+        state: Weights in either layout (see the module), without wrappers.
+        name: The model that they are known to belong to, if so.
+
+    Returns:
+        Name and arguments, or None for a network of another kind.
+
+    Raises:
+        CheckpointError: They are of this kind, but some are missing.
+    """
+    own = convert(state)
+    if OUR_SIGN not in own:
+        return None
+    sizes: dict[str, tuple[int, ...]] = {
+        "widths": tuple(_channels(own, f"encoder.stages.{stage}.0.norm1.weight") for stage in range(4)),
+        "encoder_depths": tuple(_count(own, f"encoder.stages.{stage}") for stage in range(4)),
+        "depths": tuple(_count(own, f"decoder.{scale}") for scale in range(4)),
+    }
+    task = "flow" if "flow" in own else "stereo"
+    if name is not None and name.startswith("va_match_flow"):
+        task = "flow"
+    names = NAMES[task]
+    variant = next((size for size in names if VARIANTS[size]["widths"] == sizes["widths"]), names[0])
+    return f"va_match_{task}_{variant}", {key: n for key, n in sizes.items() if n != VARIANTS[variant][key]}
+
+
+def _channels(own: Mapping[str, Tensor], key: str) -> int:
+    if key not in own:
+        raise CheckpointError(f"The weights look like a MatchStereo's, but {key} is missing.")
+    return own[key].shape[0]
+
+
+def _count(own: Mapping[str, Tensor], place: str) -> int:
+    """Layers at a place: they are numbered from 0."""
+    pattern = re.compile(re.escape(place) + r"\.(\d+)\.")
+    return len({found[1] for key in own if (found := pattern.match(key))})
+
+
+def _layer(key: str) -> str:
+    """The layer of the decoder that a key belongs to, or nothing."""
+    found = re.match(r"decoder\.\d+\.\d+\.", key)
+    return found[0] if found else ""
+
+
+def adapt(state: Mapping[str, Any], wanted: Mapping[str, Tensor], prefix: str = "") -> Mapping[str, Any]:
+    """Give weights the names that a model has, and of the layers at each size the first as many.
+
+    Args:
+        state: Weights in either layout (see the module); wrappers such as `model` are opened.
+        wanted: The model's own state dict, for its keys.
+        prefix: What stands before the model's keys in `state`; other entries are kept.
+
+    Returns:
+        `state` itself where it is the model's own layout, or no network of the family; else a new dictionary.
+    """
+    inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if set(inner) == set(wanted):
+        return state
+    if any(isinstance(value, Mapping) for value in inner.values()) or not prefix:
+        try:
+            inner = unwrap(inner)
+        except CheckpointError:
+            return state
+    own = convert(inner)
+    if OUR_SIGN not in own or OUR_SIGN not in wanted:
+        return state
+    layers = {_layer(key) for key in wanted}
+    own = {key: value for key, value in own.items() if _layer(key) in layers}
+    if "flow" in wanted and SIGN in inner:
+        own["flow"] = torch.zeros(1)
+    others = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    return others | {prefix + key: value for key, value in own.items()}
