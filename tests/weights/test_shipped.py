@@ -11,17 +11,17 @@ import torch
 
 import visionattn
 import visionattn.evaluate
-from visionattn import weights
 from visionattn.export import OnnxModel, export_onnx
+from visionattn.weights import SHIPPED
 
-FOLDER = Path(weights.__file__).parent
 SET5 = Path(visionattn.__file__).parents[2] / "shared" / "data" / "sr" / "Set5" / "HR"
-FILES = sorted(FOLDER.glob("*.safetensors"))
+FILES = sorted(SHIPPED.glob("*.safetensors"))
+UPSCALERS = [file for file in FILES if file.stem.startswith("va_span")]
 
 
 def test_names_and_files_are_the_same():
-    named = {name for name in visionattn.models.names() if timm.get_pretrained_cfg(name).has_weights}
-    assert {file.stem for file in FILES} == named == {"va_span_ch26_x2", "va_span_ch26_x4"}
+    named = {name for name in visionattn.models.names() if timm.get_pretrained_cfg(name).file}
+    assert {file.stem for file in FILES} == named
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -34,10 +34,15 @@ class TestFile:
 
     def test_loads_by_name_and_by_file(self, file):
         model = timm.create_model(file.stem, pretrained=True).eval()
-        other = visionattn.load(file)
-        x = torch.rand(1, 3, 12, 17)
-        assert torch.equal(model(x), other(x))
-        assert model(x).shape == (1, 3, 12 * model.scale, 17 * model.scale)
+        x = torch.rand(1, *model.pretrained_cfg["input_size"])
+        assert torch.equal(model(x), visionattn.load(file, file.stem).eval()(x))
+
+
+@pytest.mark.parametrize("file", UPSCALERS, ids=lambda file: file.stem)
+class TestUpscaler:
+    def test_the_name_need_not_be_said(self, file):
+        model = visionattn.load(file)
+        assert model(torch.rand(1, 3, 12, 17)).shape == (1, 3, 12 * model.scale, 17 * model.scale)
 
     def test_exported_file_computes_the_same_on_a_photograph(self, file, tmp_path):
         model = visionattn.load(file)

@@ -34,6 +34,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from visionattn.blocks.minimal import MinimalBlock
+from visionattn.weights import SHIPPED
 
 __all__ = ["VARIANTS", "MinimalVisionTransformer"]
 
@@ -217,7 +218,9 @@ default_cfgs = generate_default_cfgs(
         "va_minimal_vit_nano_patch7_28_minimum.untrained": _mnist(),
         "va_minimal_vit_nano_patch4_32.untrained": _cifar(),
         "va_minimal_vit_nano_patch4_32_minimum.untrained": _cifar(),
-        "va_minimal_vit_micro_patch4_32.untrained": _cifar(),
+        "va_minimal_vit_micro_patch4_32.masked_cifar10": _cifar(
+            num_classes=0, file=str(SHIPPED / "va_minimal_vit_micro_patch4_32.safetensors")
+        ),
     }
 )
 

@@ -27,7 +27,6 @@ weights, and this network, have s6.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -37,12 +36,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 from visionattn.blocks.span import SPAB, Conv3XC
 from visionattn.errors import InputError
+from visionattn.weights import SHIPPED
 from visionattn.weights import span as layouts
 from visionattn.weights.span import SCALES
 
 __all__ = ["SPAN", "Normalisation", "SuperResolver"]
-
-WEIGHTS = Path(layouts.__file__).parent
 
 
 class Normalisation(nn.Module):
@@ -280,13 +278,12 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# Trained here; a card lies beside each file.
-SHIPPED = ("va_span_ch26_x2", "va_span_ch26_x4")
+TRAINED_HERE = ("va_span_ch26_x2", "va_span_ch26_x4")
 
 default_cfgs = generate_default_cfgs(
     {
         **{f"va_span_ch{width}_x{scale}.untrained": _cfg() for width in WIDTHS for scale in SCALES},
-        **{f"{name}.wallpapers": _cfg(file=str(WEIGHTS / f"{name}.safetensors")) for name in SHIPPED},
+        **{f"{name}.wallpapers": _cfg(file=str(SHIPPED / f"{name}.safetensors")) for name in TRAINED_HERE},
     }
 )
 

@@ -1,4 +1,4 @@
-"""Published checkpoint layouts and ours: pure functions on state dicts, one file a family.
+"""Published checkpoint layouts and ours: pure functions on state dicts, one file a family; and the weights we ship.
 
 This module holds what all families share: reading a file safely, and taking a state dict out of its wrappers.
 """
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from visionattn.errors import CheckpointError
 
-__all__ = ["mismatches", "read", "unwrap"]
+__all__ = ["SHIPPED", "mismatches", "read", "unwrap"]
+
+SHIPPED = Path(__file__).parent
+"""Folder of the weights that lie in the package, NAME.safetensors, each with its card, NAME.md."""
 
 WRAPPERS = ("state_dict", "model", "params_ema", "params")
 PREFIXES = ("module.", "_orig_mod.", "net.")
