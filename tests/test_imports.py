@@ -23,7 +23,7 @@ LAYERS = [
     {"kernels"},
 ]
 EVERYBODY = {"errors", "files"}
-FROM_ROOT = {"__version__", "accelerate", "load"}  # names of the package itself
+FROM_ROOT = {"__version__", "accelerate", "insert", "load"}  # names of the package itself
 HEAVY = [
     "lightning",
     "torchmetrics",

@@ -1,6 +1,7 @@
-"""Accelerated layers and models against timm's own, and everything that must survive the change."""
+"""Accelerated layers and models against timm's own, and everything that must survive; blocks put into models."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -10,7 +11,9 @@ from timm.layers.halo_attn import HaloAttn
 from torch import fx, nn
 
 import visionattn
-from visionattn.blocks import HaloAttention
+from visionattn.blocks import HaloAttention, SubspaceAttention
+from visionattn.cost import count_macs, count_parameters
+from visionattn.errors import InputError
 
 MODELS = [
     "eca_halonext26ts",
@@ -279,3 +282,95 @@ def test_script_trace_and_copy():
         forms = [torch.jit.script(model), fx.symbolic_trace(model), copy.deepcopy(model)]
     for form in forms:
         assert off(form(image), expected) <= 1e-5
+
+
+def small(name="test_efficientnet", **kwargs) -> nn.Module:
+    """A network of timm with channels that 4 divides, and batch norm that has seen images."""
+    model = timm.create_model(name, num_classes=3, **kwargs)
+    for norm in layers(model, timm.layers.BatchNormAct2d):
+        nn.init.normal_(norm.running_mean, std=0.1)
+    return model.eval()
+
+
+def test_replaced_blocks_save_what_the_paper_says(capsys):
+    """MobileNet-V2 with a block of 96 and one of 160 channels replaced, and V1 with one of 512."""
+    model = timm.create_model("mobilenetv2_100", device="meta")
+    savings = visionattn.insert(model, SubspaceAttention, ["blocks.4.2", "blocks.5.2"], mode="replace")
+    assert savings == (3_504_872, 3_067_112, 300_774_272, 262_659_328)
+    assert capsys.readouterr().out == (
+        "EfficientNet: 3,504,872 -> 3,067,112 parameters (-437,760, -12.5%); "
+        "300.77 -> 262.66 M multiply-accumulates (-38.11, -12.7%)\n"
+    )
+    zoo = timm.create_model("va_mobilenetv2_ulsam_100", device="meta")
+    assert {key: value.shape for key, value in model.state_dict().items()} == {
+        key: value.shape for key, value in zoo.state_dict().items()
+    }
+    model = timm.create_model("mobilenetv1_100", device="meta")
+    assert visionattn.insert(model, SubspaceAttention, "blocks.3.5", mode="replace")[1::2] == (3_964_200, 516_657_664)
+
+
+@torch.no_grad()
+def test_an_added_block_stands_behind_the_layer():
+    model, x = small(), torch.randn(2, 3, 64, 64)
+    target, keys = model.blocks[2][0], set(model.state_dict())
+    maps = []
+    target.register_forward_hook(lambda module, args, output: maps.append(output))
+    savings = visionattn.insert(model, functools.partial(SubspaceAttention, num_subspaces=2), "blocks.2.0")
+    layer, block = model.blocks[2][0]
+    assert layer is target
+    assert block.point.shape[0] == 2
+    assert savings.parameters_after - savings.parameters_before == 2 * block.scale.numel()
+    assert savings.parameters_after == count_parameters(model)
+    assert savings.macs_after == count_macs(model, model.pretrained_cfg["input_size"])
+    new = {key.replace("blocks.2.0.0.", "blocks.2.0.") for key in model.state_dict()}
+    assert new - keys == {"blocks.2.0.1.scale", "blocks.2.0.1.point"}
+    model.blocks[2][0].register_forward_hook(lambda module, args, output: maps.append(output))
+    model(x)
+    assert torch.equal(maps[-1], block(maps[-2]))
+
+
+@torch.no_grad()
+def test_a_learned_gain_changes_nothing_at_first():
+    model, x = small(), torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    visionattn.insert(model, functools.partial(SubspaceAttention, gain="learned"), "blocks.2.0")
+    assert torch.equal(model(x), expected)
+
+
+def test_inserted_blocks_take_dtype_mode_and_device():
+    model = small().double().train()
+    visionattn.insert(model, functools.partial(SubspaceAttention, form="module"), "blocks.2.0")
+    block = model.blocks[2][0][1]
+    assert block.training
+    assert {parameter.dtype for parameter in block.parameters()} == {torch.float64}
+
+
+def test_any_network_of_maps():
+    model = small("test_resnet")
+    savings = visionattn.insert(model, SubspaceAttention, ["layer2", "layer3"], input_size=(3, 64, 64))
+    assert savings.parameters_after > savings.parameters_before
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    model.double()(torch.randn(1, 3, 32, 48).double()).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.layer3[1].parameters())
+
+
+def test_what_cannot_be_replaced_is_named_with_what_can():
+    model = timm.create_model("mobilenetv2_100", device="meta")
+    keys = list(model.state_dict())
+    with pytest.raises(InputError, match=r"'blocks.3.0' makes \(64, 14, 14\) of \(32, 28, 28\).*others: .*blocks.4.2"):
+        visionattn.insert(model, SubspaceAttention, ["blocks.4.2", "blocks.3.0"], mode="replace")
+    with pytest.raises(InputError, match=r"no layer 'blocks.9' .*'add' takes, among others: blocks.0.0, blocks.1.0, "):
+        visionattn.insert(model, SubspaceAttention, "blocks.9")
+    with pytest.raises(InputError, match="'classifier' gives no map"):
+        visionattn.insert(model, SubspaceAttention, "classifier")
+    with pytest.raises(InputError, match="mode is 'delete'; it can be one of add, replace"):
+        visionattn.insert(model, SubspaceAttention, "blocks.4.2", mode="delete")
+    with pytest.raises(InputError, match="96 channels, which 5 subspaces do not divide"):
+        visionattn.insert(model, functools.partial(SubspaceAttention, num_subspaces=5), "blocks.4.2", mode="replace")
+    with pytest.raises(InputError, match="does not run with this block"):
+        visionattn.insert(model, lambda dim: nn.Conv2d(dim, dim + 1, 1), ["blocks.4.1", "blocks.4.2"], mode="replace")
+    with pytest.raises(InputError, match=r"'blocks\.4\.2' is or lies in 'blocks\.4'"):
+        visionattn.insert(model, SubspaceAttention, ["blocks.4.2", "blocks.4"])
+    assert list(model.state_dict()) == keys
+    with pytest.raises(InputError, match="give insert an input_size"):
+        visionattn.insert(network(), SubspaceAttention, "0")

@@ -10,6 +10,6 @@ __version__ = "0.1.0"
 
 from visionattn import blocks, kernels, models
 from visionattn.checkpoints import load
-from visionattn.surgery import accelerate
+from visionattn.surgery import accelerate, insert
 
-__all__ = ["accelerate", "blocks", "kernels", "load", "models"]
+__all__ = ["accelerate", "blocks", "insert", "kernels", "load", "models"]

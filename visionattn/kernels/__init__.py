@@ -13,7 +13,13 @@ from collections.abc import Callable
 from torch._ops import OpOverload
 
 # One line an operator: importing the file registers it.
-from visionattn.kernels import halo_attention, match_attention, multi_query_pool, symmetric_gate  # noqa: F401
+from visionattn.kernels import (  # noqa: F401
+    halo_attention,
+    match_attention,
+    multi_query_pool,
+    subspace_attention,
+    symmetric_gate,
+)
 from visionattn.kernels._operator import DEFINITIONS, kernels_enabled
 
 __all__ = ["decompositions", "kernels_enabled"]
