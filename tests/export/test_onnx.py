@@ -35,6 +35,14 @@ def test_forms_of_minimal_attention(similarity, values, tmp_path):
     assert len({(row.height, row.width) for row in file.rows}) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["va_match_stereo_tiny", "va_match_flow_tiny"])
+def test_large_matching_networks(name, tmp_path):
+    file = export_by_name(name, tmp_path)
+    assert file.spec.dynamic_axes == ["batch", "height", "width"]
+    assert len({(row.height, row.width) for row in file.rows}) == 3
+
+
 @pytest.mark.parametrize("name", ["va_halonet_h0", "va_halonet_h5"])
 def test_halo_attention_is_open_in_every_size(name, tmp_path):
     """Stem, strides and a width of values of their own, one block a stage; 14 divides none of h5's maps here."""
