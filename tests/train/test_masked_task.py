@@ -141,3 +141,13 @@ def test_command_line(tmp_path, monkeypatch):
 def test_micro_is_of_the_size_that_ships():
     model = timm.create_model("va_minimal_vit_micro_patch4_32", num_classes=0)
     assert sum(parameter.numel() for parameter in model.parameters()) == 905_952
+
+
+def test_from_the_command_line_to_the_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model.name", "va_minimal_vit_nano_patch7_28", "--data.dataset", "digits", "--data.batch_size", "256"]
+    settings = ["--trainer.max_epochs", "1", "--model.warmup_epochs", "0", "--trainer.accelerator", "cpu"]
+    assert main(["fit", "--config", "minimal_vit_micro_cifar10", *words, *settings]) == 0
+    model = visionattn.load(next(tmp_path.rglob("last.ckpt")))
+    assert model.num_classes == 0
+    assert model.patch_embed.proj.in_channels == 1

@@ -25,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -255,7 +256,7 @@ class TrainCLI(LightningCLI):
         check_averaging(self.trainer)
 
     def after_fit(self) -> None:
-        """Validate and test the best checkpoint and sum up."""
+        """Validate the best checkpoint, test it where the task has a test, and sum up."""
         trainer = self.trainer
         if trainer.fast_dev_run:
             return
@@ -265,7 +266,10 @@ class TrainCLI(LightningCLI):
         warnings.filterwarnings("ignore", message=_ONLY_FOR_TRAINING)
         best, last = self._get(self.config_init, "best"), self._get(self.config_init, "last")
         chosen = best.best_model_path or last.best_model_path or None
-        for part, evaluate in (("val", trainer.validate), ("test", trainer.test)):
+        evaluations = {"val": trainer.validate}
+        if is_overridden("test_step", self.model):
+            evaluations["test"] = trainer.test
+        for part, evaluate in evaluations.items():
             evaluate(self.model, datamodule=self.datamodule, ckpt_path=chosen, verbose=False)
             measured[part] = dict(trainer.callback_metrics)
         self._print_summary(measured)

@@ -125,6 +125,9 @@ class MaskedTask(OptimizedTask):
         # Without a classifier; `visionattn.load` reads here how the network was made.
         model_args = {**(model_args or {}), "num_classes": 0}
         self.save_hyperparameters()
+        # Under the command line these are what the recipe says and the data have.
+        self.hparams["model_args"] = model_args
+        self.hparams.pop("num_classes", None)
         self.check_names()
         encoder: Any = create(name, **model_args)
         if not isinstance(encoder, VisionTransformer) or encoder.pos_embed is None:
