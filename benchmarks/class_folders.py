@@ -4,7 +4,7 @@
     python benchmarks/class_folders.py products --root FOLDER --attribute articleType --output FOLDER
 
 `mnist` writes the first images of the training part, and the test part. `products` reads `attributes.csv` (columns id,
-split and attributes) and `images.zip` (ID.webp), and keeps values that at least 40 training images have.
+split and attributes) and `images.zip` (ID.webp), keeps values that at least 40 training images have, and writes PNG.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ def mnist(args: argparse.Namespace) -> None:
 
 
 def products(args: argparse.Namespace) -> None:
-    with (args.root / "attributes.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    with (args.root / "attributes.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
     counts = Counter(row[args.attribute] for row in rows if row["split"] == "train")
     with zipfile.ZipFile(args.root / "images.zip") as archive:
         for row in rows:
             if counts[row[args.attribute]] >= LEAST:
                 folder = args.output / row["split"] / re.sub(r"[^\w-]+", "-", row[args.attribute])
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{row['id']}.webp").write_bytes(archive.read(f"{row['id']}.webp"))
+                with archive.open(f"{row['id']}.webp") as file, Image.open(file) as image:
+                    image.convert("RGB").save(folder / f"{row['id']}.png")
 
 
 def main() -> None:

@@ -154,7 +154,8 @@ class ProbingRun:
                 )
         except StorageError as error:
             raise StorageError(f"{error} The options are --live and --precision int8.") from error
-        for words in dict.fromkeys(str(warning.message) for warning in told):
+        ours = [str(warning.message) for warning in told if warning.category is UserWarning]
+        for words in dict.fromkeys(ours):  # others are of the reader's files left open, and such
             self.console.print(f"note: {words}")
         return features, features.skipped
 
