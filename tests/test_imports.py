@@ -35,6 +35,8 @@ HEAVY = [
     "onnxruntime",
     "onnxscript",
     "triton",
+    "faiss",
+    "pytorch_metric_learning",
 ]
 
 

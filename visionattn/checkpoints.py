@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visionattn import models, weights
 from visionattn.errors import CheckpointError, ConfigError, UnknownNameError
-from visionattn.weights import span
+from visionattn.weights import cca, match_stereo, span
 
 __all__ = ["create", "load"]
 
@@ -22,6 +22,7 @@ def create(name: str, **model_args: Any) -> nn.Module:
     Raises:
         UnknownNameError: No model has that name; the nearest names are suggested.
         ConfigError: The model does not take one of the arguments.
+        CheckpointError: Its weights could not be downloaded.
     """
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
         nearest = models.suggest(name)
@@ -31,6 +32,9 @@ def create(name: str, **model_args: Any) -> nn.Module:
         return timm.create_model(name, **model_args)
     except TypeError as error:
         raise ConfigError(f"The model {name!r} does not take one of these arguments: {error}") from error
+    except OSError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise CheckpointError(f"The weights of {name!r} could not be downloaded: {reason}.") from error
 
 
 def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Module:
@@ -38,9 +42,10 @@ def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Mod
 
     Args:
         path: A checkpoint of `visionattn fit`, a file of bare weights (safetensors, or a pickle, wrapped as training
-            code wraps it or not, in our layout or, of the SPAN family, a published one), either file of ncnn's pair
-            .param and .bin, or a folder written by timm's `save_for_hf`.
-        name: Model name, where the file does not say it and its shapes fit several.
+            code wraps it or not, in our layout or, of the families SPAN and MatchStereo, a published one), either file
+            of ncnn's pair .param and .bin, or a folder written by timm's `save_for_hf`.
+        name: Model name, where the file does not say it and its shapes fit several. The authors' MatchFlow files need
+            it: they look like those of MatchStereo, as which they are read without it.
         **model_args: Arguments of the model that neither file nor name gives.
 
     Returns:
@@ -62,17 +67,19 @@ def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Mod
         # A task can train more than its network, such as a decoder that is thrown away.
         content = {key: value for key, value in content["state_dict"].items() if key.startswith("net.")}
     state = weights.unwrap(content)
+    model_args = {**cca.settings(state), **model_args}
     if name is None and hyper_parameters:
         name, settings = _from_training(hyper_parameters)
         model_args = {**settings, **model_args}
-    published = None if hyper_parameters else span.identify(state)
+    published = None if hyper_parameters else span.identify(state) or match_stereo.identify(state, name)
     if name is None:
         name, settings = published or _identify(path, state)
         model_args = {**settings, **model_args}
     elif published and published[0] == name:
         model_args = {**published[1], **model_args}
     model = create(name, **model_args)
-    state = dict(span.adapt(state, model.state_dict()))
+    for family in (span, match_stereo):
+        state = dict(family.adapt(state, model.state_dict()))
     wrong = weights.mismatches(state, model.state_dict())
     if wrong:
         raise CheckpointError(_misfit(path, name, wrong))
@@ -83,8 +90,9 @@ def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Mod
 def _from_training(hyper_parameters: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name and arguments that `visionattn fit` wrote beside the weights."""
     settings = dict(hyper_parameters.get("model_args") or {})
-    # Branches serve training; the fused form reads them.
-    settings.pop("branches", None)
+    # Branches serve training; the fused form reads them. Weights that a training started from are not looked for again.
+    for key in ("branches", "pretrained_backbone", "backbone_checkpoint"):
+        settings.pop(key, None)
     for key in ("num_classes", "in_chans"):
         if hyper_parameters.get(key) is not None:
             settings[key] = hyper_parameters[key]
@@ -126,7 +134,7 @@ def _identify(path: Path, state: dict[str, Tensor]) -> tuple[str, dict[str, Any]
 def _adaptation(name: str, state: dict[str, Tensor]) -> dict[str, Any]:
     """Arguments that make classes and image channels those of the file."""
     config: Any = timm.get_pretrained_cfg(name)
-    settings: dict[str, Any] = {}
+    settings = cca.settings(state)
     head = state.get(f"{config.classifier}.weight")
     if config.num_classes >= 0:
         settings["num_classes"] = 0 if head is None else head.shape[0]

@@ -48,10 +48,16 @@ def export_by_name(name: str, folder: Path) -> OnnxFile:
     """Export a model name with drawn weights.
 
     Those that match two images decide: by the largest of many scores, by a distance below 2 pixels. Where weights are
-    loud, some decision is always so close that rounding makes it.
+    loud, some decision is always so close that rounding makes it; where a start is untrained, all its scores are.
     """
     model = timm.create_model(name)
-    model = draw_random_weights(model, None) if model.task in ("stereo", "flow") else draw_weights(model)
+    if model.task in ("stereo", "flow"):
+        draw_random_weights(model, None)
+        start = model.start
+        start.q.weight.data *= 6
+        start.k.weight.data *= 6
+    else:
+        draw_weights(model)
     return export_onnx(model, folder / "model.onnx", weights="drawn")
 
 

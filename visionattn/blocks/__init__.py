@@ -1,23 +1,35 @@
 """One attention mechanism a file: plain modules to copy into any network."""
 
+from visionattn.blocks.condition_heads import AttributeSpecificAttention, ConditionalSimilarityMask, ConditionLinear
+from visionattn.blocks.conditional import ConditionalCrossAttention
+from visionattn.blocks.dual_cross import DualCrossAttention, DualCrossBlock, GlobalLocalCrossAttention
 from visionattn.blocks.efficient_probing import EfficientProbing
 from visionattn.blocks.halo import HaloAttention
 from visionattn.blocks.match import MatchAttention, MatchCrossAttention
 from visionattn.blocks.match_decoder import ConvexUpsampling, ConvGLU, CorrelationStart, MatchLayer
 from visionattn.blocks.minimal import MinimalAttention, MinimalBlock
 from visionattn.blocks.span import SPAB, Conv3XC
+from visionattn.blocks.subspace import SubspaceAttention
 
 __all__ = [
     "SPAB",
+    "AttributeSpecificAttention",
+    "ConditionLinear",
+    "ConditionalCrossAttention",
+    "ConditionalSimilarityMask",
     "Conv3XC",
     "ConvGLU",
     "ConvexUpsampling",
     "CorrelationStart",
+    "DualCrossAttention",
+    "DualCrossBlock",
     "EfficientProbing",
+    "GlobalLocalCrossAttention",
     "HaloAttention",
     "MatchAttention",
     "MatchCrossAttention",
     "MatchLayer",
     "MinimalAttention",
     "MinimalBlock",
+    "SubspaceAttention",
 ]

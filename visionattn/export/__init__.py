@@ -2,6 +2,17 @@
 
 from visionattn.export.check import CheckRow, check_onnx, print_rows
 from visionattn.export.onnx import OnnxFile, export_onnx
+from visionattn.export.retrieval import OnnxRetrieval, export_retrieval
 from visionattn.export.runtime import OnnxModel, run
 
-__all__ = ["CheckRow", "OnnxFile", "OnnxModel", "check_onnx", "export_onnx", "print_rows", "run"]
+__all__ = [
+    "CheckRow",
+    "OnnxFile",
+    "OnnxModel",
+    "OnnxRetrieval",
+    "check_onnx",
+    "export_onnx",
+    "export_retrieval",
+    "print_rows",
+    "run",
+]

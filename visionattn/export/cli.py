@@ -18,6 +18,7 @@ from visionattn.checkpoints import create, load
 from visionattn.errors import CheckpointError, InputError, UnknownNameError, VisionAttnError
 from visionattn.export.check import print_rows
 from visionattn.export.onnx import export_onnx
+from visionattn.export.retrieval import export_retrieval
 from visionattn.export.spec import size_text
 
 __all__ = ["add_arguments", "run"]
@@ -58,33 +59,40 @@ def run(args: argparse.Namespace) -> int:
         model, weights, licence = _from_name(args, size)
     note = ", none are published for this name: give your own with --checkpoint FILE" if weights == "random" else ""
     console.print(f"Weights: {weights}{note}.")
+    settings: dict[str, Any] = {
+        "input_size": size,
+        "dynamic_size": False if args.static_size else None,
+        "opset": args.opset,
+        "weights": weights,
+        "license": licence,
+        "check": not args.no_check,
+    }
+    retrieval = getattr(model, "task", "") == "retrieve"
     with console.status(f"Exporting {args.model}; a large network takes minutes."):
-        file = export_onnx(
-            model,
-            args.output,
-            input_size=size,
-            dynamic_size=False if args.static_size else None,
-            opset=args.opset,
-            weights=weights,
-            license=licence,
-            check=not args.no_check,
-        )
-    if file.rows:
-        print_rows(file.rows, console)
+        if retrieval:
+            files = [*export_retrieval(model, args.output, **settings)]
+        else:
+            files = [export_onnx(model, args.output, **settings)]
+    file = files[0]
+    rows = [row for written in files for row in written.rows]
+    if rows:
+        print_rows(rows, console)
     else:
         console.print("Not checked against PyTorch (--no-check).")
     channels, height, width = file.spec.input_size
     if not file.spec.dynamic_size:
         why = "as asked" if args.static_size else "the model takes no other"
         console.print(f"Height and width are fixed to {size_text(height, width)}: {why}.")
-    console.print(
-        f"Wrote {file.path}: {file.bytes / 1e6:.2f} MB, {file.nodes} nodes, opset {file.spec.opset}, "
-        f"dynamic {', '.join(file.spec.dynamic_axes)}, {file.seconds:.0f} s."
-    )
+    for written in files:
+        console.print(
+            f"Wrote {written.path}: {written.bytes / 1e6:.2f} MB, {written.nodes} nodes, opset {written.spec.opset}, "
+            f"dynamic {', '.join(written.spec.dynamic_axes)}, {written.seconds:.0f} s."
+        )
     zeros = ", ".join([f"zeros((1, {channels}, {height}, {width}))"] * len(file.spec.input_names))
-    code = (
-        f"from numpy import zeros; from visionattn.export import run; print(run({json.dumps(str(file.path))}, {zeros}))"
-    )
+    name, call = ("OnnxRetrieval", f"OnnxRetrieval({json.dumps(args.output)})({zeros}).shape")
+    if not retrieval:
+        name, call = ("run", f"run({json.dumps(str(file.path))}, {zeros})")
+    code = f"from numpy import zeros; from visionattn.export import {name}; print({call})"
     console.print(f"Next: python -c {shlex.quote(code)}")
     return 0
 

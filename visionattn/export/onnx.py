@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def export_onnx(
         raise ExportError(f"The weights take {size / 1e9:.1f} GB; a single ONNX file holds less than 2.1 GB.")
     spec = ExportSpec.of(model, input_size, dynamic_size, opset, weights, license)
     with atomic_path(path) as temporary:
-        program = _translate(_trace(model, spec), spec)
+        names = {axis: name for axis, name in AXES.items() if name in spec.dynamic_axes}
+        program = translate(_trace(model, spec), spec, [names] * len(spec.input_names))
         program.save(str(temporary), external_data=False)
         rows = check_onnx(model, temporary) if check else []
         bytes_written = temporary.stat().st_size
@@ -130,13 +132,21 @@ def _trace(model: nn.Module, spec: ExportSpec) -> ExportedProgram:
         return program.run_decompositions(decompositions())
     # The tracer raises what the traced code raises, and many kinds of its own.
     except Exception as error:
-        raise _refusal("torch.export", spec, error) from error
+        raise refusal("torch.export", spec, error) from error
 
 
-def _translate(program: ExportedProgram, spec: ExportSpec) -> Any:
-    """Translate to ONNX (a `torch.onnx.ONNXProgram`) and write the metadata."""
+def translate(program: ExportedProgram, spec: ExportSpec, axes: Sequence[dict[int, str]]) -> Any:
+    """Translate to ONNX (a `torch.onnx.ONNXProgram`) and write the metadata.
+
+    Args:
+        program: What was traced, without operators of this package.
+        spec: The metadata.
+        axes: The names of each input's dynamic axes.
+
+    Raises:
+        ExportError: The exporter refuses it.
+    """
     clear = require("onnx_ir.passes.common", "export").ClearMetadataAndDocStringPass()
-    names = {axis: name for axis, name in AXES.items() if name in spec.dynamic_axes}
     try:
         with warnings.catch_warnings():
             # Two inputs share their axes, which the exporter finds worth a warning an axis.
@@ -147,12 +157,12 @@ def _translate(program: ExportedProgram, spec: ExportSpec) -> Any:
                 opset_version=spec.opset,
                 input_names=spec.input_names,
                 output_names=spec.output_names,
-                dynamic_shapes=tuple(names for _ in spec.input_names),
+                dynamic_shapes=tuple(axes),
                 verbose=False,
             )
     # The exporter wraps whatever its translation functions raise.
     except Exception as error:
-        raise _refusal("The ONNX exporter", spec, error) from error
+        raise refusal("The ONNX exporter", spec, error) from error
     model = translated.model
     if model.opset_imports[""] != spec.opset:
         raise ExportError(
@@ -165,7 +175,8 @@ def _translate(program: ExportedProgram, spec: ExportSpec) -> Any:
     return translated
 
 
-def _refusal(who: str, spec: ExportSpec, error: Exception) -> ExportError:
+def refusal(who: str, spec: ExportSpec, error: Exception) -> ExportError:
+    """What to raise where a tool does not take a model: who, what, why, and what to do."""
     size = size_text(*spec.input_size[1:])
     text = f"{who} refuses {spec.model} with dynamic {', '.join(spec.dynamic_axes)}. Reason: {_reason(error)}"
     if spec.dynamic_size:

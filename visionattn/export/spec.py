@@ -9,6 +9,7 @@ A model class states what its `pretrained_cfg` cannot say; each attribute may be
     size_minimum    smallest height and width              default: the cfg's `min_input_size`, else not stated
     scale           the output is so many times as large   default: not stated
     radius          input pixels around its place that an output pixel depends on: what tiles have to overlap by
+    attributes      names of what it embeds an image for       default: not stated
     decides         whether it takes decisions that rounding can turn, such as the largest of many scores; the check of
                     a file then tries other images where outputs differ   default: False
 """
@@ -62,6 +63,8 @@ class ExportSpec:
     crop_mode: str | None
     num_classes: int
     labels: list[str] | None
+    attributes: list[str] | None
+    pair: str | None  # the same in files that only work together
     weights: str
     license: str
     opset: int
@@ -108,6 +111,8 @@ class ExportSpec:
             crop_mode=cfg.get("crop_mode"),
             num_classes=num_classes,
             labels=_listed(cfg.get("label_names"), num_classes),
+            attributes=list(getattr(model, "attributes", ())) or None,
+            pair=getattr(model, "pair", None),
             weights=weights,
             license=license or "not stated",
             opset=opset,

@@ -1,0 +1,230 @@
+"""Attribute retrieval as two files: a tower, image to tokens, and a head, tokens and attributes to embeddings.
+
+The tower is the work of a whole network, the head hardly any: tokens are computed once an image and asked for one
+attribute after the other, also for those of a later head. `F.onnx` names the pair `F.tower.onnx` and `F.head.onnx`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import Dim
+
+from visionattn.errors import ExportError, InputError, UnknownNameError
+from visionattn.export.check import LEAST_SPREAD, CheckRow, check_sizes, frozen, outputs_of, random_images
+from visionattn.export.onnx import OnnxFile, export_onnx, refusal, translate
+from visionattn.export.runtime import OnnxModel
+from visionattn.export.spec import ExportSpec
+from visionattn.files import atomic_path
+from visionattn.kernels import decompositions
+
+__all__ = ["OnnxRetrieval", "check_retrieval", "export_retrieval", "pair_paths"]
+
+# Largest absolute error of an embedding, whose length is 1, that passes.
+TOLERANCE = 1e-4
+BATCHES = (1, 3, 4)
+AXES = ({0: "batch", 1: "tokens"}, {0: "conditions"})
+
+
+def pair_paths(path: str | Path) -> tuple[Path, Path]:
+    """The files of tower and head that `F.onnx` stands for."""
+    path = Path(path)
+    return path.with_suffix(".tower.onnx"), path.with_suffix(".head.onnx")
+
+
+class _Tower(nn.Module):
+    """The part of a model before anything is asked, with what the model says of its input."""
+
+    task = "retrieve"
+    output_names = ("tokens",)
+    num_classes = 0
+
+    def __init__(self, model: Any, pair: str) -> None:
+        super().__init__()
+        self.model = model
+        self.pair = pair
+        for name in ("attributes", "pretrained_cfg", "_traits", "in_chans", "size_multiple", "size_minimum"):
+            setattr(self, name, getattr(model, name))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, N, D)."""
+        return self.model.forward_tokens(images)
+
+
+class OnnxRetrieval:
+    """An exported pair, loaded for the CPU.
+
+    Args:
+        path: What was given to `visionattn export`: the pair's common name `F.onnx`.
+
+    Attributes:
+        attributes: Names of the attributes, in the order of their ids.
+        tower: The file that makes tokens of images.
+        head: The file that makes embeddings of tokens.
+
+    Raises:
+        InputError: A file is not there or cannot be loaded, or the two do not belong together.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        tower, head = pair_paths(path)
+        self.tower, self.head = OnnxModel(tower), OnnxModel(head)
+        if not self.tower.spec.pair or self.tower.spec.pair != self.head.spec.pair:
+            raise InputError(f"{tower} and {head} are of different models: export both again.")
+        self.attributes = tuple(self.tower.spec.attributes or ())
+
+    def tokens(self, images: Any) -> np.ndarray:
+        """Images (B, C, H, W), prepared as the tower's `spec` says, -> tokens (B, N, D)."""
+        return self.tower(images)[0]
+
+    def embed(self, tokens: Any, conditions: Sequence[str | int] | None = None) -> np.ndarray:
+        """Tokens (B, N, D) -> (B, C, E), of length 1.
+
+        Args:
+            tokens: What `tokens` gives.
+            conditions: Names of attributes or their ids; None for all.
+
+        Raises:
+            UnknownNameError: An attribute that the files do not have.
+        """
+        every = range(len(self.attributes))
+        ids = [self._place(condition) for condition in (every if conditions is None else conditions)]
+        feeds = {"tokens": np.asarray(tokens, np.float32), "conditions": np.asarray(ids, np.int64)}
+        return self.head.session.run(["embeddings"], feeds)[0]
+
+    def __call__(self, images: Any, conditions: Sequence[str | int] | None = None) -> np.ndarray:
+        """Images (B, C, H, W) -> (B, C, E) (see `tokens` and `embed`)."""
+        return self.embed(self.tokens(images), conditions)
+
+    def _place(self, condition: str | int) -> int:
+        if condition in self.attributes:
+            return self.attributes.index(condition)
+        if isinstance(condition, str) or not 0 <= condition < len(self.attributes):
+            raise UnknownNameError(
+                f"There is no attribute {condition!r}. These files have {', '.join(map(repr, self.attributes))}."
+            )
+        return int(condition)
+
+
+def export_retrieval(
+    model: Any,
+    path: str | Path,
+    *,
+    input_size: tuple[int, int] | None = None,
+    dynamic_size: bool | None = None,
+    opset: int = 20,
+    weights: str = "not stated",
+    license: str | None = None,
+    check: bool = True,
+) -> tuple[OnnxFile, OnnxFile]:
+    """Write tower and head of an attribute-retrieval model, with free batch and number of conditions, and check both.
+
+    Args:
+        model: Of `visionattn.models.cca`. Not changed.
+        path: Common name `F.onnx` of the files (see `pair_paths`).
+        input_size: See `export_onnx`, as all that follow.
+        dynamic_size: Whether height and width are dynamic.
+        opset: Version of the ONNX operator set.
+        weights: Where the weights come from.
+        license: Licence of the weights.
+        check: Compare the tower's tokens, then the pair's embeddings, with the model's before the files appear.
+
+    Returns:
+        Tower and head; the head's rows are those of the pair.
+
+    Raises:
+        ExportError: The model cannot be exported in this form, or the files compute something else.
+        InputError: The model does not accept the size, or the operator set does not exist.
+        StorageError: A file could not be written.
+    """
+    model = frozen(model)
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    paths = pair_paths(path)
+    with atomic_path(paths[0]) as first, atomic_path(paths[1]) as second:
+        tower = export_onnx(
+            _Tower(model, digest.hexdigest()[:16]),
+            first,
+            input_size=input_size,
+            dynamic_size=dynamic_size,
+            opset=opset,
+            weights=weights,
+            license=license,
+            check=check,
+        )
+        start = time.perf_counter()
+        spec = replace(
+            tower.spec,
+            model=model.pretrained_cfg["architecture"],
+            input_names=["tokens", "conditions"],
+            output_names=["embeddings"],
+            dynamic_axes=[name for axes in AXES for name in axes.values()],
+        )
+        program = translate(_trace_head(model, spec), spec, AXES)
+        program.save(str(second), external_data=False)
+        rows = check_retrieval(model, first, second) if check else []
+        nodes, size = len(program.model.graph), second.stat().st_size
+    head = OnnxFile(paths[1], spec, nodes, size, time.perf_counter() - start, rows)
+    return replace(tower, path=paths[0]), head
+
+
+def _trace_head(model: Any, spec: ExportSpec) -> torch.export.ExportedProgram:
+    """Trace with several of everything, since 1 is a special case."""
+    weight = next(model.parameters())
+    tokens = torch.randn(2, 7, model.num_features, dtype=weight.dtype)
+    dims = tuple(dict.fromkeys(axes, Dim.DYNAMIC) for axes in AXES)
+    try:
+        program = torch.export.export(model.head, (tokens, torch.zeros(3, dtype=torch.long)), dynamic_shapes=dims)
+        return program.run_decompositions(decompositions())
+    # The tracer raises what the traced code raises, and many kinds of its own.
+    except Exception as error:
+        raise refusal("torch.export", spec, error) from error
+
+
+def check_retrieval(model: Any, tower: str | Path, head: str | Path) -> list[CheckRow]:
+    """Compare a pair in ONNX Runtime with the model in PyTorch, from random images to embeddings.
+
+    Args:
+        model: The model that was exported. It is not changed.
+        tower: One file.
+        head: The other.
+
+    Returns:
+        A row for each size that the tower is checked at, three batch sizes, and 1, 3 and all attributes, where there
+        are fewer with repeats; all have passed.
+
+    Raises:
+        ExportError: Some rows fail; the message lists them.
+    """
+    model, first, second = frozen(model), OnnxModel(tower), OnnxModel(head)
+    count, rows = len(model.attributes), []
+    for size in check_sizes(first.spec):
+        batches = [random_images(first.spec, batch, size, seed)[0] for seed, batch in enumerate(BATCHES)]
+        every = [outputs_of(model, [images])[0] for images in batches]  # (B, C, E) each
+        found = [first(images.numpy())[0] for images in batches]
+        spread = (torch.cat(every) - every[0][:1]).abs().max().item()
+        why = "" if spread >= LEAST_SPREAD else "the model's embeddings of two images are the same: load weights"
+        for number in dict.fromkeys((1, 3, count)):
+            ids = np.arange(count - number, count) % count
+            for expected, tokens in zip(every, found):
+                actual = second.session.run(["embeddings"], {"tokens": tokens, "conditions": ids})[0]
+                error = float(np.abs(actual - expected[:, torch.from_numpy(ids)].numpy()).max())
+                name = f"embeddings, {number} of {count} attributes"
+                rows.append(CheckRow(name, len(tokens), *size, float("inf") if why else error, spread, TOLERANCE, why))
+    failed = [row for row in rows if not row.passed]
+    if failed:
+        raise ExportError(
+            f"Tower and head do not compute what the model computes in {len(failed)} of {len(rows)} checks: "
+            + "; ".join(map(str, failed))
+            + "."
+        )
+    return rows
