@@ -32,10 +32,11 @@ def _facts(name: str) -> dict[str, str]:
     model: Any = create(name, device="meta")
     config = model.pretrained_cfg
     size = tuple(config["input_size"])
+    images = [size] * len(getattr(model, "input_names", ("image",)))
     return {
         "task": model.task,
         "parameters": f"{count_parameters(model) / 1e6:.2f} M",
-        "MACs": f"{count_macs(model, size) / 1e6:,.1f} M",
+        "MACs": f"{count_macs(model, *images) / 1e6:,.1f} M",
         "input": " x ".join(map(str, size)),
         "weights": config["tag"] if config.get("url") or config.get("file") or config.get("hf_hub_id") else "none",
     }
@@ -95,6 +96,20 @@ def _parser() -> argparse.ArgumentParser:
     from visionattn.predict import upscale_cli
 
     upscale_cli.add_arguments(upscale)
+    stereo = commands.add_parser("stereo", help="disparity, depth and point clouds of stereo pairs")
+    from visionattn.predict import stereo_cli
+
+    stereo_cli.add_arguments(stereo)
+    flow = commands.add_parser("flow", help="optical flow between images, or along a video")
+    from visionattn.predict import flow_cli
+
+    flow_cli.add_arguments(flow)
+    index = commands.add_parser("index", help="prepare a folder of images for search")
+    search = commands.add_parser("search", help="find images like one, by attributes such as colour")
+    from visionattn.predict import search_cli
+
+    search_cli.add_index_arguments(index)
+    search_cli.add_search_arguments(search)
     evaluate = commands.add_parser("evaluate", help="measure models by their benchmark's protocol")
     from visionattn.evaluate import cli as evaluate_cli
 
@@ -129,6 +144,18 @@ def _run(argv: list[str]) -> int:
         from visionattn.predict import upscale_cli
 
         return upscale_cli.run(args)
+    elif args.command == "stereo":
+        from visionattn.predict import stereo_cli
+
+        return stereo_cli.run(args)
+    elif args.command == "flow":
+        from visionattn.predict import flow_cli
+
+        return flow_cli.run(args)
+    elif args.command in ("index", "search"):
+        from visionattn.predict import search_cli
+
+        return search_cli.run_index(args) if args.command == "index" else search_cli.run_search(args)
     elif args.command == "evaluate":
         from visionattn.evaluate import cli as evaluate_cli
 

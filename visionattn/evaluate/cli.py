@@ -1,4 +1,4 @@
-"""`visionattn evaluate sr MODEL_OR_CHECKPOINT... --data FOLDER`: models measured by their benchmark's protocol."""
+"""`visionattn evaluate sr|stereo|retrieval MODEL_OR_CHECKPOINT... --data DATA`: by benchmarks' protocols."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from visionattn.evaluate.sr import DTYPES, super_resolution
+from visionattn.data import catalogue_files
+from visionattn.data.stereo import LAYOUTS
+from visionattn.errors import ConfigError
+from visionattn.evaluate import retrieval
+from visionattn.evaluate.opening import DTYPES
+from visionattn.evaluate.sr import Measurements, super_resolution
+from visionattn.evaluate.stereo import BASELINES, StereoMeasurements, stereo_matching
 
 __all__ = ["add_arguments", "run"]
+
+ZAPPOS = "zappos"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +31,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sr.add_argument("--data", required=True, metavar="FOLDER", help="large pictures")
     sr.add_argument("--lr", metavar="FOLDER", help="small pictures of the same names (default: MATLAB's bicubic)")
     sr.add_argument("--scale", type=int, metavar="R", help="factor (default: the models')")
-    sr.add_argument("--output", type=Path, metavar="CSV", help="file for every row")
-    sr.add_argument("--device", default="cpu", help="where models run, such as cuda (default: cpu)")
-    sr.add_argument("--dtype", default="float32", choices=DTYPES, help="precision (default: float32)")
+    pairs = protocols.add_parser("stereo", help="stereo: end-point error, bad pixels and D1, on all and non-occluded")
+    pairs.add_argument(
+        "models", nargs="*", metavar="MODEL_OR_CHECKPOINT", help="names with weights, or weight files; none: --baseline"
+    )
+    pairs.add_argument("--data", required=True, nargs="+", metavar="FOLDER", help="data sets, or single scenes")
+    pairs.add_argument("--layout", choices=LAYOUTS, help="of the folders (default: what is found there)")
+    pairs.add_argument("--factor", type=float, help="of disparities in 8 bits (default: Middlebury's, by the height)")
+    pairs.add_argument("--baseline", choices=tuple(BASELINES), help="OpenCV's semi-global matching beside")
+    ranked = protocols.add_parser("retrieval", help="retrieval by attributes: mAP, recall, entanglement, triplets")
+    ranked.add_argument(
+        "models", nargs="*", metavar="MODEL_OR_CHECKPOINT", help="names with weights, or weight files; none: random"
+    )
+    ranked.add_argument("--data", required=True, metavar="PATH", help="CSV file of a table, or folder of a data set")
+    ranked.add_argument(
+        "--layout", default="table", choices=(*catalogue_files.LAYOUTS, ZAPPOS), help="of the data (default: table)"
+    )
+    ranked.add_argument("--images", metavar="PATH", help="folder or zip file (default: where the layout has them)")
+    ranked.add_argument("--attributes", metavar="A,B", help="by which attributes (default: all)")
+    ranked.add_argument("--min-count", type=int, default=0, help="training items that a value needs (default: 0)")
+    ranked.add_argument("--part", default="test", help="train, val or test (default: test)")
+    ranked.add_argument(
+        "--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of images (default: the models')"
+    )
+    ranked.add_argument("--matrix", type=Path, metavar="PNG", help="picture of the entanglement matrix, of one model")
+    for protocol in (sr, pairs, ranked):
+        protocol.add_argument("--output", type=Path, metavar="CSV", help="file for every row")
+        protocol.add_argument("--device", default="cpu", help="where models run, such as cuda (default: cpu)")
+        protocol.add_argument("--dtype", default="float32", choices=DTYPES, help="precision (default: float32)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,17 +71,35 @@ def run(args: argparse.Namespace) -> int:
         VisionAttnError: Nothing could be measured.
     """
     console = Console(width=None if sys.stdout.isatty() else 160)
-    found = super_resolution(
-        args.models,
-        args.data,
-        small_folder=args.lr,
-        scale=args.scale,
-        device=args.device,
-        dtype=args.dtype,
-        console=console if sys.stdout.isatty() else None,
-    )
+    shown = console if sys.stdout.isatty() else None
+    if args.protocol == "retrieval":
+        return _retrieval(args, console, shown)
+    found: Measurements | StereoMeasurements
+    if args.protocol == "sr":
+        found = super_resolution(
+            args.models,
+            args.data,
+            small_folder=args.lr,
+            scale=args.scale,
+            device=args.device,
+            dtype=args.dtype,
+            console=shown,
+        )
+        title = f"PSNR / SSIM on Y, {found.folder}, scale {found.rows[0].scale}" if found.rows else ""
+    else:
+        found = stereo_matching(
+            args.models,
+            args.data,
+            layout=args.layout,
+            factor=args.factor,
+            baseline=args.baseline,
+            device=args.device,
+            dtype=args.dtype,
+            console=shown,
+        )
+        title = "Disparity: EPE in pixels, others in percent"
     if found.rows:
-        console.print(f"PSNR / SSIM on Y, {found.folder}, scale {found.rows[0].scale}", soft_wrap=True)
+        console.print(title, soft_wrap=True)
         console.print(found.table())
     if found.rows and args.output is not None:
         found.write(args.output)
@@ -56,3 +107,42 @@ def run(args: argparse.Namespace) -> int:
     for failure in found.failures:
         print(f"visionattn: {failure}", file=sys.stderr)
     return int(bool(found.failures))
+
+
+def _retrieval(args: argparse.Namespace, console: Console, shown: Console | None) -> int:
+    common = {
+        "images": args.images,
+        "part": args.part,
+        "image_size": args.image_size and tuple(args.image_size),
+        "device": args.device,
+        "dtype": args.dtype,
+        "console": shown,
+    }
+    if args.layout == ZAPPOS:
+        if args.output or args.matrix:
+            raise ConfigError("Triplets have one table: leave out --output and --matrix.")
+        console.print(retrieval.triplet_table(retrieval.triplets(args.models, args.data, **common)))
+        return 0
+    found = retrieval.attribute_retrieval(
+        args.models,
+        args.data,
+        layout=args.layout,
+        attributes=args.attributes and args.attributes.split(","),
+        min_count=args.min_count,
+        **common,
+    )
+    matrices = {model: found.matrix(model) for model in dict.fromkeys(row.model for row in found.rows)}
+    known = {model: matrix for model, matrix in matrices.items() if matrix is not None}
+    if args.matrix is not None and len(known) != 1:
+        raise ConfigError(f"--matrix draws the matrix of one model with conditions; there are {len(known)}.")
+    console.print(f"{found.data}, {found.part}: percent of the queries", soft_wrap=True)
+    console.print(found.table())
+    for model, matrix in known.items():
+        console.print(found.matrix_table(model))
+        if args.matrix is not None:
+            retrieval.draw_matrix(args.matrix, matrix, found.attributes)
+            console.print(f"The matrix is in {args.matrix}.")
+    if args.output is not None:
+        found.write(args.output)
+        console.print(f"The rows are in {args.output}.")
+    return 0

@@ -1,9 +1,13 @@
-"""Pictures in, pictures out: any size, alpha, 16 bit and grey, in tiles that fit the memory.
+"""Pictures in, pictures out: any size, alpha, 16 bit and grey, within the memory.
 
-`visionattn.predict.upscale` takes what a program holds (array, PIL image, tensor); the command `visionattn upscale`
-takes files, folders and videos.
+`upscale`, `estimate_disparity` and `estimate_flow` take what a program holds; the commands `visionattn upscale`,
+`visionattn stereo` and `visionattn flow` take files, folders and videos. `build_index` and `ImageIndex`, the commands
+`visionattn index` and `visionattn search`, find images by attributes.
 """
 
+from visionattn.predict.flow import estimate_flow
+from visionattn.predict.image_index import ImageIndex, build_index
 from visionattn.predict.restore import upscale
+from visionattn.predict.stereo import depth, estimate_disparity, seen_in_both
 
-__all__ = ["upscale"]
+__all__ = ["ImageIndex", "build_index", "depth", "estimate_disparity", "estimate_flow", "seen_in_both", "upscale"]

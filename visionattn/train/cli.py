@@ -119,7 +119,8 @@ class TrainCLI(LightningCLI):
             self._run_name = configs[-1].resolve().parent.parent.name
         more = (
             f"Recipes: {', '.join(recipes())}. More settings: --model.help ClassifyTask, --data.help ClassifyData; for "
-            "super-resolution --model.help RestoreTask, --data.help RestoreData."
+            "super-resolution --model.help RestoreTask, --data.help RestoreData; for retrieval --model.help "
+            "RetrieveTask, --data.help RetrieveData."
         )
         parsers = {
             command: {
@@ -150,7 +151,8 @@ class TrainCLI(LightningCLI):
                 "data": {"class_path": "visionattn.data.classify.ClassifyData"},
             }
         )
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        for source, target in (("num_classes", "num_classes"), ("attribute_values", "attributes")):
+            parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
         # Lightning's save_last saves the last best one, not the last: a second callback does.
         for name, settings in {
             "best": {"filename": "best", "mode": "max"},

@@ -1,0 +1,303 @@
+"""Retrieval by attributes: each attribute's queries rank its gallery (`visionattn.data.ranking`), random beside.
+
+A model with conditions ranks by each attribute in that attribute's space; a model without has one space for all. The
+entanglement matrix has the mAP by attribute j in the space of condition i: where attributes are told apart, the largest
+of each column stands on the diagonal. The random row ranks by random directions: what an attribute's skew alone gives.
+
+Triplets (Zappos) have the share of them whose near image is nearer than the far one, by condition.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from visionattn import __version__
+from visionattn.data.catalogue import Catalogue, ImageStore
+from visionattn.data.catalogue_files import Triplets, read_catalogue, read_triplets
+from visionattn.data.embedding import conditions_of, embed, eval_transform, input_config
+from visionattn.data.ranking import AttributeScore, means, score, triplet_accuracy
+from visionattn.errors import ConfigError
+from visionattn.evaluate.opening import open_models, place
+from visionattn.files import atomic_path
+
+__all__ = [
+    "MeasuredRetrieval",
+    "RetrievalMeasurements",
+    "attribute_retrieval",
+    "draw_matrix",
+    "embed_images",
+    "triplets",
+]
+
+RANDOM = "random"
+RANDOM_DIMENSIONS = 64
+CELL, LABEL = 72, 150  # pixels of the picture of a matrix
+
+
+@dataclass(frozen=True)
+class MeasuredRetrieval:
+    """A model's score by an attribute in the space of a condition ("" for a model with one space)."""
+
+    model: str
+    condition: str
+    score: AttributeScore
+
+
+@dataclass
+class RetrievalMeasurements:
+    """What `attribute_retrieval` found.
+
+    Attributes:
+        data: Where the items are.
+        part: Which part was ranked.
+        attributes: Its attributes, in order.
+        device: Where the models ran.
+        dtype: In what precision.
+        rows: Each model, condition and attribute.
+    """
+
+    data: str
+    part: str
+    attributes: tuple[str, ...]
+    device: str
+    dtype: str
+    rows: list[MeasuredRetrieval] = field(default_factory=list)
+
+    def own(self, model: str) -> list[AttributeScore]:
+        """A model's scores by each attribute in that attribute's own space, or the one that there is."""
+        return [row.score for row in self.rows if row.model == model and row.condition in ("", row.score.attribute)]
+
+    def matrix(self, model: str) -> Tensor | None:
+        """The entanglement matrix (C, C) of mAP, condition by attribute; None for a model with one space."""
+        found = {(row.condition, row.score.attribute): row.score.map for row in self.rows if row.model == model}
+        if any(condition == "" for condition, _ in found):
+            return None
+        return torch.tensor([[found[i, j] for j in self.attributes] for i in self.attributes])
+
+    def table(self) -> Table:
+        """A row for each model and attribute, and for the means."""
+        table = Table("model", "attribute", "queries", "gallery", "mAP", "recall@1", "recall@5", "recall@10")
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for model in dict.fromkeys(row.model for row in self.rows):
+            scores = self.own(model)
+            for row in (*scores, *means(scores)):
+                shares = (f"{100 * share:.1f}" for share in row[3:])
+                table.add_row(Path(model).name, row.attribute, str(row.queries), str(row.gallery), *shares)
+            table.add_section()
+        return table
+
+    def matrix_table(self, model: str) -> Table | None:
+        """The entanglement matrix in percent; None for a model with one space."""
+        matrix = self.matrix(model)
+        if matrix is None:
+            return None
+        table = Table(f"mAP, {Path(model).name}: condition", *self.attributes)
+        for name, values in zip(self.attributes, matrix.tolist()):
+            table.add_row(name, *(f"{100 * value:.1f}" for value in values))
+        return table
+
+    def write(self, path: str | Path) -> None:
+        """Write every row, with all pairs of condition and attribute, as CSV; shares in percent.
+
+        Raises:
+            StorageError: The file could not be written.
+        """
+        origin = {"data": self.data, "part": self.part, "device": self.device, "dtype": self.dtype}
+        origin |= {"torch": torch.__version__, "visionattn": __version__}
+        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["model", "condition", *AttributeScore._fields, *origin])
+            for model in dict.fromkeys(row.model for row in self.rows):
+                rows = [(row.condition, row.score) for row in self.rows if row.model == model]
+                for condition, score in [*rows, *(("", mean) for mean in means(self.own(model)))]:
+                    shares = (f"{100 * share:.3f}" for share in score[3:])
+                    writer.writerow([model, condition, *score[:3], *shares, *origin.values()])
+
+
+def attribute_retrieval(
+    models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
+    data: Catalogue | str | Path,
+    *,
+    layout: str = "table",
+    images: str | Path | None = None,
+    attributes: Sequence[str] | None = None,
+    min_count: int = 0,
+    part: str = "test",
+    image_size: tuple[int, int] | None = None,
+    batch_size: int = 64,
+    device: str = "cpu",
+    dtype: str = "float32",
+    console: Console | None = None,
+) -> RetrievalMeasurements:
+    """Measure models on a part of a catalogue, random directions beside them.
+
+    Args:
+        models: One, several or none, each a name whose weights are published, a weight file, or a module that takes
+            (B, 3, H, W). One with conditions has a space for each attribute that is asked for.
+        data: A catalogue, or the file or folder of one (see `visionattn.data.catalogue_files`).
+        layout: Of the file or folder.
+        images: Folder or zip file of its images; None for where the layout has them.
+        attributes: By which attributes; None takes all.
+        min_count: Values with fewer training items count as unknown.
+        part: Which part.
+        image_size: Height and width of the images; None takes each model's.
+        batch_size: Images a pass.
+        device: Where the models run, such as `"cuda"`.
+        dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
+        console: Shows the progress; None shows none.
+
+    Raises:
+        ConfigError: There is no such layout, attribute, device or dtype, or a model lacks an attribute.
+        CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
+        DataError: A file is missing or damaged, or a part has no queries, no gallery or no match.
+    """
+    if isinstance(data, Catalogue):
+        catalogue, origin = data, str(data.images.path)
+    else:
+        catalogue, origin = read_catalogue(layout, data, images, attributes, min_count), str(data)
+    networks = place(open_models(models), device, dtype)
+    for label, network in networks.items():
+        known = conditions_of(network)
+        if known and (lacking := [name for name in catalogue.attributes if name not in known]):
+            raise ConfigError(
+                f"{label} does not embed by {', '.join(lacking)}, only by {', '.join(known)}: say which attributes."
+            )
+    items = catalogue.part(part)
+    found = RetrievalMeasurements(origin, part, catalogue.attributes, device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(len(items.images), RANDOM_DIMENSIONS, generator=generator)
+    directions = nn.functional.normalize(directions, dim=1)
+    for column, name in enumerate(catalogue.attributes):
+        found.rows.append(MeasuredRetrieval(RANDOM, "", score(directions, items, column, name)))
+    for label, network in networks.items():
+        spaces = embed_images(network, catalogue.images, items.images, image_size, batch_size, console)
+        known = conditions_of(network)
+        for condition in catalogue.attributes if known else ("",):
+            space = spaces[:, known.index(condition) if known else 0]
+            for column, name in enumerate(catalogue.attributes):
+                found.rows.append(MeasuredRetrieval(label, condition, score(space, items, column, name)))
+    return found
+
+
+@torch.inference_mode()
+def embed_images(
+    model: nn.Module,
+    store: ImageStore,
+    names: Sequence[str],
+    image_size: tuple[int, int] | None = None,
+    batch_size: int = 64,
+    console: Console | None = None,
+) -> Tensor:
+    """L2-normalised float32 (N, C, E) of images, on the CPU; C is 1 for a model without conditions.
+
+    Raises:
+        DataError: An image is not there or damaged.
+    """
+    transform = eval_transform(input_config(model, image_size))
+    parameter = next(model.parameters())
+    found = []
+    with Progress(console=console, disable=console is None, transient=True) as progress:
+        task = progress.add_task("images", total=len(names))
+        for start in range(0, len(names), batch_size):
+            chosen = names[start : start + batch_size]
+            batch = torch.stack([transform(store.open(name)) for name in chosen])
+            found.append(embed(model, batch.to(parameter.device, parameter.dtype)).cpu())
+            progress.advance(task, len(chosen))
+    return torch.cat(found)
+
+
+def triplets(
+    models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
+    data: Triplets | str | Path,
+    *,
+    images: str | Path | None = None,
+    part: str = "test",
+    image_size: tuple[int, int] | None = None,
+    batch_size: int = 64,
+    device: str = "cpu",
+    dtype: str = "float32",
+    console: Console | None = None,
+) -> dict[str, dict[str, float]]:
+    """Measure models on triplets: for each model, the share of each condition's triplets that is right, and of all.
+
+    Args:
+        models: As in `attribute_retrieval`; one with conditions names those of the triplets.
+        data: Triplets, or the folder of Zappos' (see `visionattn.data.catalogue_files`).
+        images: Folder or zip file of the images; None for the folder.
+        part: train, val or test.
+        image_size: Height and width of the images; None takes each model's.
+        batch_size: Images a pass.
+        device: Where the models run, such as `"cuda"`.
+        dtype: Precision of weights and activations.
+        console: Shows the progress; None shows none.
+
+    Raises:
+        ConfigError: There is no such device or dtype, or a model lacks a condition.
+        CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
+        DataError: A file is missing or damaged.
+    """
+    given = data if isinstance(data, Triplets) else read_triplets(data, part, images)
+    found: dict[str, dict[str, float]] = {}
+    for label, network in place(open_models(models), device, dtype).items():
+        known = conditions_of(network)
+        if known and (lacking := [name for name in given.conditions if name not in known]):
+            raise ConfigError(f"{label} does not embed by {', '.join(lacking)}, only by {', '.join(known)}.")
+        spaces = embed_images(network, given.images, given.names, image_size, batch_size, console)
+        columns = torch.tensor([known.index(name) if known else 0 for name in given.conditions])[given.condition]
+        anchors, far, near = (spaces[rows, columns] for rows in (given.anchors, given.far, given.near))
+        right = triplet_accuracy(anchors, far, near).double()
+        by_condition = ((name, right[given.condition == number]) for number, name in enumerate(given.conditions))
+        found[label] = {name: own.mean().item() for name, own in by_condition if len(own)}
+        found[label]["all"] = right.mean().item()
+    return found
+
+
+def draw_matrix(path: str | Path, matrix: Tensor, names: Sequence[str]) -> None:
+    """Write a matrix (C, C) of shares in 0..1 as a picture: rows conditions, columns attributes, dark is high.
+
+    Each column is shaded from its lowest to its highest value; numbers are percent, and the diagonal is framed.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    count = len(names)
+    picture = Image.new("RGB", (LABEL + CELL * count, LABEL + CELL * count), "white")
+    draw: Any = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(14)
+    shade = (matrix - matrix.amin(0)) / (matrix.amax(0) - matrix.amin(0)).clamp(min=1e-6)
+    for row, name in enumerate(names):
+        draw.text((LABEL - 8, LABEL + CELL * (row + 0.5)), name, fill="black", font=font, anchor="rm")
+        heading = Image.new("RGB", (LABEL, CELL), "white")
+        ImageDraw.Draw(heading).text((8, CELL / 2), name, fill="black", font=font, anchor="lm")
+        picture.paste(heading.rotate(90, expand=True), (LABEL + CELL * row, 0))
+        for column in range(count):
+            left, top, dark = LABEL + CELL * column, LABEL + CELL * row, shade[row, column].item()
+            colour = tuple(round(255 + dark * (end - 255)) for end in (20, 60, 120))
+            frame = "darkorange" if row == column else None
+            draw.rectangle((left, top, left + CELL - 2, top + CELL - 2), fill=colour, outline=frame, width=3)
+            text = f"{100 * matrix[row, column].item():.1f}"
+            middle = (left + CELL / 2, top + CELL / 2)
+            draw.text(middle, text, fill="white" if dark > 0.5 else "black", font=font, anchor="mm")
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
+
+
+def triplet_table(found: dict[str, dict[str, float]]) -> Table:
+    """A row for each model, a column for each condition, in percent."""
+    names: Iterable[str] = next(iter(found.values()), {})
+    table = Table("model", *names)
+    for model, shares in found.items():
+        table.add_row(Path(model).name, *(f"{100 * share:.1f}" for share in shares.values()))
+    return table

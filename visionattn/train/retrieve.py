@@ -1,0 +1,249 @@
+r"""Training retrieval: embeddings f_c of an image under each attribute c, near where the values of c are equal.
+
+    loss = mean over attributes c of  l(f_c of the images with a value of c, their values)
+
+    triplet           mean of  max(0, m - cos(a, p) + cos(a, n))  over triplets where it is not 0
+    multi_similarity  arXiv 1904.06627
+    proxy_anchor      arXiv 2003.13911; learned proxies of each value
+
+An attribute of which a batch has one value gives 0. Losses and miners are pytorch-metric-learning's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.checkpoints import create
+from visionattn.data.catalogue import MISSING
+from visionattn.data.embedding import conditions_of, embed, input_config
+from visionattn.data.ranking import means, score_part
+from visionattn.data.samplers import IGNORED
+from visionattn.errors import CheckpointError, ConfigError, require
+from visionattn.train.optimization import OptimizedTask
+from visionattn.weights import mismatches
+
+__all__ = ["AttributeLoss", "RankedTask", "RetrieveTask"]
+
+LOSSES = ("triplet", "multi_similarity", "proxy_anchor")
+BEGINNING = ("pretrained_backbone", "backbone_checkpoint")
+MINERS = ("none", "semihard", "hard", "multi_similarity")
+
+
+class RankedTask(OptimizedTask):
+    """A task that is validated and tested by ranking each part's gallery for its queries.
+
+    The network is `net`; `attributes` of the hyper-parameters names each attribute and its values.
+    """
+
+    monitor: ClassVar[str] = "val/map"
+    """The measure whose highest value makes the best checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network and what its loss learns."""
+        return self
+
+    def no_weight_decay(self) -> set[str]:
+        """What timm's optimizers are told to exempt: what the network exempts."""
+        exempt: Any = getattr(self.net, "no_weight_decay", set)
+        return {f"net.{name}" for name in exempt()}
+
+    @property
+    def input_config(self) -> dict[str, Any]:
+        """What images the model expects: size, mean, std, interpolation."""
+        return input_config(self.net)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> L2-normalised embeddings (B, C, E)."""
+        return embed(self.net, images)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        """Keep the embeddings of a batch."""
+        self._found.append((self(batch[0]), batch[2]))
+
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        """Keep the embeddings of a batch."""
+        self._found.append((self(batch[0]), batch[2]))
+
+    def on_validation_epoch_end(self) -> None:
+        """Rank, and state mAP and recall."""
+        self._rank("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Rank, and state mAP and recall."""
+        self._rank("test")
+
+    def _rank(self, name: str) -> None:
+        embeddings, places = (torch.cat(tensors) for tensors in zip(*self._found))
+        self._found = []
+        if self.trainer.world_size > 1:
+            gathered: Any = self.all_gather([embeddings, places])
+            embeddings, places = (tensor.flatten(0, 1) for tensor in gathered)
+        kept = places != IGNORED
+        embeddings, places = embeddings[kept], places[kept]
+        part = self.trainer.datamodule.part(name).take(places.cpu())
+        if not (part.is_query.any() and part.is_gallery.any()):  # a trial of a few batches
+            return
+        scores = score_part(embeddings, part, tuple(self.hparams.attributes))
+        plain, weighted = means(scores)
+        for row in scores if len(scores) > 1 else ():
+            self.log(f"{name}/map_{row.attribute}", row.map)
+        self.log(f"{name}/map", plain.map, prog_bar=True)
+        if len(scores) > 1:
+            self.log(f"{name}/map_by_queries", weighted.map)
+        for k, value in zip((1, 5, 10), plain[-3:]):
+            self.log(f"{name}/recall_at_{k}", value)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in plain words that a checkpoint is of another model or data, before torch lists its keys."""
+        saved = checkpoint.get("hyper_parameters", {})
+        if saved.get("name", self.hparams.name) != self.hparams.name:
+            raise CheckpointError(
+                f"The checkpoint is of the model {saved['name']!r}; asked for was {self.hparams.name!r}."
+            )
+        names, own = list(saved.get("attributes", self.hparams.attributes)), list(self.hparams.attributes)
+        if names != own:
+            raise CheckpointError(
+                f"The checkpoint was trained on the attributes {', '.join(names)}; the data have {', '.join(own)}."
+            )
+        if wrong := mismatches(checkpoint["state_dict"], self.state_dict()):
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise CheckpointError(f"The checkpoint does not fit {self.hparams.name!r}: {'; '.join(wrong[:3])}{more}.")
+
+
+class AttributeLoss(nn.Module):
+    """A loss of pytorch-metric-learning for each attribute (equations: see the module).
+
+    Args:
+        loss: triplet, multi_similarity or proxy_anchor.
+        miner: Which triplets or pairs count: none (all), semihard, hard or multi_similarity.
+        margin: m of the triplet loss.
+        values: Number of values of each attribute.
+        embed_dim: E.
+
+    Raises:
+        ConfigError: There is no such loss or miner, or they do not go together.
+        MissingPackageError: pytorch-metric-learning is not installed.
+    """
+
+    def __init__(self, loss: str, miner: str, margin: float, values: list[int], embed_dim: int) -> None:
+        super().__init__()
+        for what, name, known in (("loss", loss, LOSSES), ("miner", miner, MINERS)):
+            if name not in known:
+                raise ConfigError(f"There is no {what} {name!r}. Choose from {', '.join(known)}.")
+        if loss == "proxy_anchor" and miner != "none":
+            raise ConfigError(
+                "proxy_anchor compares images with proxies, of which nothing is mined: set miner to none."
+            )
+        losses = require("pytorch_metric_learning.losses", "train")
+        miners = require("pytorch_metric_learning.miners", "train")
+        cosine = require("pytorch_metric_learning.distances", "train").CosineSimilarity()
+        self.miner = {
+            "none": lambda: None,
+            "semihard": lambda: miners.TripletMarginMiner(margin, type_of_triplets="semihard", distance=cosine),
+            "hard": lambda: miners.BatchHardMiner(distance=cosine),
+            "multi_similarity": lambda: miners.MultiSimilarityMiner(),
+        }[miner]()
+        make = {
+            "triplet": lambda count: losses.TripletMarginLoss(margin, distance=cosine),
+            "multi_similarity": lambda count: losses.MultiSimilarityLoss(),
+            "proxy_anchor": lambda count: losses.ProxyAnchorLoss(count, embed_dim),
+        }[loss]
+        self.losses = nn.ModuleList([make(count) for count in values])
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Embeddings (B, C, E) and labels int64 (B, C), `MISSING` where a value is not known -> the mean loss."""
+        found = []
+        for column, loss in enumerate(self.losses):
+            kept = labels[:, column] != MISSING
+            own, values = embeddings[kept, column], labels[kept, column]
+            if len(values.unique()) < 2:
+                # All parameters stay in the graph, for DDP asks each for a gradient.
+                found.append(0 * own.sum() + sum(0 * parameter.sum() for parameter in loss.parameters()))
+            else:
+                found.append(loss(own, values, self.miner(own, values) if self.miner is not None else None))
+        return torch.stack(found).mean()
+
+
+class RetrieveTask(RankedTask):
+    """A model that embeds images by attributes, and how it is trained (equations: see the module).
+
+    Args:
+        name: Name in timm's registry of a model that takes `attributes` and gives (B, C, E), such as
+            `va_cca_vit_tiny_patch16_224`, or `va_cca` with any `backbone` in `model_args`.
+        model_args: Further arguments of the model, such as `embed_dim`, `head` and `backbone_checkpoint`.
+        attributes: Attribute -> its values; follows from the data.
+        pretrained: Begin with the published weights.
+        loss: triplet, multi_similarity or proxy_anchor.
+        miner: Which triplets or pairs count: none (all), semihard, hard or multi_similarity.
+        margin: m of the triplet loss.
+        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
+        lr: Peak learning rate.
+        weight_decay: Weight decay; norms, biases and what the model exempts have none.
+        opt_args: Further arguments of the optimizer, such as `betas`.
+        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
+        warmup_epochs: Epochs of linear warm-up, part of the whole.
+        min_lr: Learning rate at the end.
+        sched_args: Further arguments of timm's `create_scheduler_v2`.
+        channels_last: Keep maps in memory with their channels side by side, which convolutions on GPUs prefer.
+        compile: Compile the model.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model_args: dict[str, Any] | None = None,
+        attributes: dict[str, list[str]] | None = None,
+        pretrained: bool = False,
+        loss: str = "triplet",
+        miner: str = "none",
+        margin: float = 0.2,
+        opt: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        opt_args: dict[str, Any] | None = None,
+        sched: str = "cosine",
+        warmup_epochs: float = 0.0,
+        min_lr: float = 1e-6,
+        sched_args: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if not attributes:
+            raise ConfigError("Retrieval needs attributes with values: they follow from RetrieveData.")
+        settings = {**(model_args or {}), "attributes": list(attributes)}
+        # `visionattn.load` reads here how the network was made, and needs no weights that training began with.
+        model_args = {key: value for key, value in settings.items() if key not in BEGINNING}
+        self.save_hyperparameters()
+        self.check_names()
+        self.net = create(name, pretrained=pretrained, **settings)
+        if conditions_of(self.net) != tuple(attributes):
+            raise ConfigError(f"{name!r} does not embed images by attributes; models va_cca_* do.")
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)  # a convolution's output has the order of its weights
+        with torch.no_grad():
+            empty = torch.zeros(1, 3, *self.input_config["size"])
+            embed_dim = embed(self.net.eval(), empty).shape[-1]
+        self.net.train()
+        self.loss = AttributeLoss(loss, miner, margin, [len(values) for values in attributes.values()], embed_dim)
+
+    def setup(self, stage: str) -> None:
+        """Compile."""
+        if self.hparams.compile:
+            # In place: torch.compile(net) would put its own prefix before every key of the checkpoint.
+            self.net.compile()
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        loss = self.loss(self(batch[0]), batch[1])
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
+        return loss

@@ -1,0 +1,20 @@
+"""Telling whether two models have the same weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["hash_state"]
+
+
+def hash_state(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values of a state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
