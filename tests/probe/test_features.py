@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 from visionattn.data.sources import ReaderImages
 from visionattn.errors import ConfigError, DataError, InputError, StorageError
 from visionattn.probe import features
-from visionattn.probe.backbone import Backbone, hash_weights
+from visionattn.probe.backbone import Backbone
 from visionattn.probe.features import LiveFeatures, StoredFeatures, estimate, extract, find_readable, space_line
 
 IDENTITY = {"model": "small", "transform": "none", "dataset": "noise"}
@@ -209,14 +209,6 @@ def test_a_backbone_without_patches():
 def test_images_of_another_size():
     with pytest.raises(InputError, match=r"\(B, C, 32, 32\)"):
         Backbone(vit(), image_size=32)(torch.zeros(1, 3, 40, 40))
-
-
-def test_weights_hash():
-    model = vit()
-    first = hash_weights(model)
-    assert hash_weights(model.to(memory_format=torch.channels_last)) == first
-    model.norm.bias.data[3] += 1
-    assert hash_weights(model) != first
 
 
 # --- the store --------------------------------------------------------------------------------------------------------

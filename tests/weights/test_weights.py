@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from visionattn import weights
 from visionattn.errors import CheckpointError
+from visionattn.weights.hashing import hash_state
 
 STATE = {"a.weight": torch.ones(2), "b.bias": torch.zeros(3)}
 
@@ -57,3 +58,11 @@ def test_no_weights_in_it():
 def test_mismatches_are_named():
     found = {"a.weight": torch.ones(3), "c": torch.ones(1)}
     assert weights.mismatches(found, STATE) == ["b.bias is missing", "c is unknown", "a.weight is (3,), not (2,)"]
+
+
+def test_hash_of_a_state_sees_values_and_not_memory_layouts():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    first = hash_state(model.state_dict())
+    assert hash_state(model.to(memory_format=torch.channels_last).state_dict()) == first
+    model[1].bias.data[3] += 1
+    assert hash_state(model.state_dict()) != first

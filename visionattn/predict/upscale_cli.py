@@ -14,7 +14,7 @@ from torch import nn
 from visionattn.checkpoints import load
 from visionattn.errors import InputError
 from visionattn.export import OnnxModel
-from visionattn.models.span import SHIPPED
+from visionattn.models.span import TRAINED_HERE
 from visionattn.predict import batch, picture
 from visionattn.predict.batch import Bar, Job
 from visionattn.predict.compare import side_by_side
@@ -55,8 +55,8 @@ def default_name(scale: int) -> str:
         InputError: None is.
     """
     name = f"va_span_ch26_x{scale}"
-    if name not in SHIPPED:
-        scales = " and ".join(shipped.rpartition("_")[2] for shipped in SHIPPED)
+    if name not in TRAINED_HERE:
+        scales = " and ".join(shipped.rpartition("_")[2] for shipped in TRAINED_HERE)
         raise InputError(f"No weights for x{scale} are shipped, only for {scales}: give your own with --model FILE.")
     return name
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from visionattn.errors import InputError
 from visionattn.probe.tokens import Layer, Tokens
 
-__all__ = ["Backbone", "hash_weights"]
+__all__ = ["Backbone"]
 
 
 class Backbone:
@@ -186,12 +185,3 @@ class Backbone:
             prefix[:, 0] if layer.has_class else None,
             prefix[:, int(layer.has_class) :] if layer.num_registers else None,
         )
-
-
-def hash_weights(model: nn.Module) -> str:
-    """SHA-256 of names, dtypes, shapes and values of a model's state, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -31,9 +31,10 @@ from torch.utils.data import Dataset
 from visionattn.data.samplers import ResumableLoader
 from visionattn.errors import ConfigError, DataError, InputError, StorageError
 from visionattn.files import atomic_path
-from visionattn.probe.backbone import Backbone, hash_weights
+from visionattn.probe.backbone import Backbone
 from visionattn.probe.processes import rank_and_size, together
 from visionattn.probe.tokens import Features, Layer, Tokens
+from visionattn.weights.hashing import hash_state
 
 __all__ = [
     "PRECISIONS",
@@ -419,7 +420,7 @@ def extract(
         raise DataError("The data set has no images.")
     known = {
         **identity,
-        "weights": hash_weights(backbone.model),
+        "weights": hash_state(backbone.model.state_dict()),
         "layers": backbone.indices,
         "norm": backbone.norm,
         "resolution": list(backbone.image_size),

@@ -25,7 +25,7 @@ from torch.utils.data import Subset
 from visionattn.errors import InputError, StorageError
 from visionattn.export import export_onnx
 from visionattn.files import atomic_path
-from visionattn.probe.backbone import Backbone, hash_weights
+from visionattn.probe.backbone import Backbone
 from visionattn.probe.banks import Head, HeadSpec, head_tokens
 from visionattn.probe.features import LiveFeatures, extract, find_readable, space_line
 from visionattn.probe.few_shot import FewShotResult, few_shot
@@ -37,6 +37,7 @@ from visionattn.probe.report import LayerNeighbours, Report, Skipped, head_file
 from visionattn.probe.results import SweepResult
 from visionattn.probe.sweep import hold_out, sweep
 from visionattn.probe.tokens import Features
+from visionattn.weights.hashing import hash_state
 
 __all__ = ["HOLDOUT", "WARMUP", "ProbedClassifier", "ProbingRun"]
 
@@ -101,7 +102,7 @@ class ProbingRun:
 
     def __init__(self, args: argparse.Namespace, backbone: Backbone, images: Images, console: Console) -> None:
         self.args, self.backbone, self.images, self.console = args, backbone, images, console
-        self.weights = hash_weights(backbone.model)
+        self.weights = hash_state(backbone.model.state_dict())
         self.skipped: list[Skipped] = []
         self.readable: list[Tensor] = []  # rows of the training and of the test images
         self.batch_size = 0
