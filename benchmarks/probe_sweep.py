@@ -88,6 +88,7 @@ CASES = [
     Case(MIXED, on_disk=True),
     Case(MIXED, images=288, live="vit_tiny_patch16_224"),
     Case(MIXED, images=860, live="tf_efficientnet_lite0"),
+    Case(MIXED, images=574, live="tf_efficientnet_lite0", pixels=224),
 ]
 
 
