@@ -81,6 +81,7 @@ MICRO = "va_minimal_vit_micro_patch4_32"
 LITE0 = ("tf_efficientnet_lite0", "efficientnet_lite0_fp16.safetensors")
 CASES = [
     Case("micro ViT, masked autoencoder", "cifar10", MICRO, ("cls", *MOST)),
+    Case("micro ViT, masked autoencoder, 100 epochs", "cifar10", MICRO, ("cls", "gap", "ep_8", "ep_32"), epochs=100),
     Case("micro ViT, masked autoencoder", "products", MICRO, ("cls", *MOST)),
     Case("micro ViT, masked autoencoder", "mnist", MICRO, ("cls", *LIGHT, "simpool", "aim")),
     Case("micro ViT, random", "cifar10", MICRO, ("cls", "gap", "ep_8", "ep_16", "ep_32"), "random"),
