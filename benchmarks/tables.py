@@ -293,6 +293,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "minimal_vit_cifar10_long": lambda: minimal_vit("cifar10", long=True),
     "minimal_vit_speed": lambda: plain("minimal_vit_speed"),
     "symmetric_gate": lambda: plain("symmetric_gate"),
+    "stereo_scenes": lambda: plain("stereo_scenes"),
     "halo_attention_layer": lambda: calls("halo_attention", "layer"),
     "halo_attention_growth": lambda: calls("halo_attention", "growth"),
     "halo_attention_model": lambda: calls("halo_attention", "model"),

@@ -8,6 +8,7 @@
 | kitti2015 | KITTI 2015 | image_2/, image_3/ | disp_occ_0/ | disp_noc_0/ |
 | kitti2012 | KITTI 2012 | colored_0/, colored_1/, or image_0/, image_1/ | disp_occ/ | disp_noc/ |
 | pairs | one's own | left, right | disp_left | nonocc.png, or by disp_right |
+| sceneflow, fsd, booster, spring | | see `visionattn.data.stereo_sets` | | |
 
 KITTI's files lie in folders by kind, those of the others in a folder for each scene. Where the truth of the right view
 says what is seen in both, it is within a pixel of the left view's at the match. PNGs of 8 bits hold the disparity times
@@ -17,14 +18,12 @@ a factor that the file does not state: it goes by the height at Middlebury, or i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from visionattn.data.disparity import DISPARITY_FILES, read_disparity
-from visionattn.data.pictures import SUFFIXES, read_rgb
+from visionattn.data.disparity import DISPARITY_FILES
+from visionattn.data.pictures import SUFFIXES
+from visionattn.data.stereo_files import Scene, StereoPair
+from visionattn.data.stereo_sets import SET_LAYOUTS
 from visionattn.errors import ConfigError, DataError
 
 __all__ = ["LAYOUTS", "Scene", "StereoPair", "find_scenes"]
@@ -41,82 +40,7 @@ KITTI_LAYOUTS = {
     "kitti2015": [("image_2", "image_3", "disp_occ_0", "disp_noc_0")],
     "kitti2012": [("colored_0", "colored_1", "disp_occ", "disp_noc"), ("image_0", "image_1", "disp_occ", "disp_noc")],
 }
-LAYOUTS = (*SCENE_LAYOUTS, *KITTI_LAYOUTS)
-# Factor of 8 bits by the image's height: full, half, third and quarter size of 2003, 2005 and 2006; tsukuba of 2001.
-FACTORS = {1500: 1, 750: 2, 375: 4, 1110: 1, 555: 2, 370: 3, 288: 16}
-
-
-@dataclass(frozen=True)
-class StereoPair:
-    """A scene's arrays.
-
-    Attributes:
-        left: (H, W, 3) of uint8.
-        right: Likewise.
-        truth: (H, W) of float32, disparity of the left view in pixels, NaN where it is not known.
-        nonocc: (H, W) of bool, what the right view sees too; None where the data set does not say.
-    """
-
-    left: np.ndarray
-    right: np.ndarray
-    truth: np.ndarray
-    nonocc: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A scene's files.
-
-    Attributes:
-        name: As a table calls it.
-        left: Image.
-        right: Image.
-        truth: Disparity of the left view.
-        right_truth: Disparity of the right view, where there is one.
-        nonocc: Image that is 255 where both views see a pixel, or a disparity that is 0 elsewhere.
-        factor: Of disparities in 8 bits; None goes by the image's height.
-    """
-
-    name: str
-    left: Path
-    right: Path
-    truth: Path
-    right_truth: Path | None = None
-    nonocc: Path | None = None
-    factor: float | None = None
-
-    def read(self) -> StereoPair:
-        """Read all files.
-
-        Raises:
-            DataError: One is damaged, sizes differ, or the factor of 8 bits is not known.
-        """
-        left, right = read_rgb(self.left), read_rgb(self.right)
-        truth, nonocc = self._read(self.truth), None
-        if self.nonocc is not None:
-            with Image.open(self.nonocc) as image:
-                numbers = np.asarray(image.convert("L") if image.mode in ("1", "P", "RGB") else image)
-            nonocc = numbers > (128 if numbers.dtype == np.uint8 else 0)  # Middlebury has 128 for occluded
-        elif self.right_truth is not None:
-            nonocc = _consistent(truth, self._read(self.right_truth))
-        for path, array in ((self.right, right), (self.truth, truth), (self.nonocc, nonocc)):
-            if array is not None and array.shape[:2] != left.shape[:2]:
-                sizes = " and ".join("{} x {}".format(*one.shape[:2]) for one in (array, left))
-                raise DataError(f"{path} and {self.left} differ in size: {sizes}.")
-        return StereoPair(left, right, truth, nonocc)
-
-    def _read(self, path: Path) -> np.ndarray:
-        if path.suffix.lower() != ".png":
-            return read_disparity(path)
-        try:
-            with Image.open(path) as image:
-                deep, height = image.mode.startswith("I"), image.height
-        except OSError as error:
-            raise DataError(f"Could not read {path}: {error}.") from error
-        factor = 256 if deep else self.factor or FACTORS.get(height)
-        if factor is None:
-            raise DataError(f"{path} holds disparities in 8 bits times a factor that it does not say: give --factor.")
-        return read_disparity(path, factor)
+LAYOUTS = (*SCENE_LAYOUTS, *KITTI_LAYOUTS, *SET_LAYOUTS)
 
 
 def find_scenes(
@@ -141,7 +65,10 @@ def find_scenes(
             raise DataError(f"There is no folder {folder}.")
         found: list[Scene] = []
         for name in LAYOUTS if layout is None else [layout]:
-            found = _kitti(folder, name) if name in KITTI_LAYOUTS else _scenes(folder, name, factor)
+            if name in SET_LAYOUTS:
+                found = list(SET_LAYOUTS[name](folder))
+            else:
+                found = _kitti(folder, name) if name in KITTI_LAYOUTS else _scenes(folder, name, factor)
             if found:
                 break
         else:
@@ -186,11 +113,3 @@ def _kitti(folder: Path, layout: str) -> list[Scene]:
                     for name in names
                 ]
     return []
-
-
-def _consistent(truth: np.ndarray, right_truth: np.ndarray) -> np.ndarray:
-    """Where the right view's truth at the match is within a pixel of the left view's."""
-    width = truth.shape[1]
-    match = np.arange(width) - np.rint(np.nan_to_num(truth)).astype(np.int64)
-    found = np.take_along_axis(right_truth, match.clip(0, width - 1), 1)
-    return (match >= 0) & (np.abs(truth - found) <= 1)  # NaN is not near anything

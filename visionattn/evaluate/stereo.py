@@ -1,13 +1,7 @@
 """Stereo as Middlebury, ETH3D and KITTI report it: end-point error and bad pixels of the left view's disparity.
 
-With the disparity d, its truth t and the error e = |d - t| in pixels of the images as they are, over pixels with truth:
-
-    EPE     mean of e
-    bad-x   share of e > x, for x = 0.5, 1, 2, 4
-    D1      share of e > 3 and e > 0.05 t
-
-once over all of them, once over those that both views see. Where a method gives no disparity the pixel is bad, and EPE
-is without it; `density` is the share with one. Data sets have the mean over their scenes.
+Errors (`visionattn.data.match_errors`) are measured once over all pixels with truth, once over those that both views
+see. Data sets have the mean over their scenes.
 """
 
 from __future__ import annotations
@@ -26,8 +20,9 @@ from rich.table import Table
 from torch import nn
 
 from visionattn import __version__
+from visionattn.data.match_errors import Errors, disparity_errors
 from visionattn.data.stereo import StereoPair, find_scenes
-from visionattn.errors import ConfigError, InputError, VisionAttnError, require
+from visionattn.errors import ConfigError, VisionAttnError, require
 from visionattn.evaluate.opening import open_models, place
 from visionattn.evaluate.sgbm import sgbm
 from visionattn.files import atomic_path
@@ -36,19 +31,6 @@ __all__ = ["BASELINES", "Errors", "MeasuredStereo", "StereoMeasurements", "dispa
 
 BASELINES = {"sgbm": sgbm}
 REGIONS = ("all", "nonocc")
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Errors of one disparity: EPE in pixels, all others in percent of the pixels with truth."""
-
-    epe: float
-    bad_0_5: float
-    bad_1: float
-    bad_2: float
-    bad_4: float
-    d1: float
-    density: float
 
 
 @dataclass(frozen=True)
@@ -117,41 +99,6 @@ class StereoMeasurements:
             for row in [*self.rows, *self.means()]:
                 errors = {key: f"{value:.4f}" for key, value in asdict(row.errors).items()}
                 writer.writerow({"model": row.model, "scene": row.scene, "region": row.region, **errors, **origin})
-
-
-def disparity_errors(disparity: np.ndarray, truth: np.ndarray, region: np.ndarray | None = None) -> Errors:
-    """The errors of a disparity (equations: see the module).
-
-    Args:
-        disparity: (H, W) in pixels, NaN where there is none.
-        truth: (H, W) in pixels, NaN where it is not known.
-        region: (H, W) of bool, pixels to look at; None is all.
-
-    Raises:
-        InputError: The shapes differ, or no pixel has truth.
-    """
-    if disparity.shape != truth.shape:
-        raise InputError(f"The disparity is {disparity.shape}, and its truth {truth.shape}.")
-    counted = np.isfinite(truth) if region is None else np.isfinite(truth) & region
-    if not counted.any():
-        raise InputError("No pixel has truth there.")
-    target = truth[counted].astype(np.float64)
-    error = np.abs(disparity[counted].astype(np.float64) - target)
-    given = np.isfinite(error)
-    error = np.where(given, error, np.inf)
-    return Errors(
-        epe=float(error[given].mean()) if given.any() else float("nan"),
-        bad_0_5=_percent(error > 0.5),
-        bad_1=_percent(error > 1),
-        bad_2=_percent(error > 2),
-        bad_4=_percent(error > 4),
-        d1=_percent((error > 3) & (error > 0.05 * target)),
-        density=_percent(given),
-    )
-
-
-def _percent(pixels: np.ndarray) -> float:
-    return 100 * float(pixels.mean())
 
 
 def stereo_matching(

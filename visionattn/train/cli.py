@@ -120,7 +120,7 @@ class TrainCLI(LightningCLI):
         more = (
             f"Recipes: {', '.join(recipes())}. More settings: --model.help ClassifyTask, --data.help ClassifyData; for "
             "super-resolution --model.help RestoreTask, --data.help RestoreData; for retrieval --model.help "
-            "RetrieveTask, --data.help RetrieveData."
+            "RetrieveTask, --data.help RetrieveData; for stereo and flow --model.help MatchTask, --data.help MatchData."
         )
         parsers = {
             command: {
@@ -341,7 +341,8 @@ class TrainCLI(LightningCLI):
             empty = [""] * (len(measured) - 1)
             table.add_section()
             table.add_row("parameters", *empty, f"{count_parameters(net):,}")
-            table.add_row("multiply-accumulates", *empty, f"{count_macs(net, shape):,}")
+            inputs = [shape] * len(getattr(net, "input_names", ("image",)))
+            table.add_row("multiply-accumulates", *empty, f"{count_macs(net, *inputs):,}")
         self._print(table)
 
     def _print(self, what: Any) -> None:

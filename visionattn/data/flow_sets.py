@@ -1,0 +1,145 @@
+"""Folders of image pairs with true optical flow, as their data sets lay them out.
+
+| layout | data set | first, second | truth | seen in both |
+| --- | --- | --- | --- | --- |
+| sintel | MPI Sintel | clean/ and final/SCENE/frame_N.png, the next | flow/SCENE/frame_N.flo | occlusions/ |
+| chairs | FlyingChairs | N_img1.ppm, N_img2.ppm | N_flow.flo | where the match is inside |
+| kitti | KITTI 2015, 2012 | image_2/ or colored_0/N_10.png, N_11.png | flow_occ/N_10.png | flow_noc/ |
+
+The folder may be that of `training` or `data`, or above it. The truth is from the first image to the second alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from visionattn.data.disparity import read_flow
+from visionattn.data.match_pairs import MatchPair, matches_inside
+from visionattn.data.pictures import read_rgb
+from visionattn.errors import ConfigError, DataError
+
+__all__ = ["FLOW_LAYOUTS", "FlowScene", "find_flow_scenes"]
+
+
+@dataclass(frozen=True)
+class FlowScene:
+    """A pair's files.
+
+    Attributes:
+        name: As a table calls it.
+        first: Image.
+        second: Image.
+        truth: Flow from the first to the second.
+        hidden: Image that is not 0 where the second does not show a pixel of the first.
+        shown: Flow that is known only where it does.
+        invalid: Image that is not 0 where the truth does not count.
+    """
+
+    name: str
+    first: Path
+    second: Path
+    truth: Path
+    hidden: Path | None = None
+    shown: Path | None = None
+    invalid: Path | None = None
+
+    def read(self) -> MatchPair:
+        """Read all files; of the second image no truth is known.
+
+        Raises:
+            DataError: One is damaged, or sizes differ.
+        """
+        views, flow = [read_rgb(path) for path in (self.first, self.second)], read_flow(self.truth)
+        if not views[0].shape[:2] == views[1].shape[:2] == flow.shape[:2]:
+            sizes = ", ".join("{} x {}".format(*array.shape[:2]) for array in (*views, flow))
+            raise DataError(f"{self.first}, {self.second.name} and {self.truth.name} differ in size: {sizes}.")
+        if self.invalid is not None:
+            flow = np.where(_marked(self.invalid)[..., None], np.float32(np.nan), flow)
+        seen = matches_inside(flow)
+        if self.hidden is not None:
+            seen &= ~_marked(self.hidden)
+        if self.shown is not None:
+            seen &= np.isfinite(read_flow(self.shown)).all(-1)
+        unknown = np.full_like(flow, np.nan)
+        return MatchPair(np.stack(views), np.stack([flow, unknown]), np.stack([seen, np.zeros_like(seen)]))
+
+
+def find_flow_scenes(folders: str | Path | Iterable[str | Path], layout: str | None = None) -> list[FlowScene]:
+    """The pairs with truth in folders, sorted by name in each.
+
+    Args:
+        folders: Data sets' folders.
+        layout: One of `FLOW_LAYOUTS`; None finds out.
+
+    Raises:
+        ConfigError: There is no such layout.
+        DataError: There is no such folder, or no pair of a layout in it.
+    """
+    if layout is not None and layout not in FLOW_LAYOUTS:
+        raise ConfigError(f"There is no layout {layout!r}. Choose from {', '.join(FLOW_LAYOUTS)}.")
+    scenes = []
+    for folder in [Path(folders)] if isinstance(folders, (str, Path)) else map(Path, folders):
+        if not folder.is_dir():
+            raise DataError(f"There is no folder {folder}.")
+        finders = FLOW_LAYOUTS.values() if layout is None else [FLOW_LAYOUTS[layout]]
+        found = next((found for finder in finders if (found := list(finder(folder)))), [])
+        if not found:
+            wanted = "any layout" if layout is None else f"the layout {layout}"
+            raise DataError(f"{folder} holds no images with their flow in {wanted} of {', '.join(FLOW_LAYOUTS)}.")
+        scenes += found
+    return scenes
+
+
+def _sintel(folder: Path) -> Iterator[FlowScene]:
+    for place in (folder, folder / "training"):
+        for kind in ("clean", "final"):
+            for truth in sorted((place / "flow").glob("*/frame_*.flo")):
+                scene, number = truth.parent.name, truth.stem.rsplit("_", 1)[1]
+                following = f"frame_{int(number) + 1:0{len(number)}}.png"
+                first, second = place / kind / scene / f"{truth.stem}.png", place / kind / scene / following
+                if first.is_file() and second.is_file():
+                    hidden, invalid = (
+                        _existing(place / part / scene / first.name) for part in ("occlusions", "invalid")
+                    )
+                    yield FlowScene(f"{kind}/{scene}/{number}", first, second, truth, hidden, None, invalid)
+
+
+def _chairs(folder: Path) -> Iterator[FlowScene]:
+    for place in (folder, folder / "data"):
+        for truth in sorted(place.glob("*_flow.flo")):
+            number = truth.stem.removesuffix("_flow")
+            for suffix in (".ppm", ".png"):
+                first, second = (place / f"{number}_img{image}{suffix}" for image in (1, 2))
+                if first.is_file() and second.is_file():
+                    yield FlowScene(number, first, second, truth)
+
+
+def _kitti(folder: Path) -> Iterator[FlowScene]:
+    for place in (folder, folder / "training"):
+        for images in ("image_2", "colored_0", "image_0"):
+            for truth in sorted((place / "flow_occ").glob("*_10.png")):
+                first = place / images / truth.name
+                second = first.with_name(truth.name.replace("_10.", "_11."))
+                if first.is_file() and second.is_file():
+                    shown = _existing(place / "flow_noc" / truth.name)
+                    yield FlowScene(truth.stem, first, second, truth, shown=shown)
+
+
+FLOW_LAYOUTS: dict[str, Callable[[Path], Iterator[FlowScene]]] = {"sintel": _sintel, "chairs": _chairs, "kitti": _kitti}
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _marked(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("L")) > 0
+    except OSError as error:
+        raise DataError(f"Could not read {path}: {error}.") from error
