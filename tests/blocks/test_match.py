@@ -1,5 +1,7 @@
 """MatchAttention, self and cross: the contract, the equations in loops, what positions in the output mean."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -37,9 +39,7 @@ class Parts:
 
     open_axes = (0, 1, 2)
     parts: type[OnParts]
-
-    def widths(self, case):
-        raise NotImplementedError
+    widths: Callable[[dict], tuple[int, ...]]  # of the parts, in a case
 
     def make(self, case, **kwargs):
         return self.parts(super().make(case, **kwargs), self.widths(case)).eval()
