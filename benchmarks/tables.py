@@ -287,6 +287,26 @@ def retrieval_entanglement() -> str:
     return markdown(["head", "asked for", *attributes], body) + f"\n{words}.\n"
 
 
+def match_stereo_scenes() -> str:
+    """Errors of each scene, our network and semi-global matching."""
+    rows = [row for row in read_rows(RESULTS / "match_stereo_scenes.csv") if row["region"] == "all"]
+    if not rows:
+        return "Not measured yet.\n"
+    measures = ("epe", "bad_1", "bad_2", "bad_4", "d1", "density")
+    body = [[row["scene"], f"`{row['model']}`", *(f"{float(row[key]):.1f}" for key in measures)] for row in rows]
+    head = ["scene", "model", "EPE", *(key.replace("_", "-") for key in measures[1:])]
+    return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n"
+
+
+def match_stereo_training() -> str:
+    """Errors on held-out generated pairs, epoch by epoch."""
+    rows = read_rows(RESULTS / "match_stereo_training.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    columns = ("run", "crop_size", "max_disparity", "updates", "epe", "nonocc_epe", "bad_1", "bad_2", "nonocc_bad_2")
+    return markdown([key.replace("_", " ") for key in columns], ([row[key] for key in columns] for row in rows))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "minimal_vit_mnist_long": lambda: minimal_vit("mnist", long=True),
     "minimal_vit_mnist_grid": lambda: minimal_vit("mnist", long=False),
@@ -308,6 +328,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ulsam_controls_others": lambda: ulsam_controls("others"),
     "halonet_cifar10": halonet_cifar10,
     "span_psnr": lambda: plain("span_psnr"),
+    "match_stereo_scenes": match_stereo_scenes,
+    "match_stereo_training": match_stereo_training,
     "match_stereo_speed": lambda: plain("match_stereo_speed"),
     "span_speed": lambda: plain("span_speed"),
     "upscale_memory": lambda: plain("upscale_memory"),

@@ -204,3 +204,10 @@ def test_torchvision_transforms_draw_from_torch_alone():
         np.random.seed(), random.seed()
         results.append(torch.stack([transform(image) for _ in range(5)]))
     assert torch.equal(*results)
+
+
+def test_evaluation_has_the_same_samples_each_epoch():
+    sampler = EpochSampler(range(5), 1, 0, training=False, seed=0)
+    first = list(sampler)
+    sampler.set_epoch(3)
+    assert list(sampler) == first

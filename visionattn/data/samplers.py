@@ -57,7 +57,8 @@ class EpochSampler(DistributedSampler):
         self.start = 0
 
     def __iter__(self) -> Iterator[SampleKey]:
-        epoch = self.epoch
+        # Evaluation is of the same samples each time, also where the epoch draws them.
+        epoch = self.epoch if self.shuffle else 0
         for position, sample in enumerate(super().__iter__()):
             if position >= self.start:
                 yield SampleKey(sample, epoch, is_copy=position * self.num_replicas + self.rank >= self.size)

@@ -44,6 +44,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 
 from visionattn.blocks.match_decoder import ConvexUpsampling, CorrelationStart, MatchLayer
 from visionattn.errors import InputError
+from visionattn.weights import SHIPPED
 from visionattn.weights import match_stereo as layouts
 from visionattn.weights.match_stereo import VARIANTS
 
@@ -446,7 +447,7 @@ def _published(filename: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "va_match_stereo_nano.untrained": _cfg(),
+        "va_match_stereo_nano.generated": _cfg(file=str(SHIPPED / "va_match_stereo_nano.safetensors")),
         "va_match_stereo_tiny.fsd": _published("matchstereo_tiny_fsd.pth"),
         "va_match_stereo_small.fsd": _published("matchstereo_small_fsd.pth"),
         "va_match_stereo_base.fsd": _published("matchstereo_base_fsd.pth"),
