@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from report import RESULTS, environment, write_rows
-
 from visionattn.evaluate import stereo_matching
 
 
