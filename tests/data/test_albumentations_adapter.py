@@ -51,7 +51,7 @@ class ToArray:
 
 def batches(path, num_workers, epoch):
     dataset = SeededDataset(Pictures(), ToArray(path), seed=0)
-    sampler = EpochSampler(dataset, 1, 0, training=False, seed=0)
+    sampler = EpochSampler(dataset, 1, 0, training=True, seed=0)
     sampler.set_epoch(epoch)
     return torch.cat([images for images, _ in ResumableLoader(dataset, 4, sampler=sampler, num_workers=num_workers)])
 
