@@ -63,14 +63,14 @@ def visit(folder: Path, console: Console) -> None:
         "network": estimate_disparity(left, right, pretrained(DEFAULT))[0],
         "semi-global matching": sgbm(left, right, largest),
     }
-    console_table = Table("method", "EPE", "bad-2")
+    summary = Table("method", "EPE", "bad-2")
     rows = ["| method | EPE | bad-2 |", "| --- | ---: | ---: |"]
     for name, disparity in found.items():
         errors = disparity_errors(disparity, truth)
         row = name, f"{errors.epe:.2f}", f"{errors.bad_2:.1f}"
-        console_table.add_row(*row)
+        summary.add_row(*row)
         rows.append(f"| {' | '.join(row)} |")
-    console.print(console_table)
+    console.print(summary)
     for side, view in (("left", left), ("right", right)):
         Image.fromarray(view).save(folder / f"{side}.png")
     write_disparity(folder / "truth.pfm", truth)
