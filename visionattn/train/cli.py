@@ -402,6 +402,9 @@ def main(args: Sequence[str]) -> int:
     try:
         require("jsonargparse", "train")
         TrainCLI(args)
+        # Lightning leaves the processes joined, and their threads abort now and then when Python ends under them.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except Interrupted as stop:
         if getattr(rank_zero_only, "rank", 0) == 0:
             print(f"{stop} Go on with:\n  {_resume_command(args, stop.checkpoint)}", file=sys.stderr)
