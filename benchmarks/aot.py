@@ -5,11 +5,35 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+
+
+class Case(NamedTuple):
+    """A kernel as its launcher compiles it for one kind of input.
+
+    Attributes:
+        kernel: The jit function.
+        dtype: Of the operator's tensors: `"fp32"`, `"bf16"` or `"fp16"`.
+        types: Argument name -> Triton type, as `compile_for` takes them.
+        constants: Argument name -> value.
+        options: `num_warps`, `num_stages`.
+        configuration: What distinguishes it from the kernel's other cases, for the table.
+        in_tests: Whether `make test` compiles it for sm_90, where it must not spill.
+        dots: Whether it is meant to have tensor-core instructions.
+    """
+
+    kernel: Any
+    dtype: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int] = {}
+    configuration: str = ""
+    in_tests: bool = False
+    dots: bool = False
 
 
 class Resources(NamedTuple):
@@ -57,3 +81,8 @@ def resources(compiled: CompiledKernel, folder: Path) -> Resources:
     text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
     return Resources(*(int(usage[key]) for key in ("REG", "STACK", "SHARED", "LOCAL")))
+
+
+def tensor_core_instructions(compiled: CompiledKernel) -> int:
+    """Count the matrix instructions of a compiled kernel's PTX: `mma.sync`, `wgmma` and `tcgen05.mma`."""
+    return len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"]))

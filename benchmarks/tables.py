@@ -342,7 +342,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "retrieval_entanglement": retrieval_entanglement,
     "search_index": lambda: plain("search_index"),
     "retrieval_cost": lambda: plain("retrieval_cost"),
-    "compiled_kernels": lambda: plain("compiled_kernels"),
+    "kernel_resources": lambda: plain("kernel_resources"),
 }
 
 

@@ -27,6 +27,8 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
 ]
+# Bytes that a block may have on the smallest chip that kernels run on (compute capability 8.6).
+SHARED_MEMORY = 99 * 1024
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -182,6 +184,24 @@ class OperatorContract:
         process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert process.returncode == 0, process.stderr
         assert process.stdout.endswith("interpreted\n")
+
+    def test_compiles_for_sm_90_without_spilling(self, tmp_path):
+        pytest.importorskip("triton", reason="Triton is not installed")
+        import aot
+        import kernel_resources
+
+        cases = [case for case in kernel_resources.CASES.get(self.name, list)() if case.in_tests]
+        has_kernels = importlib.util.find_spec(f"visionattn.kernels._triton.{self.name}") is not None
+        assert bool(cases) == has_kernels
+        for case in cases:
+            compiled = aot.compile_for(case.kernel, case.types, case.constants, capability=90, **case.options)
+            assert bool(aot.tensor_core_instructions(compiled)) == case.dots, case
+            try:
+                used = aot.resources(compiled, tmp_path)
+            except FileNotFoundError:
+                pytest.skip("this Triton wheel has no cuobjdump")
+            assert used.stack == used.local == 0, case
+            assert used.shared <= SHARED_MEMORY, case
 
     def interpret(self) -> None:
         """Let the Triton launchers serve CPU tensors, in a process with `TRITON_INTERPRET=1`, and compare values."""
