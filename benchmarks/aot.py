@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import triton
@@ -30,7 +32,7 @@ class Case(NamedTuple):
     dtype: str
     types: dict[str, str]
     constants: dict[str, Any]
-    options: dict[str, int] = {}
+    options: Mapping[str, int] = MappingProxyType({})
     configuration: str = ""
     in_tests: bool = False
     dots: bool = False

@@ -2,8 +2,8 @@
 
     python benchmarks/match_stereo_precision.py [--sizes 1248x384 3840x2176] [--device cuda]
 
-nano has its own weights, tiny random ones. `network` is a network whose weights are of the half precision, `autocast` one
-of float32 under torch.autocast. One pair, which `match_stereo_speed.py` describes; differences in pixels over the
+nano has its own weights, tiny random ones. `network` is a network whose weights are of the half precision, `autocast`
+one of float32 under torch.autocast. One pair, which `match_stereo_speed.py` describes; differences in pixels over the
 signed fields of both views. Writes results/match_stereo_precision.csv.
 """
 
