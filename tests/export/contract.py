@@ -54,7 +54,7 @@ def export_by_name(name: str, folder: Path) -> OnnxFile:
     if model.task in ("stereo", "flow"):
         draw_random_weights(model, None)
         start = model.start
-        start.q.weight.data *= 3
+        start.q.weight.data *= 2
         start.k.weight.data = start.q.weight.data.clone()  # so that what looks alike matches
     else:
         draw_weights(model)

@@ -75,7 +75,10 @@ def match_attention_definition(
     keys = F.embedding(rows, k.reshape(-1, k.shape[4])).to(dtype)
     query = q.unsqueeze(-2).to(dtype)
     if similarity == "l1":
-        scores = -(query - keys).abs().sum(-1) * q.shape[4] ** -0.5
+        # A row of the window against the query as many times: ONNX Runtime broadcasts runs of D numbers slowly.
+        side = 2 * radius + 2
+        away = keys.unflatten(-2, (side, side)).flatten(-2) - query.repeat(1, 1, 1, 1, 1, side)
+        scores = -torch.linalg.vector_norm(away.view(keys.shape), 1, -1) * q.shape[4] ** -0.5
     else:
         scores = (query @ keys.transpose(-1, -2)).squeeze(-2) * q.shape[4] ** -0.5
     attention = _bilinear(scores, right, down)
@@ -100,10 +103,10 @@ def bilinear_softmax(scores: Tensor, fraction: Tensor) -> Tensor:
 def _bilinear(scores: Tensor, u: Tensor, v: Tensor) -> Tensor:
     along = torch.arange(round(scores.shape[-1] ** 0.5), device=scores.device)
     within = torch.stack([along < along.shape[0] - 1, along > 0])  # first and second sub-window along an axis
-    within = (within[:, None, :, None] & within[:, None]).view(4, -1)  # (4, M): nw, ne, sw, se
+    within = (within[:, None, :, None] & within[:, None]).flatten(2).flatten(0, 1)  # (4, M): nw, ne, sw, se
     outside = torch.zeros(within.shape, dtype=scores.dtype, device=scores.device).masked_fill(~within, float("-inf"))
-    alpha = (scores.unsqueeze(-2) + outside).softmax(-1)
-    return (torch.stack(_weights(u, v), -1).unsqueeze(-1) * alpha).sum(-2)
+    alpha = (scores + outside.view(4, *[1] * (scores.ndim - 1), -1)).softmax(-1)
+    return (torch.stack(_weights(u, v)).unsqueeze(-1) * alpha).sum(0)
 
 
 def _sub_windows(radius: int) -> list[list[int]]:
