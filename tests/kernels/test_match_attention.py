@@ -78,6 +78,7 @@ class TestMatchAttention(OperatorContract):
             case(radius=3, size=(8, 9), heads=1, images=1),
             case(size=(4, 4), heads=1, dim=1),
             case(radius=2, size=(6, 8), similarity="dot", shared=True, reach=40.0),
+            (q, k, v, field.round(), *rest),  # centres on pixels, and on the bounds
             (q, *both.split(4, dim=4), field, *rest),
             (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, field.expand(2, 5, 8, 3, 2), *rest),
             (*(x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2) for x in (q, k, v, field)), *rest),

@@ -28,7 +28,7 @@ Windows near the border lie inside the map, shifted. With cotangents g of o and 
 
     G_m   = h_m + g . v_m                     of A
     dw_t  = sum over m of alpha_tm G_m        of w; rho_x gets (1 - v)(dw_ne - dw_nw) + v (dw_se - dw_sw), rho_y
-                                              (1 - u)(dw_sw - dw_nw) + u (dw_se - dw_ne), each 0 where it was clamped
+                                              (1 - u)(dw_sw - dw_nw) + u (dw_se - dw_ne), each 0 where c was outside
     ds_m  = sum over t of w_t alpha_tm (G_m - dw_t)
     grad_q = -sum over m of ds_m sign(q - k_m) / sqrt(D), grad_k_m the terms of that sum, grad_v_m = A_m g
 
@@ -149,7 +149,9 @@ def _positions(field: Tensor) -> tuple[Tensor, Tensor]:
 
 def _floor(position: Tensor, radius: int, size: int) -> tuple[Tensor, Tensor]:
     """First pixel of the window along an axis, and how far the centre is from its integer neighbour."""
-    centre = position.clamp(float(radius), size - 1 - radius - _MARGIN)
+    # Not Tensor.clamp, whose gradient on a bound depends on the version of PyTorch: here it is that of the inside.
+    last = size - 1 - radius - _MARGIN
+    centre = position.masked_fill(position < radius, radius).masked_fill(position > last, last)
     whole = centre.floor().long().clamp(radius, size - 2 - radius)  # again, for NaN
     return whole - radius, centre - whole
 

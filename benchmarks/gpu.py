@@ -1,0 +1,246 @@
+"""Every Triton kernel on a GPU: its values against float64, then its times beside what users would take instead.
+
+    python benchmarks/gpu.py [--operators NAME ...] [--repeats 20] [--again]
+
+One command, some ten minutes. For each operator, outputs and all gradients are compared with its plain definition in
+float64, in float32, bfloat16 and float16, at shapes of real models and at odd ones, with all fresh memory full of NaN;
+a second call must give the same bits, and so must a replayed CUDA graph of the forward pass. Rows go to
+results/gpu_checks.csv: `error` is the largest of a tensor, as a share of its largest magnitude or of 1 where that is
+less, beside what the operator's file allows. What passes is timed by the operator's own script, which writes its CSV.
+An operator whose checks of this revision and device stand in the table is not checked again, unless told so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import visionattn.kernels  # noqa: F401  registers the operators
+from report import RESULTS, environment, read_rows, write_rows
+from visionattn.kernels import decompositions, kernels_enabled
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+STRICTER = {"symmetric_gate": 1e-6}  # in float32
+LOOSER = {"subspace_attention": 2e-5}
+SECONDS = 420  # of an operator's timings
+
+Draw = Callable[..., Tensor]  # shape -> random numbers of the case's dtype
+
+
+def symmetric_gate(draw: Draw) -> Iterator[tuple]:
+    for shape in ((1, 48, 720, 1280), (16, 48, 64, 64), (3, 5, 401), (1,)):
+        yield draw(*shape), draw(*shape)
+    yield draw(2, 48, 63, 65).to(memory_format=torch.channels_last), draw(2, 48, 63, 65)
+
+
+def halo_attention(draw: Draw) -> Iterator[tuple]:
+    for heads, D, Dv, size, block, halo, stride, border, index in (
+        (4, 16, 16, (56, 56), 8, 3, 1, "mask", "offset"),
+        (8, 8, 8, (56, 56), 8, 3, 1, "mask", "offset"),
+        (4, 32, 32, (33, 47), 8, 3, 1, "mask", "offset"),
+        (2, 64, 64, (24, 24), 8, 4, 1, "mask", "offset"),
+        (2, 24, 40, (30, 20), 10, 3, 1, "mask", "offset"),
+        (2, 128, 128, (16, 16), 8, 3, 1, "mask", "offset"),
+        (4, 16, 16, (28, 42), 14, 2, 1, "mask", "offset"),
+        (4, 16, 64, (32, 32), 8, 2, 1, "zero", "timm"),
+        (4, 16, 32, (32, 31), 8, 2, 2, "zero", "timm"),
+        (4, 16, 16, (32, 31), 8, 3, 2, "mask", "offset"),
+    ):
+        H, W = size
+        window = block + 2 * halo
+        q = draw(2, heads, D, -(-H // stride), -(-W // stride))
+        k, v = draw(2, heads, D, H, W), draw(2, heads, Dv, H, W)
+        tables = [0.3 * draw(2 * window - 1, D) for _ in range(2)]
+        yield q, k, v, *tables, block, halo, stride, border, index
+
+
+def match_attention(draw: Draw) -> Iterator[tuple]:
+    for size, heads, D, Dv, shared, radius, similarity, reach in (
+        ((48, 104), 4, 8, 8, False, 1, "l1", 8),
+        ((48, 104), 4, 8, 16, True, 1, "l1", 8),
+        ((24, 52), 4, 16, 16, False, 1, "l1", 4),
+        ((24, 52), 4, 32, 32, False, 2, "l1", 4),
+        ((12, 26), 4, 40, 40, True, 2, "l1", 200),
+        ((9, 11), 3, 5, 7, False, 1, "dot", 2),
+        ((9, 11), 2, 12, 12, False, 3, "l1", 2),
+    ):
+        q, k, v = (draw(2, *size, heads, width) for width in (D, D, Dv))
+        field = reach * draw(2, *size, 1 if shared else heads, 2).float()
+        yield q, k, v, field, radius, similarity
+
+
+def multi_query_pool(draw: Draw) -> Iterator[tuple]:
+    for B, N, D, M in ((64, 197, 768, 32), (16, 257, 1536, 32), (33, 196, 384, 96), (5, 7, 72, 3), (1, 1000, 192, 1)):
+        yield draw(B, N, D), draw(M, D), None
+    present = draw(9, 50) > 0
+    present[0] = False
+    yield draw(9, 50, 192), draw(8, 192), present
+
+
+def subspace_attention(draw: Draw) -> Iterator[tuple]:
+    for B, g, width, H, W, form in (
+        (16, 4, 128, 14, 14, "paper"),
+        (8, 4, 16, 56, 56, "paper"),
+        (4, 4, 24, 28, 31, "all"),
+        (4, 8, 12, 7, 7, "all"),
+        (2, 1, 5, 112, 3, "all"),
+    ):
+        C = g * width
+        x, scale, point = draw(B, C, H, W), 0.3 * draw(C), draw(g, width)
+        if form == "paper":
+            yield x, scale, None, point, None, None, None, False, False, 0.0
+        else:
+            yield x, scale, draw(C), point, draw(g), draw(g), draw(g), True, True, 1e-5
+
+
+CASES = {case.__name__: case for case in (symmetric_gate, halo_attention, match_attention, multi_query_pool)}
+CASES[subspace_attention.__name__] = subspace_attention
+TIMINGS = {
+    "symmetric_gate": [],
+    "halo_attention": ["--parts", "layer", "model"],
+    "match_attention": ["--size", "1536x1536"],
+    "multi_query_pool": [],
+    "subspace_attention": [],
+}
+
+
+def differentiate(
+    function: Callable, args: tuple, cotangents: list[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and the gradients of all floating-point arguments, and the cotangents: random ones if None."""
+    args = tuple(
+        arg.detach().requires_grad_(arg.is_floating_point()) if isinstance(arg, Tensor) else arg for arg in args
+    )
+    outputs = function(*args)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    if cotangents is None:
+        cotangents = [torch.randn_like(out) for out in outputs]
+    leaves = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
+    gradients = torch.autograd.grad(outputs, leaves, [g.to(out.dtype) for g, out in zip(cotangents, outputs)])
+    return [out.detach() for out in outputs] + list(gradients), cotangents
+
+
+def doubled(args: tuple) -> tuple:
+    return tuple(arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+
+
+def error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest error of a tensor as a share of its largest magnitude, or of 1; NaN if there is one."""
+    shares = [
+        ((tensor.double() - reference).abs().max() / reference.abs().max().clamp(min=1)).item()
+        for tensor, reference in zip(found, expected, strict=True)
+    ]
+    return float("nan") if any(share != share for share in shares) else max(shares)
+
+
+def same(found: list[Tensor], again: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+@torch.inference_mode()
+def captured(operator: Callable, args: tuple) -> list[Tensor]:
+    """What a CUDA graph of the operator gives when it is replayed over memory full of NaN."""
+    operator(*args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = operator(*args)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    for out in outputs:
+        out.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    return outputs
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill all memory that PyTorch allocates without writing to it with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def describe(args: tuple) -> str:
+    return " ".join("x".join(map(str, arg.shape)) if isinstance(arg, Tensor) else str(arg) for arg in args)
+
+
+def check(name: str, origin: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows of an operator's cases."""
+    operator = getattr(torch.ops.visionattn, name)
+    definition = decompositions()[operator.default]
+    for dtype, allowed in TOLERANCES.items():
+        if dtype == torch.float32:
+            allowed = STRICTER.get(name, LOOSER.get(name, allowed))
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int, dtype=dtype, generator=generator) -> Tensor:
+            return torch.randn(shape, generator=generator).to("cuda", dtype)
+
+        for args in CASES[name](draw):
+            with poisoned_memory():
+                found, cotangents = differentiate(operator, args, None)
+                again, _ = differentiate(operator, args, cotangents)
+            expected, _ = differentiate(definition, doubled(args), cotangents)
+            worst = error(found, expected)
+            outputs = found[: len(cotangents)]
+            yield {
+                "operator": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "case": describe(args),
+                "error": f"{worst:.2e}",
+                "allowed": f"{allowed:.0e}",
+                "passed": worst <= allowed,
+                "deterministic": same(found, again),
+                "graph": same(outputs, captured(operator, args)),
+                **origin,
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operators", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--again", action="store_true", help="check what has been checked, too")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or not kernels_enabled(torch.device("cuda", 0)):
+        raise SystemExit("No GPU here that runs the kernels: see visionattn.kernels.kernels_enabled.")
+    torch.manual_seed(0)
+    origin = environment("cuda")
+    table, failed = RESULTS / "gpu_checks.csv", []
+    for name in args.operators:
+        here = [
+            row
+            for row in read_rows(table)
+            if all(row[key] == value for key, value in {"operator": name, **origin}.items() if key != "date")
+        ]
+        if args.again or not here:
+            here = []
+            for row in check(name, origin):
+                print(*list(row.values())[:8], sep=" | ", flush=True)
+                here.append(row)
+            write_rows(table, here, key=("operator", "device"))
+        if any(str(row[key]) != "True" for row in here for key in ("passed", "deterministic", "graph")):
+            failed.append(name)
+            continue
+        script = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--device", "cuda", *TIMINGS[name]]
+        try:
+            subprocess.run([*script, "--repeats", str(args.repeats)], check=True, timeout=SECONDS)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as stop:
+            failed.append(f"{name} ({type(stop).__name__})")
+    if failed:
+        raise SystemExit(f"Wrong, or not timed: {', '.join(failed)}.")
+
+
+if __name__ == "__main__":
+    main()
