@@ -81,8 +81,9 @@ def resources(compiled: CompiledKernel, folder: Path) -> Resources:
     cubin = folder / f"{compiled.metadata.name}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
-    return Resources(*(int(usage[key]) for key in ("REG", "STACK", "SHARED", "LOCAL")))
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    # Shared memory is asked for at launch, so that the file does not say how much.
+    return Resources(int(usage["REG"]), int(usage["STACK"]), compiled.metadata.shared, int(usage["LOCAL"]))
 
 
 def tensor_core_instructions(compiled: CompiledKernel) -> int:

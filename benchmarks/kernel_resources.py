@@ -12,14 +12,18 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
+
+import torch
 
 from aot import Case, compile_for, resources, tensor_core_instructions
 from report import RESULTS, environment, write_rows
-from visionattn.kernels._triton import symmetric_gate
+from visionattn.kernels._triton import multi_query_pool, symmetric_gate
 
 CAPABILITIES = (80, 90, 100)
-DTYPES = ("fp32", "bf16", "fp16")
+TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = tuple(TORCH)
 
 
 def pointers(kernel, dtype: str, **others: str) -> dict[str, str]:
@@ -34,7 +38,27 @@ def symmetric_gate_cases() -> Iterator[Case]:
             yield Case(kernel, dtype, types, {"BLOCK": symmetric_gate.BLOCK}, in_tests=True)
 
 
+def multi_query_pool_cases() -> Iterator[Case]:
+    for dtype, queries in product(DTYPES, (8, 32, 96)):
+        tile = multi_query_pool.tiles(queries, TORCH[dtype])
+        constants = {**tile.constants, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
+        numbers = {"M": "i32", "N": "i32", "D": "i32:16", "x_stride_b": "i32:16", "x_stride_n": "i32:16"}
+        scratch = {"logits_ptr": "fp32", "slope_ptr": "fp32", "partial_ptr": "fp32", "mask_ptr": "u8"}
+        for kernel, others, more in (
+            (multi_query_pool.multi_query_pool_fwd_kernel, {"scale": "fp32"}, {"MASKED": False}),
+            (multi_query_pool.multi_query_pool_bwd_slope_kernel, {"scale": "fp32"}, {"OF_ATTENTION": False}),
+            (multi_query_pool.multi_query_pool_bwd_q_kernel, {"B": "i32", "images": "i32"}, {}),
+            (multi_query_pool.multi_query_pool_bwd_x_kernel, {}, {}),
+        ):
+            names = kernel.arg_names
+            types = pointers(kernel, dtype, **scratch) | {k: v for k, v in (numbers | others).items() if k in names}
+            tested = dtype == "bf16" and queries == 32
+            configuration = f"{tile.queries} queries"
+            yield Case(kernel, dtype, types, constants | more, tile.options, configuration, tested, dots=True)
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "multi_query_pool": multi_query_pool_cases,
     "symmetric_gate": symmetric_gate_cases,
 }
 

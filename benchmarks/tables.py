@@ -331,6 +331,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "match_stereo_scenes": match_stereo_scenes,
     "match_stereo_training": match_stereo_training,
     "match_stereo_speed": lambda: plain("match_stereo_speed"),
+    "match_stereo_precision": lambda: plain("match_stereo_precision"),
     "span_speed": lambda: plain("span_speed"),
     "upscale_memory": lambda: plain("upscale_memory"),
     "probe_poolings": lambda: plain("probe_poolings"),

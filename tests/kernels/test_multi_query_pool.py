@@ -70,6 +70,16 @@ class TestMultiQueryPool(OperatorContract):
             (x[..., ::2], q.t().contiguous().t()[:, ::2]),
         ]
 
+    def interpreter_samples(self):
+        # Beyond a tile of queries, tokens and channels too.
+        return [*self.samples(torch.float32, "cpu"), arguments(2, 67, 70, 33, dtype=torch.float32)]
+
+    def interpret(self):
+        super().interpret()
+        with poisoned_memory():
+            masked = TestMasked()
+            masked.check_values(masked.interpreter_samples(), self.tolerance[torch.float32])
+
 
 class TestMasked(TestMultiQueryPool):
     """The same operator with a mask that its inputs' shapes give; not a second contract for what takes no function."""

@@ -23,6 +23,7 @@ in float32, the backward pass from the attention as it was rounded.
 Tolerance, forward and gradients, as a share of the float64 result's largest magnitude, or of 1 where that is less:
     float64 1e-13, float32 1e-5, bfloat16 2e-2, float16 2e-3.
 Form: chunks of images whose tokens stay in a CPU's cache between the two products that read them.
+Kernels: Triton on CUDA; float64 there, tensors without a number, and other devices take the plain form.
 Limits: tokens that are masked must be finite; differentiable once, a second derivative raises RuntimeError.
 Source: Efficient Probing, arXiv 2506.10178. There values are projected before they are averaged; averaged first, the
 tokens serve as values.
@@ -36,7 +37,13 @@ import torch
 from torch import Tensor
 
 from visionattn.errors import InputError
-from visionattn.kernels._operator import DEFINITIONS, check_alike, register_autocast, register_flop_formula
+from visionattn.kernels._operator import (
+    DEFINITIONS,
+    check_alike,
+    kernels_enabled,
+    register_autocast,
+    register_flop_formula,
+)
 
 __all__ = ["multi_query_pool_definition"]
 
@@ -120,10 +127,24 @@ def _check(x: Tensor, q: Tensor, mask: Tensor | None = None, **others: Tensor) -
         )
 
 
+def _use_triton(x: Tensor, q: Tensor) -> bool:
+    return x.dtype != torch.float64 and min(x.numel(), len(q)) > 0 and kernels_enabled(x.device)
+
+
 @torch.library.custom_op("visionattn::multi_query_pool", mutates_args=())
 def multi_query_pool(x: Tensor, q: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     _check(x, q, mask)
     return _plain(x, q, mask)
+
+
+@multi_query_pool.register_kernel("cuda")
+def _(x: Tensor, q: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    _check(x, q, mask)
+    if not _use_triton(x, q):
+        return _plain(x, q, mask)
+    from visionattn.kernels._triton import multi_query_pool as triton_kernels
+
+    return triton_kernels.forward(x, q, mask)
 
 
 @multi_query_pool.register_fake
@@ -139,6 +160,18 @@ def multi_query_pool_backward(
 ) -> tuple[Tensor, Tensor]:
     _check(x, q, grad_z=grad_z, attention=attention)
     return _plain_backward(grad_z, grad_attention, x, q, attention, needs_x)
+
+
+@multi_query_pool_backward.register_kernel("cuda")
+def _(
+    grad_z: Tensor, grad_attention: Tensor | None, x: Tensor, q: Tensor, attention: Tensor, needs_x: bool
+) -> tuple[Tensor, Tensor]:
+    _check(x, q, grad_z=grad_z, attention=attention)
+    if not _use_triton(x, q):
+        return _plain_backward(grad_z, grad_attention, x, q, attention, needs_x)
+    from visionattn.kernels._triton import multi_query_pool as triton_kernels
+
+    return triton_kernels.backward(grad_z, grad_attention, x, q, attention, needs_x)
 
 
 @multi_query_pool_backward.register_fake
