@@ -19,16 +19,38 @@ import torch
 
 from aot import Case, compile_for, resources, tensor_core_instructions
 from report import RESULTS, environment, write_rows
-from visionattn.kernels._triton import multi_query_pool, symmetric_gate
+from visionattn.kernels._triton import multi_query_pool, subspace_attention, symmetric_gate
 
 CAPABILITIES = (80, 90, 100)
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = tuple(TORCH)
+GATE_FLAGS = ("NORMALISED", "OFFSET", "GAIN", "RECTIFY", "SCALED")
 
 
 def pointers(kernel, dtype: str, **others: str) -> dict[str, str]:
     """Triton types of a kernel's pointers, by argument name: all of one dtype but those named."""
     return {name: f"*{others.get(name, dtype)}" for name in kernel.arg_names if name.endswith("_ptr")}
+
+
+def subspace_attention_cases() -> Iterator[Case]:
+    kernels = subspace_attention
+    single = ("logits", "mean", "factor", "slope", "gate", "by_gate", "by_point", "by_shift", "by_scale")
+    scratch = {f"{name}_ptr": "fp32" for name in single} | {"taken_ptr": "i8"}
+    for form, dtype in product(("paper", "all"), DTYPES):
+        whole = form == "all"
+        maps = {"SHIFTED": whole, "RECTIFY": whole}
+        cases = {
+            kernels.subspace_attention_fwd_logits_kernel: maps,
+            kernels.subspace_attention_fwd_gate_kernel: dict.fromkeys(GATE_FLAGS, whole),
+            kernels.subspace_attention_bwd_pool_kernel: maps,
+        }
+        if whole:
+            cases |= {kernels.subspace_attention_bwd_gate_kernel: {}, kernels.subspace_attention_bwd_x_kernel: {}}
+        for kernel, flags in cases.items():
+            sizes = {size: "i32" for size in ("g", "G", "H", "W", "HW") if size in kernel.arg_names}
+            types = pointers(kernel, dtype, **scratch) | sizes
+            tested = whole and dtype == "bf16"
+            yield Case(kernel, dtype, types, kernels.TILE | flags, kernels.OPTIONS, form, tested)
 
 
 def symmetric_gate_cases() -> Iterator[Case]:
@@ -59,6 +81,7 @@ def multi_query_pool_cases() -> Iterator[Case]:
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "multi_query_pool": multi_query_pool_cases,
+    "subspace_attention": subspace_attention_cases,
     "symmetric_gate": symmetric_gate_cases,
 }
 

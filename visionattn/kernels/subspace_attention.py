@@ -29,6 +29,7 @@ Tolerance, forward and gradients, as a share of the float64 result's largest mag
     float64 1e-12, float32 2e-5, bfloat16 2e-2, float16 2e-3.
 Form: the largest of three columns, then of three rows, each as two passes over whole maps; PyTorch's CPU kernel of the
 pool goes from window to window, and takes most of the time of the branches that ULSAM is usually written in.
+Kernels: Triton on CUDA; float64 there, no images, and other devices take the plain form.
 Limits: differentiable once; a second derivative raises RuntimeError.
 Source: ULSAM, Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks, arXiv 2006.15102.
 """
@@ -42,7 +43,13 @@ import torch
 from torch import Tensor
 
 from visionattn.errors import InputError
-from visionattn.kernels._operator import DEFINITIONS, check_alike, register_autocast, register_flop_formula
+from visionattn.kernels._operator import (
+    DEFINITIONS,
+    check_alike,
+    kernels_enabled,
+    register_autocast,
+    register_flop_formula,
+)
 
 __all__ = ["subspace_attention_definition"]
 
@@ -303,6 +310,10 @@ def _check(x, scale, shift, point, weight, offset, gain, rectify, scaled, eps, *
         raise InputError(f"{wanted}, scale and shift (C,), weight, offset and gain (g,), but got {given}.")
 
 
+def _use_triton(x: Tensor) -> bool:
+    return x.dtype != torch.float64 and len(x) > 0 and kernels_enabled(x.device)
+
+
 @torch.library.custom_op("visionattn::subspace_attention", mutates_args=())
 def subspace_attention(
     x: Tensor,
@@ -319,6 +330,16 @@ def subspace_attention(
     args = (x, scale, shift, point, weight, offset, gain, rectify, scaled, eps)
     _check(*args)
     return _plain(*args)
+
+
+@subspace_attention.register_kernel("cuda")
+def _(x: Tensor, *others) -> tuple[Tensor, Tensor]:
+    _check(x, *others)
+    if not _use_triton(x):
+        return _plain(x, *others)
+    from visionattn.kernels._triton import subspace_attention as triton_kernels
+
+    return triton_kernels.forward(x, *others)
 
 
 @subspace_attention.register_fake
@@ -346,6 +367,16 @@ def subspace_attention_backward(
     args = (x, scale, shift, point, weight, offset, gain, rectify, scaled, eps)
     _check(*args, grad=grad, logits=logits)
     return _plain_backward(grad, grad_logits, logits, *args)
+
+
+@subspace_attention_backward.register_kernel("cuda")
+def _(grad, grad_logits, logits, x, *others):
+    _check(x, *others, grad=grad, logits=logits)
+    if not _use_triton(x):
+        return _plain_backward(grad, grad_logits, logits, x, *others)
+    from visionattn.kernels._triton import subspace_attention as triton_kernels
+
+    return triton_kernels.backward(grad, grad_logits, logits, x, *others)
 
 
 @subspace_attention_backward.register_fake
