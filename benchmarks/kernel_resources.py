@@ -19,11 +19,12 @@ import torch
 
 from aot import Case, compile_for, resources, tensor_core_instructions
 from report import RESULTS, environment, write_rows
-from visionattn.kernels._triton import multi_query_pool, subspace_attention, symmetric_gate
+from visionattn.kernels._triton import halo_attention, multi_query_pool, subspace_attention, symmetric_gate
 
 CAPABILITIES = (80, 90, 100)
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = tuple(TORCH)
+HEADS = (8, 16, 32, 64, 128)  # widths of them
 GATE_FLAGS = ("NORMALISED", "OFFSET", "GAIN", "RECTIFY", "SCALED")
 
 
@@ -60,6 +61,31 @@ def symmetric_gate_cases() -> Iterator[Case]:
             yield Case(kernel, dtype, types, {"BLOCK": symmetric_gate.BLOCK}, in_tests=True)
 
 
+def halo_attention_cases() -> Iterator[Case]:
+    kernels = halo_attention
+    shapes = [(block, halo, D) for block, halo in ((8, 3), (8, 4), (10, 3), (12, 2), (14, 2), (7, 2)) for D in HEADS]
+    singles = {f"{name}_ptr": "fp32" for name in ("lse", "delta", "by_height", "by_width")}
+    for dtype, (block, halo, D) in product(DTYPES, shapes):
+        if dtype == "fp32" and (block, D) not in ((8, 16), (8, 32), (8, 64)):
+            continue
+        precision = "tf32x3" if dtype == "fp32" else "tf32"
+        given = {"BLOCK": block, "HALO": halo, "STRIDE": 1, "STEP": 1, "HALF": dtype != "fp32", "PRECISION": precision}
+        forward, backward = (kernels.tiles(D, D, block, halo, 1, TORCH[dtype], backward) for backward in (False, True))
+        cases = {kernels.halo_attention_fwd_kernel: {"MASK": True, "ROWS": forward.rows, **forward.constants}}
+        if dtype != "fp32" or D <= 16:  # which the launcher takes
+            of_queries = {"MASK": True, "ROWS": backward.rows, **backward.constants}
+            cases[kernels.halo_attention_bwd_q_kernel] = of_queries
+            cases[kernels.halo_attention_bwd_kv_kernel] = {"KEYS": backward.keys, **backward.constants}
+        for kernel, more in cases.items():
+            constants = given | more
+            whole = [name for name in kernel.arg_names if not name.endswith("_ptr") and name not in constants]
+            numbers = {name: "i32:16" if name in ("D", "DV") or "_s" in name else "i32" for name in whole}
+            types = pointers(kernel, dtype, **singles) | numbers | {"scale": "fp32"}
+            configuration = f"block {block}, halo {halo}, D {D}"
+            tested = dtype == "bf16" and (block, halo, D) in ((8, 3, 16), (8, 3, 64))
+            yield Case(kernel, dtype, types, constants, kernels.OPTIONS, configuration, tested, dots=True)
+
+
 def multi_query_pool_cases() -> Iterator[Case]:
     for dtype, queries in product(DTYPES, (8, 32, 96)):
         tile = multi_query_pool.tiles(queries, TORCH[dtype])
@@ -80,6 +106,7 @@ def multi_query_pool_cases() -> Iterator[Case]:
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "halo_attention": halo_attention_cases,
     "multi_query_pool": multi_query_pool_cases,
     "subspace_attention": subspace_attention_cases,
     "symmetric_gate": symmetric_gate_cases,

@@ -98,6 +98,12 @@ class TestHaloAttention(OperatorContract):
             case(dim=2, dim_v=1, heads=1, images=1, size=(1, 1)),
         ]
 
+    def interpreter_samples(self):
+        samples = self.samples(torch.float32, "cpu")
+        few = [samples[number] for number in (0, 5, 6, 7, 8, 9, 11, 13)]
+        # More queries, rows and keys than a tile holds.
+        return [*few, arguments(images=1, dim=6, size=(9, 8), block=8, halo=3, dtype=torch.float32)]
+
 
 def test_several_chunks_are_as_one(monkeypatch):
     args = arguments(images=3, size=(18, 21), dim_v=3)

@@ -219,7 +219,8 @@ def check_retrieval(model: Any, tower: str | Path, head: str | Path) -> list[Che
                 actual = second.session.run(["embeddings"], {"tokens": tokens, "conditions": ids})[0]
                 error = float(np.abs(actual - expected[:, torch.from_numpy(ids)].numpy()).max())
                 name = f"embeddings, {number} of {count} attributes"
-                rows.append(CheckRow(name, len(tokens), *size, float("inf") if why else error, spread, TOLERANCE, why))
+                errors = (float("inf") if why else error,)
+                rows.append(CheckRow(name, len(tokens), *size, errors, spread, TOLERANCE, why))
     failed = [row for row in rows if not row.passed]
     if failed:
         raise ExportError(

@@ -29,6 +29,8 @@ Tolerance, forward and gradients, as a share of the float64 result's largest mag
     float64 1e-13, float32 1e-5, bfloat16 2e-2, float16 2e-3.
 Form: chunks of blocks whose logits stay in a CPU's cache. Only the arguments are kept for the backward pass, which
 computes the softmax again.
+Kernels: Triton on CUDA, for heads up to 128 wide, 16 for the gradients of float32, and windows up to 32; what is beyond
+that, float64 and other devices take the plain form.
 Limits: b must be a multiple of s; differentiable once, a second derivative raises RuntimeError.
 Sources: HaloNet, arXiv 2103.12731; the relative logits are those of arXiv 1904.09925.
 """
@@ -43,7 +45,13 @@ import torch
 from torch import Tensor
 
 from visionattn.errors import InputError
-from visionattn.kernels._operator import DEFINITIONS, check_alike, register_autocast, register_flop_formula
+from visionattn.kernels._operator import (
+    DEFINITIONS,
+    check_alike,
+    kernels_enabled,
+    register_autocast,
+    register_flop_formula,
+)
 
 __all__ = ["BORDERS", "INDICES", "halo_attention_definition"]
 
@@ -318,6 +326,17 @@ def _check(q, k, v, height_rel, width_rel, block_size, halo_size, stride, border
         )
 
 
+def _use_triton(k: Tensor, v: Tensor, window: int, backward: bool = False) -> bool:
+    width = max(k.shape[2], v.shape[2])
+    return (
+        k.dtype != torch.float64
+        and k.numel() > 0
+        and width <= (16 if backward and k.dtype == torch.float32 else 128)
+        and window <= 32
+        and kernels_enabled(k.device)
+    )
+
+
 @torch.library.custom_op("visionattn::halo_attention", mutates_args=())
 def halo_attention(
     q: Tensor,
@@ -334,6 +353,17 @@ def halo_attention(
     args = (q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index)
     _check(*args)
     return _Blocked(*args).forward()
+
+
+@halo_attention.register_kernel("cuda")
+def _(q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index) -> Tensor:
+    args = (q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index)
+    _check(*args)
+    if not _use_triton(k, v, block_size + 2 * halo_size):
+        return _Blocked(*args).forward()
+    from visionattn.kernels._triton import halo_attention as triton_kernels
+
+    return triton_kernels.forward(*args)
 
 
 @halo_attention.register_fake
@@ -359,6 +389,17 @@ def halo_attention_backward(
     args = (q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index)
     _check(*args, grad=grad)
     return _Blocked(*args).backward(grad)
+
+
+@halo_attention_backward.register_kernel("cuda")
+def _(grad, q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index):
+    args = (q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index)
+    _check(*args, grad=grad)
+    if not _use_triton(k, v, block_size + 2 * halo_size, backward=True):
+        return _Blocked(*args).backward(grad)
+    from visionattn.kernels._triton import halo_attention as triton_kernels
+
+    return triton_kernels.backward(grad, *args)
 
 
 @halo_attention_backward.register_fake
