@@ -19,7 +19,13 @@ import torch
 
 from aot import Case, compile_for, resources, tensor_core_instructions
 from report import RESULTS, environment, write_rows
-from visionattn.kernels._triton import halo_attention, multi_query_pool, subspace_attention, symmetric_gate
+from visionattn.kernels._triton import (
+    halo_attention,
+    match_attention,
+    multi_query_pool,
+    subspace_attention,
+    symmetric_gate,
+)
 
 CAPABILITIES = (80, 90, 100)
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,6 +92,31 @@ def halo_attention_cases() -> Iterator[Case]:
             yield Case(kernel, dtype, types, constants, kernels.OPTIONS, configuration, tested, dots=True)
 
 
+def match_attention_cases() -> Iterator[Case]:
+    kernels = match_attention
+    singles = {f"{name}_ptr": "fp32" for name in ("field", "attention", "slope", "by_field")}
+    numbers = {"count": "i32:16", "heads": "i32", "H": "i32:16", "W": "i32:16"}
+    numbers |= dict.fromkeys(("last_y", "last_x", "scale"), "fp32")
+    shapes = [(1, 8), (1, 16), (1, 32), (1, 40), (2, 8), (2, 16), (2, 40)]
+    for dtype, (radius, D) in product(DTYPES, shapes):
+        if dtype == "fp32" and D not in (8, 16):
+            continue
+        compiled = kernels.constants(D, D, radius, "l1", TORCH[dtype])
+        flags = {"OF_OUT": True, "OF_ATTENTION": True, "FIELD_HEADS": 4}
+        for kernel in (
+            kernels.match_attention_fwd_kernel,
+            kernels.match_attention_bwd_q_kernel,
+            kernels.match_attention_bwd_kv_kernel,
+        ):
+            own = {name: value for name, value in (compiled | flags).items() if name in kernel.arg_names}
+            rows = dict.fromkeys(("first_ptr", "order_ptr", "starts_ptr"), "i64")
+            handed_out = {"attention_ptr": dtype} if kernel is kernels.match_attention_fwd_kernel else {}
+            types = pointers(kernel, dtype, **singles | rows | handed_out)
+            types |= {name: kind for name, kind in numbers.items() if name in kernel.arg_names}
+            tested = dtype == "bf16" and (radius, D) == (1, 8)
+            yield Case(kernel, dtype, types, own, kernels.OPTIONS, f"radius {radius}, D {D}", tested)
+
+
 def multi_query_pool_cases() -> Iterator[Case]:
     for dtype, queries in product(DTYPES, (8, 32, 96)):
         tile = multi_query_pool.tiles(queries, TORCH[dtype])
@@ -107,6 +138,7 @@ def multi_query_pool_cases() -> Iterator[Case]:
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "halo_attention": halo_attention_cases,
+    "match_attention": match_attention_cases,
     "multi_query_pool": multi_query_pool_cases,
     "subspace_attention": subspace_attention_cases,
     "symmetric_gate": symmetric_gate_cases,

@@ -42,6 +42,8 @@ Tolerance, forward and gradients, as a share of the float64 result's largest mag
 Form: chunks of queries whose gathered keys stay in a CPU's cache. Only the arguments are kept for the backward pass,
 which computes the attention again. Each softmax has the maximum of its own sub-window: with one for all four, a key far
 above the others in one of them would leave the rest without weight.
+Kernels: Triton on CUDA, for radius 1 and 2, beyond which registers end; there, float64 and other devices take the plain
+form.
 Limits: H and W of 2r + 2 or more; differentiable once, a second derivative raises RuntimeError.
 Source: MatchAttention, arXiv 2510.14260.
 """
@@ -57,7 +59,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.errors import InputError
-from visionattn.kernels._operator import _LIBRARY, DEFINITIONS, _cast, check_alike, register_flop_formula
+from visionattn.kernels._operator import (
+    _LIBRARY,
+    DEFINITIONS,
+    _cast,
+    check_alike,
+    kernels_enabled,
+    register_flop_formula,
+)
 
 __all__ = ["SIMILARITIES", "bilinear_softmax", "match_attention_definition"]
 
@@ -337,6 +346,10 @@ def _check(q, k, v, field, radius, similarity, **others: Tensor) -> None:
         )
 
 
+def _use_triton(q: Tensor, v: Tensor, radius: int) -> bool:
+    return q.dtype != torch.float64 and min(q.numel(), v.numel()) > 0 and radius <= 2 and kernels_enabled(q.device)
+
+
 @torch.library.custom_op("visionattn::match_attention", mutates_args=())
 def match_attention(
     q: Tensor, k: Tensor, v: Tensor, field: Tensor, radius: int, similarity: str
@@ -345,10 +358,25 @@ def match_attention(
     return _Matched(q, k, v, field, radius, similarity).forward()
 
 
+@match_attention.register_kernel("cuda")
+def _(q, k, v, field, radius, similarity) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, field, radius, similarity)
+    if not _use_triton(q, v, radius):
+        return _Matched(q, k, v, field, radius, similarity).forward()
+    from visionattn.kernels._triton import match_attention as triton_kernels
+
+    return triton_kernels.forward(q, k, v, field, radius, similarity)
+
+
 @match_attention.register_fake
 def _(q, k, v, field, radius, similarity) -> tuple[Tensor, Tensor]:
     _check(q, k, v, field, radius, similarity)
     return _outputs(q, v, radius)
+
+
+def _check_backward(grad, grad_attention, q, k, v, field, radius, similarity) -> None:
+    given = {"grad": grad, "grad_attention": grad_attention}
+    _check(q, k, v, field, radius, similarity, **{name: x for name, x in given.items() if x is not None})
 
 
 @torch.library.custom_op("visionattn::match_attention_backward", mutates_args=())
@@ -362,9 +390,18 @@ def match_attention_backward(
     radius: int,
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = {"grad": grad, "grad_attention": grad_attention}
-    _check(q, k, v, field, radius, similarity, **{name: x for name, x in given.items() if x is not None})
+    _check_backward(grad, grad_attention, q, k, v, field, radius, similarity)
     return _Matched(q, k, v, field, radius, similarity).backward(grad, grad_attention)
+
+
+@match_attention_backward.register_kernel("cuda")
+def _(grad, grad_attention, q, k, v, field, radius, similarity):
+    _check_backward(grad, grad_attention, q, k, v, field, radius, similarity)
+    if not _use_triton(q, v, radius):
+        return _Matched(q, k, v, field, radius, similarity).backward(grad, grad_attention)
+    from visionattn.kernels._triton import match_attention as triton_kernels
+
+    return triton_kernels.backward(grad, grad_attention, q, k, v, field, radius, similarity)
 
 
 @match_attention_backward.register_fake

@@ -341,25 +341,33 @@ def backward(
         l = logits.contiguous().flatten(2)
     else:
         l = _logits(dense, scale, shift, point, rectify)
-    attention = _Attention(l, *_computed(weight, offset, gain), rectify, scaled, eps)
+    weight, offset, gain = _computed(weight, offset, gain)
+    attention = _Attention(l, weight, offset, gain, rectify, scaled, eps)
     by_gate = torch.empty_like(l)
     by_positions = B * g, triton.cdiv(H * W, TILE["BLOCK_P"])
     by_channels = B * g, triton.cdiv(G, TILE["BLOCK_C"])
     _launch(subspace_attention_bwd_gate_kernel, by_positions, grad, dense, by_gate, G, H * W)
-    slope, *by_vectors = attention.backward(by_gate)
+    slope, by_weight, by_offset, by_gain = attention.backward(by_gate)
     if grad_logits is not None:
         slope = slope + grad_logits.flatten(2)
     taken = torch.empty_like(dense, dtype=torch.int8)
     by_point, by_shift, by_scale = (x.new_empty(B, C, dtype=torch.float32) for _ in range(3))
-    maps = (dense, scale, scale if shift is None else shift, slope.contiguous(), taken, by_point, by_shift)
+    slope = slope.contiguous()
+    pooled = (dense, scale, scale if shift is None else shift, slope, taken, by_point, by_shift)
     flags = {"SHIFTED": shift is not None, "RECTIFY": rectify}
-    _launch(subspace_attention_bwd_pool_kernel, by_channels, *maps, g, G, H, W, **flags)
+    _launch(subspace_attention_bwd_pool_kernel, by_channels, *pooled, g, G, H, W, **flags)
     by_x = torch.empty_like(dense)
-    maps = (grad, dense, scale, point, slope.contiguous(), attention.gate.contiguous(), taken, by_x, by_scale)
-    _launch(subspace_attention_bwd_x_kernel, by_channels, *maps, g, G, H, W)
-    by_maps = (total.sum(0).to(x.dtype) for total in (by_scale, point.flatten() * by_shift))
-    by_vectors = (vector.to(x.dtype) for vector in by_vectors)
-    return _laid_out_like(x, by_x), *by_maps, by_point.sum(0).view(g, G).to(x.dtype), *by_vectors
+    collected = (grad, dense, scale, point, slope, attention.gate.contiguous(), taken, by_x, by_scale)
+    _launch(subspace_attention_bwd_x_kernel, by_channels, *collected, g, G, H, W)
+    return (
+        _laid_out_like(x, by_x),
+        by_scale.sum(0).to(x.dtype),
+        (point.flatten() * by_shift).sum(0).to(x.dtype),
+        by_point.sum(0).view(g, G).to(x.dtype),
+        by_weight.to(x.dtype),
+        by_offset.to(x.dtype),
+        by_gain.to(x.dtype),
+    )
 
 
 def _dense(*vectors: Tensor | None) -> list:

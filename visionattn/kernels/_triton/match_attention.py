@@ -1,0 +1,398 @@
+"""Triton kernels of `visionattn.kernels.match_attention`.
+
+A thread has one query of one head and all keys of its window, each key's score in a register of its own: sub-windows
+are then known when the kernel is compiled, and no thread waits for another. Channels come 16 bytes at a time. A query
+is read again for each key, from the first-level cache.
+
+Backward, a first kernel does the same again for the queries and the field, and leaves each query's attention and
+slopes. Keys then collect what the queries that see them owe them: queries are sorted by where their window begins,
+stably, and a key goes through the list of each window that holds it. Nothing is added atomically.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from visionattn.kernels.match_attention import _MARGIN, _outputs
+
+__all__ = [
+    "OPTIONS",
+    "backward",
+    "constants",
+    "forward",
+    "match_attention_bwd_kv_kernel",
+    "match_attention_bwd_q_kernel",
+    "match_attention_fwd_kernel",
+]
+
+BLOCK = 128  # queries, or keys, of a program: one a thread
+OPTIONS = {"num_warps": BLOCK // 32, "num_stages": 1}
+
+
+@triton.jit
+def _begin(position, size, last, RADIUS: tl.constexpr):
+    """First pixel of the window along an axis, how far the centre is from its integer neighbour, and if it is free."""
+    free = (position >= RADIUS) & (position <= last)
+    centre = tl.where(position > last, last, tl.where(position < RADIUS, RADIUS * 1.0, position))
+    # Again, for NaN.
+    whole = tl.minimum(tl.maximum(tl.floor(centre).to(tl.int32), RADIUS), size - 2 - RADIUS)
+    return whole - RADIUS, centre - whole.to(tl.float32), free
+
+
+@triton.jit
+def _window(field_ptr, n, count, heads, H, W, last_y, last_x, FIELD_HEADS: tl.constexpr, RADIUS: tl.constexpr):
+    """The row of a query's first key, the fractions u and v, and whether x and y of its centre are free."""
+    token = n // heads
+    at = token * FIELD_HEADS + n % heads if FIELD_HEADS > 1 else token
+    rho_x = tl.load(field_ptr + 2 * at, mask=n < count, other=0.0).to(tl.float32)
+    rho_y = tl.load(field_ptr + 2 * at + 1, mask=n < count, other=0.0).to(tl.float32)
+    x, y = (token % W).to(tl.int32), ((token // W) % H).to(tl.int32)
+    left, u, free_x = _begin(x.to(tl.float32) + rho_x, W, last_x, RADIUS)
+    top, v, free_y = _begin(y.to(tl.float32) + rho_y, H, last_y, RADIUS)
+    first = n + ((top - y) * W + left - x).to(tl.int64) * heads
+    return first, u, v, free_x, free_y
+
+
+@triton.jit
+def _part(ptr, row, mask, c, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Some channels from c on of rows of a table, (BLOCK, CHUNK) in float32, zeros outside."""
+    d = c + tl.arange(0, CHUNK)
+    inside = mask[:, None] & (d < WIDTH)[None, :]
+    return tl.load(ptr + row[:, None] * WIDTH + d[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scores(
+    q_ptr,
+    k_ptr,
+    n,
+    first,
+    mask,
+    heads,
+    W,
+    scale,
+    SIDE: tl.constexpr,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    L1: tl.constexpr,
+):
+    """The scores of a window's keys, a tensor each."""
+    scores = ()
+    for m in tl.static_range(SIDE * SIDE):
+        row = first + ((m // SIDE) * W + m % SIDE) * heads
+        score = tl.zeros([n.shape[0]], tl.float32)
+        for c in range(0, D, CHUNK):
+            q, k = _part(q_ptr, n, mask, c, D, CHUNK), _part(k_ptr, row, mask, c, D, CHUNK)
+            if L1:
+                score -= tl.sum(tl.abs(q - k), 1)
+            else:
+                score += tl.sum(q * k, 1)
+        scores = scores + (score * scale,)
+    return scores
+
+
+@triton.jit
+def _entry(values, t: tl.constexpr, i: tl.constexpr, SIDE: tl.constexpr):
+    """Entry i of sub-window t (nw, ne, sw, se)."""
+    return values[(i // (SIDE - 1) + t // 2) * SIDE + i % (SIDE - 1) + t % 2]
+
+
+@triton.jit
+def _sub_windows(scores, SIDE: tl.constexpr):
+    """Of each sub-window the largest score, and one over its sum of exponentials."""
+    tops, shares = (), ()
+    for t in tl.static_range(4):
+        top = _entry(scores, t, 0, SIDE)
+        for i in tl.static_range(1, (SIDE - 1) * (SIDE - 1)):
+            top = tl.maximum(top, _entry(scores, t, i, SIDE))
+        total = tl.zeros_like(top)
+        for i in tl.static_range((SIDE - 1) * (SIDE - 1)):
+            total += tl.exp(_entry(scores, t, i, SIDE) - top)
+        tops = tops + (top,)
+        shares = shares + (1 / total,)
+    return tops, shares
+
+
+@triton.jit
+def _weights(u, v):
+    return (1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v
+
+
+@triton.jit
+def _attention(m: tl.constexpr, scores, tops, shares, weights, SIDE: tl.constexpr):
+    """What key m of the window gets."""
+    total = tl.zeros_like(tops[0])
+    for t in tl.static_range(4):
+        dy = m // SIDE - t // 2
+        dx = m % SIDE - t % 2
+        if (dy >= 0) & (dy < SIDE - 1) & (dx >= 0) & (dx < SIDE - 1):
+            total += weights[t] * shares[t] * tl.exp(scores[m] - tops[t])
+    return total
+
+
+@triton.jit
+def match_attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    field_ptr,
+    out_ptr,
+    attention_ptr,
+    count,
+    heads,
+    H,
+    W,
+    last_y,
+    last_x,
+    scale,
+    FIELD_HEADS: tl.constexpr,
+    RADIUS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    L1: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    SIDE: tl.constexpr = 2 * RADIUS + 2
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = n < count
+    first, u, v, _, _ = _window(field_ptr, n, count, heads, H, W, last_y, last_x, FIELD_HEADS, RADIUS)
+    scores = _scores(q_ptr, k_ptr, n, first, mask, heads, W, scale, SIDE, D, CHUNK, L1)
+    tops, shares = _sub_windows(scores, SIDE)
+    weights = _weights(u, v)
+    attention = ()
+    for m in tl.static_range(SIDE * SIDE):
+        a = _attention(m, scores, tops, shares, weights, SIDE)
+        tl.store(attention_ptr + n * (SIDE * SIDE) + m, a, mask=mask)
+        attention = attention + (a,)
+    for c in range(0, DV, CHUNK):
+        out = tl.zeros([BLOCK, CHUNK], tl.float32)
+        for m in tl.static_range(SIDE * SIDE):
+            row = first + ((m // SIDE) * W + m % SIDE) * heads
+            out += attention[m][:, None] * _part(v_ptr, row, mask, c, DV, CHUNK)
+        d = c + tl.arange(0, CHUNK)
+        tl.store(out_ptr + n[:, None] * DV + d[None, :], out, mask=mask[:, None] & (d < DV)[None, :])
+
+
+@triton.jit
+def match_attention_bwd_q_kernel(
+    grad_ptr,
+    grad_attention_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    field_ptr,
+    first_ptr,
+    attention_ptr,
+    slope_ptr,
+    by_q_ptr,
+    by_field_ptr,
+    count,
+    heads,
+    H,
+    W,
+    last_y,
+    last_x,
+    scale,
+    OF_OUT: tl.constexpr,
+    OF_ATTENTION: tl.constexpr,
+    FIELD_HEADS: tl.constexpr,
+    RADIUS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    L1: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients by q and each head's field; rows of first keys, the attention, and slopes: by scores, over sqrt(D)."""
+    SIDE: tl.constexpr = 2 * RADIUS + 2
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = n < count
+    first, u, v, free_x, free_y = _window(field_ptr, n, count, heads, H, W, last_y, last_x, FIELD_HEADS, RADIUS)
+    scores = _scores(q_ptr, k_ptr, n, first, mask, heads, W, scale, SIDE, D, CHUNK, L1)
+    tops, shares = _sub_windows(scores, SIDE)
+    weights = _weights(u, v)
+
+    by_attention = ()
+    for m in tl.static_range(SIDE * SIDE):
+        slope = tl.zeros([BLOCK], tl.float32)
+        if OF_ATTENTION:
+            slope += tl.load(grad_attention_ptr + n * (SIDE * SIDE) + m, mask=mask, other=0.0).to(tl.float32)
+        if OF_OUT:
+            row = first + ((m // SIDE) * W + m % SIDE) * heads
+            for c in range(0, DV, CHUNK):
+                slope += tl.sum(_part(grad_ptr, n, mask, c, DV, CHUNK) * _part(v_ptr, row, mask, c, DV, CHUNK), 1)
+        by_attention = by_attention + (slope,)
+    by_weights = ()
+    for t in tl.static_range(4):
+        total = tl.zeros([BLOCK], tl.float32)
+        for i in tl.static_range((SIDE - 1) * (SIDE - 1)):
+            total += tl.exp(_entry(scores, t, i, SIDE) - tops[t]) * _entry(by_attention, t, i, SIDE)
+        by_weights = by_weights + (total * shares[t],)
+    slopes = ()
+    for m in tl.static_range(SIDE * SIDE):
+        slope = tl.zeros([BLOCK], tl.float32)
+        for t in tl.static_range(4):
+            dy = m // SIDE - t // 2
+            dx = m % SIDE - t % 2
+            if (dy >= 0) & (dy < SIDE - 1) & (dx >= 0) & (dx < SIDE - 1):
+                alpha = shares[t] * tl.exp(scores[m] - tops[t])
+                slope += weights[t] * alpha * (by_attention[m] - by_weights[t])
+        slope *= scale
+        tl.store(slope_ptr + n * (SIDE * SIDE) + m, slope, mask=mask)
+        a = _attention(m, scores, tops, shares, weights, SIDE)
+        tl.store(attention_ptr + n * (SIDE * SIDE) + m, a, mask=mask)
+        slopes = slopes + (slope,)
+
+    by_u = (1 - v) * (by_weights[1] - by_weights[0]) + v * (by_weights[3] - by_weights[2])
+    by_v = (1 - u) * (by_weights[2] - by_weights[0]) + u * (by_weights[3] - by_weights[1])
+    tl.store(by_field_ptr + 2 * n, tl.where(free_x, by_u, 0.0), mask=mask)
+    tl.store(by_field_ptr + 2 * n + 1, tl.where(free_y, by_v, 0.0), mask=mask)
+    tl.store(first_ptr + n, first, mask=mask)
+    for c in range(0, D, CHUNK):
+        q, by_q = _part(q_ptr, n, mask, c, D, CHUNK), tl.zeros([BLOCK, CHUNK], tl.float32)
+        for m in tl.static_range(SIDE * SIDE):
+            k = _part(k_ptr, first + ((m // SIDE) * W + m % SIDE) * heads, mask, c, D, CHUNK)
+            if L1:
+                by_q -= slopes[m][:, None] * _sign(q - k)
+            else:
+                by_q += slopes[m][:, None] * k
+        d = c + tl.arange(0, CHUNK)
+        tl.store(by_q_ptr + n[:, None] * D + d[None, :], by_q, mask=mask[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+
+@triton.jit
+def match_attention_bwd_kv_kernel(
+    grad_ptr,
+    q_ptr,
+    k_ptr,
+    order_ptr,
+    starts_ptr,
+    attention_ptr,
+    slope_ptr,
+    by_k_ptr,
+    by_v_ptr,
+    count,
+    heads,
+    H,
+    W,
+    OF_OUT: tl.constexpr,
+    RADIUS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    L1: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients by some channels of k and v: sums over the queries of each list, in its order."""
+    SIDE: tl.constexpr = 2 * RADIUS + 2
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.program_id(1) * CHUNK
+    mask = n < count
+    x, y = (n // heads) % W, (n // heads // W) % H
+    k = _part(k_ptr, n, mask, c, D, CHUNK)
+    by_k = tl.zeros([BLOCK, CHUNK], tl.float32)
+    by_v = tl.zeros([BLOCK, CHUNK], tl.float32)
+    for m in range(SIDE * SIDE):
+        dy, dx = m // SIDE, m % SIDE
+        listed = mask & (y >= dy) & (x >= dx)
+        cell = n - (dy * W + dx) * heads
+        at = tl.load(starts_ptr + cell, mask=listed, other=0)
+        end = tl.load(starts_ptr + cell + 1, mask=listed, other=0)
+        for _ in range(tl.max(end - at, 0)):
+            here = at < end
+            query = tl.load(order_ptr + at, mask=here, other=0)
+            slope = tl.load(slope_ptr + query * (SIDE * SIDE) + m, mask=here, other=0.0)
+            q = _part(q_ptr, query, here, c, D, CHUNK)
+            by_k += slope[:, None] * (_sign(q - k) if L1 else q)
+            if OF_OUT:
+                a = tl.load(attention_ptr + query * (SIDE * SIDE) + m, mask=here, other=0.0)
+                by_v += a[:, None] * _part(grad_ptr, query, here, c, DV, CHUNK)
+            at += 1
+    d = c + tl.arange(0, CHUNK)
+    tl.store(by_k_ptr + n[:, None] * D + d[None, :], by_k, mask=mask[:, None] & (d < D)[None, :])
+    tl.store(by_v_ptr + n[:, None] * DV + d[None, :], by_v, mask=mask[:, None] & (d < DV)[None, :])
+
+
+def constants(D: int, DV: int, radius: int, similarity: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What the kernels of a call are compiled for."""
+    chunk = min(16 // dtype.itemsize, triton.next_power_of_2(max(D, DV)))
+    return {"RADIUS": radius, "D": D, "DV": DV, "CHUNK": chunk, "L1": similarity == "l1", "BLOCK": BLOCK}
+
+
+def _sizes(q: Tensor, radius: int) -> tuple:
+    B, H, W, heads, D = q.shape
+    last_y, last_x = (size - 1 - radius - _MARGIN for size in (H, W))
+    return B * H * W * heads, heads, H, W, last_y, last_x, D**-0.5
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, field: Tensor, radius: int, similarity: str) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel. Any strides; the results are contiguous."""
+    out, attention = _outputs(q, v, radius)
+    inputs = (x.contiguous() for x in (q, k, v, field))
+    sizes = _sizes(q, radius)
+    with torch.cuda.device_of(q):
+        match_attention_fwd_kernel[(triton.cdiv(sizes[0], BLOCK),)](
+            *(*inputs, out, attention, *sizes),
+            FIELD_HEADS=field.shape[3],
+            **constants(q.shape[4], v.shape[4], radius, similarity, q.dtype),
+            **OPTIONS,
+            enable_fp_fusion=True,
+        )
+    return out, attention
+
+
+def backward(
+    grad: Tensor | None,
+    grad_attention: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    field: Tensor,
+    radius: int,
+    similarity: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the backward kernels. Any strides; the results are contiguous."""
+    q, k, v, field = (x.contiguous() for x in (q, k, v, field))
+    of_out = q if grad is None else grad.contiguous()
+    of_attention = q if grad_attention is None else grad_attention.contiguous()
+    sizes, compiled = _sizes(q, radius), constants(q.shape[4], v.shape[4], radius, similarity, q.dtype)
+    count, heads, H, W = sizes[:4]
+    attention, slope = (q.new_empty(count, (2 * radius + 2) ** 2, dtype=torch.float32) for _ in range(2))
+    first = torch.empty(count, dtype=torch.int64, device=q.device)
+    by_q, by_k, by_v = (torch.empty_like(x) for x in (q, k, v))
+    by_field = q.new_empty(*q.shape[:4], 2, dtype=torch.float32)
+    blocks = triton.cdiv(count, BLOCK)
+    with torch.cuda.device_of(q):
+        match_attention_bwd_q_kernel[(blocks,)](
+            *(of_out, of_attention, q, k, v, field, first, attention, slope, by_q, by_field, *sizes),
+            OF_OUT=grad is not None,
+            OF_ATTENTION=grad_attention is not None,
+            FIELD_HEADS=field.shape[3],
+            **compiled,
+            **OPTIONS,
+            enable_fp_fusion=True,
+        )
+        rows, order = torch.sort(first, stable=True)
+        starts = torch.searchsorted(rows, torch.arange(count + 1, device=q.device))
+        chunks = triton.cdiv(max(q.shape[4], v.shape[4]), compiled["CHUNK"])
+        match_attention_bwd_kv_kernel[(blocks, chunks)](
+            *(of_out, q, k, order, starts, attention, slope, by_k, by_v, count, heads, H, W),
+            OF_OUT=grad is not None,
+            **compiled,
+            **OPTIONS,
+            enable_fp_fusion=True,
+        )
+    if field.shape[3] != heads:
+        by_field = by_field.sum(3, keepdim=True)
+    return by_q, by_k, by_v, by_field.to(field.dtype)
