@@ -1,13 +1,14 @@
 """Does ULSAM do anything? One recipe and as many epochs for all; one CSV row a run.
 
-    python benchmarks/ulsam_controls.py --data cifar10 --root FOLDER_OF_SHEETS --epochs 30 --seeds 0 1 2
+    python benchmarks/ulsam_controls.py --data cifar10 --root FOLDER_OF_SHEETS --width 0.25 --epochs 3
     python benchmarks/ulsam_controls.py --data NAME --root FOLDER --size 64 --epochs 30 --device cuda
 
 A FOLDER holds train/CLASS/* and test/CLASS/*, pictures of any size, which are cut to squares from the middle and
 resized; NAME is for the table. Rows that the CSV already holds are not run again; an interrupted grid goes on.
 
-The network is `va_mobilenetv2_ulsam_050_32` without its attention: MobileNet-V2 of width 0.5 with strides for small
-images. Something is put behind its last block of 48 and of 80 channels (add), or in their place (replace):
+The network is `va_mobilenetv2_ulsam_050_32` without its attention, at any width: MobileNet-V2 with strides for small
+images. Something is put behind its last block of 96 and of 160 channels, times the width (add), or in their place
+(replace):
 
     baseline              nothing: the network as it is
     add_g1, _g4, _g8      ULSAM as in the paper, with 1, 4 and 8 subspaces
@@ -79,13 +80,13 @@ RUNS = {
 }
 
 
-def build(run: str, classes: int, size: int) -> nn.Module:
+def build(run: str, width: float, classes: int, size: int) -> nn.Module:
     """The network of a run."""
-    model = timm.create_model(NETWORK, places=(), num_classes=classes)
+    model = timm.create_model(NETWORK, places=(), width=width, num_classes=classes)
     if RUNS[run] is not None:
         mode, block = RUNS[run]
         visionattn.insert(model, block, PLACES, mode, input_size=(3, size, size))
-    return model
+    return model.to(memory_format=torch.channels_last)
 
 
 def read_folder(root: Path, size: int, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +133,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     columns = torch.where(flip, columns.flip(1), columns)
     padded = F.pad(images, (reach,) * 4, value=images.min().item())
     batch = torch.arange(count, device=device)[:, None, None]
-    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # in channels-last memory
 
 
 @torch.no_grad()
@@ -157,14 +158,15 @@ def latency(model: nn.Module, baseline: nn.Module, size: int) -> dict[str, str]:
     return {"latency_ms": columns["median_ms"], "latency_ratio": columns["ratio"]}
 
 
-def train(data: str, run: str, seed: int, epochs: int, root: Path, size: int, count: int | None, device: str) -> dict:
+def train(run: str, seed: int, args: argparse.Namespace) -> dict:
     """Train the network of a run and return its row."""
+    epochs, size, device = args.epochs, args.size, args.device
     torch.manual_seed(seed)
     torch.set_num_threads(1)
-    splits = load(data, root, size, count)
+    splits = load(args.data, args.root, size, args.images)
     images, labels = (tensor.to(device) for tensor in splits["train"])
     classes = int(labels.max()) + 1
-    model = build(run, classes, size).to(device)
+    model = build(run, args.width, classes, size).to(device)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=PEAK, weight_decay=0.05)
     generator = torch.Generator().manual_seed(seed)
     per_epoch = len(images) // BATCH
@@ -188,8 +190,9 @@ def train(data: str, run: str, seed: int, epochs: int, root: Path, size: int, co
             step += 1
     found = evaluate(model, *(tensor.to(device) for tensor in splits["test"]))
     return {
-        "data": data,
+        "data": args.data,
         "size": size,
+        "width": args.width,
         "train_images": len(images),
         "test_images": len(splits["test"][1]),
         "run": run,
@@ -199,7 +202,7 @@ def train(data: str, run: str, seed: int, epochs: int, root: Path, size: int, co
         "train_loss": round(torch.stack(losses).mean().item(), 4),
         "parameters": count_parameters(model),
         "macs": count_macs(model, (3, size, size)),
-        **latency(model, build("baseline", classes, size), size),
+        **latency(model, build("baseline", args.width, classes, size), size),
         **environment(device),
     }
 
@@ -209,6 +212,7 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10", help="cifar10 (sheets), or a name for a folder of pictures")
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--size", type=int, default=32, help="side of the images of a folder")
+    parser.add_argument("--width", type=float, default=0.5, help="of the network, as a multiple of MobileNet-V2's")
     parser.add_argument("--images", type=int, help="train on the first so many images; all if not given")
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -220,17 +224,16 @@ def main() -> None:
     if args.data == "cifar10" and args.size != 32:
         parser.error("CIFAR-10's images are 32 pixels wide")
 
-    key = ("data", "size", "train_images", "run", "seed", "epochs")
+    key = ("data", "size", "width", "train_images", "run", "seed", "epochs")
     images = len(load(args.data, args.root, args.size, args.images)["train"][0])
     done = {tuple(row[column] for column in key) for row in read_rows(args.output)}
     todo = [
         (run, seed)
         for seed, run in product(args.seeds, args.runs)
-        if tuple(map(str, (args.data, args.size, images, run, seed, args.epochs))) not in done
+        if tuple(map(str, (args.data, args.size, args.width, images, run, seed, args.epochs))) not in done
     ]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        common = (args.epochs, args.root, args.size, args.images, args.device)
-        futures = [pool.submit(train, args.data, run, seed, *common) for run, seed in todo]
+        futures = [pool.submit(train, run, seed, args) for run, seed in todo]
         for number, future in enumerate(as_completed(futures), 1):
             row = future.result()
             write_rows(args.output, [row], key)
