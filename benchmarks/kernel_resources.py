@@ -95,26 +95,27 @@ def halo_attention_cases() -> Iterator[Case]:
 def match_attention_cases() -> Iterator[Case]:
     kernels = match_attention
     singles = {f"{name}_ptr": "fp32" for name in ("field", "attention", "slope", "by_field")}
-    numbers = {"count": "i32:16", "heads": "i32", "H": "i32:16", "W": "i32:16"}
+    numbers = {"count": "i32:16", "H": "i32:16", "W": "i32:16"}
+    numbers |= dict.fromkeys(("channels", "value_channels"), "i32")
     numbers |= dict.fromkeys(("last_y", "last_x", "scale"), "fp32")
-    shapes = [(1, 8), (1, 16), (1, 32), (1, 40), (2, 8), (2, 16), (2, 40)]
-    for dtype, (radius, D) in product(DTYPES, shapes):
-        if dtype == "fp32" and D not in (8, 16):
-            continue
-        compiled = kernels.constants(D, D, radius, "l1", TORCH[dtype])
+    # Unrolled over the keys of a window: minutes to compile where there are many. float16 has bfloat16's code.
+    shapes = {
+        "fp32": [(1, 8), (1, 40), (2, 32)],
+        "bf16": [(1, 8), (1, 16), (1, 40), (1, 128), (2, 32), (2, 40), (2, 80), (3, 16)],
+        "fp16": [(1, 8), (2, 40)],
+    }
+    for dtype, (radius, D) in ((kind, shape) for kind, found in shapes.items() for shape in found):
+        launched = kernels.launch(2**20, 4, D, D, radius, "l1", TORCH[dtype])
         flags = {"OF_OUT": True, "OF_ATTENTION": True, "FIELD_HEADS": 4}
-        for kernel in (
-            kernels.match_attention_fwd_kernel,
-            kernels.match_attention_bwd_q_kernel,
-            kernels.match_attention_bwd_kv_kernel,
-        ):
-            own = {name: value for name, value in (compiled | flags).items() if name in kernel.arg_names}
+        backward = (kernels.match_attention_bwd_q_kernel, kernels.match_attention_bwd_kv_kernel)
+        for kernel in (kernels.match_attention_fwd_kernel, *(backward if radius < 3 else ())):
+            own = {name: value for name, value in (launched.constants | flags).items() if name in kernel.arg_names}
             rows = dict.fromkeys(("first_ptr", "order_ptr", "starts_ptr"), "i64")
             handed_out = {"attention_ptr": dtype} if kernel is kernels.match_attention_fwd_kernel else {}
             types = pointers(kernel, dtype, **singles | rows | handed_out)
             types |= {name: kind for name, kind in numbers.items() if name in kernel.arg_names}
             tested = dtype == "bf16" and (radius, D) == (1, 8)
-            yield Case(kernel, dtype, types, own, kernels.OPTIONS, f"radius {radius}, D {D}", tested)
+            yield Case(kernel, dtype, types, own, launched.options, f"radius {radius}, D {D}", tested)
 
 
 def multi_query_pool_cases() -> Iterator[Case]:

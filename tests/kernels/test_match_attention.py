@@ -84,6 +84,22 @@ class TestMatchAttention(OperatorContract):
             (*(x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2) for x in (q, k, v, field)), *rest),
         ]
 
+    def interpreter_samples(self):
+        def case(*size, **options):
+            return arguments(1, size, dtype=torch.float32, **options)
+
+        q, k, v, field, *rest = case(4, 6, heads=3)
+        return [
+            case(4, 5),
+            case(5, 4, heads=4, dim=5, dim_v=3),
+            case(4, 4, heads=4, dim=8, shared=True),
+            case(4, 5, similarity="dot", dim_v=6),
+            case(6, 7, radius=2, heads=1, dim=5, reach=10.0),
+            case(8, 8, radius=3, heads=1),
+            (q, k, v, field.round(), *rest),
+            (*(x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2) for x in (q, k, v, field)), *rest),
+        ]
+
 
 def looped(q, k, v, field, radius, similarity):
     """The equations, one pixel and head after the other."""

@@ -42,8 +42,8 @@ Tolerance, forward and gradients, as a share of the float64 result's largest mag
 Form: chunks of queries whose gathered keys stay in a CPU's cache. Only the arguments are kept for the backward pass,
 which computes the attention again. Each softmax has the maximum of its own sub-window: with one for all four, a key far
 above the others in one of them would leave the rest without weight.
-Kernels: Triton on CUDA, for radius 1 and 2, beyond which registers end; there, float64 and other devices take the plain
-form.
+Kernels: Triton on CUDA, forward to radius 3 and backward to radius 2, beyond which registers end; there, float64 and
+other devices take the plain form.
 Limits: H and W of 2r + 2 or more; differentiable once, a second derivative raises RuntimeError.
 Source: MatchAttention, arXiv 2510.14260.
 """
@@ -346,8 +346,8 @@ def _check(q, k, v, field, radius, similarity, **others: Tensor) -> None:
         )
 
 
-def _use_triton(q: Tensor, v: Tensor, radius: int) -> bool:
-    return q.dtype != torch.float64 and min(q.numel(), v.numel()) > 0 and radius <= 2 and kernels_enabled(q.device)
+def _use_triton(q: Tensor, v: Tensor) -> bool:
+    return q.dtype != torch.float64 and min(q.numel(), v.numel()) > 0 and kernels_enabled(q.device)
 
 
 @torch.library.custom_op("visionattn::match_attention", mutates_args=())
@@ -361,7 +361,7 @@ def match_attention(
 @match_attention.register_kernel("cuda")
 def _(q, k, v, field, radius, similarity) -> tuple[Tensor, Tensor]:
     _check(q, k, v, field, radius, similarity)
-    if not _use_triton(q, v, radius):
+    if radius > 3 or not _use_triton(q, v):
         return _Matched(q, k, v, field, radius, similarity).forward()
     from visionattn.kernels._triton import match_attention as triton_kernels
 
@@ -397,7 +397,7 @@ def match_attention_backward(
 @match_attention_backward.register_kernel("cuda")
 def _(grad, grad_attention, q, k, v, field, radius, similarity):
     _check_backward(grad, grad_attention, q, k, v, field, radius, similarity)
-    if not _use_triton(q, v, radius):
+    if radius > 2 or not _use_triton(q, v):
         return _Matched(q, k, v, field, radius, similarity).backward(grad, grad_attention)
     from visionattn.kernels._triton import match_attention as triton_kernels
 

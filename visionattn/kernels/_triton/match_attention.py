@@ -11,7 +11,7 @@ stably, and a key goes through the list of each window that holds it. Nothing is
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,17 +21,17 @@ from torch import Tensor
 from visionattn.kernels.match_attention import _MARGIN, _outputs
 
 __all__ = [
-    "OPTIONS",
+    "Launch",
     "backward",
-    "constants",
     "forward",
+    "launch",
     "match_attention_bwd_kv_kernel",
     "match_attention_bwd_q_kernel",
     "match_attention_fwd_kernel",
 ]
 
-BLOCK = 128  # queries, or keys, of a program: one a thread
-OPTIONS = {"num_warps": BLOCK // 32, "num_stages": 1}
+# Threads of a program. Of a small map, small programs are enough for more of a chip's processors.
+LARGE_BLOCK, SMALL_BLOCK, FEW = 128, 32, 2**17
 
 
 @triton.jit
@@ -45,25 +45,87 @@ def _begin(position, size, last, RADIUS: tl.constexpr):
 
 
 @triton.jit
-def _window(field_ptr, n, count, heads, H, W, last_y, last_x, FIELD_HEADS: tl.constexpr, RADIUS: tl.constexpr):
+def _window(
+    field_ptr,
+    n,
+    count,
+    H,
+    W,
+    last_y,
+    last_x,
+    HEADS: tl.constexpr,
+    FIELD_HEADS: tl.constexpr,
+    RADIUS: tl.constexpr,
+):
     """The row of a query's first key, the fractions u and v, and whether x and y of its centre are free."""
-    token = n // heads
-    at = token * FIELD_HEADS + n % heads if FIELD_HEADS > 1 else token
+    token = n // HEADS
+    at = token * FIELD_HEADS + n % HEADS if FIELD_HEADS > 1 else token
     rho_x = tl.load(field_ptr + 2 * at, mask=n < count, other=0.0).to(tl.float32)
     rho_y = tl.load(field_ptr + 2 * at + 1, mask=n < count, other=0.0).to(tl.float32)
     x, y = (token % W).to(tl.int32), ((token // W) % H).to(tl.int32)
     left, u, free_x = _begin(x.to(tl.float32) + rho_x, W, last_x, RADIUS)
     top, v, free_y = _begin(y.to(tl.float32) + rho_y, H, last_y, RADIUS)
-    first = n + ((top - y) * W + left - x).to(tl.int64) * heads
+    first = n + ((top - y) * W + left - x).to(tl.int64) * HEADS
     return first, u, v, free_x, free_y
+
+
+@triton.jit
+def _places(ptr, row, mask, c, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Where some channels from c on of rows of a table are, (BLOCK, CHUNK), and which of them exist."""
+    d = c + tl.arange(0, CHUNK)
+    return ptr + (row * WIDTH)[:, None] + d[None, :], mask[:, None] & (d < WIDTH)[None, :]
 
 
 @triton.jit
 def _part(ptr, row, mask, c, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """Some channels from c on of rows of a table, (BLOCK, CHUNK) in float32, zeros outside."""
-    d = c + tl.arange(0, CHUNK)
-    inside = mask[:, None] & (d < WIDTH)[None, :]
-    return tl.load(ptr + row[:, None] * WIDTH + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    at, inside = _places(ptr, row, mask, c, WIDTH, CHUNK)
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _of_key(at, inside, m: tl.constexpr, W, SIDE: tl.constexpr, STEP: tl.constexpr):
+    """Those of key m. A window's row has one address, and its keys lie known numbers of bytes from it."""
+    return tl.load(at + (m // SIDE) * (W * STEP) + (m % SIDE) * STEP, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_products(
+    totals,
+    a_ptr,
+    b_ptr,
+    n,
+    first,
+    mask,
+    W,
+    channels,
+    HEADS: tl.constexpr,
+    SIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DISTANCE: tl.constexpr,
+):
+    """Add to each key's tensor the product of a with b's row there, or their negative L1 distance."""
+    for c in range(0, channels, CHUNK):
+        a = _part(a_ptr, n, mask, c, WIDTH, CHUNK)
+        at, inside = _places(b_ptr, first, mask, c, WIDTH, CHUNK)
+        sums = ()
+        for m in tl.static_range(SIDE * SIDE):
+            b = _of_key(at, inside, m, W, SIDE, HEADS * WIDTH)
+            if DISTANCE:
+                sums = sums + (totals[m] - tl.sum(tl.abs(a - b), 1),)
+            else:
+                sums = sums + (totals[m] + tl.sum(a * b, 1),)
+        totals = sums
+    return totals
+
+
+@triton.jit
+def _zeros(BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros = zeros + (tl.zeros([BLOCK], tl.float32),)
+    return zeros
 
 
 @triton.jit
@@ -73,26 +135,22 @@ def _scores(
     n,
     first,
     mask,
-    heads,
     W,
+    channels,
     scale,
+    HEADS: tl.constexpr,
     SIDE: tl.constexpr,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     L1: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The scores of a window's keys, a tensor each."""
+    sums = _zeros(BLOCK, SIDE * SIDE)
+    sums = _add_products(sums, q_ptr, k_ptr, n, first, mask, W, channels, HEADS, SIDE, D, CHUNK, L1)
     scores = ()
     for m in tl.static_range(SIDE * SIDE):
-        row = first + ((m // SIDE) * W + m % SIDE) * heads
-        score = tl.zeros([n.shape[0]], tl.float32)
-        for c in range(0, D, CHUNK):
-            q, k = _part(q_ptr, n, mask, c, D, CHUNK), _part(k_ptr, row, mask, c, D, CHUNK)
-            if L1:
-                score -= tl.sum(tl.abs(q - k), 1)
-            else:
-                score += tl.sum(q * k, 1)
-        scores = scores + (score * scale,)
+        scores = scores + (sums[m] * scale,)
     return scores
 
 
@@ -144,12 +202,14 @@ def match_attention_fwd_kernel(
     out_ptr,
     attention_ptr,
     count,
-    heads,
     H,
     W,
     last_y,
     last_x,
+    channels,
+    value_channels,
     scale,
+    HEADS: tl.constexpr,
     FIELD_HEADS: tl.constexpr,
     RADIUS: tl.constexpr,
     D: tl.constexpr,
@@ -161,8 +221,8 @@ def match_attention_fwd_kernel(
     SIDE: tl.constexpr = 2 * RADIUS + 2
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = n < count
-    first, u, v, _, _ = _window(field_ptr, n, count, heads, H, W, last_y, last_x, FIELD_HEADS, RADIUS)
-    scores = _scores(q_ptr, k_ptr, n, first, mask, heads, W, scale, SIDE, D, CHUNK, L1)
+    first, u, v, _, _ = _window(field_ptr, n, count, H, W, last_y, last_x, HEADS, FIELD_HEADS, RADIUS)
+    scores = _scores(q_ptr, k_ptr, n, first, mask, W, channels, scale, HEADS, SIDE, D, CHUNK, L1, BLOCK)
     tops, shares = _sub_windows(scores, SIDE)
     weights = _weights(u, v)
     attention = ()
@@ -170,13 +230,13 @@ def match_attention_fwd_kernel(
         a = _attention(m, scores, tops, shares, weights, SIDE)
         tl.store(attention_ptr + n * (SIDE * SIDE) + m, a, mask=mask)
         attention = attention + (a,)
-    for c in range(0, DV, CHUNK):
+    for c in range(0, value_channels, CHUNK):
+        at, inside = _places(v_ptr, first, mask, c, DV, CHUNK)
         out = tl.zeros([BLOCK, CHUNK], tl.float32)
         for m in tl.static_range(SIDE * SIDE):
-            row = first + ((m // SIDE) * W + m % SIDE) * heads
-            out += attention[m][:, None] * _part(v_ptr, row, mask, c, DV, CHUNK)
-        d = c + tl.arange(0, CHUNK)
-        tl.store(out_ptr + n[:, None] * DV + d[None, :], out, mask=mask[:, None] & (d < DV)[None, :])
+            out += attention[m][:, None] * _of_key(at, inside, m, W, SIDE, HEADS * DV)
+        at, inside = _places(out_ptr, n, mask, c, DV, CHUNK)
+        tl.store(at, out, mask=inside)
 
 
 @triton.jit
@@ -193,14 +253,16 @@ def match_attention_bwd_q_kernel(
     by_q_ptr,
     by_field_ptr,
     count,
-    heads,
     H,
     W,
     last_y,
     last_x,
+    channels,
+    value_channels,
     scale,
     OF_OUT: tl.constexpr,
     OF_ATTENTION: tl.constexpr,
+    HEADS: tl.constexpr,
     FIELD_HEADS: tl.constexpr,
     RADIUS: tl.constexpr,
     D: tl.constexpr,
@@ -213,21 +275,22 @@ def match_attention_bwd_q_kernel(
     SIDE: tl.constexpr = 2 * RADIUS + 2
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = n < count
-    first, u, v, free_x, free_y = _window(field_ptr, n, count, heads, H, W, last_y, last_x, FIELD_HEADS, RADIUS)
-    scores = _scores(q_ptr, k_ptr, n, first, mask, heads, W, scale, SIDE, D, CHUNK, L1)
+    first, u, v, free_x, free_y = _window(field_ptr, n, count, H, W, last_y, last_x, HEADS, FIELD_HEADS, RADIUS)
+    scores = _scores(q_ptr, k_ptr, n, first, mask, W, channels, scale, HEADS, SIDE, D, CHUNK, L1, BLOCK)
     tops, shares = _sub_windows(scores, SIDE)
     weights = _weights(u, v)
 
-    by_attention = ()
-    for m in tl.static_range(SIDE * SIDE):
-        slope = tl.zeros([BLOCK], tl.float32)
-        if OF_ATTENTION:
-            slope += tl.load(grad_attention_ptr + n * (SIDE * SIDE) + m, mask=mask, other=0.0).to(tl.float32)
-        if OF_OUT:
-            row = first + ((m // SIDE) * W + m % SIDE) * heads
-            for c in range(0, DV, CHUNK):
-                slope += tl.sum(_part(grad_ptr, n, mask, c, DV, CHUNK) * _part(v_ptr, row, mask, c, DV, CHUNK), 1)
-        by_attention = by_attention + (slope,)
+    by_attention = _zeros(BLOCK, SIDE * SIDE)
+    if OF_OUT:
+        by_attention = _add_products(
+            by_attention, grad_ptr, v_ptr, n, first, mask, W, value_channels, HEADS, SIDE, DV, CHUNK, False
+        )
+    if OF_ATTENTION:
+        sums = ()
+        for m in tl.static_range(SIDE * SIDE):
+            more = tl.load(grad_attention_ptr + n * (SIDE * SIDE) + m, mask=mask, other=0.0).to(tl.float32)
+            sums = sums + (by_attention[m] + more,)
+        by_attention = sums
     by_weights = ()
     for t in tl.static_range(4):
         total = tl.zeros([BLOCK], tl.float32)
@@ -254,16 +317,17 @@ def match_attention_bwd_q_kernel(
     tl.store(by_field_ptr + 2 * n, tl.where(free_x, by_u, 0.0), mask=mask)
     tl.store(by_field_ptr + 2 * n + 1, tl.where(free_y, by_v, 0.0), mask=mask)
     tl.store(first_ptr + n, first, mask=mask)
-    for c in range(0, D, CHUNK):
+    for c in range(0, channels, CHUNK):
         q, by_q = _part(q_ptr, n, mask, c, D, CHUNK), tl.zeros([BLOCK, CHUNK], tl.float32)
+        at, inside = _places(k_ptr, first, mask, c, D, CHUNK)
         for m in tl.static_range(SIDE * SIDE):
-            k = _part(k_ptr, first + ((m // SIDE) * W + m % SIDE) * heads, mask, c, D, CHUNK)
+            k = _of_key(at, inside, m, W, SIDE, HEADS * D)
             if L1:
                 by_q -= slopes[m][:, None] * _sign(q - k)
             else:
                 by_q += slopes[m][:, None] * k
-        d = c + tl.arange(0, CHUNK)
-        tl.store(by_q_ptr + n[:, None] * D + d[None, :], by_q, mask=mask[:, None] & (d < D)[None, :])
+        at, inside = _places(by_q_ptr, n, mask, c, D, CHUNK)
+        tl.store(at, by_q, mask=inside)
 
 
 @triton.jit
@@ -283,10 +347,10 @@ def match_attention_bwd_kv_kernel(
     by_k_ptr,
     by_v_ptr,
     count,
-    heads,
     H,
     W,
     OF_OUT: tl.constexpr,
+    HEADS: tl.constexpr,
     RADIUS: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -299,14 +363,14 @@ def match_attention_bwd_kv_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(1) * CHUNK
     mask = n < count
-    x, y = (n // heads) % W, (n // heads // W) % H
+    x, y = (n // HEADS) % W, (n // HEADS // W) % H
     k = _part(k_ptr, n, mask, c, D, CHUNK)
     by_k = tl.zeros([BLOCK, CHUNK], tl.float32)
     by_v = tl.zeros([BLOCK, CHUNK], tl.float32)
     for m in range(SIDE * SIDE):
         dy, dx = m // SIDE, m % SIDE
         listed = mask & (y >= dy) & (x >= dx)
-        cell = n - (dy * W + dx) * heads
+        cell = n - (dy * W + dx) * HEADS
         at = tl.load(starts_ptr + cell, mask=listed, other=0)
         end = tl.load(starts_ptr + cell + 1, mask=listed, other=0)
         for _ in range(tl.max(end - at, 0)):
@@ -319,35 +383,52 @@ def match_attention_bwd_kv_kernel(
                 a = tl.load(attention_ptr + query * (SIDE * SIDE) + m, mask=here, other=0.0)
                 by_v += a[:, None] * _part(grad_ptr, query, here, c, DV, CHUNK)
             at += 1
-    d = c + tl.arange(0, CHUNK)
-    tl.store(by_k_ptr + n[:, None] * D + d[None, :], by_k, mask=mask[:, None] & (d < D)[None, :])
-    tl.store(by_v_ptr + n[:, None] * DV + d[None, :], by_v, mask=mask[:, None] & (d < DV)[None, :])
+    at, inside = _places(by_k_ptr, n, mask, c, D, CHUNK)
+    tl.store(at, by_k, mask=inside)
+    at, inside = _places(by_v_ptr, n, mask, c, DV, CHUNK)
+    tl.store(at, by_v, mask=inside)
 
 
-def constants(D: int, DV: int, radius: int, similarity: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What the kernels of a call are compiled for."""
+class Launch(NamedTuple):
+    """What the kernels of a call are compiled for, and how many queries or keys a program has: one a thread."""
+
+    constants: dict[str, Any]
+    block: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.block // 32, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def launch(count: int, heads: int, D: int, DV: int, radius: int, similarity: str, dtype: torch.dtype) -> Launch:
+    """How a call of so many queries, all heads of all images, is launched."""
+    block = LARGE_BLOCK if count > FEW else SMALL_BLOCK
     chunk = min(16 // dtype.itemsize, triton.next_power_of_2(max(D, DV)))
-    return {"RADIUS": radius, "D": D, "DV": DV, "CHUNK": chunk, "L1": similarity == "l1", "BLOCK": BLOCK}
+    sizes = {"HEADS": heads, "RADIUS": radius, "D": D, "DV": DV}
+    return Launch({**sizes, "CHUNK": chunk, "L1": similarity == "l1", "BLOCK": block}, block)
 
 
-def _sizes(q: Tensor, radius: int) -> tuple:
-    B, H, W, heads, D = q.shape
+def _launch(q: Tensor, v: Tensor, radius: int, similarity: str) -> Launch:
+    return launch(q.shape[:4].numel(), *q.shape[3:], v.shape[4], radius, similarity, q.dtype)
+
+
+def _sizes(q: Tensor, v: Tensor, radius: int) -> tuple:
+    H, W, _, D = q.shape[1:]
     last_y, last_x = (size - 1 - radius - _MARGIN for size in (H, W))
-    return B * H * W * heads, heads, H, W, last_y, last_x, D**-0.5
+    return q.shape[:4].numel(), H, W, last_y, last_x, D, v.shape[4], D**-0.5
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, field: Tensor, radius: int, similarity: str) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel. Any strides; the results are contiguous."""
     out, attention = _outputs(q, v, radius)
     inputs = (x.contiguous() for x in (q, k, v, field))
-    sizes = _sizes(q, radius)
+    sizes, launched = _sizes(q, v, radius), _launch(q, v, radius, similarity)
     with torch.cuda.device_of(q):
-        match_attention_fwd_kernel[(triton.cdiv(sizes[0], BLOCK),)](
+        match_attention_fwd_kernel[(triton.cdiv(sizes[0], launched.block),)](
             *(*inputs, out, attention, *sizes),
             FIELD_HEADS=field.shape[3],
-            **constants(q.shape[4], v.shape[4], radius, similarity, q.dtype),
-            **OPTIONS,
-            enable_fp_fusion=True,
+            **launched.constants,
+            **launched.options,
         )
     return out, attention
 
@@ -366,33 +447,31 @@ def backward(
     q, k, v, field = (x.contiguous() for x in (q, k, v, field))
     of_out = q if grad is None else grad.contiguous()
     of_attention = q if grad_attention is None else grad_attention.contiguous()
-    sizes, compiled = _sizes(q, radius), constants(q.shape[4], v.shape[4], radius, similarity, q.dtype)
-    count, heads, H, W = sizes[:4]
+    sizes, launched = _sizes(q, v, radius), _launch(q, v, radius, similarity)
+    count, H, W = sizes[:3]
     attention, slope = (q.new_empty(count, (2 * radius + 2) ** 2, dtype=torch.float32) for _ in range(2))
     first = torch.empty(count, dtype=torch.int64, device=q.device)
     by_q, by_k, by_v = (torch.empty_like(x) for x in (q, k, v))
     by_field = q.new_empty(*q.shape[:4], 2, dtype=torch.float32)
-    blocks = triton.cdiv(count, BLOCK)
+    blocks = triton.cdiv(count, launched.block)
     with torch.cuda.device_of(q):
         match_attention_bwd_q_kernel[(blocks,)](
             *(of_out, of_attention, q, k, v, field, first, attention, slope, by_q, by_field, *sizes),
             OF_OUT=grad is not None,
             OF_ATTENTION=grad_attention is not None,
             FIELD_HEADS=field.shape[3],
-            **compiled,
-            **OPTIONS,
-            enable_fp_fusion=True,
+            **launched.constants,
+            **launched.options,
         )
         rows, order = torch.sort(first, stable=True)
         starts = torch.searchsorted(rows, torch.arange(count + 1, device=q.device))
-        chunks = triton.cdiv(max(q.shape[4], v.shape[4]), compiled["CHUNK"])
+        chunks = triton.cdiv(max(q.shape[4], v.shape[4]), launched.constants["CHUNK"])
         match_attention_bwd_kv_kernel[(blocks, chunks)](
-            *(of_out, q, k, order, starts, attention, slope, by_k, by_v, count, heads, H, W),
+            *(of_out, q, k, order, starts, attention, slope, by_k, by_v, count, H, W),
             OF_OUT=grad is not None,
-            **compiled,
-            **OPTIONS,
-            enable_fp_fusion=True,
+            **launched.constants,
+            **launched.options,
         )
-    if field.shape[3] != heads:
+    if field.shape[3] != q.shape[3]:
         by_field = by_field.sum(3, keepdim=True)
     return by_q, by_k, by_v, by_field.to(field.dtype)
