@@ -194,6 +194,54 @@ def ulsam_controls(data: str) -> str:
     return "\n".join(tables)
 
 
+def kernel_resources() -> str:
+    """What compiled kernels take, by operator and dtype, over all chips and configurations."""
+    rows = read_rows(RESULTS / "kernel_resources.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        operator = re.sub(r"_(fwd|bwd)_.*", "", row["kernel"])
+        groups.setdefault((operator, row["dtype"]), []).append(row)
+    head = [
+        "operator",
+        "dtype",
+        "compiled",
+        "registers",
+        "shared bytes",
+        "with tensor cores",
+        "spill",
+        "most spilled bytes",
+    ]
+    body = []
+    for (operator, dtype), found in sorted(groups.items()):
+        spilled = [int(row["stack"]) + int(row["local"]) for row in found]
+        registers = sorted(int(row["registers"]) for row in found)
+        body.append(
+            [
+                f"`{operator}`",
+                dtype,
+                str(len(found)),
+                f"{registers[0]} to {registers[-1]}",
+                f"{max(int(row['shared']) for row in found):,}",
+                str(sum(row["tensor_core"] != "0" for row in found)),
+                str(sum(map(bool, spilled))),
+                f"{max(spilled):,}",
+            ]
+        )
+    return markdown(head, body) + f"\nTriton {rows[0]['triton']}; sm_80, sm_90 and sm_100; compiled only.\n"
+
+
+def kernel_model() -> str:
+    """Modelled times by kernel and shape."""
+    rows = read_rows(RESULTS / "kernel_model.csv")
+    if not rows:
+        return "Not computed yet.\n"
+    head = ["shape", "kernel", "instructions a thread", "MB", "issue us", "memory us", "expected us"]
+    keys = ("instructions", "megabytes", "issue_us", "memory_us", "expected_us")
+    return markdown(head, ([row["shape"], f"`{row['kernel']}`", *(row[key] for key in keys)] for row in rows))
+
+
 def probe_evidence() -> str:
     """Heads by backbones and data: accuracy with its interval, the best of each column in bold."""
     rows = read_rows(RESULTS / "probe_evidence.csv")
@@ -343,7 +391,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "retrieval_entanglement": retrieval_entanglement,
     "search_index": lambda: plain("search_index"),
     "retrieval_cost": lambda: plain("retrieval_cost"),
-    "kernel_resources": lambda: plain("kernel_resources"),
+    "kernel_resources": kernel_resources,
+    "kernel_model": kernel_model,
+    "gpu_checks": lambda: plain("gpu_checks"),
 }
 
 
