@@ -103,6 +103,26 @@ def test_low_resolution_start():
         Matcher(model, "stereo", low_resolution_start=True)
 
 
+def test_enlarged_views():
+    """A step edge of colours: the network reads it from four times the pixels, and disparities are halved."""
+    left, right = view(6, 12, 0.4), view(6, 12, 0.2)
+    left[:, 6:] = 0
+    found = estimate_disparity(left, right, Stereo(), enlarge=2)
+    assert found.shape == (2, 6, 12)
+    np.testing.assert_allclose(found[0, :, :3], 0.2 * GAIN, rtol=1e-5)
+    np.testing.assert_allclose(found[0, :, 9:], 0, atol=1e-4)
+    np.testing.assert_allclose(found[1], 0.1 * GAIN, rtol=1e-5)
+    started = estimate_disparity(left, right, Stereo(), enlarge=2, low_resolution_start=True)
+    np.testing.assert_allclose(started, found + 1.5, rtol=1e-5)
+    flow = estimate_flow(left, right, Flow(), enlarge=1.5)
+    np.testing.assert_allclose(flow[2:], 0.2 * GAIN / 1.5, rtol=1e-4)
+    # The least side of 4 is one of the views that the network sees.
+    assert estimate_disparity(view(2, 3, 0.4), view(2, 3, 0.4), Stereo(), enlarge=2).shape == (2, 2, 3)
+    for factor in (0.5, float("nan")):
+        with pytest.raises(InputError, match=f"1 or more, not {factor}"):
+            estimate_disparity(left, right, Stereo(), enlarge=factor)
+
+
 def test_our_networks_fit():
     model = timm.create_model("va_match_stereo_nano").eval()
     left, right = shifted(330, 352, 8)

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pairs.add_argument("--layout", choices=LAYOUTS, help="of the folders (default: what is found there)")
     pairs.add_argument("--factor", type=float, help="of disparities in 8 bits (default: Middlebury's, by the height)")
     pairs.add_argument("--baseline", choices=tuple(BASELINES), help="OpenCV's semi-global matching beside")
+    pairs.add_argument("--enlarge", type=float, default=1.0, metavar="S", help="match views S times as large")
     ranked = protocols.add_parser("retrieval", help="retrieval by attributes: mAP, recall, entanglement, triplets")
     ranked.add_argument(
         "models", nargs="*", metavar="MODEL_OR_CHECKPOINT", help="names with weights, or weight files; none: random"
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             layout=args.layout,
             factor=args.factor,
             baseline=args.baseline,
+            enlarge=args.enlarge,
             device=args.device,
             dtype=args.dtype,
             console=shown,

@@ -26,6 +26,7 @@ from visionattn.errors import ConfigError, VisionAttnError, require
 from visionattn.evaluate.opening import open_models, place
 from visionattn.evaluate.sgbm import sgbm
 from visionattn.files import atomic_path
+from visionattn.models.enlarged import EnlargedViews
 
 __all__ = ["BASELINES", "Errors", "MeasuredStereo", "StereoMeasurements", "disparity_errors", "stereo_matching"]
 
@@ -108,6 +109,7 @@ def stereo_matching(
     layout: str | None = None,
     factor: float | None = None,
     baseline: str | None = None,
+    enlarge: float = 1.0,
     device: str = "cpu",
     dtype: str = "float32",
     console: Console | None = None,
@@ -121,6 +123,7 @@ def stereo_matching(
         layout: Their layout; None finds out.
         factor: By which disparities in 8 bits are larger; None goes by the image's height as Middlebury's.
         baseline: "sgbm" for OpenCV's semi-global matching beside; it is told the largest disparity of the truth.
+        enlarge: Let the models see views so many times as high and wide (`visionattn.models.enlarged`).
         device: Where the models run, such as `"cuda"`.
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
         console: Shows the progress; None shows none.
@@ -132,6 +135,7 @@ def stereo_matching(
         ConfigError: There is nothing to measure, a model does something else, or there is no such layout, baseline,
             device or dtype.
         CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
+        InputError: Views cannot be enlarged by such a factor.
         DataError: A folder holds no stereo pair with truth.
         MissingPackageError: The baseline needs OpenCV, which is not installed.
     """
@@ -146,6 +150,8 @@ def stereo_matching(
     for label, network in networks.items():
         if getattr(network, "task", None) != "stereo":
             raise ConfigError(f"{label} does not match stereo pairs: its task is {getattr(network, 'task', None)!r}.")
+    if enlarge != 1:
+        networks = {label: EnlargedViews(network, enlarge) for label, network in networks.items()}
     networks = place(networks, device, dtype)
     found = StereoMeasurements(device, dtype)
     with Progress(console=console, disable=console is None, transient=True) as progress:

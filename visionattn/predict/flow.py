@@ -20,6 +20,7 @@ def estimate_flow(
     precision: str = "auto",
     max_pixels: int | None = None,
     low_resolution_start: bool = False,
+    enlarge: float = 1.0,
 ) -> np.ndarray:
     """Estimate the optical flow between two images, both ways.
 
@@ -31,6 +32,7 @@ def estimate_flow(
         max_pixels: Larger images are reduced to this many pixels, and the result enlarged. Default: what half of the
             free memory holds.
         low_resolution_start: Start from what the model finds at half the size, as its authors do from 2K on.
+        enlarge: Let the model see images so many times as high and wide, which makes its result finer.
 
     Returns:
         (4, H, W) of float32: x and y from the first image to the second, then from the second to the first, in pixels.
@@ -38,7 +40,7 @@ def estimate_flow(
     Raises:
         InputError: Sizes, type or values of the images, the model or an argument are not accepted.
     """
-    return Matcher(model, "flow", precision, max_pixels, low_resolution_start)(first, second)
+    return Matcher(model, "flow", precision, max_pixels, low_resolution_start, enlarge)(first, second)
 
 
 def flow_seen_in_both(flow: np.ndarray, tolerance: float = 1.0) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.errors import InputError
+from visionattn.models.enlarged import EnlargedViews
 from visionattn.predict.network import Network
 from visionattn.predict.tiles import bytes_per_pixel, free_memory
 
@@ -35,6 +36,7 @@ class Matcher:
         max_pixels: Largest height times width that is computed. Default: what half of the free memory holds, by the
             tensors that a small pass keeps alive.
         low_resolution_start: Let the model find a start at half the size first, as its authors do from 2K on.
+        enlarge: Let the model see images so many times as high and wide (see `EnlargedViews`).
 
     Attributes:
         notes: What is worth knowing of the last pair, in words.
@@ -50,17 +52,19 @@ class Matcher:
         precision: str = "auto",
         max_pixels: int | None = None,
         low_resolution_start: bool = False,
+        enlarge: float = 1.0,
     ) -> None:
         check_matching_task(model, task)
         if max_pixels is not None and max_pixels < 1:
             raise InputError(f"The bound is {max_pixels} pixels; it must be 1 or more.")
         self.task = task
-        self.minimum: int = getattr(model, "size_minimum", 1)
         if low_resolution_start:
             if not hasattr(model, "low_resolution_start"):
                 raise InputError(f"{type(model).__name__} finds no start at half the size: leave that out.")
             model = _FromHalfSize(model)
-            self.minimum = 2 * self.minimum - 1
+        if enlarge != 1:
+            model = EnlargedViews(model, enlarge)
+        self.minimum: int = getattr(model, "size_minimum", 1)
         self.network = Network(model, precision, "lower --max-pixels (max_pixels=)")
         self.max_pixels = max_pixels or self._default_pixels()
         self.notes: list[str] = []
@@ -137,6 +141,8 @@ class _FromHalfSize(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.task = model.task
+        self.size_minimum = 2 * getattr(model, "size_minimum", 1) - 1
         self.train(model.training)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:

@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> 
     parser.add_argument(
         "--low-resolution-start", action="store_true", help="start from half the size: for images of 2K and more"
     )
+    parser.add_argument(
+        "--enlarge",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="match images S times as large: finer, slower",
+    )
 
 
 def pair_up(first: str, second: str, args: argparse.Namespace, default: str) -> list[Job]:
@@ -122,7 +129,7 @@ def open_matcher(args: argparse.Namespace, task: str, default: str | None) -> Ma
         model = pretrained(name, lambda model: check_matching_task(model, task))
     if torch.cuda.is_available():
         model = model.cuda()
-    return Matcher(model, task, args.precision, args.max_pixels, args.low_resolution_start)
+    return Matcher(model, task, args.precision, args.max_pixels, args.low_resolution_start, args.enlarge)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ def estimate_disparity(
     precision: str = "auto",
     max_pixels: int | None = None,
     low_resolution_start: bool = False,
+    enlarge: float = 1.0,
 ) -> np.ndarray:
     """Estimate the disparities of a rectified stereo pair.
 
@@ -42,6 +43,7 @@ def estimate_disparity(
         max_pixels: Larger pairs are reduced to this many pixels, and the result enlarged. Default: what half of the
             free memory holds.
         low_resolution_start: Start from what the model finds at half the size, as its authors do from 2K on.
+        enlarge: Let the model see images so many times as high and wide, which makes its result finer.
 
     Returns:
         (2, H, W) of float32: the disparities of the left and of the right view, in pixels, 0 or more.
@@ -49,7 +51,7 @@ def estimate_disparity(
     Raises:
         InputError: Sizes, type or values of the images, the model or an argument are not accepted.
     """
-    return Matcher(model, "stereo", precision, max_pixels, low_resolution_start)(left, right)
+    return Matcher(model, "stereo", precision, max_pixels, low_resolution_start, enlarge)(left, right)
 
 
 def seen_in_both(disparity: np.ndarray, tolerance: float = 1.0) -> np.ndarray:

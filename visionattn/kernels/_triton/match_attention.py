@@ -409,7 +409,8 @@ def launch(count: int, heads: int, D: int, DV: int, radius: int, similarity: str
 
 
 def _launch(q: Tensor, v: Tensor, radius: int, similarity: str) -> Launch:
-    return launch(q.shape[:4].numel(), *q.shape[3:], v.shape[4], radius, similarity, q.dtype)
+    heads, D = q.shape[3:]
+    return launch(q.shape[:4].numel(), heads, D, v.shape[4], radius, similarity, q.dtype)
 
 
 def _sizes(q: Tensor, v: Tensor, radius: int) -> tuple:

@@ -1,0 +1,51 @@
+"""A matching network that sees its views enlarged: finer results for more pixels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from visionattn.errors import InputError
+
+__all__ = ["EnlargedViews"]
+
+
+class EnlargedViews(nn.Module):
+    """A network of the task "stereo" or "flow" on views s times as high and wide.
+
+        y(p) = network(up(first), up(second))(s p) / s        up: bicubic, within 0..1
+
+    A small network is off by a share of the pixels of its finest map, whatever their size: of enlarged views these are
+    smaller. It takes s^2 times the work, and what lies s times as far apart must still be found.
+
+    Args:
+        network: Takes two views (B, 3, H, W), RGB in 0..1, and gives (B, C, H, W) in pixels.
+        factor: s, 1 or more.
+
+    Shape:
+        (B, 3, H, W) twice -> (B, C, H, W), in pixels of the views as they are given.
+
+    Raises:
+        InputError: The factor is less than 1.
+    """
+
+    def __init__(self, network: Any, factor: float) -> None:
+        super().__init__()
+        if not 1 <= factor < math.inf:
+            raise InputError(f"Views can be enlarged by a factor of 1 or more, not {factor}.")
+        self.network = network
+        self.factor = factor
+        self.task = network.task
+        self.size_minimum = math.ceil(getattr(network, "size_minimum", 1) / factor)
+        self.train(network.training)
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W), (B, 3, H, W) -> (B, C, H, W)."""
+        size = first.shape[2:]
+        large = [round(side * self.factor) for side in size]
+        views = (F.interpolate(view, large, mode="bicubic").clamp(0, 1) for view in (first, second))
+        return F.interpolate(self.network(*views), size, mode="bilinear") / self.factor
