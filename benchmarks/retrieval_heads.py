@@ -9,7 +9,7 @@ queries rank the whole gallery of the test part by cosine; mAP in percent. `judg
 articleType and baseColour, `all` that of the six attributes (gender, usage and season are skewed and hardly visible).
 
 One model embeds all six attributes, 128 numbers each. Schedule, the same for all heads: triplets of margin 0.2 on
-cosine (semi-hard), batches of 6 attributes x 8 values x 4 images, AdamW (weight decay 0.01), one epoch of warm-up,
+cosine (semi-hard), batches of 6 attributes x 4 values x 4 images, AdamW (weight decay 0.01), one epoch of warm-up,
 cosine to 0. Each head takes the learning rate that has the best `judged` on the validation part; the test part chooses
 nothing.
 
@@ -52,7 +52,7 @@ ATTRIBUTES = ("gender", "subCategory", "articleType", "baseColour", "usage", "se
 JUDGED = ("subCategory", "articleType", "baseColour")
 TRIVIAL = ("random", "pixels", "histogram")
 HEADS = ("cca", "linear", "csn", "asen")
-BATCH = {"values": 8, "items": 4}
+BATCH = {"values": 4, "items": 4}
 DECAY, BACKBONE_RATE, EMBED_DIM, MARGIN = 0.01, 0.1, 128, 0.2
 KEY = ("regime", "backbone", "head", "seed", "epochs", "pixels")
 
