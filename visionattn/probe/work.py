@@ -27,10 +27,11 @@ from visionattn.export import export_onnx
 from visionattn.files import atomic_path
 from visionattn.probe.backbone import Backbone
 from visionattn.probe.banks import Head, HeadSpec, head_tokens
-from visionattn.probe.features import LiveFeatures, extract, find_readable, space_line
+from visionattn.probe.features import LiveFeatures, extract, space_line
 from visionattn.probe.few_shot import FewShotResult, few_shot
 from visionattn.probe.inputs import Images, Part
 from visionattn.probe.knn import Neighbours, NeighboursResult, nearest_neighbours
+from visionattn.probe.loading import find_readable
 from visionattn.probe.maps import attention_of, overlay
 from visionattn.probe.processes import rank_and_size
 from visionattn.probe.report import LayerNeighbours, Report, Skipped, head_file

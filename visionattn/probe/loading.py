@@ -1,0 +1,127 @@
+"""Images of a data set loaded in batches; one that cannot be read is reported, and does not end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from visionattn.data.samplers import ResumableLoader
+from visionattn.errors import DataError, InputError
+
+__all__ = ["ImageBatch", "ReadableImages", "check_share", "find_readable", "read_batches"]
+
+_UNREADABLE_SHARE = 0.1
+
+
+class ImageBatch(NamedTuple):
+    """The readable images of a batch."""
+
+    rows: list[int]
+    images: Tensor | None  # None where none could be read
+    labels: list[int]
+    skipped: list[tuple[int, str]]
+
+
+class _Guarded(Dataset):
+    """Gives what is wrong with an image in the place of an error."""
+
+    def __init__(self, dataset: Any, size: tuple[int, int] | None) -> None:
+        self.dataset = dataset
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor | None, int, str]:
+        try:
+            image, label = self.dataset[row]
+        except Exception as error:  # broken files make readers raise nearly anything
+            return row, None, -1, str(error) or type(error).__name__
+        if self.size is None:
+            return row, None, int(label), ""
+        if not isinstance(image, Tensor) or tuple(image.shape[1:]) != self.size:
+            given = f"{tuple(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
+            raise InputError(
+                f"The data set's images must be tensors (C, {self.size[0]}, {self.size[1]}) for this backbone; "
+                f"image {row} is {given}."
+            )
+        return row, image, int(label), ""
+
+
+def _collate(samples: list[tuple[int, Tensor | None, int, str]]) -> ImageBatch:
+    images = [image for _, image, _, _ in samples if image is not None]
+    good = [(row, label) for row, _, label, wrong in samples if not wrong]
+    skipped = [(row, wrong) for row, _, _, wrong in samples if wrong]
+    return ImageBatch(
+        [row for row, _ in good], torch.stack(images) if images else None, [label for _, label in good], skipped
+    )
+
+
+def read_batches(
+    dataset: Any, size: tuple[int, int] | None, batches: list[list[int]], num_workers: int
+) -> Iterator[ImageBatch]:
+    """Load batches of rows in order; without a size, labels only, after the images were opened."""
+    loader = ResumableLoader(
+        _Guarded(dataset, size),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=size is not None and torch.cuda.is_available(),
+        generator=torch.Generator(),  # the global one belongs to the training
+    )
+    return iter(loader)
+
+
+def check_share(skipped: Sequence[tuple[int, str]], images: int) -> None:
+    """Refuse a data set of which too much cannot be read.
+
+    Raises:
+        DataError: More than 10 % of its images were skipped.
+    """
+    if len(skipped) > _UNREADABLE_SHARE * images:
+        row, reason = skipped[0]
+        raise DataError(
+            f"More than {_UNREADABLE_SHARE:.0%} of the {images} images cannot be read. The first is image {row}: "
+            f"{reason}"
+        )
+
+
+class ReadableImages(NamedTuple):
+    """Which images of a data set can be read.
+
+    Attributes:
+        rows: Their places in the data set, int64 (n,).
+        labels: Their classes, int64 (n,).
+        skipped: Place of each other image, and what is wrong with it.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    skipped: list[tuple[int, str]]
+
+
+def find_readable(dataset: Any, num_workers: int = 0) -> ReadableImages:
+    """Open every image once, as `LiveFeatures` takes none that cannot be read.
+
+    `torch.utils.data.Subset(dataset, found.rows.tolist())` holds the images that `extract` would store.
+
+    Args:
+        dataset: Map-style data set of (image, label).
+        num_workers: Loading processes.
+
+    Raises:
+        DataError: More than 10 % cannot be read.
+    """
+    rows, labels, skipped = [], [], []
+    places = list(range(len(dataset)))
+    batches = [places[i : i + 64] for i in range(0, len(places), 64)]
+    for batch in read_batches(dataset, None, batches, num_workers):
+        rows += batch.rows
+        labels += batch.labels
+        skipped += batch.skipped
+        check_share(skipped, len(dataset))
+    return ReadableImages(torch.tensor(rows), torch.tensor(labels), skipped)
