@@ -13,7 +13,9 @@ from visionattn.errors import CheckpointError
 from visionattn.probe.banks import grid, head_tokens
 from visionattn.probe.few_shot import few_shot
 from visionattn.probe.knn import nearest_neighbours
-from visionattn.probe.report import CurvePoint, LayerNeighbours, Report, draw_curves, load_head, write_report
+from visionattn.probe.rendering import draw_curves, write_report
+from visionattn.probe.report import LayerNeighbours, Report, load_head
+from visionattn.probe.sections import CurvePoint
 from visionattn.probe.statistics import Interval, mcnemar_test
 from visionattn.probe.sweep import sweep
 

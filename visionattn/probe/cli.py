@@ -25,7 +25,8 @@ from visionattn.probe.backbone import Backbone
 from visionattn.probe.banks import Head, HeadSpec, create_head, grid
 from visionattn.probe.inputs import make_backbone, read_images, read_model
 from visionattn.probe.processes import rank_and_size
-from visionattn.probe.report import LayerNeighbours, Report, percent, write_report
+from visionattn.probe.rendering import write_report
+from visionattn.probe.report import LayerNeighbours, Report, percent
 from visionattn.probe.results import HeadResult
 from visionattn.probe.shards import PRECISIONS
 from visionattn.probe.sweep import hold_out

@@ -1,18 +1,14 @@
-"""What a probing run leaves in its folder: numbers, a report to read, and the chosen heads.
+"""What a probing run found: its numbers as plain values, and the chosen heads as files.
 
-`results.json` has everything, with the command that gives it again; `results.csv` a row a head, those that were not
-chosen too. `report.md` and `report.html` have tables, curves and attention maps; the HTML file needs no other. `heads`
-has the chosen heads as safetensors, each with its card, which `load_head` opens.
+`heads` has the chosen heads as safetensors, each with its card, which `load_head` opens.
+`visionattn.probe.sections` says the rest in words and tables, and `visionattn.probe.rendering` writes it.
 """
 
 from __future__ import annotations
 
-import base64
-import csv
-import html
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,23 +22,21 @@ from visionattn.errors import CheckpointError
 from visionattn.files import atomic_path
 from visionattn.probe.banks import Head
 from visionattn.probe.few_shot import FewShotResult
-from visionattn.probe.knn import Neighbours, NeighboursResult
+from visionattn.probe.knn import NeighboursResult
 from visionattn.probe.poolings import create_pooling
 from visionattn.probe.results import HeadResult, SweepResult
-from visionattn.probe.statistics import Interval, bootstrap_interval, mcnemar_test, t_interval, wilson_interval
+from visionattn.probe.statistics import Interval, bootstrap_interval, mcnemar_test, wilson_interval
 from visionattn.probe.tokens import Layer
 
 __all__ = [
-    "CurvePoint",
     "LayerNeighbours",
     "PairedTest",
     "Report",
     "Skipped",
-    "draw_curves",
     "head_file",
     "load_head",
     "percent",
-    "write_report",
+    "write_head",
 ]
 
 
@@ -241,19 +235,6 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-# --- words and tables -------------------------------------------------------------------------------------------------
-
-
-class _Section(NamedTuple):
-    """A heading with what stands below it, in this order."""
-
-    title: str
-    words: list[str] = []  # noqa: RUF012
-    table: list[list[str]] = []  # noqa: RUF012, the first row is the header
-    curve: tuple[str, str] | None = None  # file and SVG
-    pictures: list[tuple[str, str]] = []  # noqa: RUF012, files and captions
-
-
 def percent(value: float, interval: Sequence[float] | None = None) -> str:
     """Write a share as every table does: `92.5 [89.1, 94.8]`, in %."""
     text = f"{100 * value:.1f}" if math.isfinite(value) else "–"
@@ -262,324 +243,17 @@ def percent(value: float, interval: Sequence[float] | None = None) -> str:
     return f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
-def _heads_table(report: Report) -> list[list[str]]:
-    specs = [result.spec for result in report.sweep.heads]
-    several = len({spec.seed for spec in specs}) > 1
-    table = [["head", "layer", "chosen", "held out, %", "test, %", "test, last epoch, %", "NLL", "parameters"]]
-    if several:
-        table[0].append("test over seeds, %")
-    for entry in report.neighbours:
-        pair, layer = entry.result.chosen, report.layers[entry.layer].name
-        settings = f"k {pair.k}, T {pair.temperature:g}"
-        row = [f"k-NN {entry.source}", layer, settings, _held_out(report, pair), percent(pair.accuracy, pair.interval)]
-        table.append([*row, "", "", "0", *[""] * several])
-    for result in report.sweep.chosen:
-        spec, best, last = result.spec, result.best, result.last
-        settings = f"lr {spec.lr:g}, decay {spec.weight_decay:g}, epoch {result.best_epoch}"
-        nll = "–"
-        if best is not None and len(best.nll) > 1:
-            low, high = bootstrap_interval(best.nll.numpy())
-            nll = f"{float(best.nll.mean()):.3f} [{low:.3f}, {high:.3f}]"
-        row = [
-            spec.pooling,
-            result.layer,
-            settings,
-            _held_out(report, result),
-            percent(best.accuracy, best.interval) if best else "–",
-            percent(last.accuracy, last.interval) if last else "–",
-            nll,
-            f"{sum(parameter.numel() for parameter in result.head.parameters()):,}",
-        ]
-        if several:
-            alike = [
-                other.best.accuracy
-                for other in report.sweep.heads
-                if other.best is not None and asdict(other.spec) == {**asdict(spec), "seed": other.spec.seed}
-            ]
-            row.append(percent(sum(alike) / len(alike), t_interval(alike)) if alike else "–")
-        table.append(row)
-    return table
-
-
-def _held_out(report: Report, result: HeadResult | Neighbours) -> str:
-    accuracy = result.held_out_accuracy
-    if not math.isfinite(accuracy):
-        return "–"
-    return percent(accuracy, wilson_interval(round(accuracy * report.held_out), report.held_out))
-
-
-def _sections(report: Report) -> list[_Section]:
-    data, backbone, reference = report.data, report.backbone, report.reference()
-    seconds = ", ".join(f"{name} {value:,.1f} s" for name, value in report.seconds.items())
-    sections = [
-        _Section(
-            f"{backbone['name']} on {data['dataset']}",
-            [
-                f"Frozen weights: {backbone['weights']}, SHA-256 {backbone['sha256'][:16]}, "
-                f"{backbone['parameters'] / 1e6:,.2f} million parameters. {data['train_images']:,} training images, "
-                f"{report.held_out:,} of which chose, and {data['test_images']:,} test images of "
-                f"{len(report.classes):,} classes, {data['transform']}.",
-                f"{len(report.sweep.heads)} heads trained together for {report.sweep.epochs} epochs. Time: {seconds}.",
-            ],
-        ),
-        _Section(
-            "Heads",
-            [
-                "The best head of each pooling and layer, by the held-out images, which chose its epoch too. Brackets "
-                "are 95 % intervals: Wilson's for accuracies, bootstrapped over images for the negative log-likelihood "
-                "(NLL, nats, of the chosen epoch), Student's over seeds. Parameters are pooling and classifier."
-            ],
-            _heads_table(report),
-        ),
-    ]
-    tests = report.tests()
-    if tests and reference is not None:
-        table = [["against", "difference, points", "p, McNemar", "p, Holm"]]
-        table += [
-            [test.other, percent(test.difference, test.interval), f"{test.p:.2g}", f"{test.p_holm:.2g}"]
-            for test in tests
-        ]
-        sections.append(
-            _Section(
-                f"{report.name(reference)} against the others",
-                [
-                    "Paired on the same test images: its accuracy less the other's with the bootstrapped 95 % "
-                    "interval, and McNemar's exact test, alone and with Holm's correction for the number of tests."
-                ],
-                table,
-            )
-        )
-    if len(report.layers) > 1:
-        series: dict[str, list[CurvePoint]] = {}
-        for entry in report.neighbours:
-            pair = entry.result.chosen
-            series.setdefault(f"k-NN {entry.source}", []).append(CurvePoint(entry.layer, pair.accuracy, pair.interval))
-        for result in report.sweep.chosen:
-            if result.best is not None:
-                point = CurvePoint(result.spec.layer, result.best.accuracy, result.best.interval)
-                series.setdefault(result.spec.pooling, []).append(point)
-        curve = draw_curves([layer.name for layer in report.layers], series, "test accuracy, %")
-        sections.append(_Section("Layer by layer", ["Bars are Wilson's 95 % intervals."], curve=("layers.svg", curve)))
-    if report.few_shot:
-        sections.append(_few_shot_section(report))
-    if report.maps:
-        words = (
-            "The picture as the backbone saw it, then one panel a query, from its smallest share of attention (grey) "
-            "over red to its largest (yellow), which is written in units of the uniform share: at 1.0 x a query looks "
-            "everywhere alike."
-        )
-        sections.append(_Section("Where the queries look", [words], pictures=report.maps))
-    notes = list(report.notes)
-    if report.skipped:
-        notes.append(f"{len(report.skipped)} images could not be read and were left out:")
-        notes += [f"{entry.part}: {entry.name}: {entry.reason}" for entry in report.skipped]
-    if notes:
-        sections.append(_Section("Notes", notes))
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    protocol = ", ".join(f"{key} {value}" for key, value in report.protocol.items())
-    sections.append(_Section("To do it again", [f"`{report.command}`", f"{protocol}.", versions]))
-    return sections
-
-
-def _few_shot_section(report: Report) -> _Section:
-    sizes = list(dict.fromkeys(result.size for result in report.few_shot))
-    labels = [f"{100 * size:g} %" if isinstance(size, float) else f"{size} a class" for size in sizes]
-    series: dict[str, list[CurvePoint]] = {}
-    cells: dict[str, dict[float, str]] = {}
-    for result in report.few_shot:
-        name = result.pooling + (f" at {result.layer}" if len(report.layers) > 1 else "")
-        series.setdefault(name, []).append(CurvePoint(sizes.index(result.size), result.mean, result.interval))
-        cells.setdefault(name, {})[result.size] = percent(result.mean, result.interval)
-    table = [["head", *labels], *([name, *(row.get(size, "–") for size in sizes)] for name, row in cells.items())]
-    draws = max(len(result.accuracies) for result in report.few_shot)
-    words = (
-        f"Test accuracy in %, mean of {draws} draws of training images with Student's 95 % interval. Learning rate and "
-        "weight decay are those that the whole training set chose; no image is held out, and the last epoch counts."
-    )
-    curve = draw_curves(labels, series, "test accuracy, %")
-    return _Section("Few training images", [words], table, ("few_shot.svg", curve))
-
-
-# --- curves -----------------------------------------------------------------------------------------------------------
-
-_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f")
-
-
-class CurvePoint(NamedTuple):
-    """A place along x, and a share with its interval."""
-
-    x: int
-    value: float
-    interval: Interval
-
-
-def draw_curves(labels: Sequence[str], series: Mapping[str, Sequence[CurvePoint]], what: str) -> str:
-    """Draw shares with their intervals as an SVG.
-
-    Args:
-        labels: Of the places along x.
-        series: Points of each curve.
-        what: Is drawn, the words beside the vertical axis.
-    """
-    left, top, width, height, legend = 56, 12, 440, 260, 150
-    ends = [end for points in series.values() for _, value, interval in points for end in (value, *interval)]
-    shown = [100 * end for end in ends if math.isfinite(end)]
-    step = next(step for step in (1, 2, 5, 10, 20) if max(shown) - min(shown) <= 6 * step or step == 20)
-    low, high = step * math.floor(min(shown) / step), step * math.ceil(max(shown) / step)
-    high = max(high, low + step)
-
-    def across(x: float) -> float:
-        return left + width * (x + 0.5) / len(labels)
-
-    def up(share: float) -> float:
-        return top + height * (high - 100 * share) / (high - low)
-
-    parts = []
-    for tick in range(low, high + 1, step):
-        y = up(tick / 100)
-        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{left + width}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>')
-    every = math.ceil(8 * max(map(len, labels)) / (width / len(labels)))  # a letter takes up to 8 pixels
-    for number, label in enumerate(labels):
-        if (len(labels) - 1 - number) % every == 0:
-            x = across(number)
-            parts.append(f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{html.escape(label)}</text>')
-    middle = top + height / 2
-    parts.append(
-        f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{html.escape(what)}</text>'
-    )
-    for number, (name, points) in enumerate(series.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        dash = ' stroke-dasharray="5 3"' if number >= len(_COLOURS) else ""
-        # Curves that share their places along x would hide each other's intervals.
-        shift = (number - (len(series) - 1) / 2) * min(6, 0.6 * width / len(labels) / len(series))
-        places = [(across(point.x) + shift, up(point.value), point.interval) for point in points]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>')
-        for x, y, interval in places:
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
-            if all(map(math.isfinite, interval)):
-                ends_of_bar = f'y1="{up(interval.low):.1f}" y2="{up(interval.high):.1f}"'
-                parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" {ends_of_bar} stroke="{colour}"/>')
-        y = top + 14 + 16 * number
-        parts.append(f'<rect x="{left + width + 12}" y="{y - 9}" width="12" height="10" fill="{colour}"/>')
-        parts.append(f'<text x="{left + width + 30}" y="{y}">{html.escape(name)}</text>')
-    size = f'width="{left + width + legend}" height="{max(top + height + 30, top + 16 * len(series) + 20)}"'
-    style = 'font-family="sans-serif" font-size="12"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size} {style}>' + "".join(parts) + "</svg>"
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def write_report(report: Report, folder: str | Path) -> None:
-    """Write all files but the maps, which lie there already, each whole or not at all.
-
-    Args:
-        report: What was found.
-        folder: Of the run; heads, maps and curves of an earlier report in it are replaced, or removed.
-
-    Raises:
-        StorageError: A file could not be written.
-    """
-    folder = Path(folder)
-    for result in report.sweep.chosen:
-        _write_head(report, result, folder / "heads")
-    content, sections = report.to_json(), _sections(report)
-    for section in sections:
-        if section.curve is not None:
-            _write(folder / section.curve[0], section.curve[1])
-    _write(folder / "report.md", _markdown(sections))
-    _write(folder / "report.html", _html(sections, folder))
-    rows = content["heads"]
-    with atomic_path(folder / "results.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    _write(folder / "results.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    heads = [head_file(folder / "heads", report, result) for result in report.sweep.chosen]
-    ours = {*heads, *(path.with_suffix(".md") for path in heads), *(folder / file for file, _ in report.maps)}
-    ours |= {folder / section.curve[0] for section in sections if section.curve is not None}
-    for pattern in ("heads/*-layer*.safetensors", "heads/*-layer*.md", "maps/*.jpg", "layers.svg", "few_shot.svg"):
-        for path in folder.glob(pattern):
-            if path not in ours:
-                path.unlink()
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _markdown(sections: Iterable[_Section]) -> str:
-    lines: list[str] = []
-    for number, section in enumerate(sections):
-        lines += [f"{'##' if number else '#'} {section.title}", ""]
-        listed = section.title == "Notes"
-        for words in section.words:
-            lines += [f"- {words}"] if listed else [words, ""]
-        if section.table:
-            header, *rows = section.table
-            lines += ["| " + " | ".join(map(_cell, header)) + " |", "|" + " --- |" * len(header)]
-            lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
-            lines.append("")
-        if section.curve is not None:
-            lines += [f"![{section.title}]({section.curve[0]})", ""]
-        for file, caption in section.pictures:
-            lines += [f"{caption}:", "", f"![{caption}]({file})", ""]
-        if listed:
-            lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-_STYLE = """
-body { font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; font-size: 14px; }
-th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
-div { overflow-x: auto; } img { max-width: 100%; } code { font-size: 13px; overflow-wrap: anywhere; }
-"""
-
-
-def _html(sections: Sequence[_Section], folder: Path) -> str:
-    """One page that needs no other file."""
-    body: list[str] = []
-    for number, section in enumerate(sections):
-        level = "h2" if number else "h1"
-        body.append(f"<{level}>{html.escape(section.title)}</{level}>")
-        for words in section.words:
-            text = html.escape(words)
-            code = len(words) > 1 and words[0] == words[-1] == "`"
-            body.append(f"<p><code>{text[1:-1]}</code></p>" if code else f"<p>{text}</p>")
-        if section.table:
-            header, *rows = section.table
-            body.append("<div><table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>")
-            for row in rows:
-                body.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
-            body.append("</table></div>")
-        if section.curve is not None:
-            body.append(f"<div>{section.curve[1]}</div>")
-        for file, caption in section.pictures:
-            data = base64.b64encode((folder / file).read_bytes()).decode()
-            text = html.escape(caption)
-            body.append(f'<p>{text}</p><img alt="{text}" src="data:image/jpeg;base64,{data}">')
-    title = html.escape(sections[0].title)
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    return head + "</head><body>\n" + "\n".join(body) + "\n</body></html>\n"
-
-
-# --- heads ------------------------------------------------------------------------------------------------------------
-
-
 def head_file(folder: Path, report: Report, result: HeadResult) -> Path:
     """Where a chosen head stands."""
     return folder / f"{result.spec.pooling}-layer{report.indices[result.spec.layer]}.safetensors"
 
 
-def _write_head(report: Report, result: HeadResult, folder: Path) -> None:
+def write_head(report: Report, result: HeadResult, folder: Path) -> None:
+    """Write a chosen head and its card, each whole or not at all.
+
+    Raises:
+        StorageError: A file could not be written.
+    """
     spec, layer, best = result.spec, report.layers[result.spec.layer], result.best
     path = head_file(folder, report, result)
     facts = {
@@ -616,7 +290,8 @@ def _write_head(report: Report, result: HeadResult, folder: Path) -> None:
         f'- Opens with: `visionattn.probe.report.load_head("{path.name}")`',
         "",
     ]
-    _write(path.with_suffix(".md"), "\n".join(card))
+    with atomic_path(path.with_suffix(".md")) as temporary:
+        temporary.write_text("\n".join(card), encoding="utf-8")
 
 
 def load_head(file: str | Path) -> Head:
