@@ -39,6 +39,36 @@ def write_table(folder, copies=4):
     return folder / "table.csv"
 
 
+TOY_CONDITIONS = {"class": "kind", "closure": "kind", "gender": "colour", "heel": "colour"}
+
+
+def write_triplets(folder, each=12):
+    """Zappos' layout: `each` triplets a condition and part, by the kind or the colour that `TOY_CONDITIONS` says.
+
+    In each triplet the far image agrees with the anchor in what its condition does not ask for, and the near does not.
+    """
+    generator = np.random.default_rng(0)
+    images, lists = folder / "ut-zap50k-images", folder / "tripletlists"
+    (images / "Shoes").mkdir(parents=True)
+    lists.mkdir()
+    toys = list(itertools.product(("train", "val", "test"), range(2), COLOURS, KINDS))
+    for number, (_, _, colour, kind) in enumerate(toys):
+        picture(colour, kind, number).save(images / f"Shoes/{number:02d}.png")
+    (folder / "filenames.json").write_text("".join(f"Shoes/{number:02d}.png\n" for number in range(len(toys))))
+    for part, (name, attribute) in itertools.product(("train", "val", "test"), TOY_CONDITIONS.items()):
+        asked, other = (2, 3) if attribute == "colour" else (3, 2)
+        own = [number for number, toy in enumerate(toys) if toy[0] == part]
+        rows = [
+            (a, f, n)
+            for a, f, n in itertools.product(own, repeat=3)
+            if toys[a][asked] == toys[n][asked] != toys[f][asked] and toys[a][other] == toys[f][other] != toys[n][other]
+        ]
+        chosen = [rows[place] for place in generator.choice(len(rows), each, replace=False)]
+        lines = "".join(f"{a} {f} {n}\n" for a, f, n in chosen)
+        (lists / f"{name}_tripletlist_{part}.txt").write_text(lines)
+    return folder
+
+
 class ToyConditional(nn.Module):
     """One linear head an attribute over the colours and edges of an image."""
 

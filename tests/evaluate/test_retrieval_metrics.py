@@ -16,7 +16,7 @@ from visionattn import cli
 from visionattn.data import ranking
 from visionattn.data.catalogue import MISSING, Part
 from visionattn.data.catalogue_files import Triplets, read_catalogue
-from visionattn.data.ranking import AttributeScore, means, rank, score, score_part, triplet_accuracy
+from visionattn.data.ranking import AttributeScore, means, rank, score, score_part, score_triplets, triplet_accuracy
 from visionattn.errors import ConfigError, DataError, InputError
 from visionattn.evaluate.retrieval import attribute_retrieval, draw_matrix, triplets
 
@@ -151,6 +151,19 @@ def test_triplets_and_their_models(tmp_path):
     found = triplets(model, given)["toy_conditional"]
     assert set(found) == {"colour", "kind", "all"}
     assert found["all"] == pytest.approx((found["colour"] + 2 * found["kind"]) / 3)
+    # Each triplet in the space of its condition, or in the only one that there is.
+    spaces = unit(len(store.names), 2, 6)
+    given = given._replace(anchors=torch.randint(9, (40,)), far=torch.randint(9, (40,)), near=torch.randint(9, (40,)))
+    given = given._replace(condition=torch.arange(40) % 2)
+    for vectors in (spaces, spaces[:, 1:]):
+        right = {"colour": [], "kind": []}
+        for a, f, n, c in zip(*(own.tolist() for own in given[3:])):
+            own = vectors[:, c if vectors.shape[1] == 2 else 0]
+            right[given.conditions[c]].append(bool(own[a] @ own[n] > own[a] @ own[f]))
+        expected = {name: np.mean(shares) for name, shares in right.items()} | {
+            "all": np.mean([*right["colour"], *right["kind"]])
+        }
+        assert score_triplets(vectors, given) == pytest.approx(expected)
     with pytest.raises(ConfigError, match="does not embed by kind"):
         triplets(ToyConditional(("colour",), 8), given)
 

@@ -25,10 +25,12 @@ from visionattn.data.catalogue import MISSING
 from visionattn.data.ranking import means, score_part
 from visionattn.data.retrieval import RetrieveData
 from visionattn.data.samplers import IGNORED
+from visionattn.data.triplets import TripletData
 from visionattn.errors import CheckpointError, ConfigError
 from visionattn.train.cli import main, recipes
 from visionattn.train.reidentify import ReidentifyTask
 from visionattn.train.retrieve import AttributeLoss, RetrieveTask
+from visionattn.train.triplets import TripletTask
 
 VALUES = {"colour": ["blue", "green", "red"], "kind": ["bars", "columns", "disc"]}
 
@@ -297,7 +299,8 @@ def test_from_a_backbones_file_to_a_search(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("retrieve/")])
 def test_recipes_say_what_their_classes_take(name):
     recipe = yaml.safe_load(recipes()[name].read_text())
-    for part, known in (("model", (RetrieveTask, ReidentifyTask)), ("data", (RetrieveData,))):
+    tasks, sets = (RetrieveTask, ReidentifyTask, TripletTask), (RetrieveData, TripletData)
+    for part, known in (("model", tasks), ("data", sets)):
         (made,) = [one for one in known if recipe[part]["class_path"].endswith(f".{one.__name__}")]
         arguments = made.__init__.__code__.co_varnames
         assert set(recipe[part]["init_args"]) <= set(arguments)

@@ -212,6 +212,16 @@ class Triplets(NamedTuple):
     near: Tensor
     condition: Tensor
 
+    def take(self, places: Tensor) -> Triplets:
+        """The images at some places (M,) of `names`, in that order, and the triplets whose three are among them."""
+        numbers = torch.full((len(self.names),), -1)
+        numbers[places] = torch.arange(len(places))
+        rows = numbers[torch.stack([self.anchors, self.far, self.near])]
+        kept = (rows >= 0).all(dim=0)
+        anchors, far, near = rows[:, kept]
+        names = [self.names[place] for place in places.tolist()]
+        return Triplets(self.images, names, self.conditions, anchors, far, near, self.condition[kept])
+
 
 def read_triplets(root: str | Path, part: str, images: str | Path | None = None) -> Triplets:
     """Read the Zappos triplets of a part.
@@ -220,24 +230,31 @@ def read_triplets(root: str | Path, part: str, images: str | Path | None = None)
         root: Folder with filenames.json (a JSON list, or a name a line) and, in tripletlists/, the files
             CONDITION_tripletlist_PART.txt, whose lines are the numbers of anchor, far and near image.
         part: train, val or test.
-        images: Folder or zip file of the images; None for the root.
+        images: Folder or zip file of the images; None for ut-zap50k-images in the root, or else the root.
 
     Raises:
+        ConfigError: There is no such part.
         DataError: A file is missing or damaged, or images are missing.
     """
+    if part not in PARTS:
+        raise ConfigError(f"There is no part {part!r}. Choose from {', '.join(PARTS)}.")
     root = Path(root)
-    store = ImageStore(images or root)
+    published = root / "ut-zap50k-images"
+    store = ImageStore(images or (published if published.is_dir() else root))
     try:
         text = (root / "filenames.json").read_text()
-    except OSError as error:
-        raise DataError(f"Could not read {root / 'filenames.json'}: {error}.") from error
-    every = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        every = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except (OSError, ValueError) as error:  # a ValueError is of text or JSON that cannot be decoded
+        raise DataError(f"Could not read {root / 'filenames.json'}, a JSON list or a name a line: {error}.") from error
     rows = []
     for condition, name in enumerate(ZAPPOS):
         path = root / "tripletlists" / f"{name}_tripletlist_{part}.txt"
         for line in _lines(path):
-            if len(line) != 3 or not all(word.isdigit() and int(word) < len(every) for word in line):
-                raise DataError(f"{path} has a line {' '.join(line)!r} that is not three numbers of images.")
+            if len(line) != 3 or not all(word.isdecimal() and int(word) < len(every) for word in line):
+                raise DataError(
+                    f"{path} has a line {' '.join(line)!r} that is not three numbers of images: anchor, far and near, "
+                    f"each below {len(every)}, the number of names in filenames.json."
+                )
             rows.append((*map(int, line), condition))
     if not rows:
         raise DataError(f"There are no triplets of the part {part!r} in {root / 'tripletlists'}.")

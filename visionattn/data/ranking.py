@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from visionattn.data.catalogue import MISSING, Part
+from visionattn.data.catalogue_files import Triplets
 from visionattn.errors import DataError, InputError
 
-__all__ = ["AttributeScore", "Ranked", "means", "rank", "score", "score_part", "triplet_accuracy"]
+__all__ = ["AttributeScore", "Ranked", "means", "rank", "score", "score_part", "score_triplets", "triplet_accuracy"]
 
 CELLS = 2**24  # numbers of a chunk of the matrix of cosines
 RECALL_AT = (1, 5, 10)
@@ -141,3 +142,17 @@ def means(scores: list[AttributeScore]) -> tuple[AttributeScore, AttributeScore]
 def triplet_accuracy(anchors: Tensor, far: Tensor, near: Tensor) -> Tensor:
     """Whether each anchor (T, E) has a larger inner product with its near than with its far (T, E): bool (T,)."""
     return (anchors * near).sum(dim=-1) > (anchors * far).sum(dim=-1)
+
+
+def score_triplets(embeddings: Tensor, given: Triplets) -> dict[str, float]:
+    """Share of each condition's triplets that is right, and of all under "all"; a condition without any is left out.
+
+    Args:
+        embeddings: (N, C, E) of the images, a space for each condition, or (N, 1, E), one for all.
+        given: At least one triplet.
+    """
+    spaces = given.condition if embeddings.shape[1] > 1 else 0
+    anchors, far, near = (embeddings[rows, spaces] for rows in (given.anchors, given.far, given.near))
+    right = triplet_accuracy(anchors, far, near).double().cpu()
+    by_condition = ((name, right[given.condition == number]) for number, name in enumerate(given.conditions))
+    return {name: own.mean().item() for name, own in by_condition if len(own)} | {"all": right.mean().item()}

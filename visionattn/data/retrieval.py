@@ -6,6 +6,7 @@ their part (B,), `IGNORED` for the copies that even out ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 else:
     LightningDataModule = require("lightning.pytorch", "train").LightningDataModule
 
-__all__ = ["PartImages", "RetrieveData"]
+__all__ = ["EmbeddingData", "PartImages", "RetrieveData"]
 
 
 class PartImages(Dataset):
@@ -54,7 +55,77 @@ class _LabelledImages(SeededDataset):
         return image, self.dataset.part.labels[sample], place
 
 
-class RetrieveData(LightningDataModule):
+class EmbeddingData(LightningDataModule):
+    """Images for a task that embeds them: their transforms follow from the model.
+
+    The hyper-parameters are image_size, augmentation, batch_size, num_workers, seed and, where a set has it, erasing,
+    as `RetrieveData` describes them.
+    """
+
+    hparams: Any
+
+    def check_augmentation(self) -> None:
+        """Refuse what is no augmentation before the model is made.
+
+        Raises:
+            ConfigError: It is neither known nor the path of a pipeline.
+        """
+        augmentation = self.hparams.augmentation
+        if augmentation not in AUGMENTATIONS and not augmentation.endswith((".json", ".yaml", ".yml")):
+            raise ConfigError(
+                f"There is no augmentation {augmentation!r}. Choose from {', '.join(AUGMENTATIONS)}, or give the path "
+                "of a pipeline saved by albumentations (.json, .yaml)."
+            )
+
+    def setup(self, stage: str) -> None:
+        """Take from the model what was not given."""
+        task: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        config = dict(task.input_config)
+        if self.hparams.image_size is not None:
+            config["size"] = list(self.hparams.image_size)
+        if len(config["size"]) != 2:
+            raise ConfigError(f"data.image_size is {config['size']}; it is height and width.")
+        self.image_shape = (3, *config["size"])
+        self._eval_transform = eval_transform(config)
+        interpolation = v2.InterpolationMode(config["interpolation"])
+        self._train_transform = v2.Compose(
+            [
+                partial(Image.Image.convert, mode="RGB"),
+                *augment(self.hparams.augmentation, tuple(config["size"]), interpolation),
+                *finish(config),
+                v2.RandomErasing(self.hparams.get("erasing", 0.0)),
+            ]
+        )
+
+    def _in_order(self, dataset: SeededDataset) -> DataLoader:
+        """Each image once."""
+        sampler = EpochSampler(dataset, *self._ranks, training=False, seed=self.hparams.seed)
+        return self._loader(dataset, sampler, self.hparams.batch_size)
+
+    def _loader(
+        self,
+        dataset: Dataset,
+        sampler: EpochSampler,
+        batch_size: int,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> DataLoader:
+        return ResumableLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=batch_size,
+            num_workers=self.hparams.num_workers,
+            collate_fn=collate,
+            persistent_workers=self.hparams.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.hparams.seed),
+        )
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+
+class RetrieveData(EmbeddingData):
     """Training, validation and test items of retrieval.
 
     Sizes and normalisation that are not given follow from the model.
@@ -80,8 +151,6 @@ class RetrieveData(LightningDataModule):
         DataError: Files are missing or damaged.
     """
 
-    hparams: Any
-
     def __init__(
         self,
         root: str,
@@ -103,11 +172,7 @@ class RetrieveData(LightningDataModule):
         self.save_hyperparameters(logger=False)
         if layout not in LAYOUTS:
             raise ConfigError(f"There is no layout {layout!r}. Choose from {', '.join(LAYOUTS)}.")
-        if augmentation not in AUGMENTATIONS and not augmentation.endswith((".json", ".yaml", ".yml")):
-            raise ConfigError(
-                f"There is no augmentation {augmentation!r}. Choose from {', '.join(AUGMENTATIONS)}, or give the path "
-                "of a pipeline saved by albumentations (.json, .yaml)."
-            )
+        self.check_augmentation()
         if values_per_batch < 2 or images_per_value < 2:
             raise ConfigError("data.values_per_batch and data.images_per_value are 2 or more: losses compare images.")
         self._parts: dict[str, Part] = {}
@@ -129,26 +194,6 @@ class RetrieveData(LightningDataModule):
             self._parts[name] = self.catalogue.part(name)
         return self._parts[name]
 
-    def setup(self, stage: str) -> None:
-        """Take from the model what was not given."""
-        task: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        config = dict(task.input_config)
-        if self.hparams.image_size is not None:
-            config["size"] = list(self.hparams.image_size)
-        if len(config["size"]) != 2:
-            raise ConfigError(f"data.image_size is {config['size']}; it is height and width.")
-        self.image_shape = (3, *config["size"])
-        self._eval_transform = eval_transform(config)
-        interpolation = v2.InterpolationMode(config["interpolation"])
-        self._train_transform = v2.Compose(
-            [
-                partial(Image.Image.convert, mode="RGB"),
-                *augment(self.hparams.augmentation, tuple(config["size"]), interpolation),
-                *finish(config),
-                v2.RandomErasing(self.hparams.erasing),
-            ]
-        )
-
     def train_dataloader(self) -> DataLoader:
         """P values of each attribute and K images of each, augmented."""
         given, part = self.hparams, self.part("train")
@@ -160,28 +205,12 @@ class RetrieveData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """The validation part in order, each item once."""
-        return self._in_order("val")
+        return self._ordered("val")
 
     def test_dataloader(self) -> DataLoader:
         """The test part in order, each item once."""
-        return self._in_order("test")
+        return self._ordered("test")
 
-    def _in_order(self, name: str) -> DataLoader:
-        dataset = _LabelledImages(PartImages(self.catalogue.images, self.part(name)), self._eval_transform, None)
-        sampler = EpochSampler(dataset, *self._ranks, training=False, seed=self.hparams.seed)
-        return self._loader(dataset, sampler, self.hparams.batch_size)
-
-    def _loader(self, dataset: Dataset, sampler: EpochSampler, batch_size: int) -> DataLoader:
-        return ResumableLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=batch_size,
-            num_workers=self.hparams.num_workers,
-            persistent_workers=self.hparams.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.hparams.seed),
-        )
-
-    @property
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+    def _ordered(self, name: str) -> DataLoader:
+        images = PartImages(self.catalogue.images, self.part(name))
+        return self._in_order(_LabelledImages(images, self._eval_transform, None))

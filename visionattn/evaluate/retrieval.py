@@ -26,7 +26,7 @@ from visionattn import __version__
 from visionattn.data.catalogue import Catalogue, ImageStore
 from visionattn.data.catalogue_files import Triplets, read_catalogue, read_triplets
 from visionattn.data.embedding import conditions_of, embed, eval_transform, input_config
-from visionattn.data.ranking import AttributeScore, means, score, triplet_accuracy
+from visionattn.data.ranking import AttributeScore, means, score, score_triplets
 from visionattn.errors import ConfigError
 from visionattn.evaluate.opening import open_models, place
 from visionattn.files import atomic_path
@@ -235,7 +235,7 @@ def triplets(
     Args:
         models: As in `attribute_retrieval`; one with conditions names those of the triplets.
         data: Triplets, or the folder of Zappos' (see `visionattn.data.catalogue_files`).
-        images: Folder or zip file of the images; None for the folder.
+        images: Folder or zip file of the images; None for where the layout has them.
         part: train, val or test.
         image_size: Height and width of the images; None takes each model's.
         batch_size: Images a pass.
@@ -244,7 +244,7 @@ def triplets(
         console: Shows the progress; None shows none.
 
     Raises:
-        ConfigError: There is no such device or dtype, or a model lacks a condition.
+        ConfigError: There is no such part, device or dtype, or a model lacks a condition.
         CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
         DataError: A file is missing or damaged.
     """
@@ -255,12 +255,8 @@ def triplets(
         if known and (lacking := [name for name in given.conditions if name not in known]):
             raise ConfigError(f"{label} does not embed by {', '.join(lacking)}, only by {', '.join(known)}.")
         spaces = embed_images(network, given.images, given.names, image_size, batch_size, console)
-        columns = torch.tensor([known.index(name) if known else 0 for name in given.conditions])[given.condition]
-        anchors, far, near = (spaces[rows, columns] for rows in (given.anchors, given.far, given.near))
-        right = triplet_accuracy(anchors, far, near).double()
-        by_condition = ((name, right[given.condition == number]) for number, name in enumerate(given.conditions))
-        found[label] = {name: own.mean().item() for name, own in by_condition if len(own)}
-        found[label]["all"] = right.mean().item()
+        columns = [known.index(name) for name in given.conditions] if known else [0]
+        found[label] = score_triplets(spaces[:, columns], given)
     return found
 
 

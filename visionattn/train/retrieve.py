@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.checkpoints import create
-from visionattn.data.catalogue import MISSING
+from visionattn.data.catalogue import MISSING, Part
 from visionattn.data.embedding import conditions_of, embed, input_config
 from visionattn.data.ranking import means, score_part
 from visionattn.data.samplers import IGNORED
@@ -25,20 +25,21 @@ from visionattn.errors import CheckpointError, ConfigError, require
 from visionattn.train.optimization import OptimizedTask
 from visionattn.weights import mismatches
 
-__all__ = ["AttributeLoss", "RankedTask", "RetrieveTask"]
+__all__ = ["BEGINNING", "AttributeLoss", "EmbeddingTask", "RankedTask", "RetrieveTask", "create_conditional"]
 
 LOSSES = ("triplet", "multi_similarity", "proxy_anchor")
 BEGINNING = ("pretrained_backbone", "backbone_checkpoint")
 MINERS = ("none", "semihard", "hard", "multi_similarity")
 
 
-class RankedTask(OptimizedTask):
-    """A task that is validated and tested by ranking each part's gallery for its queries.
+class EmbeddingTask(OptimizedTask):
+    """A task that is validated and tested by the embeddings of a part's images, each embedded once.
 
-    The network is `net`; `attributes` of the hyper-parameters names each attribute and its values.
+    The network is `net`; `attributes` of the hyper-parameters names each attribute and its values. A batch of an
+    evaluation begins with images and ends with their places in their part.
     """
 
-    monitor: ClassVar[str] = "val/map"
+    monitor: ClassVar[str]
     """The measure whose highest value makes the best checkpoint."""
 
     def __init__(self) -> None:
@@ -64,23 +65,27 @@ class RankedTask(OptimizedTask):
         """Images (B, 3, H, W) -> L2-normalised embeddings (B, C, E)."""
         return embed(self.net, images)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         """Keep the embeddings of a batch."""
-        self._found.append((self(batch[0]), batch[2]))
+        self._found.append((self(batch[0]), batch[-1]))
 
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         """Keep the embeddings of a batch."""
-        self._found.append((self(batch[0]), batch[2]))
+        self._found.append((self(batch[0]), batch[-1]))
 
     def on_validation_epoch_end(self) -> None:
-        """Rank, and state mAP and recall."""
-        self._rank("val")
+        """State how good the embeddings are."""
+        self._judge("val")
 
     def on_test_epoch_end(self) -> None:
-        """Rank, and state mAP and recall."""
-        self._rank("test")
+        """State how good the embeddings are."""
+        self._judge("test")
 
-    def _rank(self, name: str) -> None:
+    def judge(self, name: str, embeddings: Tensor, part: Any) -> None:
+        """Log how good the embeddings (N, C, E) of a part's images are; `name` is val or test."""
+        raise NotImplementedError
+
+    def _judge(self, name: str) -> None:
         embeddings, places = (torch.cat(tensors) for tensors in zip(*self._found))
         self._found = []
         if self.trainer.world_size > 1:
@@ -88,18 +93,7 @@ class RankedTask(OptimizedTask):
             embeddings, places = (tensor.flatten(0, 1) for tensor in gathered)
         kept = places != IGNORED
         embeddings, places = embeddings[kept], places[kept]
-        part = self.trainer.datamodule.part(name).take(places.cpu())
-        if not (part.is_query.any() and part.is_gallery.any()):  # a trial of a few batches
-            return
-        scores = score_part(embeddings, part, tuple(self.hparams.attributes))
-        plain, weighted = means(scores)
-        for row in scores if len(scores) > 1 else ():
-            self.log(f"{name}/map_{row.attribute}", row.map)
-        self.log(f"{name}/map", plain.map, prog_bar=True)
-        if len(scores) > 1:
-            self.log(f"{name}/map_by_queries", weighted.map)
-        for k, value in zip((1, 5, 10), plain[-3:]):
-            self.log(f"{name}/recall_at_{k}", value)
+        self.judge(name, embeddings, self.trainer.datamodule.part(name).take(places.cpu()))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in plain words that a checkpoint is of another model or data, before torch lists its keys."""
@@ -116,6 +110,38 @@ class RankedTask(OptimizedTask):
         if wrong := mismatches(checkpoint["state_dict"], self.state_dict()):
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise CheckpointError(f"The checkpoint does not fit {self.hparams.name!r}: {'; '.join(wrong[:3])}{more}.")
+
+
+class RankedTask(EmbeddingTask):
+    """A task that is validated and tested by ranking each part's gallery for its queries."""
+
+    monitor = "val/map"
+
+    def judge(self, name: str, embeddings: Tensor, part: Part) -> None:
+        """Rank, and state mAP and recall."""
+        if not (part.is_query.any() and part.is_gallery.any()):  # a trial of a few batches
+            return
+        scores = score_part(embeddings, part, tuple(self.hparams.attributes))
+        plain, weighted = means(scores)
+        for row in scores if len(scores) > 1 else ():
+            self.log(f"{name}/map_{row.attribute}", row.map)
+        self.log(f"{name}/map", plain.map, prog_bar=True)
+        if len(scores) > 1:
+            self.log(f"{name}/map_by_queries", weighted.map)
+        for k, value in zip((1, 5, 10), plain[-3:]):
+            self.log(f"{name}/recall_at_{k}", value)
+
+
+def create_conditional(name: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:
+    """A model that embeds images by the attributes of its settings.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    net = create(name, pretrained=pretrained, **settings)
+    if conditions_of(net) != tuple(settings["attributes"]):
+        raise ConfigError(f"{name!r} does not embed images by attributes; models va_cca_* do.")
+    return net
 
 
 class AttributeLoss(nn.Module):
@@ -224,9 +250,7 @@ class RetrieveTask(RankedTask):
         model_args = {key: value for key, value in settings.items() if key not in BEGINNING}
         self.save_hyperparameters()
         self.check_names()
-        self.net = create(name, pretrained=pretrained, **settings)
-        if conditions_of(self.net) != tuple(attributes):
-            raise ConfigError(f"{name!r} does not embed images by attributes; models va_cca_* do.")
+        self.net = create_conditional(name, pretrained, settings)
         if channels_last:
             self.net.to(memory_format=torch.channels_last)  # a convolution's output has the order of its weights
         with torch.no_grad():

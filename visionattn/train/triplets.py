@@ -1,0 +1,103 @@
+r"""Training retrieval on given triplets: of two images, `near` is nearer to the anchor than `far`, under a condition c.
+
+    d_c(x, y) = 1 - cos(f_c(x), f_c(y))                                                the space of the row's condition
+    loss      = mean over triplets of  max(0, d_c(anchor, near) - d_c(anchor, far) + m)
+
+the loss of conditional similarity networks (arXiv 1603.07810), on cosine; torch's. Judged is the share of triplets with
+d_c(anchor, near) < d_c(anchor, far), for each condition, and the mean of these shares.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.data.catalogue_files import Triplets
+from visionattn.data.ranking import score_triplets
+from visionattn.errors import ConfigError
+from visionattn.train.retrieve import BEGINNING, EmbeddingTask, create_conditional
+
+__all__ = ["TripletTask"]
+
+
+def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Vectors of length 1 (B, E) -> 1 - cos (B,)."""
+    return 1 - (x * y).sum(dim=-1)
+
+
+class TripletTask(EmbeddingTask):
+    """A model that embeds images by conditions, trained on triplets (equations: see the module).
+
+    Args:
+        name: Name in timm's registry of a model that takes `attributes` and gives (B, C, E), such as
+            `va_cca_vit_tiny_patch16_224`, or `va_cca` with any `backbone` in `model_args`.
+        model_args: Further arguments of the model, such as `embed_dim`, `head` and `backbone_checkpoint`.
+        attributes: Each condition, without values; follows from the data.
+        pretrained: Begin with the published weights.
+        margin: m.
+        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
+        lr: Peak learning rate.
+        weight_decay: Weight decay; norms, biases and what the model exempts have none.
+        opt_args: Further arguments of the optimizer, such as `betas`.
+        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
+        warmup_epochs: Epochs of linear warm-up, part of the whole.
+        min_lr: Learning rate at the end.
+        sched_args: Further arguments of timm's `create_scheduler_v2`.
+
+    Raises:
+        ConfigError: There are no conditions, the model does not embed by them, or the margin is not above 0.
+    """
+
+    monitor = "val/triplet_accuracy"
+
+    def __init__(
+        self,
+        name: str,
+        model_args: dict[str, Any] | None = None,
+        attributes: dict[str, list[str]] | None = None,
+        pretrained: bool = False,
+        margin: float = 0.2,
+        opt: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        opt_args: dict[str, Any] | None = None,
+        sched: str = "cosine",
+        warmup_epochs: float = 0.0,
+        min_lr: float = 1e-6,
+        sched_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not attributes:
+            raise ConfigError("Triplets need conditions to embed by: they follow from TripletData.")
+        if margin <= 0:
+            raise ConfigError(f"model.margin is {margin}; it is above 0, or all images may fall together.")
+        settings = {**(model_args or {}), "attributes": list(attributes)}
+        # `visionattn.load` reads here how the network was made, and needs no weights that training began with.
+        model_args = {key: value for key, value in settings.items() if key not in BEGINNING}
+        self.save_hyperparameters()
+        self.check_names()
+        self.net = create_conditional(name, pretrained, settings)
+        self.loss = nn.TripletMarginWithDistanceLoss(distance_function=cosine_distance, margin=margin)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch: images (3 B, 3, H, W), anchor, far and near in turn, and conditions int64 (B,)."""
+        images, conditions = batch
+        # All conditions are embedded, so that each parameter has a gradient, as DDP asks.
+        spaces = self(images).unflatten(0, (len(conditions), 3))  # (B, 3, C, E)
+        anchors, far, near = spaces[torch.arange(len(conditions)), :, conditions].unbind(dim=1)  # (B, E)
+        loss = self.loss(anchors, near, far)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
+        return loss
+
+    def judge(self, name: str, embeddings: Tensor, part: Triplets) -> None:
+        """State the share of triplets that is right, by condition and in the mean."""
+        if not len(part.anchors):  # a trial of a few batches
+            return
+        shares = score_triplets(embeddings, part)
+        del shares["all"]
+        for condition, share in shares.items():
+            self.log(f"{name}/triplet_accuracy_{condition}", share)
+        self.log(f"{name}/triplet_accuracy", sum(shares.values()) / len(shares), prog_bar=True)
