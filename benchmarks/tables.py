@@ -180,7 +180,7 @@ def ulsam_controls(data: str) -> str:
                     f"`{run}`",
                     spread(list(accuracy.values()), 2),
                     spread(differences, 2) if differences else "",
-                    f"{first['test_accuracy_low']} to {first['test_accuracy_high']}",
+                    f"{float(first['test_accuracy_low']):.1f} to {float(first['test_accuracy_high']):.1f}",
                     f"{int(first['parameters']):,}",
                     f"{int(first['macs']) / 1e6:.2f}",
                     f"{statistics.median(float(row['latency_ratio']) for row in seeds.values()):.2f}",
