@@ -338,11 +338,23 @@ def retrieval_entanglement() -> str:
 def match_stereo_scenes() -> str:
     """Errors of each scene, our network and semi-global matching."""
     rows = [row for row in read_rows(RESULTS / "match_stereo_scenes.csv") if row["region"] == "all"]
+    rows.sort(key=lambda row: row["scene"])
     if not rows:
         return "Not measured yet.\n"
     measures = ("epe", "bad_1", "bad_2", "bad_4", "d1", "density")
-    body = [[row["scene"], f"`{row['model']}`", *(f"{float(row[key]):.1f}" for key in measures)] for row in rows]
-    head = ["scene", "model", "EPE", *(key.replace("_", "-") for key in measures[1:])]
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["enlarge"]), []).append(row)
+    means = [
+        {**found[0], "scene": "mean"}
+        | {key: str(statistics.fmean(float(row[key]) for row in found)) for key in measures}
+        for found in groups.values()
+    ]
+    body = [
+        [row["scene"], f"`{row['model']}`", row["enlarge"], *(f"{float(row[key]):.1f}" for key in measures)]
+        for row in rows + means
+    ]
+    head = ["scene", "model", "views enlarged", "EPE", *(key.replace("_", "-") for key in measures[1:])]
     return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n"
 
 

@@ -429,11 +429,11 @@ class Tiles(NamedTuple):
 def tiles(D: int, DV: int, block_size: int, halo_size: int, stride: int, dtype: torch.dtype, backward: bool) -> Tiles:
     """Choose tiles that registers hold; 16 is the least that tensor cores take of anything."""
     wide = max(D, DV)
+    padded = max(16, triton.next_power_of_2(block_size + 2 * halo_size))
     if backward:
-        most = 64 if dtype != torch.float32 and wide <= 64 else 16
+        most = 16 if dtype == torch.float32 or wide > 64 else 32 if padded > 16 and wide > 16 else 64
     else:
         most = 64 if dtype != torch.float32 else 32 if wide <= 32 else 16
-    padded = max(16, triton.next_power_of_2(block_size + 2 * halo_size))
     queries, keys = (
         min(most, max(16, triton.next_power_of_2(side * side))) for side in (block_size // stride, block_size)
     )
