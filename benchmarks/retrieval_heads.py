@@ -263,11 +263,12 @@ def write(args: argparse.Namespace, case: dict[str, Any], found: dict[str, Tenso
     """A row, and its entanglement matrix."""
     test, val = own(found["test"]), own(found["val"])
     shares = {f"test_{name}": f"{value:.2f}" for name, value in test.items()}
-    row = {**case, **shares, "val_judged": f"{val['judged']:.2f}", **more, **environment(args.device)}
+    origin = environment(args.device)
+    row = {**case, **shares, "val_judged": f"{val['judged']:.2f}", **more, **origin}
     write_rows(args.output, [row], key=KEY)
     if len(found["test"]) > 1:
         rows = [
-            {**case, "condition": name, **{key: f"{value:.2f}" for key, value in zip(ATTRIBUTES, values)}}
+            {**case, "condition": name, **{key: f"{value:.2f}" for key, value in zip(ATTRIBUTES, values)}, **origin}
             for name, values in zip(ATTRIBUTES, found["test"].tolist())
         ]
         write_rows(args.output.with_name("retrieval_entanglement.csv"), rows, key=(*KEY, "condition"))

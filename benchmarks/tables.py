@@ -324,7 +324,7 @@ def retrieval_entanglement() -> str:
         return "Not measured yet.\n"
     setting = ("regime", "backbone", "epochs", "pixels")
     rows = [row for row in rows if all(row[key] == rows[-1][key] for key in setting)]
-    known = (*setting, "head", "seed", "condition")
+    known = (*setting, "head", "seed", "condition", "device", "torch", "triton", "git_revision", "date")
     attributes = [key for key in rows[0] if key not in known]
     body = []
     for head, condition in dict.fromkeys((row["head"], row["condition"]) for row in rows):
