@@ -77,35 +77,23 @@ _MARGIN = 1e-3  # keeps floor(c) + r + 1 inside the map
 def match_attention_definition(
     q: Tensor, k: Tensor, v: Tensor, field: Tensor, radius: int, similarity: str
 ) -> tuple[Tensor, Tensor]:
-    """The definition, in plain PyTorch. Rows of windows are gathered from a table of them: the fastest form in ONNX."""
-    dtype, side = _computed_in(q.dtype), 2 * radius + 2
-    line, left, right, down = _windows(field.to(dtype), radius)
-    lines = line.unsqueeze(-1) + torch.arange(side, device=q.device)
-    heads = torch.arange(q.shape[3], device=q.device).unsqueeze(-1)
-    rows = (lines * (q.shape[2] - side + 1) + left.unsqueeze(-1)) * q.shape[3] + heads  # (B, H, W, heads, side)
-    keys = F.embedding(rows, _table(k, side)).to(dtype)  # (B, H, W, heads, side, side D)
+    """The definition, in plain PyTorch. Keys are gathered as rows of a table of heads: the fastest form in ONNX."""
+    dtype = _computed_in(q.dtype)
+    first, right, down = _windows(field.to(dtype), q.shape[3], radius)
+    rows = first.unsqueeze(-1) + _offsets(q, radius)  # (B, H, W, heads, M)
+    keys = F.embedding(rows, k.reshape(-1, k.shape[4])).to(dtype)
     query = q.unsqueeze(-2).to(dtype)
     if similarity == "l1":
         # A row of the window against the query as many times: ONNX Runtime broadcasts runs of D numbers slowly.
-        away = _keys(keys - query.repeat(1, 1, 1, 1, 1, side), side)
-        scores = -torch.linalg.vector_norm(away, 1, -1) * q.shape[4] ** -0.5
+        side = 2 * radius + 2
+        away = keys.unflatten(-2, (side, side)).flatten(-2) - query.repeat(1, 1, 1, 1, 1, side)
+        scores = -torch.linalg.vector_norm(away.view(keys.shape), 1, -1) * q.shape[4] ** -0.5
     else:
-        scores = (query @ _keys(keys, side).transpose(-1, -2)).squeeze(-2) * q.shape[4] ** -0.5
+        scores = (query @ keys.transpose(-1, -2)).squeeze(-2) * q.shape[4] ** -0.5
     attention = _bilinear(scores, right, down)
-    values = _keys(F.embedding(rows, _table(v, side)).to(dtype), side)
+    values = F.embedding(rows, v.reshape(-1, v.shape[4])).to(dtype)
     out = (attention.unsqueeze(-2) @ values).squeeze(-2)
     return out.to(q.dtype), attention.to(q.dtype)
-
-
-def _table(x: Tensor, side: int) -> Tensor:
-    """Every row of `side` pixels of a head, (B, H, W, heads, D) -> (B H (W - side + 1) heads, side D)."""
-    starts = x.shape[2] - side + 1
-    return torch.cat([x[:, :, first : first + starts] for first in range(side)], -1).flatten(0, 3)
-
-
-def _keys(rows: Tensor, side: int) -> Tensor:
-    """(..., side, side D) -> (..., side side, D)."""
-    return rows.unflatten(-1, (side, -1)).flatten(-3, -2)
 
 
 def bilinear_softmax(scores: Tensor, fraction: Tensor) -> Tensor:
@@ -126,9 +114,8 @@ def _bilinear(scores: Tensor, u: Tensor, v: Tensor) -> Tensor:
     within = torch.stack([along < along.shape[0] - 1, along > 0])  # first and second sub-window along an axis
     within = (within[:, None, :, None] & within[:, None]).flatten(2).flatten(0, 1)  # (4, M): nw, ne, sw, se
     outside = torch.zeros(within.shape, dtype=scores.dtype, device=scores.device).masked_fill(~within, float("-inf"))
-    # One after the other: ONNX Runtime takes longer over all four at once.
-    nw, ne, sw, se = (w.unsqueeze(-1) * (scores + o).softmax(-1) for w, o in zip(_weights(u, v), outside))
-    return nw + ne + sw + se
+    alpha = (scores + outside.view(4, *[1] * (scores.ndim - 1), -1)).softmax(-1)
+    return (torch.stack(_weights(u, v)).unsqueeze(-1) * alpha).sum(0)
 
 
 def _sub_windows(radius: int) -> list[list[int]]:
@@ -145,19 +132,20 @@ def _weights(u: Tensor, v: Tensor) -> list[Tensor]:
     return [left * up, u * up, left * v, u * v]
 
 
-def _windows(field: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _windows(field: Tensor, heads: int, radius: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where windows lie.
 
     Returns:
-        As (B, H, W, heads or 1): each window's first line of pixels, counted through all images, its first pixel in
-        there, and the fractions u and v.
+        The row of each window's first key in a table (B H W heads, ...) as (B, H, W, heads), and the fractions u and v
+        as (B, H, W, heads or 1).
     """
     B, H, W = field.shape[:3]
     x, y = _positions(field)
     left, u = _floor(x, radius, W)
     top, v = _floor(y, radius, H)
     image = torch.arange(B, device=field.device).view(-1, 1, 1, 1)
-    return image * H + top, left, u, v
+    head = torch.arange(heads, device=field.device)
+    return ((image * H + top) * W + left) * heads + head, u, v
 
 
 def _positions(field: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,8 +191,7 @@ class _Matched:
         self.dtype = _computed_in(q.dtype)
         self.arguments = (q, k, v, field)
         self.q, self.k, self.v = q.reshape(-1, q.shape[4]), k.reshape(-1, k.shape[4]), v.reshape(-1, v.shape[4])
-        line, left, *fractions = _windows(field.to(self.dtype), radius)
-        first = (line * q.shape[2] + left) * q.shape[3] + torch.arange(q.shape[3], device=q.device)
+        first, *fractions = _windows(field.to(self.dtype), q.shape[3], radius)
         self.first = first.flatten()
         self.right, self.down = (fraction.expand_as(first).reshape(-1) for fraction in fractions)
         self.offsets = _offsets(q, radius)
