@@ -11,6 +11,7 @@ An attribute of which a batch has one value gives 0. Losses and miners are pytor
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +33,7 @@ BEGINNING = ("pretrained_backbone", "backbone_checkpoint")
 MINERS = ("none", "semihard", "hard", "multi_similarity")
 
 
-class EmbeddingTask(OptimizedTask):
+class EmbeddingTask(OptimizedTask, ABC):
     """A task that is validated and tested by the embeddings of a part's images, each embedded once.
 
     The network is `net`; `attributes` of the hyper-parameters names each attribute and its values. A batch of an
@@ -81,9 +82,9 @@ class EmbeddingTask(OptimizedTask):
         """State how good the embeddings are."""
         self._judge("test")
 
+    @abstractmethod
     def judge(self, name: str, embeddings: Tensor, part: Any) -> None:
         """Log how good the embeddings (N, C, E) of a part's images are; `name` is val or test."""
-        raise NotImplementedError
 
     def _judge(self, name: str) -> None:
         embeddings, places = (torch.cat(tensors) for tensors in zip(*self._found))
