@@ -44,8 +44,14 @@ SHUT_OUT = tl.constexpr(-1e30)
 
 
 @triton.jit
+def _start(image, y, x, head, stride_b, stride_y, stride_x, stride_h):
+    """Where a pixel's channels begin: 64 bits for this alone, so that what is counted from there takes 32."""
+    return image * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x + head * stride_h
+
+
+@triton.jit
 def _map_tile(ptr, y, x, inside, stride_y, stride_x, d, n_channels):
-    """Pixels of a map by channels, zeros outside."""
+    """Pixels of a map by channels, zeros outside; y and x count from the pixel that `ptr` points to."""
     mask = inside[:, None] & (d < n_channels)[None, :]
     return tl.load(ptr + (y * stride_y + x * stride_x)[:, None] + d[None, :], mask=mask, other=0.0)
 
@@ -151,14 +157,14 @@ def halo_attention_fwd_kernel(
     bx, by, image = block % nx, (block // nx) % ny, (block // (nx * ny)).to(tl.int64)
     i = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     iy, ix = i // SIDE, i % SIDE
-    y, x = by * SIDE + iy, bx * SIDE + ix
-    asks = (i < SIDE * SIDE) & (y < QH) & (x < QW)
+    asks = (i < SIDE * SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
     d, dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
-    k_ptr += image * k_sb + head * k_sh
-    v_ptr += image * v_sb + head * v_sh
-
-    q = _map_tile(q_ptr + image * q_sb + head * q_sh, y, x, asks, q_sy, q_sx, d, D)
     first_y, first_x = by * BLOCK - HALO, bx * BLOCK - HALO
+    q_ptr += _start(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
+    k_ptr += _start(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
+    v_ptr += _start(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
+
+    q = _map_tile(q_ptr, iy, ix, asks, q_sy, q_sx, d, D)
     of_rows = _relative(q, height_ptr, iy, d, D, STEP, WINDOW, PADDED, PRECISION)
     of_rows = _shut_out(of_rows, first_y, H, MASK, WINDOW, PADDED)
     of_columns = _relative(q, width_ptr, ix, d, D, STEP, WINDOW, PADDED, PRECISION)
@@ -173,8 +179,8 @@ def halo_attention_fwd_kernel(
         jy = row + key // PADDED
         ky, kx = first_y + jy, first_x + key % PADDED
         present = (jy < WINDOW) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
-        k = _map_tile(k_ptr, ky, kx, present, k_sy, k_sx, d, D)
-        v = _map_tile(v_ptr, ky, kx, present, v_sy, v_sx, dv, DV)
+        k = _map_tile(k_ptr, jy, key % PADDED, present, k_sy, k_sx, d, D)
+        v = _map_tile(v_ptr, jy, key % PADDED, present, v_sy, v_sx, dv, DV)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits = _spread(logits, of_rows, j[:, None] == jy[None, :], HALF, PRECISION)
         logits = _spread(logits, of_columns, column_code, HALF, PRECISION) * scale
@@ -186,10 +192,11 @@ def halo_attention_fwd_kernel(
         total = total * fading + tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, out * fading[:, None], input_precision=PRECISION)
         largest = new
-    place = ((image * QH + y) * QW + x) * heads + head
+    first = _start(image, by * SIDE, bx * SIDE, head, QH * QW * heads, QW * heads, heads, 1)
+    place = (iy * QW + ix) * heads
     mask = asks[:, None] & (dv < DV)[None, :]
-    tl.store(out_ptr + place[:, None] * DV + dv[None, :], out / total[:, None], mask=mask)
-    tl.store(lse_ptr + place, largest + tl.log2(total), mask=asks)
+    tl.store(out_ptr + first * DV + place[:, None] * DV + dv[None, :], out / total[:, None], mask=mask)
+    tl.store(lse_ptr + first + place, largest + tl.log2(total), mask=asks)
 
 
 @triton.jit
@@ -249,22 +256,23 @@ def halo_attention_bwd_q_kernel(
     bx, by, image = block % nx, (block // nx) % ny, (block // (nx * ny)).to(tl.int64)
     i = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     iy, ix = i // SIDE, i % SIDE
-    y, x = by * SIDE + iy, bx * SIDE + ix
-    asks = (i < SIDE * SIDE) & (y < QH) & (x < QW)
+    asks = (i < SIDE * SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
     d, dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
-    k_ptr += image * k_sb + head * k_sh
-    v_ptr += image * v_sb + head * v_sh
-
-    q = _map_tile(q_ptr + image * q_sb + head * q_sh, y, x, asks, q_sy, q_sx, d, D)
-    place = ((image * QH + y) * QW + x) * heads + head
-    inside = asks[:, None] & (dv < DV)[None, :]
-    grad = tl.load(grad_ptr + place[:, None] * DV + dv[None, :], mask=inside, other=0.0)
-    out = tl.load(out_ptr + place[:, None] * DV + dv[None, :], mask=inside, other=0.0)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + place, delta, mask=asks)
-    lse = tl.load(lse_ptr + place, mask=asks, other=float("inf"))  # weights of 0 for who does not ask
-
     first_y, first_x = by * BLOCK - HALO, bx * BLOCK - HALO
+    q_ptr += _start(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
+    k_ptr += _start(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
+    v_ptr += _start(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
+
+    q = _map_tile(q_ptr, iy, ix, asks, q_sy, q_sx, d, D)
+    first = _start(image, by * SIDE, bx * SIDE, head, QH * QW * heads, QW * heads, heads, 1)
+    place = (iy * QW + ix) * heads
+    inside = asks[:, None] & (dv < DV)[None, :]
+    grad = tl.load(grad_ptr + first * DV + place[:, None] * DV + dv[None, :], mask=inside, other=0.0)
+    out = tl.load(out_ptr + first * DV + place[:, None] * DV + dv[None, :], mask=inside, other=0.0)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + first + place, delta, mask=asks)
+    lse = tl.load(lse_ptr + first + place, mask=asks, other=float("inf"))  # weights of 0 for who does not ask
+
     of_rows = _relative(q, height_ptr, iy, d, D, STEP, WINDOW, PADDED, PRECISION)
     of_rows = _shut_out(of_rows, first_y, H, MASK, WINDOW, PADDED)
     of_columns = _relative(q, width_ptr, ix, d, D, STEP, WINDOW, PADDED, PRECISION)
@@ -280,8 +288,8 @@ def halo_attention_bwd_q_kernel(
         row_code = j[:, None] == jy[None, :]
         ky, kx = first_y + jy, first_x + key % PADDED
         present = (jy < WINDOW) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
-        k = _map_tile(k_ptr, ky, kx, present, k_sy, k_sx, d, D)
-        v = _map_tile(v_ptr, ky, kx, present, v_sy, v_sx, dv, DV)
+        k = _map_tile(k_ptr, jy, key % PADDED, present, k_sy, k_sx, d, D)
+        v = _map_tile(v_ptr, jy, key % PADDED, present, v_sy, v_sx, dv, DV)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits = _spread(logits, of_rows, row_code, HALF, PRECISION)
         logits = _spread(logits, of_columns, column_code, HALF, PRECISION) * scale
@@ -308,7 +316,7 @@ def halo_attention_bwd_q_kernel(
     by_q = tl.dot(sheared, rel, by_q, input_precision=PRECISION)
     by_table = tl.dot(tl.trans(sheared), q, input_precision=PRECISION)
     tl.store(by_width_ptr + part + entries, by_table, mask=mask)
-    tl.store(by_q_ptr + place[:, None] * D + d[None, :], by_q, mask=asks[:, None] & (d < D)[None, :])
+    tl.store(by_q_ptr + first * D + place[:, None] * D + d[None, :], by_q, mask=asks[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -368,12 +376,14 @@ def halo_attention_bwd_kv_kernel(
     tx, ty, image = tile % key_nx, (tile // key_nx) % key_ny, (tile // (key_nx * key_ny)).to(tl.int64)
     key = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     in_tile_y, in_tile_x = key // BLOCK, key % BLOCK
-    ky, kx = ty * BLOCK - HALO + in_tile_y, tx * BLOCK - HALO + in_tile_x
+    first_y, first_x = ty * BLOCK - HALO, tx * BLOCK - HALO
+    ky, kx = first_y + in_tile_y, first_x + in_tile_x
     present = (key < BLOCK * BLOCK) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
     d, dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
-    k = _map_tile(k_ptr + image * k_sb + head * k_sh, ky, kx, present, k_sy, k_sx, d, D)
-    v = _map_tile(v_ptr + image * v_sb + head * v_sh, ky, kx, present, v_sy, v_sx, dv, DV)
-    q_ptr += image * q_sb + head * q_sh
+    k_ptr += _start(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
+    v_ptr += _start(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
+    k = _map_tile(k_ptr, in_tile_y, in_tile_x, present, k_sy, k_sx, d, D)
+    v = _map_tile(v_ptr, in_tile_y, in_tile_x, present, v_sy, v_sx, dv, DV)
 
     j = tl.arange(0, PADDED)
     by_k = tl.zeros([KEYS, PAD_D], tl.float32)
@@ -385,17 +395,18 @@ def halo_attention_bwd_kv_kernel(
             jx = (tx - bx) * BLOCK + in_tile_x
             column_code = j[:, None] == jx[None, :]
             seen = present & (jy < WINDOW) & (jx < WINDOW)
+            of_block = q_ptr + _start(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
+            first = _start(image, by * SIDE, bx * SIDE, head, QH * QW * heads, QW * heads, heads, 1)
             for start in range(0, SIDE * SIDE, QUERIES):
                 i = start + tl.arange(0, QUERIES)
                 iy, ix = i // SIDE, i % SIDE
-                y, x = by * SIDE + iy, bx * SIDE + ix
-                asks = (i < SIDE * SIDE) & (y < QH) & (x < QW)
-                q = _map_tile(q_ptr, y, x, asks, q_sy, q_sx, d, D)
-                place = ((image * QH + y) * QW + x) * heads + head
+                asks = (i < SIDE * SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
+                q = _map_tile(of_block, iy, ix, asks, q_sy, q_sx, d, D)
+                place = (iy * QW + ix) * heads
                 inside = asks[:, None] & (dv < DV)[None, :]
-                grad = tl.load(grad_ptr + place[:, None] * DV + dv[None, :], mask=inside, other=0.0)
-                lse = tl.load(lse_ptr + place, mask=asks, other=float("inf"))
-                delta = tl.load(delta_ptr + place, mask=asks, other=0.0)
+                grad = tl.load(grad_ptr + first * DV + place[:, None] * DV + dv[None, :], mask=inside, other=0.0)
+                lse = tl.load(lse_ptr + first + place, mask=asks, other=float("inf"))
+                delta = tl.load(delta_ptr + first + place, mask=asks, other=0.0)
                 of_rows = _relative(q, height_ptr, iy, d, D, STEP, WINDOW, PADDED, PRECISION)
                 of_columns = _relative(q, width_ptr, ix, d, D, STEP, WINDOW, PADDED, PRECISION)
                 logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -406,9 +417,10 @@ def halo_attention_bwd_kv_kernel(
                 slope = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
                 by_k = tl.dot(tl.trans(slope.to(q.dtype)), q, by_k, input_precision=PRECISION)
     by_k = by_k * (1 / tl.sqrt(D.to(tl.float32)))
-    place = ((image * H + ky) * W + kx) * heads + head
-    tl.store(by_k_ptr + place[:, None] * D + d[None, :], by_k, mask=present[:, None] & (d < D)[None, :])
-    tl.store(by_v_ptr + place[:, None] * DV + dv[None, :], by_v, mask=present[:, None] & (dv < DV)[None, :])
+    first = _start(image, first_y, first_x, head, H * W * heads, W * heads, heads, 1)
+    place = (in_tile_y * W + in_tile_x) * heads
+    tl.store(by_k_ptr + first * D + place[:, None] * D + d[None, :], by_k, mask=present[:, None] & (d < D)[None, :])
+    tl.store(by_v_ptr + first * DV + place[:, None] * DV + dv[None, :], by_v, mask=present[:, None] & (dv < DV)[None, :])
 
 
 class Tiles(NamedTuple):
