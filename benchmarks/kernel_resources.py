@@ -82,7 +82,7 @@ def halo_attention_cases() -> Iterator[Case]:
         if dtype != "fp32" or D <= 16:  # which the launcher takes
             of_queries = {"MASK": True, "ROWS": backward.rows, **backward.constants}
             cases[kernels.halo_attention_bwd_q_kernel] = of_queries
-            cases[kernels.halo_attention_bwd_kv_kernel] = {"KEYS": backward.keys, **backward.constants}
+            cases[kernels.halo_attention_bwd_kv_kernel] = backward.constants_of_keys
         for kernel, more in cases.items():
             constants = given | more
             whole = [name for name in kernel.arg_names if not name.endswith("_ptr") and name not in constants]

@@ -46,7 +46,7 @@ SHUT_OUT = tl.constexpr(-1e30)
 @triton.jit
 def _start(image, y, x, head, stride_b, stride_y, stride_x, stride_h):
     """Where a pixel's channels begin: 64 bits for this alone, so that what is counted from there takes 32."""
-    return image * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x + head * stride_h
+    return image * stride_b + tl.cast(y, tl.int64) * stride_y + tl.cast(x, tl.int64) * stride_x + head * stride_h
 
 
 @triton.jit
@@ -143,6 +143,7 @@ def halo_attention_fwd_kernel(
     MASK: tl.constexpr,
     HALF: tl.constexpr,
     QUERIES: tl.constexpr,
+    PITCH: tl.constexpr,
     ROWS: tl.constexpr,
     PADDED: tl.constexpr,
     PAD_D: tl.constexpr,
@@ -156,8 +157,8 @@ def halo_attention_fwd_kernel(
     block = tl.program_id(0) // heads
     bx, by, image = block % nx, (block // nx) % ny, (block // (nx * ny)).to(tl.int64)
     i = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
-    iy, ix = i // SIDE, i % SIDE
-    asks = (i < SIDE * SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
+    iy, ix = i // PITCH, i % PITCH
+    asks = (iy < SIDE) & (ix < SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
     d, dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
     first_y, first_x = by * BLOCK - HALO, bx * BLOCK - HALO
     q_ptr += _start(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
@@ -242,6 +243,7 @@ def halo_attention_bwd_q_kernel(
     MASK: tl.constexpr,
     HALF: tl.constexpr,
     QUERIES: tl.constexpr,
+    PITCH: tl.constexpr,
     ROWS: tl.constexpr,
     PADDED: tl.constexpr,
     PAD_D: tl.constexpr,
@@ -255,8 +257,8 @@ def halo_attention_bwd_q_kernel(
     block = tl.program_id(0) // heads
     bx, by, image = block % nx, (block // nx) % ny, (block // (nx * ny)).to(tl.int64)
     i = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
-    iy, ix = i // SIDE, i % SIDE
-    asks = (i < SIDE * SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
+    iy, ix = i // PITCH, i % PITCH
+    asks = (iy < SIDE) & (ix < SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
     d, dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
     first_y, first_x = by * BLOCK - HALO, bx * BLOCK - HALO
     q_ptr += _start(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
@@ -361,7 +363,9 @@ def halo_attention_bwd_kv_kernel(
     STEP: tl.constexpr,
     HALF: tl.constexpr,
     QUERIES: tl.constexpr,
+    PITCH: tl.constexpr,
     KEYS: tl.constexpr,
+    KEY_PITCH: tl.constexpr,
     PADDED: tl.constexpr,
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
@@ -375,10 +379,10 @@ def halo_attention_bwd_kv_kernel(
     tile = tl.program_id(0) // heads
     tx, ty, image = tile % key_nx, (tile // key_nx) % key_ny, (tile // (key_nx * key_ny)).to(tl.int64)
     key = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    in_tile_y, in_tile_x = key // BLOCK, key % BLOCK
+    in_tile_y, in_tile_x = key // KEY_PITCH, key % KEY_PITCH
     first_y, first_x = ty * BLOCK - HALO, tx * BLOCK - HALO
     ky, kx = first_y + in_tile_y, first_x + in_tile_x
-    present = (key < BLOCK * BLOCK) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
+    present = (in_tile_y < BLOCK) & (in_tile_x < BLOCK) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
     d, dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
     k_ptr += _start(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
     v_ptr += _start(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
@@ -397,10 +401,10 @@ def halo_attention_bwd_kv_kernel(
             seen = present & (jy < WINDOW) & (jx < WINDOW)
             of_block = q_ptr + _start(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
             first = _start(image, by * SIDE, bx * SIDE, head, QH * QW * heads, QW * heads, heads, 1)
-            for start in range(0, SIDE * SIDE, QUERIES):
+            for start in range(0, SIDE * PITCH, QUERIES):
                 i = start + tl.arange(0, QUERIES)
-                iy, ix = i // SIDE, i % SIDE
-                asks = (i < SIDE * SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
+                iy, ix = i // PITCH, i % PITCH
+                asks = (iy < SIDE) & (ix < SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
                 q = _map_tile(of_block, iy, ix, asks, q_sy, q_sx, d, D)
                 place = (iy * QW + ix) * heads
                 inside = asks[:, None] & (dv < DV)[None, :]
@@ -430,12 +434,24 @@ class Tiles(NamedTuple):
     rows: int  # of a window at a time, each of `padded` keys
     padded: int
     keys: int  # of a tile whose gradient is taken
+    pitch: int  # from a row of a block's queries to the next, in the numbers of a tile
+    key_pitch: int
     pad_d: int
     pad_dv: int
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"QUERIES": self.queries, "PADDED": self.padded, "PAD_D": self.pad_d, "PAD_DV": self.pad_dv}
+        return {
+            "QUERIES": self.queries,
+            "PITCH": self.pitch,
+            "PADDED": self.padded,
+            "PAD_D": self.pad_d,
+            "PAD_DV": self.pad_dv,
+        }
+
+    @property
+    def constants_of_keys(self) -> dict[str, int]:
+        return {**self.constants, "KEYS": self.keys, "KEY_PITCH": self.key_pitch}
 
 
 def tiles(D: int, DV: int, block_size: int, halo_size: int, stride: int, dtype: torch.dtype, backward: bool) -> Tiles:
@@ -446,11 +462,17 @@ def tiles(D: int, DV: int, block_size: int, halo_size: int, stride: int, dtype: 
         most = 16 if dtype == torch.float32 or wide > 64 else 32 if padded > 16 and wide > 16 else 64
     else:
         most = 64 if dtype != torch.float32 else 32 if wide <= 32 else 16
-    queries, keys = (
-        min(most, max(16, triton.next_power_of_2(side * side))) for side in (block_size // stride, block_size)
-    )
+    sides = block_size // stride, block_size
+    queries, keys = (min(most, max(16, triton.next_power_of_2(side * side))) for side in sides)
+    pitches = (_pitch(side, tile) for side, tile in zip(sides, (queries, keys)))
     widths = (max(16, triton.next_power_of_2(width)) for width in (D, DV))
-    return Tiles(queries, max(1, most // padded), padded, keys, *widths)
+    return Tiles(queries, max(1, most // padded), padded, keys, *pitches, *widths)
+
+
+def _pitch(side: int, tile: int) -> int:
+    """A power of two where that takes no more tiles: other divisions cost registers, a tenth to a quarter of time."""
+    pitch = triton.next_power_of_2(side)
+    return pitch if triton.cdiv(side * pitch, tile) == triton.cdiv(side * side, tile) else side
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -471,7 +493,7 @@ class _Call:
         self.sizes = (self.heads, H, W, *q.shape[3:])
         strides = [stride for x in self.maps for stride in (x.stride(0), x.stride(3), x.stride(4), x.stride(1))]
         self.layout = (D, DV, *strides, D**-0.5 * LOG2_E)
-        self.queries, self.keys = (block_size // stride) ** 2, block_size**2  # of a block
+        self.queries, self.keys = block_size // stride, block_size  # of a block's side
         self.masked = border == "mask"
         self.constants = {
             "BLOCK": block_size,
@@ -486,7 +508,7 @@ class _Call:
 
     def windows(self, tile: Tiles) -> tuple[tuple[int, int], dict[str, int]]:
         """Grid and constants of a kernel over queries and their windows."""
-        grid = self.B * self.grid[0] * self.grid[1] * self.heads, -(-self.queries // tile.queries)
+        grid = self.B * self.grid[0] * self.grid[1] * self.heads, triton.cdiv(self.queries * tile.pitch, tile.queries)
         return grid, {"MASK": self.masked, "ROWS": tile.rows, **tile.constants, **self.constants}
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -509,7 +531,8 @@ class _Call:
         tile = tiles(*self.shape, backward=True)
         grid, constants = self.windows(tile)
         parts = [table.new_empty(*grid, *table.shape, dtype=torch.float32) for table in self.tables]
-        key_grid = self.B * self.key_grid[0] * self.key_grid[1] * self.heads, -(-self.keys // tile.keys)
+        key_tiles = triton.cdiv(self.keys * tile.key_pitch, tile.keys)
+        key_grid = self.B * self.key_grid[0] * self.key_grid[1] * self.heads, key_tiles
         with torch.cuda.device_of(grad):
             halo_attention_bwd_q_kernel[grid](
                 *(grad, *self.maps, *self.tables, out, lse, delta, by_maps[0], *parts),
@@ -519,8 +542,7 @@ class _Call:
             halo_attention_bwd_kv_kernel[key_grid](
                 *(grad, *self.maps, *self.tables, lse, delta, *by_maps[1:]),
                 *(*self.sizes, *self.grid, *self.key_grid, *self.layout),
-                KEYS=tile.keys,
-                **tile.constants,
+                **tile.constants_of_keys,
                 **self.constants,
             )
         by_tables = (part.sum((0, 1)).to(table.dtype) for part, table in zip(parts, self.tables))
