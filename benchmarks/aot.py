@@ -13,6 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+CAPABILITIES = (80, 90, 100)
+
 
 class Case(NamedTuple):
     """A kernel as its launcher compiles it for one kind of input.
@@ -22,10 +24,11 @@ class Case(NamedTuple):
         dtype: Of the operator's tensors: `"fp32"`, `"bf16"` or `"fp16"`.
         types: Argument name -> Triton type, as `compile_for` takes them.
         constants: Argument name -> value.
-        options: `num_warps`, `num_stages`.
+        options: `num_warps`, `num_stages`, `maxnreg`.
         configuration: What distinguishes it from the kernel's other cases, for the table.
-        in_tests: Whether `make test` compiles it for sm_90, where it must not spill.
+        in_tests: Whether `make test` compiles it, and it must not spill.
         dots: Whether it is meant to have tensor-core instructions.
+        chips: Capabilities that it is compiled for.
     """
 
     kernel: Any
@@ -36,6 +39,7 @@ class Case(NamedTuple):
     configuration: str = ""
     in_tests: bool = False
     dots: bool = False
+    chips: tuple[int, ...] = CAPABILITIES
 
 
 class Resources(NamedTuple):
@@ -56,7 +60,7 @@ def compile_for(kernel, types: dict[str, str], constants: dict, capability: int 
             Triton tells apart at launch. Pointers count as 16-byte aligned, as the memory that PyTorch allocates is.
         constants: Argument name -> value.
         capability: 80 (A100), 90 (H100) or 100 (B200).
-        **options: `num_warps`, `num_stages`. Multiply and add are fused, as our launchers ask.
+        **options: `num_warps`, `num_stages`, `maxnreg`. Multiply and add are fused, as our launchers ask.
     """
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     divisible = {

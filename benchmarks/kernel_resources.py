@@ -27,7 +27,6 @@ from visionattn.kernels._triton import (
     symmetric_gate,
 )
 
-CAPABILITIES = (80, 90, 100)
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = tuple(TORCH)
 HEADS = (8, 16, 32, 64, 128)  # widths of them
@@ -71,26 +70,27 @@ def halo_attention_cases() -> Iterator[Case]:
     kernels = halo_attention
     shapes = [(block, halo, D) for block, halo in ((8, 3), (8, 4), (10, 3), (12, 2), (14, 2), (7, 2)) for D in HEADS]
     singles = {f"{name}_ptr": "fp32" for name in ("lse", "delta", "by_height", "by_width")}
-    for dtype, (block, halo, D) in product(DTYPES, shapes):
+    # Chips whose tensor cores read registers, and shared memory.
+    for dtype, (block, halo, D), chips in product(DTYPES, shapes, ((80,), (90, 100))):
         # float16 has bfloat16's code.
         if dtype != "bf16" and (block, halo, D) not in ((8, 3, 16), (8, 3, 32), (8, 3, 64)):
             continue
         precision = "tf32x3" if dtype == "fp32" else "tf32"
         given = {"BLOCK": block, "HALO": halo, "STRIDE": 1, "STEP": 1, "HALF": dtype != "fp32", "PRECISION": precision}
-        forward, backward = (kernels.tiles(D, D, block, halo, 1, TORCH[dtype], backward) for backward in (False, True))
-        cases = {kernels.halo_attention_fwd_kernel: {"MASK": True, "ROWS": forward.rows, **forward.constants}}
+        shape = kernels.Shape(D, D, block, halo, 1, TORCH[dtype], from_shared=chips != (80,))
+        cases = {kernels.halo_attention_fwd_kernel: kernels.tiles_of_queries(shape, backward=False)}
         if dtype != "fp32" or D <= 16:  # which the launcher takes
-            of_queries = {"MASK": True, "ROWS": backward.rows, **backward.constants}
-            cases[kernels.halo_attention_bwd_q_kernel] = of_queries
-            cases[kernels.halo_attention_bwd_kv_kernel] = backward.constants_of_keys
-        for kernel, more in cases.items():
-            constants = given | more
+            cases[kernels.halo_attention_bwd_q_kernel] = kernels.tiles_of_queries(shape, backward=True)
+            cases[kernels.halo_attention_bwd_kv_kernel] = kernels.tiles_of_keys(shape)
+        for kernel, tiles in cases.items():
+            masked = {"MASK": True} if "MASK" in kernel.arg_names else {}
+            constants = given | masked | tiles.constants
             whole = [name for name in kernel.arg_names if not name.endswith("_ptr") and name not in constants]
             numbers = {name: "i32:16" if name in ("D", "DV") or "_s" in name else "i32" for name in whole}
             types = pointers(kernel, dtype, **singles) | numbers | {"scale": "fp32"}
             configuration = f"block {block}, halo {halo}, D {D}"
             tested = dtype == "bf16" and (block, halo, D) in ((8, 3, 16), (8, 3, 64))
-            yield Case(kernel, dtype, types, constants, kernels.OPTIONS, configuration, tested, dots=True)
+            yield Case(kernel, dtype, types, constants, tiles.options, configuration, tested, dots=True, chips=chips)
 
 
 def match_attention_cases() -> Iterator[Case]:
@@ -154,7 +154,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for operator in parser.parse_args().operators:
             for case in CASES[operator]():
-                for capability in CAPABILITIES:
+                for capability in case.chips:
                     compiled = compile_for(case.kernel, case.types, case.constants, capability, **case.options)
                     rows.append(
                         {

@@ -29,17 +29,20 @@ from visionattn.kernels.halo_attention import _cropped
 
 __all__ = [
     "OPTIONS",
+    "Shape",
     "Tiles",
     "backward",
     "forward",
     "halo_attention_bwd_kv_kernel",
     "halo_attention_bwd_q_kernel",
     "halo_attention_fwd_kernel",
-    "tiles",
+    "tiles_of_keys",
+    "tiles_of_queries",
 ]
 
 LOG2_E = math.log2(math.e)
 OPTIONS = {"num_warps": 4, "num_stages": 1}
+ALL_REGISTERS = {"maxnreg": 255}  # else ptxas keeps some bytes in memory to fit one program more
 SHUT_OUT = tl.constexpr(-1e30)
 
 
@@ -193,7 +196,7 @@ def halo_attention_fwd_kernel(
         total = total * fading + tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, out * fading[:, None], input_precision=PRECISION)
         largest = new
-    first = _start(image, by * SIDE, bx * SIDE, head, QH * QW * heads, QW * heads, heads, 1)
+    first = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
     place = (iy * QW + ix) * heads
     mask = asks[:, None] & (dv < DV)[None, :]
     tl.store(out_ptr + first * DV + place[:, None] * DV + dv[None, :], out / total[:, None], mask=mask)
@@ -266,7 +269,7 @@ def halo_attention_bwd_q_kernel(
     v_ptr += _start(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
 
     q = _map_tile(q_ptr, iy, ix, asks, q_sy, q_sx, d, D)
-    first = _start(image, by * SIDE, bx * SIDE, head, QH * QW * heads, QW * heads, heads, 1)
+    first = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
     place = (iy * QW + ix) * heads
     inside = asks[:, None] & (dv < DV)[None, :]
     grad = tl.load(grad_ptr + first * DV + place[:, None] * DV + dv[None, :], mask=inside, other=0.0)
@@ -400,7 +403,7 @@ def halo_attention_bwd_kv_kernel(
             column_code = j[:, None] == jx[None, :]
             seen = present & (jy < WINDOW) & (jx < WINDOW)
             of_block = q_ptr + _start(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
-            first = _start(image, by * SIDE, bx * SIDE, head, QH * QW * heads, QW * heads, heads, 1)
+            first = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
             for start in range(0, SIDE * PITCH, QUERIES):
                 i = start + tl.arange(0, QUERIES)
                 iy, ix = i // PITCH, i % PITCH
@@ -421,63 +424,105 @@ def halo_attention_bwd_kv_kernel(
                 slope = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
                 by_k = tl.dot(tl.trans(slope.to(q.dtype)), q, by_k, input_precision=PRECISION)
     by_k = by_k * (1 / tl.sqrt(D.to(tl.float32)))
-    first = _start(image, first_y, first_x, head, H * W * heads, W * heads, heads, 1)
+    first = ((image * H + first_y) * W + first_x) * heads + head
     place = (in_tile_y * W + in_tile_x) * heads
-    tl.store(by_k_ptr + first * D + place[:, None] * D + d[None, :], by_k, mask=present[:, None] & (d < D)[None, :])
-    tl.store(by_v_ptr + first * DV + place[:, None] * DV + dv[None, :], by_v, mask=present[:, None] & (dv < DV)[None, :])
+    of_k, of_v = present[:, None] & (d < D)[None, :], present[:, None] & (dv < DV)[None, :]
+    tl.store(by_k_ptr + first * D + place[:, None] * D + d[None, :], by_k, mask=of_k)
+    tl.store(by_v_ptr + first * DV + place[:, None] * DV + dv[None, :], by_v, mask=of_v)
 
 
 class Tiles(NamedTuple):
-    """Sizes of tiles, and what else a program is compiled with."""
+    """What a kernel is compiled with, and how many tiles of its own a block has."""
 
-    queries: int
-    rows: int  # of a window at a time, each of `padded` keys
-    padded: int
-    keys: int  # of a tile whose gradient is taken
-    pitch: int  # from a row of a block's queries to the next, in the numbers of a tile
-    key_pitch: int
-    pad_d: int
-    pad_dv: int
+    count: int
+    constants: dict[str, int]
+    options: dict[str, int]
+
+
+class Shape(NamedTuple):
+    """What tiles depend on."""
+
+    D: int
+    DV: int
+    block_size: int
+    halo_size: int
+    stride: int
+    dtype: torch.dtype
+    from_shared: bool  # whether the chip's tensor cores read matrices from shared memory, which spares registers
+
+    @property
+    def wide(self) -> int:
+        return max(self.D, self.DV)
+
+    @property
+    def padded(self) -> int:
+        return max(16, triton.next_power_of_2(self.block_size + 2 * self.halo_size))
 
     @property
     def constants(self) -> dict[str, int]:
-        return {
-            "QUERIES": self.queries,
-            "PITCH": self.pitch,
-            "PADDED": self.padded,
-            "PAD_D": self.pad_d,
-            "PAD_DV": self.pad_dv,
-        }
-
-    @property
-    def constants_of_keys(self) -> dict[str, int]:
-        return {**self.constants, "KEYS": self.keys, "KEY_PITCH": self.key_pitch}
+        widths = (max(16, triton.next_power_of_2(width)) for width in (self.D, self.DV))
+        return {"PADDED": self.padded, **dict(zip(("PAD_D", "PAD_DV"), widths))}
 
 
-def tiles(D: int, DV: int, block_size: int, halo_size: int, stride: int, dtype: torch.dtype, backward: bool) -> Tiles:
-    """Choose tiles that registers hold; 16 is the least that tensor cores take of anything."""
-    wide = max(D, DV)
-    padded = max(16, triton.next_power_of_2(block_size + 2 * halo_size))
-    if backward:
-        most = 16 if dtype == torch.float32 or wide > 64 else 32 if padded > 16 and wide > 16 else 64
+# The largest tiles whose kernels hold everything in registers on sm_80, sm_90 and sm_100 in half precisions
+# (benchmarks/kernel_resources.py), and the fewest instructions a pair of a query and a key among those. 16 is the least
+# that tensor cores take of anything.
+
+
+def tiles_of_queries(shape: Shape, backward: bool) -> Tiles:
+    """Tiles of the kernels whose programs have queries and go over a window, some keys at a time."""
+    wide, padded = shape.wide, shape.padded
+    if shape.dtype == torch.float32:
+        queries = keys = 32 if wide <= 32 and not backward else 16
+    elif not backward:
+        queries = keys = 64
+    elif wide > 64 and padded > 16 and not shape.from_shared:
+        queries, keys = 16, 32
     else:
-        most = 64 if dtype != torch.float32 else 32 if wide <= 32 else 16
-    sides = block_size // stride, block_size
-    queries, keys = (min(most, max(16, triton.next_power_of_2(side * side))) for side in sides)
-    pitches = (_pitch(side, tile) for side, tile in zip(sides, (queries, keys)))
-    widths = (max(16, triton.next_power_of_2(width)) for width in (D, DV))
-    return Tiles(queries, max(1, most // padded), padded, keys, *pitches, *widths)
+        queries, keys = 64, 64 if wide <= 16 else 32 if wide <= 64 else 16
+    count, queries, pitch = _numbered(shape.block_size // shape.stride, queries)
+    constants = {"QUERIES": queries, "PITCH": pitch, "ROWS": max(1, keys // padded)}
+    return Tiles(count, shape.constants | constants, OPTIONS | (ALL_REGISTERS if backward and padded > 16 else {}))
 
 
-def _pitch(side: int, tile: int) -> int:
-    """A power of two where that takes no more tiles: other divisions cost registers, a tenth to a quarter of time."""
-    pitch = triton.next_power_of_2(side)
-    return pitch if triton.cdiv(side * pitch, tile) == triton.cdiv(side * side, tile) else side
+def tiles_of_keys(shape: Shape) -> Tiles:
+    """Tiles of the kernel whose programs have keys and go over the queries that see them."""
+    wide, padded = shape.wide, shape.padded
+    side = shape.block_size // shape.stride
+    warps = OPTIONS["num_warps"]
+    if shape.dtype == torch.float32:
+        queries = keys = 16
+    elif wide > 64:
+        queries, keys, warps = 32, 64, 8
+    elif wide > 32 and (padded > 16 or not shape.from_shared):
+        queries, keys, warps = 32, 32, 2 if padded == 16 else 4
+    else:
+        even = _numbered(side, 64)[2] == triton.next_power_of_2(side)
+        queries, keys = 64 if padded == 16 and (wide <= 32 or even) else 32, 64
+    _, queries, pitch = _numbered(side, queries)
+    count, keys, key_pitch = _numbered(shape.block_size, keys)
+    constants = {"QUERIES": queries, "PITCH": pitch, "KEYS": keys, "KEY_PITCH": key_pitch}
+    return Tiles(count, shape.constants | constants, OPTIONS | ALL_REGISTERS | {"num_warps": warps})
+
+
+def _numbered(side: int, most: int) -> tuple[int, int, int]:
+    """How a block's pixels are cut into tiles: how many, how large, and numbers from one row of the block to the next.
+
+    That pitch is a power of two where it takes no more tiles: other divisions cost registers and a tenth of the time.
+    """
+    size = min(most, max(16, triton.next_power_of_2(side * side)))
+    count, pitch = triton.cdiv(side * side, size), triton.next_power_of_2(side)
+    return count, size, pitch if triton.cdiv(side * pitch, size) == count else side
 
 
 def precision(dtype: torch.dtype) -> str:
     """How products of tensors of a dtype are computed; that of half precisions is given by the dtype."""
     return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def _from_shared(device: torch.device) -> bool:
+    """`wgmma` and `tcgen05` take matrices from shared memory; `mma.sync` of other generations takes registers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10, 11)
 
 
 class _Call:
@@ -487,13 +532,12 @@ class _Call:
         self.maps = [_dense(x) for x in (q, k, v)]
         self.tables = height_rel.contiguous(), width_rel.contiguous()
         (self.B, self.heads, D, H, W), DV = k.shape, v.shape[2]
-        self.shape = D, DV, block_size, halo_size, stride, q.dtype
+        self.shape = Shape(D, DV, block_size, halo_size, stride, q.dtype, _from_shared(q.device))
         self.grid = -(-H // block_size), -(-W // block_size)
         self.key_grid = -(-(H + halo_size) // block_size), -(-(W + halo_size) // block_size)
         self.sizes = (self.heads, H, W, *q.shape[3:])
         strides = [stride for x in self.maps for stride in (x.stride(0), x.stride(3), x.stride(4), x.stride(1))]
         self.layout = (D, DV, *strides, D**-0.5 * LOG2_E)
-        self.queries, self.keys = block_size // stride, block_size  # of a block's side
         self.masked = border == "mask"
         self.constants = {
             "BLOCK": block_size,
@@ -503,20 +547,19 @@ class _Call:
             "HALF": q.dtype != torch.float32,
             "PRECISION": precision(q.dtype),
             "enable_fp_fusion": True,
-            **OPTIONS,
         }
 
-    def windows(self, tile: Tiles) -> tuple[tuple[int, int], dict[str, int]]:
+    def windows(self, tiles: Tiles) -> tuple[tuple[int, int], dict[str, int]]:
         """Grid and constants of a kernel over queries and their windows."""
-        grid = self.B * self.grid[0] * self.grid[1] * self.heads, triton.cdiv(self.queries * tile.pitch, tile.queries)
-        return grid, {"MASK": self.masked, "ROWS": tile.rows, **tile.constants, **self.constants}
+        grid = self.B * self.grid[0] * self.grid[1] * self.heads, tiles.count
+        return grid, {"MASK": self.masked, **tiles.constants, **tiles.options, **self.constants}
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The output (B, H', W', heads, Dv) and the logarithms (B, H', W', heads)."""
         q, _, v = self.maps
         out = q.new_empty(self.B, *q.shape[3:], self.heads, v.shape[2])
         lse = q.new_empty(out.shape[:4], dtype=torch.float32)
-        grid, constants = self.windows(tiles(*self.shape, backward=False))
+        grid, constants = self.windows(tiles_of_queries(self.shape, backward=False))
         with torch.cuda.device_of(q):
             halo_attention_fwd_kernel[grid](
                 *self.maps, *self.tables, out, lse, *self.sizes, *self.grid, *self.layout, **constants
@@ -528,11 +571,10 @@ class _Call:
         out, lse = self.forward()
         grad, delta = grad.permute(0, 3, 4, 1, 2).contiguous(), torch.empty_like(lse)
         by_maps = [x.new_empty(self.B, *x.shape[3:], self.heads, x.shape[2]) for x in self.maps]
-        tile = tiles(*self.shape, backward=True)
-        grid, constants = self.windows(tile)
+        grid, constants = self.windows(tiles_of_queries(self.shape, backward=True))
         parts = [table.new_empty(*grid, *table.shape, dtype=torch.float32) for table in self.tables]
-        key_tiles = triton.cdiv(self.keys * tile.key_pitch, tile.keys)
-        key_grid = self.B * self.key_grid[0] * self.key_grid[1] * self.heads, key_tiles
+        of_keys = tiles_of_keys(self.shape)
+        key_grid = self.B * self.key_grid[0] * self.key_grid[1] * self.heads, of_keys.count
         with torch.cuda.device_of(grad):
             halo_attention_bwd_q_kernel[grid](
                 *(grad, *self.maps, *self.tables, out, lse, delta, by_maps[0], *parts),
@@ -542,7 +584,8 @@ class _Call:
             halo_attention_bwd_kv_kernel[key_grid](
                 *(grad, *self.maps, *self.tables, lse, delta, *by_maps[1:]),
                 *(*self.sizes, *self.grid, *self.key_grid, *self.layout),
-                **tile.constants_of_keys,
+                **of_keys.constants,
+                **of_keys.options,
                 **self.constants,
             )
         by_tables = (part.sum((0, 1)).to(table.dtype) for part, table in zip(parts, self.tables))
