@@ -482,7 +482,8 @@ def tiles_of_queries(shape: Shape, backward: bool) -> Tiles:
         queries, keys = 64, 64 if wide <= 16 else 32 if wide <= 64 else 16
     count, queries, pitch = _numbered(shape.block_size // shape.stride, queries)
     constants = {"QUERIES": queries, "PITCH": pitch, "ROWS": max(1, keys // padded)}
-    return Tiles(count, shape.constants | constants, OPTIONS | (ALL_REGISTERS if backward and padded > 16 else {}))
+    many = (backward or shape.dtype == torch.float32) and (wide > 32 or padded > 16)
+    return Tiles(count, shape.constants | constants, OPTIONS | (ALL_REGISTERS if many else {}))
 
 
 def tiles_of_keys(shape: Shape) -> Tiles:
