@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.util
 from pathlib import Path
@@ -28,6 +29,13 @@ def test_every_operator_has_a_contract():
 def test_every_forward_operator_has_a_definition():
     forward = {operator for operator in operators() if not operator.endswith("_backward")}
     assert {operator._schema.name.split("::")[1] for operator in decompositions()} == forward
+
+
+def test_compiled_kernels_of_half_precisions_spill_only_where_the_documentation_says():
+    with (Path(__file__).parents[2] / "results" / "kernel_resources.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["dtype"] != "fp32"]
+    spilling = {(row["kernel"], row["device"][:6]) for row in rows if row["stack"] != "0" or row["local"] != "0"}
+    assert spilling == {("match_attention_bwd_q_kernel", "sm_100")}
 
 
 @pytest.fixture
