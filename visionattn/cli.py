@@ -50,7 +50,8 @@ def _list(args: argparse.Namespace, console: Console) -> None:
     table = Table("name", box=SIMPLE_HEAD, pad_edge=False)
     for key in _facts(names[0]):
         table.add_column(key, justify="right" if key in ("parameters", "MACs") else "left", no_wrap=True)
-    for name in track(names, "Counting", console=Console(stderr=True), transient=True):
+    stderr = Console(stderr=True)
+    for name in track(names, "Counting", console=stderr, transient=True, disable=not stderr.is_terminal):
         table.add_row(name, *_facts(name).values())
     console.print(table)
 
