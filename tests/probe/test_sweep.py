@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -7,11 +8,13 @@ from rich.progress import Progress
 from torch import nn
 
 from probe.arrays import ArrayFeatures, clustered
+from probe.stores import store
 from visionattn.errors import DataError, InputError, UnknownNameError
-from visionattn.probe.banks import HeadSpec, grid
+from visionattn.probe.banks import HeadSpec, grid, group_logits
 from visionattn.probe.poolings import create_pooling
 from visionattn.probe.statistics import calibration_error
 from visionattn.probe.sweep import hold_out, sweep
+from visionattn.probe.tokens import Features
 
 SHORT = {"epochs": 3, "batch_size": 32, "warmup_epochs": 1}
 
@@ -327,6 +330,36 @@ def test_float16_tokens_are_computed_in_float32():
     assert head.head.classifier.weight.dtype == torch.float32
     assert torch.equal(head.last.confidences, expected.last.confidences)
     assert F.softmax(head.head(wide[1].patches[0]), 1).isfinite().all()
+
+
+class Floats(Features):
+    """Other features, as float32 alone."""
+
+    def __init__(self, features):
+        self.features = features
+        self.layers, self.labels, self.classes = features.layers, features.labels, features.classes
+
+    def batches(self, rows, batch_size):
+        return self.features.batches(rows, batch_size)
+
+
+def test_int8_tokens_go_to_efficient_probing_and_floats_to_the_others(backbone, tmp_path, monkeypatch):
+    dtypes = []
+
+    def spy(banks, tokens, scales):
+        dtypes.append((banks[0].kind, banks[0].queries is not None, tokens.dtype))
+        return group_logits(banks, tokens, scales)
+
+    monkeypatch.setattr(sys.modules["visionattn.probe.sweep"], "group_logits", spy)
+    stored = store(tmp_path, backbone=backbone, precision="int8")
+    heads = grid(["ep_4", "ep_all_4", "gap", "cls", "simpool"], layers=[0, 1], lrs=[10.0])
+    options = {"epochs": 3, "batch_size": 8, "warmup_epochs": 1, "holdout": 0}
+    found = sweep(stored, stored, heads, **options).heads
+    assert {kind for kind in dtypes if kind[1]} == {("patches", True, torch.int8), ("all", True, torch.int8)}
+    assert {dtype for _, probing, dtype in dtypes if not probing} == {torch.float32}
+    for one, other in zip(found, sweep(Floats(stored), Floats(stored), heads, **options).heads, strict=True):
+        torch.testing.assert_close(one.head.classifier.weight, other.head.classifier.weight)
+        torch.testing.assert_close(one.last.confidences, other.last.confidences)
 
 
 def test_the_bar_moves_with_each_batch(monkeypatch):
