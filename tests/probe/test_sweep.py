@@ -12,6 +12,8 @@ from probe.stores import store
 from visionattn.errors import DataError, InputError, UnknownNameError
 from visionattn.probe.banks import HeadSpec, grid, group_logits
 from visionattn.probe.poolings import create_pooling
+from visionattn.probe.poolings.learned_query import PatchProbing, TokenProbing
+from visionattn.probe.poolings.own_weights import ClassToken, Mean, SimPool
 from visionattn.probe.statistics import calibration_error
 from visionattn.probe.sweep import hold_out, sweep
 from visionattn.probe.tokens import Features
@@ -343,11 +345,11 @@ class Floats(Features):
         return self.features.batches(rows, batch_size)
 
 
-def test_int8_tokens_go_to_efficient_probing_and_floats_to_the_others(backbone, tmp_path, monkeypatch):
+def test_int8_tokens_stay_so_for_efficient_probing_and_the_mean(backbone, tmp_path, monkeypatch):
     dtypes = []
 
     def spy(banks, tokens, scales):
-        dtypes.append((banks[0].kind, banks[0].queries is not None, tokens.dtype))
+        dtypes.append((type(banks[0].pooling), banks[0].kind, tokens.dtype))
         return group_logits(banks, tokens, scales)
 
     monkeypatch.setattr(sys.modules["visionattn.probe.sweep"], "group_logits", spy)
@@ -355,8 +357,10 @@ def test_int8_tokens_go_to_efficient_probing_and_floats_to_the_others(backbone, 
     heads = grid(["ep_4", "ep_all_4", "gap", "cls", "simpool"], layers=[0, 1], lrs=[10.0])
     options = {"epochs": 3, "batch_size": 8, "warmup_epochs": 1, "holdout": 0}
     found = sweep(stored, stored, heads, **options).heads
-    assert {kind for kind in dtypes if kind[1]} == {("patches", True, torch.int8), ("all", True, torch.int8)}
-    assert {dtype for _, probing, dtype in dtypes if not probing} == {torch.float32}
+    kept = {(PatchProbing, "patches"), (TokenProbing, "all"), (Mean, "patches")}
+    assert {(pooling, kind) for pooling, kind, dtype in dtypes if dtype == torch.int8} == kept
+    rest = {(ClassToken, "class", torch.float32), (SimPool, "patches", torch.float32)}
+    assert {found for found in dtypes if found[2] != torch.int8} == rest
     for one, other in zip(found, sweep(Floats(stored), Floats(stored), heads, **options).heads, strict=True):
         torch.testing.assert_close(one.head.classifier.weight, other.head.classifier.weight)
         torch.testing.assert_close(one.last.confidences, other.last.confidences)

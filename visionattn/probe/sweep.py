@@ -404,7 +404,7 @@ class _Run:
         """Labels, and the tokens and scales that each group of banks reads, batch by batch."""
         first = [(layer, banks[0]) for layer, banks, _ in self.groups]
         for numbers, tokens, scales in features.stored_batches(rows, self.batch_size):
-            keys = [(layer, bank.kind, scales is not None and bank.queries is None) for layer, bank in first]
+            keys = [(layer, bank.kind, scales is not None and not bank.takes_int8) for layer, bank in first]
             read: dict[tuple[int, str, bool], tuple] = {}
             for key, (layer, bank) in zip(keys, first, strict=True):
                 if key not in read:

@@ -89,4 +89,4 @@ class Features(ABC):
 
 def dequantize(tokens: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Tokens (..., D) in int8 times their scales (...), in the dtype of these."""
-    return tokens * scales.unsqueeze(-1)
+    return tokens.to(scales.dtype).mul_(scales.unsqueeze(-1))
