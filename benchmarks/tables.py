@@ -398,6 +398,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "halo_attention_onnx": lambda: calls("halo_attention", "onnx"),
     "multi_query_pool_block": lambda: calls("multi_query_pool", "block"),
     "multi_query_pool_operator": lambda: calls("multi_query_pool", "operator"),
+    "multi_query_pool_int8": lambda: calls("multi_query_pool", "int8"),
     "match_attention_operator": lambda: calls("match_attention", "operator"),
     "match_attention_block": lambda: calls("match_attention", "block"),
     "subspace_attention": lambda: calls("subspace_attention", "block"),

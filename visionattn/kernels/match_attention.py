@@ -60,11 +60,10 @@ from torch import Tensor
 
 from visionattn.errors import InputError
 from visionattn.kernels._operator import (
-    _LIBRARY,
     DEFINITIONS,
-    _cast,
     check_alike,
     kernels_enabled,
+    register_autocast,
     register_flop_formula,
 )
 
@@ -427,22 +426,7 @@ def _differentiate(ctx, grad: Tensor | None, grad_attention: Tensor | None):
 
 
 match_attention.register_autograd(_differentiate, setup_context=_save)
-
-
-def _register_autocast(device: str) -> None:
-    """Cast q, k and v together; the field keeps its precision."""
-
-    def cast_and_call(q, k, v, field, radius, similarity):
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            q, k, v = (_cast(x, dtype) for x in (q, k, v))
-            return torch.ops.visionattn.match_attention(q, k, v, field, radius, similarity)
-
-    _LIBRARY.impl("match_attention", cast_and_call, f"Autocast{device.upper()}")
-
-
-_register_autocast("cpu")
-_register_autocast("cuda")
+register_autocast("match_attention", kept=(3,))  # the field
 
 
 def _products(q, v, radius: int, similarity: str) -> int:
