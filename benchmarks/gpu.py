@@ -3,11 +3,22 @@
     python benchmarks/gpu.py [--operators NAME ...] [--repeats 20] [--again]
 
 One command, some ten minutes. For each operator, outputs and all gradients are compared with its plain definition in
-float64, in float32, bfloat16 and float16, at shapes of real models and at odd ones, with all fresh memory full of NaN;
-a second call must give the same bits, and so must a replayed CUDA graph of the forward pass. Rows go to
-results/gpu_checks.csv: `error` is the largest of a tensor, as a share of its largest magnitude or of 1 where that is
-less, beside what the operator's file allows. What passes is timed by the operator's own script, which writes its CSV.
-An operator whose checks of this revision and device stand in the table is not checked again, unless told so.
+float64, in float32, bfloat16 and float16, at shapes of real models and at odd ones, with all fresh memory full of NaN.
+Rows go to results/gpu_checks.csv: `error` is the largest of a tensor, as a share of its largest magnitude or of 1 where
+that is less, beside what the operator's file allows. Columns that are True where the check holds, or name what was
+raised:
+
+    passed         the error is allowed
+    deterministic  a second call gives the same bits
+    graph          a replayed CUDA graph of the forward pass does too
+    checkpointed   and so does torch.utils.checkpoint
+    strided        the error is allowed where no tensor is contiguous
+    compiled       and in a graph of torch.compile(fullgraph=True)
+    autocast       and under autocast, with all tensors but the first in float32
+    second_device  and on cuda:1 while cuda:0 is the current device
+
+What passes is timed by the operator's own script, which writes its CSV. An operator whose checks of this revision and
+device stand in the table is not checked again, unless told so.
 """
 
 from __future__ import annotations
@@ -15,13 +26,16 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import visionattn.kernels  # noqa: F401  registers the operators
 from report import RESULTS, environment, read_rows, write_rows
@@ -31,8 +45,10 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 STRICTER = {"symmetric_gate": 1e-6}  # in float32
 LOOSER = {"subspace_attention": 2e-5}
 SECONDS = 420  # of an operator's timings
+CHECKS = ("passed", "deterministic", "graph", "checkpointed", "strided", "compiled", "autocast", "second_device")
+NOT_RUN = "not run"
 
-Draw = Callable[..., Tensor]  # shape -> random numbers of the case's dtype
+Draw = Callable[..., Tensor]  # shape -> random numbers of the case's dtype, which require a gradient
 
 
 def symmetric_gate(draw: Draw) -> Iterator[tuple]:
@@ -83,6 +99,9 @@ def multi_query_pool(draw: Draw) -> Iterator[tuple]:
     present = draw(9, 50) > 0
     present[0] = False
     yield draw(9, 50, 192), draw(8, 192), present
+    for B, N, D, M in ((64, 197, 768, 32), (5, 7, 72, 3)):
+        tokens = (40 * draw(B, N, D)).clamp(-127, 127).to(torch.int8)
+        yield tokens, draw(M, D), None, draw(B, N).detach().abs().half() / 40
 
 
 def subspace_attention(draw: Draw) -> Iterator[tuple]:
@@ -115,27 +134,40 @@ TIMINGS = {
 def differentiate(
     function: Callable, args: tuple, cotangents: list[Tensor] | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and the gradients of all floating-point arguments, and the cotangents: random ones if None."""
-    args = tuple(
-        arg.detach().requires_grad_(arg.is_floating_point()) if isinstance(arg, Tensor) else arg for arg in args
-    )
+    """Outputs and the gradients of all arguments that require one, and the cotangents: random ones if None."""
+    args = each(args, lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad))
     outputs = function(*args)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     if cotangents is None:
         cotangents = [torch.randn_like(out) for out in outputs]
     leaves = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
-    gradients = torch.autograd.grad(outputs, leaves, [g.to(out.dtype) for g, out in zip(cotangents, outputs)])
+    gradients = torch.autograd.grad(outputs, leaves, [g.to(out) for g, out in zip(cotangents, outputs)])
     return [out.detach() for out in outputs] + list(gradients), cotangents
 
 
-def doubled(args: tuple) -> tuple:
-    return tuple(arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+def each(args: tuple, function: Callable[[Tensor], Tensor]) -> tuple:
+    """Arguments with a function of each tensor in its place."""
+    return tuple(function(arg) if isinstance(arg, Tensor) else arg for arg in args)
+
+
+def cast(args: tuple, dtype: torch.dtype) -> tuple:
+    return each(args, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same numbers, others between them."""
+    return torch.stack((tensor, tensor), -1)[..., 0]
+
+
+def compiled(operator: Callable) -> Callable:
+    torch.compiler.reset()  # earlier cases count towards a limit, past which nothing is compiled
+    return torch.compile(lambda *args: operator(*args), fullgraph=True)
 
 
 def error(found: list[Tensor], expected: list[Tensor]) -> float:
     """The largest error of a tensor as a share of its largest magnitude, or of 1; NaN if there is one."""
     shares = [
-        ((tensor.double() - reference).abs().max() / reference.abs().max().clamp(min=1)).item()
+        ((tensor.to(reference) - reference).abs().max() / reference.abs().max().clamp(min=1)).item()
         for tensor, reference in zip(found, expected, strict=True)
     ]
     return float("nan") if any(share != share for share in shares) else max(shares)
@@ -175,6 +207,46 @@ def describe(args: tuple) -> str:
     return " ".join("x".join(map(str, arg.shape)) if isinstance(arg, Tensor) else str(arg) for arg in args)
 
 
+def outcome(check: Callable[[], bool]) -> str:
+    """Whether a check holds, or what it raised: one that fails shall not cost the rows of the others."""
+    try:
+        return str(check())
+    except Exception as error:
+        traceback.print_exc()
+        return type(error).__name__
+
+
+def examine(operator: Callable, definition: Callable, args: tuple, dtype: torch.dtype, allowed: float) -> dict:
+    """The columns of a case."""
+    with poisoned_memory():
+        found, cotangents = differentiate(operator, args, None)
+    expected, _ = differentiate(definition, cast(args, torch.float64), cotangents)
+    worst = error(found, expected)
+
+    def equal(function: Callable) -> bool:
+        return same(found, differentiate(function, args, cotangents)[0])
+
+    def close(function: Callable, args: tuple) -> bool:
+        return error(differentiate(function, args, cotangents)[0], expected) <= allowed
+
+    checks = {
+        "passed": lambda: worst <= allowed,
+        "deterministic": lambda: equal(operator),
+        "graph": lambda: same(found[: len(cotangents)], captured(operator, args)),
+        "checkpointed": lambda: equal(partial(checkpoint, operator, use_reentrant=False)),
+        "strided": lambda: close(operator, each(args, strided)),
+        "compiled": lambda: close(compiled(operator), args),
+    }
+    if dtype != torch.float32:
+        mixed = (args[0], *cast(args[1:], torch.float32))
+        checks["autocast"] = lambda: close(torch.autocast("cuda", dtype)(operator), mixed)
+    if torch.cuda.device_count() > 1:
+        checks["second_device"] = lambda: close(operator, each(args, lambda tensor: tensor.to("cuda:1")))
+    with poisoned_memory():
+        outcomes = {name: outcome(checks[name]) if name in checks else NOT_RUN for name in CHECKS}
+    return {"case": describe(args), "error": f"{worst:.2e}", "allowed": f"{allowed:.0e}", **outcomes}
+
+
 def check(name: str, origin: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Rows of an operator's cases."""
     operator = getattr(torch.ops.visionattn, name)
@@ -185,26 +257,11 @@ def check(name: str, origin: dict[str, str]) -> Iterator[dict[str, Any]]:
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int, dtype=dtype, generator=generator) -> Tensor:
-            return torch.randn(shape, generator=generator).to("cuda", dtype)
+            return torch.randn(shape, generator=generator).to("cuda", dtype).requires_grad_()
 
         for args in CASES[name](draw):
-            with poisoned_memory():
-                found, cotangents = differentiate(operator, args, None)
-                again, _ = differentiate(operator, args, cotangents)
-            expected, _ = differentiate(definition, doubled(args), cotangents)
-            worst = error(found, expected)
-            outputs = found[: len(cotangents)]
-            yield {
-                "operator": name,
-                "dtype": str(dtype).removeprefix("torch."),
-                "case": describe(args),
-                "error": f"{worst:.2e}",
-                "allowed": f"{allowed:.0e}",
-                "passed": worst <= allowed,
-                "deterministic": same(found, again),
-                "graph": same(outputs, captured(operator, args)),
-                **origin,
-            }
+            columns = examine(operator, definition, args, dtype, allowed)
+            yield {"operator": name, "dtype": str(dtype).removeprefix("torch."), **columns, **origin}
 
 
 def main() -> None:
@@ -227,10 +284,10 @@ def main() -> None:
         if args.again or not here:
             here = []
             for row in check(name, origin):
-                print(*list(row.values())[:8], sep=" | ", flush=True)
+                print(*list(row.values())[: -len(origin)], sep=" | ", flush=True)
                 here.append(row)
             write_rows(table, here, key=("operator", "device"))
-        if any(str(row[key]) != "True" for row in here for key in ("passed", "deterministic", "graph")):
+        if any(row[column] not in ("True", NOT_RUN) for row in here for column in CHECKS):
             failed.append(name)
             continue
         script = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--device", "cuda", *TIMINGS[name]]

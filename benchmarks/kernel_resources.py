@@ -120,21 +120,24 @@ def match_attention_cases() -> Iterator[Case]:
 
 
 def multi_query_pool_cases() -> Iterator[Case]:
-    for dtype, queries in product(DTYPES, (8, 32, 96)):
-        tile = multi_query_pool.tiles(queries, TORCH[dtype])
+    kernels = multi_query_pool
+    for dtype, queries, int8 in product(DTYPES, (8, 32, 96), (False, True)):
+        tile = kernels.tiles(queries, TORCH[dtype])
         constants = {**tile.constants, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
         numbers = {"M": "i32", "N": "i32", "D": "i32:16", "x_stride_b": "i32:16", "x_stride_n": "i32:16"}
         scratch = {"logits_ptr": "fp32", "slope_ptr": "fp32", "partial_ptr": "fp32", "mask_ptr": "u8"}
+        if int8:
+            scratch |= {"x_ptr": "i8", "scales_ptr": "fp16"}
         for kernel, others, more in (
-            (multi_query_pool.multi_query_pool_fwd_kernel, {"scale": "fp32"}, {"MASKED": False}),
-            (multi_query_pool.multi_query_pool_bwd_slope_kernel, {"scale": "fp32"}, {"OF_ATTENTION": False}),
-            (multi_query_pool.multi_query_pool_bwd_q_kernel, {"B": "i32", "images": "i32"}, {}),
-            (multi_query_pool.multi_query_pool_bwd_x_kernel, {}, {}),
+            (kernels.multi_query_pool_fwd_kernel, {"scale": "fp32"}, {"MASKED": False, "SCALED": int8}),
+            (kernels.multi_query_pool_bwd_slope_kernel, {"scale": "fp32"}, {"OF_ATTENTION": False, "SCALED": int8}),
+            (kernels.multi_query_pool_bwd_q_kernel, {"B": "i32", "images": "i32"}, {}),
+            *([] if int8 else [(kernels.multi_query_pool_bwd_x_kernel, {}, {})]),
         ):
             names = kernel.arg_names
             types = pointers(kernel, dtype, **scratch) | {k: v for k, v in (numbers | others).items() if k in names}
             tested = dtype == "bf16" and queries == 32
-            configuration = f"{tile.queries} queries"
+            configuration = f"{tile.queries} queries" + ", int8 tokens" * int8
             yield Case(kernel, dtype, types, constants | more, tile.options, configuration, tested, dots=True)
 
 

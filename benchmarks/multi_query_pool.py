@@ -124,6 +124,22 @@ class Definition(nn.Module):
         return multi_query_pool_definition(tokens, queries)[0]
 
 
+class FromInt8(nn.Module):
+    def forward(self, tokens: Tensor, scales: Tensor, queries: Tensor) -> Tensor:
+        return torch.ops.visionattn.multi_query_pool(tokens, queries, None, scales)[0]
+
+
+class ConvertedFirst(nn.Module):
+    def forward(self, tokens: Tensor, scales: Tensor, queries: Tensor) -> Tensor:
+        floats = tokens.to(queries.dtype).mul_(scales[..., None])
+        return torch.ops.visionattn.multi_query_pool(floats, queries)[0]
+
+
+class Int8Definition(nn.Module):
+    def forward(self, tokens: Tensor, scales: Tensor, queries: Tensor) -> Tensor:
+        return multi_query_pool_definition(tokens, queries, None, scales)[0]
+
+
 def averages(module: type[nn.Module], trained: bool, case: Case, dtype: torch.dtype, device: str) -> Problem:
     """The operator's part of the pooling: the tokens' averages, with the gradient of the tokens or without."""
     torch.manual_seed(SEED)
@@ -131,6 +147,15 @@ def averages(module: type[nn.Module], trained: bool, case: Case, dtype: torch.dt
     shapes = [(case.batch, case.tokens, case.dim), (queries, case.dim), (case.batch, queries, case.dim)]
     tokens, rows, cotangent = (torch.randn(shape).to(device, dtype) for shape in shapes)
     return Problem(module(), [tokens.requires_grad_(trained), rows.requires_grad_()], cotangent)
+
+
+def int8_averages(module: type[nn.Module], case: Case, dtype: torch.dtype, device: str) -> Problem:
+    """The same of tokens that lie in int8 with scales in float16, as a feature store has them."""
+    problem = averages(module, False, case, dtype, device)
+    tokens, rows = problem.inputs
+    scales = (tokens.abs().amax(-1) / 127).half()
+    values = (tokens / scales[..., None]).round().clamp(-127, 127).to(torch.int8)
+    return problem._replace(inputs=[values, scales, rows])
 
 
 def block(device: str, repeats: int) -> list[dict]:
@@ -165,7 +190,19 @@ def operator(device: str, repeats: int) -> list[dict]:
     return rows
 
 
-PARTS = {"block": block, "operator": operator}
+def int8(device: str, repeats: int) -> list[dict]:
+    """The operator over int8 tokens, and over floats that are made of all of them first."""
+    rows = []
+    for case in (Case(8), Case(32), Case(32, probes=8)):
+        forms = {
+            name: Implementation(partial(int8_averages, module), partial(int8_averages, Int8Definition))
+            for name, module in {"floats first": ConvertedFirst, "int8": FromInt8}.items()
+        }
+        rows += measure("multi_query_pool", case, forms, "floats first", torch.float32, TOLERANCE, device, repeats)
+    return rows
+
+
+PARTS = {"block": block, "operator": operator, "int8": int8}
 
 
 def main() -> None:

@@ -335,6 +335,24 @@ def retrieval_entanglement() -> str:
     return markdown(["head", "asked for", *attributes], body) + f"\n{words}.\n"
 
 
+def dual_cross() -> str:
+    """Mean and spread over seeds, a row for each way to train and to read out."""
+    rows = read_rows(RESULTS / "dual_cross.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    groups: dict[tuple[str, int, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["run"], int(row["epochs"]), row["read"]), []).append(row)
+    body = []
+    for (run, epochs, read), found in sorted(groups.items()):
+        shares = (spread([float(row[key]) for row in found], 1) for key in ("test_accuracy", "test_map"))
+        seconds = statistics.median(float(row["seconds"]) for row in found)
+        body.append([f"`{run}`", str(epochs), read, *shares, f"{seconds:.0f}", str(len(found))])
+    head = ["run", "epochs", "read out", "accuracy %", "mAP %", "seconds", "seeds"]
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    return markdown(head, body) + f"\n{devices}, torch {rows[-1]['torch']}.\n"
+
+
 def match_stereo_scenes() -> str:
     """Errors of each scene, our network and semi-global matching."""
     rows = [row for row in read_rows(RESULTS / "match_stereo_scenes.csv") if row["region"] == "all"]
@@ -380,6 +398,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "halo_attention_onnx": lambda: calls("halo_attention", "onnx"),
     "multi_query_pool_block": lambda: calls("multi_query_pool", "block"),
     "multi_query_pool_operator": lambda: calls("multi_query_pool", "operator"),
+    "multi_query_pool_int8": lambda: calls("multi_query_pool", "int8"),
     "match_attention_operator": lambda: calls("match_attention", "operator"),
     "match_attention_block": lambda: calls("match_attention", "block"),
     "subspace_attention": lambda: calls("subspace_attention", "block"),
@@ -401,6 +420,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "probe_extraction": lambda: plain("probe_extraction"),
     "retrieval_heads": retrieval_heads,
     "retrieval_entanglement": retrieval_entanglement,
+    "dual_cross": dual_cross,
     "search_index": lambda: plain("search_index"),
     "retrieval_cost": lambda: plain("retrieval_cost"),
     "kernel_resources": kernel_resources,

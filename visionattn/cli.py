@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import visionattn
@@ -49,7 +50,8 @@ def _list(args: argparse.Namespace, console: Console) -> None:
     table = Table("name", box=SIMPLE_HEAD, pad_edge=False)
     for key in _facts(names[0]):
         table.add_column(key, justify="right" if key in ("parameters", "MACs") else "left", no_wrap=True)
-    for name in names:
+    stderr = Console(stderr=True)
+    for name in track(names, "Counting", console=stderr, transient=True, disable=not stderr.is_terminal):
         table.add_row(name, *_facts(name).values())
     console.print(table)
 

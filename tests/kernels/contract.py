@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -65,12 +66,13 @@ class OperatorContract:
         """Compare outputs and every gradient with the definition in float64."""
         for args in samples:
             outputs, gradients = differentiate(self.operator, args)
-            expected_outputs, expected_gradients = differentiate(self.definition, map_tensors(Tensor.double, args))
+            expected_outputs, expected_gradients = differentiate(self.definition, doubled(args))
+            dtype = next(arg.dtype for arg in tensors_of(args) if arg.is_floating_point())
             for kind, found, expected in [
                 *(("output", *pair) for pair in zip(outputs, expected_outputs, strict=True)),
                 *(("gradient", *pair) for pair in zip(gradients, expected_gradients, strict=True)),
             ]:
-                assert found.dtype == args[0].dtype
+                assert found.dtype == dtype
                 limit = tolerance * max([1.0, *expected.abs().flatten().tolist()])
                 torch.testing.assert_close(
                     found.double(),
@@ -137,8 +139,10 @@ class OperatorContract:
         mixed = require_grad(mixed)
         with torch.autocast(device, dtype=dtype):
             out = self.operator(*mixed)
+            inside = torch.autograd.grad(sum_of(out), tensors_of(mixed), retain_graph=True)
         torch.testing.assert_close(out, self.operator(*args), rtol=0, atol=0)
         gradients = torch.autograd.grad(sum_of(out), tensors_of(mixed))
+        torch.testing.assert_close(inside, gradients, rtol=0, atol=0)
         assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in tensors_of(mixed)]
 
     def test_fx_and_torchscript(self):
@@ -155,6 +159,12 @@ class OperatorContract:
         args = self.samples(torch.float32, device)[0]
         compiled = torch.compile(self.module(), fullgraph=True)
         torch.testing.assert_close(differentiate(compiled, args), differentiate(self.operator, args))
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_checkpointing_changes_nothing(self, device):
+        args = self.samples(torch.float32, device)[0]
+        found = differentiate(lambda *args: checkpoint(self.operator, *args, use_reentrant=False), args)
+        torch.testing.assert_close(found, differentiate(self.operator, args), rtol=0, atol=0)
 
     def test_exports_without_the_operator(self):
         args, others = self.samples(torch.float32, "cpu")[:2]
@@ -220,8 +230,12 @@ def map_tensors(function: Callable[[Tensor], Tensor], args) -> tuple:
     return tuple(function(arg) if isinstance(arg, Tensor) else arg for arg in args)
 
 
+def doubled(args) -> tuple:
+    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, args)
+
+
 def require_grad(args) -> tuple:
-    return map_tensors(lambda tensor: tensor.detach().requires_grad_(), args)
+    return map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), args)
 
 
 def tensors_of(value) -> list[Tensor]:
@@ -247,7 +261,8 @@ def differentiate(function: Callable, args) -> tuple[list[Tensor], tuple[Tensor,
         torch.randn(out.shape[::-1], generator=generator).bfloat16().to(out).permute(tuple(range(out.ndim)[::-1]))
         for out in outputs
     ]
-    gradients = torch.autograd.grad(outputs, tensors_of(args), cotangents)
+    leaves = [tensor for tensor in tensors_of(args) if tensor.requires_grad]
+    gradients = torch.autograd.grad(outputs, leaves, cotangents)
     return [out.detach() for out in outputs], gradients
 
 

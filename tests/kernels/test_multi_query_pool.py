@@ -1,4 +1,4 @@
-"""Multi-query pooling: the operator contract, a loop-written definition, masks, and what frozen tokens save."""
+"""Multi-query pooling: the operator contract, a loop-written definition, masks, int8, and what frozen tokens save."""
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from visionattn.kernels import decompositions
 from visionattn.kernels import multi_query_pool as kernel
 from visionattn.kernels.multi_query_pool import multi_query_pool_definition
 
+INT8 = torch.zeros(2, 7, 5, dtype=torch.int8)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 operator = torch.ops.visionattn.multi_query_pool
 
@@ -23,9 +24,11 @@ class Pool(nn.Module):
         return torch.ops.visionattn.multi_query_pool(x, q)
 
 
-class MaskedPool(nn.Module):
-    def forward(self, x: Tensor, q: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return torch.ops.visionattn.multi_query_pool(x, q, mask)
+class WholePool(nn.Module):
+    def forward(
+        self, x: Tensor, q: Tensor, mask: Tensor | None = None, scales: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.visionattn.multi_query_pool(x, q, mask, scales)
 
 
 def arguments(images, tokens, dim, queries, dtype=torch.float64, device="cpu", seed=0):
@@ -33,6 +36,17 @@ def arguments(images, tokens, dim, queries, dtype=torch.float64, device="cpu", s
     return tuple(
         torch.randn(shape, generator=generator).to(device, dtype) for shape in [(images, tokens, dim), (queries, dim)]
     )
+
+
+def int8_arguments(*sizes, **options):
+    x, q = arguments(*sizes, **options)
+    return (40 * x).clamp(-127, 127).to(torch.int8), q
+
+
+def scales_of(x):
+    """One for each token, in float16 as a store has them; some are 0."""
+    images, tokens = torch.arange(len(x))[:, None], torch.arange(x.shape[1])[None]
+    return (((2 * images + 3 * tokens) % 7) / 100).half().to(x.device)
 
 
 def mask_of(x, absent=(1,)):
@@ -47,15 +61,20 @@ def masked(function, absent=(1,)):
     return lambda x, q: function(x, q, mask_of(x, absent))
 
 
+def scaled(function):
+    return lambda x, q: function(x, q, mask_of(x), scales_of(x))
+
+
 class TestMultiQueryPool(OperatorContract):
     name = "multi_query_pool"
     definition = staticmethod(multi_query_pool_definition)
     module = Pool
     tolerance = TOLERANCE
+    arguments = staticmethod(arguments)
 
     def samples(self, dtype, device):
         def case(*sizes):
-            return arguments(*sizes, dtype=dtype, device=device)
+            return self.arguments(*sizes, dtype=dtype, device=device)
 
         x, q = case(3, 8, 6, 4)
         return [
@@ -72,13 +91,13 @@ class TestMultiQueryPool(OperatorContract):
 
     def interpreter_samples(self):
         # Beyond a tile of queries, tokens and channels too.
-        return [*self.samples(torch.float32, "cpu"), arguments(2, 67, 70, 33, dtype=torch.float32)]
+        return [*self.samples(torch.float32, "cpu"), self.arguments(2, 67, 70, 33, dtype=torch.float32)]
 
     def interpret(self):
         super().interpret()
         with poisoned_memory():
-            masked = TestMasked()
-            masked.check_values(masked.interpreter_samples(), self.tolerance[torch.float32])
+            for form in (TestMasked(), TestInt8()):
+                form.check_values(form.interpreter_samples(), self.tolerance[torch.float32])
 
 
 class TestMasked(TestMultiQueryPool):
@@ -89,9 +108,17 @@ class TestMasked(TestMultiQueryPool):
     definition = staticmethod(masked(multi_query_pool_definition))
 
 
+class TestInt8(TestMasked):
+    """Masked tokens of int8."""
+
+    operator = staticmethod(scaled(operator))
+    definition = staticmethod(scaled(multi_query_pool_definition))
+    arguments = staticmethod(int8_arguments)
+
+
+@pytest.mark.parametrize("test", [TestMasked(), TestInt8()], ids=["masked", "int8"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_masked_values_and_gradients(dtype):
-    test = TestMasked()
+def test_other_forms(dtype, test):
     with poisoned_memory():
         test.check_values(test.samples(dtype, "cpu"), TOLERANCE[dtype])
     test.test_counts_the_flops_of_its_definition()
@@ -128,25 +155,36 @@ def test_masked_gradcheck(absent):
     assert torch.autograd.gradcheck(masked(operator, absent), args)
 
 
-def test_masked_opcheck_compile_and_script():
-    x, q = arguments(2, 7, 5, 3, dtype=torch.float32)
-    mask = mask_of(x)
-    for tokens in (x, x.clone().requires_grad_()):
-        torch.library.opcheck(operator.default, (tokens, q.requires_grad_(), mask))
-    expected = operator(x, q, mask)
-    traced = torch.fx.symbolic_trace(MaskedPool())
-    for way in (torch.compile(MaskedPool(), fullgraph=True), traced, torch.jit.script(MaskedPool())):
-        torch.testing.assert_close(way(x, q, mask), expected)
-        torch.testing.assert_close(way(x, q), operator(x, q))
+def whole_arguments(draw, *sizes):
+    x, q = draw(*sizes, dtype=torch.float32)
+    return x, q, mask_of(x), None if draw is arguments else scales_of(x)
 
 
-def test_masked_export_keeps_sizes_open():
+@pytest.mark.parametrize("draw", [arguments, int8_arguments], ids=["float", "int8"])
+def test_other_forms_opcheck_compile_and_script(draw):
+    x, q, mask, scales = whole_arguments(draw, 2, 7, 5, 3)
+    for tokens in (x, *([x.clone().requires_grad_()] if scales is None else [])):
+        torch.library.opcheck(operator.default, (tokens, q.requires_grad_(), mask, scales))
+
+    def results(function, marks):
+        return differentiate(lambda q: function(x, q, marks, scales), (q,))
+
+    traced = torch.fx.symbolic_trace(WholePool())
+    for way in (torch.compile(WholePool(), fullgraph=True), traced, torch.jit.script(WholePool())):
+        for marks in (mask, None):
+            torch.testing.assert_close(results(way, marks), results(operator, marks))
+
+
+@pytest.mark.parametrize("draw", [arguments, int8_arguments], ids=["float", "int8"])
+def test_other_forms_export_with_open_sizes(draw):
     def inputs(*sizes):
-        x, q = arguments(*sizes, dtype=torch.float32)
-        return x, q, mask_of(x)
+        return whole_arguments(draw, *sizes)
 
-    sizes = tuple(dict.fromkeys(range(tensor.ndim), torch.export.Dim.AUTO) for tensor in inputs(2, 7, 5, 3))
-    program = torch.export.export(MaskedPool(), inputs(2, 7, 5, 3), dynamic_shapes=sizes)
+    sizes = tuple(
+        None if tensor is None else dict.fromkeys(range(tensor.ndim), torch.export.Dim.AUTO)
+        for tensor in inputs(2, 7, 5, 3)
+    )
+    program = torch.export.export(WholePool(), inputs(2, 7, 5, 3), dynamic_shapes=sizes)
     program = program.run_decompositions(decompositions())
     assert not any("visionattn" in str(node.target) for node in program.graph.nodes)
     for args in (inputs(2, 7, 5, 3), inputs(3, 4, 6, 9)):
@@ -175,6 +213,25 @@ def test_masked_tokens_are_as_absent_ones():
     torch.testing.assert_close(attention[..., :6], shorter_attention)
     assert not attention[..., 6:].any()
     torch.testing.assert_close(operator(x, q, torch.ones_like(mask)), operator(x, q), rtol=0, atol=0)
+
+
+def test_int8_tokens_are_as_their_floats():
+    x, q = int8_arguments(3, 9, 5, 4)
+    scales, mask = scales_of(x), mask_of(x)
+    found = differentiate(lambda q: operator(x, q, mask, scales), (q,))
+    expected = differentiate(lambda q: operator(scales.double()[..., None] * x, q, mask), (q,))
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_keeps_the_scales(dtype):
+    x, q = int8_arguments(3, 9, 5, 4, dtype=torch.float32)
+    scales = 0.01 + torch.arange(27).view(3, 9) / 7e4  # that half precisions do not hold
+    with torch.autocast("cpu", dtype=dtype):
+        outputs, (gradient,) = differentiate(lambda q: operator(x, q, None, scales), (q,))
+    expected, (expected_gradient,) = differentiate(lambda q: operator(x, q, None, scales), (q.to(dtype),))
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient.float(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -232,12 +289,13 @@ def test_stacked_heads_are_as_single_ones():
             torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("test", [TestMasked(), TestInt8()], ids=["masked", "int8"])
 @pytest.mark.parametrize("chunk", [1, 60, 130])
-def test_several_chunks_are_as_one(chunk, monkeypatch):
-    args = arguments(5, 7, 4, 3)
-    whole = differentiate(masked(operator), args)
+def test_several_chunks_are_as_one(chunk, test, monkeypatch):
+    args = test.arguments(5, 7, 4, 3)
+    whole = differentiate(test.operator, args)
     monkeypatch.setattr(kernel, "_CHUNK_ON_CPU", chunk)
-    torch.testing.assert_close(differentiate(masked(operator), args), whole)
+    torch.testing.assert_close(differentiate(test.operator, args), whole)
 
 
 @pytest.mark.parametrize(("tokens", "dim"), [(49, 1280), (17, 1536), (5, 4096), (3, 257)])
@@ -281,22 +339,25 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_nothing_of_the_size_of_the_tokens_is_made(dtype, monkeypatch):
     """Beside the attention and the output there are chunks alone, and float32 tokens are not even copied to those."""
-    x, q = arguments(16, 40, 64, 4, dtype=dtype)
+    int8 = dtype == torch.int8
+    x, q = int8_arguments(16, 40, 64, 4, dtype=torch.float32) if int8 else arguments(16, 40, 64, 4, dtype=dtype)
+    scales = scales_of(x) if int8 else None
     monkeypatch.setattr(kernel, "_CHUNK_ON_CPU", 2 * 40 * 64)
-    grad = torch.ones(16, 4, 64, dtype=dtype)
+    grad = torch.ones(16, 4, 64, dtype=q.dtype)
     with Largest(x, q, grad) as largest:
-        z, attention = kernel._plain(x, q, None)
-        grad_x, _ = kernel._plain_backward(grad, None, x, q, attention, needs_x=False)
+        z, attention = kernel._plain(x, q, None, scales)
+        grad_x, _ = kernel._plain_backward(grad, None, x, q, scales, attention, needs_x=False)
     outputs = max(z.numel(), attention.numel())
     assert largest.numbers == (outputs if dtype == torch.float32 else max(outputs, 2 * 40 * 64))
     assert largest.numbers < x.numel() / 5
     assert grad_x.numel() == 0
-    with Largest(x, q, grad) as largest:
-        kernel._plain_backward(grad, None, x, q, attention, needs_x=True)
-    assert largest.numbers == x.numel()
+    if not int8:
+        with Largest(x, q, grad) as largest:
+            kernel._plain_backward(grad, None, x, q, None, attention, needs_x=True)
+        assert largest.numbers == x.numel()
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -336,6 +397,14 @@ def test_gradients_by_the_attention_alone():
         ({"mask": torch.ones(2, 7)}, "torch.float32 on cpu"),
         ({"mask": torch.ones(2, 6, dtype=torch.bool)}, r"shape \(2, 7\).* got \(2, 6\)"),
         ({"mask": torch.ones(2, 7, dtype=torch.bool, device="meta")}, "torch.bool on meta"),
+        ({"scales": torch.ones(2, 7)}, "got x: torch.float32 with scales"),
+        ({"x": INT8}, "got x: torch.int8 without scales"),
+        ({"x": INT8, "scales": torch.ones(2, 6)}, r"shape \(2, 7\).* got \(2, 6\)"),
+        ({"x": INT8, "scales": torch.ones(2, 7, dtype=torch.int8)}, "torch.int8 on cpu"),
+        ({"x": INT8, "scales": torch.ones(2, 7, device="meta")}, "torch.float32 on meta"),
+        ({"x": INT8.to("meta"), "scales": torch.ones(2, 7, device="meta")}, "x on meta"),
+        ({"x": INT8, "scales": torch.ones(2, 7), "q": torch.zeros(3, 5, dtype=torch.int8)}, "q: torch.int8"),
+        ({"x": INT8, "scales": torch.ones(2, 7, requires_grad=True)}, "detach them"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -166,3 +166,10 @@ def test_curves_put_points_where_their_values_are():
     ends = [(float(bar.getAttribute("y1")), float(bar.getAttribute("y2"))) for bar in bars]
     assert ends == [pytest.approx((texts["40"] - 4, texts["60"] - 4), abs=0.11)]
     assert "&lt;first&gt;" in svg
+
+
+def test_curves_leave_out_heads_that_diverged():
+    nothing = Interval(math.nan, math.nan)
+    svg = draw_curves(["first"], {"a": [CurvePoint(0, math.nan, nothing)]}, "accuracy, %")
+    assert "nan" not in svg
+    assert "<circle" not in svg

@@ -139,6 +139,19 @@ def test_tokens_that_do_not_fit(tmp_path):
         read(LiveFeatures(Backbone(vit(), image_size=32), dataset, torch.zeros(22), CLASSES), range(22))
 
 
+def test_int8_as_it_is_stored(backbone, tmp_path):
+    found = store(tmp_path, backbone=backbone, precision="int8")
+    rows = torch.randperm(22)
+    batches = zip(found.batches(rows, 5), found.stored_batches(rows, 5), strict=True)
+    for (some, floats), (same, tokens, scales) in batches:
+        assert torch.equal(some, same)
+        for layer in zip(floats, tokens, scales, strict=True):
+            for expected, numbers, by in zip(*layer, strict=True):
+                assert numbers.dtype == torch.int8
+                assert numbers.shape[:-1] == by.shape
+                assert torch.equal(expected, numbers.float() * by[..., None])
+
+
 def test_zero_tokens_in_int8(tmp_path):
     model = vit()
     torch.nn.init.zeros_(model.norm.weight)

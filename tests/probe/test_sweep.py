@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -7,11 +8,15 @@ from rich.progress import Progress
 from torch import nn
 
 from probe.arrays import ArrayFeatures, clustered
+from probe.stores import store
 from visionattn.errors import DataError, InputError, UnknownNameError
-from visionattn.probe.banks import HeadSpec, grid
+from visionattn.probe.banks import HeadSpec, grid, group_logits
 from visionattn.probe.poolings import create_pooling
+from visionattn.probe.poolings.learned_query import PatchProbing, TokenProbing
+from visionattn.probe.poolings.own_weights import ClassToken, Mean, SimPool
 from visionattn.probe.statistics import calibration_error
 from visionattn.probe.sweep import hold_out, sweep
+from visionattn.probe.tokens import Features
 
 SHORT = {"epochs": 3, "batch_size": 32, "warmup_epochs": 1}
 
@@ -327,6 +332,38 @@ def test_float16_tokens_are_computed_in_float32():
     assert head.head.classifier.weight.dtype == torch.float32
     assert torch.equal(head.last.confidences, expected.last.confidences)
     assert F.softmax(head.head(wide[1].patches[0]), 1).isfinite().all()
+
+
+class Floats(Features):
+    """Other features, as float32 alone."""
+
+    def __init__(self, features):
+        self.features = features
+        self.layers, self.labels, self.classes = features.layers, features.labels, features.classes
+
+    def batches(self, rows, batch_size):
+        return self.features.batches(rows, batch_size)
+
+
+def test_int8_tokens_stay_so_for_efficient_probing_and_the_mean(backbone, tmp_path, monkeypatch):
+    dtypes = []
+
+    def spy(banks, tokens, scales):
+        dtypes.append((type(banks[0].pooling), banks[0].kind, tokens.dtype))
+        return group_logits(banks, tokens, scales)
+
+    monkeypatch.setattr(sys.modules["visionattn.probe.sweep"], "group_logits", spy)
+    stored = store(tmp_path, backbone=backbone, precision="int8")
+    heads = grid(["ep_4", "ep_all_4", "gap", "cls", "simpool"], layers=[0, 1], lrs=[10.0])
+    options = {"epochs": 3, "batch_size": 8, "warmup_epochs": 1, "holdout": 0}
+    found = sweep(stored, stored, heads, **options).heads
+    kept = {(PatchProbing, "patches"), (TokenProbing, "all"), (Mean, "patches")}
+    assert {(pooling, kind) for pooling, kind, dtype in dtypes if dtype == torch.int8} == kept
+    rest = {(ClassToken, "class", torch.float32), (SimPool, "patches", torch.float32)}
+    assert {found for found in dtypes if found[2] != torch.int8} == rest
+    for one, other in zip(found, sweep(Floats(stored), Floats(stored), heads, **options).heads, strict=True):
+        torch.testing.assert_close(one.head.classifier.weight, other.head.classifier.weight)
+        torch.testing.assert_close(one.last.confidences, other.last.confidences)
 
 
 def test_the_bar_moves_with_each_batch(monkeypatch):

@@ -7,6 +7,7 @@ from visionattn.blocks.efficient_probing import EfficientProbing
 from visionattn.blocks.halo import HaloAttention
 from visionattn.blocks.match import MatchAttention, MatchCrossAttention
 from visionattn.blocks.match_decoder import ConvexUpsampling, ConvGLU, CorrelationStart, MatchLayer
+from visionattn.blocks.match_encoder import MatchEncoder, MatchFusion
 from visionattn.blocks.minimal import MinimalAttention, MinimalBlock
 from visionattn.blocks.span import SPAB, Conv3XC
 from visionattn.blocks.subspace import SubspaceAttention
@@ -28,6 +29,8 @@ __all__ = [
     "HaloAttention",
     "MatchAttention",
     "MatchCrossAttention",
+    "MatchEncoder",
+    "MatchFusion",
     "MatchLayer",
     "MinimalAttention",
     "MinimalBlock",

@@ -65,24 +65,31 @@ def check_alike(operator: str, **tensors: Tensor) -> None:
     )
 
 
-def register_autocast(operator: str) -> None:
+def register_autocast(operator: str, kept: tuple[int, ...] = ()) -> None:
     """Let an operator cast its inputs together under `torch.autocast`, to the dtype that is in force there.
 
     Under autocast a block receives low-precision activations beside float32 parameters. Float64 tensors are left
     alone, as in PyTorch's own rules. (`torch.library.register_autocast` would fix the dtype at registration.)
+    `<operator>_backward`, if it runs under autocast too, takes what the forward pass kept, and computes without it.
 
     Args:
         operator: Name of a forward operator in `torch.ops.visionattn`.
+        kept: Places of arguments that keep their precision.
     """
-    packet = getattr(torch.ops.visionattn, operator)
+    forward, backward = (getattr(torch.ops.visionattn, name) for name in (operator, f"{operator}_backward"))
 
     def register(device: str) -> None:
         def cast_and_call(*args):
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
-                return packet(*(_cast(arg, dtype) for arg in args))
+                return forward(*(arg if place in kept else _cast(arg, dtype) for place, arg in enumerate(args)))
+
+        def call(*args):
+            with torch.autocast(device, enabled=False):
+                return backward(*args)
 
         _LIBRARY.impl(operator, cast_and_call, f"Autocast{device.upper()}")
+        _LIBRARY.impl(f"{operator}_backward", call, f"Autocast{device.upper()}")
 
     register("cpu")
     register("cuda")

@@ -60,11 +60,10 @@ from torch import Tensor
 
 from visionattn.errors import InputError
 from visionattn.kernels._operator import (
-    _LIBRARY,
     DEFINITIONS,
-    _cast,
     check_alike,
     kernels_enabled,
+    register_autocast,
     register_flop_formula,
 )
 
@@ -110,12 +109,17 @@ def bilinear_softmax(scores: Tensor, fraction: Tensor) -> Tensor:
 
 
 def _bilinear(scores: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    along = torch.arange(round(scores.shape[-1] ** 0.5), device=scores.device)
-    within = torch.stack([along < along.shape[0] - 1, along > 0])  # first and second sub-window along an axis
-    within = (within[:, None, :, None] & within[:, None]).flatten(2).flatten(0, 1)  # (4, M): nw, ne, sw, se
-    outside = torch.zeros(within.shape, dtype=scores.dtype, device=scores.device).masked_fill(~within, float("-inf"))
-    alpha = (scores + outside.view(4, *[1] * (scores.ndim - 1), -1)).softmax(-1)
-    return (torch.stack(_weights(u, v)).unsqueeze(-1) * alpha).sum(0)
+    side = round(scores.shape[-1] ** 0.5)
+    # Queries are the last axis, and a softmax is written out: ONNX Runtime's takes rows of few numbers one by one.
+    window = scores.flatten(0, -2).t().unflatten(0, (side, side))
+    rows = torch.stack([window[:-1], window[1:]])
+    parts = torch.stack([rows[:, :, :-1], rows[:, :, 1:]], 1)  # (2, 2, 2r + 1, 2r + 1, queries): nw, ne; sw, se
+    powers = (parts - parts.amax((2, 3), keepdim=True)).exp()
+    weights = torch.stack([w.expand(scores.shape[:-1]) for w in _weights(u, v)]).view(2, 2, 1, 1, -1)
+    shares = powers * (weights / powers.sum((2, 3), keepdim=True))
+    rows = F.pad(shares[0], (0, 0, 0, 0, 0, 1)) + F.pad(shares[1], (0, 0, 0, 0, 1, 0))
+    window = F.pad(rows[0], (0, 0, 0, 1)) + F.pad(rows[1], (0, 0, 1, 0))
+    return window.flatten(0, 1).t().reshape(scores.shape)
 
 
 def _sub_windows(radius: int) -> list[list[int]]:
@@ -422,22 +426,7 @@ def _differentiate(ctx, grad: Tensor | None, grad_attention: Tensor | None):
 
 
 match_attention.register_autograd(_differentiate, setup_context=_save)
-
-
-def _register_autocast(device: str) -> None:
-    """Cast q, k and v together; the field keeps its precision."""
-
-    def cast_and_call(q, k, v, field, radius, similarity):
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            q, k, v = (_cast(x, dtype) for x in (q, k, v))
-            return torch.ops.visionattn.match_attention(q, k, v, field, radius, similarity)
-
-    _LIBRARY.impl("match_attention", cast_and_call, f"Autocast{device.upper()}")
-
-
-_register_autocast("cpu")
-_register_autocast("cuda")
+register_autocast("match_attention", kept=(3,))  # the field
 
 
 def _products(q, v, radius: int, similarity: str) -> int:

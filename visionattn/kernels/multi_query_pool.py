@@ -6,6 +6,7 @@
     x          (B, N, D)   tokens
     q          (M, D)      queries, shared by all images; those of several heads stand below each other
     mask       (B, N)      bool, True for a token that takes part; None for all
+    scales     (B, N)      s, where x is int8: the tokens are then s_bn x_bn; None where x is not
     z          (B, M, D)
     attention  (B, M, N)   a; zeros, as z and all gradients, for an image without any token
 
@@ -18,13 +19,19 @@ With cotangents g of z and h of the attention, the gradients are
 The attention is handed out and kept for the backward pass: it is M / D of the tokens' size, and computing it again,
 from its logarithmic sum, would be a third product with the tokens beside the two that grad_q needs.
 
+No float copy of all int8 tokens is made: the CPU form converts a chunk at a time, and the kernels multiply them as they
+are and give the scales to what has a number a token, the logits, the attention that averages, and d before it meets x.
+Neither such tokens nor scales have a gradient.
+
 Dtypes: float64, float32, bfloat16, float16, x and q of one (autocast casts them together); half precisions are computed
-in float32, the backward pass from the attention as it was rounded.
+in float32, the backward pass from the attention as it was rounded. With x of int8, q says what z and the attention are,
+and scales are of any floating dtype, which autocast leaves alone.
 Tolerance, forward and gradients, as a share of the float64 result's largest magnitude, or of 1 where that is less:
     float64 1e-13, float32 1e-5, bfloat16 2e-2, float16 2e-3.
 Form: chunks of images whose tokens stay in a CPU's cache between the two products that read them.
 Kernels: Triton on CUDA; float64 there, tensors without a number, and other devices take the plain form.
-Limits: tokens that are masked must be finite; differentiable once, a second derivative raises RuntimeError.
+Limits: tokens that are masked, and their scales, must be finite; differentiable once, a second derivative raises
+RuntimeError.
 Source: Efficient Probing, arXiv 2506.10178. There values are projected before they are averaged; averaged first, the
 tokens serve as values.
 """
@@ -48,8 +55,12 @@ from visionattn.kernels._operator import (
 __all__ = ["multi_query_pool_definition"]
 
 
-def multi_query_pool_definition(x: Tensor, q: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def multi_query_pool_definition(
+    x: Tensor, q: Tensor, mask: Tensor | None = None, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The definition, in plain PyTorch."""
+    if scales is not None:
+        x = x.to(q.dtype) * scales.to(q.dtype).unsqueeze(2)
     logits = (q * q.shape[1] ** -0.5) @ x.transpose(1, 2)
     if mask is None:
         attention = logits.softmax(-1)
@@ -65,24 +76,29 @@ def multi_query_pool_definition(x: Tensor, q: Tensor, mask: Tensor | None = None
 _CHUNK_ON_CPU, _CHUNK_ELSEWHERE = 2**18, 2**26
 
 
-def _chunks(x: Tensor) -> Iterator[slice]:
+def _chunks(x: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Images, and their tokens as they are computed with."""
     B, N, D = x.shape
     wanted = _CHUNK_ON_CPU if x.device.type == "cpu" else _CHUNK_ELSEWHERE
-    images = max(1, wanted // max(1, N * D))
-    for first in range(0, B, images):
-        yield slice(first, first + images)
+    count = max(1, wanted // max(1, N * D))
+    for first in range(0, B, count):
+        images = slice(first, first + count)
+        tokens = x[images].to(dtype)
+        if scales is not None:
+            tokens *= scales[images].to(dtype).unsqueeze(2)
+        yield images, tokens
 
 
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _plain(x: Tensor, q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    (B, N, D), M, dtype = x.shape, len(q), _computed_in(x.dtype)
+def _plain(x: Tensor, q: Tensor, mask: Tensor | None, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    (B, N, D), M, dtype = x.shape, len(q), _computed_in(q.dtype)
     scaled = q.to(dtype) * D**-0.5
-    z, attention = x.new_empty(B, M, D, dtype=dtype), x.new_empty(B, M, N, dtype=dtype)
-    for images in _chunks(x):
-        tokens, a = x[images].to(dtype), attention[images]
+    z, attention = q.new_empty(B, M, D, dtype=dtype), q.new_empty(B, M, N, dtype=dtype)
+    for images, tokens in _chunks(x, scales, dtype):
+        a = attention[images]
         torch.bmm(scaled.expand(len(tokens), M, D), tokens.transpose(1, 2), out=a)
         if mask is not None:
             absent = ~mask[images, None]
@@ -91,18 +107,24 @@ def _plain(x: Tensor, q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if mask is not None:
             a.masked_fill_(absent, 0)
         torch.bmm(a, tokens, out=z[images])
-    return z.to(x.dtype), attention.to(x.dtype)
+    return z.to(q.dtype), attention.to(q.dtype)
 
 
 def _plain_backward(
-    grad_z: Tensor, grad_attention: Tensor | None, x: Tensor, q: Tensor, attention: Tensor, needs_x: bool
+    grad_z: Tensor,
+    grad_attention: Tensor | None,
+    x: Tensor,
+    q: Tensor,
+    scales: Tensor | None,
+    attention: Tensor,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    (_, _, D), M, dtype = x.shape, len(q), _computed_in(x.dtype)
+    (_, _, D), M, dtype = x.shape, len(q), _computed_in(q.dtype)
     scaled = q.to(dtype) * D**-0.5
-    grad_q = x.new_zeros(M, D, dtype=dtype)
+    grad_q = q.new_zeros(M, D, dtype=dtype)
     grad_x = x.new_empty(x.shape if needs_x else 0)
-    for images in _chunks(x):
-        tokens, g, a = (whole[images].to(dtype) for whole in (x, grad_z, attention))
+    for images, tokens in _chunks(x, scales, dtype):
+        g, a = grad_z[images].to(dtype), attention[images].to(dtype)
         slope = torch.bmm(g, tokens.transpose(1, 2))  # of the attention
         if grad_attention is not None:
             slope += grad_attention[images]
@@ -114,11 +136,23 @@ def _plain_backward(
     return grad_x, grad_q.mul_(D**-0.5).to(q.dtype)
 
 
-def _check(x: Tensor, q: Tensor, mask: Tensor | None = None, **others: Tensor) -> None:
-    check_alike("multi_query_pool", x=x, q=q, **others)
+def _check(x: Tensor, q: Tensor, mask: Tensor | None = None, scales: Tensor | None = None, **others: Tensor) -> None:
+    if (x.dtype == torch.int8) != (scales is not None):
+        raise InputError(
+            f"multi_query_pool takes scales with tokens of int8, and with no others, but got x: {x.dtype} "
+            f"{'without' if scales is None else 'with'} scales."
+        )
+    check_alike("multi_query_pool", **({} if x.dtype == torch.int8 else {"x": x}), q=q, **others)
     if x.ndim != 3 or q.ndim != 2 or x.shape[2] != q.shape[1]:
         raise InputError(
             f"multi_query_pool takes x (B, N, D) and q (M, D), but got x: {tuple(x.shape)}, q: {tuple(q.shape)}."
+        )
+    if scales is not None and (
+        not scales.is_floating_point() or scales.shape != x.shape[:2] or not scales.device == x.device == q.device
+    ):
+        raise InputError(
+            f"multi_query_pool takes int8 x and floating-point scales of shape {tuple(x.shape[:2])} on {q.device}, "
+            f"where q is, but got {tuple(scales.shape)}, {scales.dtype} on {scales.device}, and x on {x.device}."
         )
     if mask is not None and (mask.dtype != torch.bool or mask.device != x.device or mask.shape != x.shape[:2]):
         raise InputError(
@@ -128,85 +162,95 @@ def _check(x: Tensor, q: Tensor, mask: Tensor | None = None, **others: Tensor) -
 
 
 def _use_triton(x: Tensor, q: Tensor) -> bool:
-    return x.dtype != torch.float64 and min(x.numel(), len(q)) > 0 and kernels_enabled(x.device)
+    return q.dtype != torch.float64 and min(x.numel(), len(q)) > 0 and kernels_enabled(x.device)
 
 
 @torch.library.custom_op("visionattn::multi_query_pool", mutates_args=())
-def multi_query_pool(x: Tensor, q: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _check(x, q, mask)
-    return _plain(x, q, mask)
+def multi_query_pool(
+    x: Tensor, q: Tensor, mask: Tensor | None = None, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check(x, q, mask, scales)
+    return _plain(x, q, mask, scales)
 
 
 @multi_query_pool.register_kernel("cuda")
-def _(x: Tensor, q: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _check(x, q, mask)
+def _(x, q, mask=None, scales=None) -> tuple[Tensor, Tensor]:
+    _check(x, q, mask, scales)
     if not _use_triton(x, q):
-        return _plain(x, q, mask)
+        return _plain(x, q, mask, scales)
     from visionattn.kernels._triton import multi_query_pool as triton_kernels
 
-    return triton_kernels.forward(x, q, mask)
+    return triton_kernels.forward(x, q, mask, scales)
 
 
 @multi_query_pool.register_fake
-def _(x: Tensor, q: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _check(x, q, mask)
+def _(x, q, mask=None, scales=None) -> tuple[Tensor, Tensor]:
+    _check(x, q, mask, scales)
     (B, N, D), M = x.shape, q.shape[0]
-    return x.new_empty(B, M, D), x.new_empty(B, M, N)
+    return q.new_empty(B, M, D), q.new_empty(B, M, N)
 
 
 @torch.library.custom_op("visionattn::multi_query_pool_backward", mutates_args=())
 def multi_query_pool_backward(
-    grad_z: Tensor, grad_attention: Tensor | None, x: Tensor, q: Tensor, attention: Tensor, needs_x: bool
+    grad_z: Tensor,
+    grad_attention: Tensor | None,
+    x: Tensor,
+    q: Tensor,
+    scales: Tensor | None,
+    attention: Tensor,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, q, grad_z=grad_z, attention=attention)
-    return _plain_backward(grad_z, grad_attention, x, q, attention, needs_x)
+    _check(x, q, scales=scales, grad_z=grad_z, attention=attention)
+    return _plain_backward(grad_z, grad_attention, x, q, scales, attention, needs_x)
 
 
 @multi_query_pool_backward.register_kernel("cuda")
-def _(
-    grad_z: Tensor, grad_attention: Tensor | None, x: Tensor, q: Tensor, attention: Tensor, needs_x: bool
-) -> tuple[Tensor, Tensor]:
-    _check(x, q, grad_z=grad_z, attention=attention)
+def _(grad_z, grad_attention, x, q, scales, attention, needs_x) -> tuple[Tensor, Tensor]:
+    _check(x, q, scales=scales, grad_z=grad_z, attention=attention)
     if not _use_triton(x, q):
-        return _plain_backward(grad_z, grad_attention, x, q, attention, needs_x)
+        return _plain_backward(grad_z, grad_attention, x, q, scales, attention, needs_x)
     from visionattn.kernels._triton import multi_query_pool as triton_kernels
 
-    return triton_kernels.backward(grad_z, grad_attention, x, q, attention, needs_x)
+    return triton_kernels.backward(grad_z, grad_attention, x, q, scales, attention, needs_x)
 
 
 @multi_query_pool_backward.register_fake
-def _(grad_z, grad_attention, x, q, attention, needs_x):
+def _(grad_z, grad_attention, x, q, scales, attention, needs_x):
     return x.new_empty(x.shape if needs_x else 0), q.new_empty(q.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, q, _ = inputs
-    ctx.save_for_backward(x, q, output[1])
+    x, q, _, scales = inputs
+    if scales is not None and scales.requires_grad:
+        raise InputError("multi_query_pool has no gradient of the scales, but they require one: detach them.")
+    ctx.save_for_backward(x, q, scales, output[1])
     ctx.set_materialize_grads(False)  # the attention mostly has none
 
 
 def _differentiate(ctx, grad_z: Tensor | None, grad_attention: Tensor | None):
-    x, q, attention = ctx.saved_tensors
+    x, q, scales, attention = ctx.saved_tensors
     if grad_z is None:
-        grad_z = x.new_zeros(len(x), len(q), x.shape[2])
+        grad_z = q.new_zeros(len(x), len(q), x.shape[2])
     needs_x = ctx.needs_input_grad[0]
-    grad_x, grad_q = torch.ops.visionattn.multi_query_pool_backward(grad_z, grad_attention, x, q, attention, needs_x)
-    return grad_x if needs_x else None, grad_q, None
+    grad_x, grad_q = torch.ops.visionattn.multi_query_pool_backward(
+        grad_z, grad_attention, x, q, scales, attention, needs_x
+    )
+    return grad_x if needs_x else None, grad_q, None, None
 
 
 multi_query_pool.register_autograd(_differentiate, setup_context=_save)
-register_autocast("multi_query_pool")
+register_autocast("multi_query_pool", kept=(3,))  # the scales
 
 
 @register_flop_formula(torch.ops.visionattn.multi_query_pool)
-def _(x, q, mask=None, out_shape=None) -> int:
+def _(x, q, mask=None, scales=None, out_shape=None) -> int:
     """Products with the tokens as keys and as values."""
     B, N, D = x
     return 4 * B * N * D * q[0]
 
 
 @register_flop_formula(torch.ops.visionattn.multi_query_pool_backward)
-def _(grad_z, grad_attention, x, q, attention, needs_x: bool, out_shape=None) -> int:
+def _(grad_z, grad_attention, x, q, scales, attention, needs_x: bool, out_shape=None) -> int:
     """One product for each of the forward pass, and as many again for the gradient of x."""
     B, N, D = x
     return (8 if needs_x else 4) * B * N * D * q[0]

@@ -1,19 +1,13 @@
 """MatchStereo and MatchFlow: where each pixel of a view lies in the other one, by attention to small windows around it.
 
-Both views, 2 x - 1 of RGB in 0..1, go through all of it in one batch, the left ones first. The encoder gives features
-at 1/4, 1/8, 1/16 and 1/32 of the size, of C_1 to C_4 channels:
-
-    stem    3 x 3 at stride 2 -> C_1 / 2, instance norm, GELU, 3 x 3 at stride 2 -> C_1, instance norm, GELU
-    block   x += W_2 DW(GELU(W_1 LN x))      W_1: C -> 2C, DW: 3 x 3 by channel, W_2: 2C -> C, no biases
-            x += W_4 GELU(W_3 LN x)          likewise
-    down    3 x 3 at stride 2 of LN x, with a bias, between sizes
-
-The decoder goes up again, with a field f and positions s of each head (equations: `visionattn.blocks.match_decoder`):
+Both views, 2 x - 1 of RGB in 0..1, go through all of it in one batch, the left ones first. The encoder E gives features
+at 1/4, 1/8, 1/16 and 1/32 of the size, of C_1 to C_4 channels (equations: `visionattn.blocks.match_encoder`). The
+decoder goes up again, with a field f and positions s of each head (equations: `visionattn.blocks.match_decoder`):
 
     f, s    = start(E_4), 0                                  x = E_4, the encoder's features at 1/32
     x, f, s = layer(x, f, s)                                 several at each size, s the mean of the heads between sizes
     f, s    = convex upsampling by 2 of [f, s]               weights from x
-    x       = 3 x 3 ReLU(1 x 1 [E, transposed convolution of x])      2 x 2 at stride 2
+    x       = fusion of E at this size and x
     f       = convex upsampling by 4 of f                    after the last layer, at 1/4
 
 Layers have 4 heads, with windows of radius 2 at 1/32 and 1/16, of 1 at 1/8 and 1/4. Variants (counted here: parameters,
@@ -43,6 +37,7 @@ from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 
 from visionattn.blocks.match_decoder import ConvexUpsampling, CorrelationStart, MatchLayer
+from visionattn.blocks.match_encoder import MatchEncoder, MatchFusion
 from visionattn.errors import InputError
 from visionattn.weights import SHIPPED
 from visionattn.weights import match_stereo as layouts
@@ -54,142 +49,6 @@ FEWER_LAYERS = ((6, 6, 4, 2), (4, 4, 4, 1), (2, 2, 2, 1), (1, 1, 1, 1))
 NUM_HEADS = 4
 RADII = (2, 2, 1, 1)
 STRIDE, LEAST_UNITS = 32, 6  # a map at 1/32 holds the largest window
-
-
-class SepConvBlock(nn.Module):
-    """A block of the encoder: separable convolution, then MLP (equations: see the module).
-
-    Args:
-        dim: Channels C.
-
-    Shape:
-        (B, H, W, C) -> (B, H, W, C).
-    """
-
-    def __init__(self, dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, bias=False, **dd)
-        self.token_mixer = SepConv(dim, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, bias=False, **dd)
-        self.mlp = Mlp(dim, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.token_mixer(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class SepConv(nn.Module):
-    """W_2 DW(GELU(W_1 x)), (B, H, W, C) -> (B, H, W, C)."""
-
-    def __init__(self, dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {"bias": False, "device": device, "dtype": dtype}
-        self.pwconv1 = nn.Linear(dim, 2 * dim, **dd)
-        self.dwconv = nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim, **dd)
-        self.pwconv2 = nn.Linear(2 * dim, dim, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        x = F.gelu(self.pwconv1(x))
-        return self.pwconv2(_last(self.dwconv(_first(x))))
-
-
-class Mlp(nn.Module):
-    """W_4 GELU(W_3 x), (..., C) -> (..., C)."""
-
-    def __init__(self, dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * dim, bias=False, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(2 * dim, dim, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., C)."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Downsampling(nn.Module):
-    """A 3 x 3 convolution at stride 2 of LN x, (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), C')."""
-
-    def __init__(self, dim: int, dim_out: int, device=None, dtype=None) -> None:
-        super().__init__()
-        self.pre_norm = nn.LayerNorm(dim, eps=1e-6, bias=False, device=device, dtype=dtype)
-        self.conv = nn.Conv2d(dim, dim_out, 3, stride=2, padding=1, device=device, dtype=dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), C')."""
-        return _last(self.conv(_first(self.pre_norm(x))))
-
-
-class Encoder(nn.Module):
-    """Features of each view at 1/4 to 1/32 of its size (equations: see the module).
-
-    Args:
-        widths: Channels C_1 to C_4.
-        depths: Blocks at 1/4 to 1/32.
-
-    Shape:
-        (B, 3, H, W), H and W multiples of 32 -> (B, H / 4, W / 4, C_1) to (B, H / 32, W / 32, C_4).
-    """
-
-    def __init__(self, widths: tuple[int, ...], depths: tuple[int, ...], device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        first = widths[0]
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, first // 2, 3, stride=2, padding=1, **dd),
-            nn.InstanceNorm2d(first // 2),
-            nn.GELU(),
-            nn.Conv2d(first // 2, first, 3, stride=2, padding=1, **dd),
-            nn.InstanceNorm2d(first),
-            nn.GELU(),
-        )
-        self.downsamplings = nn.ModuleList([Downsampling(*pair, **dd) for pair in pairwise(widths)])
-        self.stages = nn.ModuleList(
-            [nn.Sequential(*[SepConvBlock(width, **dd) for _ in range(n)]) for width, n in zip(widths, depths)]
-        )
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) -> four maps, the finest first."""
-        x = self.stages[0](_last(self.stem(2 * x - 1)))
-        maps = [x]
-        for down, stage in zip(self.downsamplings, self.stages[1:]):
-            x = stage(down(x))
-            maps.append(x)
-        return maps
-
-
-class Fusion(nn.Module):
-    """Features of a size and those of half of it become one map (equations: see the module).
-
-    Args:
-        dim_low: Channels of the smaller map.
-        dim: Channels C of the other, and of the result.
-
-    Shape:
-        skip (B, 2H, 2W, C), x (B, H, W, dim_low) -> (B, 2H, 2W, C).
-    """
-
-    def __init__(self, dim_low: int, dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.up = nn.ConvTranspose2d(dim_low, dim, 2, stride=2, **dd)
-        self.conv = nn.Sequential(nn.Conv2d(2 * dim, dim, 1, **dd), nn.ReLU(), nn.Conv2d(dim, dim, 3, padding=1, **dd))
-
-    def forward(self, skip: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """(B, 2H, 2W, C), (B, H, W, dim_low) -> (B, 2H, 2W, C)."""
-        return _last(self.conv(torch.cat([_first(skip), self.up(_first(x))], 1)))
-
-
-def _first(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, W, C) -> (B, C, H, W)."""
-    return x.permute(0, 3, 1, 2)
-
-
-def _last(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) -> (B, H, W, C)."""
-    return x.permute(0, 2, 3, 1)
 
 
 class MatchFields(NamedTuple):
@@ -266,9 +125,9 @@ class MatchStereo(nn.Module):
         flow, up = self.task == "flow", widths[::-1]
         self.num_features = widths[0]
         self.grad_checkpointing = False
-        self.encoder = Encoder(widths, encoder_depths, **dd)
+        self.encoder = MatchEncoder(widths, encoder_depths, **dd)
         self.start = CorrelationStart(up[0], flow, **dd)
-        self.fusions = nn.ModuleList([Fusion(*pair, **dd) for pair in pairwise(up)])
+        self.fusions = nn.ModuleList([MatchFusion(*pair, **dd) for pair in pairwise(up)])
         self.decoder = nn.ModuleList(
             [
                 nn.ModuleList([MatchLayer(width, NUM_HEADS, radius, flow, **dd) for _ in range(n)])
@@ -339,9 +198,10 @@ class MatchStereo(nn.Module):
         """
         _check_views(left, right, 2 * self.size_minimum - 1)
         halves = [F.interpolate(self.pad(view), scale_factor=0.5, mode="bilinear") for view in (left, right)]
-        field = _first(self.forward_fields(*halves).field)
+        field = self.forward_fields(*halves).field.permute(0, 3, 1, 2)
         units = [side * 2 // STRIDE for side in field.shape[2:]]
-        return _last(F.interpolate(field, units, mode="bilinear", align_corners=True)) * (2 / STRIDE)
+        start = F.interpolate(field, units, mode="bilinear", align_corners=True) * (2 / STRIDE)
+        return start.permute(0, 2, 3, 1)
 
     def forward(self, left: torch.Tensor, right: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
         """(B, 3, H, W), (B, 3, H, W) -> (B, 2, H, W)."""
@@ -383,7 +243,7 @@ class MatchFlow(MatchStereo):
 
     def forward(self, left: torch.Tensor, right: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
         """(B, 3, H, W), (B, 3, H, W) -> (B, 4, H, W)."""
-        field = _first(self.forward_fields(left, right, start).field)
+        field = self.forward_fields(left, right, start).field.permute(0, 3, 1, 2)
         return torch.cat([field[: left.shape[0]], field[left.shape[0] :]], 1)
 
 

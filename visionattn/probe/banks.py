@@ -18,9 +18,20 @@ import torch.nn.functional as F
 from visionattn.errors import InputError
 from visionattn.probe.poolings import Pooling, create_pooling
 from visionattn.probe.poolings.learned_query import PatchProbing
-from visionattn.probe.tokens import Layer, Tokens
+from visionattn.probe.poolings.own_weights import Mean
+from visionattn.probe.tokens import Layer, Tokens, dequantize
 
-__all__ = ["Bank", "Head", "HeadSpec", "create_head", "grid", "group_logits", "head_tokens", "make_banks"]
+__all__ = [
+    "Bank",
+    "Head",
+    "HeadSpec",
+    "bank_tokens",
+    "create_head",
+    "grid",
+    "group_logits",
+    "head_tokens",
+    "make_banks",
+]
 
 # Numbers in the averages (B, M, D) of a call of `multi_query_pool`. On CPUs 16 MiB of float32 stay below what malloc
 # hands back to the system after each use and fetches again page by page; elsewhere, the limit bounds the memory.
@@ -141,6 +152,7 @@ class Bank:
     Attributes:
         kind: The tokens that they read.
         queries: All queries (H M, D) of efficient probing, None for other poolings.
+        takes_int8: Whether tokens can stay in int8: efficient probing and the mean make no use of each by itself.
         parameters: What receives gradients beside the parameters of a pooling that is not stacked.
     """
 
@@ -158,6 +170,7 @@ class Bank:
             self.value = _stack([pooling.value.weight for pooling in poolings])  # (H, O, D)
             self.parameters += [queries, self.value]
             self.queries = queries
+        self.takes_int8 = self.queries is not None or isinstance(self.pooling, Mean)
         # That differ between the heads, and so do the batch norms of them.
         self.vectors = len(heads) if self.queries is not None else 1
         self._give_norms(self.vectors)
@@ -259,16 +272,43 @@ def make_banks(
     return groups
 
 
-def group_logits(banks: list[Bank], tokens: torch.Tensor) -> list[torch.Tensor]:
+def bank_tokens(
+    bank: Bank, tokens: Tokens, scales: Tokens | None, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Give the tokens that a bank reads, (B, N, D), on a device.
+
+    Args:
+        bank: One of a group; the others of it read the same.
+        tokens: Of the bank's layer.
+        scales: Of int8 tokens, as `Features.stored_batches` gives them.
+        device: Where the heads are.
+        dtype: Of the heads.
+
+    Returns:
+        Tokens in that dtype and None, or, where the bank takes these, int8 tokens and their scales (B, N).
+    """
+    x = head_tokens(tokens, bank.kind).to(device)
+    if scales is None:
+        return x.to(dtype), None
+    by = head_tokens(scales, bank.kind).to(device)
+    return (x, by) if bank.takes_int8 else (dequantize(x, by).to(dtype), None)
+
+
+def group_logits(banks: list[Bank], tokens: torch.Tensor, scales: torch.Tensor | None) -> list[torch.Tensor]:
     """Logits of the heads of each bank of a group, (H, B, K).
 
     Args:
         banks: A group of `make_banks`.
         tokens: What they read, (B, N, D).
+        scales: Of int8 tokens, (B, N); None of others.
     """
+    pool = torch.ops.visionattn.multi_query_pool
     queries = [bank.queries.flatten(0, 1) for bank in banks if bank.queries is not None]
     if not queries:
+        if scales is not None:
+            # To a query of zeros all tokens are alike: what remains of them is their mean, (B, 1, D).
+            tokens, _ = pool(tokens, banks[0].weight.new_zeros(1, tokens.shape[2]), None, scales)
         return [bank.classify(bank.pooling(tokens)) for bank in banks]
-    averages, _ = torch.ops.visionattn.multi_query_pool(tokens, torch.cat(queries))  # (B, sum of H M, D)
+    averages, _ = pool(tokens, torch.cat(queries), None, scales)  # (B, sum of H M, D)
     parts = averages.split([len(rows) for rows in queries], dim=1) if len(queries) > 1 else [averages]
     return [bank.classify(bank.project(part)) for bank, part in zip(banks, parts, strict=True)]

@@ -37,7 +37,7 @@ from visionattn.probe.shards import (
     summary_file,
     write_json,
 )
-from visionattn.probe.tokens import Features, Layer, Tokens
+from visionattn.probe.tokens import Features, Layer, Tokens, dequantize
 from visionattn.weights.hashing import hash_state
 
 __all__ = ["LiveFeatures", "StoredFeatures", "estimate", "extract", "space_line"]
@@ -298,8 +298,8 @@ class StoredFeatures(Features):
         return self._maps[key]
 
     def _gather(self, part: ShardPart, places: list[tuple[int, int, int]]) -> Tensor:
-        """Rows of a part as float32, given (shard, row in it, place in the batch) in the order of the files."""
-        found = torch.empty(len(places), *part.shape)
+        """Rows of a part as int8 or float32, given (shard, row in it, place in the batch) in the order of the files."""
+        found = torch.empty(len(places), *part.shape, dtype=torch.int8 if part.dtype == torch.int8 else torch.float32)
         for shard, row, place in places:
             found[place] = self._map(part, shard)[row]
         return found
@@ -310,6 +310,23 @@ class StoredFeatures(Features):
         Raises:
             InputError: There is no such row.
         """
+        for some, tokens, scales in self.stored_batches(rows, batch_size):
+            if scales is not None:
+                tokens = [
+                    Tokens._make(None if x is None or by is None else dequantize(x, by) for x, by in zip(*layer))
+                    for layer in zip(tokens, scales)
+                ]
+            yield some, tokens
+
+    def stored_batches(
+        self, rows: Tensor, batch_size: int
+    ) -> Iterator[tuple[Tensor, list[Tokens], list[Tokens] | None]]:
+        """See `Features.stored_batches`.
+
+        Raises:
+            InputError: There is no such row.
+        """
+        int8 = self._parts[0].dtype == torch.int8
         for some in _split(rows, batch_size, len(self)):
             shards = torch.searchsorted(self._bounds, some, right=True).tolist()
             places = sorted(
@@ -317,11 +334,11 @@ class StoredFeatures(Features):
                 for place, (shard, row) in enumerate(zip(shards, some.tolist()))
             )
             tokens: list[dict[str, Tensor]] = [{} for _ in self.layers]
+            scales: list[dict[str, Tensor]] = [{} for _ in self.layers]
             for part in self._parts:
-                values = self._gather(part, places)
-                at = tokens[part.layer]
-                at[part.field] = at[part.field].mul_(values.unsqueeze(-1)) if part.field in at else values
-            yield some, [Tokens(**found) for found in tokens]
+                found = scales if part.name.endswith(".scale") else tokens
+                found[part.layer][part.field] = self._gather(part, places)
+            yield some, [Tokens(**layer) for layer in tokens], [Tokens(**layer) for layer in scales] if int8 else None
 
 
 class LiveFeatures(Features):

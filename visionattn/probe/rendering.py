@@ -79,7 +79,7 @@ def draw_curves(labels: Sequence[str], series: Mapping[str, Sequence[CurvePoint]
     """
     left, top, width, height, legend = 56, 12, 440, 260, 150
     ends = [end for points in series.values() for _, value, interval in points for end in (value, *interval)]
-    shown = [100 * end for end in ends if math.isfinite(end)]
+    shown = [100 * end for end in ends if math.isfinite(end)] or [0.0, 100.0]  # if all heads diverged
     step = next(step for step in (1, 2, 5, 10, 20) if max(shown) - min(shown) <= 6 * step or step == 20)
     low, high = step * math.floor(min(shown) / step), step * math.ceil(max(shown) / step)
     high = max(high, low + step)
@@ -109,7 +109,8 @@ def draw_curves(labels: Sequence[str], series: Mapping[str, Sequence[CurvePoint]
         dash = ' stroke-dasharray="5 3"' if number >= len(_COLOURS) else ""
         # Curves that share their places along x would hide each other's intervals.
         shift = (number - (len(series) - 1) / 2) * min(6, 0.6 * width / len(labels) / len(series))
-        places = [(across(point.x) + shift, up(point.value), point.interval) for point in points]
+        drawn = (point for point in points if math.isfinite(point.value))
+        places = [(across(point.x) + shift, up(point.value), point.interval) for point in drawn]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>')
         for x, y, interval in places:

@@ -29,7 +29,7 @@ from timm.optim import Lars
 
 from visionattn.errors import DataError, InputError
 from visionattn.files import atomic_path
-from visionattn.probe.banks import Head, HeadSpec, create_head, group_logits, head_tokens, make_banks
+from visionattn.probe.banks import Head, HeadSpec, bank_tokens, create_head, group_logits, make_banks
 from visionattn.probe.processes import rank_and_size, together
 from visionattn.probe.results import HeadResult, Score, SweepResult
 from visionattn.probe.tokens import Features, Tokens
@@ -338,7 +338,7 @@ class _Run:
                 bank.zero_grad()
             losses = []
             for (_, banks, _), tokens in zip(self.groups, groups, strict=True):
-                own = [_losses(logits, labels).mean(1) for logits in group_logits(banks, tokens)]
+                own = [_losses(logits, labels).mean(1) for logits in group_logits(banks, *tokens)]
                 torch.cat(own).sum().backward()
                 losses += [loss.detach() for loss in own]
             finite &= torch.cat(losses).isfinite()
@@ -392,7 +392,7 @@ class _Run:
             found = [
                 logits
                 for (_, banks, _), tokens in zip(self.groups, groups, strict=True)
-                for logits in group_logits(banks, tokens)
+                for logits in group_logits(banks, *tokens)
             ]
             logits = torch.cat(found)[place]
             if not logits[sound].isfinite().all():
@@ -400,18 +400,17 @@ class _Run:
                     _refuse_broken(features, tokens, broken)
             yield labels, logits
 
-    def _batches(self, features: Features, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
-        """Labels, and the tokens that each group of banks reads, batch by batch."""
-        for numbers, tokens in features.batches(rows, self.batch_size):
-            read: dict[tuple[int, str], torch.Tensor] = {}
-            for layer, banks, _ in self.groups:
-                key = (layer, banks[0].kind)
+    def _batches(self, features: Features, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[tuple]]]:
+        """Labels, and the tokens and scales that each group of banks reads, batch by batch."""
+        first = [(layer, banks[0]) for layer, banks, _ in self.groups]
+        for numbers, tokens, scales in features.stored_batches(rows, self.batch_size):
+            keys = [(layer, bank.kind, scales is not None and not bank.takes_int8) for layer, bank in first]
+            read: dict[tuple[int, str, bool], tuple] = {}
+            for key, (layer, bank) in zip(keys, first, strict=True):
                 if key not in read:
-                    read[key] = head_tokens(tokens[layer], banks[0].kind).to(self.device, self.dtype)
-            yield (
-                features.labels[numbers].to(self.device),
-                [read[layer, banks[0].kind] for layer, banks, _ in self.groups],
-            )
+                    by = None if scales is None else scales[layer]
+                    read[key] = bank_tokens(bank, tokens[layer], by, self.device, self.dtype)
+            yield features.labels[numbers].to(self.device), [read[key] for key in keys]
 
     def _weights(self, head: Head) -> dict[str, torch.Tensor]:
         return {name: value.detach().cpu().clone() for name, value in head.state_dict().items()}

@@ -147,14 +147,18 @@ class ClassifyTask(OptimizedTask):
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of one batch."""
         images, targets = batch
-        if self.mix is None:
-            loss = F.cross_entropy(self(images), targets, label_smoothing=self.hparams.label_smoothing)
-        else:
+        label_smoothing = self.hparams.label_smoothing
+        if self.mix is not None:
             images, targets = self.mix(images, targets)
-            loss = F.cross_entropy(self(images), targets)
+            label_smoothing = 0.0  # mixed targets are smooth
+        loss = self.training_loss(images, targets, label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
+
+    def training_loss(self, images: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+        """Images (B, C, H, W) and labels (B,) or probabilities (B, num_classes) -> the loss, ()."""
+        return F.cross_entropy(self(images), targets, label_smoothing=label_smoothing)
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
         """Metrics of the validation part."""

@@ -7,7 +7,8 @@ images: programs sum groups of them, and PyTorch sums the groups, always in the 
 
 Products are the tensor cores'. Those with the logits' gradient take it in TF32, for half precisions too: in float16
 small gradients would vanish. Float32 is multiplied in TF32 where `torch.backends.cuda.matmul.allow_tf32` says so, else
-in three TF32 products, which lose little more than float32 itself.
+in three TF32 products, which lose little more than float32 itself. Tokens of int8 become the other factor's dtype in
+registers, which all of these hold exactly.
 """
 
 from __future__ import annotations
@@ -42,13 +43,19 @@ def _rows(ptr, rows, n_rows, stride, columns, n_columns):
 
 
 @triton.jit
+def _scales(ptr, image, n, N):
+    """A scale a token of int8, as a row in float32, zeros outside."""
+    return tl.load(ptr + image * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _by_tokens(left_ptr, x_ptr, m, n, M, N, D, x_stride_n, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """Products of a tile of rows (M, D) and a tile of tokens: (BLOCK_M, BLOCK_N) in float32."""
     product = tl.zeros([m.shape[0], n.shape[0]], tl.float32)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         left = _rows(left_ptr, m, M, D, d, D)
-        x = _rows(x_ptr, n, N, x_stride_n, d, D)
+        x = _rows(x_ptr, n, N, x_stride_n, d, D).to(left.dtype)
         product = tl.dot(left, tl.trans(x), product, input_precision=PRECISION)
     return product
 
@@ -58,6 +65,7 @@ def multi_query_pool_fwd_kernel(
     x_ptr,
     q_ptr,
     mask_ptr,
+    scales_ptr,
     z_ptr,
     attention_ptr,
     logits_ptr,
@@ -71,6 +79,7 @@ def multi_query_pool_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
@@ -88,6 +97,8 @@ def multi_query_pool_fwd_kernel(
         if MASKED:
             present = tl.load(mask_ptr + image * N + n, mask=present, other=0) != 0
         logits = scale * _by_tokens(q_ptr, x_ptr, m, n, M, N, D, x_stride_n, BLOCK_D, PRECISION)
+        if SCALED:
+            logits *= _scales(scales_ptr, image, n, N)
         logits = tl.where(present[None, :], logits, float("-inf"))
         inside = (m < M)[:, None] & (n < N)[None, :]
         tl.store(logits_ptr + m[:, None] * N + n[None, :], logits, mask=inside)
@@ -114,6 +125,10 @@ def multi_query_pool_fwd_kernel(
             n = first + tl.arange(0, BLOCK_N)
             attention = _rows(attention_ptr, m, M, N, n, N)
             x = _rows(x_ptr, n, N, x_stride_n, d, D)
+            if SCALED:
+                # In TF32 for half precisions too: a small share of a small scale would vanish in float16.
+                attention = attention.to(tl.float32) * _scales(scales_ptr, image, n, N)
+                x = x.to(tl.float32)
             z = tl.dot(attention, x, z, input_precision=PRECISION)
         tl.store(z_ptr + m[:, None] * D + d[None, :], z, mask=(m < M)[:, None] & (d < D)[None, :])
 
@@ -123,6 +138,7 @@ def multi_query_pool_bwd_slope_kernel(
     grad_z_ptr,
     grad_attention_ptr,
     x_ptr,
+    scales_ptr,
     attention_ptr,
     slope_ptr,
     M,
@@ -135,9 +151,10 @@ def multi_query_pool_bwd_slope_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OF_ATTENTION: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient d of the products q . x, (B, M, N) in float32."""
+    """The gradient d of the products q . x, times the scales where tokens have some: (B, M, N) in float32."""
     image = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     x_ptr += image * x_stride_b
@@ -150,6 +167,8 @@ def multi_query_pool_bwd_slope_kernel(
     for first in range(0, N, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         e = _by_tokens(grad_z_ptr, x_ptr, m, n, M, N, D, x_stride_n, BLOCK_D, PRECISION)
+        if SCALED:
+            e *= _scales(scales_ptr, image, n, N)
         if OF_ATTENTION:
             e += _rows(grad_attention_ptr, m, M, N, n, N)
         attention = _rows(attention_ptr, m, M, N, n, N).to(tl.float32)
@@ -162,6 +181,8 @@ def multi_query_pool_bwd_slope_kernel(
         e = _rows(slope_ptr, m, M, N, n, N)
         attention = _rows(attention_ptr, m, M, N, n, N).to(tl.float32)
         slope = scale * attention * (e - mean[:, None])
+        if SCALED:
+            slope *= _scales(scales_ptr, image, n, N)
         tl.store(slope_ptr + m[:, None] * N + n[None, :], slope, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
@@ -182,7 +203,7 @@ def multi_query_pool_bwd_q_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums of d x over groups of `images` images: (groups, M, D) in float32."""
+    """Sums of d x, d with its scales, over groups of `images` images: (groups, M, D) in float32."""
     group = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -256,23 +277,24 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def forward(x: Tensor, q: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, q: Tensor, mask: Tensor | None = None, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel. Any strides; the results are contiguous."""
     (B, N, D), M = x.shape, len(q)
     x, q = _with_dense_rows(x), q.contiguous()
-    z, attention = x.new_empty(B, M, D), x.new_empty(B, M, N)
-    logits = x.new_empty(B, M, N, dtype=torch.float32)
+    z, attention = q.new_empty(B, M, D), q.new_empty(B, M, N)
+    logits = q.new_empty(B, M, N, dtype=torch.float32)
     marks = x if mask is None else mask.contiguous().view(torch.uint8)
     sizes = (M, N, D, x.stride(0), x.stride(1))
-    tile = tiles(M, x.dtype)
+    tile = tiles(M, q.dtype)
     with torch.cuda.device_of(x):
         multi_query_pool_fwd_kernel[(B, triton.cdiv(M, tile.queries))](
-            *(x, q, marks, z, attention, logits),
+            *(x, q, marks, _dense(scales, q), z, attention, logits),
             *sizes,
             D**-0.5 * LOG2_E,
             **tile.constants,
             MASKED=mask is not None,
-            PRECISION=precision(x.dtype),
+            SCALED=scales is not None,
+            PRECISION=precision(q.dtype),
             **tile.options,
             enable_fp_fusion=True,
         )
@@ -280,26 +302,33 @@ def forward(x: Tensor, q: Tensor, mask: Tensor | None = None) -> tuple[Tensor, T
 
 
 def backward(
-    grad_z: Tensor, grad_attention: Tensor | None, x: Tensor, q: Tensor, attention: Tensor, needs_x: bool
+    grad_z: Tensor,
+    grad_attention: Tensor | None,
+    x: Tensor,
+    q: Tensor,
+    scales: Tensor | None,
+    attention: Tensor,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward kernels. Any strides; the results are contiguous."""
     (B, N, D), M = x.shape, len(q)
     x, q, grad_z, attention = _with_dense_rows(x), q.contiguous(), grad_z.contiguous(), attention.contiguous()
-    tile = tiles(M, x.dtype)
-    constants = {**tile.constants, "PRECISION": precision(x.dtype)}
+    tile = tiles(M, q.dtype)
+    constants = {**tile.constants, "PRECISION": precision(q.dtype)}
     options = {**tile.options, "enable_fp_fusion": True}
     of_queries, of_channels = triton.cdiv(M, tile.queries), triton.cdiv(D, tile.channels)
-    slope = x.new_empty(B, M, N, dtype=torch.float32)
+    slope = q.new_empty(B, M, N, dtype=torch.float32)
     images = triton.cdiv(B * of_queries * of_channels, PROGRAMS)
-    partial = x.new_empty(triton.cdiv(B, images), M, D, dtype=torch.float32)
+    partial = q.new_empty(triton.cdiv(B, images), M, D, dtype=torch.float32)
     grad_x = x.new_empty((B, N, D) if needs_x else 0)
     with torch.cuda.device_of(x):
         multi_query_pool_bwd_slope_kernel[(B, of_queries)](
             grad_z,
-            attention if grad_attention is None else grad_attention.contiguous(),
-            *(x, attention, slope),
+            _dense(grad_attention, attention),
+            *(x, _dense(scales, q), attention, slope),
             *(M, N, D, x.stride(0), x.stride(1), D**-0.5),
             OF_ATTENTION=grad_attention is not None,
+            SCALED=scales is not None,
             **constants,
             **options,
         )
@@ -311,6 +340,11 @@ def backward(
                 *(grad_z, q, attention, slope, grad_x, M, N, D), **constants, **options
             )
     return grad_x, partial.sum(0).to(q.dtype)
+
+
+def _dense(optional: Tensor | None, instead: Tensor) -> Tensor:
+    """Give an argument as a kernel reads it; where there is none, another in its place, which it does not read."""
+    return instead if optional is None else optional.contiguous()
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
