@@ -189,7 +189,8 @@ def ulsam_controls(data: str) -> str:
             )
         head = ["run", "accuracy %", "to the baseline", "95 % (first seed)", "parameters", "MACs (M)", "speed", "seeds"]
         images = f"{int(found[0]['train_images']):,} training images of {size} x {size}, {epochs} epochs"
-        origin = f"{found[0]['device']}, torch {found[0]['torch']}"
+        devices = " and ".join(dict.fromkeys(row["device"] for row in found))
+        origin = f"{devices}, torch {found[0]['torch']}"
         tables.append(markdown(head, body) + f"\n{name}: {images}, {origin}.\n")
     return "\n".join(tables)
 
