@@ -109,17 +109,12 @@ def bilinear_softmax(scores: Tensor, fraction: Tensor) -> Tensor:
 
 
 def _bilinear(scores: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    side = round(scores.shape[-1] ** 0.5)
-    # Queries are the last axis, and a softmax is written out: ONNX Runtime's takes rows of few numbers one by one.
-    window = scores.flatten(0, -2).t().unflatten(0, (side, side))
-    rows = torch.stack([window[:-1], window[1:]])
-    parts = torch.stack([rows[:, :, :-1], rows[:, :, 1:]], 1)  # (2, 2, 2r + 1, 2r + 1, queries): nw, ne; sw, se
-    powers = (parts - parts.amax((2, 3), keepdim=True)).exp()
-    weights = torch.stack([w.expand(scores.shape[:-1]) for w in _weights(u, v)]).view(2, 2, 1, 1, -1)
-    shares = powers * (weights / powers.sum((2, 3), keepdim=True))
-    rows = F.pad(shares[0], (0, 0, 0, 0, 0, 1)) + F.pad(shares[1], (0, 0, 0, 0, 1, 0))
-    window = F.pad(rows[0], (0, 0, 0, 1)) + F.pad(rows[1], (0, 0, 1, 0))
-    return window.flatten(0, 1).t().reshape(scores.shape)
+    along = torch.arange(round(scores.shape[-1] ** 0.5), device=scores.device)
+    within = torch.stack([along < along.shape[0] - 1, along > 0])  # first and second sub-window along an axis
+    within = (within[:, None, :, None] & within[:, None]).flatten(2).flatten(0, 1)  # (4, M): nw, ne, sw, se
+    outside = torch.zeros(within.shape, dtype=scores.dtype, device=scores.device).masked_fill(~within, float("-inf"))
+    alpha = (scores + outside.view(4, *[1] * (scores.ndim - 1), -1)).softmax(-1)
+    return (torch.stack(_weights(u, v)).unsqueeze(-1) * alpha).sum(0)
 
 
 def _sub_windows(radius: int) -> list[list[int]]:
