@@ -21,8 +21,8 @@ from visionattn.export import OnnxModel
 from visionattn.probe import cli, inputs, work
 from visionattn.probe.backbone import Backbone
 from visionattn.probe.banks import head_tokens
+from visionattn.probe.head_training import HeadTraining
 from visionattn.probe.report import load_head
-from visionattn.probe.sweep import _Run
 
 NAME = "va_minimal_vit_nano_patch7_28"
 FEW = ["--heads", "cls,gap,ep_8", "--lrs", "0.01,0.1", "--epochs", "3"]
@@ -102,7 +102,7 @@ def test_the_command_in_the_report_gives_the_same_table_and_computes_nothing(fol
         raise AssertionError("This was known.")
 
     monkeypatch.setattr("visionattn.probe.features._compute", computed)
-    monkeypatch.setattr(_Run, "_train_epoch", computed)
+    monkeypatch.setattr(HeadTraining, "_train_epoch", computed)
     monkeypatch.setattr(work, "nearest_neighbours", computed)
     words = shlex.split(results["command"])
     assert words[0] == "visionattn"
@@ -117,7 +117,7 @@ def test_the_command_in_the_report_gives_the_same_table_and_computes_nothing(fol
 
 def test_a_sweep_that_was_killed_ends_with_the_same_table(folder, tmp_path, monkeypatch):
     more = ["--layers", "2,5", "--few-shot", "", "--maps", "0", "--cache", str(folder / "features")]
-    true = _Run._train_epoch
+    true = HeadTraining._train_epoch
     done = []
 
     def killed(self, bar):
@@ -126,7 +126,7 @@ def test_a_sweep_that_was_killed_ends_with_the_same_table(folder, tmp_path, monk
             raise KeyboardInterrupt
         return true(self, bar)
 
-    monkeypatch.setattr(_Run, "_train_epoch", killed)
+    monkeypatch.setattr(HeadTraining, "_train_epoch", killed)
     assert main(command(tmp_path, *FEW, *more)) == 130
     assert not (tmp_path / "results.json").exists()
     assert main(command(tmp_path, *FEW, *more)) == 0

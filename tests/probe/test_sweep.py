@@ -1,5 +1,4 @@
 import math
-import sys
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from probe.arrays import ArrayFeatures, clustered
 from probe.stores import store
 from visionattn.errors import DataError, InputError, UnknownNameError
+from visionattn.probe import head_training
 from visionattn.probe.banks import HeadSpec, grid, group_logits
 from visionattn.probe.poolings import create_pooling
 from visionattn.probe.poolings.learned_query import PatchProbing, TokenProbing
@@ -352,7 +352,7 @@ def test_int8_tokens_stay_so_for_efficient_probing_and_the_mean(backbone, tmp_pa
         dtypes.append((type(banks[0].pooling), banks[0].kind, tokens.dtype))
         return group_logits(banks, tokens, scales)
 
-    monkeypatch.setattr(sys.modules["visionattn.probe.sweep"], "group_logits", spy)
+    monkeypatch.setattr(head_training, "group_logits", spy)
     stored = store(tmp_path, backbone=backbone, precision="int8")
     heads = grid(["ep_4", "ep_all_4", "gap", "cls", "simpool"], layers=[0, 1], lrs=[10.0])
     options = {"epochs": 3, "batch_size": 8, "warmup_epochs": 1, "holdout": 0}
