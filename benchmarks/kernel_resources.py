@@ -121,8 +121,9 @@ def match_attention_cases() -> Iterator[Case]:
 
 def multi_query_pool_cases() -> Iterator[Case]:
     kernels = multi_query_pool
-    for dtype, queries, int8 in product(DTYPES, (8, 32, 96), (False, True)):
-        tile = kernels.tiles(queries, TORCH[dtype])
+    # Numbers of queries that share tiles share kernels.
+    tiled = {(dtype, kernels.tiles(queries, TORCH[dtype])): None for dtype in DTYPES for queries in (8, 32, 96)}
+    for (dtype, tile), int8 in product(tiled, (False, True)):
         constants = {**tile.constants, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
         numbers = {"M": "i32", "N": "i32", "D": "i32:16", "x_stride_b": "i32:16", "x_stride_n": "i32:16"}
         scratch = {"logits_ptr": "fp32", "slope_ptr": "fp32", "partial_ptr": "fp32", "mask_ptr": "u8"}
@@ -136,7 +137,7 @@ def multi_query_pool_cases() -> Iterator[Case]:
         ):
             names = kernel.arg_names
             types = pointers(kernel, dtype, **scratch) | {k: v for k, v in (numbers | others).items() if k in names}
-            tested = dtype == "bf16" and queries == 32
+            tested = dtype == "bf16" and tile.queries == 32
             configuration = f"{tile.queries} queries" + ", int8 tokens" * int8
             yield Case(kernel, dtype, types, constants | more, tile.options, configuration, tested, dots=True)
 

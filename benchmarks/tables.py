@@ -377,6 +377,30 @@ def match_stereo_scenes() -> str:
     return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n"
 
 
+def match_stereo_fields() -> str:
+    """Errors of each field of a stereo network, networks side by side."""
+    rows = read_rows(RESULTS / "match_stereo_fields.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    cases = dict.fromkeys((row["size"], row["network"]) for row in rows)
+    found = {(row["size"], row["network"], row["field"]): row for row in rows}
+    head = ["field", *(f"{size}, {network.removeprefix('va_match_stereo_')}" for size, network in cases)]
+    body = []
+    for field in sorted({row["field"] for row in rows}, key=_place_of_field):
+        own = [found.get((*case, field)) for case in cases]
+        body.append([field, *(f"{float(r['epe']):.2f}, {float(r['bad_16']):.1f} %" if r else "" for r in own)])
+    return markdown(head, body) + "\nEPE, and the share that is more than 16 pixels off.\n"
+
+
+def _place_of_field(field: str) -> tuple[int, int, int]:
+    """Order in which the fields of a network come: from 1/32 on, what comes before the layers first."""
+    if field == "result":
+        return 0, 0, 0
+    size, *place = field.removeprefix("1/").split(", ")
+    layer = int(place[0].removeprefix("layer ")) if place[0].startswith("layer") else 0
+    return -int(size), layer, int(place[-1] == "cross")
+
+
 def match_stereo_training() -> str:
     """Errors on held-out generated pairs, epoch by epoch."""
     rows = read_rows(RESULTS / "match_stereo_training.csv")
@@ -410,6 +434,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "span_psnr": lambda: plain("span_psnr"),
     "match_stereo_scenes": match_stereo_scenes,
     "match_stereo_training": match_stereo_training,
+    "match_stereo_fields": match_stereo_fields,
+    "stereo_dnn": lambda: plain("stereo_dnn"),
     "match_stereo_speed": lambda: plain("match_stereo_speed"),
     "match_stereo_precision": lambda: plain("match_stereo_precision"),
     "span_speed": lambda: plain("span_speed"),

@@ -17,7 +17,7 @@ from visionattn.models.match_stereo import FEWER_LAYERS, MatchFlow, MatchStereo
 
 # Parameters of the paper's networks less those that nothing reads, and GMACs for a pair of 384 x 1248.
 COSTS = {
-    "va_match_stereo_nano": (1_417_918, 5.01),
+    "va_match_stereo_nano": (976_574, 5.36),
     "va_match_stereo_tiny": (8_784_528 - 163_176, 34.81),
     "va_match_stereo_small": (25_231_248 - 324_200, 100.66),
     "va_match_stereo_base": (75_448_400 - 518_888, 366.36),
@@ -75,7 +75,7 @@ def test_card_and_unknown_arguments(name):
             timm.create_model(name, device="meta", **wrong)
 
 
-@pytest.mark.parametrize("depths", FEWER_LAYERS)
+@pytest.mark.parametrize("depths", [*FEWER_LAYERS, (0, 2, 0, 1)])
 def test_fewer_layers(depths):
     model = timm.create_model("va_match_stereo_tiny", device="meta", depths=depths)
     assert tuple(len(layers) for layers in model.decoder) == depths
@@ -179,9 +179,9 @@ def by_the_equations(model, left, right):
     return model.upsamplings[3](x, field), found
 
 
-@pytest.mark.parametrize("network", [MatchStereo, MatchFlow])
-def test_network_is_its_equations(network):
-    model, pair = build(network, dtype=torch.float64), views(1, 192, 224, dtype=torch.float64)
+@pytest.mark.parametrize(("network", "depths"), [(MatchStereo, (1, 1, 2, 1)), (MatchFlow, (0, 2, 0, 1))])
+def test_network_is_its_equations(network, depths):
+    model, pair = build(network, depths=depths, dtype=torch.float64), views(1, 192, 224, dtype=torch.float64)
     with torch.no_grad():
         fields, (expected, layers) = model.forward_fields(*pair), by_the_equations(model, *pair)
     assert expected.abs().max() > 5
@@ -317,8 +317,8 @@ def test_bad_starts_and_arguments():
         model.low_resolution_start(*pair)
     with pytest.raises(InputError, match="have 4, 4 and 3 entries"):
         MatchStereo(depths=(1, 1, 1))
-    for wrong in ({"widths": (8, 8, 16, 18)}, {"depths": (1, 1, 1, 0)}):
-        with pytest.raises(InputError, match="multiples of 4, and each size has"):
+    for wrong in ({"widths": (8, 8, 16, 18)}, {"depths": (1, 1, 1, 0)}, {"depths": (-1, 1, 1, 1)}):
+        with pytest.raises(InputError, match="multiples of 4, each size has blocks"):
             MatchStereo(**wrong)
 
 

@@ -15,12 +15,13 @@ and GMACs of matrix products and convolutions for a pair of 384 x 1248):
 
     name    C_1 C_2 C_3 C_4    encoder blocks  decoder layers  parameters   GMACs
                                1/4 to 1/32     1/32 to 1/4
-    nano     16  32  64 128    2 2 2 1         2 2 2 1          1,417,918    5.01
+    nano     16  32  64 128    2 2 4 1         0 2 4 1            976,574    5.36
     tiny     32  64 128 160    2 2 6 2         8 8 8 2          8,621,352   34.81
     small    64 128 160 320    2 2 6 2         8 8 8 2         24,907,048  100.66
     base    128 256 320 512    2 2 6 2         8 8 8 2         74,929,512  366.36
 
-tiny, small and base have the paper's widths, without parameters of the authors' files that nothing reads; nano is ours.
+tiny, small and base have the paper's widths, without parameters of the authors' files that nothing reads; nano is ours:
+at 1/32, where two layers of a trained one changed no field, it has none, and the start goes on as it is.
 `depths` takes other numbers of layers, such as those of `FEWER_LAYERS`: a published file then gives its first ones.
 
 Source: MatchAttention, arXiv 2510.14260. The authors upsample the field of the left view to full size, here both are.
@@ -83,7 +84,7 @@ class MatchStereo(nn.Module):
     Args:
         widths: Channels C_1 to C_4, at 1/4 to 1/32. Multiples of 4, the first one of 2 heads.
         encoder_depths: Blocks of the encoder at 1/4 to 1/32.
-        depths: Layers of the decoder at 1/32 to 1/4.
+        depths: Layers of the decoder at 1/32 to 1/4. Where a size has none, its field goes on as it came.
 
     Shape:
         left, right (B, 3, H, W), RGB in 0..1, start (2B, ceil(H / 32), ceil(W / 32), 2) or None -> (B, 2, H, W): the
@@ -116,10 +117,14 @@ class MatchStereo(nn.Module):
                 f"widths, encoder_depths and depths say something of each of 4 sizes, but have {len(widths)}, "
                 f"{len(encoder_depths)} and {len(depths)} entries."
             )
-        if min(*widths, *encoder_depths, *depths) < 1 or any(width % NUM_HEADS for width in widths):
+        if (
+            min(*widths, *encoder_depths, depths[-1]) < 1
+            or min(depths) < 0
+            or any(width % NUM_HEADS for width in widths)
+        ):
             raise InputError(
-                f"Widths are multiples of {NUM_HEADS}, and each size has blocks and layers, but got widths {widths}, "
-                f"encoder_depths {encoder_depths} and depths {depths}."
+                f"Widths are multiples of {NUM_HEADS}, each size has blocks, and the last one layers, but got widths "
+                f"{widths}, encoder_depths {encoder_depths} and depths {depths}."
             )
         dd = {"device": device, "dtype": dtype}
         flow, up = self.task == "flow", widths[::-1]

@@ -33,7 +33,7 @@ __all__ = ["VARIANTS", "adapt", "convert", "identify"]
 
 # Widths and blocks of the encoder at 1/4 to 1/32, layers of the decoder at 1/32 to 1/4.
 VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
-    "nano": {"widths": (16, 32, 64, 128), "encoder_depths": (2, 2, 2, 1), "depths": (2, 2, 2, 1)},
+    "nano": {"widths": (16, 32, 64, 128), "encoder_depths": (2, 2, 4, 1), "depths": (0, 2, 4, 1)},
     "tiny": {"widths": (32, 64, 128, 160), "encoder_depths": (2, 2, 6, 2), "depths": (8, 8, 8, 2)},
     "small": {"widths": (64, 128, 160, 320), "encoder_depths": (2, 2, 6, 2), "depths": (8, 8, 8, 2)},
     "base": {"widths": (128, 256, 320, 512), "encoder_depths": (2, 2, 6, 2), "depths": (8, 8, 8, 2)},

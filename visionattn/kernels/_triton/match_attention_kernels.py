@@ -260,9 +260,6 @@ def match_attention_bwd_q_kernel(
     mask = n < count
     first, u, v, free_x, free_y = _window(field_ptr, n, count, H, W, last_y, last_x, HEADS, FIELD_HEADS, RADIUS)
     scores = _scores(q_ptr, k_ptr, n, first, mask, W, channels, scale, HEADS, SIDE, D, CHUNK, L1, BLOCK)
-    tops, shares = _sub_windows(scores, SIDE)
-    weights = _weights(u, v)
-
     by_attention = _zeros(BLOCK, SIDE * SIDE)
     if OF_OUT:
         by_attention = _add_products(
@@ -274,6 +271,9 @@ def match_attention_bwd_q_kernel(
             more = tl.load(grad_attention_ptr + n * (SIDE * SIDE) + m, mask=mask, other=0.0).to(tl.float32)
             sums = sums + (by_attention[m] + more,)
         by_attention = sums
+    # After the products: the exponentials of all sub-windows, which stay in registers, would not fit beside those.
+    tops, shares = _sub_windows(scores, SIDE)
+    weights = _weights(u, v)
     by_weights = ()
     for t in tl.static_range(4):
         total = tl.zeros([BLOCK], tl.float32)
