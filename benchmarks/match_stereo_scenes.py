@@ -2,7 +2,10 @@
 
 python benchmarks/match_stereo_scenes.py FOLDER    # of Middlebury scenes
 
-The network sees the views as they are, and in rows of their own enlarged twice (`--enlarge 2`).
+The network sees the views as they are, and in rows of their own enlarged twice (`--enlarge 2`). Writes
+results/match_stereo_scenes.csv and the picture docs/how-to/match_stereo_scenes.webp: of each scene semi-global matching
+and the enlarged network, disparities as colours and, in red, pixels with truth that are off by more than 2 or have no
+value.
 """
 
 from __future__ import annotations
@@ -11,11 +14,32 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import timm
+from PIL import Image
+
 from report import RESULTS, environment, write_rows
+from visionattn.data.stereo import StereoPair, find_scenes
 from visionattn.evaluate import stereo_matching
+from visionattn.evaluate.sgbm import sgbm
+from visionattn.predict import estimate_disparity
+from visionattn.predict.colours import disparity_colours, usual_top
 
 NETWORK = "va_match_stereo_nano"
 ENLARGED = 2
+PICTURE = RESULTS.parent / "docs" / "how-to" / "match_stereo_scenes.webp"
+WIDTH = 240  # of a scene in the picture
+
+
+def panels(pair: StereoPair, disparities: list[np.ndarray]) -> Image.Image:
+    """Disparities (H, W) as colours, then what is wrong with each, side by side."""
+    known, top = np.isfinite(pair.truth), usual_top(pair.truth)
+    parts = [disparity_colours(disparity, top) for disparity in disparities]
+    for disparity in disparities:
+        wrong = known & ~(np.abs(disparity - pair.truth) <= 2)
+        parts.append(np.where(wrong[..., None], (200, 30, 30), np.where(known[..., None], 230, 255)).astype(np.uint8))
+    row = Image.fromarray(np.concatenate(parts, 1))
+    return row.resize((len(parts) * WIDTH, round(WIDTH * pair.truth.shape[0] / pair.truth.shape[1])))
 
 
 def main() -> None:
@@ -32,6 +56,16 @@ def main() -> None:
         for row, enlarge in measured
     ]
     write_rows(RESULTS / "match_stereo_scenes.csv", rows, key)
+
+    network, rendered = timm.create_model(NETWORK, pretrained=True).eval(), []
+    for scene in find_scenes(folder):
+        pair = scene.read()
+        found = estimate_disparity(pair.left, pair.right, network, enlarge=ENLARGED)[0]
+        rendered.append(panels(pair, [sgbm(pair.left, pair.right, float(np.nanmax(pair.truth))), found]))
+    sheet = Image.new("RGB", (rendered[0].width, sum(part.height for part in rendered)))
+    for number, part in enumerate(rendered):
+        sheet.paste(part, (0, sum(above.height for above in rendered[:number])))
+    sheet.save(PICTURE, quality=80)
 
 
 if __name__ == "__main__":
