@@ -291,7 +291,7 @@ def test_start_of_the_weights():
             if module.weight.numel() > 5000:
                 assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.fusions[0].up.bias.any()
-    assert torch.equal(model.decoder[0][0].field_scale, torch.full((1, 1, 1, 2), 0.1))
+    assert torch.equal(model.decoder[-1][0].field_scale, torch.full((1, 1, 1, 2), 0.1))
 
 
 @pytest.mark.parametrize(
