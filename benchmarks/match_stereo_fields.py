@@ -24,7 +24,7 @@ from visionattn.train.stereo import coarse_truth
 
 SHIPPED = "va_match_stereo_nano"
 SIZES = {(256, 640): 256.0, (544, 640): 110.0}
-SEED = 77
+PAIRS, SEED = 32, 77
 BAD = (1, 2, 4, 16)
 
 
@@ -46,7 +46,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--photographs", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=32)
     args = parser.parse_args()
     networks = {SHIPPED: timm.create_model(SHIPPED, pretrained=True)}
     networks |= {file.stem: visionattn.load(file) for file in args.files}
@@ -54,9 +53,9 @@ def main() -> None:
     for name, network in networks.items():
         network.eval()
         for size, reach in SIZES.items():
-            pairs = GeneratedPairs(args.pairs, size, reach, [args.photographs], seed=SEED)
+            pairs = GeneratedPairs(PAIRS, size, reach, [args.photographs], seed=SEED)
             errors: dict[str, list[Tensor]] = {}
-            for number in range(args.pairs):
+            for number in range(PAIRS):
                 pair = pairs[number]
                 views = torch.from_numpy(pair.views).permute(0, 3, 1, 2).unsqueeze(1) / 255
                 truth, seen = torch.from_numpy(pair.fields), torch.from_numpy(pair.seen)
@@ -71,7 +70,7 @@ def main() -> None:
                 means = torch.tensor([[part.mean(), *((part > b).float().mean() * 100 for b in BAD)] for part in parts])
                 values = dict(zip(("epe", *(f"bad_{b}" for b in BAD)), means.mean(0).tolist()))
                 row = {"network": name, "size": " x ".join(map(str, size)), "max_disparity": reach, "field": place}
-                row |= {key: f"{value:.3f}" for key, value in values.items()} | {"pairs": args.pairs, "seed": SEED}
+                row |= {key: f"{value:.3f}" for key, value in values.items()} | {"pairs": PAIRS, "seed": SEED}
                 rows.append(row | environment("cpu"))
     write_rows(RESULTS / "match_stereo_fields.csv", rows, key=("network", "size", "field"))
 

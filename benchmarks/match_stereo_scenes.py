@@ -31,15 +31,15 @@ PICTURE = RESULTS.parent / "docs" / "how-to" / "match_stereo_scenes.webp"
 WIDTH = 240  # of a scene in the picture
 
 
-def panels(pair: StereoPair, disparities: list[np.ndarray]) -> Image.Image:
-    """Disparities (H, W) as colours, then what is wrong with each, side by side."""
+def panels(pair: StereoPair, disparities: list[np.ndarray]) -> np.ndarray:
+    """Disparities (H, W) as colours, then what is wrong with each, side by side, (H', 4 WIDTH, 3) for two of them."""
     known, top = np.isfinite(pair.truth), usual_top(pair.truth)
     parts = [disparity_colours(disparity, top) for disparity in disparities]
     for disparity in disparities:
         wrong = known & ~(np.abs(disparity - pair.truth) <= 2)
         parts.append(np.where(wrong[..., None], (200, 30, 30), np.where(known[..., None], 230, 255)).astype(np.uint8))
     row = Image.fromarray(np.concatenate(parts, 1))
-    return row.resize((len(parts) * WIDTH, round(WIDTH * pair.truth.shape[0] / pair.truth.shape[1])))
+    return np.asarray(row.resize((len(parts) * WIDTH, round(WIDTH * pair.truth.shape[0] / pair.truth.shape[1]))))
 
 
 def main() -> None:
@@ -62,10 +62,7 @@ def main() -> None:
         pair = scene.read()
         found = estimate_disparity(pair.left, pair.right, network, enlarge=ENLARGED)[0]
         rendered.append(panels(pair, [sgbm(pair.left, pair.right, float(np.nanmax(pair.truth))), found]))
-    sheet = Image.new("RGB", (rendered[0].width, sum(part.height for part in rendered)))
-    for number, part in enumerate(rendered):
-        sheet.paste(part, (0, sum(above.height for above in rendered[:number])))
-    sheet.save(PICTURE, quality=80)
+    Image.fromarray(np.concatenate(rendered)).save(PICTURE, quality=80)
 
 
 if __name__ == "__main__":
