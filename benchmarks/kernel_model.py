@@ -30,7 +30,7 @@ from triton.compiler import CompiledKernel
 from aot import compile_for
 from kernel_resources import CASES
 from report import RESULTS, environment, write_rows
-from visionattn.kernels._triton import halo_attention
+from visionattn.kernels._triton import halo_attention, match_attention
 
 ISSUE = 132 * 128 * 1.755e9  # thread-instructions a second
 BANDWIDTH = 3.0e12  # bytes a second
@@ -112,7 +112,9 @@ def shapes() -> Iterator[tuple[str, str, str, Iterator[Launch]]]:
         for stride, radius, D in ((4, 1, 8), (8, 1, 16), (16, 2, 32), (32, 2, 40)):
             tokens = 2 * (height // stride) * (width // stride)
             shape = f"{height}x{width} at 1/{stride}, both views, 4 heads"
-            yield "match_attention", f"radius {radius}, D {D}", shape, match_launches(tokens, 4, D, radius)
+            block = match_attention.launch(4 * tokens, 4, D, D, radius, "l1", torch.bfloat16).block
+            configuration = f"radius {radius}, D {D}, {block} threads"
+            yield "match_attention", configuration, shape, match_launches(tokens, 4, D, radius)
 
 
 def main() -> None:

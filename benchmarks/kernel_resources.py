@@ -4,7 +4,7 @@
 
 Needs no GPU: nothing runs. A kernel that spills has stack or local memory; registers decide how many threads fit;
 `tensor_core` counts the matrix instructions in the PTX. Kernels are compiled with the tiles that their launchers take.
-Writes results/kernel_resources.csv.
+Writes results/kernel_resources.csv, by version of Triton.
 """
 
 from __future__ import annotations
@@ -101,12 +101,14 @@ def match_attention_cases() -> Iterator[Case]:
     numbers |= dict.fromkeys(("last_y", "last_x", "scale"), "fp32")
     # Unrolled over the keys of a window: minutes to compile where there are many.
     shapes = {
-        "fp32": [(1, 8), (1, 40), (2, 32)],
+        "fp32": [(1, 8), (1, 40), (2, 32), (3, 16)],
         "bf16": [(1, 8), (1, 16), (1, 40), (1, 128), (2, 32), (2, 40), (2, 80), (3, 16)],
         "fp16": [(1, 8), (2, 40)],
     }
-    for dtype, (radius, D) in ((kind, shape) for kind, found in shapes.items() for shape in found):
-        launched = kernels.launch(2**20, 4, D, D, radius, "l1", TORCH[dtype])
+    shaped = [(dtype, *shape) for dtype, found in shapes.items() for shape in found]
+    # Large maps have large programs, small ones small.
+    for (dtype, radius, D), count in product(shaped, (2 * kernels.FEW, kernels.FEW)):
+        launched = kernels.launch(count, 4, D, D, radius, "l1", TORCH[dtype])
         flags = {"OF_OUT": True, "OF_ATTENTION": True, "FIELD_HEADS": 4}
         backward = (kernels.match_attention_bwd_q_kernel, kernels.match_attention_bwd_kv_kernel)
         for kernel in (kernels.match_attention_fwd_kernel, *(backward if radius < 3 else ())):
@@ -115,31 +117,42 @@ def match_attention_cases() -> Iterator[Case]:
             handed_out = {"attention_ptr": dtype} if kernel is kernels.match_attention_fwd_kernel else {}
             types = pointers(kernel, dtype, **singles | rows | handed_out)
             types |= {name: kind for name, kind in numbers.items() if name in kernel.arg_names}
-            tested = dtype == "bf16" and (radius, D) == (1, 8)
-            yield Case(kernel, dtype, types, own, launched.options, f"radius {radius}, D {D}", tested)
+            tested = dtype == "bf16" and (radius, D, launched.block) == (1, 8, kernels.LARGE_BLOCK)
+            part = kernel.__name__.removeprefix("match_attention_").removesuffix("_kernel")
+            configuration = f"radius {radius}, D {D}, {launched.block} threads"
+            yield Case(kernel, dtype, types, own, launched.options(part), configuration, tested)
 
 
 def multi_query_pool_cases() -> Iterator[Case]:
     kernels = multi_query_pool
     # Numbers of queries that share tiles share kernels.
-    tiled = {(dtype, kernels.tiles(queries, TORCH[dtype])): None for dtype in DTYPES for queries in (8, 32, 96)}
-    for (dtype, tile), int8 in product(tiled, (False, True)):
-        constants = {**tile.constants, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
+    tiled = {(dtype, kernels.tiles(queries, TORCH[dtype]).queries): None for dtype in DTYPES for queries in (8, 32, 96)}
+    for (dtype, queries), int8 in product(tiled, (False, True)):
+        forward = kernels.tiles(queries, TORCH[dtype])
+        backward = kernels.tiles(queries, TORCH[dtype], int8_backward=int8)
+        of_tokens = kernels.tiles_of_tokens(queries, TORCH[dtype])
+        precision = {"PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
         numbers = {"M": "i32", "N": "i32", "D": "i32:16", "x_stride_b": "i32:16", "x_stride_n": "i32:16"}
         scratch = {"logits_ptr": "fp32", "slope_ptr": "fp32", "partial_ptr": "fp32", "mask_ptr": "u8"}
         if int8:
             scratch |= {"x_ptr": "i8", "scales_ptr": "fp16"}
-        for kernel, others, more in (
-            (kernels.multi_query_pool_fwd_kernel, {"scale": "fp32"}, {"MASKED": False, "SCALED": int8}),
-            (kernels.multi_query_pool_bwd_slope_kernel, {"scale": "fp32"}, {"OF_ATTENTION": False, "SCALED": int8}),
-            (kernels.multi_query_pool_bwd_q_kernel, {"B": "i32", "images": "i32"}, {}),
-            *([] if int8 else [(kernels.multi_query_pool_bwd_x_kernel, {}, {})]),
+        for kernel, tile, others, more in (
+            (kernels.multi_query_pool_fwd_kernel, forward, {"scale": "fp32"}, {"MASKED": False, "SCALED": int8}),
+            (
+                kernels.multi_query_pool_bwd_slope_kernel,
+                backward,
+                {"scale": "fp32"},
+                {"OF_ATTENTION": False, "SCALED": int8},
+            ),
+            (kernels.multi_query_pool_bwd_q_kernel, backward, {"B": "i32", "images": "i32"}, {}),
+            *([] if int8 else [(kernels.multi_query_pool_bwd_x_kernel, of_tokens, {}, {})]),
         ):
             names = kernel.arg_names
             types = pointers(kernel, dtype, **scratch) | {k: v for k, v in (numbers | others).items() if k in names}
-            tested = dtype == "bf16" and tile.queries == 32
-            configuration = f"{tile.queries} queries" + ", int8 tokens" * int8
-            yield Case(kernel, dtype, types, constants | more, tile.options, configuration, tested, dots=True)
+            tested = dtype == "bf16" and queries == 32
+            constants = tile.constants | precision | more
+            configuration = f"{queries} queries" + ", int8 tokens" * int8
+            yield Case(kernel, dtype, types, constants, tile.options, configuration, tested, dots=True)
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
@@ -173,7 +186,7 @@ def main() -> None:
                         }
                     )
                     print(*list(rows[-1].values())[:9], f"sm_{capability}", sep=" | ", flush=True)
-    write_rows(RESULTS / "kernel_resources.csv", rows, key=("kernel", "dtype", "configuration", "device"))
+    write_rows(RESULTS / "kernel_resources.csv", rows, key=("kernel", "dtype", "configuration", "device", "triton"))
 
 
 if __name__ == "__main__":

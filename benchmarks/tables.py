@@ -196,17 +196,18 @@ def ulsam_controls(data: str) -> str:
 
 
 def kernel_resources() -> str:
-    """What compiled kernels take, by operator and dtype, over all chips and configurations."""
+    """What compiled kernels take, by operator, dtype and version of Triton, over all chips and configurations."""
     rows = read_rows(RESULTS / "kernel_resources.csv")
     if not rows:
         return "Not measured yet.\n"
-    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows:
         operator = re.sub(r"_(fwd|bwd)_.*", "", row["kernel"])
-        groups.setdefault((operator, row["dtype"]), []).append(row)
+        groups.setdefault((operator, row["dtype"], row["triton"]), []).append(row)
     head = [
         "operator",
         "dtype",
+        "Triton",
         "compiled",
         "registers",
         "shared bytes",
@@ -215,13 +216,14 @@ def kernel_resources() -> str:
         "most spilled bytes",
     ]
     body = []
-    for (operator, dtype), found in sorted(groups.items()):
+    for (operator, dtype, triton), found in sorted(groups.items()):
         spilled = [int(row["stack"]) + int(row["local"]) for row in found]
         registers = sorted(int(row["registers"]) for row in found)
         body.append(
             [
                 f"`{operator}`",
                 dtype,
+                triton,
                 str(len(found)),
                 f"{registers[0]} to {registers[-1]}",
                 f"{max(int(row['shared']) for row in found):,}",
@@ -230,7 +232,7 @@ def kernel_resources() -> str:
                 f"{max(spilled):,}",
             ]
         )
-    return markdown(head, body) + f"\nTriton {rows[0]['triton']}; sm_80, sm_90 and sm_100; compiled only.\n"
+    return markdown(head, body) + "\nsm_80, sm_90 and sm_100; compiled only.\n"
 
 
 def kernel_model() -> str:

@@ -18,6 +18,7 @@ from visionattn.kernels.match_attention import _MARGIN, _outputs
 __all__ = [
     "Launch",
     "backward",
+    "backward_q",
     "forward",
     "launch",
     "match_attention_bwd_kv_kernel",
@@ -30,22 +31,33 @@ LARGE_BLOCK, SMALL_BLOCK, FEW = 128, 32, 2**17
 
 
 class Launch(NamedTuple):
-    """What the kernels of a call are compiled for, and how many queries or keys a program has: one a thread."""
+    """What the kernels of a call are compiled for.
+
+    Attributes:
+        constants: Compile-time arguments.
+        block: How many queries or keys a program has, one a thread.
+        registers: The most that a thread takes, of kernels (`"fwd"`, `"bwd_q"`) that have a limit.
+    """
 
     constants: dict[str, Any]
     block: int
+    registers: dict[str, int]
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"num_warps": self.block // 32, "num_stages": 1, "enable_fp_fusion": True}
+    def options(self, kernel: str) -> dict[str, Any]:
+        limit = {"maxnreg": self.registers[kernel]} if kernel in self.registers else {}
+        return {"num_warps": self.block // 32, "num_stages": 1, "enable_fp_fusion": True, **limit}
 
 
 def launch(count: int, heads: int, D: int, DV: int, radius: int, similarity: str, dtype: torch.dtype) -> Launch:
     """How a call of so many queries, all heads of all images, is launched."""
     block = LARGE_BLOCK if count > FEW else SMALL_BLOCK
     chunk = min(16 // dtype.itemsize, triton.next_power_of_2(max(D, DV)))
-    sizes = {"HEADS": heads, "RADIUS": radius, "D": D, "DV": DV}
-    return Launch({**sizes, "CHUNK": chunk, "L1": similarity == "l1", "BLOCK": block}, block)
+    constants = {"HEADS": heads, "RADIUS": radius, "D": D, "DV": DV, "CHUNK": chunk, "L1": similarity == "l1"}
+    # Without a limit, ptxas keeps some bytes in memory: to fit one program more, or where it takes all registers.
+    registers = {"bwd_q": 240} if radius == 2 else {}
+    if radius == 2 and dtype == torch.float32:
+        registers["fwd"] = 168
+    return Launch({**constants, "BLOCK": block}, block, registers)
 
 
 def _launch(q: Tensor, v: Tensor, radius: int, similarity: str) -> Launch:
@@ -69,9 +81,84 @@ def forward(q: Tensor, k: Tensor, v: Tensor, field: Tensor, radius: int, similar
             *(*inputs, out, attention, *sizes),
             FIELD_HEADS=field.shape[3],
             **launched.constants,
-            **launched.options,
+            **launched.options("fwd"),
         )
     return out, attention
+
+
+class OfQueries(NamedTuple):
+    """What the first backward kernel gives: the gradients of its queries, and what keys collect from.
+
+    Attributes:
+        by_q: (B, H, W, heads, D).
+        by_field: (B, H, W, heads, 2), in float32.
+        first: The row of each query's first key, (B H W heads).
+        attention: (B H W heads, M), in float32.
+        slope: By the scores, over sqrt(D), (B H W heads, M), in float32.
+    """
+
+    by_q: Tensor
+    by_field: Tensor
+    first: Tensor
+    attention: Tensor
+    slope: Tensor
+
+
+def backward_q(
+    grad: Tensor | None,
+    grad_attention: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    field: Tensor,
+    radius: int,
+    similarity: str,
+) -> OfQueries:
+    """Launch the backward kernel over queries. All tensors are contiguous."""
+    sizes, launched = _sizes(q, v, radius), _launch(q, v, radius, similarity)
+    count, window = sizes[0], (2 * radius + 2) ** 2
+    found = OfQueries(
+        torch.empty_like(q),
+        q.new_empty(*q.shape[:4], 2, dtype=torch.float32),
+        torch.empty(count, dtype=torch.int64, device=q.device),
+        *(q.new_empty(count, window, dtype=torch.float32) for _ in range(2)),
+    )
+    with torch.cuda.device_of(q):
+        match_attention_bwd_q_kernel[(triton.cdiv(count, launched.block),)](
+            *(_or(grad, q), _or(grad_attention, q), q, k, v, field),
+            *(found.first, found.attention, found.slope, found.by_q, found.by_field),
+            *sizes,
+            OF_OUT=grad is not None,
+            OF_ATTENTION=grad_attention is not None,
+            FIELD_HEADS=field.shape[3],
+            **launched.constants,
+            **launched.options("bwd_q"),
+        )
+    return found
+
+
+def _backward_kv(
+    grad: Tensor | None, q: Tensor, k: Tensor, v: Tensor, found: OfQueries, radius: int, similarity: str
+) -> tuple[Tensor, Tensor]:
+    """Sort queries by where their windows begin, and launch the backward kernel over keys."""
+    (count, H, W), launched = _sizes(q, v, radius)[:3], _launch(q, v, radius, similarity)
+    by_k, by_v = torch.empty_like(k), torch.empty_like(v)
+    chunks = triton.cdiv(max(q.shape[4], v.shape[4]), launched.constants["CHUNK"])
+    with torch.cuda.device_of(q):
+        rows, order = torch.sort(found.first, stable=True)
+        starts = torch.searchsorted(rows, torch.arange(count + 1, device=q.device))
+        match_attention_bwd_kv_kernel[(triton.cdiv(count, launched.block), chunks)](
+            *(_or(grad, q), q, k, order, starts, found.attention, found.slope, by_k, by_v, count, H, W),
+            OF_OUT=grad is not None,
+            **launched.constants,
+            **launched.options("bwd_kv"),
+        )
+    return by_k, by_v
+
+
+def _or(optional: Tensor | None, instead: Tensor) -> Tensor:
+    """Give an argument as a kernel reads it; where there is none, another in its place, which it does not read."""
+    return instead if optional is None else optional
 
 
 def backward(
@@ -85,34 +172,11 @@ def backward(
     similarity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward kernels. Any strides; the results are contiguous."""
+    grad, grad_attention = (None if x is None else x.contiguous() for x in (grad, grad_attention))
     q, k, v, field = (x.contiguous() for x in (q, k, v, field))
-    of_out = q if grad is None else grad.contiguous()
-    of_attention = q if grad_attention is None else grad_attention.contiguous()
-    sizes, launched = _sizes(q, v, radius), _launch(q, v, radius, similarity)
-    count, H, W = sizes[:3]
-    attention, slope = (q.new_empty(count, (2 * radius + 2) ** 2, dtype=torch.float32) for _ in range(2))
-    first = torch.empty(count, dtype=torch.int64, device=q.device)
-    by_q, by_k, by_v = (torch.empty_like(x) for x in (q, k, v))
-    by_field = q.new_empty(*q.shape[:4], 2, dtype=torch.float32)
-    blocks = triton.cdiv(count, launched.block)
-    with torch.cuda.device_of(q):
-        match_attention_bwd_q_kernel[(blocks,)](
-            *(of_out, of_attention, q, k, v, field, first, attention, slope, by_q, by_field, *sizes),
-            OF_OUT=grad is not None,
-            OF_ATTENTION=grad_attention is not None,
-            FIELD_HEADS=field.shape[3],
-            **launched.constants,
-            **launched.options,
-        )
-        rows, order = torch.sort(first, stable=True)
-        starts = torch.searchsorted(rows, torch.arange(count + 1, device=q.device))
-        chunks = triton.cdiv(max(q.shape[4], v.shape[4]), launched.constants["CHUNK"])
-        match_attention_bwd_kv_kernel[(blocks, chunks)](
-            *(of_out, q, k, order, starts, attention, slope, by_k, by_v, count, H, W),
-            OF_OUT=grad is not None,
-            **launched.constants,
-            **launched.options,
-        )
+    found = backward_q(grad, grad_attention, q, k, v, field, radius, similarity)
+    by_k, by_v = _backward_kv(grad, q, k, v, found, radius, similarity)
+    by_field = found.by_field
     if field.shape[3] != q.shape[3]:
         by_field = by_field.sum(3, keepdim=True)
-    return by_q, by_k, by_v, by_field.to(field.dtype)
+    return found.by_q, by_k, by_v, by_field.to(field.dtype)

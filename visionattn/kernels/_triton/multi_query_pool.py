@@ -29,6 +29,7 @@ __all__ = [
     "multi_query_pool_bwd_x_kernel",
     "multi_query_pool_fwd_kernel",
     "tiles",
+    "tiles_of_tokens",
 ]
 
 LOG2_E = math.log2(math.e)
@@ -256,6 +257,7 @@ class Tiles(NamedTuple):
     tokens: int
     channels: int
     warps: int
+    all_registers: bool
 
     @property
     def constants(self) -> dict[str, int]:
@@ -263,13 +265,20 @@ class Tiles(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": 3 if self.warps == 4 else 2}
+        # Without the cap, ptxas keeps some bytes in memory to fit one program more.
+        cap = {"maxnreg": 255} if self.all_registers else {}
+        return {"num_warps": self.warps, "num_stages": 3 if self.warps == 4 else 2, **cap}
 
 
-def tiles(M: int, dtype: torch.dtype) -> Tiles:
+def tiles(M: int, dtype: torch.dtype, int8_backward: bool = False) -> Tiles:
     """Choose tiles for a number of queries: 16 at least, for tensor cores, and no more than registers hold."""
     queries = min(32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(M)))
-    return Tiles(queries, 64, 64, warps=4 if queries == 16 else 8)
+    return Tiles(queries, 64, 64, warps=4 if queries == 16 else 8, all_registers=int8_backward)
+
+
+def tiles_of_tokens(M: int, dtype: torch.dtype) -> Tiles:
+    """Choose those of the kernel whose programs have tokens: in float32 fewer of them, for the registers' sake."""
+    return tiles(M, dtype)._replace(tokens=32 if dtype == torch.float32 else 64)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -313,7 +322,7 @@ def backward(
     """Launch the backward kernels. Any strides; the results are contiguous."""
     (B, N, D), M = x.shape, len(q)
     x, q, grad_z, attention = _with_dense_rows(x), q.contiguous(), grad_z.contiguous(), attention.contiguous()
-    tile = tiles(M, q.dtype)
+    tile, of_tokens = tiles(M, q.dtype, int8_backward=scales is not None), tiles_of_tokens(M, q.dtype)
     constants = {**tile.constants, "PRECISION": precision(q.dtype)}
     options = {**tile.options, "enable_fp_fusion": True}
     of_queries, of_channels = triton.cdiv(M, tile.queries), triton.cdiv(D, tile.channels)
@@ -336,8 +345,10 @@ def backward(
             *(slope, x, partial, B, M, N, D, x.stride(0), x.stride(1), images), **constants, **options
         )
         if needs_x:
-            multi_query_pool_bwd_x_kernel[(B, triton.cdiv(N, tile.tokens), of_channels)](
-                *(grad_z, q, attention, slope, grad_x, M, N, D), **constants, **options
+            multi_query_pool_bwd_x_kernel[(B, triton.cdiv(N, of_tokens.tokens), of_channels)](
+                *(grad_z, q, attention, slope, grad_x, M, N, D),
+                **{**constants, **of_tokens.constants},
+                **{**options, **of_tokens.options},
             )
     return grad_x, partial.sum(0).to(q.dtype)
 
