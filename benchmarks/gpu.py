@@ -1,12 +1,12 @@
 """Every Triton kernel on a GPU: its values against float64, then its times beside what users would take instead.
 
-    python benchmarks/gpu.py [--operators NAME ...] [--repeats 20] [--again]
+    python benchmarks/gpu.py [--families NAME ...] [--reference FOLDER] [--repeats 20] [--again]
 
-One command, some ten minutes. For each operator, outputs and all gradients are compared with its plain definition in
-float64, in float32, bfloat16 and float16, at shapes of real models and at odd ones, with all fresh memory full of NaN.
-Rows go to results/gpu_checks.csv: `error` is the largest of a tensor, as a share of its largest magnitude or of 1 where
-that is less, beside what the operator's file allows. Columns that are True where the check holds, or name what was
-raised:
+One command. A family is an operator or whole networks, and takes some minutes. Outputs and all gradients of an operator
+are compared with its plain definition in float64, in float32, bfloat16 and float16, at shapes of real models and at odd
+ones, with all fresh memory full of NaN. Rows go to results/gpu_checks.csv: `error` is the largest of a tensor, as a
+share of its largest magnitude or of 1 where that is less, beside what the operator's file allows. Columns that are True
+where the check holds, or name what was raised:
 
     passed         the error is allowed
     deterministic  a second call gives the same bits
@@ -18,7 +18,8 @@ raised:
     second_device  and on cuda:1 while cuda:0 is the current device
 
 What passes is timed by the operator's own script, which writes its CSV. An operator whose checks of this revision and
-device stand in the table is not checked again, unless told so.
+device stand in the table is not checked again, unless told so. Then networks are timed by benchmarks/networks.py, a
+family each. FOLDER is a checkout of MatchStereo's repository, for the authors' forms of match attention.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from visionattn.kernels import decompositions, kernels_enabled
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 STRICTER = {"symmetric_gate": 1e-6}  # in float32
 LOOSER = {"subspace_attention": 2e-5}
-SECONDS = 420  # of an operator's timings
+SECONDS = 420  # of a family's timings
 CHECKS = ("passed", "deterministic", "graph", "checkpointed", "strided", "compiled", "autocast", "second_device")
 NOT_RUN = "not run"
 
@@ -122,12 +123,17 @@ def subspace_attention(draw: Draw) -> Iterator[tuple]:
 
 CASES = {case.__name__: case for case in (symmetric_gate, halo_attention, match_attention, multi_query_pool)}
 CASES[subspace_attention.__name__] = subspace_attention
+# The commands that time a family.
 TIMINGS = {
-    "symmetric_gate": [],
-    "halo_attention": ["--parts", "layer", "model"],
-    "match_attention": ["--size", "1536x1536"],
-    "multi_query_pool": [],
-    "subspace_attention": [],
+    "symmetric_gate": ["symmetric_gate.py"],
+    "halo_attention": ["halo_attention.py", "--parts", "layer"],
+    "match_attention": ["match_attention.py", "--size", "1536x1536"],
+    "multi_query_pool": ["multi_query_pool.py"],
+    "subspace_attention": ["subspace_attention.py"],
+    "halonet": ["networks.py", "--parts", "halonet"],
+    "accelerate": ["networks.py", "--parts", "accelerate"],
+    "match_stereo": ["networks.py", "--parts", "match_stereo"],
+    "span": ["networks.py", "--parts", "span"],
 }
 
 
@@ -266,37 +272,47 @@ def check(name: str, origin: dict[str, str]) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--operators", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--families", nargs="+", choices=list(TIMINGS), default=list(TIMINGS))
+    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="checkout of MatchStereo's repository")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--again", action="store_true", help="check what has been checked, too")
     args = parser.parse_args()
     if not torch.cuda.is_available() or not kernels_enabled(torch.device("cuda", 0)):
         raise SystemExit("No GPU here that runs the kernels: see visionattn.kernels.kernels_enabled.")
     torch.manual_seed(0)
-    origin = environment("cuda")
-    table, failed = RESULTS / "gpu_checks.csv", []
-    for name in args.operators:
-        here = [
-            row
-            for row in read_rows(table)
-            if all(row[key] == value for key, value in {"operator": name, **origin}.items() if key != "date")
-        ]
-        if args.again or not here:
-            here = []
-            for row in check(name, origin):
-                print(*list(row.values())[: -len(origin)], sep=" | ", flush=True)
-                here.append(row)
-            write_rows(table, here, key=("operator", "device"))
-        if any(row[column] not in ("True", NOT_RUN) for row in here for column in CHECKS):
+    failed = []
+    for name in args.families:
+        if name in CASES and not checked(name, args.again):
             failed.append(name)
             continue
-        script = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--device", "cuda", *TIMINGS[name]]
+        script, *rest = TIMINGS[name]
+        command = [sys.executable, str(Path(__file__).with_name(script)), *rest, "--device", "cuda"]
+        command += ["--repeats", str(args.repeats)]
+        if args.reference and name.startswith("match"):
+            command += ["--reference", str(args.reference)]
         try:
-            subprocess.run([*script, "--repeats", str(args.repeats)], check=True, timeout=SECONDS)
+            subprocess.run(command, check=True, timeout=SECONDS)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as stop:
             failed.append(f"{name} ({type(stop).__name__})")
     if failed:
         raise SystemExit(f"Wrong, or not timed: {', '.join(failed)}.")
+
+
+def checked(name: str, again: bool) -> bool:
+    """Check an operator, unless its rows stand in the table, and say if all checks hold."""
+    table, origin = RESULTS / "gpu_checks.csv", environment("cuda")
+    rows = [
+        row
+        for row in read_rows(table)
+        if all(row[key] == value for key, value in {"operator": name, **origin}.items() if key != "date")
+    ]
+    if again or not rows:
+        rows = []
+        for row in check(name, origin):
+            print(*list(row.values())[: -len(origin)], sep=" | ", flush=True)
+            rows.append(row)
+        write_rows(table, rows, key=("operator", "device"))
+    return all(row[column] in ("True", NOT_RUN) for row in rows for column in CHECKS)
 
 
 if __name__ == "__main__":

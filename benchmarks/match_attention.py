@@ -2,6 +2,7 @@
 
     python benchmarks/match_attention.py --device cpu
     python benchmarks/match_attention.py --parts operator --size 384x1248
+    python benchmarks/match_attention.py --device cuda --size 1536x1536 --reference FOLDER
 
 Writes results/match_attention.csv, part by part; rows of other parts and devices stay. A form whose values are wrong is
 not timed. Shapes are those of MatchStereo's tiny model: both views of one pair, 4 heads, at 1/4 of the image with 32
@@ -11,16 +12,26 @@ field by the output and by the attention; in a layer, those of its parameters an
 Forms:
     definition  visionattn.kernels.match_attention.match_attention_definition: all windows gathered at once
     operator    torch.ops.visionattn.match_attention
+and on a GPU, in bfloat16 at two of the shapes:
+    definition compiled  the same under torch.compile
+    reductions           the operator, but keys and values get their gradients by atomic additions
+    authors              the authors' PyTorch form, from FOLDER, a checkout of their repository; its centres in float32
+    authors compiled     the same under torch.compile
+    authors' CUDA        their CUDA operator, inference alone, in float32: half precisions would round its centres. It
+                         must have been built: see their INSTALL.md
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+import match_stereo_authors
 from report import RESULTS, write_rows
 from runner import SEED, Implementation, Problem, arguments, measure
 from visionattn.blocks import MatchLayer
@@ -64,11 +75,64 @@ class Definition(Operator):
         return match_attention_definition(q, k, v, field, self.radius, "l1")
 
 
-def attention(form: type[Operator], case: Case, dtype: torch.dtype, device: str) -> Problem:
+class Reductions(Operator):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, field: Tensor) -> tuple[Tensor, Tensor]:
+        from match_reductions import MatchAttentionByReductions
+
+        return MatchAttentionByReductions.apply(q, k, v, field, self.radius, "l1")
+
+
+class Authors(Operator):
+    """The steps of the authors' layer between its projections."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, field: Tensor) -> tuple[Tensor, Tensor]:
+        theirs, (H, W, heads, D) = import_module("models.mat_pytorch_impl"), q.shape[1:]
+        centres, window = self.centres(field, heads), [self.radius, self.radius]
+        q, k, v = (x.flatten(1, 2) for x in (q, k, v))
+        scores, rows = theirs.compute_match_attention(q, k, centres.floor().int(), window, H, W)
+        weights = theirs.compute_bilinear_weights(centres).to(q.dtype)
+        attention = theirs.compute_bilinear_softmax(scores * D**-0.5, weights, window)
+        out = theirs.attention_aggregate(v, attention, rows, window)
+        return out.view(-1, H, W, heads, D), attention.view(-1, H, W, heads, attention.shape[-1])
+
+    def centres(self, field: Tensor, heads: int) -> Tensor:
+        """Centres of windows, (B, H W, heads, 2)."""
+        H, W = field.shape[1:3]
+        limits = [
+            (torch.arange(size, device=field.device, dtype=field.dtype), size - 1 - self.radius - 1e-3)
+            for size in (W, H)
+        ]
+        (x, last_x), (y, last_y) = limits
+        x = (field[..., 0] + x[:, None]).clamp(self.radius, last_x)
+        y = (field[..., 1] + y[:, None, None]).clamp(self.radius, last_y)
+        return torch.stack((x, y), -1).expand(-1, -1, -1, heads, -1).flatten(1, 2)
+
+
+class AuthorsCuda(Authors):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, field: Tensor) -> tuple[Tensor, Tensor]:
+        fused, (H, W, heads, D) = import_module("models.match_former_ops").MF_FusedForwardOps(), q.shape[1:]
+        rows, count = [x.flatten(3).flatten(1, 2) for x in (q, k, v)], (2 * self.radius + 2) ** 2
+        centres, window = self.centres(field, heads).contiguous(), [self.radius, self.radius]
+        out, attention = fused(centres, *rows, H, W, window, count, attn_type="l1_norm", scale=D**-0.5)
+        return out.view(-1, H, W, heads, D), attention.view(-1, H, W, heads, count)
+
+
+FORMS: dict[str, type[Operator]] = {
+    "definition": Definition,
+    "operator": Operator,
+    "reductions": Reductions,
+    "authors": Authors,
+    "authors' CUDA": AuthorsCuda,
+}
+
+
+def attention(form: str, case: Case, dtype: torch.dtype, device: str) -> Problem:
     """A call whose centres are some pixels off, in eighths of a pixel: away from integers, where gradients jump."""
     torch.manual_seed(SEED)
-    module = form()
+    module = FORMS[form.removesuffix(" compiled")]()
     module.radius = case.radius
+    if form.endswith(" compiled"):
+        module.compile(dynamic=False)
     size = (2, case.height, case.width, case.heads)
     # Halves and quarters, and keys between them: no key equals a query in any number, whatever the dtype.
     q = torch.randn(*size, case.dim // case.heads).mul(4).round().div(4)
@@ -124,20 +188,35 @@ def scales(height: int, width: int, shared: bool) -> list[Case]:
     return [Case(height // 4, width // 4, 32, 1, shared), Case(height // 16, width // 16, 128, 2, shared)]
 
 
-def operator(device: str, repeats: int, size: tuple[int, int]) -> list[dict]:
-    """The operator beside its definition, with fields of each head and of all."""
+def operator(device: str, repeats: int, size: tuple[int, int], reference: Path | None) -> list[dict]:
+    """The operator beside its definition, with fields of each head and of all; on a GPU beside all forms."""
+    cases = {torch.float32: [*scales(*size, False), *scales(*size, True)]}
+    cases[torch.bfloat16] = cases[torch.float32]
+    names = {dtype: ["definition", "operator"] for dtype in cases}
+    if device == "cuda":
+        fine, coarse = scales(*size, False)[0], scales(*size, True)[1]
+        cases = {torch.bfloat16: [fine, coarse], torch.float32: [fine, coarse]}
+        names[torch.bfloat16] += ["definition compiled", "reductions"]
+        if reference:
+            names[torch.bfloat16] += ["authors", "authors compiled"]
+            names[torch.float32] += ["authors' CUDA"] * match_stereo_authors.cuda_operator_built()
     rows = []
-    for case in (*scales(*size, False), *scales(*size, True)):
-        for dtype, tolerance in TOLERANCE.items():
+    for dtype in cases:
+        for case in cases[dtype]:
+            definition = partial(attention, "definition")
             forms = {
-                name: Implementation(partial(attention, form), partial(attention, Definition))
-                for name, form in {"definition": Definition, "operator": Operator}.items()
+                name: Implementation(
+                    partial(attention, name),
+                    definition,
+                    "" if name != "authors' CUDA" else "which has no backward pass",
+                )
+                for name in names[dtype]
             }
-            rows += measure("match_attention", case, forms, "definition", dtype, tolerance, device, repeats)
+            rows += measure("match_attention", case, forms, "definition", dtype, TOLERANCE[dtype], device, repeats)
     return rows
 
 
-def block(device: str, repeats: int, size: tuple[int, int]) -> list[dict]:
+def block(device: str, repeats: int, size: tuple[int, int], reference: Path | None) -> list[dict]:
     """A decoder layer with the definition and with the operator."""
     rows = []
     for case in scales(*size, False):
@@ -157,11 +236,15 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--size", default="192x416", help="height x width of the images")
+    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="checkout of the authors' repository")
     parser.add_argument("--dry", action="store_true", help="write no rows")
     options = parser.parse_args()
     height, width = map(int, options.size.split("x"))
+    if options.reference:
+        match_stereo_authors.use(options.reference)
+    given = options.device, options.repeats, (height, width), options.reference
     for part in options.parts:
-        rows = [{"part": part, **row} for row in PARTS[part](options.device, options.repeats, (height, width))]
+        rows = [{"part": part, **row} for row in PARTS[part](*given)]
         if not options.dry:
             write_rows(RESULTS / "match_attention.csv", rows, key=("part", "device"))
 

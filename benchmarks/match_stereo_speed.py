@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import timm
@@ -30,6 +27,7 @@ from skimage import data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import match_stereo_authors
 import visionattn  # noqa: F401  registers the names
 from report import RESULTS, environment, paired_milliseconds, summarize, write_rows
 from visionattn.cost import count_parameters
@@ -51,17 +49,8 @@ def pair(width: int, height: int) -> tuple[Tensor, Tensor]:
 
 
 def authors_network(folder: Path) -> nn.Module:
-    """The authors' tiny network; it imports helpers from where older timm had them."""
-    layers, helpers, registry = (ModuleType(f"timm.models.{name}") for name in ("layers", "layers.helpers", "registry"))
-    layers.__dict__.update(vars(timm.layers))
-    layers.helpers, helpers.to_2tuple, registry.register_model = helpers, timm.layers.to_2tuple, lambda f: f
-    sys.modules |= {module.__name__: module for module in (layers, helpers, registry)}
-    sys.path.insert(0, str(folder))
-    from models.match_stereo import MatchStereo
-
-    torch.manual_seed(0)
-    model = MatchStereo(Namespace(mode="stereo", variant="tiny", mat_impl="pytorch", device_id=-1))
-    return decided(model, "init_correlation_volume")
+    match_stereo_authors.use(folder)
+    return decided(match_stereo_authors.network(), "init_correlation_volume")
 
 
 def decided(model: nn.Module, start: str) -> nn.Module:

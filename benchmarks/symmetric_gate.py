@@ -2,7 +2,7 @@
 
     python benchmarks/symmetric_gate.py --device cpu
 
-Writes results/symmetric_gate.csv. Times nothing when the operator's values are wrong.
+Writes results/symmetric_gate.csv. A form whose values are wrong is not timed.
 """
 
 from __future__ import annotations
