@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -34,47 +35,73 @@ from visionattn.kernels import decompositions
 
 TOLERANCE = 5e-2
 Call = Callable[[], Tensor]
-GPU = {
-    "batch": 64,
-    "pixels": 256,
-    "pairs": [(1536, 1536), (3840, 2176)],
-    "growing": [(1536, 512), (1536, 1024), (1536, 2048), (1536, 4096)],
-    "picture": (1280, 720),
-    "dtype": torch.float16,
-}
-SMALL = {
-    "batch": 1,
-    "pixels": 256,
-    "pairs": [(224, 192)],
-    "growing": [(224, 192), (224, 384)],
-    "picture": (64, 48),
-    "dtype": torch.float32,
+
+
+class Setting(NamedTuple):
+    """Where networks run and over what.
+
+    Attributes:
+        device: `"cuda"` or `"cpu"`.
+        dtype: Of networks that are not under autocast.
+        batch: Images of classifiers, of 256 x 256.
+        pairs: Width and height of stereo pairs, all forms beside each other.
+        growing: Those of ours alone.
+        picture: Of super-resolution.
+        repeats: Rounds.
+        reference: Checkout of MatchStereo's repository.
+    """
+
+    device: str
+    dtype: torch.dtype
+    batch: int
+    pairs: list[tuple[int, int]]
+    growing: list[tuple[int, int]]
+    picture: tuple[int, int]
+    repeats: int = 20
+    reference: Path | None = None
+
+
+SETTINGS = {
+    "cuda": Setting(
+        "cuda",
+        torch.float16,
+        batch=64,
+        pairs=[(1536, 1536), (3840, 2176)],
+        growing=[(1536, 512), (1536, 1024), (1536, 2048), (1536, 4096)],
+        picture=(1280, 720),
+    ),
+    "cpu": Setting("cpu", torch.float32, batch=1, pairs=[(224, 192)], growing=[(224, 192)], picture=(64, 48)),
 }
 
 
-def compare(calls: dict[str, Call], baseline: str, device: str, repeats: int, compared: bool = True) -> list[dict]:
-    """Rows of calls that do the same, each checked against the first."""
+def compare(calls: dict[str, Call], baseline: str, setting: Setting, same: bool = True) -> list[dict]:
+    """Rows of calls that do the same, each checked against the first; or of calls that need not."""
     kept, peaks, errors = {}, {}, {}
     expected = None
     for name, call in calls.items():
         try:
             output = call().float()  # a first call compiles
-            peaks[name] = peak_mib(call, device)
+            peaks[name] = peak_mib(call, setting.device)
         except torch.OutOfMemoryError:
             print(f"without {name}: memory does not suffice", flush=True)
             continue
         expected = output if expected is None else expected
         errors[name] = ""
-        if compared and output.shape == expected.shape:
+        if same and output.shape == expected.shape:
             error = ((output - expected).abs().median() / (expected.max() - expected.min())).item()
             errors[name] = f"{error:.1e}"
             if not error <= TOLERANCE:
                 print(f"without {name}: it is off by {error:.1e}", flush=True)
                 continue
         kept[name] = call
-    times = paired_milliseconds(kept, device, repeats, warm_up=2)
-    columns = summarize(times, baseline if baseline in kept else next(iter(kept)))
-    return [{"form": name, **columns[name], "peak_mib": peaks[name], "error": errors[name]} for name in kept]
+    if baseline not in kept:
+        raise SystemExit(f"Nothing is timed without {baseline}.")
+    times = paired_milliseconds(kept, setting.device, setting.repeats, warm_up=2)
+    columns = summarize(times, baseline)
+    return [
+        {"form": name, **columns[name], "ratio_to": baseline, "peak_mib": peaks[name], "error": errors[name]}
+        for name in kept
+    ]
 
 
 def peak_mib(call: Call, device: str) -> str:
@@ -87,9 +114,9 @@ def peak_mib(call: Call, device: str) -> str:
     return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f}"
 
 
-def inference(model: nn.Module, *inputs: Tensor) -> Call:
+def inference(model: nn.Module, *inputs: Tensor, mixed: bool = False) -> Call:
     def call() -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=mixed):
             return model(*inputs)
 
     return call
@@ -112,58 +139,55 @@ def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, dynamic=False)
 
 
-def halonet(device: str, repeats: int, sizes: dict, reference: Path | None) -> list[dict]:
-    images = torch.randn(sizes["batch"], 3, sizes["pixels"], sizes["pixels"], device=device)
-    models = {name: timm.create_model(name).to(device).train() for name in ("halonet_h1", "va_halonet_h1")}
+def halonet(setting: Setting) -> list[dict]:
+    images = torch.randn(setting.batch, 3, 256, 256, device=setting.device)
+    models = {name: timm.create_model(name).to(setting.device).train() for name in ("halonet_h1", "va_halonet_h1")}
     calls = {name: training_step(model, images) for name, model in models.items()}
-    if device == "cuda":
+    if setting.device == "cuda":
         calls |= {f"{name} compiled": training_step(compiled(model), images) for name, model in models.items()}
-    shape = "x".join(map(str, images.shape))
-    common = {"network": "halonet_h1", "input": shape, "pass": "training step", "dtype": "bfloat16 autocast"}
-    rows = compare(calls, "halonet_h1", device, repeats, compared=False)
-    return [common | row for row in rows]
+    rows = compare(calls, "halonet_h1", setting, same=False)
+    return [classifier("halonet_h1", images, "training step") | row for row in rows]
 
 
-def accelerate(device: str, repeats: int, sizes: dict, reference: Path | None) -> list[dict]:
+def classifier(name: str, images: Tensor, step: str) -> dict:
+    return {"network": name, "input": "x".join(map(str, images.shape)), "pass": step, "dtype": "bfloat16 autocast"}
+
+
+def accelerate(setting: Setting) -> list[dict]:
     name, rows = "halonet50ts", []
-    images = torch.randn(sizes["batch"], 3, sizes["pixels"], sizes["pixels"], device=device)
+    images = torch.randn(setting.batch, 3, 256, 256, device=setting.device)
     torch.manual_seed(0)
-    model = timm.create_model(name, zero_init_last=False).to(device)
-    forms = {"timm": model, "accelerated": visionattn.accelerate(timm.create_model(name).to(device))}
+    model = timm.create_model(name, zero_init_last=False).to(setting.device)
+    forms = {"timm": model, "accelerated": visionattn.accelerate(timm.create_model(name).to(setting.device))}
     forms["accelerated"].load_state_dict(model.state_dict())
-    if device == "cuda":
+    if setting.device == "cuda":
         forms |= {f"{form} compiled": compiled(network) for form, network in forms.items()}
-    for step, train in (("inference", False), ("training step", True)):
-        for network in forms.values():
-            network.train(train)
-        if train:
-            calls = {form: training_step(network, images) for form, network in forms.items()}
-        else:
-            calls = {form: autocast(inference(network, images), device) for form, network in forms.items()}
-        shape = "x".join(map(str, images.shape))
-        common = {"network": name, "input": shape, "pass": step, "dtype": "bfloat16 autocast"}
-        rows += [common | row for row in compare(calls, "timm", device, repeats)]
+    for step in ("inference", "training step"):
+        calls: dict[str, Call] = {}
+        for form, network in forms.items():
+            network.train(step == "training step")
+            if network.training:
+                calls[form] = training_step(network, images)
+            else:
+                calls[form] = inference(network, images, mixed=True)
+        rows += [classifier(name, images, step) | row for row in compare(calls, "timm", setting)]
     return rows
 
 
-def autocast(call: Call, device: str) -> Call:
-    return torch.autocast(device, torch.bfloat16)(call)
-
-
-def match_stereo(device: str, repeats: int, sizes: dict, reference: Path | None) -> list[dict]:
-    dtype, rows = sizes["dtype"], []
+def match_stereo(setting: Setting) -> list[dict]:
+    device, dtype, rows = setting.device, setting.dtype, []
     torch.manual_seed(0)
     ours = decided(timm.create_model(TINY), "start").requires_grad_(False)
     theirs = {}
-    if reference:
-        match_stereo_authors.use(reference)
+    if setting.reference:
+        match_stereo_authors.use(setting.reference)
         theirs["authors"] = decided(match_stereo_authors.network(), "init_correlation_volume")
         ours.load_state_dict(theirs["authors"].state_dict())
         if match_stereo_authors.cuda_operator_built():
             theirs["authors, their CUDA operator"] = match_stereo_authors.network("cuda").eval()
             theirs["authors, their CUDA operator"].load_state_dict(theirs["authors"].state_dict())
     ours, theirs = ours.to(device, dtype), {name: model.to(device, dtype) for name, model in theirs.items()}
-    for width, height in sizes["pairs"]:
+    for width, height in setting.pairs:
         torch.compiler.reset()
         views = [view.to(device, dtype) for view in pair(width, height)]
         calls = {"ours": inference(ours, *views)}
@@ -172,10 +196,10 @@ def match_stereo(device: str, repeats: int, sizes: dict, reference: Path | None)
             calls["ours compiled"] = inference(compiled(ours), *views)
             calls |= {f"{name} compiled": disparities(compiled(model), views) for name, model in theirs.items()}
         baseline = "authors compiled" if "authors compiled" in calls else "ours"
-        rows += [stereo_row(width, height, dtype) | row for row in compare(calls, baseline, device, repeats)]
-    for width, height in sizes["growing"]:
+        rows += [stereo_row(width, height, dtype) | row for row in compare(calls, baseline, setting)]
+    for width, height in setting.growing:
         views = [view.to(device, dtype) for view in pair(width, height)]
-        (row,) = compare({"ours, growing": inference(ours, *views)}, "ours, growing", device, repeats)
+        (row,) = compare({"ours, growing": inference(ours, *views)}, "ours, growing", setting)
         rows.append(stereo_row(width, height, dtype) | row)
     return rows
 
@@ -197,8 +221,8 @@ def disparities(model: nn.Module, views: list[Tensor]) -> Call:
     return call
 
 
-def span(device: str, repeats: int, sizes: dict, reference: Path | None) -> list[dict]:
-    (width, height), dtype = sizes["picture"], sizes["dtype"]
+def span(setting: Setting) -> list[dict]:
+    (width, height), device, dtype = setting.picture, setting.device, setting.dtype
     x = torch.rand(1, 3, height, width).to(device, dtype, memory_format=torch.channels_last)
     torch.manual_seed(0)
     model = timm.create_model("va_span_ch28_x4").eval().requires_grad_(False)
@@ -212,7 +236,7 @@ def span(device: str, repeats: int, sizes: dict, reference: Path | None) -> list
     baseline = "plain compiled" if "plain compiled" in calls else "plain"
     kind = str(dtype).removeprefix("torch.")
     common = {"network": "va_span_ch28_x4", "input": f"{height}x{width}", "pass": "inference", "dtype": kind}
-    return [common | row for row in compare(calls, baseline, device, repeats)]
+    return [common | row for row in compare(calls, baseline, setting)]
 
 
 def by_definition(model: nn.Module) -> tuple[nn.Module, int]:
@@ -245,14 +269,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--dry", action="store_true", help="write no rows")
     options = parser.parse_args()
-    sizes, origin = GPU if options.device == "cuda" else SMALL, environment(options.device)
+    setting = SETTINGS[options.device]._replace(repeats=options.repeats, reference=options.reference)
     for part in options.parts:
-        rows = [
-            {"part": part, **row, **origin, "seed": 0}
-            for row in PARTS[part](options.device, options.repeats, sizes, options.reference)
-        ]
+        rows = [{"part": part, **row, **environment(options.device), "seed": 0} for row in PARTS[part](setting)]
         for row in rows:
-            print(*list(row.values())[:11], sep=" | ", flush=True)
+            print(*list(row.values())[:12], sep=" | ", flush=True)
         if not options.dry:
             write_rows(RESULTS / "networks.csv", rows, key=("part", "device"))
 

@@ -84,7 +84,9 @@ def calls(name: str, part: str) -> str:
     rows = [row for row in read_rows(RESULTS / f"{name}.csv") if row["part"] == part]
     if not rows:
         return "Not measured yet.\n"
-    head = ["case", "dtype", "pass", "implementation", "median ms", "spread", "ratio", "peak MiB"]
+    memory = [key for key in ("peak_mib", "saved_mib") if any(row.get(key) for row in rows)]
+    head = ["case", "dtype", "pass", "implementation", "median ms", "spread", "ratio"]
+    head += [key.replace("_mib", " MiB") for key in memory]
     tables = []
     for device in dict.fromkeys(row["device"] for row in rows):
         found = [row for row in rows if row["device"] == device]
@@ -92,7 +94,7 @@ def calls(name: str, part: str) -> str:
             [
                 *(row[key] for key in ("case", "dtype", "pass", "implementation")),
                 *(row[key] and f"{float(row[key]):.2f}" for key in ("median_ms", "iqr_ms", "ratio")),
-                row["peak_mib"] and f"{float(row['peak_mib']):,.0f}",
+                *(row.get(key) and f"{float(row[key]):,.0f}" for key in memory),
             ]
             for row in found
         )
@@ -455,6 +457,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernel_resources": kernel_resources,
     "kernel_model": kernel_model,
     "gpu_checks": lambda: plain("gpu_checks"),
+    "networks": lambda: plain("networks"),
+    "match_stereo_memory": lambda: plain("match_stereo_memory"),
 }
 
 
