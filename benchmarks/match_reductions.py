@@ -53,7 +53,7 @@ def match_attention_bwd_kv_reductions_kernel(
         by_k_at, _ = _places(by_k_ptr, first, mask, c, D, CHUNK)
         for m in tl.static_range(SIDE * SIDE):
             place = (m // SIDE) * (W * HEADS * D) + (m % SIDE) * (HEADS * D)
-            slope = tl.load(slope_ptr + n * (SIDE * SIDE) + m, mask=mask, other=0.0)[:, None]
+            slope = tl.load(slope_ptr + m * count.to(tl.int64) + n, mask=mask, other=0.0)[:, None]
             by_k = slope * q
             if L1:
                 by_k = slope * _sign(q - tl.load(k_at + place, mask=inside, other=0.0).to(tl.float32))
@@ -63,7 +63,7 @@ def match_attention_bwd_kv_reductions_kernel(
         by_v_at, inside = _places(by_v_ptr, first, mask, c, DV, CHUNK)
         for m in tl.static_range(SIDE * SIDE):
             place = (m // SIDE) * (W * HEADS * DV) + (m % SIDE) * (HEADS * DV)
-            attention = tl.load(attention_ptr + n * (SIDE * SIDE) + m, mask=mask, other=0.0)[:, None]
+            attention = tl.load(attention_ptr + m * count.to(tl.int64) + n, mask=mask, other=0.0)[:, None]
             tl.atomic_add(by_v_at + place, attention * grad, mask=inside, sem="relaxed")
 
 

@@ -93,8 +93,8 @@ class OfQueries(NamedTuple):
         by_q: (B, H, W, heads, D).
         by_field: (B, H, W, heads, 2), in float32.
         first: The row of each query's first key, (B H W heads).
-        attention: (B H W heads, M), in float32.
-        slope: By the scores, over sqrt(D), (B H W heads, M), in float32.
+        attention: (M, B H W heads), in float32.
+        slope: By the scores, over sqrt(D), (M, B H W heads), in float32.
     """
 
     by_q: Tensor
@@ -121,7 +121,7 @@ def backward_q(
         torch.empty_like(q),
         q.new_empty(*q.shape[:4], 2, dtype=torch.float32),
         torch.empty(count, dtype=torch.int64, device=q.device),
-        *(q.new_empty(count, window, dtype=torch.float32) for _ in range(2)),
+        *(q.new_empty(window, count, dtype=torch.float32) for _ in range(2)),
     )
     with torch.cuda.device_of(q):
         match_attention_bwd_q_kernel[(triton.cdiv(count, launched.block),)](

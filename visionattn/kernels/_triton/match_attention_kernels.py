@@ -177,6 +177,60 @@ def _attention(m: tl.constexpr, scores, tops, shares, weights, SIDE: tl.constexp
 
 
 @triton.jit
+def _joined(values, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """Every STEP-th of the tensors from FIRST on, COUNT of them, as one: (BLOCK, 2, ..., 2), lowest bit last."""
+    if COUNT == 1:
+        tile = values[FIRST]
+    else:
+        even = _joined(values, FIRST, 2 * STEP, COUNT // 2)
+        tile = tl.join(even, _joined(values, FIRST + STEP, 2 * STEP, COUNT // 2))
+    return tile
+
+
+@triton.jit
+def _columns(tile, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    """The columns of a tile (BLOCK, COUNT), a tensor each."""
+    if COUNT == 1:
+        columns = (tl.reshape(tile, [BLOCK]),)
+    else:
+        # The right half apart from the left one first: then a tile changes threads once, not each of its parts.
+        left, right = tl.split(tl.permute(tl.reshape(tile, [BLOCK, 2, COUNT // 2]), (0, 2, 1)))
+        columns = _columns(left, BLOCK, COUNT // 2) + _columns(right, BLOCK, COUNT // 2)
+    return columns
+
+
+# What each query has of its keys lies in rows. A thread has a row: alone it would touch 2 bytes at a time, far from its
+# neighbours'. Tiles go through shared memory, between threads that have rows and 16 bytes side by side. 36 = 32 + 4.
+
+
+@triton.jit
+def _store_rows(ptr, values, n, mask, SIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a tensor for each key as rows of a table (queries, keys)."""
+    MOST: tl.constexpr = SIDE * SIDE // 16 * 16
+    REST: tl.constexpr = SIDE * SIDE - MOST
+    at = (ptr + n * (SIDE * SIDE))[:, None]
+    tile = tl.reshape(_joined(values, 0, 1, MOST), [BLOCK, MOST])
+    tl.store(at + tl.arange(0, MOST)[None, :], tile, mask=mask[:, None])
+    if REST > 0:
+        tile = tl.reshape(_joined(values, MOST, 1, REST), [BLOCK, REST])
+        tl.store(at + MOST + tl.arange(0, REST)[None, :], tile, mask=mask[:, None])
+
+
+@triton.jit
+def _load_rows(ptr, n, mask, SIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The same way back, in float32."""
+    MOST: tl.constexpr = SIDE * SIDE // 16 * 16
+    REST: tl.constexpr = SIDE * SIDE - MOST
+    at = (ptr + n * (SIDE * SIDE))[:, None]
+    tile = tl.load(at + tl.arange(0, MOST)[None, :], mask=mask[:, None], other=0.0)
+    values = _columns(tile.to(tl.float32), BLOCK, MOST)
+    if REST > 0:
+        tile = tl.load(at + MOST + tl.arange(0, REST)[None, :], mask=mask[:, None], other=0.0)
+        values = values + _columns(tile.to(tl.float32), BLOCK, REST)
+    return values
+
+
+@triton.jit
 def match_attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -210,9 +264,8 @@ def match_attention_fwd_kernel(
     weights = _weights(u, v)
     attention = ()
     for m in tl.static_range(SIDE * SIDE):
-        a = _attention(m, scores, tops, shares, weights, SIDE)
-        tl.store(attention_ptr + n * (SIDE * SIDE) + m, a, mask=mask)
-        attention = attention + (a,)
+        attention = attention + (_attention(m, scores, tops, shares, weights, SIDE),)
+    _store_rows(attention_ptr, attention, n, mask, SIDE, BLOCK)
     for c in range(0, value_channels, CHUNK):
         at, inside = _places(v_ptr, first, mask, c, DV, CHUNK)
         out = tl.zeros([BLOCK, CHUNK], tl.float32)
@@ -254,7 +307,10 @@ def match_attention_bwd_q_kernel(
     L1: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients by q and each head's field; rows of first keys, the attention, and slopes: by scores, over sqrt(D)."""
+    """Gradients by q and each head's field; rows of first keys, the attention, and slopes: by scores, over sqrt(D).
+
+    The last two are for the other backward kernel: (keys, queries), so that neighbouring threads' lie side by side.
+    """
     SIDE: tl.constexpr = 2 * RADIUS + 2
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = n < count
@@ -266,10 +322,9 @@ def match_attention_bwd_q_kernel(
             by_attention, grad_ptr, v_ptr, n, first, mask, W, value_channels, HEADS, SIDE, DV, CHUNK, False
         )
     if OF_ATTENTION:
-        sums = ()
+        more, sums = _load_rows(grad_attention_ptr, n, mask, SIDE, BLOCK), ()
         for m in tl.static_range(SIDE * SIDE):
-            more = tl.load(grad_attention_ptr + n * (SIDE * SIDE) + m, mask=mask, other=0.0).to(tl.float32)
-            sums = sums + (by_attention[m] + more,)
+            sums = sums + (by_attention[m] + more[m],)
         by_attention = sums
     # After the products: the exponentials of all sub-windows, which stay in registers, would not fit beside those.
     tops, shares = _sub_windows(scores, SIDE)
@@ -290,9 +345,9 @@ def match_attention_bwd_q_kernel(
                 alpha = shares[t] * tl.exp(scores[m] - tops[t])
                 slope += weights[t] * alpha * (by_attention[m] - by_weights[t])
         slope *= scale
-        tl.store(slope_ptr + n * (SIDE * SIDE) + m, slope, mask=mask)
+        tl.store(slope_ptr + m * count.to(tl.int64) + n, slope, mask=mask)
         a = _attention(m, scores, tops, shares, weights, SIDE)
-        tl.store(attention_ptr + n * (SIDE * SIDE) + m, a, mask=mask)
+        tl.store(attention_ptr + m * count.to(tl.int64) + n, a, mask=mask)
         slopes = slopes + (slope,)
 
     by_u = (1 - v) * (by_weights[1] - by_weights[0]) + v * (by_weights[3] - by_weights[2])
@@ -359,11 +414,11 @@ def match_attention_bwd_kv_kernel(
         for _ in range(tl.max(end - at, 0)):
             here = at < end
             query = tl.load(order_ptr + at, mask=here, other=0)
-            slope = tl.load(slope_ptr + query * (SIDE * SIDE) + m, mask=here, other=0.0)
+            slope = tl.load(slope_ptr + m * count.to(tl.int64) + query, mask=here, other=0.0)
             q = _part(q_ptr, query, here, c, D, CHUNK)
             by_k += slope[:, None] * (_sign(q - k) if L1 else q)
             if OF_OUT:
-                a = tl.load(attention_ptr + query * (SIDE * SIDE) + m, mask=here, other=0.0)
+                a = tl.load(attention_ptr + m * count.to(tl.int64) + query, mask=here, other=0.0)
                 by_v += a[:, None] * _part(grad_ptr, query, here, c, DV, CHUNK)
             at += 1
     at, inside = _places(by_k_ptr, n, mask, c, D, CHUNK)
