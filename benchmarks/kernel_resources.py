@@ -78,17 +78,20 @@ def halo_attention_cases() -> Iterator[Case]:
         precision = "tf32x3" if dtype == "fp32" else "tf32"
         given = {"BLOCK": block, "HALO": halo, "STRIDE": 1, "STEP": 1, "HALF": dtype != "fp32", "PRECISION": precision}
         shape = kernels.Shape(D, D, block, halo, 1, TORCH[dtype], from_shared=chips != (80,))
-        cases = {kernels.halo_attention_fwd_kernel: kernels.tiles_of_queries(shape, backward=False)}
+        forward = kernels.tiles_of_queries(shape, backward=False)
+        cases = [(kernels.halo_attention_fwd_kernel, forward, {"AGAIN": again}) for again in (False, True)]
         if dtype != "fp32" or D <= 16:  # which the launcher takes
-            cases[kernels.halo_attention_bwd_q_kernel] = kernels.tiles_of_queries(shape, backward=True)
-            cases[kernels.halo_attention_bwd_kv_kernel] = kernels.tiles_of_keys(shape)
-        for kernel, tiles in cases.items():
+            cases += [
+                (kernels.halo_attention_bwd_q_kernel, kernels.tiles_of_queries(shape, backward=True), {}),
+                (kernels.halo_attention_bwd_kv_kernel, kernels.tiles_of_keys(shape), {}),
+            ]
+        for kernel, tiles, again in cases:
             masked = {"MASK": True} if "MASK" in kernel.arg_names else {}
-            constants = given | masked | tiles.constants
+            constants = given | masked | again | tiles.constants
             whole = [name for name in kernel.arg_names if not name.endswith("_ptr") and name not in constants]
             numbers = {name: "i32:16" if name in ("D", "DV") or "_s" in name else "i32" for name in whole}
             types = pointers(kernel, dtype, **singles) | numbers | {"scale": "fp32"}
-            configuration = f"block {block}, halo {halo}, D {D}"
+            configuration = f"block {block}, halo {halo}, D {D}" + ", again" * again.get("AGAIN", False)
             tested = dtype == "bf16" and (block, halo, D) in ((8, 3, 16), (8, 3, 64))
             yield Case(kernel, dtype, types, constants, tiles.options, configuration, tested, dots=True, chips=chips)
 

@@ -54,9 +54,9 @@ class OperatorContract:
     tolerance: dict[torch.dtype, float]
     samples: Callable[..., list[tuple]]
 
-    def interpreter_samples(self) -> list[tuple]:
+    def interpreter_samples(self, dtype: torch.dtype) -> list[tuple]:
         """Give the arguments that run in Triton's interpreter; override where all samples would take too long."""
-        return self.samples(torch.float32, "cpu")
+        return self.samples(dtype, "cpu")
 
     @property
     def operator(self):
@@ -221,9 +221,14 @@ class OperatorContract:
         kernels = importlib.import_module(f"visionattn.kernels._triton.{self.name}")
         torch.library.register_kernel(f"visionattn::{self.name}", "cpu", kernels.forward)
         torch.library.register_kernel(f"visionattn::{self.name}_backward", "cpu", kernels.backward)
-        with poisoned_memory():
-            self.check_values(self.interpreter_samples(), self.tolerance[torch.float32])
+        with poisoned_memory(), bfloat16_in_the_interpreter():
+            self.check_kernels()
         print("interpreted")
+
+    def check_kernels(self) -> None:
+        """Compare values of the kernels: of all samples in float32, of a few in half precisions."""
+        for dtype, count in ((torch.float32, None), (torch.bfloat16, 3), (torch.float16, 3)):
+            self.check_values(self.interpreter_samples(dtype)[:count], self.tolerance[dtype])
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], args) -> tuple:
@@ -271,6 +276,34 @@ def count_flops(function: Callable, args) -> int:
     with FlopCounterMode(display=False) as counter:
         sum_of(function(*args)).backward()
     return counter.get_total_flops()
+
+
+@contextmanager
+def bfloat16_in_the_interpreter():
+    """Make bfloat16 of other numbers, and products of it: Triton's interpreter has its bits as integers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast_by_float32(self, source, kind):
+        if kind.scalar == tl.bfloat16 and not source.dtype.scalar.is_floating():
+            source = cast(self, source, tl.float32)
+        return cast(self, source, kind)
+
+    def widened(factor):
+        if factor.dtype.scalar != tl.bfloat16:
+            return factor
+        return TensorHandle((factor.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def dot_in_float32(self, left, right, *rest):
+        return dot(self, widened(left), widened(right), *rest)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_by_float32, dot_in_float32
+    try:
+        yield
+    finally:
+        InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
 
 
 @contextmanager

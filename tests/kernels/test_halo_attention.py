@@ -98,15 +98,15 @@ class TestHaloAttention(OperatorContract):
             case(dim=2, dim_v=1, heads=1, images=1, size=(1, 1)),
         ]
 
-    def interpreter_samples(self):
-        samples = self.samples(torch.float32, "cpu")
+    def interpreter_samples(self, dtype):
+        samples = self.samples(dtype, "cpu")
         few = [samples[number] for number in (0, 5, 6, 7, 8, 9, 11, 13)]
         for options in (
             {"block": 8, "halo": 3, "size": (9, 8), "dim": 6},  # more queries, rows and keys than a tile holds
             {"block": 6, "halo": 1, "size": (7, 9), "stride": 2},  # rows of queries numbered by 4, of keys by 8
             {"block": 5, "halo": 2, "size": (8, 6)},  # by 5
         ):
-            few.append(arguments(images=1, dtype=torch.float32, **options))
+            few.append(arguments(images=1, dtype=dtype, **options))
         return few
 
 

@@ -84,9 +84,9 @@ class TestMatchAttention(OperatorContract):
             (*(x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2) for x in (q, k, v, field)), *rest),
         ]
 
-    def interpreter_samples(self):
+    def interpreter_samples(self, dtype):
         def case(*size, **options):
-            return arguments(1, size, dtype=torch.float32, **options)
+            return arguments(1, size, dtype=dtype, **options)
 
         q, k, v, field, *rest = case(4, 6, heads=3)
         return [

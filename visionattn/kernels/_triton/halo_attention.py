@@ -162,22 +162,25 @@ class _Call:
         grid = self.B * self.grid[0] * self.grid[1] * self.heads, tiles.count
         return grid, {"MASK": self.masked, **tiles.constants, **tiles.options, **self.constants}
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """The output (B, H', W', heads, Dv) and the logarithms (B, H', W', heads)."""
+    def forward(self) -> Tensor:
+        """The output, (B, H', W', heads, Dv)."""
         q, _, v = self.maps
         out = q.new_empty(self.B, *q.shape[3:], self.heads, v.shape[2])
-        lse = q.new_empty(out.shape[:4], dtype=torch.float32)
+        self._forward(out, out, out, out, again=False)
+        return out
+
+    def _forward(self, *outputs: Tensor, again: bool) -> None:
         grid, constants = self.windows(tiles_of_queries(self.shape, backward=False))
-        with torch.cuda.device_of(q):
+        with torch.cuda.device_of(outputs[0]):
             halo_attention_fwd_kernel[grid](
-                *self.maps, *self.tables, out, lse, *self.sizes, *self.grid, *self.layout, **constants
+                *self.maps, *self.tables, *outputs, *self.sizes, *self.grid, *self.layout, AGAIN=again, **constants
             )
-        return out, lse
 
     def backward(self, grad: Tensor) -> tuple[Tensor, ...]:
         """The gradients by q, k and v, channels-last, and by the tables."""
-        out, lse = self.forward()
-        grad, delta = grad.permute(0, 3, 4, 1, 2).contiguous(), torch.empty_like(lse)
+        grad = grad.permute(0, 3, 4, 1, 2).contiguous()
+        lse, delta = (grad.new_empty(grad.shape[:4], dtype=torch.float32) for _ in range(2))
+        self._forward(grad, grad, lse, delta, again=True)
         by_maps = [x.new_empty(self.B, *x.shape[3:], self.heads, x.shape[2]) for x in self.maps]
         grid, constants = self.windows(tiles_of_queries(self.shape, backward=True))
         parts = [table.new_empty(*grid, *table.shape, dtype=torch.float32) for table in self.tables]
@@ -185,7 +188,7 @@ class _Call:
         key_grid = self.B * self.key_grid[0] * self.key_grid[1] * self.heads, of_keys.count
         with torch.cuda.device_of(grad):
             halo_attention_bwd_q_kernel[grid](
-                *(grad, *self.maps, *self.tables, out, lse, delta, by_maps[0], *parts),
+                *(grad, *self.maps, *self.tables, lse, delta, by_maps[0], *parts),
                 *(*self.sizes, *self.grid, *self.layout),
                 **constants,
             )
@@ -220,7 +223,7 @@ def forward(
     index: str,
 ) -> Tensor:
     """Launch the forward kernel. Any strides; the result is laid out like q."""
-    out, _ = _Call(q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index).forward()
+    out = _Call(q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index).forward()
     return _cropped(out.permute(0, 3, 4, 1, 2), q)
 
 

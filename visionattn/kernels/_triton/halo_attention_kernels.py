@@ -68,11 +68,9 @@ def _spread(logits, bias, code, HALF: tl.constexpr, dot: tl.constexpr):
 
 
 @triton.jit
-def _collect(total, slope, code, HALF: tl.constexpr, dot: tl.constexpr):
+def _collect(total, slope, code, dot: tl.constexpr):
     """The gradient of `_spread` by the bias."""
-    if HALF:
-        return tl.dot(slope.to(tl.bfloat16), tl.trans(code.to(tl.bfloat16)), total)
-    return tl.dot(slope, tl.trans(code.to(tl.float32)), total, input_precision=dot)
+    return tl.dot(slope, tl.trans(code.to(slope.dtype)), total, input_precision=dot)
 
 
 @triton.jit
@@ -91,8 +89,10 @@ def halo_attention_fwd_kernel(
     v_ptr,
     height_ptr,
     width_ptr,
+    grad_ptr,
     out_ptr,
     lse_ptr,
+    delta_ptr,
     heads,
     H,
     W,
@@ -120,6 +120,7 @@ def halo_attention_fwd_kernel(
     STRIDE: tl.constexpr,
     STEP: tl.constexpr,
     MASK: tl.constexpr,
+    AGAIN: tl.constexpr,
     HALF: tl.constexpr,
     QUERIES: tl.constexpr,
     PITCH: tl.constexpr,
@@ -129,7 +130,10 @@ def halo_attention_fwd_kernel(
     PAD_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The output and the logarithm, to base 2, of each query's sum of exponentials."""
+    """The output; or again, for the way back, what it is to each query's gradient, and its sum of exponentials.
+
+    The former are sums of grad times out, of an output that is not rounded; the latter logarithms to base 2.
+    """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     SIDE: tl.constexpr = BLOCK // STRIDE
     head = tl.program_id(0) % heads
@@ -175,8 +179,14 @@ def halo_attention_fwd_kernel(
     first = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
     place = (iy * QW + ix) * heads
     mask = asks[:, None] & (dv < DV)[None, :]
-    tl.store(out_ptr + first * DV + place[:, None] * DV + dv[None, :], out / total[:, None], mask=mask)
-    tl.store(lse_ptr + first + place, largest + tl.log2(total), mask=asks)
+    rows = first * DV + place[:, None] * DV + dv[None, :]
+    out = out / total[:, None]
+    if AGAIN:
+        grad = tl.load(grad_ptr + rows, mask=mask, other=0.0)
+        tl.store(delta_ptr + first + place, tl.sum(grad.to(tl.float32) * out, 1), mask=asks)
+        tl.store(lse_ptr + first + place, largest + tl.log2(total), mask=asks)
+    else:
+        tl.store(out_ptr + rows, out, mask=mask)
 
 
 @triton.jit
@@ -187,7 +197,6 @@ def halo_attention_bwd_q_kernel(
     v_ptr,
     height_ptr,
     width_ptr,
-    out_ptr,
     lse_ptr,
     delta_ptr,
     by_q_ptr,
@@ -229,7 +238,7 @@ def halo_attention_bwd_q_kernel(
     PAD_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient by q, each program's part of those by the tables, and the sums of grad times out."""
+    """The gradient by q, and each program's part of those by the tables."""
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     SIDE: tl.constexpr = BLOCK // STRIDE
     head = tl.program_id(0) % heads
@@ -249,9 +258,7 @@ def halo_attention_bwd_q_kernel(
     place = (iy * QW + ix) * heads
     inside = asks[:, None] & (dv < DV)[None, :]
     grad = tl.load(grad_ptr + first * DV + place[:, None] * DV + dv[None, :], mask=inside, other=0.0)
-    out = tl.load(out_ptr + first * DV + place[:, None] * DV + dv[None, :], mask=inside, other=0.0)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + first + place, delta, mask=asks)
+    delta = tl.load(delta_ptr + first + place, mask=asks, other=0.0)
     lse = tl.load(lse_ptr + first + place, mask=asks, other=float("inf"))  # weights of 0 for who does not ask
 
     of_rows = _relative(q, height_ptr, iy, d, D, STEP, WINDOW, PADDED, PRECISION)
@@ -278,9 +285,10 @@ def halo_attention_bwd_q_kernel(
             logits = tl.where((jy < WINDOW)[None, :], logits, SHUT_OUT)
         p = tl.exp2(logits - lse[:, None])
         slope = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        by_q = tl.dot(slope.to(k.dtype), k, by_q, input_precision=PRECISION)
-        by_rows = _collect(by_rows, slope, row_code, HALF, PRECISION)
-        by_columns = _collect(by_columns, slope, column_code, HALF, PRECISION)
+        slope = slope.to(k.dtype)
+        by_q = tl.dot(slope, k, by_q, input_precision=PRECISION)
+        by_rows = _collect(by_rows, slope, row_code, PRECISION)
+        by_columns = _collect(by_columns, slope, column_code, PRECISION)
 
     by_q = by_q * (1 / tl.sqrt(D.to(tl.float32)))
     table = tl.arange(0, 2 * PADDED)

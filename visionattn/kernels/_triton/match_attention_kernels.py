@@ -1,8 +1,8 @@
 """Triton kernels of `visionattn.kernels.match_attention`.
 
 A thread has one query of one head and all keys of its window, each key's score in a register of its own: sub-windows
-are then known when the kernel is compiled, and no thread waits for another. Channels come 16 bytes at a time. A query
-is read again for each key, from the first-level cache.
+are then known when the kernel is compiled, and threads wait for each other only where attention is stored and its
+gradient loaded. Channels come 16 bytes at a time. A query is read again for each key, from the first-level cache.
 
 Backward, a first kernel does the same again for the queries and the field, and leaves each query's attention and
 slopes. Keys then collect what the queries that see them owe them: queries are sorted by where their window begins,
