@@ -82,7 +82,7 @@ def tiles_of_queries(shape: Shape, backward: bool) -> Tiles:
     if shape.dtype == torch.float32:
         queries = keys = 32 if wide <= 32 and not backward else 16
     elif not backward:
-        queries = keys = 64
+        queries, keys = 64, 32 if wide > 64 and not shape.from_shared else 64
     elif wide > 64 and padded > 16 and not shape.from_shared:
         queries, keys = 16, 32
     else:

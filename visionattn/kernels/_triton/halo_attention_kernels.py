@@ -179,14 +179,12 @@ def halo_attention_fwd_kernel(
     first = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
     place = (iy * QW + ix) * heads
     mask = asks[:, None] & (dv < DV)[None, :]
-    rows = first * DV + place[:, None] * DV + dv[None, :]
-    out = out / total[:, None]
     if AGAIN:
-        grad = tl.load(grad_ptr + rows, mask=mask, other=0.0)
-        tl.store(delta_ptr + first + place, tl.sum(grad.to(tl.float32) * out, 1), mask=asks)
+        grad = tl.load(grad_ptr + first * DV + place[:, None] * DV + dv[None, :], mask=mask, other=0.0)
+        tl.store(delta_ptr + first + place, tl.sum(grad.to(tl.float32) * out, 1) / total, mask=asks)
         tl.store(lse_ptr + first + place, largest + tl.log2(total), mask=asks)
     else:
-        tl.store(out_ptr + rows, out, mask=mask)
+        tl.store(out_ptr + first * DV + place[:, None] * DV + dv[None, :], out / total[:, None], mask=mask)
 
 
 @triton.jit

@@ -54,9 +54,11 @@ def launch(count: int, heads: int, D: int, DV: int, radius: int, similarity: str
     chunk = min(16 // dtype.itemsize, triton.next_power_of_2(max(D, DV)))
     constants = {"HEADS": heads, "RADIUS": radius, "D": D, "DV": DV, "CHUNK": chunk, "L1": similarity == "l1"}
     # Without a limit, ptxas keeps some bytes in memory: to fit one program more, or where it takes all registers.
-    registers = {"bwd_q": 240} if radius == 2 else {}
-    if radius == 2 and dtype == torch.float32:
-        registers["fwd"] = 168
+    registers = {}
+    if radius == 1 and block == SMALL_BLOCK:
+        registers = {"fwd": 96}
+    elif radius == 2:
+        registers = {"bwd_q": 240} | ({"fwd": 208} if dtype == torch.float32 else {})
     return Launch({**constants, "BLOCK": block}, block, registers)
 
 
