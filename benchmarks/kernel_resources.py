@@ -78,8 +78,10 @@ def halo_attention_cases() -> Iterator[Case]:
         precision = "tf32x3" if dtype == "fp32" else "tf32"
         given = {"BLOCK": block, "HALO": halo, "STRIDE": 1, "STEP": 1, "HALF": dtype != "fp32", "PRECISION": precision}
         shape = kernels.Shape(D, D, block, halo, 1, TORCH[dtype], from_shared=chips != (80,))
-        forward = kernels.tiles_of_queries(shape, backward=False)
-        cases = [(kernels.halo_attention_fwd_kernel, forward, {"AGAIN": again}) for again in (False, True)]
+        cases = [
+            (kernels.halo_attention_fwd_kernel, kernels.tiles_of_queries(shape, again=again), {"AGAIN": again})
+            for again in (False, True)
+        ]
         if dtype != "fp32" or D <= 16:  # which the launcher takes
             cases += [
                 (kernels.halo_attention_bwd_q_kernel, kernels.tiles_of_queries(shape, backward=True), {}),

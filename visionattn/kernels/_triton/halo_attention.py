@@ -76,8 +76,14 @@ class Shape(NamedTuple):
 # that tensor cores take of anything.
 
 
-def tiles_of_queries(shape: Shape, backward: bool) -> Tiles:
-    """Tiles of the kernels whose programs have queries and go over a window, some keys at a time."""
+def tiles_of_queries(shape: Shape, backward: bool = False, again: bool = False) -> Tiles:
+    """Tiles of the kernels whose programs have queries and go over a window, some keys at a time.
+
+    Args:
+        shape: See there.
+        backward: Of the backward kernel instead of the forward one.
+        again: Of the forward kernel where the way back begins with it.
+    """
     wide, padded = shape.wide, shape.padded
     if shape.dtype == torch.float32:
         queries = keys = 32 if wide <= 32 and not backward else 16
@@ -89,7 +95,7 @@ def tiles_of_queries(shape: Shape, backward: bool) -> Tiles:
         queries, keys = 64, 64 if wide <= 16 else 32 if wide <= 64 else 16
     count, queries, pitch = _numbered(shape.block_size // shape.stride, queries)
     constants = {"QUERIES": queries, "PITCH": pitch, "ROWS": max(1, keys // padded)}
-    many = (backward or shape.dtype == torch.float32) and (wide > 32 or padded > 16)
+    many = (backward or again or shape.dtype == torch.float32) and (wide > 32 or padded > 16)
     return Tiles(count, shape.constants | constants, OPTIONS | (ALL_REGISTERS if many else {}))
 
 
@@ -170,7 +176,7 @@ class _Call:
         return out
 
     def _forward(self, *outputs: Tensor, again: bool) -> None:
-        grid, constants = self.windows(tiles_of_queries(self.shape, backward=False))
+        grid, constants = self.windows(tiles_of_queries(self.shape, again=again))
         with torch.cuda.device_of(outputs[0]):
             halo_attention_fwd_kernel[grid](
                 *self.maps, *self.tables, *outputs, *self.sizes, *self.grid, *self.layout, AGAIN=again, **constants
