@@ -58,7 +58,7 @@ def launch(count: int, heads: int, D: int, DV: int, radius: int, similarity: str
     if radius == 1 and block == SMALL_BLOCK:
         registers = {"fwd": 96}
     elif radius == 2:
-        registers = {"fwd": 208 if dtype == torch.float32 else 144, "bwd_q": 240}
+        registers = {"fwd": 208 if dtype == torch.float32 else 168, "bwd_q": 240}
     return Launch({**constants, "BLOCK": block}, block, registers)
 
 
