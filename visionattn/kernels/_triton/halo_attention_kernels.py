@@ -7,9 +7,10 @@ for that, registers have no room for a sum by broadcasting. What the border or p
 column of a large negative number, finite, for infinity times 0 is NaN. In half precisions these vectors go as sums of
 two bfloat16 ones, which hold 16 bits.
 
-Backward, a first kernel goes the same way for the queries and the tables, of which each program leaves its part of the
-sum. A second one has tiles of keys, cut in blocks that lie a halo up and left of those of queries: few blocks of
-queries see such a tile, two each way where the halo is at most half a block. Nothing is added atomically.
+Backward, the forward kernel goes again, for what the others need of each query. A second kernel goes the same way for
+the queries and the tables, of which each program leaves its part of the sum. A third one has tiles of keys, cut in
+blocks that lie a halo up and left of those of queries: few blocks of queries see such a tile, two each way where the
+halo is at most half a block. Nothing is added atomically.
 """
 
 from __future__ import annotations
