@@ -1,6 +1,6 @@
 """Match attention beside its definition, and in a decoder layer.
 
-    python benchmarks/match_attention.py --device cpu
+    python benchmarks/match_attention.py --device cpu --reference FOLDER
     python benchmarks/match_attention.py --parts operator --size 384x1248
     python benchmarks/match_attention.py --device cuda --size 1536x1536 --reference FOLDER
 
@@ -10,13 +10,14 @@ channels and radius 1, at 1/16 with 128 channels and radius 2. A training step g
 field by the output and by the attention; in a layer, those of its parameters and inputs.
 
 Forms:
-    definition  visionattn.kernels.match_attention.match_attention_definition: all windows gathered at once
+    definition  visionattn.kernels.match_attention.match_attention_definition: all windows gathered at once, in the
+                order of steps that is fastest in ONNX Runtime
     operator    torch.ops.visionattn.match_attention
+    authors     the authors' PyTorch form, from FOLDER, a checkout of their repository; its centres in float32
 and on a GPU, in bfloat16 at two of the shapes:
     definition compiled  the same under torch.compile
     reductions           the operator, but keys and values get their gradients by atomic additions
-    authors              the authors' PyTorch form, from FOLDER, a checkout of their repository; its centres in float32
-    authors compiled     the same under torch.compile
+    authors compiled     their PyTorch form under torch.compile
     authors' CUDA        their CUDA operator, inference alone, in float32: half precisions would round its centres. It
                          must have been built: see their INSTALL.md
 """
@@ -192,13 +193,13 @@ def operator(device: str, repeats: int, size: tuple[int, int], reference: Path |
     """The operator beside its definition, with fields of each head and of all; on a GPU beside all forms."""
     cases = {torch.float32: [*scales(*size, False), *scales(*size, True)]}
     cases[torch.bfloat16] = cases[torch.float32]
-    names = {dtype: ["definition", "operator"] for dtype in cases}
+    names = {dtype: ["definition", "operator"] + ["authors"] * bool(reference) for dtype in cases}
     if device == "cuda":
         fine, coarse = scales(*size, False)[0], scales(*size, True)[1]
         cases = {torch.bfloat16: [fine, coarse], torch.float32: [fine, coarse]}
         names[torch.bfloat16] += ["definition compiled", "reductions"]
         if reference:
-            names[torch.bfloat16] += ["authors", "authors compiled"]
+            names[torch.bfloat16] += ["authors compiled"]
             names[torch.float32] += ["authors' CUDA"] * match_stereo_authors.cuda_operator_built()
     rows = []
     for dtype in cases:
