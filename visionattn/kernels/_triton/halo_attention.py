@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from visionattn.kernels._triton import ALL_REGISTERS
 from visionattn.kernels._triton.halo_attention_kernels import (
     halo_attention_bwd_kv_kernel,
     halo_attention_bwd_q_kernel,
@@ -35,7 +36,6 @@ __all__ = [
 
 LOG2_E = math.log2(math.e)
 OPTIONS = {"num_warps": 4, "num_stages": 1}
-ALL_REGISTERS = {"maxnreg": 255}  # else ptxas keeps some bytes in memory to fit one program more
 
 
 class Tiles(NamedTuple):
@@ -172,21 +172,25 @@ class _Call:
         """The output, (B, H', W', heads, Dv)."""
         q, _, v = self.maps
         out = q.new_empty(self.B, *q.shape[3:], self.heads, v.shape[2])
-        self._forward(out, out, out, out, again=False)
+        self._forward(grad=out, out=out, lse=out, delta=out, again=False)
         return out
 
-    def _forward(self, *outputs: Tensor, again: bool) -> None:
+    def _forward(self, grad: Tensor, out: Tensor, lse: Tensor, delta: Tensor, again: bool) -> None:
+        """Write `out`, or again `lse` and `delta`, for which `grad` is read; the others are not looked at."""
         grid, constants = self.windows(tiles_of_queries(self.shape, again=again))
-        with torch.cuda.device_of(outputs[0]):
+        with torch.cuda.device_of(out):
             halo_attention_fwd_kernel[grid](
-                *self.maps, *self.tables, *outputs, *self.sizes, *self.grid, *self.layout, AGAIN=again, **constants
+                *(*self.maps, *self.tables, grad, out, lse, delta),
+                *(*self.sizes, *self.grid, *self.layout),
+                AGAIN=again,
+                **constants,
             )
 
     def backward(self, grad: Tensor) -> tuple[Tensor, ...]:
         """The gradients by q, k and v, channels-last, and by the tables."""
         grad = grad.permute(0, 3, 4, 1, 2).contiguous()
         lse, delta = (grad.new_empty(grad.shape[:4], dtype=torch.float32) for _ in range(2))
-        self._forward(grad, grad, lse, delta, again=True)
+        self._forward(grad=grad, out=grad, lse=lse, delta=delta, again=True)
         by_maps = [x.new_empty(self.B, *x.shape[3:], self.heads, x.shape[2]) for x in self.maps]
         grid, constants = self.windows(tiles_of_queries(self.shape, backward=True))
         parts = [table.new_empty(*grid, *table.shape, dtype=torch.float32) for table in self.tables]

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from visionattn.kernels._triton import ALL_REGISTERS
+
 __all__ = [
     "backward",
     "forward",
@@ -265,9 +267,8 @@ class Tiles(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        # Without the cap, ptxas keeps some bytes in memory to fit one program more.
-        cap = {"maxnreg": 255} if self.all_registers else {}
-        return {"num_warps": self.warps, "num_stages": 3 if self.warps == 4 else 2, **cap}
+        limit = ALL_REGISTERS if self.all_registers else {}
+        return {"num_warps": self.warps, "num_stages": 3 if self.warps == 4 else 2, **limit}
 
 
 def tiles(M: int, dtype: torch.dtype, int8_backward: bool = False) -> Tiles:
@@ -278,7 +279,8 @@ def tiles(M: int, dtype: torch.dtype, int8_backward: bool = False) -> Tiles:
 
 def tiles_of_tokens(M: int, dtype: torch.dtype) -> Tiles:
     """Choose those of the kernel whose programs have tokens: in float32 fewer of them, for the registers' sake."""
-    return tiles(M, dtype)._replace(tokens=32 if dtype == torch.float32 else 64)
+    tile = tiles(M, dtype)
+    return tile._replace(tokens=32) if dtype == torch.float32 else tile
 
 
 def precision(dtype: torch.dtype) -> str:
