@@ -1,13 +1,16 @@
 """A file is written whole or not at all."""
 
+import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from visionattn.errors import MissingPackageError, StorageError, require
-from visionattn.files import atomic_path
+from visionattn.errors import DataError, InputError, MissingPackageError, StorageError, require, shorten
+from visionattn.files import TEMPORARY, atomic_path, check_output, exclusive, read_json
 
 
 def test_the_file_appears_at_the_end(tmp_path):
@@ -50,10 +53,126 @@ except StorageError as error:
     print(error)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Nothing was left there." in found.stdout
+    assert "No partial file was left." in found.stdout
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_names_its_extra():
     with pytest.raises(MissingPackageError, match=r"pip install 'visionattn\[export\]'"):
         require("not_a_package", "export")
+
+
+def test_a_symbolic_link_keeps_pointing_to_the_file_that_is_replaced(tmp_path):
+    target, link = tmp_path / "real" / "a.txt", tmp_path / "link.txt"
+    target.parent.mkdir()
+    target.write_text("old")
+    link.symlink_to(target)
+    with atomic_path(link) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "loop"])
+def test_only_regular_files_are_replaced(tmp_path, kind):
+    path = {"device": "/dev/null"}.get(kind, tmp_path / "output.txt")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    with pytest.raises(StorageError, match="Could not write"), atomic_path(path):
+        pass
+    assert kind == "loop" or not os.path.isfile(path)
+
+
+def test_a_name_of_the_greatest_length_is_written(tmp_path):
+    path = tmp_path / ("n" * 251 + ".png")
+    with atomic_path(path) as temporary:
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    code = f"""
+import os, signal
+from visionattn.files import atomic_path
+with atomic_path({str(tmp_path / "a.png")!r}) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(TEMPORARY)
+    with atomic_path(tmp_path / "other.txt") as temporary, atomic_path(tmp_path / "a.txt") as mine:
+        assert not left.exists()
+        assert temporary.exists()
+        assert mine.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "other.txt"]
+
+
+def test_an_output_that_exists_stays_unless_it_may_be_overwritten(tmp_path):
+    path = tmp_path / "a.ONNX"
+    assert check_output(path, suffixes=(".onnx",)) == path
+    path.write_text("mine")
+    with pytest.raises(InputError, match=r"a\.ONNX exists\. Give --overwrite to replace it"):
+        check_output(path)
+    assert check_output(path, overwrite=True) == path
+    with pytest.raises(InputError, match=r"must end in \.onnx"):
+        check_output(tmp_path / "a.tflite", suffixes=(".onnx",))
+    for other in (tmp_path, "/dev/null", "n\0ul", "n" * 300):
+        with pytest.raises(InputError, match="Cannot write"):
+            check_output(other, overwrite=True)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with exclusive(tmp_path), pytest.raises(StorageError, match="Another run is writing"), exclusive(tmp_path):
+        pass
+    with exclusive(tmp_path):  # released
+        pass
+
+
+SCHEMA = {"count": int, "rate": (int, float), "names": [str], "more": {"flag": bool}}
+GOOD = {"count": 3, "rate": 0.5, "names": ["a"], "more": {"flag": True}, "later": None}
+
+
+def test_a_state_file_that_is_as_it_must_be_is_read(tmp_path):
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps(GOOD))
+    assert read_json(path, SCHEMA) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({**GOOD, "count": "3"}, "count must be int, not str"),
+        ({**GOOD, "count": True}, "count must be int, not bool"),
+        ({**GOOD, "names": ["a", 1]}, r"names\[1\] must be str"),
+        ({**GOOD, "names": {}}, "names is not a list"),
+        ({**GOOD, "more": []}, "more is not a dictionary"),
+        ({"count": 3}, "the entry rate is missing"),
+        ([], "not a dictionary"),
+    ],
+)
+def test_a_state_file_that_is_damaged_is_refused(tmp_path, content, message):
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        read_json(path, SCHEMA)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"9" * 5000])
+def test_what_is_no_json_is_refused(tmp_path, content):
+    path = tmp_path / "state.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"Could not read|is damaged"):
+        read_json(path, SCHEMA)
+
+
+def test_what_messages_echo_is_on_one_line_and_short():
+    assert shorten("a\nb\tc  d") == "a b c d"
+    assert shorten("a\x1b[31mred") == "a\\x1b[31mred"
+    assert shorten("\udcff.png") == "\\udcff.png"
+    assert len(shorten("x" * 10**6)) <= 120
+    assert shorten("ab" * 100).startswith("abab")

@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import inspect
+import io
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -18,8 +25,10 @@ import visionattn
 from visionattn import models
 from visionattn.checkpoints import create
 from visionattn.cost import count_macs, count_parameters
-from visionattn.errors import UnknownNameError, VisionAttnError
+from visionattn.errors import UnknownNameError, VisionAttnError, shorten
 
+LONGEST_MESSAGE = 1000  # characters of an error, on one line
+TERMINATED = 128 + signal.SIGTERM
 TRAINING = {
     "fit": "train a model by a recipe",
     "validate": "measure a checkpoint on the validation images",
@@ -173,13 +182,70 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command: 0 when all went well, 2 for a user's mistake, told in one message, 130 after Ctrl-C."""
+class _Terminated(BaseException):
+    """SIGTERM arrived: what is half-written is cleaned up on the way out."""
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM in this process raise an exception, so that temporary files are removed; forked ones just end."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    process = os.getpid()
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            os._exit(TERMINATED)
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _prepare_streams() -> None:
+    """Standard streams that may be closed, or may not know all letters of a file name."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 when all went well, 1 when a batch went on past failures, 2 for a mistake of the user or a fault of the
+        machine (a full disk, no memory), told on one line, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    _prepare_streams()
+    try:
+        with _sigterm_raises():
+            code = _run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough; Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except VisionAttnError as error:
-        print(f"visionattn: {error}", file=sys.stderr)
-        return 2
+        message = shorten(error, LONGEST_MESSAGE)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        message = f"{shorten(error.filename or 'the system')}: {error.strerror}."
+    except MemoryError:
+        message = "There is not enough memory for this."
     except KeyboardInterrupt:
         print("visionattn: stopped.", file=sys.stderr)
         return 130
+    except _Terminated:
+        print("visionattn: stopped by SIGTERM.", file=sys.stderr)
+        return TERMINATED
+    print(f"visionattn: {message}", file=sys.stderr)
+    return 2

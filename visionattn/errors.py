@@ -20,6 +20,7 @@ __all__ = [
     "UnknownNameError",
     "VisionAttnError",
     "require",
+    "shorten",
 ]
 
 
@@ -60,6 +61,21 @@ class StorageError(VisionAttnError, OSError):
 
 class MissingPackageError(VisionAttnError, ImportError):
     """An optional package is not installed."""
+
+
+def shorten(value: object, width: int = 120) -> str:
+    """A value as messages echo it: on one line, without control characters, cut in its middle where it is long.
+
+    Args:
+        value: A name, a path, another library's message.
+        width: The most characters to show.
+    """
+    text = " ".join(str(value).split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    if len(text) <= width:
+        return text
+    half = (width - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
 
 
 def require(module: str, extra: str) -> ModuleType:

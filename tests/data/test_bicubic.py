@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from visionattn.data.bicubic import crop_to_multiple, downscale, upscale
-from visionattn.data.pictures import find_pictures, read_rgb
+from visionattn.data.images import find_images, read_rgb
 from visionattn.errors import InputError
 
 SHARED = Path(__file__).parents[3] / "shared/data/sr"
@@ -20,7 +20,7 @@ SHARED = Path(__file__).parents[3] / "shared/data/sr"
 def test_equals_the_published_small_pictures(name, scale):
     if not (SHARED / name).is_dir():
         pytest.skip(f"{SHARED / name} is not on this machine")
-    for path in find_pictures(SHARED / name / "HR"):
+    for path in find_images(SHARED / name / "HR"):
         small = downscale(crop_to_multiple(read_rgb(path), scale), scale)
         published = read_rgb(SHARED / name / f"LRbicx{scale}" / path.name)
         assert np.array_equal(small, published), path.name

@@ -10,7 +10,7 @@ from PIL import Image
 pytest.importorskip("lightning")
 
 from visionattn.data.bicubic import downscale
-from visionattn.data.pictures import find_pictures, pair_by_name, read_rgb
+from visionattn.data.images import find_images, pair_by_name, read_rgb
 from visionattn.data.restore import CropsByArea, Degradation, Pair, RandomPatches, RestoreData
 from visionattn.errors import ConfigError, DataError
 
@@ -127,7 +127,7 @@ def test_whole_pictures_are_shown_once(folders):
 
 def test_given_small_pictures(folders):
     (folders / "small").mkdir()
-    for number, path in enumerate(find_pictures(folders / "train")):
+    for number, path in enumerate(find_images(folders / "train")):
         name = path.name if number else "0x2.png"
         Image.fromarray(255 - downscale(read_rgb(path), 2)).save(folders / "small" / name)
     data = opened(folders, train_small=[str(folders / "small")])
@@ -171,7 +171,7 @@ def test_whatever_pillow_reads(tmp_path):
     Image.new("L", (16, 12), 7).save(tmp_path / "grey.PNG")
     Image.new("RGBA", (16, 12), (1, 2, 3, 0)).save(tmp_path / "alpha.png")
     (tmp_path / "notes.txt").write_text("not a picture")
-    found = {path.name: read_rgb(path) for path in find_pictures(tmp_path)}
+    found = {path.name: read_rgb(path) for path in find_images(tmp_path)}
     assert sorted(found) == ["alpha.png", "bmp.bmp", "grey.PNG", "jpg.jpg", "png.png", "tiff.tiff", "webp.webp"]
     assert {image.shape for image in found.values()} == {(12, 16, 3)}
     assert found["grey.PNG"][0, 0].tolist() == [7, 7, 7]

@@ -14,8 +14,8 @@ from torch import nn
 
 from visionattn import cli
 from visionattn.data.bicubic import downscale, upscale
+from visionattn.data.images import find_images, read_rgb
 from visionattn.data.luma import luma
-from visionattn.data.pictures import find_pictures, read_rgb
 from visionattn.errors import CheckpointError, ConfigError, DataError, MissingPackageError
 
 pytest.importorskip("skimage")
@@ -134,7 +134,7 @@ def test_several_models_have_several_names(pictures):
 
 def test_small_pictures_of_ones_own(pictures, tmp_path):
     (tmp_path / "small").mkdir()
-    for path in find_pictures(pictures):
+    for path in find_images(pictures):
         small = downscale(read_rgb(path)[:46, :40], 2)
         Image.fromarray(small).save(tmp_path / "small" / f"{path.stem}x2.png")
     expected = super_resolution(Nearest(2), pictures).rows

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visionattn.data.pictures import SUFFIXES
+from visionattn.data.images import SUFFIXES
 from visionattn.errors import ConfigError, DataError
 
 __all__ = ["MISSING", "Catalogue", "ImageStore", "Item", "Part"]

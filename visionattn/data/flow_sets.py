@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from visionattn.data.disparity import read_flow
+from visionattn.data.images import read_rgb
 from visionattn.data.match_pairs import MatchPair, matches_inside
-from visionattn.data.pictures import read_rgb
 from visionattn.errors import ConfigError, DataError
 
 __all__ = ["FLOW_LAYOUTS", "FlowScene", "find_flow_scenes"]

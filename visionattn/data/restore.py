@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from visionattn.data.bicubic import crop_to_multiple, downscale
-from visionattn.data.pictures import find_pictures, pair_by_name, read_rgb
+from visionattn.data.images import find_images, pair_by_name, read_rgb
 from visionattn.data.samplers import EpochSampler, ResumableLoader, SampleKey, SeededDataset
 from visionattn.errors import ConfigError, DataError, require
 
@@ -344,7 +344,7 @@ class RestoreData(LightningDataModule):
         """The pairs of a part, read now if they fit into memory."""
         if not self._folders[part]:
             raise ConfigError(f"There are no pictures: set data.{part if part == 'train' else 'val'} to a folder.")
-        found = {folder: find_pictures(folder) for folder in self._folders[part]}
+        found = {folder: find_images(folder) for folder in self._folders[part]}
         large = [path for files in found.values() for path in files]
         small = None
         if self._small[part]:

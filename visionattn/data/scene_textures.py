@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from visionattn.data.pictures import read_rgb
+from visionattn.data.images import read_rgb
 
 __all__ = ["KINDS", "POOL", "level", "lookup", "photograph", "procedural"]
 

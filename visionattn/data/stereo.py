@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from visionattn.data.disparity import DISPARITY_FILES
-from visionattn.data.pictures import SUFFIXES
+from visionattn.data.images import SUFFIXES
 from visionattn.data.stereo_files import Scene, StereoPair
 from visionattn.data.stereo_sets import SET_LAYOUTS
 from visionattn.errors import ConfigError, DataError

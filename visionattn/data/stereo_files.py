@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from visionattn.data.disparity import read_disparity
-from visionattn.data.pictures import read_rgb
+from visionattn.data.images import read_rgb
 from visionattn.errors import DataError
 
 __all__ = ["Scene", "StereoPair"]

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from visionattn.data.images import find_images
 from visionattn.data.match_pairs import MatchPair, matches_inside
-from visionattn.data.pictures import find_pictures
 from visionattn.data.samplers import SampleKey
 from visionattn.data.scene_surfaces import FIRST, SECOND, SHAPES, Quadric, Seen, Shape, Surface, look, seen_by_other
 from visionattn.data.scene_textures import POOL, level, lookup, photograph, procedural
@@ -298,7 +298,7 @@ class GeneratedPairs(Dataset):
         self.length = length
         self.size = size
         self.max_disparity = max_disparity
-        self.photographs = [path for folder in photographs for path in find_pictures(folder)]
+        self.photographs = [path for folder in photographs for path in find_images(folder)]
         self.flow = flow
         self.rectification = rectification
         self.seed = seed

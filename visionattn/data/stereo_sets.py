@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from visionattn.data.disparity import read_disparity
-from visionattn.data.pictures import SUFFIXES
+from visionattn.data.images import SUFFIXES
 from visionattn.data.stereo_files import Scene
 from visionattn.errors import DataError, MissingPackageError
 

@@ -24,8 +24,8 @@ from torch import nn
 
 from visionattn import __version__
 from visionattn.data.bicubic import crop_to_multiple, downscale, upscale
+from visionattn.data.images import find_images, pair_by_name, read_rgb
 from visionattn.data.luma import cut_border, luma, psnr_y, to_uint8
-from visionattn.data.pictures import find_pictures, pair_by_name, read_rgb
 from visionattn.errors import ConfigError, DataError, InputError, VisionAttnError, require
 from visionattn.evaluate.opening import open_models, place
 from visionattn.files import atomic_path
@@ -139,7 +139,7 @@ def super_resolution(
         MissingPackageError: scikit-image is not installed.
     """
     require("skimage.metrics", "images")
-    files = find_pictures(folder)
+    files = find_images(folder)
     networks = open_models(models)
     scale = _common_scale(networks, scale)
     small_files = pair_by_name(files, small_folder, scale) if small_folder is not None else [None] * len(files)
