@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _AVIF = features.check("avif")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SUFFIXES += (".avif",) if _AVIF else ()
 """The endings of image files that every command reads, in any case of letters."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", *(("AVIF",) if _AVIF else ()))
