@@ -1,6 +1,6 @@
 """Every Triton kernel on a GPU: its values against float64, then its times beside what users would take instead.
 
-    python benchmarks/gpu.py [--families NAME ...] [--reference FOLDER] [--repeats 20] [--again]
+    python -m benchmarks.gpu [--families NAME ...] [--reference FOLDER] [--repeats 20] [--again]
 
 One command. A family is an operator or whole networks, and takes some minutes. Outputs and all gradients of an operator
 are compared with its plain definition in float64, in float32, bfloat16 and float16, at shapes of real models and at odd
@@ -18,8 +18,9 @@ where the check holds, or name what was raised:
     second_device  and on cuda:1 while cuda:0 is the current device
 
 What passes is timed by the operator's own script, which writes its CSV. An operator whose checks of this revision and
-device stand in the table is not checked again, unless told so. Then networks are timed by benchmarks/networks.py, a
-family each. FOLDER is a checkout of MatchStereo's repository, for the authors' forms of match attention.
+device stand in the table is not checked again, unless told so. Then networks are timed by
+benchmarks/models/networks.py, a family each. FOLDER is a checkout of MatchStereo's repository, for the authors' forms
+of match attention.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import visionattn.kernels  # noqa: F401  registers the operators
-from report import RESULTS, environment, read_rows, write_rows
+from benchmarks.report import RESULTS, environment, read_rows, write_rows
 from visionattn.kernels import decompositions, kernels_enabled
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -125,15 +126,15 @@ CASES = {case.__name__: case for case in (symmetric_gate, halo_attention, match_
 CASES[subspace_attention.__name__] = subspace_attention
 # The commands that time a family.
 TIMINGS = {
-    "symmetric_gate": ["symmetric_gate.py"],
-    "halo_attention": ["halo_attention.py", "--parts", "layer"],
-    "match_attention": ["match_attention.py", "--size", "1536x1536"],
-    "multi_query_pool": ["multi_query_pool.py"],
-    "subspace_attention": ["subspace_attention.py"],
-    "halonet": ["networks.py", "--parts", "halonet"],
-    "accelerate": ["networks.py", "--parts", "accelerate"],
-    "match_stereo": ["networks.py", "--parts", "match_stereo"],
-    "span": ["networks.py", "--parts", "span"],
+    "symmetric_gate": ["kernels.symmetric_gate"],
+    "halo_attention": ["kernels.halo_attention", "--parts", "layer"],
+    "match_attention": ["kernels.match_attention", "--size", "1536x1536"],
+    "multi_query_pool": ["kernels.multi_query_pool"],
+    "subspace_attention": ["kernels.subspace_attention"],
+    "halonet": ["models.networks", "--parts", "halonet"],
+    "accelerate": ["models.networks", "--parts", "accelerate"],
+    "match_stereo": ["models.networks", "--parts", "match_stereo"],
+    "span": ["models.networks", "--parts", "span"],
 }
 
 
@@ -286,7 +287,7 @@ def main() -> None:
             failed.append(name)
             continue
         script, *rest = TIMINGS[name]
-        command = [sys.executable, str(Path(__file__).with_name(script)), *rest, "--device", "cuda"]
+        command = [sys.executable, "-m", f"benchmarks.{script}", *rest, "--device", "cuda"]
         command += ["--repeats", str(args.repeats)]
         if args.reference and name.startswith("match"):
             command += ["--reference", str(args.reference)]

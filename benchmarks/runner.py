@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from report import environment, paired_milliseconds, summarize
+from benchmarks.report import environment, paired_milliseconds, summarize
 
 SEED = 0
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h

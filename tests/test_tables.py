@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from report import RESULTS, read_rows
-from tables import BLOCK, DOCS, TABLES, render
+from benchmarks.report import RESULTS, read_rows
+from benchmarks.tables import BLOCK, DOCS, TABLES, render
 
 PAGES = [path for path in sorted(DOCS.rglob("*.md")) if BLOCK.search(path.read_text())]
 

@@ -72,8 +72,8 @@ class Shape(NamedTuple):
 
 
 # The largest tiles whose kernels hold everything in registers on sm_80, sm_90 and sm_100 in half precisions
-# (benchmarks/kernel_resources.py), and the fewest instructions a pair of a query and a key among those. 16 is the least
-# that tensor cores take of anything.
+# (benchmarks/kernels/kernel_resources.py), and the fewest instructions a pair of a query and a key among those. 16 is
+# the least that tensor cores take of anything.
 
 
 def tiles_of_queries(shape: Shape, backward: bool = False, again: bool = False) -> Tiles:

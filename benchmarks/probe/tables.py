@@ -1,0 +1,82 @@
+"""The documentation's tables of probing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.markdown import markdown, plain
+from benchmarks.report import RESULTS, read_rows
+
+
+def probe_sweep() -> str:
+    """The time of a sweep as a share of that of its heads one after the other, or of a single head's."""
+    rows = [row for row in read_rows(RESULTS / "probe_sweep.csv") if row["share"]]
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["tokens and heads", "the sweep's time over that of", "by the clock", "of the processor", "device"]
+    keys = ("case", "implementation", "share", "cpu_share", "device")
+    return markdown(head, ([row[key] for key in keys] for row in rows))
+
+
+def probe_evidence() -> str:
+    """Heads by backbones and data: accuracy with its interval, the best of each column in bold."""
+    rows = read_rows(RESULTS / "probe_evidence.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    cases = list(dict.fromkeys((row["backbone"], row["data"]) for row in rows))
+    heads = list(dict.fromkeys(row["head"] for row in rows))
+    cells = {(row["backbone"], row["data"], row["head"]): row for row in rows}
+    best = {
+        case: max(float(row["accuracy"]) for row in rows if (row["backbone"], row["data"]) == case and row["lr"])
+        for case in cases
+    }
+
+    def cell(case: tuple[str, str], head: str) -> str:
+        row = cells.get((*case, head))
+        if row is None:
+            return ""
+        half = (float(row["high"]) - float(row["low"])) / 2
+        text = f"{row['accuracy']} ± {half:.2f}"
+        return f"**{text}**" if row["lr"] and float(row["accuracy"]) == best[case] else text
+
+    head = ["head", *(f"{backbone}: {data}" for backbone, data in cases)]
+    return markdown(head, ([name, *(cell(case, name) for case in cases)] for name in heads))
+
+
+def probe_evidence_costs() -> str:
+    """The pre-trained ViT on CIFAR-10: accuracy beside parameters, arithmetic and time."""
+    rows = [
+        row
+        for row in read_rows(RESULTS / "probe_evidence.csv")
+        if row["backbone"].startswith("micro ViT, masked") and row["data"] == "cifar10" and "a class" not in row["head"]
+    ]
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["head", "accuracy %", "EP ahead by", "p", "parameters", "MACs (M)", "step ms", "calibration error %"]
+
+    def ahead(row: dict[str, str]) -> str:
+        return row["ahead"] and f"{row['ahead']} ({row['ahead_low']} to {row['ahead_high']})"
+
+    body = (
+        [
+            row["head"],
+            f"{row['accuracy']} ({row['low']} to {row['high']})",
+            ahead(row),
+            row["p_holm"],
+            f"{int(row['parameters']):,}",
+            row["mega_macs"],
+            row["step_ms"],
+            row["calibration_error"],
+        ]
+        for row in rows
+    )
+    return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}, seed {rows[0]['seed']}.\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "probe_poolings": lambda: plain("probe_poolings"),
+    "probe_sweep": probe_sweep,
+    "probe_evidence": probe_evidence,
+    "probe_evidence_costs": probe_evidence_costs,
+    "probe_extraction": lambda: plain("probe_extraction"),
+}

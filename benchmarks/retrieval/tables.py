@@ -1,0 +1,74 @@
+"""The documentation's tables of retrieval."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+from benchmarks.markdown import markdown, plain, spread
+from benchmarks.report import RESULTS, read_rows
+
+
+def retrieval_heads() -> str:
+    """Mean and spread over seeds, a row for each way to embed."""
+    rows = read_rows(RESULTS / "retrieval_heads.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in ("regime", "backbone", "pixels", "epochs", "head")), []).append(row)
+    measured = [key for key in rows[0] if key.startswith("test_")]
+    head = ["backbone", "head", *(key.removeprefix("test_") for key in measured), "trained", "seeds"]
+    body = []
+    for (regime, backbone, pixels, epochs, name), found in groups.items():
+        setting = f"`{backbone}`, {pixels} pixels, {regime}, {epochs} epochs" if backbone else "none"
+        shares = (spread([float(row[key]) for row in found], 1) for key in measured)
+        trained = found[0]["parameters"] and f"{int(found[0]['parameters']):,}"
+        body.append([setting, name, *shares, trained, str(len(found))])
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    return markdown(head, body) + f"\n{devices}, torch {rows[-1]['torch']}.\n"
+
+
+def retrieval_entanglement() -> str:
+    """The matrix of each head, mean over seeds, in the setting that was measured last."""
+    rows = read_rows(RESULTS / "retrieval_entanglement.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    setting = ("regime", "backbone", "epochs", "pixels")
+    rows = [row for row in rows if all(row[key] == rows[-1][key] for key in setting)]
+    known = (*setting, "head", "seed", "condition", "device", "torch", "triton", "git_revision", "date")
+    attributes = [key for key in rows[0] if key not in known]
+    body = []
+    for head, condition in dict.fromkeys((row["head"], row["condition"]) for row in rows):
+        found = [row for row in rows if (row["head"], row["condition"]) == (head, condition)]
+        shares = (statistics.fmean(float(row[key]) for row in found) for key in attributes)
+        body.append([head, condition, *(f"{share:.1f}" for share in shares)])
+    words = "`{backbone}`, {pixels} pixels, {regime}, {epochs} epochs".format(**rows[0])
+    return markdown(["head", "asked for", *attributes], body) + f"\n{words}.\n"
+
+
+def dual_cross() -> str:
+    """Mean and spread over seeds, a row for each way to train and to read out."""
+    rows = read_rows(RESULTS / "dual_cross.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    groups: dict[tuple[str, int, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["run"], int(row["epochs"]), row["read"]), []).append(row)
+    body = []
+    for (run, epochs, read), found in sorted(groups.items()):
+        shares = (spread([float(row[key]) for row in found], 1) for key in ("test_accuracy", "test_map"))
+        seconds = statistics.median(float(row["seconds"]) for row in found)
+        body.append([f"`{run}`", str(epochs), read, *shares, f"{seconds:.0f}", str(len(found))])
+    head = ["run", "epochs", "read out", "accuracy %", "mAP %", "seconds", "seeds"]
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    return markdown(head, body) + f"\n{devices}, torch {rows[-1]['torch']}.\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "retrieval_heads": retrieval_heads,
+    "retrieval_entanglement": retrieval_entanglement,
+    "dual_cross": dual_cross,
+    "search_index": lambda: plain("search_index"),
+    "retrieval_cost": lambda: plain("retrieval_cost"),
+}

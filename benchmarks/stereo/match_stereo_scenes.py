@@ -1,0 +1,69 @@
+"""The shipped MatchStereo network and OpenCV's semi-global matching on real pairs with truth.
+
+python -m benchmarks.stereo.match_stereo_scenes FOLDER    # of Middlebury scenes
+
+The network sees the views as they are, and in rows of their own enlarged twice (`--enlarge 2`). Writes
+results/match_stereo_scenes.csv and the picture docs/how-to/match_stereo_scenes.webp: of each scene semi-global matching
+and the enlarged network, disparities as colours and, in red, pixels with truth that are off by more than 2 or have no
+value.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import timm
+from PIL import Image
+
+from benchmarks.report import RESULTS, environment, write_rows
+from visionattn.data.stereo import StereoPair, find_scenes
+from visionattn.evaluate import stereo_matching
+from visionattn.evaluate.sgbm import sgbm
+from visionattn.predict import estimate_disparity
+from visionattn.predict.colours import disparity_colours, usual_top
+
+NETWORK = "va_match_stereo_nano"
+ENLARGED = 2
+PICTURE = RESULTS.parent / "docs" / "how-to" / "match_stereo_scenes.webp"
+WIDTH = 240  # of a scene in the picture
+
+
+def panels(pair: StereoPair, disparities: list[np.ndarray]) -> np.ndarray:
+    """Disparities (H, W) as colours, then what is wrong with each, side by side, (H', 4 WIDTH, 3) for two of them."""
+    known, top = np.isfinite(pair.truth), usual_top(pair.truth)
+    parts = [disparity_colours(disparity, top) for disparity in disparities]
+    for disparity in disparities:
+        wrong = known & ~(np.abs(disparity - pair.truth) <= 2)
+        parts.append(np.where(wrong[..., None], (200, 30, 30), np.where(known[..., None], 230, 255)).astype(np.uint8))
+    row = Image.fromarray(np.concatenate(parts, 1))
+    return np.asarray(row.resize((len(parts) * WIDTH, round(WIDTH * pair.truth.shape[0] / pair.truth.shape[1]))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    measured = [(row, 1) for row in stereo_matching(NETWORK, folder, baseline="sgbm").rows]
+    measured += [(row, ENLARGED) for row in stereo_matching(NETWORK, folder, enlarge=ENLARGED).rows]
+    key = ("model", "enlarge", "scene", "region")
+    rows = [
+        {"model": row.model, "enlarge": enlarge, "scene": row.scene, "region": row.region}
+        | {name: f"{value:.3f}" for name, value in asdict(row.errors).items()}
+        | environment("cpu")
+        for row, enlarge in measured
+    ]
+    write_rows(RESULTS / "match_stereo_scenes.csv", rows, key)
+
+    network, rendered = timm.create_model(NETWORK, pretrained=True).eval(), []
+    for scene in find_scenes(folder):
+        pair = scene.read()
+        found = estimate_disparity(pair.left, pair.right, network, enlarge=ENLARGED)[0]
+        rendered.append(panels(pair, [sgbm(pair.left, pair.right, float(np.nanmax(pair.truth))), found]))
+    Image.fromarray(np.concatenate(rendered)).save(PICTURE, quality=80)
+
+
+if __name__ == "__main__":
+    main()

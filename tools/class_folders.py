@@ -1,0 +1,59 @@
+"""Lay data sets out as folders of one sub-folder a class, which every reader of image folders takes.
+
+    python -m tools.class_folders mnist --root FOLDER_OF_IDX_FILES --images 10000 --output FOLDER
+    python -m tools.class_folders products --root FOLDER --attribute articleType --output FOLDER
+
+`mnist` writes the first images of the training part, and the test part. `products` reads `attributes.csv` (columns id,
+split and attributes) and `images.zip` (ID.webp), keeps values that at least 40 training images have, and writes PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+
+from visionattn.data.mnist import load_mnist
+
+LEAST = 40
+
+
+def mnist(args: argparse.Namespace) -> None:
+    for split, count in (("train", args.images), ("test", None)):
+        for index, (image, label) in enumerate(zip(*(array[:count] for array in load_mnist(args.root, split)))):
+            folder = args.output / split / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.squeeze()).save(folder / f"{index:05d}.png")
+
+
+def products(args: argparse.Namespace) -> None:
+    with (args.root / "attributes.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    counts = Counter(row[args.attribute] for row in rows if row["split"] == "train")
+    with zipfile.ZipFile(args.root / "images.zip") as archive:
+        for row in rows:
+            if counts[row[args.attribute]] >= LEAST:
+                folder = args.output / row["split"] / re.sub(r"[^\w-]+", "-", row[args.attribute])
+                folder.mkdir(parents=True, exist_ok=True)
+                with archive.open(f"{row['id']}.webp") as file, Image.open(file) as image:
+                    image.convert("RGB").save(folder / f"{row['id']}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=["mnist", "products"])
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--images", type=int, help="of the training part of mnist; all by default")
+    parser.add_argument("--attribute", default="articleType", help="of products")
+    args = parser.parse_args()
+    {"mnist": mnist, "products": products}[args.data](args)
+
+
+if __name__ == "__main__":
+    main()
