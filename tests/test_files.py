@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from visionattn.errors import DataError, InputError, MissingPackageError, StorageError, require, shorten
-from visionattn.files import TEMPORARY, atomic_path, check_output, exclusive, read_json
+from visionattn.files import TEMPORARY, atomic_path, check_output, exclusive, read_json, read_text
 
 
 def test_the_file_appears_at_the_end(tmp_path):
@@ -176,3 +176,38 @@ def test_what_messages_echo_is_on_one_line_and_short():
     assert shorten("\udcff.png") == "\\udcff.png"
     assert len(shorten("x" * 10**6)) <= 120
     assert shorten("ab" * 100).startswith("abab")
+
+
+def test_a_users_text_is_read_with_and_without_a_mark(tmp_path):
+    path = tmp_path / "a.txt"
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text("id,größe\n", encoding=encoding)
+        assert read_text(path) == "id,größe\n"
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    for content, message in (
+        ("id".encode("utf-16"), r"not text in UTF-8 \(byte 0\)"),
+        (b"a\0b", "NUL bytes"),
+        (b"x" * 11, "more than the 10 bytes"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            read_text(path, limit=10)
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (
+        ("pipe", "not a regular file"),
+        ("n" * 300, "too long"),
+        ("a\0b", "null"),
+        ("none", "No such"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_text(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_held_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "a\0b", "n" * 300, "file/sub"):
+        with pytest.raises(StorageError, match="Cannot write to the folder"), exclusive(tmp_path / name):
+            pass

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from visionattn.errors import DataError, InputError, StorageError, shorten
 
-__all__ = ["TEMPORARY", "atomic_path", "check_output", "exclusive", "read_json"]
+__all__ = ["TEMPORARY", "atomic_path", "check_output", "exclusive", "read_json", "read_text"]
 
 TEMPORARY = ".visionattn-"
 """What the names of temporary files begin with; a mark of the machine and the number of the process follow."""
@@ -145,12 +145,39 @@ def exclusive(folder: str | Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise StorageError(f"Another run is writing to {shorten(folder)}. Wait for it, or name another one.") from error
-    except OSError as error:
-        raise StorageError(f"Cannot write to the folder {shorten(folder)}: {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:  # a name with a NUL byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"Cannot write to the folder {shorten(folder)}: {reason}.") from error
     try:
         yield
     finally:
         lock.release()
+
+
+def read_text(path: str | Path, limit: int = 2**28) -> str:
+    """Read a user's text file: UTF-8, with or without a byte order mark.
+
+    Args:
+        path: The file.
+        limit: The largest file that is read, in bytes.
+
+    Raises:
+        DataError: The file is missing, not a regular file, too large, or not UTF-8 text.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for its writer for ever
+            raise DataError(f"Could not read {shorten(path)}: it is not a regular file.")
+        if status.st_size > limit:
+            raise DataError(f"Could not read {shorten(path)}: it has more than the {limit:,} bytes that are read.")
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"Could not read {shorten(path)}: it is not text in UTF-8 (byte {error.start}).") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"Could not read {shorten(path)}: {getattr(error, 'strerror', None) or error}.") from error
+    if "\0" in text:
+        raise DataError(f"Could not read {shorten(path)}: it holds NUL bytes, so that it is not text.")
+    return text
 
 
 def read_json(path: str | Path, schema: Mapping[str, Any], limit: int = 2**28) -> dict[str, Any]:

@@ -1,12 +1,23 @@
 """Image files: one list of endings, what is left out is named, and whatever lies in a file, one line comes of it."""
 
+import io
 import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from visionattn.data.images import SUFFIXES, class_folders, find_images, list_images, open_image, pair_by_name, read_rgb
+from visionattn.data.images import (
+    SUFFIXES,
+    check_unreadable,
+    class_folders,
+    eight_bits,
+    find_images,
+    list_images,
+    open_image,
+    pair_by_name,
+    read_rgb,
+)
 from visionattn.errors import DataError
 
 WRITERS = {".jfif": "JPEG", ".pgm": "PPM"}
@@ -106,3 +117,28 @@ def test_pairs_by_name(tmp_path):
     low[1].unlink()
     with pytest.raises(DataError, match=r"lacks the low-resolution images of b\.png"):
         pair_by_name(high, tmp_path / "low", 2)
+
+
+def test_an_image_is_read_from_a_stream(tmp_path):
+    path = save(tmp_path / "a.png")
+    assert open_image("a.png", stream=io.BytesIO(path.read_bytes())).tobytes() == open_image(path).tobytes()
+    with pytest.raises(DataError, match=r"Could not read the image a\.png of b\.zip"):
+        open_image("a.png of b.zip", stream=io.BytesIO(b"no image"))
+
+
+def test_grey_of_16_bits_is_scaled_and_not_cut(tmp_path):
+    Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(tmp_path / "a.png")
+    assert np.asarray(eight_bits(open_image(tmp_path / "a.png"), "a.png")).tolist() == [[0, 100, 255]]
+    with pytest.raises(DataError, match="32 bits per channel"):
+        eight_bits(Image.new("F", (2, 2)), "a.tif")
+    colour = Image.new("RGB", (2, 2))
+    assert eight_bits(colour, "a.png") is colour
+
+
+@pytest.mark.parametrize(("bad", "count", "refused"), [(5, 10, False), (6, 59, True), (10, 100, False), (2, 2, True)])
+def test_too_many_unreadable_images_are_an_error(bad, count, refused):
+    if not refused:
+        check_unreadable(["a.png"] * bad, count)
+        return
+    with pytest.raises(DataError, match=r"of the \d+ images can(not)? be read\. The first: a\.png"):
+        check_unreadable(["a.png"] * bad, count)

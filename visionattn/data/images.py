@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, features
@@ -16,10 +17,13 @@ from visionattn.errors import DataError, shorten
 
 __all__ = [
     "FORMATS",
+    "HANDFUL",
     "MAX_PIXELS",
     "SUFFIXES",
     "Listing",
+    "check_unreadable",
     "class_folders",
+    "eight_bits",
     "find_images",
     "is_hidden",
     "list_images",
@@ -36,6 +40,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", *(("AVIF",) if _A
 """PIL's names of the formats that are opened, whatever the ending says."""
 MAX_PIXELS = 2**29
 """The largest image that is decoded; a compressed file of a few bytes can state any size."""
+
+HANDFUL = 5
+"""Images that may be unreadable in any data set, however small."""
 
 _JUNK_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 _JUNK_FILES = {"thumbs.db", "desktop.ini"}
@@ -164,24 +171,31 @@ def pair_by_name(files: Iterable[Path], folder: str | Path, scale: int) -> list[
     return [path for path in found.values() if path is not None]
 
 
-def open_image(path: str | Path, formats: Collection[str] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    path: str | Path,
+    formats: Collection[str] = FORMATS,
+    max_pixels: int = MAX_PIXELS,
+    stream: IO[bytes] | None = None,
+) -> Image.Image:
     """Open and decode an image file: the first frame of an animation.
 
     Args:
-        path: The file.
+        path: The file; with `stream`, what messages call it.
         formats: PIL's names of the formats to open.
         max_pixels: The largest image to decode.
+        stream: Where the bytes of the file are, such as a member of an archive; None opens `path`.
 
     Raises:
         DataError: The file is missing, damaged, in another format, not a regular file, or too large.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for its writer for ever
+        # A pipe would wait for its writer for ever.
+        if stream is None and not stat.S_ISREG(os.stat(path).st_mode):
             raise DataError(f"Could not read the image {shorten(path)}: it is not a regular file.")
         with warnings.catch_warnings():
             # PIL warns of large images and of damaged metadata; sizes are checked here.
             warnings.simplefilter("ignore")
-            image = Image.open(path, formats=tuple(formats))
+            image = Image.open(path if stream is None else stream, formats=tuple(formats))
             width, height = image.size
             if width * height > max_pixels:
                 raise DataError(
@@ -195,6 +209,40 @@ def open_image(path: str | Path, formats: Collection[str] = FORMATS, max_pixels:
         # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError, KeyError.
         raise DataError(f"Could not read the image {shorten(path)}: {_reason(error)}.") from error
     return image
+
+
+def eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
+    """16-bit grey values scaled to 8 bits, which PIL's own conversion would cut at 255; other images as they are.
+
+    Args:
+        image: The image.
+        path: What messages call it.
+
+    Raises:
+        DataError: The pixels have 32 bits, whose range is unknown.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(image) / np.float32(257)).astype(np.uint8))
+    if image.mode in _DEEP:
+        raise DataError(f"The image {shorten(path)} has 32 bits per channel; 8 and 16 bits are read here.")
+    return image
+
+
+def check_unreadable(failures: Collection[str], count: int) -> None:
+    """Refuse to go on where more than 10 % of the images, and more than a handful, cannot be read.
+
+    Args:
+        failures: A message for each image that could not be read.
+        count: Number of images, readable or not.
+
+    Raises:
+        DataError: These are too many, or all.
+    """
+    if len(failures) == count or len(failures) > max(HANDFUL, count / 10):
+        how_many = "None" if len(failures) == count else f"{len(failures)}"
+        can = "can" if len(failures) == count else "cannot"
+        first = next(iter(failures), "there are none.")
+        raise DataError(f"{how_many} of the {count} images {can} be read. The first: {first}")
 
 
 def read_rgb(path: str | Path) -> np.ndarray:
