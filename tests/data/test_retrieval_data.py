@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import pickle
 import zipfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from retrieval_toys import write_table
+from visionattn.data import catalogue
 from visionattn.data.attribute_batches import AttributeSampler
 from visionattn.data.catalogue import MISSING, Catalogue, ImageStore, Item
 from visionattn.data.catalogue_files import read_catalogue, read_triplets
@@ -96,6 +100,97 @@ def test_wrong_tables(tmp_path, text, words):
         read_catalogue("table", table(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (SMALL.replace(",", ";").encode(), r"no column id, split; .* separated by ';'; a comma is expected"),
+        (SMALL.encode("utf-16"), r"not text in UTF-8"),
+        (SMALL.replace("a,train", "a\0,train").encode(), r"NUL bytes"),
+        (SMALL.replace("kind", "colour").encode(), r"two columns 'colour'"),
+        (SMALL.replace("kind", "").encode(), r"no name for its column 5"),
+        (SMALL.replace("b,train", '"b,train').encode(), r"line \d: "),
+        (
+            SMALL.replace("b,train,-,blue,", "b,train,-,dark,blue,").encode(),
+            r"line 3: it has 6 cells, the first line has 5",
+        ),
+        (SMALL[:-6].encode(), r"line 5: it has 4 cells, the first line has 5"),
+        (SMALL.replace("b,train", ",train").encode(), r"line 3: the id is empty"),
+        (b"," * 2**21, r"a line of more than 1,048,576 characters"),
+        (b"id,split,colour\n" + b"x" * 200_000 + b",train,red\n", r"line 2: field larger than field limit"),
+        (b"", r"has no column id, split"),
+    ],
+)
+def test_damaged_tables_are_refused_in_one_line(tmp_path, content, words):
+    path = table(tmp_path, "")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=words) as caught:
+        read_catalogue("table", path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_table_with_a_mark_spaces_and_quotes(tmp_path):
+    text = SMALL.replace("split", " split").replace("a,train,-,red", 'a, train,-,"red"').replace("\n", "\r\n\r\n")
+    path = table(tmp_path, "")
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_catalogue("table", path).items == read_catalogue("table", table(tmp_path / "plain", SMALL)).items
+
+
+def test_an_id_of_two_images_is_refused(tmp_path):
+    path = table(tmp_path, SMALL, ("a.png", "b.png", "c.png", "d.png", "more/a.jpg"))
+    with pytest.raises(DataError, match=r"line 2: a\.png, more/a\.jpg are all called a\. Say which in a column image"):
+        read_catalogue("table", path)
+
+
+def test_pipes_and_impossible_names_end_with_one_line(tmp_path):
+    path = table(tmp_path, SMALL)
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "images/e.png")
+    assert read_catalogue("table", path).images.names == ["a.png", "b.png", "c.png", "d.png"]
+    with pytest.raises(DataError, match="not a regular file"):
+        read_catalogue("table", tmp_path / "pipe")
+    for layout in ("asen", "market1501", "cub"):
+        with pytest.raises(DataError, match=r"pipe"):
+            read_catalogue(layout, tmp_path / "pipe")
+    with pytest.raises(DataError, match="neither a folder nor a zip file of images: it is not a regular file"):
+        read_catalogue("table", path, images=tmp_path / "pipe")
+    for name in ("n" * 300, "a\0b"):
+        with pytest.raises(DataError, match="There is no file or folder"):
+            read_catalogue("table", tmp_path / name)
+        with pytest.raises(DataError, match="neither a folder nor a zip file"):
+            read_catalogue("table", path, images=tmp_path / name)
+
+
+def zipped(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_damaged_archives(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "MEMBER", 10**6)
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 257 * 100, np.uint16)).save(buffer, "PNG")
+    members = {"deep.png": buffer.getvalue(), "bomb.png": bytes(10**7), "bad.png": b"no image", "no.txt": b""}
+    path = zipped(tmp_path / "a.zip", {**members, "__MACOSX/deep.png": b"", "sub/.hidden.png": b"", "empty.png/": b""})
+    store = ImageStore(path)
+    assert store.names == ["bad.png", "bomb.png", "deep.png"]
+    assert np.unique(np.asarray(store.open("deep.png"))).tolist() == [100]
+    with pytest.raises(DataError, match=r"bomb\.png of .*: it has more than the 1,000,000 bytes"):
+        store.open("bomb.png")
+    with pytest.raises(DataError, match=r"Could not read the image bad\.png of"):
+        store.open("bad.png")
+    content = bytearray(path.read_bytes())
+    content[60] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"Could not read the image deep\.png of"):
+        ImageStore(path).open("deep.png")
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="neither a folder nor a zip file"):
+        ImageStore(path)
+
+
 def test_other_wrong_input(tmp_path):
     path = table(tmp_path, SMALL.replace("d,test,gallery", "d,test,query"))
     found = read_catalogue("table", path)
@@ -139,9 +234,20 @@ def test_asen(tmp_path):
     assert test.images == ["photos/4.jpg", "photos/5.jpg", "photos/5.jpg", "photos/4.jpg"]
     assert test.labels.tolist() == [[0, MISSING], [MISSING, 1], [0, MISSING], [MISSING, 1]]
     assert test.is_query.tolist() == [True, True, False, False]
-    (tmp_path / "query_test.txt").write_text("9 0 1\n")
-    with pytest.raises(DataError, match=r"query_test\.txt has a line '9 0 1'"):
-        read_catalogue("asen", tmp_path)
+    for line in ("9 0 1", "-1 0 1", "0 -1 1", "0 0 -1", "0 0 7", "0 9 0", "0 0", "9" * 5000 + " 0 0"):
+        (tmp_path / "query_test.txt").write_text(line + "\n")
+        with pytest.raises(
+            DataError, match=rf"query_test\.txt has a line '{line[:5]}.* that is not three known numbers"
+        ):
+            read_catalogue("asen", tmp_path)
+    for content in ("[]", '{"ATTRIBUTES": "collar"}', '{"ATTRIBUTES": [1]}', "{", "[" * 10**5, "{}"):
+        (tmp_path / "meta.json").write_text(content)
+        with pytest.raises(DataError, match=r"meta\.json"):
+            read_catalogue("asen", tmp_path)
+    for words in ([], {"collar": "round"}):
+        (tmp_path / "meta.json").write_text(json.dumps({**meta, "ATTRIBUTES_VALUES": words}))
+        with pytest.raises(DataError, match=r"ATTRIBUTES_VALUES must give a list for each attribute"):
+            read_catalogue("asen", tmp_path)
 
 
 def test_market1501(tmp_path):
@@ -175,6 +281,15 @@ def test_cub(tmp_path):
     assert test.labels.flatten().tolist() == [2, 2, 3, 3]
     assert test.is_query.all()
     assert test.sources.tolist() == [0, 1, 2, 3]
+    for line in ("one bird1", "1 bird1\n1 bird2", "1", "1 2 3", "9" * 5000 + " bird"):
+        (tmp_path / "classes.txt").write_text(line + "\n")
+        with pytest.raises(
+            DataError, match=r"classes\.txt has a line .*; a number, each once, and a name are expected"
+        ):
+            read_catalogue("cub", tmp_path)
+    (tmp_path / "classes.txt").write_text("7 bird\n")
+    with pytest.raises(DataError, match=r"of no class that classes\.txt knows"):
+        read_catalogue("cub", tmp_path)
 
 
 def test_zappos(tmp_path):
@@ -301,7 +416,7 @@ def test_damaged_image_is_named(tmp_path):
     found = data(tmp_path)
     found.setup("fit")
     (tmp_path / "images/000.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"Could not read the image 000\.png"):
+    with pytest.raises(DataError, match=r"Could not read the image \S*000\.png"):
         list(found.val_dataloader())
 
 

@@ -215,7 +215,7 @@ def test_command(tmp_path, capsys):
 def test_trivial_baselines_have_their_numbers():
     if not PRODUCTS.is_dir():
         pytest.skip(f"{PRODUCTS} is not on this machine")
-    from retrieval_heads import ATTRIBUTES, TRIVIAL, trivial_features
+    from benchmarks.retrieval.retrieval_heads import ATTRIBUTES, TRIVIAL, trivial_features
 
     printed = {  # of the data's own README
         "random": [50.3, 26.8, 8.2, 11.7, 63.6, 47.0],

@@ -10,7 +10,9 @@ The files of data sets are read by `visionattn.data.catalogue_files`.
 
 from __future__ import annotations
 
+import io
 import os
+import stat
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -23,18 +25,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visionattn.data.images import SUFFIXES
-from visionattn.errors import ConfigError, DataError
+from visionattn.data.images import SUFFIXES, eight_bits, is_hidden, list_images, open_image
+from visionattn.errors import ConfigError, DataError, shorten
 
 __all__ = ["MISSING", "Catalogue", "ImageStore", "Item", "Part"]
 
 # Label of an item whose value of an attribute is not known.
 MISSING = -1
 ROLES = ("query", "gallery", "both")
+MEMBER = 2**28  # bytes of an image in an archive
 
 
 class ImageStore:
-    """The images of a folder, with its sub-folders, or of a zip file.
+    """The images of a folder, with its sub-folders, or of a zip file; hidden ones are left out.
 
     Args:
         path: Folder or zip file.
@@ -46,41 +49,74 @@ class ImageStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._archives: dict[int, zipfile.ZipFile] = {}
-        if self.path.is_dir():
-            files = (file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file())
+        self._is_folder = os.path.isdir(path)
+        if self._is_folder:
+            found = list_images(self.path, recursive=True).files
+            self.names = sorted(file.relative_to(self.path).as_posix() for file in found)
         else:
-            files = (name for name in self._archive().namelist())
-        self.names = sorted(name for name in files if PurePosixPath(name).suffix.lower() in SUFFIXES)
+            self.names = sorted(filter(_is_image, self._archive().namelist()))
         if not self.names:
-            raise DataError(f"There are no images in {path}: none that ends in {', '.join(SUFFIXES)}.")
+            raise DataError(f"There are no images in {shorten(path)}: none that ends in {', '.join(SUFFIXES)}.")
 
     def _archive(self) -> zipfile.ZipFile:
         # Processes that share a handle would move each other's place in the file.
         if os.getpid() not in self._archives:
             try:
+                if not stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe would wait for its writer for ever
+                    raise zipfile.BadZipFile("it is not a regular file")
                 self._archives[os.getpid()] = zipfile.ZipFile(self.path)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise DataError(f"{self.path} is neither a folder nor a zip file of images: {error}.") from error
+            except Exception as error:
+                # Damaged archives make zipfile raise nearly anything: BadZipFile, ValueError, NotImplementedError.
+                reason = shorten(getattr(error, "strerror", None) or error)
+                raise DataError(
+                    f"{shorten(self.path)} is neither a folder nor a zip file of images: {reason}."
+                ) from error
         return self._archives[os.getpid()]
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_archives": {}}
 
     def open(self, name: str) -> Image.Image:
-        """Read an image as RGB.
+        """Read an image as RGB of 8 bits.
 
         Raises:
-            DataError: It is not there or damaged.
+            DataError: It is not there, damaged or too large.
         """
+        if self._is_folder:
+            path: str | Path = self.path / name
+            image = open_image(path)
+        else:
+            path = f"{name} of {self.path}"
+            image = open_image(path, stream=io.BytesIO(self._member(name)))
+        return eight_bits(image, path).convert("RGB")
+
+    def _member(self, name: str) -> bytes:
         try:
-            if self.path.is_dir():
-                with Image.open(self.path / name) as image:
-                    return image.convert("RGB")
+            # A member of a few bytes can unpack to any size, and say another one.
             with self._archive().open(name) as file:
-                return Image.open(file).convert("RGB")
+                content = file.read(MEMBER + 1)
+        except DataError:
+            raise
         except Exception as error:
-            # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError.
-            raise DataError(f"Could not read the image {name} of {self.path}: {error}.") from error
+            # As above, and zlib.error, RuntimeError for passwords, KeyError for a name that is not there.
+            raise DataError(
+                f"Could not read the image {shorten(name)} of {shorten(self.path)}: {shorten(error)}."
+            ) from error
+        if len(content) > MEMBER:
+            raise DataError(
+                f"Could not read the image {shorten(name)} of {shorten(self.path)}: it has more than the {MEMBER:,} "
+                "bytes that are read."
+            )
+        return content
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    return (
+        not name.endswith("/")
+        and path.suffix.lower() in SUFFIXES
+        and not any(is_hidden(Path(part)) for part in path.parts)
+    )
 
 
 class Item(NamedTuple):
@@ -136,10 +172,9 @@ class Catalogue:
     def __post_init__(self) -> None:
         known = set(self.images.names)
         if missing := [item.image for item in self.items if item.image not in known]:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise DataError(f"{self.images.path} lacks the images {', '.join(missing[:3])}{more}.")
+            raise DataError(f"{shorten(self.images.path)} lacks the images {first_names(missing)}.")
         if empty := [name for name, values in self.values.items() if not values]:
-            raise DataError(f"No value of {', '.join(empty)} is known of {max(self.min_count, 1)} training items.")
+            raise DataError(f"No value of {first_names(empty)} is known of {max(self.min_count, 1)} training items.")
 
     @cached_property
     def parts(self) -> dict[str, list[Item]]:
@@ -185,7 +220,7 @@ class Catalogue:
         """
         items = self.parts.get(name, [])
         if not items:
-            raise DataError(f"The catalogue has no part {name!r}; it has {', '.join(self.parts)}.")
+            raise DataError(f"The catalogue has no part {shorten(name)!r}; it has {', '.join(self.parts)}.")
         labels = torch.tensor(
             [
                 [numbers.get(value, MISSING) for numbers, value in zip(self._numbers, item.values)]  # type: ignore[arg-type]
@@ -206,10 +241,16 @@ class Catalogue:
             ConfigError: There is no such attribute.
         """
         if unknown := [name for name in attributes if name not in self.attributes]:
-            raise ConfigError(f"There is no attribute {', '.join(unknown)}. There are {', '.join(self.attributes)}.")
+            raise ConfigError(f"There is no attribute {first_names(unknown)}. There are {', '.join(self.attributes)}.")
         columns = [self.attributes.index(name) for name in attributes]
         items = [item._replace(values=tuple(item.values[column] for column in columns)) for item in self.items]
         return Catalogue(self.images, tuple(attributes), items, self.min_count)
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first of many names, such as `a.png, b.png, c.png and 3 more`."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(shorten(name, 60) for name in names[:3]) + more
 
 
 def _sources(items: list[Item]) -> Tensor | None:

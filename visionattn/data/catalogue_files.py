@@ -14,22 +14,26 @@ No validation part is published of Market-1501 and CUB: every tenth training ide
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from visionattn.data.catalogue import ROLES, Catalogue, ImageStore, Item
-from visionattn.errors import ConfigError, DataError
+from visionattn.data.catalogue import ROLES, Catalogue, ImageStore, Item, first_names
+from visionattn.errors import ConfigError, DataError, shorten
+from visionattn.files import read_json, read_text
 
 __all__ = ["LAYOUTS", "Triplets", "read_catalogue", "read_triplets"]
 
 PARTS = ("train", "val", "test")
 COLUMNS = ("id", "image", "split", "role", "camera")  # of a table; all others are attributes
+LONGEST_LINE = 2**20  # characters of a table
 MARKET = {"bounding_box_train": ("train", ""), "query": ("test", "query"), "bounding_box_test": ("test", "gallery")}
 # Identity and camera: 0002_c1s1_000451_03.jpg; identity -1 is of boxes that are not to be ranked, 0 of distractors.
 MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)")
@@ -58,10 +62,12 @@ def read_catalogue(
         DataError: A file is missing or damaged, images are missing, or ids occur twice.
     """
     if layout not in LAYOUTS:
-        raise ConfigError(f"There is no layout {layout!r}. Choose from {', '.join(LAYOUTS)}.")
+        raise ConfigError(f"There is no layout {shorten(layout)!r}. Choose from {', '.join(LAYOUTS)}.")
+    if min_count < 0:
+        raise ConfigError(f"min_count must be at least 0; got {min_count}.")
+    if not os.path.exists(root):
+        raise DataError(f"There is no file or folder {shorten(root)}.")
     root = Path(root)
-    if not root.exists():
-        raise DataError(f"There is no file or folder {root}.")
     store, names, items = LAYOUTS[layout](root, None if images is None else Path(images))
     catalogue = Catalogue(store, names, items, min_count if attributes is None else 0)
     if attributes is None:
@@ -72,52 +78,92 @@ def read_catalogue(
 
 def _lines(path: Path) -> list[list[str]]:
     """The words of each line that has any."""
+    return [line.split() for line in read_text(path).splitlines() if line.strip()]
+
+
+def _rows(root: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and cells by column of each row of a CSV file, after checks of its shape."""
+    text = read_text(root)
+    # A line of separators alone would cost fifty times its size.
+    if max(map(len, io.StringIO(text, newline="")), default=0) > LONGEST_LINE:
+        raise DataError(
+            f"Could not read the table {shorten(root)}: it has a line of more than {LONGEST_LINE:,} characters."
+        )
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        return [line.split() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Could not read {path}: {error}.") from error
+        columns = [column.strip() for column in next(reader, [])]
+        _check_columns(root, columns)
+        for row in reader:
+            if row and len(row) != len(columns):
+                raise DataError(
+                    f"The table {shorten(root)}, line {reader.line_num}: it has {len(row)} cells, the first line has "
+                    f"{len(columns)}. A cell that holds a comma stands in double quotes."
+                )
+            if row:
+                yield reader.line_num, dict(zip(columns, map(str.strip, row)))
+    except csv.Error as error:
+        raise DataError(f"Could not read the table {shorten(root)}, line {reader.line_num}: {error}.") from error
+
+
+def _check_columns(root: Path, columns: list[str]) -> None:
+    if missing := [column for column in ("id", "split") if column not in columns]:
+        other = next((mark for mark in (";", "\t", "|") if len(columns) == 1 and mark in columns[0]), None)
+        hint = f" Its cells are separated by {other!r}; a comma is expected." if other else ""
+        raise DataError(
+            f"The table {shorten(root)} has no column {', '.join(missing)}; it has {shorten(', '.join(columns))}.{hint}"
+        )
+    if "" in columns:
+        raise DataError(f"The table {shorten(root)} has no name for its column {columns.index('') + 1}.")
+    if double := [column for column in columns if columns.count(column) > 1]:
+        raise DataError(f"The table {shorten(root)} has two columns {shorten(double[0])!r}.")
 
 
 def _table(root: Path, images: Path | None) -> tuple[ImageStore, tuple[str, ...], list[Item]]:
-    try:
-        with root.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), list(reader.fieldnames or [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"Could not read the table {root}: {error}.") from error
-    if missing := [column for column in ("id", "split") if column not in columns]:
-        raise DataError(f"The table {root} has no column {', '.join(missing)}; it has {', '.join(columns)}.")
-    attributes = tuple(column for column in columns if column not in COLUMNS)
-    if not attributes or not rows:
-        raise DataError(f"The table {root} has no {'rows' if attributes else 'columns of attributes'}.")
-    seen: set[str] = set()
-    if double := [row["id"] for row in rows if row["id"] in seen or seen.add(row["id"])]:  # type: ignore[func-returns-value]
-        raise DataError(f"The table {root} has ids twice: {', '.join(dict.fromkeys(double[:3]))}.")
+    rows = list(_rows(root))
+    attributes = tuple(column for column in rows[0][1] if column not in COLUMNS) if rows else ()
+    if not attributes:
+        raise DataError(f"The table {shorten(root)} has no {'columns of attributes' if rows else 'rows'}.")
     beside = [root.parent / "images", root.parent / "images.zip"]
     store = ImageStore(images or next((path for path in beside if path.exists()), beside[0]))
-    by_stem = {PurePosixPath(name).stem: name for name in store.names}
-    items = []
-    for number, row in enumerate(rows, 2):
+    by_stem: dict[str, list[str]] = {}
+    for name in store.names:
+        by_stem.setdefault(PurePosixPath(name).stem, []).append(name)
+    items, seen = [], set()
+    for number, row in rows:
+        where = f"{shorten(root)}, line {number}"
         role = row.get("role") or "both"
+        if not row["id"]:
+            raise DataError(f"{where}: the id is empty.")
+        if row["id"] in seen:
+            raise DataError(f"The table {shorten(root)} has ids twice: {shorten(row['id'])}.")
+        seen.add(row["id"])
         if row["split"] not in PARTS:
-            raise DataError(f"{root}, line {number}: the split is {row['split']!r}; it is one of {', '.join(PARTS)}.")
+            raise DataError(f"{where}: the split is {shorten(row['split'])!r}; it is one of {', '.join(PARTS)}.")
         if row["split"] == "train":
             role = ""
         elif role not in ROLES:
-            raise DataError(f"{root}, line {number}: the role is {role!r}; it is one of {', '.join(ROLES)}.")
-        image = row.get("image") or by_stem.get(row["id"], row["id"])
+            raise DataError(f"{where}: the role is {shorten(role)!r}; it is one of {', '.join(ROLES)}.")
+        image = row.get("image")
+        if not image:
+            named = by_stem.get(row["id"], [row["id"]])
+            if len(named) > 1:
+                raise DataError(
+                    f"{where}: {first_names(named)} are all called {shorten(row['id'])}. Say which in a column image."
+                )
+            image = named[0]
         values = tuple(row[attribute] or None for attribute in attributes)
         items.append(Item(image, row["split"], role, values, row.get("camera") or None))
     return store, attributes, items
 
 
 def _asen(root: Path, images: Path | None) -> tuple[ImageStore, tuple[str, ...], list[Item]]:
-    try:
-        meta: dict[str, Any] = json.loads((root / "meta.json").read_text())
-        names = tuple(meta["ATTRIBUTES"])
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"Could not read {root / 'meta.json'} with its list ATTRIBUTES: {error!r}.") from error
+    meta = read_json(root / "meta.json", {"ATTRIBUTES": [str]})
+    names = tuple(meta["ATTRIBUTES"])
     words = meta.get("ATTRIBUTES_VALUES", {})
+    if not isinstance(words, dict) or not all(isinstance(values, list) for values in words.values()):
+        raise DataError(
+            f"{shorten(root / 'meta.json')} is damaged: ATTRIBUTES_VALUES must give a list for each attribute."
+        )
     lists = {
         ("train", ""): "label_train.txt",
         ("val", "query"): "query_valid.txt",
@@ -132,18 +178,24 @@ def _asen(root: Path, images: Path | None) -> tuple[ImageStore, tuple[str, ...],
     found: dict[tuple[str, str, str], list[str | None]] = {}
     for (part, role), name in lists.items():
         for line in _lines(root / name):
-            try:
-                image, attribute, value = (int(word) for word in line)
-                file, column = files[part][image], names[attribute]
-            except (ValueError, IndexError) as error:
+            image, attribute, value = (_number(word) for word in line) if len(line) == 3 else (-1, -1, -1)
+            known = 0 <= image < len(files[part]) and 0 <= attribute < len(names) and value >= 0
+            named = words.get(names[attribute]) if known else None
+            if not known or (named is not None and value >= len(named)):
                 raise DataError(
-                    f"{root / name} has a line {' '.join(line)!r} that is not three known numbers."
-                ) from error
+                    f"{shorten(root / name)} has a line {shorten(' '.join(line))!r} that is not three known numbers: "
+                    "image, attribute and value."
+                )
             # An image has a line for each attribute that is known of it.
-            values = found.setdefault((file, part, role), [None] * len(names))
-            values[attribute] = words[column][value] if column in words else str(value)
+            values = found.setdefault((files[part][image], part, role), [None] * len(names))
+            values[attribute] = str(value if named is None else named[value])
     items = [Item(file, part, role, tuple(values)) for (file, part, role), values in found.items()]
     return ImageStore(images or root), names, items
+
+
+def _number(word: str) -> int:
+    """A decimal number of up to 18 digits, or -1 for what is none."""
+    return int(word) if word.isdecimal() and len(word) <= 18 else -1
 
 
 def _market(root: Path, images: Path | None) -> tuple[ImageStore, tuple[str, ...], list[Item]]:
@@ -156,31 +208,34 @@ def _market(root: Path, images: Path | None) -> tuple[ImageStore, tuple[str, ...
             continue
         items.append(Item(name, *MARKET[folder], (match[1],), match[2]))
     if not items:
-        raise DataError(f"{root} has no {', '.join(MARKET)} with images named like 0002_c1s1_000451_03.jpg.")
+        raise DataError(f"{shorten(root)} has no {', '.join(MARKET)} with images named like 0002_c1s1_000451_03.jpg.")
     return store, ("identity",), _hold_out(items)
 
 
 def _cub(root: Path, images: Path | None) -> tuple[ImageStore, tuple[str, ...], list[Item]]:
-    files = dict(_pairs(root / "images.txt"))
-    classes = dict(_pairs(root / "classes.txt"))
-    labels = dict(_pairs(root / "image_class_labels.txt"))
+    files, classes, labels = (_pairs(root / f"{name}.txt") for name in ("images", "classes", "image_class_labels"))
     # Retrieval is measured on classes that were not trained on: the first half trains.
     trained = {number for number in classes if 2 * int(number) <= len(classes)}
     items = []
     for number, file in files.items():
         label = labels.get(number, "")
         if label not in classes:
-            raise DataError(f"{root}: the image {file} is of no class that classes.txt knows.")
+            raise DataError(f"{shorten(root)}: the image {shorten(file)} is of no class that classes.txt knows.")
         part, role = ("train", "") if label in trained else ("test", "both")
         items.append(Item(file, part, role, (classes[label],)))
     return ImageStore(images or root / "images"), ("class",), _hold_out(items)
 
 
-def _pairs(path: Path) -> Iterable[tuple[str, str]]:
+def _pairs(path: Path) -> dict[str, str]:
+    """Number -> what stands beside it."""
+    found: dict[str, str] = {}
     for line in _lines(path):
-        if len(line) != 2:
-            raise DataError(f"{path} has a line {' '.join(line)!r}; a number and a name are expected.")
-        yield line[0], line[1]
+        if len(line) != 2 or _number(line[0]) < 0 or line[0] in found:
+            raise DataError(
+                f"{shorten(path)} has a line {shorten(' '.join(line))!r}; a number, each once, and a name are expected."
+            )
+        found[line[0]] = line[1]
+    return found
 
 
 def _hold_out(items: list[Item]) -> list[Item]:
@@ -237,34 +292,42 @@ def read_triplets(root: str | Path, part: str, images: str | Path | None = None)
         DataError: A file is missing or damaged, or images are missing.
     """
     if part not in PARTS:
-        raise ConfigError(f"There is no part {part!r}. Choose from {', '.join(PARTS)}.")
+        raise ConfigError(f"There is no part {shorten(part)!r}. Choose from {', '.join(PARTS)}.")
     root = Path(root)
     published = root / "ut-zap50k-images"
-    store = ImageStore(images or (published if published.is_dir() else root))
-    try:
-        text = (root / "filenames.json").read_text()
-        every = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except (OSError, ValueError) as error:  # a ValueError is of text or JSON that cannot be decoded
-        raise DataError(f"Could not read {root / 'filenames.json'}, a JSON list or a name a line: {error}.") from error
+    store = ImageStore(images or (published if os.path.isdir(published) else root))
+    every = _names(root / "filenames.json")
     rows = []
     for condition, name in enumerate(ZAPPOS):
         path = root / "tripletlists" / f"{name}_tripletlist_{part}.txt"
         for line in _lines(path):
-            if len(line) != 3 or not all(word.isdecimal() and int(word) < len(every) for word in line):
+            if len(line) != 3 or not all(0 <= _number(word) < len(every) for word in line):
                 raise DataError(
-                    f"{path} has a line {' '.join(line)!r} that is not three numbers of images: anchor, far and near, "
-                    f"each below {len(every)}, the number of names in filenames.json."
+                    f"{shorten(path)} has a line {shorten(' '.join(line))!r} that is not three numbers of images: "
+                    f"anchor, far and near, each below {len(every)}, the number of names in filenames.json."
                 )
             rows.append((*map(int, line), condition))
     if not rows:
-        raise DataError(f"There are no triplets of the part {part!r} in {root / 'tripletlists'}.")
+        raise DataError(f"There are no triplets of the part {part!r} in {shorten(root / 'tripletlists')}.")
     table = torch.tensor(rows)
     used, places = table[:, :3].unique(return_inverse=True)
     names = [every[number] for number in used.tolist()]
     if missing := sorted(set(names) - set(store.names)):
-        raise DataError(f"{store.path} lacks {len(missing)} images, {missing[0]} among them.")
+        raise DataError(f"{shorten(store.path)} lacks {len(missing)} images, {shorten(missing[0])} among them.")
     anchors, far, near = places.unbind(1)
     return Triplets(store, names, ZAPPOS, anchors, far, near, table[:, 3])
+
+
+def _names(path: Path) -> list[str]:
+    """The names of images that a file lists."""
+    try:
+        text = read_text(path)
+        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except (DataError, ValueError, RecursionError) as error:
+        raise DataError(f"Could not read {shorten(path)}, a JSON list or a name a line: {shorten(error)}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"Could not read {shorten(path)}, a JSON list or a name a line: some are not names.")
+    return names
 
 
 LAYOUTS: dict[str, Callable[[Path, Path | None], tuple[ImageStore, tuple[str, ...], list[Item]]]] = {
