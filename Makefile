@@ -41,7 +41,8 @@ environment-key:
 $(READY):
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(RUN) pip install --quiet --constraint constraints.txt --upgrade pip  # one that knows dependency groups
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[all]' --group dev
 	touch $@
 
 $(LINKED): $(READY)

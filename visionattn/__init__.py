@@ -8,8 +8,10 @@ Importing the package registers every model name (all begin with `va_`) in timm'
 
 __version__ = "0.1.0"
 
-from visionattn import blocks, kernels, models
+from visionattn import blocks, kernels, models, moved
 from visionattn.checkpoints import load
 from visionattn.surgery import accelerate, insert
+
+moved.install()
 
 __all__ = ["accelerate", "blocks", "insert", "kernels", "load", "models"]

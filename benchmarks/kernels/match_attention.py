@@ -78,7 +78,7 @@ class Definition(Operator):
 
 class Reductions(Operator):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, field: Tensor) -> tuple[Tensor, Tensor]:
-        from match_reductions import MatchAttentionByReductions  # needs Triton
+        from benchmarks.kernels.match_reductions import MatchAttentionByReductions  # needs Triton
 
         return MatchAttentionByReductions.apply(q, k, v, field, self.radius, "l1")
 

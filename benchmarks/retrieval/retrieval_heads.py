@@ -45,8 +45,8 @@ from visionattn.data.attribute_batches import AttributeSampler
 from visionattn.data.catalogue import Catalogue, Part
 from visionattn.data.catalogue_files import read_catalogue
 from visionattn.data.embedding import input_config
-from visionattn.data.ranking import score
 from visionattn.files import atomic_path
+from visionattn.metrics.ranking import score
 from visionattn.train.retrieve import AttributeLoss
 
 ATTRIBUTES = ("gender", "subCategory", "articleType", "baseColour", "usage", "season")

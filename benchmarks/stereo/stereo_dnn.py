@@ -21,8 +21,8 @@ import tensorflow.compat.v1 as tf
 
 sys.modules["triton"] = None  # type: ignore[assignment]  # its LLVM and TensorFlow's do not live in one process
 from benchmarks.report import RESULTS, environment, write_rows  # noqa: E402
-from visionattn.data.match_errors import disparity_errors  # noqa: E402
 from visionattn.data.stereo import find_scenes  # noqa: E402
+from visionattn.metrics.matching import disparity_errors  # noqa: E402
 
 WIDTH, DISPARITIES = 513, 48
 # The inputs and their height. Disparities come as shares of the width.

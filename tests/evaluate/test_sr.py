@@ -15,8 +15,8 @@ from torch import nn
 from visionattn import cli
 from visionattn.data.bicubic import downscale, upscale
 from visionattn.data.images import find_images, read_rgb
-from visionattn.data.luma import luma
 from visionattn.errors import CheckpointError, ConfigError, DataError, MissingPackageError
+from visionattn.metrics.luma import luma
 
 pytest.importorskip("skimage")
 

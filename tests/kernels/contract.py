@@ -198,8 +198,7 @@ class OperatorContract:
     @pytest.mark.parametrize("capability", [80, 90, 100])
     def test_compiles_without_spilling(self, capability, tmp_path):
         pytest.importorskip("triton", reason="Triton is not installed")
-        import aot
-        import kernel_resources
+        from benchmarks.kernels import aot, kernel_resources
 
         cases = [case for case in kernel_resources.CASES.get(self.name, list)() if case.in_tests]
         has_kernels = importlib.util.find_spec(f"visionattn.kernels._triton.{self.name}") is not None

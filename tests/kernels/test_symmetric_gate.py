@@ -100,8 +100,7 @@ def test_any_shape_and_layout(shape, seed, data):
 
 def test_accesses_memory_16_bytes_at_a_time():
     pytest.importorskip("triton", reason="Triton is not installed")
-    import aot
-    import kernel_resources
+    from benchmarks.kernels import aot, kernel_resources
 
     for case in kernel_resources.symmetric_gate_cases():
         ptx = aot.compile_for(case.kernel, case.types, case.constants).asm["ptx"]

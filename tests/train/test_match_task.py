@@ -18,9 +18,9 @@ from lightning.pytorch import Trainer
 import visionattn
 from visionattn.blocks.match_decoder import exchange_views
 from visionattn.data.match import MatchData
-from visionattn.data.match_errors import disparity_errors
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError
+from visionattn.metrics.matching import disparity_errors
 from visionattn.models.match_stereo import MatchFields
 from visionattn.train.cli import main
 from visionattn.train.stereo import MatchTask, coarse_truth, masked_mean, robust, start_loss, there_and_back

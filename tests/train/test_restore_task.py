@@ -18,10 +18,10 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 import visionattn
-from visionattn.data.luma import luma, psnr_y, to_uint8
 from visionattn.data.restore import RestoreData
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError, InputError
+from visionattn.metrics.luma import luma, psnr_y, to_uint8
 from visionattn.train.cli import main
 from visionattn.train.restore import RestoreTask
 

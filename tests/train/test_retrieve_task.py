@@ -22,11 +22,11 @@ import visionattn
 from retrieval_toys import write_table
 from visionattn import cli
 from visionattn.data.catalogue import MISSING
-from visionattn.data.ranking import means, score_part
 from visionattn.data.retrieval import RetrieveData
 from visionattn.data.samplers import IGNORED
 from visionattn.data.triplets import TripletData
 from visionattn.errors import CheckpointError, ConfigError
+from visionattn.metrics.ranking import means, score_part
 from visionattn.train.cli import main, recipes
 from visionattn.train.reidentify import ReidentifyTask
 from visionattn.train.retrieve import AttributeLoss, RetrieveTask

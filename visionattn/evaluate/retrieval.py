@@ -1,4 +1,4 @@
-"""Retrieval by attributes: each attribute's queries rank its gallery (`visionattn.data.ranking`), random beside.
+"""Retrieval by attributes: each attribute's queries rank its gallery (`visionattn.metrics.ranking`), random beside.
 
 A model with conditions ranks by each attribute in that attribute's space; a model without has one space for all. The
 entanglement matrix has the mAP by attribute j in the space of condition i: where attributes are told apart, the largest
@@ -26,10 +26,10 @@ from visionattn import __version__
 from visionattn.data.catalogue import Catalogue, ImageStore
 from visionattn.data.catalogue_files import Triplets, read_catalogue, read_triplets
 from visionattn.data.embedding import conditions_of, embed, eval_transform, input_config
-from visionattn.data.ranking import AttributeScore, means, score, score_triplets
 from visionattn.errors import ConfigError
 from visionattn.evaluate.opening import open_models, place
 from visionattn.files import atomic_path
+from visionattn.metrics.ranking import AttributeScore, means, score, score_triplets
 
 __all__ = [
     "MeasuredRetrieval",

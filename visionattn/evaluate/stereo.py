@@ -1,6 +1,6 @@
 """Stereo as Middlebury, ETH3D and KITTI report it: end-point error and bad pixels of the left view's disparity.
 
-Errors (`visionattn.data.match_errors`) are measured once over all pixels with truth, once over those that both views
+Errors (`visionattn.metrics.matching`) are measured once over all pixels with truth, once over those that both views
 see. Data sets have the mean over their scenes.
 """
 
@@ -20,12 +20,12 @@ from rich.table import Table
 from torch import nn
 
 from visionattn import __version__
-from visionattn.data.match_errors import Errors, disparity_errors
 from visionattn.data.stereo import StereoPair, find_scenes
 from visionattn.errors import ConfigError, VisionAttnError, require
 from visionattn.evaluate.opening import open_models, place
 from visionattn.evaluate.sgbm import sgbm
 from visionattn.files import atomic_path
+from visionattn.metrics.matching import Errors, disparity_errors
 from visionattn.models.enlarged import EnlargedViews
 
 __all__ = ["BASELINES", "Errors", "MeasuredStereo", "StereoMeasurements", "disparity_errors", "stereo_matching"]

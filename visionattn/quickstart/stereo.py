@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from visionattn.data.disparity import write_disparity
-from visionattn.data.match_errors import disparity_errors
 from visionattn.errors import require
 from visionattn.evaluate.sgbm import sgbm
+from visionattn.metrics.matching import disparity_errors
 from visionattn.predict import estimate_disparity
 from visionattn.predict.colours import disparity_colours, usual_top
 from visionattn.predict.opening import pretrained

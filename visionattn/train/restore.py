@@ -4,7 +4,7 @@
     L = (1 - w) l(out, large / 255) + w l(out, teacher(small / 255))      w = 0 without a teacher
     l = mean sqrt(d^2 + eps^2)  (Charbonnier)   or   mean |d|  (l1)       d the difference of a colour value
 
-Validation measures PSNR as the benchmarks do (`visionattn.data.luma`).
+Validation measures PSNR as the benchmarks do (`visionattn.metrics.luma`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torchmetrics import MeanMetric
 
 from visionattn.checkpoints import create, load
-from visionattn.data.luma import psnr_y, to_uint8
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError
+from visionattn.metrics.luma import psnr_y, to_uint8
 from visionattn.train.optimization import OptimizedTask
 from visionattn.weights import mismatches
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from visionattn.checkpoints import create
 from visionattn.data.catalogue import MISSING, Part
 from visionattn.data.embedding import conditions_of, embed, input_config
-from visionattn.data.ranking import means, score_part
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError, require
+from visionattn.metrics.ranking import means, score_part
 from visionattn.train.optimization import OptimizedTask
 from visionattn.weights import mismatches
 

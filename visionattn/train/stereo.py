@@ -42,9 +42,9 @@ from torchmetrics import MeanMetric
 
 from visionattn.blocks.match_decoder import exchange_views, visible_pixels
 from visionattn.checkpoints import create
-from visionattn.data.match_errors import disparity_errors, flow_errors
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError
+from visionattn.metrics.matching import disparity_errors, flow_errors
 from visionattn.models.match_stereo import MatchFields
 from visionattn.train.optimization import OptimizedTask
 from visionattn.weights import mismatches

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.data.catalogue_files import Triplets
-from visionattn.data.ranking import score_triplets
 from visionattn.errors import ConfigError
+from visionattn.metrics.ranking import score_triplets
 from visionattn.train.retrieve import BEGINNING, EmbeddingTask, create_conditional
 
 __all__ = ["TripletTask"]

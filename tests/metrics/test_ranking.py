@@ -13,12 +13,12 @@ from torch import nn
 
 from retrieval_toys import ToyConditional, write_table
 from visionattn import cli
-from visionattn.data import ranking
 from visionattn.data.catalogue import MISSING, Part
 from visionattn.data.catalogue_files import Triplets, read_catalogue
-from visionattn.data.ranking import AttributeScore, means, rank, score, score_part, score_triplets, triplet_accuracy
 from visionattn.errors import ConfigError, DataError, InputError
 from visionattn.evaluate.retrieval import attribute_retrieval, draw_matrix, triplets
+from visionattn.metrics import ranking
+from visionattn.metrics.ranking import AttributeScore, means, rank, score, score_part, score_triplets, triplet_accuracy
 
 PRODUCTS = Path(__file__).parents[3] / "shared/data/retrieval/fashion_products"
 
