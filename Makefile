@@ -1,6 +1,7 @@
 # Two commands on a fresh machine with python3 and pip: `make quickstart` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 RUN = $(VENV)/bin/python -m
 
 # The environment is built from nothing when its recipe or the Python version changes.
@@ -11,13 +12,22 @@ READY := $(VENV)/.ready-$(KEY)
 # Which checkout the environment's `visionattn` points to.
 LINKED := $(VENV)/.linked-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: quickstart test lint types docs wheel clean environment-key
+.PHONY: quickstart test test-lowest lint types docs wheel clean environment-key
 
 quickstart: $(LINKED)
 	$(VENV)/bin/visionattn quickstart
 
 test: lint types
 	$(RUN) pytest
+
+# The suite with the lowest versions that pyproject.toml allows, in an environment of its own (several GB).
+test-lowest: $(LINKED)
+	$(RUN) pip install --quiet uv
+	$(RUN) uv venv --quiet --clear $(LOWEST)
+	$(RUN) uv pip compile --quiet --resolution lowest-direct --extra all --group dev pyproject.toml -o $(LOWEST)/versions.txt
+	$(RUN) uv pip install --quiet --python $(LOWEST) --requirement $(LOWEST)/versions.txt
+	$(RUN) uv pip install --quiet --python $(LOWEST) --no-deps --editable .
+	$(LOWEST)/bin/python -m pytest
 
 lint: $(LINKED)
 	$(RUN) ruff check .
