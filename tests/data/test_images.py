@@ -2,6 +2,7 @@
 
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,3 +143,19 @@ def test_too_many_unreadable_images_are_an_error(bad, count, refused):
         return
     with pytest.raises(DataError, match=r"of the \d+ images can(not)? be read\. The first: a\.png"):
         check_unreadable(["a.png"] * bad, count)
+
+
+def test_a_sub_folder_that_cannot_be_read_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.png").touch()
+    entries = Path.iterdir
+
+    def closed(path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return entries(path)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    listing = list_images(tmp_path, recursive=True)
+    assert listing.files == [tmp_path / "a.png"]
+    assert listing.left_out == {"unreadable": [tmp_path / "closed"]}

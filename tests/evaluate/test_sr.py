@@ -167,7 +167,7 @@ def test_bad_pictures_are_named_and_the_rest_goes_on(pictures, tmp_path, capsys)
     told = capsys.readouterr()
     messages = told.err.splitlines()
     assert len(messages) == 2
-    assert messages[0].startswith(f"visionattn: Could not read the picture {pictures / 'broken.png'}: ")
+    assert messages[0].startswith(f"visionattn: Could not read the image {pictures / 'broken.png'}: ")
     assert messages[1].startswith(f"visionattn: {pictures / 'tiny.png'}: A picture of 12 x 12 is too small for SSIM's")
     assert "mean" in told.out
     assert "broken" not in told.out
@@ -184,7 +184,7 @@ def test_a_model_that_fails_is_told(pictures):
 def test_wrong_input(pictures, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     cases = [
-        (lambda: super_resolution([], tmp_path / "empty", scale=2), DataError, "There are no pictures in"),
+        (lambda: super_resolution([], tmp_path / "empty", scale=2), DataError, "There are no images in"),
         (lambda: super_resolution([], tmp_path / "none", scale=2), DataError, "There is no folder"),
         (lambda: super_resolution([], pictures), ConfigError, "Bicubic alone needs a scale"),
         (lambda: super_resolution(Nearest(2), pictures, scale=3), ConfigError, "Nearest 2 and 3 was asked for"),
@@ -197,7 +197,7 @@ def test_wrong_input(pictures, tmp_path, monkeypatch):
         ),
         (lambda: super_resolution(Nearest(2), pictures, dtype="int8"), ConfigError, "There is no dtype 'int8'"),
         (lambda: super_resolution(Nearest(2), pictures, device="toaster"), ConfigError, "on the device 'toaster'"),
-        (lambda: super_resolution(Nearest(2), pictures, small_folder=pictures.parent), DataError, "no pictures in"),
+        (lambda: super_resolution(Nearest(2), pictures, small_folder=pictures.parent), DataError, "no images in"),
     ]
     for call, error, message in cases:
         with pytest.raises(error, match=message):

@@ -119,7 +119,10 @@ def _scan(folder: Path, recursive: bool, suffixes: Collection[str], listing: Lis
             if not recursive:
                 listing.skip("in sub-folders", path)
             elif os.path.realpath(path) not in seen:
-                _scan(path, recursive, suffixes, listing, seen)
+                try:
+                    _scan(path, recursive, suffixes, listing, seen)
+                except DataError:
+                    listing.skip("unreadable", path)
         elif not stat.S_ISREG(mode):
             listing.skip("not a regular file", path)
         elif path.suffix.lower() in suffixes:

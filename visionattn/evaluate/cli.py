@@ -15,6 +15,7 @@ from visionattn.evaluate import retrieval
 from visionattn.evaluate.opening import DTYPES
 from visionattn.evaluate.sr import Measurements, super_resolution
 from visionattn.evaluate.stereo import BASELINES, StereoMeasurements, stereo_matching
+from visionattn.files import check_output
 
 __all__ = ["add_arguments", "run"]
 
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranked.add_argument("--matrix", type=Path, metavar="PNG", help="picture of the entanglement matrix, of one model")
     for protocol in (sr, pairs, ranked):
         protocol.add_argument("--output", type=Path, metavar="CSV", help="file for every row")
+        protocol.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
         protocol.add_argument("--device", default="cpu", help="where models run, such as cuda (default: cpu)")
         protocol.add_argument("--dtype", default="float32", choices=DTYPES, help="precision (default: float32)")
 
@@ -71,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VisionAttnError: Nothing could be measured.
     """
+    if args.output is not None:
+        check_output(args.output, args.overwrite, (".csv",))
     console = Console(width=None if sys.stdout.isatty() else 160)
     shown = console if sys.stdout.isatty() else None
     if args.protocol == "retrieval":

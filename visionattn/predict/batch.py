@@ -8,7 +8,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import glob
+import os
+import stat
 import tempfile
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +20,31 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from visionattn.errors import DataError, InputError, StorageError, VisionAttnError
-from visionattn.predict.picture import READABLE
+from visionattn.data.images import SUFFIXES, is_hidden, list_images
+from visionattn.errors import DataError, InputError, StorageError, VisionAttnError, shorten
+from visionattn.files import check_output
 from visionattn.predict.video import VIDEOS
 
 __all__ = ["Bar", "Job", "add_arguments", "files_of", "keep_freed_memory", "run", "target_folder"]
 
-TAKEN = (*READABLE, *VIDEOS)
+TAKEN = (*SUFFIXES, *VIDEOS)
+# Images and videos of formats that are not read. They are named as failed: leaving them out would look like success.
+UNREAD = {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".psb", ".svg", ".eps", ".tga"}
+UNREAD |= {".ico", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pbm", ".pnm"}
+UNREAD |= {".apng", ".wmv", ".flv", ".mpg", ".mpeg", ".mts", ".m2ts", ".3gp", ".ogv", ".vob"}
+UNREAD -= set(TAKEN)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+LONGEST_PATH = 4096  # characters, Linux's limit
+SILENCE = 30.0  # seconds between two lines of progress where there is no terminal
 
 
 @dataclass(frozen=True)
 class Job:
-    """Files to read together, and the file to write."""
+    """Files to read together, the file to write, and further files that are written next to it."""
 
     sources: tuple[Path, ...]
     target: Path
+    also: tuple[Path, ...] = ()
 
     @property
     def source(self) -> Path:
@@ -44,20 +57,40 @@ class Job:
         return self.source.suffix.lower() in VIDEOS
 
 
-@dataclass(frozen=True)
 class Bar:
-    """What a job shows of itself: a progress bar, and lines above it."""
+    """What a job shows of itself: a progress bar, or a line now and then where there is no terminal.
 
-    progress: Progress
-    task: TaskID
+    Args:
+        progress: Shows the bar.
+        task: The job's.
+        name: What lines of progress begin with.
+    """
+
+    def __init__(self, progress: Progress, task: TaskID, name: str) -> None:
+        self.progress = progress
+        self.task = task
+        self.name = name
+        self.steps: int | None = None
+        self.done = 0
+        self.start = self.told = time.monotonic()
 
     def expect(self, steps: int | None) -> None:
         """State how many steps there will be."""
+        self.steps = steps
         self.progress.update(self.task, total=steps)
 
     def advance(self) -> None:
         """One step is done."""
         self.progress.advance(self.task)
+        self.done += 1
+        now = time.monotonic()
+        if self.progress.disable and now - self.told >= SILENCE:
+            self.told = now
+            left = "" if not self.steps else f" of {self.steps}"
+            if self.steps and self.steps >= self.done:
+                seconds = (now - self.start) / self.done * (self.steps - self.done)
+                left += f", about {max(seconds / 60, 1):.0f} min left"
+            self.say(f"{self.name}: {self.done}{left}")
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -84,23 +117,43 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def files_of(text: str) -> tuple[list[Path], bool]:
+def files_of(text: str, recursive: bool = False, without: Path | None = None) -> tuple[list[Path], bool]:
     """The images and videos that an argument names, in order, and whether it may name several.
+
+    What lies in a folder and is neither is told on one line. Images that cannot be read are among the files, so that
+    `run` names them.
+
+    Args:
+        text: A file, a folder or a pattern.
+        recursive: Look into the sub-folders of a folder too.
+        without: A folder that is left out, such as that of the outputs.
 
     Raises:
         DataError: There are none.
     """
     path, several = Path(text), True
+    left_out = ""
     if path.is_dir():
-        found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in TAKEN]
+        listing = list_images(path, recursive, (*TAKEN, *UNREAD))
+        found = listing.files + listing.left_out.pop("unreadable", [])
+        pipes = listing.left_out.get("not a regular file", [])
+        found += [other for other in pipes if other.suffix.lower() in TAKEN]
+        if without is not None and without.resolve() != path.resolve():
+            found = [file for file in found if without.resolve() not in file.resolve().parents]
+        found.sort()
+        left_out = listing.describe_left_out()
     elif path.exists():
         found, several = [path], False
     elif glob.has_magic(text):
-        found = [Path(name) for name in sorted(glob.glob(text, recursive=True)) if Path(name).is_file()]
+        names = sorted(glob.glob(text, recursive=True))
+        found = [Path(name) for name in names if not os.path.isdir(name) and not is_hidden(Path(name))]
     else:
-        raise DataError(f"There is no file or folder {text}.")
+        raise DataError(f"There is no file or folder {shorten(text)}.")
     if not found:
-        raise DataError(f"{text} holds no image or video: {', '.join(TAKEN)} are taken.")
+        reason = f" Left out: {left_out}." if left_out else ""
+        raise DataError(f"{shorten(text)} holds no image or video: {', '.join(TAKEN)} are read.{reason}")
+    if left_out:
+        print(f"note: {shorten(text)}: left out {left_out}.")
     return found, several
 
 
@@ -111,14 +164,17 @@ def target_folder(output: str, several: bool) -> tuple[Path, bool]:
         StorageError: Nothing can be written there.
     """
     target = Path(output)
-    is_folder = several or target.is_dir() or output.endswith("/") or not target.suffix
-    folder = target if is_folder else target.parent
     try:
+        is_folder = several or target.is_dir() or output.endswith("/") or not target.suffix
+        folder = target if is_folder else target.parent
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise StorageError(f"Cannot write into the folder {folder}: {error.strerror or error}.") from error
+    except FileExistsError as error:
+        raise StorageError(f"Cannot write into the folder {shorten(folder)}: it is a file, not a folder.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"Cannot write into the folder {shorten(output)}: {reason}.") from error
     return folder, is_folder
 
 
@@ -133,6 +189,7 @@ def run(
     Args:
         jobs: In order.
         work: Does a job and gives notes of what is worth knowing; its third argument says how many jobs are left.
+            Whatever it raises costs one line, and the other jobs are done.
         writable: Suffixes of outputs that are not videos.
         args: With those of `add_arguments`.
 
@@ -142,47 +199,94 @@ def run(
     failed: list[str] = []
     written: set[Path] = set()
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),  # a file name may look like markup
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         total = progress.add_task("files", total=len(jobs), visible=len(jobs) > 1)
         for number, job in enumerate(jobs):
+            bar = Bar(progress, progress.add_task(shorten(job.source.name, 40), total=None), _shown(job.source))
             try:
-                if _is_done(job, VIDEOS if job.is_video else writable, written, args):
-                    console.print(f"skipped: {job.target} exists")
-                else:
-                    bar = Bar(progress, progress.add_task(job.source.name, total=None))
-                    try:
-                        notes = work(job, bar, len(jobs) - number)
-                    finally:
-                        progress.remove_task(bar.task)
-                    written.add(job.target)
-                    for note in notes:
-                        console.print(f"note: {job.source}: {note}.")
-                    console.print(f"wrote {job.target}")
-            except VisionAttnError as error:
-                failed.append(str(job.source))
-                console.print(f"failed: {error}")
-            except MemoryError:
-                failed.append(str(job.source))
-                console.print(f"failed: {job.source}: input and result do not fit the memory.")
+                notes = None
+                if not _is_done(job, VIDEOS if job.is_video else writable, written, args):
+                    notes = work(job, bar, len(jobs) - number)
+                    written |= {job.target, *job.also}
+            except Exception as error:
+                # A fault of ours must not end the folder either.
+                failed.append(_shown(job.source))
+                told = f"failed: {_reason(job, error)}"
+            else:
+                told = f"wrote {_shown(job.target)}"
+                if notes is None:
+                    told = f"skipped: {_shown(job.target)} exists"
+                for note in notes or ():
+                    console.print(f"note: {_shown(job.source)}: {note}.")
+            finally:
+                progress.remove_task(bar.task)
+            console.print(told)
             progress.advance(total)
     if failed and len(jobs) > 1:
         console.print(f"{len(failed)} of {len(jobs)} failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
+def _shown(path: Path) -> str:
+    """A path on one line; one that exists is not cut, for others may read the line."""
+    return shorten(path, LONGEST_PATH)
+
+
+def _reason(job: Job, error: Exception) -> str:
+    """What went wrong, with the name of the file, on one line."""
+    source = _shown(job.source)
+    if isinstance(error, VisionAttnError):
+        return shorten(error, 1000)
+    if isinstance(error, MemoryError):
+        return f"{source}: input and result do not fit the memory."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{source}: {shorten(error.filename or 'the system')}: {error.strerror}."
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}:{frame.lineno}"
+    return f"{source}: unexpected {type(error).__name__} at {where}, please report it: {shorten(error, 300)}"
+
+
 def _is_done(job: Job, known: tuple[str, ...], written: set[Path], args: argparse.Namespace) -> bool:
-    """Whether the result exists and shall stay; raises where it cannot be written."""
+    """Whether the result exists and shall stay; raises where the job cannot be done."""
+    for path in job.sources:
+        _check_source(path)
+    source, target = _shown(job.source), _shown(job.target)
     if job.target.suffix.lower() not in known:
-        raise InputError(f"{job.source}: cannot write {job.target}: its suffix is none of {', '.join(known)}.")
-    if job.target.resolve() in (source.resolve() for source in job.sources):
-        raise InputError(f"{job.source}: the output would replace the input: name another.")
-    if job.target in written:
-        raise InputError(f"{job.source}: {job.target} was written already, from another input of that name.")
-    if not job.target.exists() or args.overwrite:
-        return False
-    if args.skip_existing:
+        raise InputError(f"{source}: cannot write {target}: its suffix is none of {', '.join(known)}.")
+    if job.target.resolve() in (path.resolve() for path in job.sources):
+        raise InputError(f"{source}: the output would replace the input: name another.")
+    if job.target.exists() and args.skip_existing and not args.overwrite:
         return True
-    raise InputError(
-        f"{job.source}: {job.target} exists: give --overwrite to replace it or --skip-existing to leave it."
-    )
+    for path in (job.target, *job.also):
+        if path in written:
+            raise InputError(f"{source}: {_shown(path)} was written already, from another input of that name.")
+        # What stands next to a missing target is left from a run that was stopped.
+        if path.is_file() and not (args.overwrite or args.skip_existing):
+            raise InputError(
+                f"{source}: {_shown(path)} exists: give --overwrite to replace it or --skip-existing to leave it."
+            )
+        check_output(path, overwrite=True)
+    return False
+
+
+def _check_source(path: Path) -> None:
+    """Raise `DataError` for what is certainly not read; opening a pipe would wait for its writer for ever."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise DataError(f"Could not read {_shown(path)}: {getattr(error, 'strerror', None) or error}.") from error
+    if stat.S_ISDIR(mode):
+        raise DataError(f"Could not read the folder {_shown(path)}: no permission.")
+    if not stat.S_ISREG(mode):
+        raise DataError(f"Could not read {_shown(path)}: it is not a regular file.")
+    if path.suffix.lower() in UNREAD:
+        raise DataError(
+            f"Could not read {_shown(path)}: files of ending {path.suffix} are not read. Convert it to one of "
+            f"{', '.join(TAKEN)}."
+        )

@@ -126,7 +126,7 @@ class OnnxEngine(Engine):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Upscale: (B, C, h, w) -> (B, C, r h, r w)."""
-        return torch.from_numpy(self.file(images.numpy())[0])
+        return torch.from_numpy(self.file(images.numpy())[0]).to(images.dtype)
 
     @classmethod
     def of(cls, model: nn.Module) -> OnnxEngine:

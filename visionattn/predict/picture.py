@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from visionattn.data.images import FORMATS, SUFFIXES
 from visionattn.errors import DataError, InputError, VisionAttnError, require
 from visionattn.files import atomic_path
 
 __all__ = ["READABLE", "WRITABLE", "Picture", "check_size", "on_white", "read", "size_of", "write"]
 
-WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
-READABLE = (*WRITABLE, ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}
+WRITABLE |= {".tif": "TIFF", ".tiff": "TIFF"}
+READABLE = SUFFIXES
 LONGEST = {"JPEG": 65535, "WEBP": 16383}  # sides that the formats can state
 OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {},
@@ -114,7 +115,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise
     except Image.UnidentifiedImageError as error:
         size = path.stat().st_size
-        what = "it is empty" if size == 0 else "it is none of PNG, JPEG, WebP, TIFF and BMP"
+        what = "it is empty" if size == 0 else f"it is none of {', '.join(FORMATS)}"
         raise DataError(f"{path} is not an image: {what}.") from error
     # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError.
     except Exception as error:

@@ -25,6 +25,7 @@ Image_ = TypeVar("Image_", np.ndarray, Tensor, Image.Image)
 PEAKS = {"u1": 255.0, "u2": 65535.0}
 # Float tensors that rounding makes of a tile's result: the clamped one, the rounded one, the one in its final type.
 COPIES = 3
+MOST_MEMORY = 2**30  # MiB, which is a pebibyte
 
 
 def upscale(
@@ -119,13 +120,13 @@ def tiles_of(engine: Engine, height: int, width: int, overlap: int | None, memor
     """The tiles of a picture; `restore` runs through them twice where there is alpha.
 
     Raises:
-        InputError: Overlap or memory is negative, or too small for a tile.
+        InputError: Overlap or memory is negative, no number, or too small for a tile.
     """
     overlap = engine.radius if overlap is None else overlap
     if overlap < 0:
         raise InputError(f"The overlap is {overlap}; it is a number of pixels, 0 or more.")
-    if memory is not None and not memory > 0:
-        raise InputError(f"The memory is {memory} MiB; it must be more than 0.")
+    if memory is not None and not 0 < memory <= MOST_MEMORY:
+        raise InputError(f"The memory must be more than 0 and at most {MOST_MEMORY} MiB; got {memory}.")
     budget = default_memory(engine.device) if memory is None else memory * MIB
     each = engine.bytes_per_pixel + COPIES * engine.scale**2 * engine.channels * 4
     return plan(height, width, int(budget / each), overlap)

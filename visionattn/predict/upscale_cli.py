@@ -71,24 +71,38 @@ def run(args: argparse.Namespace) -> int:
         VisionAttnError: Nothing could be started: no such input, model or folder.
     """
     batch.keep_freed_memory()
-    jobs = _jobs(args.input, args.output)
-    return batch.run(jobs, _Work(args, _engine(args)).do, tuple(picture.WRITABLE), args)
+    jobs = _jobs(args.input, args.output, args.compare)
+    engine = _engine(args)
+    tiles_of(engine, 1, 1, args.overlap, args.memory)  # which says what is wrong with these two
+    return batch.run(jobs, _Work(args, engine).do, tuple(picture.WRITABLE), args)
 
 
-def _jobs(inputs: list[str], output: str) -> list[Job]:
+def _jobs(inputs: list[str], output: str, compare: bool) -> list[Job]:
     """What to do, in order; the output's folder exists and can be written to."""
-    sources, several = [], len(inputs) > 1
+    found: list[tuple[Path, Path]] = []  # each input, and the output's path in a folder
+    several = len(inputs) > 1
     for text in inputs:
-        found, many = batch.files_of(text)
-        sources += found
+        sources, many = batch.files_of(text, recursive=True, without=Path(output))
+        root = Path(text)
+        inside = root.is_dir()
+        found += [(source, _named(source.relative_to(root) if inside else Path(source.name))) for source in sources]
         several |= many
     folder, named = batch.target_folder(output, several)
-    return [Job((source,), folder / _named(source) if named else Path(output)) for source in sources]
+    jobs = []
+    for source, name in found:
+        target = folder / name if named else Path(output)
+        also = (_comparison(target),) if compare and source.suffix.lower() not in VIDEOS else ()
+        jobs.append(Job((source,), target, also))
+    return jobs
 
 
-def _named(source: Path) -> str:
-    """The output's name in a folder: the input's, in a format that can be written."""
-    return source.stem + ".png" if source.suffix.lower() == ".bmp" else source.name
+def _named(source: Path) -> Path:
+    """The output's name: the input's, in a format that can be written."""
+    return source if source.suffix.lower() in (*picture.WRITABLE, *VIDEOS) else source.with_suffix(".png")
+
+
+def _comparison(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_compare.png")
 
 
 def _engine(args: argparse.Namespace) -> Engine:
@@ -141,9 +155,10 @@ class _Work:
         bar.expect(len(tiles) * (2 if pixels.shape[2] in (2, 4) else 1))
         source.pixels = self._enlarge(pixels, bar.advance)
         comparison = side_by_side(pixels, source.pixels) if self.args.compare else None
-        picture.write(job.target, source)
+        # The output comes last: with it, the job is done.
         if comparison is not None:
-            picture.write(job.target.with_name(f"{job.target.stem}_compare.png"), comparison)
+            picture.write(_comparison(job.target), comparison)
+        picture.write(job.target, source)
         return source.notes
 
     def _video(self, job: Job, bar: Bar, remaining: int) -> list[str]:
