@@ -1,7 +1,7 @@
 """Image files in and out: 8 and 16 bit, grey, palette, alpha, with orientation, EXIF, ICC profile and resolution.
 
-PIL reads and writes all but colour of 16 bits, which it would cut to 8: those pixels go through OpenCV (tifffile for
-writing TIFF), and the rest of the file still through PIL.
+PIL reads and writes all but colour of 16 bits, which it would cut to 8: those pixels go through OpenCV (PNG) and
+tifffile (TIFF), and the rest of the file still through PIL.
 """
 
 from __future__ import annotations
@@ -16,11 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from visionattn.data.images import FORMATS, SUFFIXES
-from visionattn.errors import DataError, InputError, VisionAttnError, require
+from visionattn.errors import DataError, InputError, VisionAttnError, require, shorten
 from visionattn.files import atomic_path
+from visionattn.predict.metadata import (
+    EXIF_IFD,
+    GPS_IFD,
+    ICC,
+    ORIENTATION,
+    exif_of,
+    resolution,
+    tiff_resolution,
+    unkept,
+)
+from visionattn.predict.png import COLOUR_SPACE, TEXT, Png, chunk, read_png, with_alpha
+from visionattn.predict.tiff import CMYK, Layout, read_layout, read_samples
 
 __all__ = ["READABLE", "WRITABLE", "Picture", "check_size", "on_white", "read", "size_of", "write"]
 
@@ -35,13 +47,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "TIFF": {"compression": "tiff_deflate"},
 }
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-ORIENTATION = 0x0112
-EXIF_IFD, GPS_IFD = 0x8769, 0x8825
 EXIF_SIZE = {0xA002: 1, 0xA003: 0}  # tags of width and height, and the axes of an array that they state
-# A file's own structure (size, strips, compression, resolution, tiles, palette, XMP, IPTC, ICC), which TIFF keeps among
-# its EXIF tags. Resolution is written from `dpi`.
-STRUCTURE = {*range(254, 260), 262, 263, 266, 273, *range(277, 285), *range(288, 298), 301, *range(317, 346), 347}
-STRUCTURE |= {*range(512, 533), 700, 33723, 34377, 34675}
+OPTIONAL = {"exif": "EXIF", "dpi": "resolution", "icc_profile": "ICC profile", "pnginfo": "text"}
+# What writers raise for metadata that they cannot put into a file.
+UNWRITABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SyntaxError,
+    struct.error,
+)
 # Orientation -> whether to transpose, and which of the axes to turn over after that.
 TURNS = {2: (False, (1,)), 3: (False, (0, 1)), 4: (False, (0,)), 5: (True, ()), 6: (True, (1,)), 7: (True, (0, 1))}
 TURNS[8] = (True, (0,))
@@ -57,6 +75,7 @@ class Picture:
         exif: The EXIF tags, upright.
         dpi: Horizontal and vertical resolution.
         notes: What could not be kept, in words.
+        chunks: Names and contents of PNG chunks of text and colour space.
     """
 
     pixels: np.ndarray
@@ -64,6 +83,7 @@ class Picture:
     exif: Image.Exif | None = None
     dpi: tuple[float, float] | None = None
     notes: list[str] = field(default_factory=list)
+    chunks: list[tuple[bytes, bytes]] = field(default_factory=list)
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:
@@ -72,8 +92,10 @@ class Picture:
         Raises:
             InputError: The mode has no known range (32-bit integers and floats).
         """
-        icc, exif = image.info.get("icc_profile"), image.getexif()
-        notes = []
+        icc = image.info.get("icc_profile")
+        exif, notes = exif_of(image.getexif)
+        dpi, unknown = resolution(image.info)
+        notes += unknown
         if image.mode in ("I", "F"):
             raise InputError("Its pixels are of 32 bits, whose range is unknown: save it with 8 or 16 bits.")
         if image.mode.startswith("I;16"):
@@ -89,7 +111,7 @@ class Picture:
                 icc = None
             pixels = np.asarray(image.convert(mode))
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-        return cls(pixels, icc, exif or None, image.info.get("dpi"), notes)
+        return cls(pixels, icc, exif, dpi, notes)
 
     def image(self) -> Image.Image:
         """A PIL image (8 bits, or grey of 16) with profile, EXIF and resolution as its `info`."""
@@ -102,24 +124,30 @@ class Picture:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a reader raises for a file into one line."""
     try:
-        # Pictures of more than 89 megapixels are what this is for; of a bomb's size PIL still raises an error.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
-                yield image
+            yield
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{shorten(path)}: {error}") from error
     except (VisionAttnError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
         size = path.stat().st_size
-        what = "it is empty" if size == 0 else f"it is none of {', '.join(FORMATS)}"
-        raise DataError(f"{path} is not an image: {what}.") from error
+        what = "it is empty" if size == 0 else f"it is none of {', '.join(FORMATS)}, or damaged"
+        raise DataError(f"{shorten(path)} is not an image: {what}.") from error
     # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError.
     except Exception as error:
-        raise DataError(f"Could not read the image {path}: {str(error).rstrip('.')}.") from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"Could not read the image {shorten(path)}: {shorten(reason).rstrip('.')}.") from error
+
+
+def _check_regular(path: Path) -> None:
+    """Raise `DataError` for what is not a file: a pipe would wait for its writer for ever."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"Could not read the image {shorten(path)}: it is not a regular file.")
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -128,28 +156,32 @@ def size_of(path: Path) -> tuple[int, int]:
     Raises:
         DataError: There is no such file, or it is no image.
     """
-    with _opened(path) as image:
-        return image.height, image.width
+    with _reading(path):
+        _check_regular(path)
+        layout = read_layout(path)
+        if layout is not None and layout.beyond_pil:
+            return layout.height, layout.width
+        # Pictures of more than 89 megapixels are what this is for; of a bomb's size PIL still raises an error.
+        with Image.open(path, formats=FORMATS) as image:
+            return image.height, image.width
 
 
 def read(path: Path) -> Picture:
-    """Read an image file, upright.
+    """Read an image file, upright: the first frame of an animation, the first page of a TIFF file.
 
     Raises:
         DataError: There is no such file, it is no image, or it is damaged.
         InputError: Its pixels have no known range.
-        MissingPackageError: It is of 16-bit colour, and OpenCV is not installed.
+        MissingPackageError: It is of 16-bit colour, and OpenCV or tifffile is not installed.
     """
-    with _opened(path) as image:
-        # MPO is the JPEG of telephones, with a preview or a depth map behind it.
-        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
-        image.load()
-        picture = Picture.of(image)
-        if picture.pixels.shape[2] > 1 and _bits(path, image) == 16:
-            picture.pixels = _read_16_bit(path)
-    if frames > 1:
-        picture.notes.append(f"only the first of its {frames} pages was taken")
-    picture.exif = _described(picture.exif)
+    with _reading(path):
+        _check_regular(path)
+        layout = read_layout(path)
+        if layout is not None and layout.beyond_pil:
+            picture = _read_tiff(path, layout)
+        else:
+            with Image.open(path, formats=FORMATS) as image:
+                picture = _read_by_pil(path, image, layout)
     if picture.exif is not None and ORIENTATION in picture.exif:
         transpose, axes = TURNS.get(picture.exif[ORIENTATION], (False, ()))
         if transpose:
@@ -161,35 +193,53 @@ def read(path: Path) -> Picture:
     return picture
 
 
-def _bits(path: Path, image: Image.Image) -> int:
-    if image.format == "PNG":
-        with path.open("rb") as file:
-            return file.read(25)[24]  # IHDR: signature 8, length 4, name 4, width 4, height 4, then the depth
-    return max(getattr(image, "tag_v2", {}).get(258, (8,)))
+def _read_by_pil(path: Path, image: Image.Image, layout: Layout | None) -> Picture:
+    frames = getattr(image, "n_frames", 1)
+    image.load()
+    picture = Picture.of(image)
+    png = read_png(path) if image.format == "PNG" else Png()
+    if png.bits == 16 and picture.pixels.shape[2] > 1:
+        picture.pixels = _read_png_16(path)
+    if png.key:
+        picture.pixels = with_alpha(picture.pixels[:, :, : len(png.key)], png.key, png.bits)
+    if layout is not None and layout.bits == 12:  # PIL leaves them in 0..4095
+        picture.pixels = np.rint(picture.pixels * np.float32(65535 / 4095)).astype(np.uint16)
+    if frames > 1:
+        # MPO is the JPEG of telephones, with a preview or a depth map behind it.
+        kind = {"TIFF": "pages", "MPO": "images"}.get(image.format or "", "frames")
+        picture.notes.append(f"only the first of its {frames} {kind} was taken")
+    picture.chunks = png.chunks
+    if lost := dict.fromkeys([*png.lost, *unkept(path, image)]):
+        picture.notes.append(f"left out: {', '.join(lost)}")
+    return picture
 
 
-def _read_16_bit(path: Path) -> np.ndarray:
+def _read_tiff(path: Path, layout: Layout) -> Picture:
+    pixels, notes = read_samples(path, layout)
+    with path.open("rb") as file:
+
+        def load() -> Image.Exif:
+            tags = Image.Exif()
+            tags.load_from_fp(file)
+            return tags
+
+        exif, lost = exif_of(load)
+    dpi, unknown = resolution(tiff_resolution(layout.described))
+    icc = layout.described.get(ICC)
+    if left_out := unkept(path, Image.new("1", (1, 1)), layout.described):
+        lost.append(f"left out: {', '.join(left_out)}")
+    if layout.photometric == CMYK and icc:
+        notes.append("its CMYK colours became RGB, so that their ICC profile was left out")
+        icc = None
+    return Picture(pixels, icc, exif, dpi, notes + lost + unknown)
+
+
+def _read_png_16(path: Path) -> np.ndarray:
     cv2: Any = require("cv2", "images")
     pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
-        raise DataError(f"Could not read the 16-bit image {path}: OpenCV does not know its layout.")
+        raise DataError(f"Could not read the 16-bit image {shorten(path)}: OpenCV does not know its layout.")
     return pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]]
-
-
-def _described(exif: Image.Exif | None) -> Image.Exif | None:
-    """The tags that describe the picture, without those of the file that it was in."""
-    if exif is None:
-        return None
-    kept = Image.Exif()
-    for tag, value in exif.items():
-        if tag not in STRUCTURE and tag not in (EXIF_IFD, GPS_IFD):
-            kept[tag] = value
-    for ifd in (EXIF_IFD, GPS_IFD):
-        if values := exif.get_ifd(ifd):
-            # PIL's TIFF writer looks for the tag, and takes its values by `get_ifd`.
-            kept.get_ifd(ifd).update(values)
-            kept[ifd] = kept.get_ifd(ifd)
-    return kept if len(kept) else None
 
 
 def check_size(path: Path, height: int, width: int) -> None:
@@ -224,6 +274,12 @@ def write(path: Path, picture: Picture) -> None:
     if form == "JPEG" and channels in (2, 4):
         picture.notes.append("JPEG holds no alpha, so that the picture was laid on white")
         picture.pixels = on_white(picture.pixels)
+    if form != "PNG" and picture.chunks:
+        names = {name for name, _ in picture.chunks}
+        if names & set(TEXT):
+            picture.notes.append(f"{form} files keep no PNG text, so that it was left out")
+        if space := [name.decode() for name in COLOUR_SPACE if name in names and not picture.icc]:
+            picture.notes.append(f"its colour space ({', '.join(space)}) was left out, which only PNG states so")
     with atomic_path(path) as temporary:
         if picture.pixels.dtype == np.uint16 and picture.pixels.shape[2] > 1:
             (_write_png_16 if form == "PNG" else _write_tiff_16)(temporary, picture)
@@ -248,7 +304,20 @@ def _write_pil(path: Path, form: str, picture: Picture) -> None:
             options.pop("compression")
     if picture.dpi:
         options["dpi"] = picture.dpi
-    Picture(picture.pixels).image().save(path, form, **options)
+    if form == "PNG" and picture.chunks:
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        for name, data in picture.chunks:
+            options["pnginfo"].add(name, data)
+    image = Picture(picture.pixels).image()
+    # Metadata that a format cannot hold must not cost the picture.
+    for key, what in OPTIONAL.items():
+        try:
+            image.save(path, form, **options)
+            return
+        except UNWRITABLE:
+            if options.pop(key, None) is not None:
+                picture.notes.append(f"its {what} cannot be written into {form}, so that it was left out")
+    image.save(path, form, **options)
 
 
 def _write_png_16(path: Path, picture: Picture) -> None:
@@ -260,18 +329,18 @@ def _write_png_16(path: Path, picture: Picture) -> None:
         raise OSError("OpenCV could not encode it")
     encoded = data.tobytes()
     chunks = b""
+    for name, data in picture.chunks:
+        chunks += chunk(name, data)
     if picture.icc:
-        chunks += _chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.icc))
+        chunks += chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.icc))
     if picture.dpi:
-        chunks += _chunk(b"pHYs", struct.pack(">IIB", *(round(float(dots) / 0.0254) for dots in picture.dpi), 1))
+        chunks += chunk(
+            b"pHYs", struct.pack(">IIB", *(min(round(dots / 0.0254), 2**32 - 1) for dots in picture.dpi), 1)
+        )
     if picture.exif is not None:
-        chunks += _chunk(b"eXIf", picture.exif.tobytes().removeprefix(b"Exif\0\0"))
+        chunks += chunk(b"eXIf", picture.exif.tobytes().removeprefix(b"Exif\0\0"))
     head = 33  # signature and IHDR, which come first
     path.write_bytes(b"".join((encoded[:head], chunks, encoded[head:])))
-
-
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def _write_tiff_16(path: Path, picture: Picture) -> None:
@@ -289,7 +358,7 @@ def _write_tiff_16(path: Path, picture: Picture) -> None:
         compression="zlib",
         predictor=True,
         iccprofile=picture.icc,
-        resolution=tuple(float(dots) for dots in picture.dpi) if picture.dpi else None,
+        resolution=picture.dpi,
         resolutionunit=2 if picture.dpi else None,
         metadata=None,
     )
