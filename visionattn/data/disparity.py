@@ -10,21 +10,29 @@ value. Each format says that in its own way:
 | .png | flow times 64 plus 2^15 in 16 bits, and a third channel | third channel 0 | KITTI |
 | .flo | flow as floats | above 1e9 | Middlebury |
 | .npy, .npz | floats | not finite | numpy |
+
+Files come from outside: each reader checks what the header states against the size of the file before it allocates, and
+any failure is one `DataError`.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import re
+import stat
+import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
-from visionattn.errors import DataError, InputError, VisionAttnError, require
+from visionattn.data.images import MAX_PIXELS, open_image
+from visionattn.errors import DataError, InputError, VisionAttnError, require, shorten
 from visionattn.files import atomic_path
 
 __all__ = ["DISPARITY_FILES", "FLOW_FILES", "read_disparity", "read_flow", "write_disparity", "write_flow"]
@@ -33,47 +41,57 @@ DISPARITY_FILES = (".pfm", ".png", ".npy", ".npz")
 FLOW_FILES = (".flo", ".png", ".npy", ".npz")
 FLO_MAGIC = np.float32(202021.25)
 NO_FLOW = 1e9  # a .flo holds larger numbers where there is no value
+GREY = ("L", "I", "I;16", "I;16B", "I;16L")  # PIL's modes of PNGs with one number per pixel
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PFM_GAP = rb"(?:\s|#[^\n]*\n)+"
+PFM_HEADER = re.compile(rb"P([fF])" + PFM_GAP + rb"(\d+)" + PFM_GAP + rb"(\d+)" + PFM_GAP + rb"([^\s#]+)\s")
+LONGEST_HEADER = 1000  # bytes of a PFM's, which comments may lengthen
+DEFLATE = 1100  # more than the largest ratio of size that deflate reaches, 1032
 
 
-def read_disparity(path: str | Path, divisor: float = 256.0) -> np.ndarray:
+def read_disparity(path: str | Path, divisor: float | Callable[[np.ndarray], float] = 256.0) -> np.ndarray:
     """Read a disparity: (H, W) of float32 in pixels, NaN where there is none.
 
     Args:
         path: A .pfm, .png, .npy or .npz (with one array).
-        divisor: What the numbers of a PNG are divided by: 256 of KITTI, 4 of Middlebury 2003 at quarter size.
+        divisor: What the numbers of a PNG are divided by: 256 of KITTI, 4 of Middlebury 2003 at quarter size. Or a
+            function that gives it for the numbers (H, W), which are of uint8 in a PNG of 8 bits.
 
     Raises:
-        DataError: There is no such file, or it holds something else.
+        DataError: The file is missing, damaged, too large, or holds something else.
+        InputError: The divisor is not a finite number above 0.
     """
     path = Path(path)
     suffix = _known(path, DISPARITY_FILES)
-    with _reading(path):
-        if suffix == ".pfm":
-            values = _read_pfm(path)
-        elif suffix == ".png":
-            with Image.open(path, formats=["PNG"]) as image:
-                numbers = np.asarray(image)
-            values = np.where(numbers > 0, numbers / np.float32(divisor), np.nan)
-        else:
-            values = _read_numpy(path)
-    if values.ndim != 2:
-        raise DataError(f"{path} holds {values.shape}; a disparity has one number a pixel, (H, W).")
-    return np.where(np.isfinite(values), values, np.nan).astype(np.float32)
+    if suffix == ".png":
+        values = _read_disparity_png(path, divisor)
+    else:
+        with _opened(path) as (file, size):
+            values = _read_pfm(path, file, size) if suffix == ".pfm" else _read_numpy(path, file, size)
+    if values.ndim != 2 or not values.size:
+        raise DataError(f"{shorten(path)} holds {values.shape}; a disparity has one number a pixel, (H, W).")
+    values = _float32(values)
+    return np.where(np.isfinite(values), values, np.float32(np.nan))
 
 
 def write_disparity(path: str | Path, disparity: np.ndarray) -> None:
     """Write a disparity (H, W), NaN where there is none, in the format of the suffix, whole or not at all.
 
     Raises:
-        InputError: The suffix is no format, or a PNG, which ends below 256 pixels, cannot hold the largest.
+        InputError: The suffix is no format, the shape is another one, or a PNG, which holds 0 to below 256 pixels,
+            cannot hold the values.
         StorageError: The file could not be written.
     """
     path = Path(path)
     suffix = _known(path, DISPARITY_FILES, InputError)
+    if disparity.ndim != 2:
+        raise InputError(f"A disparity has one number a pixel, (H, W), but the shape is {disparity.shape}.")
     valid = np.isfinite(disparity)
     values = np.where(valid, disparity, np.nan).astype(np.float32)
     if suffix == ".png":
-        largest = float(values[valid].max(initial=0))
+        least, largest = (float(f(values[valid], initial=0)) for f in (np.min, np.max))
+        if least < 0:
+            raise InputError(f"The least disparity is {least:.1f} pixels, and PNG begins at 0: write .pfm.")
         if largest * 256 >= 65535.5:
             raise InputError(f"The largest disparity is {largest:.1f} pixels, and PNG ends at 255.99: write .pfm.")
         # 0 says that there is no value, so that the smallest is 1.
@@ -97,22 +115,19 @@ def read_flow(path: str | Path) -> np.ndarray:
         path: A .flo, .png, .npy or .npz (with one array).
 
     Raises:
-        DataError: There is no such file, or it holds something else.
+        DataError: The file is missing, damaged, too large, or holds something else.
         MissingPackageError: It is a PNG, and OpenCV is not installed.
     """
     path = Path(path)
     suffix = _known(path, FLOW_FILES)
-    with _reading(path):
-        if suffix == ".flo":
-            values = _read_flo(path)
-        elif suffix == ".png":
-            values = _read_flow_png(path)
-        else:
-            values = _read_numpy(path)
-    if values.ndim != 3 or values.shape[2] != 2:
-        raise DataError(f"{path} holds {values.shape}; a flow has two numbers a pixel, (H, W, 2).")
+    readers = {".flo": _read_flo, ".png": _read_flow_png}
+    with _opened(path) as (file, size):
+        values = readers.get(suffix, _read_numpy)(path, file, size)
+    if values.ndim != 3 or values.shape[2] != 2 or not values.size:
+        raise DataError(f"{shorten(path)} holds {values.shape}; a flow has two numbers a pixel, (H, W, 2).")
+    values = _float32(values)
     valid = (np.abs(values) < NO_FLOW).all(axis=2, keepdims=True)  # false of NaN too
-    return np.where(valid, values, np.nan).astype(np.float32)
+    return np.where(valid, values, np.float32(np.nan))
 
 
 def write_flow(path: str | Path, flow: np.ndarray) -> None:
@@ -149,61 +164,141 @@ def write_flow(path: str | Path, flow: np.ndarray) -> None:
 def _known(path: Path, suffixes: tuple[str, ...], error: type[VisionAttnError] = DataError) -> str:
     suffix = path.suffix.lower()
     if suffix not in suffixes:
-        raise error(f"{path} ends in none of {', '.join(suffixes)}.")
+        raise error(f"{shorten(path)} ends in none of {', '.join(suffixes)}.")
     return suffix
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
+    """A file from outside and its size in bytes; whatever fails while it is read becomes one `DataError`."""
     try:
-        yield
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for its writer for ever
+            raise DataError(f"Could not read {shorten(path)}: it is not a regular file.")
+        with path.open("rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
     except VisionAttnError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"There is no file {path}.") from error
-    # Broken files make PIL and numpy raise nearly anything.
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise DataError(f"Could not read {path}: {str(error).rstrip('.')}.") from error
+        raise DataError(f"There is no file {shorten(path)}.") from error
+    except Exception as error:
+        # Broken files make numpy, zipfile and zlib raise nearly anything.
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"Could not read {shorten(path)}: {shorten(reason).rstrip('.')}.") from error
 
 
-def _read_pfm(path: Path) -> np.ndarray:
-    data = path.read_bytes()
-    header = re.match(rb"P([fF])\s+(\d+)\s+(\d+)\s+(\S+)\s", data[:100])
+def _float32(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite: no value
+        return values.astype(np.float32)
+
+
+def _check_size(path: Path, shape: tuple[int, ...], itemsize: int, stored: int) -> None:
+    """Raise `DataError` unless an array of that shape is small enough, and exactly what a file stores."""
+    if math.prod(shape) > 2 * MAX_PIXELS:
+        size = shorten(" x ".join(map(str, shape)), 60)
+        raise DataError(f"Could not read {shorten(path)}: {size} values are more than the {2 * MAX_PIXELS:,} read.")
+    needed = math.prod(shape) * itemsize
+    if needed != stored:
+        size = " x ".join(map(str, shape))
+        raise DataError(f"Could not read {shorten(path)}: {size} values take {needed:,} bytes, it holds {stored:,}.")
+
+
+def _read_pfm(path: Path, file: IO[bytes], size: int) -> np.ndarray:
+    start = file.read(LONGEST_HEADER)
+    header = PFM_HEADER.match(start)
     if header is None:
-        raise DataError(f"{path} is no PFM: its header is {data[:20]!r}.")
+        raise DataError(f"{shorten(path)} is no PFM: its header is {start[:20]!r}.")
     if header[1] == b"F":
-        raise DataError(f"{path} is a PFM of three channels; a disparity has one.")
+        raise DataError(f"{shorten(path)} is a PFM of three channels; a disparity has one.")
     width, height = int(header[2]), int(header[3])
     # Of the scale the sign counts, for the order of bytes; Middlebury's files do not mean its size.
-    values = np.frombuffer(data, "<f4" if float(header[4]) < 0 else ">f4", height * width, header.end())
+    scale = float(header[4])
+    if not math.isfinite(scale) or scale == 0:
+        raise DataError(f"{shorten(path)} is no PFM: its scale is {scale}; a number below or above 0 is needed.")
+    end = header.end()
+    # One white space ends the header. Where it is a carriage return, a line feed may belong to it or to the values.
+    if start[end - 1 : end + 1] == b"\r\n" and size - end - 1 == 4 * height * width:
+        end += 1
+    _check_size(path, (height, width), 4, size - end)
+    file.seek(end)
+    values = np.fromfile(file, "<f4" if scale < 0 else ">f4", height * width)
     return values.reshape(height, width)[::-1]
 
 
-def _read_flo(path: Path) -> np.ndarray:
-    data = path.read_bytes()
-    if np.frombuffer(data, "<f4", 1)[0] != FLO_MAGIC:
-        raise DataError(f"{path} is no .flo: it does not begin with {FLO_MAGIC}.")
-    width, height = map(int, np.frombuffer(data, "<i4", 2, 4))
-    return np.frombuffer(data, "<f4", height * width * 2, 12).reshape(height, width, 2)
+def _read_flo(path: Path, file: IO[bytes], size: int) -> np.ndarray:
+    start = file.read(12)
+    if start[:4] != FLO_MAGIC.astype("<f4").tobytes():
+        raise DataError(f"{shorten(path)} is no .flo: it does not begin with {FLO_MAGIC}.")
+    width, height = struct.unpack("<ii", start[4:])
+    if min(width, height) < 1:
+        raise DataError(f"{shorten(path)} is no .flo: its width is {width}, its height {height}.")
+    _check_size(path, (height, width, 2), 4, size - 12)
+    return np.fromfile(file, "<f4", height * width * 2).reshape(height, width, 2)
 
 
-def _read_flow_png(path: Path) -> np.ndarray:
+def _read_disparity_png(path: Path, divisor: float | Callable[[np.ndarray], float]) -> np.ndarray:
+    image = open_image(path, ["PNG"])
+    if image.mode in ("1", "P"):
+        raise DataError(f"{shorten(path)} is a PNG of a palette or of 1 bit; disparities are grey of 8 or 16 bits.")
+    numbers = np.asarray(image)
+    if image.mode not in GREY:
+        return numbers  # whose shape tells
+    by = divisor(numbers) if callable(divisor) else divisor
+    if not 0 < by < math.inf:
+        raise InputError(f"The numbers of {shorten(path)} cannot be divided by {by}: the factor must be above 0.")
+    with np.errstate(over="ignore"):
+        return np.where(numbers > 0, numbers / np.float32(by), np.float32(np.nan))
+
+
+def _read_flow_png(path: Path, file: IO[bytes], size: int) -> np.ndarray:
     cv2: Any = require("cv2", "images")
-    pixels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+    start = file.read(26)
+    if len(start) < 26 or not start.startswith(PNG_START) or start[24:] != b"\x10\x02":
+        raise DataError(f"{shorten(path)} is no PNG of three channels of 16 bits, as KITTI's flow is.")
+    width, height = struct.unpack(">II", start[16:24])
+    if width * height > min(MAX_PIXELS, DEFLATE * size):
+        raise DataError(f"Could not read {shorten(path)}: it cannot hold {width} x {height} pixels.")
+    file.seek(0)
+    open_image(path, ["PNG"])  # PIL gives 8 bits only, but says what is damaged; OpenCV prints lines of its own
+    pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or pixels.shape[2:] != (3,):
-        raise DataError(f"{path} is no PNG of three channels of 16 bits, as KITTI's flow is.")
+        raise DataError(f"{shorten(path)} is no PNG of three channels of 16 bits, as KITTI's flow is.")
     numbers = pixels[..., ::-1].astype(np.float32)  # OpenCV gives blue first
     return np.where(numbers[..., 2:] > 0, (numbers[..., :2] - 2**15) / 64, np.nan)
 
 
-def _read_numpy(path: Path) -> np.ndarray:
-    content = np.load(path, allow_pickle=False)
-    if isinstance(content, np.ndarray):
-        return content.astype(np.float32)
-    with content:
-        if len(content.files) != 1:
-            raise DataError(f"{path} holds {len(content.files)} arrays ({', '.join(content.files)}), not one.")
-        return content[content.files[0]].astype(np.float32)
+def _read_numpy(path: Path, file: IO[bytes], size: int) -> np.ndarray:
+    if file.read(2) != b"PK":
+        file.seek(0)
+        return _read_npy(path, file, size)
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        names = [member.filename.removesuffix(".npy") for member in members]
+        if len(members) != 1:
+            raise DataError(f"{shorten(path)} holds {len(members)} arrays ({shorten(', '.join(names))}), not one.")
+        member = members[0]
+        packed = 1 if member.compress_type == zipfile.ZIP_STORED else DEFLATE
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(f"Could not read {shorten(path)}: it is compressed by another method than numpy's.")
+        if member.file_size > packed * min(member.compress_size, size):
+            raise DataError(f"Could not read {shorten(path)}: it cannot hold the {member.file_size:,} bytes it states.")
+        with archive.open(member) as content:
+            return _read_npy(path, content, member.file_size)
+
+
+def _read_npy(path: Path, file: IO[bytes], size: int) -> np.ndarray:
+    """The array of an opened .npy file of that size, which may be a member of an archive."""
+    header: Any = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in header:
+        raise DataError(f"Could not read {shorten(path)}: arrays of .npy version {version} are not numbers.")
+    shape, by_column, dtype = header[version](file)
+    if dtype.kind not in "fiu":
+        raise DataError(f"{shorten(path)} holds values of type {shorten(dtype)}; numbers are needed.")
+    if any(side < 0 for side in shape):
+        raise DataError(f"Could not read {shorten(path)}: its shape is {shorten(shape)}.")
+    _check_size(path, shape, dtype.itemsize, size - file.tell())
+    values = np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype)
+    return values.reshape(shape, order="F" if by_column else "C")
 
 
 def _write_numpy(path: Path, values: np.ndarray) -> None:
