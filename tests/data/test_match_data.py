@@ -355,3 +355,67 @@ def test_damaged_files_are_named(folder, tmp_path):
     data.setup("validate")
     with pytest.raises(DataError, match=r"a/disp_left\.pfm"):
         list(data.val_dataloader())
+
+
+def scaled_pairs(root, factors):
+    """Scenes of a folder whose PNGs of 8 or 16 bits hold the disparity 7 times a factor."""
+    for name, (dtype, factor) in factors.items():
+        save(root / name, ramp())
+        (root / name / "disp_right.pfm").unlink()
+        (root / name / "disp_left.pfm").unlink()
+        Image.fromarray(np.full((220, 260), 7 * factor, dtype)).save(root / name / "disp_left.png")
+    return str(root)
+
+
+def test_factors_reach_the_pairs(tmp_path, caplog):
+    train = scaled_pairs(tmp_path / "train", {"a": (np.uint16, 64), "b": (np.uint8, 2)})
+    val = scaled_pairs(tmp_path / "val", {"c": (np.uint16, 256)})
+    settings = {"crop_size": (192, 192), "epoch_pairs": 4, "max_disparity": 30}
+    data = MatchData(train, train, factor={"a": 64.0, "b": 2.0}, **settings)
+    data.setup("fit")
+    for part in ("train", "val"):
+        for scene in data._pairs[part].scenes:
+            np.testing.assert_array_equal(read_stereo(scene).fields[0, ..., 0], np.full((220, 260), -7))
+    data = MatchData(train, val, factor={"a": 64.0, "b": 2.0}, **settings)
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    assert "c: disparities of 16 bits are divided by 256, as KITTI's are" in caplog.text
+    with pytest.raises(DataError, match="a factor that it does not say"):
+        MatchData(train, factor={"a": 64.0}, **settings).setup("fit")
+    with pytest.raises(ConfigError, match=r"data\.factor is of disparities"):
+        MatchData(train, factor=2.0, flow=True, **settings).setup("fit")
+
+
+@pytest.mark.parametrize(("folder", "damage"), [("occlusions", b"junk"), ("invalid", b""), ("flow", b"PIEH")])
+def test_broken_files_of_sintel_are_one_line(tmp_path, folder, damage):
+    test_sintel(tmp_path)
+    name = "frame_0001.flo" if folder == "flow" else "frame_0001.png"
+    (tmp_path / "training" / folder / "alley_1" / name).write_bytes(damage)
+    (tmp_path / "training/flow/alley_1/frame_last.flo").touch()  # which has no next frame
+    scenes = find_flow_scenes(tmp_path)
+    assert len(scenes) == 2
+    with pytest.raises(DataError, match=f"Could not read .*{name}") as error:
+        scenes[0].read()
+    assert "\n" not in str(error.value)
+
+
+def test_masks_of_another_size_are_named(tmp_path):
+    test_sintel(tmp_path)
+    Image.new("LA", (W, H + 1)).save(tmp_path / "training/occlusions/alley_1/frame_0001.png")
+    with pytest.raises(DataError, match=r"frame_0001\.png and .*frame_0001\.png differ in size: 7 x 10 and 6 x 10"):
+        find_flow_scenes(tmp_path)[0].read()
+
+
+@pytest.mark.parametrize("stored", [np.zeros((2, 2, 2)), np.array([["a", "b"]]), None])
+def test_broken_files_of_spring_are_one_line(tmp_path, monkeypatch, stored):
+    from visionattn.data.stereo_sets import _every_second
+
+    class File(FakeFile):
+        def __init__(self, path):
+            dict.__init__(self, {} if stored is None else {"disparity": stored})
+
+    fake = ModuleType("h5py")
+    fake.File = File
+    monkeypatch.setitem(sys.modules, "h5py", fake)
+    with pytest.raises(DataError, match=r"Could not read .*|a disparity is \(H, W\)"):
+        _every_second(tmp_path / "a.dsp5")

@@ -35,7 +35,15 @@ from visionattn.data.images import MAX_PIXELS, open_image
 from visionattn.errors import DataError, InputError, VisionAttnError, require, shorten
 from visionattn.files import atomic_path
 
-__all__ = ["DISPARITY_FILES", "FLOW_FILES", "read_disparity", "read_flow", "write_disparity", "write_flow"]
+__all__ = [
+    "DISPARITY_FILES",
+    "FLOW_FILES",
+    "read_disparity",
+    "read_flow",
+    "read_png_header",
+    "write_disparity",
+    "write_flow",
+]
 
 DISPARITY_FILES = (".pfm", ".png", ".npy", ".npz")
 FLOW_FILES = (".flo", ".png", ".npy", ".npz")
@@ -72,6 +80,20 @@ def read_disparity(path: str | Path, divisor: float | Callable[[np.ndarray], flo
         raise DataError(f"{shorten(path)} holds {values.shape}; a disparity has one number a pixel, (H, W).")
     values = _float32(values)
     return np.where(np.isfinite(values), values, np.float32(np.nan))
+
+
+def read_png_header(path: str | Path) -> tuple[int, int, int, int]:
+    """Height, width, bits per channel and colour type (0 is grey, 2 RGB) of a PNG file.
+
+    Raises:
+        DataError: The file is missing, or no PNG.
+    """
+    with _opened(Path(path)) as (file, _):
+        start = file.read(26)
+        if len(start) < 26 or not start.startswith(PNG_START):
+            raise DataError(f"{shorten(path)} is no PNG file.")
+    width, height, depth, colour = struct.unpack(">IIBB", start[16:])
+    return height, width, depth, colour
 
 
 def write_disparity(path: str | Path, disparity: np.ndarray) -> None:
@@ -251,13 +273,11 @@ def _read_disparity_png(path: Path, divisor: float | Callable[[np.ndarray], floa
 
 def _read_flow_png(path: Path, file: IO[bytes], size: int) -> np.ndarray:
     cv2: Any = require("cv2", "images")
-    start = file.read(26)
-    if len(start) < 26 or not start.startswith(PNG_START) or start[24:] != b"\x10\x02":
+    height, width, *kind = read_png_header(path)
+    if kind != [16, 2]:
         raise DataError(f"{shorten(path)} is no PNG of three channels of 16 bits, as KITTI's flow is.")
-    width, height = struct.unpack(">II", start[16:24])
     if width * height > min(MAX_PIXELS, DEFLATE * size):
         raise DataError(f"Could not read {shorten(path)}: it cannot hold {width} x {height} pixels.")
-    file.seek(0)
     open_image(path, ["PNG"])  # PIL gives 8 bits only, but says what is damaged; OpenCV prints lines of its own
     pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or pixels.shape[2:] != (3,):

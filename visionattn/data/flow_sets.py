@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from visionattn.data.disparity import read_flow
-from visionattn.data.images import read_rgb
+from visionattn.data.images import is_hidden, read_rgb
 from visionattn.data.match_pairs import MatchPair, matches_inside
-from visionattn.errors import ConfigError, DataError
+from visionattn.data.stereo_files import read_mask
+from visionattn.errors import ConfigError, DataError, shorten
 
 __all__ = ["FLOW_LAYOUTS", "FlowScene", "find_flow_scenes"]
 
@@ -55,18 +55,31 @@ class FlowScene:
             DataError: One is damaged, or sizes differ.
         """
         views, flow = [read_rgb(path) for path in (self.first, self.second)], read_flow(self.truth)
-        if not views[0].shape[:2] == views[1].shape[:2] == flow.shape[:2]:
-            sizes = ", ".join("{} x {}".format(*array.shape[:2]) for array in (*views, flow))
-            raise DataError(f"{self.first}, {self.second.name} and {self.truth.name} differ in size: {sizes}.")
+        shapes = [array.shape[:2] for array in (*views, flow)]
+        if len(set(shapes)) > 1:
+            sizes = ", ".join("{} x {}".format(*shape) for shape in shapes)
+            raise DataError(
+                f"{shorten(self.first)}, {shorten(self.second.name)} and {shorten(self.truth.name)} differ in size: "
+                f"{sizes}."
+            )
         if self.invalid is not None:
-            flow = np.where(_marked(self.invalid)[..., None], np.float32(np.nan), flow)
+            flow = np.where(self._mask(self.invalid, shapes[0])[..., None], np.float32(np.nan), flow)
         seen = matches_inside(flow)
         if self.hidden is not None:
-            seen &= ~_marked(self.hidden)
+            seen &= ~self._mask(self.hidden, shapes[0])
         if self.shown is not None:
-            seen &= np.isfinite(read_flow(self.shown)).all(-1)
+            seen &= self._of_size(self.shown, np.isfinite(read_flow(self.shown)).all(-1), shapes[0])
         unknown = np.full_like(flow, np.nan)
         return MatchPair(np.stack(views), np.stack([flow, unknown]), np.stack([seen, np.zeros_like(seen)]))
+
+    def _mask(self, path: Path, size: tuple[int, ...]) -> np.ndarray:
+        return self._of_size(path, read_mask(path, above=0), size)
+
+    def _of_size(self, path: Path, mask: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+        if mask.shape != size:
+            sizes = " and ".join("{} x {}".format(*shape) for shape in (mask.shape, size))
+            raise DataError(f"{shorten(path)} and {shorten(self.first)} differ in size: {sizes}.")
+        return mask
 
 
 def find_flow_scenes(folders: str | Path | Iterable[str | Path], layout: str | None = None) -> list[FlowScene]:
@@ -81,16 +94,18 @@ def find_flow_scenes(folders: str | Path | Iterable[str | Path], layout: str | N
         DataError: There is no such folder, or no pair of a layout in it.
     """
     if layout is not None and layout not in FLOW_LAYOUTS:
-        raise ConfigError(f"There is no layout {layout!r}. Choose from {', '.join(FLOW_LAYOUTS)}.")
+        raise ConfigError(f"There is no layout {shorten(layout)!r}. Choose from {', '.join(FLOW_LAYOUTS)}.")
     scenes = []
     for folder in [Path(folders)] if isinstance(folders, (str, Path)) else map(Path, folders):
         if not folder.is_dir():
-            raise DataError(f"There is no folder {folder}.")
+            raise DataError(f"There is no folder {shorten(folder)}.")
         finders = FLOW_LAYOUTS.values() if layout is None else [FLOW_LAYOUTS[layout]]
         found = next((found for finder in finders if (found := list(finder(folder)))), [])
         if not found:
             wanted = "any layout" if layout is None else f"the layout {layout}"
-            raise DataError(f"{folder} holds no images with their flow in {wanted} of {', '.join(FLOW_LAYOUTS)}.")
+            raise DataError(
+                f"{shorten(folder)} holds no images with their flow in {wanted} of {', '.join(FLOW_LAYOUTS)}."
+            )
         scenes += found
     return scenes
 
@@ -98,8 +113,10 @@ def find_flow_scenes(folders: str | Path | Iterable[str | Path], layout: str | N
 def _sintel(folder: Path) -> Iterator[FlowScene]:
     for place in (folder, folder / "training"):
         for kind in ("clean", "final"):
-            for truth in sorted((place / "flow").glob("*/frame_*.flo")):
+            for truth in _files(place / "flow", "*/frame_*.flo"):
                 scene, number = truth.parent.name, truth.stem.rsplit("_", 1)[1]
+                if not (number.isascii() and number.isdecimal()):
+                    continue
                 following = f"frame_{int(number) + 1:0{len(number)}}.png"
                 first, second = place / kind / scene / f"{truth.stem}.png", place / kind / scene / following
                 if first.is_file() and second.is_file():
@@ -111,7 +128,7 @@ def _sintel(folder: Path) -> Iterator[FlowScene]:
 
 def _chairs(folder: Path) -> Iterator[FlowScene]:
     for place in (folder, folder / "data"):
-        for truth in sorted(place.glob("*_flow.flo")):
+        for truth in _files(place, "*_flow.flo"):
             number = truth.stem.removesuffix("_flow")
             for suffix in (".ppm", ".png"):
                 first, second = (place / f"{number}_img{image}{suffix}" for image in (1, 2))
@@ -122,7 +139,7 @@ def _chairs(folder: Path) -> Iterator[FlowScene]:
 def _kitti(folder: Path) -> Iterator[FlowScene]:
     for place in (folder, folder / "training"):
         for images in ("image_2", "colored_0", "image_0"):
-            for truth in sorted((place / "flow_occ").glob("*_10.png")):
+            for truth in _files(place / "flow_occ", "*_10.png"):
                 first = place / images / truth.name
                 second = first.with_name(truth.name.replace("_10.", "_11."))
                 if first.is_file() and second.is_file():
@@ -137,9 +154,5 @@ def _existing(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _marked(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("L")) > 0
-    except OSError as error:
-        raise DataError(f"Could not read {path}: {error}.") from error
+def _files(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path))

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from visionattn.data.flow_sets import FlowScene, find_flow_scenes
 from visionattn.data.match_pairs import MatchPair, crop, flip, resize, seen_by_order
 from visionattn.data.samplers import IGNORED, EpochSampler, ResumableLoader, SampleKey
-from visionattn.data.stereo import Scene, find_scenes
+from visionattn.data.stereo import Scene, find_scenes, summarize, with_factors
 from visionattn.data.stereo_scenes import GeneratedPairs
 from visionattn.errors import ConfigError, require
 
@@ -137,6 +137,8 @@ class MatchData(LightningDataModule):
         val: Likewise for validation.
         test: Likewise for the test; None tests on the validation pairs.
         layout: That of the folders; None finds out.
+        factor: By which the numbers of PNGs of disparities are larger than pixels, one for all scenes or by their names
+            (see `visionattn.data.stereo.find_scenes`).
         flow: Optical flow instead of stereo; None takes the model's task.
         crop_size: Height and width of training pairs and generated ones, multiples of 32 from 192 on.
         epoch_pairs: Pairs that one epoch draws.
@@ -159,6 +161,7 @@ class MatchData(LightningDataModule):
         val: list[str] | str | None = None,
         test: list[str] | str | None = None,
         layout: str | None = None,
+        factor: float | dict[str, float] | None = None,
         flow: bool | None = None,
         crop_size: tuple[int, int] = (192, 384),
         epoch_pairs: int = 4000,
@@ -213,7 +216,7 @@ class MatchData(LightningDataModule):
         given, training = self.hparams, part == "train"
         folders = given[part] or (given.val if part == "test" else None)
         if folders:
-            scenes: Sequence[Any] = (find_flow_scenes if self.flow else find_scenes)(folders, given.layout)
+            scenes: Sequence[Any] = self._find(folders)
             windows = RandomWindows(given.crop_size, given.scaling, given.colours, exchange=not self.flow)
             return FolderPairs(
                 scenes, given.epoch_pairs if training else None, windows if training else None, given.seed
@@ -229,6 +232,18 @@ class MatchData(LightningDataModule):
             # Validation and test are of other scenes than training, and not of the same.
             seed=3 * given.seed + ("train", "val", "test").index(part),
         )
+
+    def _find(self, folders: list[str] | str) -> Sequence[Any]:
+        """The scenes; what is assumed of their factors is told."""
+        given = self.hparams
+        if self.flow:
+            if given.factor is not None:
+                raise ConfigError("data.factor is of disparities; files of flow state their unit: leave it out.")
+            return find_flow_scenes(folders, given.layout)
+        scenes = with_factors(find_scenes(folders, given.layout), given.factor)  # names may be of another split's
+        for note in summarize((scene.name, note) for scene in scenes for note in scene.assumed()):
+            require("lightning.pytorch.utilities", "train").rank_zero_info(note)
+        return scenes
 
     def train_dataloader(self) -> DataLoader:
         """Random scenes or windows."""

@@ -11,22 +11,25 @@
 | sceneflow, fsd, booster, spring | | see `visionattn.data.stereo_sets` | | |
 
 KITTI's files lie in folders by kind, those of the others in a folder for each scene. Where the truth of the right view
-says what is seen in both, it is within a pixel of the left view's at the match. PNGs of 8 bits hold the disparity times
-a factor that the file does not state: it goes by the height at Middlebury, or is given.
+says what is seen in both, it is within a pixel of the left view's at the match. PNGs hold the disparity times a factor
+that the file does not state. It is given, for all scenes or for each; otherwise it is KITTI's 256 for 16 bits, and for
+8 bits it goes by the height in the two layouts of Middlebury that have 8 bits. What was assumed is in a pair's notes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from visionattn.data.disparity import DISPARITY_FILES
-from visionattn.data.images import SUFFIXES
+from visionattn.data.images import SUFFIXES, class_folders, is_hidden
 from visionattn.data.stereo_files import Scene, StereoPair
 from visionattn.data.stereo_sets import SET_LAYOUTS
-from visionattn.errors import ConfigError, DataError
+from visionattn.errors import ConfigError, DataError, shorten
 
-__all__ = ["LAYOUTS", "Scene", "StereoPair", "find_scenes"]
+__all__ = ["LAYOUTS", "Scene", "StereoPair", "find_scenes", "summarize", "with_factors"]
 
 # Names without suffix: left, right, truths of the left view, truths of the right view.
 SCENE_LAYOUTS = {
@@ -40,54 +43,95 @@ KITTI_LAYOUTS = {
     "kitti2015": [("image_2", "image_3", "disp_occ_0", "disp_noc_0")],
     "kitti2012": [("colored_0", "colored_1", "disp_occ", "disp_noc"), ("image_0", "image_1", "disp_occ", "disp_noc")],
 }
+# Factor of 8 bits by the image's height: full, half, third and quarter size of 2003, 2005 and 2006; tsukuba of 2001.
+FACTORS = {
+    layout: {1500: 1.0, 750: 2.0, 375: 4.0, 1110: 1.0, 555: 2.0, 370: 3.0, 288: 16.0}
+    for layout in ("middlebury2003", "middlebury2006")
+}
 LAYOUTS = (*SCENE_LAYOUTS, *KITTI_LAYOUTS, *SET_LAYOUTS)
 
 
 def find_scenes(
-    folders: str | Path | Iterable[str | Path], layout: str | None = None, factor: float | None = None
+    folders: str | Path | Iterable[str | Path],
+    layout: str | None = None,
+    factor: float | Mapping[str, float] | None = None,
 ) -> list[Scene]:
     """The scenes with truth in folders, sorted by name in each.
 
     Args:
         folders: A data set's folder (of KITTI, that of `training` or above it), or that of a scene.
         layout: One of `LAYOUTS`; None finds out.
-        factor: By which disparities in 8 bits are larger; None goes by the height as Middlebury's.
+        factor: By which the numbers of PNGs, of 8 or 16 bits, are larger than disparities: one for all scenes, or some
+            scenes' by their names. None takes KITTI's 256 for 16 bits, and Middlebury's by the height for 8 bits in the
+            layouts middlebury2003 and middlebury2006; elsewhere there is none to take.
 
     Raises:
-        ConfigError: There is no such layout.
+        ConfigError: There is no such layout, no scene of a name that has a factor, or a factor is not above 0.
         DataError: There is no such folder, or no scene of a layout in it.
     """
     if layout is not None and layout not in LAYOUTS:
-        raise ConfigError(f"There is no layout {layout!r}. Choose from {', '.join(LAYOUTS)}.")
-    scenes = []
+        raise ConfigError(f"There is no layout {shorten(layout)!r}. Choose from {', '.join(LAYOUTS)}.")
+    scenes: list[Scene] = []
     for folder in [Path(folders)] if isinstance(folders, (str, Path)) else map(Path, folders):
         if not folder.is_dir():
-            raise DataError(f"There is no folder {folder}.")
+            raise DataError(f"There is no folder {shorten(folder)}.")
         found: list[Scene] = []
         for name in LAYOUTS if layout is None else [layout]:
             if name in SET_LAYOUTS:
                 found = list(SET_LAYOUTS[name](folder))
             else:
-                found = _kitti(folder, name) if name in KITTI_LAYOUTS else _scenes(folder, name, factor)
+                found = _kitti(folder, name) if name in KITTI_LAYOUTS else _scenes(folder, name)
             if found:
                 break
         else:
             wanted = "any layout" if layout is None else f"the layout {layout}"
-            raise DataError(f"{folder} holds no stereo pair with its truth in {wanted} of {', '.join(LAYOUTS)}.")
+            raise DataError(
+                f"{shorten(folder)} holds no stereo pair with its truth in {wanted} of {', '.join(LAYOUTS)}."
+            )
         scenes += found
-    return scenes
+    names = {scene.name for scene in scenes}
+    if isinstance(factor, Mapping) and (unknown := sorted(set(factor) - names)):
+        raise ConfigError(
+            f"There is a factor for {shorten(', '.join(unknown))}, but no such scene: there are "
+            f"{shorten(', '.join(sorted(names)))}."
+        )
+    return with_factors(scenes, factor)
 
 
-def _scenes(folder: Path, layout: str, factor: float | None) -> list[Scene]:
+def with_factors(scenes: Iterable[Scene], factor: float | Mapping[str, float] | None) -> list[Scene]:
+    """Scenes whose factor is stated, for all or by their names; others keep theirs.
+
+    Raises:
+        ConfigError: A factor is not above 0.
+    """
+    by_name = factor if isinstance(factor, Mapping) else {}
+    for value in by_name.values() if isinstance(factor, Mapping) else [factor]:
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"The factor of disparities is {value}; it must be a finite number above 0.")
+    common = None if isinstance(factor, Mapping) else factor
+    return [replace(scene, factor=by_name.get(scene.name, common or scene.factor)) for scene in scenes]
+
+
+def summarize(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes of many scenes, pairs of a scene's name and a note, as one line for each note."""
+    scenes: dict[str, list[str]] = {}
+    for name, note in notes:
+        scenes.setdefault(note, []).append(name)
+    return [f"{shorten(', '.join(names))}: {note}" for note, names in scenes.items()]
+
+
+def _scenes(folder: Path, layout: str) -> list[Scene]:
     left, right, truths, right_truths, mask = SCENE_LAYOUTS[layout]
     found = []
-    for place in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+    for place in [folder, *class_folders(folder).values()]:
         images = [_file(place, (name,), SUFFIXES) for name in (left, right)]
         truth = _file(place, truths, DISPARITY_FILES)
         if images[0] and images[1] and truth:
             right_truth = _file(place, right_truths, DISPARITY_FILES)
             nonocc = _file(place, (mask,), (".png",)) if mask else None
-            found.append(Scene(place.resolve().name, images[0], images[1], truth, right_truth, nonocc, factor))
+            name = place.resolve().name
+            factors = FACTORS.get(layout, {})
+            found.append(Scene(name, images[0], images[1], truth, right_truth, nonocc, factors=factors))
     return found
 
 
@@ -101,7 +145,8 @@ def _kitti(folder: Path, layout: str) -> list[Scene]:
         for folders in KITTI_LAYOUTS[layout]:
             left, right, truth, nonocc = (place / name for name in folders)
             if all(path.is_dir() for path in (left, right, truth)):
-                names = sorted(path.name for path in truth.glob("*.png") if (left / path.name).is_file())
+                files = (path for path in truth.glob("*.png") if not is_hidden(path))
+                names = sorted(path.name for path in files if (left / path.name).is_file())
                 return [
                     Scene(
                         Path(name).stem,

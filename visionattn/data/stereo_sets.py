@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from visionattn.data.disparity import read_disparity
-from visionattn.data.images import SUFFIXES
+from visionattn.data.images import MAX_PIXELS, SUFFIXES, is_hidden, open_image
 from visionattn.data.stereo_files import Scene
-from visionattn.errors import DataError, MissingPackageError
+from visionattn.errors import DataError, MissingPackageError, VisionAttnError, shorten
 
 __all__ = ["SET_LAYOUTS"]
 
@@ -31,7 +30,7 @@ __all__ = ["SET_LAYOUTS"]
 def _sceneflow(folder: Path) -> Iterator[Scene]:
     for images in sorted(folder.glob("frames_*pass*")):
         truths = folder / "disparity"
-        for truth in sorted(truths.rglob("left/*.pfm")):
+        for truth in _files(truths, "left/*.pfm"):
             place = truth.relative_to(truths).with_suffix("")
             right_place = place.parent.parent / "right" / place.name
             left, right = _image(images / place), _image(images / right_place)
@@ -42,7 +41,7 @@ def _sceneflow(folder: Path) -> Iterator[Scene]:
 
 
 def _fsd(folder: Path) -> Iterator[Scene]:
-    for truth in sorted(folder.rglob("left/disparity/*.png")):
+    for truth in _files(folder, "left/disparity/*.png"):
         views = [_image(truth.parents[2] / side / "rgb" / truth.stem) for side in ("left", "right")]
         if views[0] and views[1]:
             name = str((truth.parents[2] / truth.stem).relative_to(folder))
@@ -50,7 +49,7 @@ def _fsd(folder: Path) -> Iterator[Scene]:
 
 
 def _booster(folder: Path) -> Iterator[Scene]:
-    for truth in sorted(folder.rglob("disp_00.npy")):
+    for truth in _files(folder, "disp_00.npy"):
         place = truth.parent
         right_truth, mask = place / "disp_02.npy", place / "mask_00.png"
         for left in sorted((place / "camera_00").glob("im*.png")):
@@ -68,7 +67,7 @@ def _booster(folder: Path) -> Iterator[Scene]:
 
 
 def _spring(folder: Path) -> Iterator[Scene]:
-    for truth in sorted(folder.rglob("disp1_left/disp1_left_*.dsp5")):
+    for truth in _files(folder, "disp1_left/disp1_left_*.dsp5"):
         place, number = truth.parent.parent, truth.stem.rsplit("_", 1)[1]
         views = [_image(place / f"frame_{side}" / f"frame_{side}_{number}") for side in ("left", "right")]
         if views[0] and views[1]:
@@ -91,6 +90,11 @@ SET_LAYOUTS: dict[str, Callable[[Path], Iterator[Scene]]] = {
 }
 
 
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a pattern anywhere below a folder, without what systems leave beside them (`._0001.pfm`)."""
+    return sorted(path for path in folder.rglob(pattern) if not is_hidden(path))
+
+
 def _image(path: Path) -> Path | None:
     """The image of a name without suffix."""
     paths = (path.with_name(path.name + suffix) for suffix in SUFFIXES)
@@ -107,13 +111,10 @@ def _without_zeros(path: Path) -> np.ndarray:
 
 
 def _three_digits(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("RGB", "RGBA"):
-                raise DataError(f"{path} is no PNG of three channels, as FSD's disparities are.")
-            digits = np.asarray(image.convert("RGB"), np.float32)
-    except OSError as error:
-        raise DataError(f"Could not read {path}: {error}.") from error
+    image = open_image(path, ["PNG"])
+    if image.mode not in ("RGB", "RGBA"):
+        raise DataError(f"{shorten(path)} is no PNG of three channels, as FSD's disparities are.")
+    digits = np.asarray(image.convert("RGB"), np.float32)
     values = digits @ np.array([255 * 255, 255, 1], np.float32) / 1000
     return np.where(values > 0, values, np.float32(np.nan))
 
@@ -122,10 +123,17 @@ def _every_second(path: Path) -> np.ndarray:
     try:
         import h5py
     except ImportError as error:
-        raise MissingPackageError(f"{path} is of HDF5: pip install h5py.") from error
+        raise MissingPackageError(f"{shorten(path)} is of HDF5: pip install h5py.") from error
     try:
         with h5py.File(path) as file:
-            values = file["disparity"][::2, ::2].astype(np.float32)
-    except (OSError, KeyError) as error:
-        raise DataError(f"Could not read {path}: {error}.") from error
+            stored = file["disparity"]
+            if len(stored.shape) != 2 or stored.dtype.kind not in "fiu" or stored.size > 4 * MAX_PIXELS:
+                raise DataError(f"{shorten(path)} holds {stored.dtype} of {stored.shape}; a disparity is (H, W).")
+            with np.errstate(over="ignore"):
+                values = stored[::2, ::2].astype(np.float32)
+    except VisionAttnError:
+        raise
+    except Exception as error:
+        # Broken files make HDF5 raise nearly anything, as does a group in the place of an array.
+        raise DataError(f"Could not read {shorten(path)}: {shorten(error).rstrip('.')}.") from error
     return np.where(np.isfinite(values), values, np.float32(np.nan))
