@@ -7,6 +7,8 @@ without a stack trace.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "StorageError",
     "UnknownNameError",
     "VisionAttnError",
+    "explaining_memory",
     "require",
     "shorten",
 ]
@@ -76,6 +79,27 @@ def shorten(value: object, width: int = 120) -> str:
         return text
     half = (width - 5) // 2
     return f"{text[:half]} ... {text[-half:]}"
+
+
+@contextmanager
+def explaining_memory(what: str, remedy: str) -> Iterator[None]:
+    """Turn the failure of an allocation into one `InputError`.
+
+    Args:
+        what: What does not fit, such as "480 x 640 pixels".
+        remedy: What to do.
+
+    Raises:
+        InputError: The memory does not suffice.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # PyTorch's allocators raise RuntimeErrors, as does what counts bytes beyond 64 bits.
+        told = isinstance(error, MemoryError) or any(word in str(error).lower() for word in ("allocate", "overflow"))
+        if not told or isinstance(error, VisionAttnError):
+            raise
+        raise InputError(f"{what} do not fit the memory: {remedy}.") from error
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -14,7 +14,7 @@ from visionattn import cli
 from visionattn.data.disparity import write_disparity
 from visionattn.errors import CheckpointError, ConfigError, DataError, InputError, MissingPackageError
 from visionattn.evaluate import disparity_errors, stereo_matching
-from visionattn.evaluate.sgbm import sgbm
+from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.evaluate.stereo import BASELINES
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -105,10 +105,12 @@ def test_command(scenes, tmp_path, capsys, monkeypatch):
     expected = stereo_matching(Red(), scenes)
     with open(tmp_path / "out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["model"][-7:], row["scene"], row["region"]) for row in rows[:4]] == [
+    assert [(Path(row["model"]).name, row["scene"], row["region"]) for row in rows[:6]] == [
         ("sgbm", "one", "all"),
+        ("sgbm_filled", "one", "all"),
         ("net.pth", "one", "all"),
         ("sgbm", "one", "nonocc"),
+        ("sgbm_filled", "one", "nonocc"),
         ("net.pth", "one", "nonocc"),
     ]
     own = [row for row in rows if row["model"].endswith("net.pth")]
@@ -127,7 +129,7 @@ def test_bad_scenes_are_named_and_the_rest_goes_on(scenes, capsys, monkeypatch):
     told = capsys.readouterr()
     first, second = told.err.splitlines()
     assert first == f"visionattn: {scenes / 'three' / 'im0.png'}: No pixel has truth there."
-    assert second.startswith(f"visionattn: Could not read the picture {scenes / 'two' / 'im1.png'}")
+    assert second.startswith(f"visionattn: Could not read the image {scenes / 'two' / 'im1.png'}")
     assert "one" in told.out
 
 
@@ -163,8 +165,133 @@ def test_sgbm_has_its_measured_numbers_on_middlebury():
     folder = SHARED / "data/stereo"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not on this machine")
-    found = stereo_matching([], [folder / "teddy", folder / "tsukuba"], baseline="sgbm")
-    bad = {(row.scene, row.region): row.errors.bad_2 for row in found.rows}
+    found = stereo_matching(
+        [], [folder / "teddy", folder / "tsukuba"], factor={"teddy": 4, "tsukuba": 16}, baseline="sgbm"
+    )
+    bad = {(row.scene, row.region): row.errors.bad_2 for row in found.rows if row.model == "sgbm"}
     # Measured by another script.
     expected = {("teddy", "all"): 24.4, ("teddy", "nonocc"): 15.9, ("tsukuba", "all"): 5.3, ("tsukuba", "nonocc"): 3.3}
     assert bad == pytest.approx(expected, abs=0.06)
+    filled = {row.scene: row.errors for row in found.rows if row.model == "sgbm_filled" and row.region == "all"}
+    assert {scene: errors.density for scene, errors in filled.items()} == {"teddy": 100, "tsukuba": 100}
+    assert filled["teddy"].bad_2 < 15
+    assert filled["tsukuba"].bad_2 < 5.3
+
+
+def test_filling_takes_the_farther_end_and_a_median():
+    nan = np.nan
+    rows = np.full((8, 9), 3.0)
+    rows[:, 3:6], rows[:, 6:] = nan, 8  # a gap between what is far and what is near
+    rows[:, 0] = nan
+    rows[4] = nan
+    found = fill(rows)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, np.tile(np.array(6 * [3.0] + 3 * [8.0]), (8, 1)))
+    rows[1, 1] = 50  # which the median takes away
+    np.testing.assert_array_equal(fill(rows), found)
+    assert np.isnan(fill(np.full((4, 5), nan))).all()
+    np.testing.assert_array_equal(fill(np.array([[nan, 2, nan, 1, nan]])), [[2, 2, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("largest", [float("nan"), float("inf"), 1e12, 130, -1])
+def test_disparities_that_semi_global_matching_cannot_look_through(largest):
+    views = np.zeros((60, 130, 3), np.uint8)
+    with pytest.raises(InputError, match=r"fails on 60 x 130 pixels with disparities up to .*check the ground truth"):
+        sgbm(views, views, largest)
+
+
+def test_the_factor_counts_for_png_of_16_bits(tmp_path, monkeypatch, capsys):
+    """The same truth as a PNG of 64 times the disparity and as a PFM: the same errors, and what is assumed is told."""
+    monkeypatch.setattr("visionattn.evaluate.opening.load", lambda path: Red())
+    (tmp_path / "net.pth").touch()
+    truth = np.array([[8.0, 10.0], [20.0, 40.0]])
+    for name in ("png", "pfm"):
+        scene(tmp_path / name, truth, truth)
+        for old, new in (("im0", "left"), ("im1", "right")):
+            (tmp_path / name / f"{old}.png").rename(tmp_path / name / f"{new}.png")
+        (tmp_path / name / "disp0.pfm").rename(tmp_path / name / "disp_left.pfm")
+    (tmp_path / "png" / "disp_left.pfm").unlink()
+    Image.fromarray((64 * truth).astype(np.uint16)).save(tmp_path / "png" / "disp_left.png")
+    by_png, by_pfm = (stereo_matching(Red(), tmp_path / name, factor=64).rows[0].errors for name in ("png", "pfm"))
+    assert by_png == by_pfm
+    assert by_png.bad_0_5 == 0
+    arguments = ["evaluate", "stereo", str(tmp_path / "net.pth"), "--data", str(tmp_path / "png")]
+    assert cli.main(arguments) == 0
+    assert "note: png: disparities of 16 bits are divided by 256, as KITTI's are." in capsys.readouterr().out
+    for given in (["--factor", "64"], ["--factor", "png=64"]):
+        assert cli.main([*arguments, *given]) == 0
+        told = capsys.readouterr().out
+        assert "note" not in told
+        assert f"{by_png.epe:.3f}" in told
+    assert cli.main([*arguments, "--factor", "jpg=64"]) == 2
+    assert "no such scene: there are png." in capsys.readouterr().err
+    assert cli.main([*arguments, "--factor", "png=64", "--factor", "4"]) == 2
+    assert "SCENE=F once for each scene" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [["--factor", "nan"], ["--factor", "inf"], ["--factor", "-4"], ["--factor", "a=0"], ["--enlarge", "1e6"]]
+)
+def test_numbers_that_make_no_sense(scenes, option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", "stereo", "--data", str(scenes), "--baseline", "sgbm", *option])
+    assert stop.value.code == 2
+    assert f"argument {option[0]}: must be a finite number" in capsys.readouterr().err
+
+
+def test_results_that_are_not_finite_are_failures(scenes, capsys, monkeypatch):
+    broken = Red()
+    broken.gain.data.fill_(math.nan)
+    found = stereo_matching([broken, Red()], scenes)
+    assert found.rows == []
+    assert len(found.failures) == 2
+    assert all("The result of Red is not finite: its weights are broken" in failure for failure in found.failures)
+    monkeypatch.setattr("visionattn.evaluate.opening.load", lambda path: broken)
+    (scenes.parent / "net.pth").touch()
+    assert cli.main(["evaluate", "stereo", str(scenes.parent / "net.pth"), "--data", str(scenes)]) == 1
+    told = capsys.readouterr()
+    assert "nan" not in told.out
+    assert told.err.count("is not finite") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("va_match_stereo_nano.nothing", "Leave out the part after the dot"),
+        ("va_match_stereo_nan", "There is no model 'va_match_stereo_nan'"),
+        ("va_span_ch26_x4", "its task is 'restore'"),
+        ("resnet18", "its task is None"),
+    ],
+)
+def test_names_that_cannot_be_measured(scenes, capsys, name, message):
+    assert cli.main(["evaluate", "stereo", name, "--data", str(scenes)]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_names_of_scenes_are_shown_as_they_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(BASELINES, "sgbm", lambda left, right, largest: np.full(left.shape[:2], largest))
+    names = ("[red]a", "[bold]b", b"\xff".decode("utf-8", "surrogateescape"))
+    for name in names:
+        scene(tmp_path / "data" / name, [[80.0, 80.0]], [[80.0, 80.0]])
+    output = tmp_path / "out.csv"
+    arguments = ["evaluate", "stereo", "--data", str(tmp_path / "data"), "--baseline", "sgbm", "--output", str(output)]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "[red]a" in shown
+    assert "[bold]b" in shown
+    assert "\\udcff" in output.read_text("utf-8")
+    assert cli.main(arguments) == 2
+    assert "out.csv exists. Give --overwrite" in capsys.readouterr().err
+    assert cli.main([*arguments, "--overwrite"]) == 0
+
+
+def test_memory_that_ends_is_told(scenes, monkeypatch):
+    def full(self, left, right, start=None):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Red, "forward", full)
+    assert all(
+        "pixels do not fit the memory: leave out --enlarge" in one for one in stereo_matching(Red(), scenes).failures
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from visionattn.arguments import number, whole_number
 from visionattn.data import catalogue_files
 from visionattn.data.stereo import LAYOUTS
 from visionattn.errors import ConfigError
@@ -16,6 +17,7 @@ from visionattn.evaluate.opening import DTYPES
 from visionattn.evaluate.sr import Measurements, super_resolution
 from visionattn.evaluate.stereo import BASELINES, StereoMeasurements, stereo_matching
 from visionattn.files import check_output
+from visionattn.models.enlarged import LARGEST
 
 __all__ = ["add_arguments", "run"]
 
@@ -31,16 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sr.add_argument("--data", required=True, metavar="FOLDER", help="large pictures")
     sr.add_argument("--lr", metavar="FOLDER", help="small pictures of the same names (default: MATLAB's bicubic)")
-    sr.add_argument("--scale", type=int, metavar="R", help="factor (default: the models')")
+    sr.add_argument("--scale", type=whole_number(1, 64), metavar="R", help="factor (default: the models')")
     pairs = protocols.add_parser("stereo", help="stereo: end-point error, bad pixels and D1, on all and non-occluded")
     pairs.add_argument(
         "models", nargs="*", metavar="MODEL_OR_CHECKPOINT", help="names with weights, or weight files; none: --baseline"
     )
     pairs.add_argument("--data", required=True, nargs="+", metavar="FOLDER", help="data sets, or single scenes")
     pairs.add_argument("--layout", choices=LAYOUTS, help="of the folders (default: what is found there)")
-    pairs.add_argument("--factor", type=float, help="of disparities in 8 bits (default: Middlebury's, by the height)")
-    pairs.add_argument("--baseline", choices=tuple(BASELINES), help="OpenCV's semi-global matching beside")
-    pairs.add_argument("--enlarge", type=float, default=1.0, metavar="S", help="match views S times as large")
+    pairs.add_argument(
+        "--factor",
+        type=_factor,
+        action="append",
+        metavar="F|SCENE=F",
+        help="by which PNGs are larger than disparities, for all scenes or each (default: what is assumed is told)",
+    )
+    pairs.add_argument(
+        "--baseline", choices=tuple(BASELINES), help="OpenCV's semi-global matching too, as it is and filled"
+    )
+    pairs.add_argument(
+        "--enlarge", type=number(1, LARGEST), default=1.0, metavar="S", help="match views S times as large"
+    )
     ranked = protocols.add_parser("retrieval", help="retrieval by attributes: mAP, recall, entanglement, triplets")
     ranked.add_argument(
         "models", nargs="*", metavar="MODEL_OR_CHECKPOINT", help="names with weights, or weight files; none: random"
@@ -51,10 +63,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ranked.add_argument("--images", metavar="PATH", help="folder or zip file (default: where the layout has them)")
     ranked.add_argument("--attributes", metavar="A,B", help="by which attributes (default: all)")
-    ranked.add_argument("--min-count", type=int, default=0, help="training items that a value needs (default: 0)")
+    ranked.add_argument(
+        "--min-count", type=whole_number(0), default=0, help="training items that a value needs (default: 0)"
+    )
     ranked.add_argument("--part", default="test", help="train, val or test (default: test)")
     ranked.add_argument(
-        "--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of images (default: the models')"
+        "--image-size",
+        type=whole_number(1, 2**14),
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of images (default: the models')",
     )
     ranked.add_argument("--matrix", type=Path, metavar="PNG", help="picture of the entanglement matrix, of one model")
     for protocol in (sr, pairs, ranked):
@@ -62,6 +80,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         protocol.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
         protocol.add_argument("--device", default="cpu", help="where models run, such as cuda (default: cpu)")
         protocol.add_argument("--dtype", default="float32", choices=DTYPES, help="precision (default: float32)")
+
+
+def _factor(text: str) -> tuple[str | None, float]:
+    """`4` is for all scenes (None), `teddy=4` for one."""
+    name, _, value = text.rpartition("=")
+    return name or None, number(0, above=True)(value)
+
+
+def _factors(given: list[tuple[str | None, float]] | None) -> float | dict[str, float] | None:
+    if not given:
+        return None
+    by_name = {name: value for name, value in given if name is not None}
+    if not by_name:
+        return given[-1][1]
+    if len(by_name) < len(given):
+        raise ConfigError("--factor is either one number for all scenes, or SCENE=F once for each scene.")
+    return by_name
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.output is not None:
         check_output(args.output, args.overwrite, (".csv",))
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    # Names of files and scenes may look like markup.
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
     shown = console if sys.stdout.isatty() else None
     if args.protocol == "retrieval":
         return _retrieval(args, console, shown)
@@ -96,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
             args.models,
             args.data,
             layout=args.layout,
-            factor=args.factor,
+            factor=_factors(args.factor),
             baseline=args.baseline,
             enlarge=args.enlarge,
             device=args.device,
@@ -110,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
     if found.rows and args.output is not None:
         found.write(args.output)
         console.print(f"The rows are in {args.output}.")
+    for note in getattr(found, "notes", ()):
+        console.print(f"note: {note}.", soft_wrap=True)
     for failure in found.failures:
         print(f"visionattn: {failure}", file=sys.stderr)
     return int(bool(found.failures))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,32 @@ import torch
 from torch import nn
 
 from visionattn.checkpoints import create, load
-from visionattn.errors import CheckpointError, ConfigError
+from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, shorten
 
 __all__ = ["DTYPES", "open_models", "place"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def open_models(models: str | Path | nn.Module | Sequence[str | Path | nn.Module]) -> dict[str, Any]:
+def open_models(
+    models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
+    check: Callable[[str, nn.Module], None] | None = None,
+) -> dict[str, Any]:
     """Models by label, each once; modules are copied, for they will change device, dtype and mode.
+
+    Args:
+        models: Names, weight files or modules.
+        check: Raises `ConfigError` for a model, by its label, that does something else; None takes all.
 
     Raises:
         CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
+        ConfigError: A model is for another task.
+        UnknownNameError: There is no model or file of that name.
     """
     networks: dict[str, Any] = {}
     for model in [models] if isinstance(models, (str, Path, nn.Module)) else models:
-        networks[_label(model, networks)] = _open(model)
+        label = _label(model, networks)
+        networks[label] = _open(model, label, check)
     return networks
 
 
@@ -56,13 +66,19 @@ def _label(model: str | Path | nn.Module, taken: dict[str, Any]) -> str:
     return label if number == 1 else f"{label} ({number})"
 
 
-def _open(model: str | Path | nn.Module) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return copy.deepcopy(model)
-    if Path(model).exists():
-        return load(model)
+def _open(model: str | Path | nn.Module, label: str, check: Callable[[str, nn.Module], None] | None) -> nn.Module:
+    if isinstance(model, nn.Module) or Path(model).exists():
+        network = copy.deepcopy(model) if isinstance(model, nn.Module) else load(model)
+        if check is not None:
+            check(label, network)
+        return network
     name = str(model)
-    config: Any = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    try:
+        config: Any = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    except RuntimeError as error:
+        raise UnknownNameError(f"{shorten(error)} Leave out the part after the dot for the default weights.") from error
     if config is not None and not config.has_weights:
         raise CheckpointError(f"No weights are published for {name}: give a weight file.")
+    if check is not None:  # before weights are downloaded
+        check(label, create(name, device="meta"))
     return create(name, pretrained=True)

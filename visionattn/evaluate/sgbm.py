@@ -37,11 +37,9 @@ def sgbm(left: np.ndarray, right: np.ndarray, largest: float) -> np.ndarray:
     """
     cv2: Any = require("cv2", "images")
     height, width = left.shape[:2]
+    fails = f"OpenCV's semi-global matching fails on {height} x {width} pixels with disparities up to {largest:.6g}."
     if not 0 <= largest < width:
-        raise InputError(
-            f"Semi-global matching fails on {height} x {width} pixels with disparities up to {largest:.6g}: matches lie "
-            "outside. Check the ground truth and its factor."
-        )
+        raise InputError(f"{fails} Matches would lie outside: check the ground truth and its factor.")
     area = 3 * BLOCK**2
     matcher = cv2.StereoSGBM_create(
         minDisparity=0,
@@ -58,10 +56,7 @@ def sgbm(left: np.ndarray, right: np.ndarray, largest: float) -> np.ndarray:
     try:
         found = matcher.compute(left, right).astype(np.float32) / UNIT
     except cv2.error as error:
-        raise InputError(
-            f"Semi-global matching fails on {height} x {width} pixels with disparities up to {largest:.6g}: OpenCV cannot "
-            "do it."
-        ) from error
+        raise InputError(fails) from error
     return np.where(found >= 0, found, np.float32(np.nan))
 
 

@@ -2,12 +2,15 @@
 
 Errors (`visionattn.metrics.matching`) are measured once over all pixels with truth, once over those that both views
 see. Data sets have the mean over their scenes.
+
+Semi-global matching leaves out what it is not sure of, and each such pixel counts as bad. It therefore stands twice: as
+it is, and filled (`visionattn.evaluate.sgbm.fill`), as every pipeline that needs a value for each pixel has it.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,10 @@ from rich.table import Table
 from torch import nn
 
 from visionattn import __version__
-from visionattn.data.stereo import StereoPair, find_scenes
-from visionattn.errors import ConfigError, VisionAttnError, require
+from visionattn.data.stereo import StereoPair, find_scenes, summarize
+from visionattn.errors import ConfigError, InputError, VisionAttnError, explaining_memory, require, shorten
 from visionattn.evaluate.opening import open_models, place
-from visionattn.evaluate.sgbm import sgbm
+from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.files import atomic_path
 from visionattn.metrics.matching import Errors, disparity_errors
 from visionattn.models.enlarged import EnlargedViews
@@ -53,12 +56,14 @@ class StereoMeasurements:
         dtype: In what precision.
         rows: Each model on each scene and region.
         failures: What went wrong, one line for each scene that could not be measured.
+        notes: What was assumed of the ground truth, such as factors of PNGs, with the scenes that it was assumed of.
     """
 
     device: str
     dtype: str
     rows: list[MeasuredStereo] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def means(self) -> list[MeasuredStereo]:
         """Each model's mean over the scenes, by region."""
@@ -73,16 +78,17 @@ class StereoMeasurements:
 
     def table(self) -> Table:
         """A row for each scene, region and model."""
-        names = ("scene", "pixels", "model")
-        table = Table(*names, "EPE", "bad-0.5", "bad-1", "bad-2", "bad-4", "D1", "density")
-        for column in table.columns[len(names) :]:
+        first = ("scene", "pixels", "model")
+        table = Table(*first, "EPE", "bad-0.5", "bad-1", "bad-2", "bad-4", "D1", "density")
+        for column in table.columns[len(first) :]:
             column.justify = "right"
         scenes = dict.fromkeys((row.scene, row.region) for row in self.rows)
         by_scene = [row for scene in scenes for row in self.rows if (row.scene, row.region) == scene]
         for rows in (by_scene, self.means()):
             for row in rows:
                 epe, *shares = asdict(row.errors).values()
-                table.add_row(row.scene, row.region, Path(row.model).name, f"{epe:.3f}", *(f"{x:.1f}" for x in shares))
+                names = [shorten(row.scene, 60), row.region, shorten(Path(row.model).name, 60)]
+                table.add_row(*names, f"{epe:.3f}", *(f"{x:.1f}" for x in shares))
             table.add_section()
         return table
 
@@ -93,7 +99,9 @@ class StereoMeasurements:
             StorageError: The file could not be written.
         """
         origin = {"device": self.device, "dtype": self.dtype, "torch": torch.__version__, "visionattn": __version__}
-        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        # Names that are not text, which Linux allows, are written with escapes.
+        written = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+        with atomic_path(path) as temporary, temporary.open("w", **written) as file:
             names = ["model", "scene", "region", *(key.name for key in fields(Errors)), *origin]
             writer = csv.DictWriter(file, names)
             writer.writeheader()
@@ -107,7 +115,7 @@ def stereo_matching(
     folders: str | Path | Sequence[str | Path],
     *,
     layout: str | None = None,
-    factor: float | None = None,
+    factor: float | Mapping[str, float] | None = None,
     baseline: str | None = None,
     enlarge: float = 1.0,
     device: str = "cpu",
@@ -121,39 +129,39 @@ def stereo_matching(
             module of the task "stereo".
         folders: Data sets or scenes, laid out as `visionattn.data.stereo` says.
         layout: Their layout; None finds out.
-        factor: By which disparities in 8 bits are larger; None goes by the image's height as Middlebury's.
-        baseline: "sgbm" for OpenCV's semi-global matching beside; it is told the largest disparity of the truth.
+        factor: By which the numbers of PNGs are larger than disparities, one for all scenes or some scenes' by their
+            names; None takes what `visionattn.data.stereo.find_scenes` assumes, and `notes` tells.
+        baseline: "sgbm" adds OpenCV's semi-global matching, as it is and filled ("sgbm_filled"); it is told the largest
+            disparity of the truth.
         enlarge: Let the models see views so many times as high and wide (`visionattn.models.enlarged`).
         device: Where the models run, such as `"cuda"`.
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
         console: Shows the progress; None shows none.
 
     Returns:
-        All rows; scenes that could not be measured are listed in `failures`.
+        All rows; scenes that could not be measured, or whose result is not finite, are listed in `failures`.
 
     Raises:
-        ConfigError: There is nothing to measure, a model does something else, or there is no such layout, baseline,
-            device or dtype.
+        ConfigError: There is nothing to measure, a model does something else, there is no such layout, baseline,
+            device or dtype, or a factor is not above 0 or of no scene.
         CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
         InputError: Views cannot be enlarged by such a factor.
         DataError: A folder holds no stereo pair with truth.
         MissingPackageError: The baseline needs OpenCV, which is not installed.
     """
     if baseline is not None and baseline not in BASELINES:
-        raise ConfigError(f"There is no baseline {baseline!r}. Choose from {', '.join(BASELINES)}.")
+        raise ConfigError(f"There is no baseline {shorten(baseline)!r}. Choose from {', '.join(BASELINES)}.")
     if baseline is not None:
         require("cv2", "images")
     scenes = find_scenes(folders, layout, factor)
-    networks = open_models(models)
+    networks = open_models(models, _check_task)
     if not networks and baseline is None:
         raise ConfigError("There is nothing to measure: name a model, or the baseline sgbm.")
-    for label, network in networks.items():
-        if getattr(network, "task", None) != "stereo":
-            raise ConfigError(f"{label} does not match stereo pairs: its task is {getattr(network, 'task', None)!r}.")
     if enlarge != 1:
         networks = {label: EnlargedViews(network, enlarge) for label, network in networks.items()}
     networks = place(networks, device, dtype)
     found = StereoMeasurements(device, dtype)
+    notes: list[tuple[str, str]] = []
     with Progress(console=console, disable=console is None, transient=True) as progress:
         task = progress.add_task("scenes", total=len(scenes))
         for scene in scenes:
@@ -162,18 +170,33 @@ def stereo_matching(
                 rows = _measure(scene.name, pair, baseline, networks)
                 # A scene counts for all models or for none, or means would not compare.
                 found.rows += rows
+                notes += [(scene.name, note) for note in pair.notes]
             except VisionAttnError as error:
                 found.failures.append(str(error) if str(scene.left.parent) in str(error) else f"{scene.left}: {error}")
             progress.advance(task)
+    found.notes += summarize(notes)
     return found
+
+
+def _check_task(label: str, network: nn.Module) -> None:
+    task = getattr(network, "task", None)
+    if task != "stereo":
+        raise ConfigError(
+            f"{shorten(label)} does not match stereo pairs: its task is {task!r}; a 'stereo' model is required."
+        )
 
 
 def _measure(name: str, pair: StereoPair, baseline: str | None, networks: dict[str, Any]) -> list[MeasuredStereo]:
     disparities = {}
     if baseline is not None:
-        disparities[baseline] = BASELINES[baseline](pair.left, pair.right, float(np.nanmax(pair.truth, initial=0)))
+        raw = BASELINES[baseline](pair.left, pair.right, float(np.nanmax(pair.truth, initial=0)))
+        disparities |= {baseline: raw, f"{baseline}_filled": fill(raw)}
     for label, network in networks.items():
         disparities[label] = _run(network, pair)
+        if not np.isfinite(disparities[label]).all():
+            raise InputError(
+                f"The result of {shorten(label)} is not finite: its weights are broken, or the dtype does not suffice."
+            )
     regions = {"all": None} if pair.nonocc is None else {"all": None, "nonocc": pair.nonocc}
     return [
         MeasuredStereo(label, name, region, disparity_errors(disparity, pair.truth, mask))
@@ -187,5 +210,8 @@ def _run(network: Any, pair: StereoPair) -> np.ndarray:
     """The left view's disparity (H, W)."""
     parameter = next(network.parameters())
     views = [torch.from_numpy(view).permute(2, 0, 1)[None].to(parameter.device) for view in (pair.left, pair.right)]
-    result = network(*((view / 255).to(parameter.dtype) for view in views))
-    return result[0, 0].float().cpu().numpy()
+    height, width = views[0].shape[2:]
+    remedy = "leave out --enlarge (enlarge=), or take smaller images"
+    with explaining_memory(f"{height} x {width} pixels", remedy):
+        result = network(*((view / 255).to(parameter.dtype) for view in views))
+        return result[0, 0].float().cpu().numpy()

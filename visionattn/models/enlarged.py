@@ -11,7 +11,10 @@ from torch import nn
 
 from visionattn.errors import InputError
 
-__all__ = ["EnlargedViews"]
+__all__ = ["LARGEST", "EnlargedViews"]
+
+LARGEST = 64.0
+"""The largest factor: 4096 times the pixels."""
 
 
 class EnlargedViews(nn.Module):
@@ -24,19 +27,19 @@ class EnlargedViews(nn.Module):
 
     Args:
         network: Takes two views (B, 3, H, W), RGB in 0..1, and gives (B, C, H, W) in pixels.
-        factor: s, 1 or more.
+        factor: s, from 1 to `LARGEST`.
 
     Shape:
         (B, 3, H, W) twice -> (B, C, H, W), in pixels of the views as they are given.
 
     Raises:
-        InputError: The factor is less than 1.
+        InputError: The factor is less than 1 or too large.
     """
 
     def __init__(self, network: Any, factor: float) -> None:
         super().__init__()
-        if not 1 <= factor < math.inf:
-            raise InputError(f"Views can be enlarged by a factor of 1 or more, not {factor}.")
+        if not 1 <= factor <= LARGEST:
+            raise InputError(f"Views can be enlarged by a factor of 1 or more, not {factor}; {LARGEST:g} is the most.")
         self.network = network
         self.factor = factor
         self.task = network.task

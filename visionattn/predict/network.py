@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from visionattn.errors import InputError
+from visionattn.errors import InputError, explaining_memory
 
 __all__ = ["PRECISIONS", "Network"]
 
@@ -65,11 +65,6 @@ class Network:
 
     def _compute(self, model: nn.Module, images: tuple[Tensor, ...]) -> Tensor:
         weight = next(model.parameters())
-        try:
+        height, width = images[0].shape[-2:]
+        with explaining_memory(f"{height} x {width} pixels", self._remedy):
             return model(*(image.to(weight.device, weight.dtype) for image in images)).to("cpu", images[0].dtype)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            # The CPU's allocator raises a bare RuntimeError.
-            if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
-                height, width = images[0].shape[-2:]
-                raise InputError(f"{height} x {width} pixels do not fit the memory: {self._remedy}.") from error
-            raise
