@@ -2,43 +2,106 @@
 
 from __future__ import annotations
 
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as registration
 
 from visionattn import models, weights
-from visionattn.errors import CheckpointError, ConfigError, UnknownNameError
+from visionattn.card import Card, describe
+from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, VisionAttnError, shorten
+from visionattn.hub import quick_when_offline
 from visionattn.weights import cca, match_stereo, span
 
-__all__ = ["create", "load"]
+__all__ = ["create", "load", "load_weights", "read_card"]
+
+_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
-def create(name: str, **model_args: Any) -> nn.Module:
+def create(
+    name: str, *, pretrained: bool = False, checkpoint_path: str | Path | None = None, **model_args: Any
+) -> nn.Module:
     """`timm.create_model` with errors in plain words.
+
+    The model's `pretrained_cfg` says the size and the channels that it was built for.
+
+    Args:
+        name: Name in timm's registry, or `hf-hub:REPOSITORY` or `local-dir:FOLDER`.
+        pretrained: With the published weights.
+        checkpoint_path: With the weights of a file, which must fit.
+        **model_args: Further arguments of the model.
 
     Raises:
         UnknownNameError: No model has that name; the nearest names are suggested.
-        ConfigError: The model does not take one of the arguments.
-        CheckpointError: Its weights could not be downloaded.
+        ConfigError: The model cannot be built with the arguments.
+        CheckpointError: Its weights could not be downloaded or read, or do not fit.
     """
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
-        nearest = models.suggest(name)
-        hint = f"Did you mean {' or '.join(nearest)}?" if nearest else "`visionattn list` shows the names."
-        raise UnknownNameError(f"There is no model {name!r}. {hint}")
+    if not isinstance(name, str) or not name.startswith(_SOURCES):
+        _check_name(name)
+    elif not name.partition(":")[2].strip():
+        raise UnknownNameError(f"{name!r} names nothing: give {name}OWNER/NAME, or a folder for local-dir.")
+    if checkpoint_path and not Path(checkpoint_path).is_file():
+        raise CheckpointError(f"There is no file {shorten(checkpoint_path)}, which checkpoint_path names.")
     try:
-        return timm.create_model(name, **model_args)
-    except TypeError as error:
-        raise ConfigError(f"The model {name!r} does not take one of these arguments: {error}") from error
-    except OSError as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise CheckpointError(f"The weights of {name!r} could not be downloaded: {reason}.") from error
+        with quick_when_offline(name, pretrained):
+            model = timm.create_model(name, pretrained=pretrained, **model_args)
+    except VisionAttnError:
+        raise
+    except Exception as error:
+        # Constructors and servers fail in as many ways as there are.
+        raise _explained(name, pretrained, model_args, error) from error
+    describe(model, {})
+    if checkpoint_path and Path(checkpoint_path).suffix in (".npz", ".npy"):
+        timm.models.load_checkpoint(model, str(checkpoint_path))
+    elif checkpoint_path:
+        load_weights(model, checkpoint_path)
+    return model
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
+        nearest = models.suggest(name[:100]) if isinstance(name, str) else []
+        hint = f"Did you mean {' or '.join(nearest)}?" if nearest else "`visionattn list` shows the names."
+        raise UnknownNameError(f"There is no model {shorten(name)!r}. {hint}")
+
+
+def _explained(name: str, pretrained: bool, model_args: Mapping[str, Any], error: Exception) -> Exception:
+    """What went wrong while a model was built."""
+    first = shorten(str(error).strip().partition("\n")[0] or type(error).__name__, 300).rstrip(".")
+    shown = shorten(name)
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", first)
+    if isinstance(error, TypeError) and unknown and unknown[1] in model_args:
+        return ConfigError(f"The model {shown!r} does not take the argument {unknown[1]!r}: {first}.")
+    if name.startswith(_SOURCES):
+        return CheckpointError(f"The model {shown!r} could not be loaded: {first}.")
+    if "pretrained tag" in first:
+        return UnknownNameError(f"{first}. Leave out the part after the dot for the default weights.")
+    if isinstance(error, OSError) or (pretrained and isinstance(error, RuntimeError)):
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = shorten(" ".join(lines[:3]), 300).rstrip(".") if isinstance(error, RuntimeError) else first
+        return CheckpointError(
+            f"Could not load the pretrained weights of {shown!r}: {reason}. Without a network, give a weight file."
+        )
+    given = {key: value for key, value in model_args.items() if key not in ("device", "dtype")}
+    if not given:
+        return error
+    arguments = ", ".join(f"{key}={shorten(repr(value), 40)}" for key, value in list(given.items())[:8])
+    kind = "" if isinstance(error, (ValueError, AssertionError)) else f"{type(error).__name__}: "
+    return ConfigError(f"The model {shown!r} cannot be built with {arguments}: {kind}{first}.")
 
 
 def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Module:
     """Make the model that a weight file belongs to, with its weights, ready for inference.
+
+    Of a checkpoint of `visionattn fit`, timm's `model.pretrained_cfg` says what the model was trained on: input_size,
+    mean, std, interpolation, crop_pct, crop_mode and label_names. Nothing is imported or downloaded.
 
     Args:
         path: A checkpoint of `visionattn fit`, a file of bare weights (safetensors, or a pickle, wrapped as training
@@ -53,55 +116,187 @@ def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Mod
 
     Raises:
         CheckpointError: The file is unreadable, or fits no model or not the named one; the first mismatches are named.
+            Or its weights are NaN or infinite.
         UnknownNameError: No model has that name.
     """
     path = Path(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"The folder {path} holds no config.json, so it was not written by save_for_hf.")
+            raise CheckpointError(
+                f"The folder {shorten(path)} holds no config.json, so it was not written by save_for_hf."
+            )
         return create(f"local-dir:{path}", pretrained=True, **model_args).eval()
-    ncnn = path.with_suffix(".param").is_file() and path.suffix in (".param", ".bin")
-    content: dict[str, Any] = dict(span.read_ncnn(path)) if ncnn else weights.read(path)
-    hyper_parameters = content.get("hyper_parameters")
-    if hyper_parameters:
-        # A task can train more than its network, such as a decoder that is thrown away.
-        content = {key: value for key, value in content["state_dict"].items() if key.startswith("net.")}
-    state = weights.unwrap(content)
-    model_args = {**cca.settings(state), **model_args}
-    if name is None and hyper_parameters:
-        name, settings = _from_training(hyper_parameters)
-        model_args = {**settings, **model_args}
-    published = None if hyper_parameters else span.identify(state) or match_stereo.identify(state, name)
-    if name is None:
+    if name is not None:
+        _check_name(name)
+    content, card = _read(path)
+    with _naming(path):
+        state = weights.unwrap(content)
+        args = {**cca.settings(state), **model_args}
+        published = None if card else span.identify(state) or match_stereo.identify(state, name)
+    if card is not None and name in (None, card.name):
+        name, args = card.name, {**card.model_args, **args}
+    elif name is None:
         name, settings = published or _identify(path, state)
-        model_args = {**settings, **model_args}
+        args = {**settings, **args}
     elif published and published[0] == name:
-        model_args = {**published[1], **model_args}
-    model = create(name, **model_args)
-    for family in (span, match_stereo):
-        state = dict(family.adapt(state, model.state_dict()))
-    wrong = weights.mismatches(state, model.state_dict())
-    if wrong:
-        raise CheckpointError(_misfit(path, name, wrong))
-    model.load_state_dict(state)
+        args = {**published[1], **args}
+    model = _build(path, name, args, state)
+    _fill(model, state, str(path), name)
+    if card is not None:
+        with _naming(path):
+            card.apply(model)
     return model.eval()
 
 
-def _from_training(hyper_parameters: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and arguments that `visionattn fit` wrote beside the weights."""
-    settings = dict(hyper_parameters.get("model_args") or {})
-    # Branches serve training; the fused form reads them. Weights that a training started from are not looked for again.
-    for key in ("branches", "pretrained_backbone", "backbone_checkpoint"):
-        settings.pop(key, None)
-    for key in ("num_classes", "in_chans"):
-        if hyper_parameters.get(key) is not None:
-            settings[key] = hyper_parameters[key]
-    return hyper_parameters["name"], settings
+def read_card(path: str | Path) -> Card | None:
+    """What a checkpoint says of its model; None for a file of bare weights.
+
+    Raises:
+        CheckpointError: The file is unreadable, or what it says is damaged.
+    """
+    return _read(Path(path))[1]
 
 
-def _misfit(path: Path, name: str, wrong: list[str]) -> str:
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return f"{path} does not fit {name}: {'; '.join(wrong[:3])}{more}."
+def _read(path: Path) -> tuple[dict[str, Any], Card | None]:
+    """The content of a weight file, and what it says of its model."""
+    ncnn = path.suffix in (".param", ".bin") and path.with_suffix(".param").is_file()
+    content: dict[str, Any] = dict(span.read_ncnn(path)) if ncnn else weights.read(path)
+    with _naming(path):
+        return content, Card.read(content)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let errors say which file they are of."""
+    try:
+        yield
+    except VisionAttnError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{shorten(path)}: {error}") from error
+
+
+def load_weights(model: nn.Module, path: str | Path, drop_classifier: bool = False) -> None:
+    """Load a file of weights into a model that it must fit; what the file says of its images becomes the model's.
+
+    Args:
+        model: A model of timm's registry.
+        path: A file, as `load` takes it.
+        drop_classifier: Leave out the file's classifier, for a model that was built with `num_classes=0`.
+
+    Raises:
+        CheckpointError: The file is unreadable or does not fit, or holds NaN or infinite values.
+    """
+    net: Any = model
+    path = Path(path)
+    content, card = _read(path)
+    with _naming(path):
+        state = weights.unwrap(content)
+    if drop_classifier:
+        classifier = net.pretrained_cfg.get("classifier") or ()
+        heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
+        state = {key: value for key, value in state.items() if not key.startswith(heads)}
+    _fill(model, state, str(path), net.pretrained_cfg.get("architecture") or type(net).__name__)
+    if card is not None:
+        with _naming(path):
+            card.apply(model)
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
+    """Give a model weights that must fit and be numbers."""
+    own = model.state_dict()
+    state = _fitting(state, own, source, name)
+    weights.check_values(state, own, shorten(source))
+    model.load_state_dict({**own, **state})
+
+
+def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, name: str) -> dict[str, Tensor]:
+    """Weights in the layout of a model's own.
+
+    Raises:
+        CheckpointError: They do not fit it; the first mismatches are named.
+    """
+    for family in (span, match_stereo):
+        state = family.adapt(state, own)
+    if wrong := weights.mismatches(state, own):
+        raise CheckpointError(f"{shorten(source)} does not fit {name}: {weights.name_some(wrong)}.")
+    return dict(state)
+
+
+class _TooLarge(Exception):
+    """A model is larger than the file that it was to be built for."""
+
+
+@contextmanager
+def _bounded(state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Stop the building of a model that grows far beyond the weights that it shall get.
+
+    What a file says of its model can be anything, such as a depth of a million.
+    """
+    # A form in branches is several times as large as the fused one.
+    tensors, elements = 1000 + 16 * len(state), 2**24 + 16 * weights.count_bytes(state)
+    modules = 20 * tensors
+    thread = threading.get_ident()
+
+    def count(module: nn.Module, name: str, value: Any) -> None:
+        nonlocal tensors, elements, modules
+        if threading.get_ident() != thread:
+            return
+        if isinstance(value, Tensor):
+            tensors, elements = tensors - 1, elements - value.numel()
+        else:
+            modules -= 1
+        if min(tensors, elements, modules) < 0:
+            raise _TooLarge
+
+    handles = [
+        registration.register_module_parameter_registration_hook(count),
+        registration.register_module_buffer_registration_hook(count),
+        registration.register_module_module_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _build(path: Path, name: str, args: dict[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    """Build a model for the weights of a file, after its form without memory was found to fit.
+
+    Raises:
+        CheckpointError: The model would be far larger than the file, or its weights do not fit.
+    """
+    # No size is larger than what the file holds.
+    largest = 2**16 + weights.count_bytes(state)
+    if large := _large_number(args, largest):
+        raise CheckpointError(f"{shorten(path)} does not fit {name}: its arguments hold the number {large:.4g}.")
+    try:
+        with _bounded(state):
+            try:
+                with torch.device("meta"):
+                    shape = create(name, **args)
+            except (ConfigError, CheckpointError) as error:
+                if not isinstance(error.__cause__, (NotImplementedError, RuntimeError)):
+                    raise
+                shape = None  # some models compute while they are built
+        if shape is not None:
+            _fitting(state, shape.state_dict(), str(path), name)
+            return create(name, **args)
+        with _bounded(state):
+            return create(name, **args)
+    except _TooLarge as error:
+        raise CheckpointError(
+            f"{shorten(path)} does not fit {name}: with the arguments given it is far larger than the file's weights."
+        ) from error
+
+
+def _large_number(value: Any, largest: int) -> float | None:
+    """A number among arguments that exceeds `largest`, or None."""
+    if isinstance(value, (int, float)):
+        return value if abs(value) > largest else None
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for part in parts if (found := _large_number(part, largest)) is not None), None)
 
 
 def _identify(path: Path, state: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
@@ -114,9 +309,9 @@ def _identify(path: Path, state: dict[str, Tensor]) -> tuple[str, dict[str, Any]
     for name in likely or names:
         settings = _adaptation(name, state)
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _bounded(state):
                 wanted = timm.create_model(name, **settings).state_dict()
-        except (RuntimeError, ValueError):  # such a number of classes or channels cannot be built
+        except (RuntimeError, ValueError, _TooLarge):  # such a number of classes or channels cannot be built
             continue
         wrong = weights.mismatches(state, wanted)
         nearest.append((len(wrong), name, wrong))
@@ -126,9 +321,16 @@ def _identify(path: Path, state: dict[str, Tensor]) -> tuple[str, dict[str, Any]
         return fitting[0]
     if fitting:
         choice = ", ".join(name for name, _ in fitting)
-        raise CheckpointError(f"{path} fits several models: {choice}. Say which: visionattn.load(FILE, name=...).")
+        raise CheckpointError(
+            f"{shorten(path)} fits several models: {choice}. Say which: visionattn.load(FILE, name=...)."
+        )
+    if not nearest:
+        raise CheckpointError(f"{shorten(path)} fits no model of this package.")
     _, name, wrong = min(nearest)
-    raise CheckpointError(f"{path} fits no model of this package. Nearest: {_misfit(path, name, wrong)}")
+    raise CheckpointError(
+        f"{shorten(path)} fits no model of this package. Nearest: it does not fit {name}: {weights.name_some(wrong)}. "
+        "For a model of timm, give its name."
+    )
 
 
 def _adaptation(name: str, state: dict[str, Tensor]) -> dict[str, Any]:
@@ -137,8 +339,8 @@ def _adaptation(name: str, state: dict[str, Tensor]) -> dict[str, Any]:
     settings = cca.settings(state)
     head = state.get(f"{config.classifier}.weight")
     if config.num_classes >= 0:
-        settings["num_classes"] = 0 if head is None else head.shape[0]
+        settings["num_classes"] = 0 if head is None or not head.ndim else head.shape[0]
     stem = state.get(f"{config.first_conv}.weight")
-    if stem is not None:
+    if stem is not None and stem.ndim > 1:
         settings["in_chans"] = stem.shape[1]
     return settings

@@ -126,7 +126,7 @@ def test_prediction():
 def test_data_config_follows_the_model():
     config = ClassifyTask("test_vit", model_args={"img_size": 32}, in_chans=1, num_classes=4).data_config
     assert config["input_size"] == (1, 32, 32)
-    assert config["mean"] == [0.5]
+    assert config["mean"] == (0.5,)
     assert ClassifyTask(model_args=TINY).data_config["input_size"] == (1, 28, 28)
 
 

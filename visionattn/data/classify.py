@@ -185,6 +185,15 @@ class ClassifyData(LightningDataModule):
         # Photographs lose their edges to a centre crop, as their models expect; small pictures are shown whole.
         whole = given.dataset in _ARRAYS or given.dataset in _TWO_PARTS
         crop_pct = 1.0 if whole else model.get("crop_pct", 1.0)
+        # What a checkpoint says of its images.
+        self.image_config = {
+            "input_size": self.image_shape,
+            "mean": list(mean),
+            "std": list(std),
+            "interpolation": interpolation.value,
+            "crop_pct": crop_pct,
+            "crop_mode": "center" if size[0] == size[1] else "squash",
+        }
         self._eval_transform = v2.Compose([convert, *fit(size, interpolation, crop_pct), *finish])
         self._train_transform = v2.Compose([convert, *augment(given.augmentation, size, interpolation), *finish])
 

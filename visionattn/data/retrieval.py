@@ -86,6 +86,15 @@ class EmbeddingData(LightningDataModule):
         if len(config["size"]) != 2:
             raise ConfigError(f"data.image_size is {config['size']}; it is height and width.")
         self.image_shape = (3, *config["size"])
+        # What a checkpoint says of its images.
+        self.image_config = {
+            "input_size": self.image_shape,
+            "mean": list(config["mean"]),
+            "std": list(config["std"]),
+            "interpolation": config["interpolation"],
+            "crop_pct": 1.0,
+            "crop_mode": "center" if config["size"][0] == config["size"][1] else "squash",
+        }
         self._eval_transform = eval_transform(config)
         interpolation = v2.InterpolationMode(config["interpolation"])
         self._train_transform = v2.Compose(

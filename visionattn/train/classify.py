@@ -72,12 +72,7 @@ class ClassifyTask(OptimizedTask):
         self.save_hyperparameters()
         self.check_names()
         settings = {**({} if in_chans is None else {"in_chans": in_chans}), **(model_args or {})}
-        try:
-            self.net = create(name, pretrained=pretrained, num_classes=num_classes, **settings)
-        except (OSError, RuntimeError) as error:
-            if not pretrained:
-                raise
-            raise CheckpointError(f"The pretrained weights of {name!r} could not be had: {error}") from error
+        self.net = create(name, pretrained=pretrained, num_classes=num_classes, **settings)
         if grad_checkpointing:
             try:
                 self.net.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -106,15 +101,7 @@ class ClassifyTask(OptimizedTask):
     @property
     def data_config(self) -> dict[str, Any]:
         """What images the model expects: input_size, mean, std, interpolation, crop_pct."""
-        config = resolve_model_data_config(self.net)
-        channels, *size = config["input_size"]
-        if img_size := (self.hparams.model_args or {}).get("img_size"):
-            size = [img_size, img_size] if isinstance(img_size, int) else img_size
-        if self.hparams.in_chans not in (None, channels):
-            channels = self.hparams.in_chans
-            # Grey images of a colour model, or the reverse: every channel gets the mean of the statistics.
-            config |= {key: [sum(config[key]) / len(config[key])] * channels for key in ("mean", "std")}
-        return {**config, "input_size": (channels, *size)}
+        return resolve_model_data_config(self.net)
 
     def setup(self, stage: str) -> None:
         """Check that model and data fit, and compile."""

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
+from visionattn.card import KEY, Card
 from visionattn.errors import ConfigError
 
 __all__ = ["SCHEDULES", "OptimizedTask"]
@@ -47,6 +48,14 @@ class OptimizedTask(LightningModule):
     def trained(self) -> nn.Module:
         """What the optimizer trains: the network."""
         return self.net
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what the network needs to be used (`visionattn.card`): how it is built, its images and its classes."""
+        data = getattr(self.trainer, "datamodule", None)
+        config = {**getattr(data, "image_config", {}), "label_names": getattr(data, "class_names", None)}
+        card = Card.of(self.net, config, self.hparams.get("attributes"))
+        if card is not None:
+            checkpoint[KEY] = card.to_dict()
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule."""

@@ -83,12 +83,7 @@ class RestoreTask(OptimizedTask):
             raise ConfigError(f"There is no loss {loss!r}. Choose from {', '.join(LOSSES)}.")
         if not 0 < teacher_weight <= 1:
             raise ConfigError(f"model.teacher_weight is above 0 and at most 1, not {teacher_weight}.")
-        try:
-            self.net = create(name, pretrained=pretrained, **(model_args or {}))
-        except (OSError, RuntimeError) as error:
-            if not pretrained:
-                raise
-            raise CheckpointError(f"The pretrained weights of {name!r} could not be had: {error}") from error
+        self.net = create(name, pretrained=pretrained, **(model_args or {}))
         net: Any = self.net
         if getattr(net, "task", None) != "restore" or net.in_chans != 3:
             raise ConfigError(f"{name!r} does not enlarge colour pictures; models of the task 'restore' do.")

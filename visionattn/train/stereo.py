@@ -180,12 +180,7 @@ class MatchTask(OptimizedTask):
         self.check_names()
         if consistency < 0 or start < 0:
             raise ConfigError("model.consistency and model.start are weights in the loss, 0 or more.")
-        try:
-            self.net = create(name, pretrained=pretrained, **(model_args or {}))
-        except (OSError, RuntimeError) as error:
-            if not pretrained:
-                raise
-            raise CheckpointError(f"The pretrained weights of {name!r} could not be had: {error}") from error
+        self.net = create(name, pretrained=pretrained, **(model_args or {}))
         net: Any = self.net
         if getattr(net, "task", None) not in ("stereo", "flow"):
             raise ConfigError(f"{name!r} does not match views; models of the tasks 'stereo' and 'flow' do.")

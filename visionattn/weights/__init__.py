@@ -5,7 +5,9 @@ This module holds what all families share: reading a file safely, and taking a s
 
 from __future__ import annotations
 
+import argparse
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,67 +16,181 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from visionattn.errors import CheckpointError
+from visionattn.errors import CheckpointError, shorten
 
-__all__ = ["SHIPPED", "mismatches", "read", "unwrap"]
+__all__ = ["SHIPPED", "check_archive", "check_values", "count_bytes", "mismatches", "name_some", "read", "unwrap"]
 
 SHIPPED = Path(__file__).parent
 """Folder of the weights that lie in the package, NAME.safetensors, each with its card, NAME.md."""
 
-WRAPPERS = ("state_dict", "model", "params_ema", "params")
+# In timm's order: averaged weights come first.
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "params_ema", "params")
 PREFIXES = ("module.", "_orig_mod.", "net.")
+COUNTER = ".num_batches_tracked"
+_DEEPEST = 8
+_ROOM = 2**26  # bytes that an archive may unpack to beyond four times its size
+
+
+def check_archive(path: str | Path) -> None:
+    """Verify the checksums of a file that `torch.save` wrote, which `torch.load` does not look at.
+
+    Files that are no archive, such as safetensors and old pickles, have none and pass.
+
+    Raises:
+        CheckpointError: The file is damaged, or unpacks to far more than its size.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            unpacked, size = sum(entry.file_size for entry in entries), Path(path).stat().st_size
+            if unpacked > 4 * size + _ROOM:
+                raise CheckpointError(
+                    f"{shorten(path)} has {size / 1e6:,.1f} MB and would unpack to {unpacked / 1e6:,.1f} MB; no "
+                    "checkpoint does."
+                )
+            for entry in entries:
+                # Without checksums, as torch.serialization.set_crc32_options(False) writes, nothing can be verified.
+                if entry.CRC:
+                    with archive.open(entry) as part:
+                        while part.read(2**20):
+                            pass
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged directory of an archive can fail in any way
+        raise CheckpointError(f"{shorten(path)} is damaged: {shorten(error)}.") from error
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file: safetensors, or a pickle of plain types and tensors (`weights_only`).
 
     Raises:
-        CheckpointError: There is no such file, it is damaged, or it holds objects that would run code.
+        CheckpointError: There is no such file, it is damaged (archives of torch.save have checksums, which are
+            verified), or it holds objects that would run code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"There is no file {path}.")
     try:
+        if not path.is_file():
+            raise CheckpointError(
+                f"{shorten(path)} is not a regular file." if path.exists() else f"There is no file {shorten(path)}."
+            )
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        check_archive(path)
+        # timm's training checkpoints hold their arguments as a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{path} is not a checkpoint of tensors and plain types, and nothing else is loaded: {error}"
+            f"{shorten(path)} is not a checkpoint of tensors and plain types, and nothing else is loaded: "
+            f"{shorten(reason)}"
         ) from error
     # A damaged pickle can fail in any way that the unpickler's bookkeeping can.
     except Exception as error:
-        raise CheckpointError(f"Could not read the checkpoint {path}: {error}") from error
+        raise CheckpointError(f"Could not read the checkpoint {shorten(path)}: {shorten(error)}.") from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
+        raise CheckpointError(f"{shorten(path)} holds a {type(content).__name__}, not a dictionary of weights.")
     return dict(content)
 
 
 def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """Take the state dict out of training wrappers, and training prefixes off its keys.
 
+    Of a checkpoint of a training task only the network is taken, whose keys begin with `net.`.
+
     Raises:
-        CheckpointError: There are no tensors in it.
+        CheckpointError: There are no tensors in it, or some that no network has.
     """
-    for wrapper in WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            return unwrap(content[wrapper])
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    for prefix in PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            return unwrap({key.removeprefix(prefix): value for key, value in state.items()})
+    found: Mapping[Any, Any] = content
+    trained = "pytorch-lightning_version" in content or "hyper_parameters" in content
+    for _ in range(_DEEPEST):
+        inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
+        if inner is None:
+            break
+        found = inner
+    state = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not state:
-        raise CheckpointError(f"The checkpoint holds no weights; its entries are {', '.join(map(str, content))[:200]}.")
+        some = ", ".join(shorten(key, 40) for key in list(content)[:5])
+        raise CheckpointError(f"The checkpoint holds no weights; its entries are {some or 'none'}.")
+    if strange := [key for key, value in state.items() if not _is_plain(value)]:
+        raise CheckpointError(f"The checkpoint holds what is not a plain tensor: {name_some(strange)}.")
+    # A task can train more than its network, such as a decoder that is thrown away.
+    if trained and (network := {key: value for key, value in state.items() if key.startswith("net.")}):
+        state = network
+    return _without_prefixes(state)
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for _ in range(_DEEPEST):
+        prefix = next((one for one in PREFIXES if all(key.startswith(one) for key in state)), None)
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, on the CPU, and has not more elements than its memory."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or tensor.is_complex():
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes() + 2**20
+
+
+def count_bytes(state: Mapping[str, Tensor]) -> int:
+    """Memory that tensors take, each storage counted once."""
+    return sum(
+        {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}.values()
+    )
+
+
+def name_some(lines: list[str]) -> str:
+    """The first three of what is wrong, and how many more there are."""
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return "; ".join(shorten(line) for line in lines[:3]) + more
+
+
 def mismatches(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """In words, each weight that is missing, unknown or of another shape."""
-    lines = [f"{key} is missing" for key in wanted if key not in found]
+    """In words, each weight that is missing, unknown, of another shape, or whole numbers instead of fractions.
+
+    Counters of batch norms may be missing, as timm has it: evaluation does not use them.
+    """
+    lines = [f"{key} is missing" for key in wanted if key not in found and not key.endswith(COUNTER)]
     lines += [f"{key} is unknown" for key in found if key not in wanted]
-    lines += [
-        f"{key} is {tuple(found[key].shape)}, not {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in found and found[key].shape != wanted[key].shape
-    ]
+    for key in wanted:
+        if key not in found:
+            continue
+        if found[key].shape != wanted[key].shape:
+            lines.append(f"{key} is {tuple(found[key].shape)}, not {tuple(wanted[key].shape)}")
+        elif found[key].is_floating_point() != wanted[key].is_floating_point():
+            types = (str(tensor.dtype).removeprefix("torch.") for tensor in (found[key], wanted[key]))
+            lines.append("{} is {}, not {}".format(key, *types))
     return lines
+
+
+def check_values(found: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are NaN or infinite, which nothing can be computed with.
+
+    Args:
+        found: The weights of a file.
+        own: Those of a fresh model, of which some buffers may be infinite by intent.
+        source: The file, for the message.
+
+    Raises:
+        CheckpointError: Some are.
+    """
+    wrong = [
+        key
+        for key, value in found.items()
+        if value.is_floating_point()
+        and not value.isfinite().all()
+        and not (key in own and own[key].device.type != "meta" and not own[key].isfinite().all())
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source} holds NaN or infinite values, as a training that diverged leaves: {name_some(wrong)}. Take an "
+            "earlier checkpoint."
+        )

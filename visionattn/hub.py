@@ -1,0 +1,73 @@
+"""Weights that must be downloaded, on a machine without a network: one line at once, and no retries."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import timm
+
+from visionattn.errors import CheckpointError, shorten
+
+__all__ = ["quick_when_offline"]
+
+_PATIENCE = 5.0  # seconds for a connection
+
+
+@contextmanager
+def quick_when_offline(name: str, pretrained: bool) -> Iterator[None]:
+    """Within the block, weights come from the cache alone where the Hugging Face Hub cannot be reached.
+
+    Args:
+        name: Of the model that is built in the block.
+        pretrained: Whether its weights are asked for.
+
+    Raises:
+        CheckpointError: They are not in the cache.
+    """
+    if not _comes_from_hub(name, pretrained):
+        yield
+        return
+    from huggingface_hub import constants, errors
+
+    unreachable = None if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or unreachable is not None
+    try:
+        yield
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        reason = unreachable or "offline mode is on"
+        raise CheckpointError(
+            f"The weights of {shorten(name)!r} are not on this machine and cannot be downloaded: {reason}. Give a "
+            "weight file, or download them where there is a network."
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _comes_from_hub(name: str, pretrained: bool) -> bool:
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        return True
+    if not pretrained or name.startswith("local-dir:"):
+        return False
+    try:
+        config: Any = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag, of which the caller says more
+        return False
+    return bool(config and config.hf_hub_id and not config.file)
+
+
+def _unreachable(address: str) -> str | None:
+    """Why a server cannot be reached, or None; behind a proxy only a request would tell."""
+    if urllib.request.getproxies():
+        return None
+    parts = urlsplit(address)
+    try:
+        socket.create_connection((parts.hostname, parts.port or 443), _PATIENCE).close()
+    except OSError as error:
+        return f"{parts.hostname} cannot be reached ({error.strerror or error})"
+    return None
