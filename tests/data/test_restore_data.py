@@ -193,7 +193,7 @@ def test_wrong_input(folders):
         opened(folders, jpeg=99)
     with pytest.raises(ConfigError, match=r"epoch_crops is 2, less than one batch of 4"):
         opened(folders, epoch_crops=2).train_dataloader()
-    with pytest.raises(DataError, match=r"lacks the small pictures of 2\.png"):
+    with pytest.raises(DataError, match=r"lacks the low-resolution images of 2\.png"):
         (folders / "train/2.png").rename(folders / "2.png")
         (folders / "some").mkdir()
         for name in ("0.png", "1.png"):

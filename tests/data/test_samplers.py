@@ -144,7 +144,7 @@ def test_ranks_share_an_epoch_without_repeats(size):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_errors_keep_their_own_words(num_workers):
     with pytest.raises(DataError) as raised:
-        list(loader(size=100, num_workers=num_workers))
+        list(ResumableLoader(Numbers(100), batch_size=4, num_workers=num_workers))
     assert str(raised.value) == "Sample 90 is broken."
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import timm.data
@@ -20,15 +22,11 @@ from visionattn.data.cifar import CLASSES as CIFAR10_CLASSES
 from visionattn.data.cifar import load_cifar10_sheets
 from visionattn.data.digits import load_digits
 from visionattn.data.mnist import load_mnist
+from visionattn.data.module import DataModule, count_classes
 from visionattn.data.samplers import EpochSampler, ResumableLoader, SeededDataset, StreamLoader
-from visionattn.data.sources import ArrayImages, ReaderImages, TorchvisionImages
+from visionattn.data.sources import ArrayImages, FolderReader, ReaderImages, TorchvisionImages, first_names
 from visionattn.data.transforms import AUGMENTATIONS, augment, fit
-from visionattn.errors import ConfigError, DataError, MissingPackageError, require
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule
-else:
-    LightningDataModule = require("lightning.pytorch", "train").LightningDataModule
+from visionattn.errors import ConfigError, DataError, MissingPackageError, require, shorten
 
 __all__ = ["ClassifyData"]
 
@@ -44,20 +42,16 @@ _FOLDERS = {
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first of many names."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-class ClassifyData(LightningDataModule):
+class ClassifyData(DataModule):
     """Training, validation, test and prediction images.
 
     Sizes, channels and normalisation that are not given follow from the model.
 
     Args:
-        dataset: `"digits"` (embedded in scikit-learn), `"mnist"` (IDX files), `"cifar10-sheets"`, or a name that timm's
-            `create_dataset` reads: `"folder"`, `"torch/..."`, `"hfds/..."`, `"wds/..."`, `"tfds/..."`. A folder holds a
-            sub-folder a class, below `train`, `val` and `test` or without these.
+        dataset: `"digits"` (embedded in scikit-learn), `"mnist"` (IDX files), `"cifar10-sheets"`, `"folder"`, or a name
+            that timm's `create_dataset` reads: `"torch/..."`, `"hfds/..."`, `"wds/..."`, `"tfds/..."`. A folder holds a
+            sub-folder for each class, below `train`, `val` and `test` or without these; an image belongs to the first
+            of these sub-folders, however deep it lies. None is `"folder"` where `root` is given, else `"digits"`.
         root: Folder of the files.
         num_classes: Number of classes; None counts them.
         image_size: Side of the square images that the model gets.
@@ -67,8 +61,8 @@ class ClassifyData(LightningDataModule):
         augmentation: `"none"`, `"shift"` (a small turn, shift and zoom, no flip: digits), `"crop-flip"` (pad, crop and
             flip: CIFAR), `"imagenet"` (random resized crop, flip, TrivialAugment), or the path of a pipeline saved by
             `albumentations.save` (.json, .yaml).
-        batch_size: Images a batch and device.
-        num_workers: Loading processes a device; the results do not depend on it.
+        batch_size: Images per batch and device.
+        num_workers: Loading processes per device; the results do not depend on it.
         train_split: Name of the training part, for readers with named parts (hfds, wds, tfds, some of torch).
         val_split: Name of the validation part, likewise.
         test_split: Name of the test part, likewise; None tests on the validation part.
@@ -78,11 +72,9 @@ class ClassifyData(LightningDataModule):
         seed: Seed of shuffling, augmentation and holding out.
     """
 
-    hparams: Any
-
     def __init__(
         self,
-        dataset: str = "digits",
+        dataset: str | None = None,
         root: str | None = None,
         num_classes: int | None = None,
         image_size: int | None = None,
@@ -102,6 +94,11 @@ class ClassifyData(LightningDataModule):
         super().__init__()
         # The logger would refuse the names that the model's parameters share.
         self.save_hyperparameters(logger=False)
+        dataset = dataset or ("digits" if root is None else "folder")
+        self.hparams.dataset = dataset
+        self.check_counts(image_size=1, in_chans=1, num_classes=1)
+        if not 0 < val_fraction < 1:
+            raise ConfigError(f"data.val_fraction must lie between 0 and 1; got {val_fraction}.")
         if augmentation not in AUGMENTATIONS and Path(augmentation).suffix not in (".json", ".yaml", ".yml"):
             raise ConfigError(
                 f"There is no augmentation {augmentation!r}. Choose from {', '.join(AUGMENTATIONS)}, or give the path "
@@ -110,8 +107,13 @@ class ClassifyData(LightningDataModule):
         on_disk = dataset in ("mnist", "cifar10-sheets", "folder")
         if root is None and (on_disk or dataset.startswith("torch/")):
             raise ConfigError(f"The dataset {dataset!r} needs a folder: set data.root.")
-        if root is not None and on_disk and not Path(root).exists():
-            raise DataError(f"There is no folder {root}.")
+        if root is not None and dataset == "digits":
+            raise ConfigError(
+                f"The digits are embedded, but data.root is {shorten(root)}: set data.dataset to what lies there, such "
+                "as folder, or leave out data.root."
+            )
+        if root is not None and on_disk and not Path(root).is_dir():
+            raise DataError(f"There is no folder {shorten(root)}.")
         self._own: dict[str, Any] = {}
 
     @cached_property
@@ -135,8 +137,8 @@ class ClassifyData(LightningDataModule):
             raise ConfigError(f"The dataset {self.hparams.dataset!r} does not say its classes: set data.num_classes.")
         if len(names) < 2:
             raise DataError(
-                f"{self.hparams.root} holds one class only. Put the images of each class in a sub-folder of their own, "
-                "or set data.num_classes."
+                f"{shorten(self.hparams.root)} holds one class only. Put the images of each class in a sub-folder of "
+                "their own, or set data.num_classes."
             )
         return len(names)
 
@@ -151,7 +153,8 @@ class ClassifyData(LightningDataModule):
             self.class_names = names
         elif names and self.class_names and names != self.class_names:
             raise DataError(
-                f"The checkpoint was trained on the classes {_some(names)}; the data have {_some(self.class_names)}."
+                f"The checkpoint was trained on the classes {first_names(names)}; the data have "
+                f"{first_names(self.class_names)}."
             )
 
     def setup(self, stage: str) -> None:
@@ -221,7 +224,7 @@ class ClassifyData(LightningDataModule):
         source = self._predicted
         if isinstance(source, IterableImageDataset):
             return self._loader("test")
-        dataset = SeededDataset(source, self._eval_transform, seed=None)
+        dataset = self.watch(SeededDataset(source, self._eval_transform, seed=None))
         return ResumableLoader(dataset, batch_size=self.hparams.batch_size, num_workers=self.hparams.num_workers)
 
     def predicted_names(self) -> Iterator[str]:
@@ -229,16 +232,19 @@ class ClassifyData(LightningDataModule):
         source = self._predicted
         if isinstance(source, IterableImageDataset):
             return map(str, itertools.count())
-        if isinstance(source, Subset):
-            whole: Any = source.dataset
-            return (whole.name(index) for index in source.indices)
-        return (source.name(index) for index in range(len(source)))
+        return (_name(source, index) for index in range(len(source)))
 
-    @property
+    def unpredicted(self) -> set[int]:
+        """Indices of the images in `predicted_names` that could not be read."""
+        return {index for dataset in self._watched if dataset.dataset is self._predicted for index in dataset.skipped}
+
+    @cached_property
     def _predicted(self) -> Any:
-        if self.hparams.dataset == "folder" and self._part("test") is None and self._part("val") is None:
-            return self._part("train")
-        return self._source("test")
+        if self.hparams.dataset != "folder":
+            return self._source("test")
+        found = self._folders
+        folder = found["test"] or found["val"] or found["train"]
+        return ReaderImages(FolderReader(folder, labelled=False))
 
     def _loader(self, part: str) -> DataLoader:
         """The loader of a part, the training part shuffled and augmented."""
@@ -255,7 +261,9 @@ class ClassifyData(LightningDataModule):
             source.set_loader_cfg(num_workers=given.num_workers)
             return StreamLoader(source, self._current_epoch, given.seed, **common)
         draws = training and given.augmentation != "none"
-        dataset = SeededDataset(source, transform, given.seed if draws else None)
+        dataset = self.watch(SeededDataset(source, transform, given.seed if draws else None, training))
+        if training:
+            dataset.labels, dataset.class_names = _labels(source), self.class_names
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         return ResumableLoader(
             dataset,
@@ -279,21 +287,51 @@ class ClassifyData(LightningDataModule):
     @cached_property
     def _held_out(self) -> dict[str, list[int]]:
         """Which of the training images stay, and which are held out."""
-        selection = require("sklearn.model_selection", "train")
         labels = self._part("train").labels
-        try:
-            train, val = selection.train_test_split(
-                np.arange(len(labels)),
-                test_size=self.hparams.val_fraction,
-                stratify=labels,
-                random_state=self.hparams.seed,
-            )
-        except ValueError as error:
+        if labels is None:
+            raise DataError(f"No validation part can be held out of {self.hparams.dataset!r}: set data.val_split.")
+        share, root = self.hparams.val_fraction, shorten(self.hparams.root)
+        sizes = Counter(labels)
+        least = min(sizes, key=lambda label: sizes[label])
+        held_out = math.ceil(share * len(labels))
+        hint = "Give it a folder 'val', or set data.val_fraction."
+        if sizes[least] < 2:
+            name = self.class_names[least] if self.class_names else least
             raise DataError(
-                f"{self.hparams.root} has no validation part, and none can be held out: {error} Give it a folder "
-                "'val', or set data.val_fraction."
-            ) from error
+                f"{root} has no validation part, and none can be held out: the class {name!r} has one image, and both "
+                f"parts need one of each class. {hint}"
+            )
+        if min(held_out, len(labels) - held_out) < len(sizes):
+            raise DataError(
+                f"{root} has no validation part, and none can be held out: {share:g} of {len(labels)} images are "
+                f"{held_out}, and both parts need one of each of the {len(sizes)} classes. {hint}"
+            )
+        train, val = require("sklearn.model_selection", "train").train_test_split(
+            np.arange(len(labels)), test_size=share, stratify=labels, random_state=self.hparams.seed
+        )
         return {"train": sorted(train.tolist()), "val": sorted(val.tolist())}
+
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether there is no test split."""
+        return self._part("test") is None
+
+    def describe(self, split: str) -> str:
+        """Images of a split, and of each of its classes."""
+        if split == "predict":
+            source = self._predicted
+            return "a stream" if isinstance(source, IterableImageDataset) else f"{len(source):,} images"
+        source = self._source(split)
+        if isinstance(source, IterableImageDataset):
+            return "a stream"
+        labels = _labels(source)
+        return f"{len(source):,} images" if labels is None else count_classes(labels, self.class_names)
+
+    def left_out(self) -> list[str]:
+        """What the opened folders hold besides their images."""
+        readers = [getattr(part, "reader", None) for part in (*self._own.values(), self.__dict__.get("_predicted"))]
+        listings = [(reader.root, reader.left_out) for reader in readers if isinstance(reader, FolderReader)]
+        return [f"{root}: {listing.describe_left_out()}" for root, listing in listings if listing.left_out]
 
     def _part(self, part: str) -> Any:
         """The dataset's own part, opened once, or None."""
@@ -318,33 +356,27 @@ class ClassifyData(LightningDataModule):
         ]
         return None if split is None else self._open_named(split)
 
-    def _open_folder(self, part: str) -> ReaderImages | None:
+    @cached_property
+    def _folders(self) -> dict[str, Path | None]:
+        """The folder of each part; without any of them, the root is that of the training part."""
         root = Path(self.hparams.root)
-        found = {
+        found: dict[str, Path | None] = {
             part: next((root / name for name in names if (root / name).is_dir()), None)
             for part, names in _FOLDERS.items()
         }
+        return found if any(found.values()) else {**found, "train": root}
+
+    def _open_folder(self, part: str) -> ReaderImages | None:
+        found = self._folders
         folder = found[part]
-        if part == "train" and not any(found.values()):
-            folder = root
         if folder is None:
             if part == "train":
-                raise DataError(f"{root} has no folder 'train', but {', '.join(str(f) for f in found.values() if f)}.")
+                others = ", ".join(shorten(other) for other in found.values() if other)
+                raise DataError(f"{shorten(self.hparams.root)} has no folder 'train', but {others}.")
             return None
-        source = ReaderImages(self._read_folder(folder))
-        if part != "train" and found["train"]:
-            # Classes are numbered by the training folder, also where this one lacks some.
-            class_to_idx = self._part("train").reader.class_to_idx
-            if unknown := sorted(set(source.reader.class_to_idx) - set(class_to_idx)):
-                raise DataError(f"{folder} has classes that {found['train']} lacks: {', '.join(unknown)}.")
-            source = ReaderImages(self._read_folder(folder, class_map=class_to_idx))
-        return source
-
-    def _read_folder(self, folder: Path, **kwargs: Any) -> Any:
-        try:
-            return timm.data.create_dataset("", root=str(folder), search_split=False, **kwargs).reader
-        except RuntimeError as error:
-            raise DataError(f"There are no images in {folder}: none that ends in .png, .jpg or .jpeg.") from error
+        # Classes are numbered by the training folder, also where this one lacks some.
+        like = self._part("train").reader if part != "train" and found["train"] else None
+        return ReaderImages(FolderReader(folder, like))
 
     def _open_named(self, split: str) -> Any:
         given = self.hparams
@@ -361,7 +393,23 @@ class ClassifyData(LightningDataModule):
         except ImportError as error:
             raise MissingPackageError(f"The dataset {given.dataset!r} needs the package {error.name!r}.") from error
         except Exception as error:
-            raise DataError(f"Could not open the part {split!r} of the dataset {given.dataset!r}: {error}") from error
+            raise DataError(
+                f"Could not open the part {split!r} of the dataset {given.dataset!r}: {shorten(error, 300)}"
+            ) from error
         if isinstance(dataset, IterableImageDataset):
             return dataset
         return ReaderImages(dataset.reader) if hasattr(dataset, "reader") else TorchvisionImages(dataset)
+
+
+def _labels(source: Any) -> list[int] | None:
+    """Label of each image of a part, which may be some images of another; None where they are not known."""
+    if not isinstance(source, Subset):
+        return source.labels
+    whole: Any = source.dataset
+    return None if whole.labels is None else [whole.labels[index] for index in source.indices]
+
+
+def _name(source: Any, index: int) -> str:
+    """What a list calls an image of a part, which may be some images of another."""
+    whole: Any = source.dataset if isinstance(source, Subset) else source
+    return whole.name(source.indices[index] if isinstance(source, Subset) else index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,15 +11,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from visionattn.data.flow_sets import FlowScene, find_flow_scenes
 from visionattn.data.match_pairs import MatchPair, crop, flip, resize, seen_by_order
+from visionattn.data.module import DataModule
 from visionattn.data.samplers import IGNORED, EpochSampler, ResumableLoader, SampleKey
+from visionattn.data.skipping import SkippingDataset
 from visionattn.data.stereo import Scene, find_scenes, summarize, with_factors
 from visionattn.data.stereo_scenes import GeneratedPairs
 from visionattn.errors import ConfigError, require
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule
-else:
-    LightningDataModule = require("lightning.pytorch", "train").LightningDataModule
 
 __all__ = ["MatchData", "RandomWindows", "read_stereo"]
 
@@ -107,11 +104,12 @@ class FolderPairs(Dataset):
         return self.transform(pair, np.random.default_rng((self.seed, epoch, sample)))
 
 
-class PairTensors(Dataset):
+class PairTensors(SkippingDataset):
     """Pairs as tensors with their number, `IGNORED` for the copies that even out ranks."""
 
-    def __init__(self, pairs: Dataset[MatchPair]) -> None:
+    def __init__(self, pairs: Dataset[MatchPair], training: bool = False) -> None:
         self.pairs = pairs
+        self.training = training
 
     def __len__(self) -> int:
         return len(self.pairs)  # type: ignore[arg-type]
@@ -122,7 +120,7 @@ class PairTensors(Dataset):
         return views.permute(0, 3, 1, 2).contiguous(), fields, seen, IGNORED if is_copy else sample
 
 
-class MatchData(LightningDataModule):
+class MatchData(DataModule):
     """Training, validation and test pairs for stereo matching and optical flow.
 
     Batches are views uint8 (B, 2, 3, H, W), the left or first one first; fields (B, 2, H, W, 2) of float32, NaN where
@@ -153,8 +151,6 @@ class MatchData(LightningDataModule):
         seed: Of order, scenes and windows.
     """
 
-    hparams: Any
-
     def __init__(
         self,
         train: list[str] | str | None = None,
@@ -184,6 +180,7 @@ class MatchData(LightningDataModule):
             )
         if scaling < 1 or colours < 0 or rectification < 0:
             raise ConfigError("data.scaling is 1 or more, data.colours and data.rectification are 0 or more.")
+        self.check_counts(epoch_pairs=1, val_pairs=1)
         if epoch_pairs < batch_size:
             raise ConfigError(f"data.epoch_pairs is {epoch_pairs}, less than one batch of {batch_size}.")
         self._pairs: dict[str, Dataset[MatchPair]] = {}
@@ -245,6 +242,20 @@ class MatchData(LightningDataModule):
             require("lightning.pytorch.utilities", "train").rank_zero_info(note)
         return scenes
 
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether there are folders for validation and none for the test."""
+        return bool(self.hparams.val) and not self.hparams.test
+
+    def describe(self, split: str) -> str:
+        """Pairs of a split, and where they come from."""
+        if split not in self._pairs:
+            self._pairs[split] = self._open(split)
+        pairs = self._pairs[split]
+        if isinstance(pairs, FolderPairs):
+            return f"{len(pairs):,} pairs from {len(pairs.scenes):,} scenes in folders"
+        return f"{len(pairs):,} generated pairs"  # type: ignore[arg-type]
+
     def train_dataloader(self) -> DataLoader:
         """Random scenes or windows."""
         return self._loader("train")
@@ -262,7 +273,7 @@ class MatchData(LightningDataModule):
         num_workers = given.num_workers if training else 0
         ranks = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         return ResumableLoader(
-            PairTensors(pairs),
+            self.watch(PairTensors(pairs, training)),
             sampler=EpochSampler(pairs, *ranks, training, given.seed),
             batch_size=given.batch_size if training or isinstance(pairs, GeneratedPairs) else 1,
             drop_last=training,

@@ -13,7 +13,7 @@ import random
 import warnings
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from visionattn.data.bicubic import crop_to_multiple, downscale
-from visionattn.data.images import find_images, pair_by_name, read_rgb
+from visionattn.data.images import FORMATS, find_images, pair_by_name, read_rgb
+from visionattn.data.module import DataModule
 from visionattn.data.samplers import EpochSampler, ResumableLoader, SampleKey, SeededDataset
-from visionattn.errors import ConfigError, DataError, require
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule
-else:
-    LightningDataModule = require("lightning.pytorch", "train").LightningDataModule
+from visionattn.data.skipping import check_share
+from visionattn.errors import ConfigError, DataError, shorten
 
 __all__ = ["RestoreData"]
 
@@ -55,7 +52,8 @@ class PairFiles(Dataset):
         keep: Read all files now and keep the pairs in memory, instead of reading anew each time.
 
     Raises:
-        DataError: A picture is unreadable, or a small one has not the size of its large one divided by r.
+        DataError: Too many pictures are unreadable; of one that is read, that it is unreadable, or that a small one has
+            not the size of its large one divided by r.
     """
 
     def __init__(self, large: list[Path], small: list[Path] | None, scale: int, shrink: bool, keep: bool) -> None:
@@ -63,13 +61,27 @@ class PairFiles(Dataset):
         self.small = small
         self.scale = scale
         self.shrink = shrink
-        self._kept = [self._read(index) for index in range(len(large))] if keep else None
+        self._kept: list[Pair | DataError] | None = None
+        if keep:
+            self._kept = [self._try(index) for index in range(len(large))]
+            broken = {index: str(kept) for index, kept in enumerate(self._kept) if isinstance(kept, DataError)}
+            if broken:
+                check_share(broken, len(large))
 
     def __len__(self) -> int:
         return len(self.large)
 
     def __getitem__(self, index: int) -> tuple[Pair, int]:
-        return (self._read(index) if self._kept is None else self._kept[index]), index
+        pair = self._read(index) if self._kept is None else self._kept[index]
+        if isinstance(pair, DataError):
+            raise pair
+        return pair, index
+
+    def _try(self, index: int) -> Pair | DataError:
+        try:
+            return self._read(index)
+        except DataError as error:
+            return error
 
     def _read(self, index: int) -> Pair:
         large = crop_to_multiple(read_rgb(self.large[index]), self.scale)
@@ -206,7 +218,7 @@ class SeededPairs(SeededDataset):
         return small, large, number
 
 
-class RestoreData(LightningDataModule):
+class RestoreData(DataModule):
     """Training, validation and test pictures for super-resolution.
 
     Batches are small pictures uint8 (B, 3, H, W), large ones uint8 (B, 3, rH, rW), and numbers (B,), `IGNORED` for the
@@ -232,8 +244,6 @@ class RestoreData(LightningDataModule):
         jpeg: Lowest JPEG quality of the small picture, below 95; None for no JPEG.
         seed: Seed of order, patches and degradations.
     """
-
-    hparams: Any
 
     def __init__(
         self,
@@ -269,6 +279,7 @@ class RestoreData(LightningDataModule):
                     f"data.{part} names {len(folders[part])} folders and data.{part}_small {len(given)}: give one of "
                     "small pictures for each, in the same order."
                 )
+        self.check_counts(patch_size=1, epoch_crops=1, scale=1)
         if min(blur, noise) < 0 or (jpeg is not None and not 1 <= jpeg < 95):
             raise ConfigError("data.blur and data.noise are 0 or more, and data.jpeg is a quality from 1 to 94.")
         self._degradation = Degradation(blur, noise, jpeg)
@@ -277,6 +288,7 @@ class RestoreData(LightningDataModule):
                 "Given small pictures are not degraded: leave out data.train_small, or blur, noise and jpeg."
             )
         self._folders, self._small = folders, small
+        self._broken: list[str] = []
         self._pairs: dict[str, PairFiles] = {}
 
     @property
@@ -313,7 +325,7 @@ class RestoreData(LightningDataModule):
         if given.epoch_crops < given.batch_size * self._ranks[0]:
             raise ConfigError(f"data.epoch_crops is {given.epoch_crops}, less than one batch of {given.batch_size}.")
         patches = RandomPatches(given.patch_size, self.scale, self._degradation)
-        return self._loader(SeededPairs(crops, patches, given.seed), given.batch_size, training=True)
+        return self._loader(SeededPairs(crops, patches, given.seed, training=True), given.batch_size, training=True)
 
     def val_dataloader(self) -> DataLoader:
         """Whole validation pictures, one a batch."""
@@ -326,7 +338,7 @@ class RestoreData(LightningDataModule):
     def _loader(self, dataset: SeededPairs, batch_size: int, training: bool) -> DataLoader:
         num_workers = self.hparams.num_workers if training else 0
         return ResumableLoader(
-            dataset,
+            self.watch(dataset),
             sampler=EpochSampler(dataset, *self._ranks, training, self.hparams.seed),
             batch_size=batch_size,
             drop_last=training,
@@ -350,7 +362,11 @@ class RestoreData(LightningDataModule):
         if self._small[part]:
             pairs = zip(found.values(), self._small[part])
             small = [path for files, folder in pairs for path in pair_by_name(files, folder, self.scale)]
-        sizes = [_size(path) for path in large]
+        by_file = self._sizes(large)
+        readable = [path in by_file for path in large]
+        small = small and list(itertools.compress(small, readable))
+        large = list(itertools.compress(large, readable))
+        sizes = [by_file[path] for path in large]
         if part == "train":
             kept = [min(size) // self.scale >= self.hparams.patch_size for size in sizes]
             self._warn(large, kept)
@@ -360,6 +376,35 @@ class RestoreData(LightningDataModule):
         pixels = sum(height * width for height, width in sizes)
         keep = 3 * pixels * (1 + 1 / self.scale**2) <= self.hparams.memory_gb * 1e9
         return PairFiles(large, small, self.scale, shrink=keep or part != "train", keep=keep)
+
+    def _sizes(self, files: list[Path]) -> dict[Path, tuple[int, int]]:
+        """Height and width of each file that can be opened."""
+        sizes, broken = {}, {}
+        for index, path in enumerate(files):
+            try:
+                sizes[path] = _size(path)
+            except DataError as error:
+                broken[index] = str(error)
+        if broken:
+            check_share(broken, len(files))
+            self._broken += broken.values()
+        return sizes
+
+    def skipped(self) -> list[str]:
+        """The reason for each picture that could not be read so far."""
+        return list(dict.fromkeys([*self._broken, *super().skipped()]))
+
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether there is no test folder."""
+        return not self.hparams.test
+
+    def describe(self, split: str) -> str:
+        """Pictures of a split."""
+        if split not in self._pairs:
+            self._pairs[split] = self._open(split)
+        words = f"{len(self._pairs[split]):,} pictures"
+        return f"{words}, {self.hparams.epoch_crops:,} patches per epoch" if split == "train" else words
 
     def _warn(self, large: list[Path], kept: list[bool]) -> None:
         small = [path.name for path, is_kept in zip(large, kept) if not is_kept]
@@ -384,8 +429,8 @@ def _as_list(value: list[str] | str | None) -> list[str]:
 def _size(path: Path) -> tuple[int, int]:
     """Height and width, without decoding."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.height, image.width
     except Exception as error:
         # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError.
-        raise DataError(f"Could not read the picture {path}: {error}.") from error
+        raise DataError(f"Could not read the picture {shorten(path)}: {shorten(error)}.") from error

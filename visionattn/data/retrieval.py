@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,14 +20,10 @@ from visionattn.data.attribute_batches import AttributeSampler
 from visionattn.data.catalogue import Catalogue, ImageStore, Part
 from visionattn.data.catalogue_files import LAYOUTS, read_catalogue
 from visionattn.data.embedding import eval_transform, finish
+from visionattn.data.module import DataModule
 from visionattn.data.samplers import EpochSampler, ResumableLoader, SampleKey, SeededDataset
 from visionattn.data.transforms import AUGMENTATIONS, augment
-from visionattn.errors import ConfigError, require
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule
-else:
-    LightningDataModule = require("lightning.pytorch", "train").LightningDataModule
+from visionattn.errors import ConfigError
 
 __all__ = ["EmbeddingData", "PartImages", "RetrieveData"]
 
@@ -55,14 +51,12 @@ class _LabelledImages(SeededDataset):
         return image, self.dataset.part.labels[sample], place
 
 
-class EmbeddingData(LightningDataModule):
+class EmbeddingData(DataModule):
     """Images for a task that embeds them: their transforms follow from the model.
 
     The hyper-parameters are image_size, augmentation, batch_size, num_workers, seed and, where a set has it, erasing,
     as `RetrieveData` describes them.
     """
-
-    hparams: Any
 
     def check_augmentation(self) -> None:
         """Refuse what is no augmentation before the model is made.
@@ -119,7 +113,7 @@ class EmbeddingData(LightningDataModule):
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> DataLoader:
         return ResumableLoader(
-            dataset,
+            self.watch(dataset),
             sampler=sampler,
             batch_size=batch_size,
             num_workers=self.hparams.num_workers,
@@ -147,12 +141,12 @@ class RetrieveData(EmbeddingData):
         min_count: Values with fewer training items count as unknown.
         values_per_batch: P, values of each attribute in a batch and device.
         images_per_value: K, images of each of them; a batch is of C P K images.
-        batch_size: Images a batch and device in validation and test.
+        batch_size: Images per batch and device in validation and test.
         image_size: Height and width of the images that the model gets.
         augmentation: `"none"`, `"shift"`, `"crop-flip"`, `"imagenet"`, or the path of a pipeline saved by
             `albumentations.save`; what changes colours hides an attribute colour.
         erasing: Probability that a random rectangle of a training image is painted over (re-identification).
-        num_workers: Loading processes a device; the results do not depend on it.
+        num_workers: Loading processes per device; the results do not depend on it.
         seed: Seed of drawing and augmentation.
 
     Raises:
@@ -182,6 +176,7 @@ class RetrieveData(EmbeddingData):
         if layout not in LAYOUTS:
             raise ConfigError(f"There is no layout {layout!r}. Choose from {', '.join(LAYOUTS)}.")
         self.check_augmentation()
+        self.check_counts()
         if values_per_batch < 2 or images_per_value < 2:
             raise ConfigError("data.values_per_batch and data.images_per_value are 2 or more: losses compare images.")
         self._parts: dict[str, Part] = {}
@@ -203,10 +198,20 @@ class RetrieveData(EmbeddingData):
             self._parts[name] = self.catalogue.part(name)
         return self._parts[name]
 
+    def describe(self, split: str) -> str:
+        """Images of a split, and for each attribute how many values they have."""
+        part = self.part(split)
+        words = f"{len(part.images):,} images"
+        if split == "train":
+            counts = [f"{name} {len(values):,}" for name, values in self.attribute_values.items()]
+            return f"{words}; values of each attribute: {', '.join(counts[:10])}{', ...' if counts[10:] else ''}"
+        return f"{words}, {int(part.is_query.sum()):,} queries, {int(part.is_gallery.sum()):,} in the gallery"
+
     def train_dataloader(self) -> DataLoader:
         """P values of each attribute and K images of each, augmented."""
         given, part = self.hparams, self.part("train")
-        dataset = _LabelledImages(PartImages(self.catalogue.images, part), self._train_transform, given.seed)
+        images = PartImages(self.catalogue.images, part)
+        dataset = _LabelledImages(images, self._train_transform, given.seed, training=True)
         sampler = AttributeSampler(
             part.labels, given.values_per_batch, given.images_per_value, *self._ranks, given.seed
         )

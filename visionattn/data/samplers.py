@@ -15,26 +15,19 @@ import contextlib
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
+from visionattn.data.skipping import SampleKey, SkippingCollate, SkippingDataset
 from visionattn.errors import ConfigError, VisionAttnError
 
 __all__ = ["IGNORED", "EpochSampler", "ResumableLoader", "SampleKey", "SeededDataset", "StreamLoader"]
 
 # Label of the copies that fill up the last round of an evaluation on several devices; losses and metrics skip it.
 IGNORED = -1
-
-
-class SampleKey(NamedTuple):
-    """Which sample, in which epoch, and whether it is a copy that only evens out the ranks."""
-
-    sample: int
-    epoch: int
-    is_copy: bool = False
 
 
 class EpochSampler(DistributedSampler):
@@ -81,19 +74,21 @@ def _seeded(*entropy: int) -> Iterator[None]:
         random.setstate(states[2])
 
 
-class SeededDataset(Dataset):
+class SeededDataset(SkippingDataset):
     """A dataset of (image, label) read by `SampleKey`, its transform seeded by seed, epoch and index.
 
     Args:
         dataset: Map-style dataset of (PIL image, label).
         transform: Image -> tensor, or what else a sample shall be.
         seed: Seed of the augmentation; None where the transform draws nothing.
+        training: What stands in for an unreadable image counts as itself, not as a copy.
     """
 
-    def __init__(self, dataset: Any, transform: Callable[[Any], Any], seed: int | None) -> None:
+    def __init__(self, dataset: Any, transform: Callable[[Any], Any], seed: int | None, training: bool = False) -> None:
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
+        self.training = training
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -112,7 +107,13 @@ class ResumableLoader(DataLoader):
 
     `state_dict()` counts the batches handed out in this epoch; after `load_state_dict()` the first iteration of that
     epoch begins behind them without loading them. Give it a generator of its own: making an iterator draws a number.
+    Unreadable samples of a `SkippingDataset` are passed over, and kept in its `skipped`.
     """
+
+    def __init__(self, dataset: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(dataset, SkippingDataset):
+            kwargs["collate_fn"] = SkippingCollate(kwargs.get("collate_fn"))
+        super().__init__(dataset, *args, **kwargs)
 
     # Class attributes, as Lightning rebuilds loaders from the arguments of their constructor.
     _epoch = 0
@@ -123,13 +124,21 @@ class ResumableLoader(DataLoader):
         # A generator starts at the first batch: Lightning makes the iterator before it tells the sampler the epoch.
         sampler = self.sampler
         if not isinstance(sampler, EpochSampler):
-            yield from _plain_errors(super().__iter__())
+            yield from self._batches_read()
             return
         epoch, batches = self._resume
         self._epoch, self._batches, self._resume = sampler.epoch, batches if epoch == sampler.epoch else 0, (0, 0)
         sampler.start = self._batches * (self.batch_size or 1)
-        for batch in _plain_errors(super().__iter__()):
+        for batch in self._batches_read():
             self._batches += 1
+            yield batch
+
+    def _batches_read(self) -> Iterator[Any]:
+        for batch in _plain_errors(super().__iter__()):
+            if isinstance(self.collate_fn, SkippingCollate):
+                batch, skipped = batch
+                if skipped:
+                    self.dataset.note(skipped)  # type: ignore[attr-defined]
             yield batch
 
     def state_dict(self) -> dict[str, Any]:

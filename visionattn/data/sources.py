@@ -1,19 +1,109 @@
-"""Map-style datasets of (PIL image, label) over arrays, timm's readers and torchvision's datasets.
+"""Map-style datasets of (PIL image, label) over arrays, folders, timm's readers and torchvision's datasets.
 
 Each also says the name of an image, which a list of predictions needs, and all labels without reading an image.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset
 
-from visionattn.errors import DataError
+from visionattn.data.images import SUFFIXES, Listing, class_folders, list_images, open_image
+from visionattn.errors import DataError, shorten
 
-__all__ = ["ArrayImages", "ReaderImages", "TorchvisionImages"]
+__all__ = ["ArrayImages", "FolderReader", "ReaderImages", "TorchvisionImages", "first_names"]
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first of many names, such as `cat, dog and 3 more`."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(shorten(name, 40) for name in names[:5]) + more
+
+
+def _natural(text: str) -> list[str | int]:
+    """Sorts as timm does: numbers by value, capitals like small letters."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())]
+
+
+def _eight_bits(image: Image.Image, path: str) -> Image.Image:
+    """16-bit grey values scaled to 8 bits, which PIL's own conversion would cut at 255; other images as they are."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(f"The image {shorten(path)} has more than 16 bits per channel; 8 and 16 bits are read here.")
+    return image
+
+
+class FolderReader(Reader):
+    """Images in folders of their classes, by the interface of timm's readers and in the order of timm's folder reader.
+
+    A class is a folder directly below the root, with all of its sub-folders. Classes and files are sorted naturally
+    ("2" before "10", capitals like small letters).
+
+    Args:
+        root: The folder.
+        like: The training folder, whose labels the classes get; None numbers the classes found.
+        labelled: Read classes. Otherwise, as for a prediction, every image below the root has label 0.
+
+    Raises:
+        DataError: There is no such folder, no image in it, a class without images, or a class that `like` lacks.
+    """
+
+    def __init__(self, root: str | Path, like: FolderReader | None = None, labelled: bool = True) -> None:
+        super().__init__()
+        self.root = str(root)
+        folders = sorted(class_folders(root).items(), key=lambda item: _natural(item[0])) if labelled else []
+        found = {name: list_images(folder, recursive=True) for name, folder in folders}
+        top = list_images(root, recursive=not labelled)
+        if found:
+            top.left_out.pop("in sub-folders", None)
+            for path in top.files:
+                top.skip("next to the class folders", path)
+        else:
+            found[""] = Listing(top.files)
+        self.left_out = Listing()
+        for listing in (top, *found.values()):
+            for reason, paths in listing.left_out.items():
+                self.left_out.left_out.setdefault(reason, []).extend(paths)
+        self._check(found, like)
+        self.class_to_idx = {name: label for label, name in enumerate(found)} if like is None else like.class_to_idx
+        samples = [(str(path), self.class_to_idx[name]) for name, listing in found.items() for path in listing.files]
+        self.samples = sorted(samples, key=lambda sample: _natural(sample[0]))
+
+    def _check(self, found: dict[str, Listing], like: FolderReader | None) -> None:
+        empty = [name for name, listing in found.items() if not listing.files]
+        hint = f"none that ends in {', '.join(SUFFIXES)}."
+        if left_out := self.left_out.describe_left_out():
+            hint += f" Left out: {shorten(left_out, 300)}."
+        if len(empty) == len(found):
+            raise DataError(f"There are no images in {shorten(self.root)}: {hint}")
+        if like is None and empty:
+            raise DataError(f"There are no images of the class {first_names(empty)} in {shorten(self.root)}: {hint}")
+        if like is not None and (unknown := sorted(set(found) - set(like.class_to_idx))):
+            raise DataError(
+                f"{shorten(self.root)} has classes that {shorten(like.root)} lacks: {first_names(unknown)}."
+            )
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        """Path and label."""
+        return self.samples[index]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        if basename:
+            return os.path.basename(path)
+        return path if absolute else os.path.relpath(path, self.root)
 
 
 class ArrayImages(Dataset):
@@ -49,18 +139,22 @@ class ReaderImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
             file, label = self.reader[index]
+            if isinstance(file, str):
+                return _eight_bits(open_image(file), file), label
             image = Image.open(file)
             image.load()
+        except DataError:
+            raise
         except Exception as error:
             # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError.
             name = self.reader.filename(index, absolute=True)
-            raise DataError(f"Could not read the image {name}: {error}.") from error
+            raise DataError(f"Could not read the image {shorten(name)}: {shorten(error)}.") from error
         return image, label
 
     @property
-    def labels(self) -> list[int]:
-        """Every label, without reading an image."""
-        return [label for _, label in self.reader.samples]
+    def labels(self) -> list[int] | None:
+        """Every label, without reading an image; None where the reader knows them only by reading."""
+        return [label for _, label in self.reader.samples] if hasattr(self.reader, "samples") else None
 
     def name(self, index: int) -> str:
         """What a list of predictions calls an image."""
@@ -77,12 +171,16 @@ class TorchvisionImages(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.dataset[index]
+        try:
+            return self.dataset[index]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"Could not read image {index} of {type(self.dataset).__name__}: {error}.") from error
 
     @property
-    def labels(self) -> list[int]:
-        """Every label, without reading an image."""
-        return [int(label) for label in self.dataset.targets]
+    def labels(self) -> list[int] | None:
+        """Every label, without reading an image; None where the data set does not keep them."""
+        targets = getattr(self.dataset, "targets", None)
+        return None if targets is None else [int(label) for label in targets]
 
     def name(self, index: int) -> str:
         """What a list of predictions calls an image."""

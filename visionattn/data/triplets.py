@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from visionattn.data.catalogue_files import Triplets, read_triplets
 from visionattn.data.retrieval import EmbeddingData
 from visionattn.data.samplers import EpochSampler, SeededDataset
-from visionattn.errors import ConfigError
 
 __all__ = ["TripletData", "TripletImages"]
 
@@ -100,8 +99,7 @@ class TripletData(EmbeddingData):
         # The logger would refuse the names that the model's parameters share.
         self.save_hyperparameters(logger=False)
         self.check_augmentation()
-        if triplets_per_batch < 1:
-            raise ConfigError(f"data.triplets_per_batch is {triplets_per_batch}; it is 1 or more.")
+        self.check_counts(triplets_per_batch=1)
         self._parts: dict[str, Triplets] = {}
 
     @property
@@ -115,10 +113,16 @@ class TripletData(EmbeddingData):
             self._parts[name] = read_triplets(self.hparams.root, name, self.hparams.images)
         return self._parts[name]
 
+    def describe(self, split: str) -> str:
+        """Triplets and images of a split."""
+        part = self.part(split)
+        return f"{len(part.anchors):,} triplets of {len(part.names):,} images under {len(part.conditions)} conditions"
+
     def train_dataloader(self) -> DataLoader:
         """Triplets in random order, augmented."""
         given = self.hparams
-        dataset = SeededDataset(TripletImages(self.part("train")), partial(_stack, self._train_transform), given.seed)
+        transform = partial(_stack, self._train_transform)
+        dataset = SeededDataset(TripletImages(self.part("train")), transform, given.seed, training=True)
         sampler = EpochSampler(dataset, *self._ranks, training=True, seed=given.seed)
         return self._loader(dataset, sampler, given.triplets_per_batch, _collate)
 

@@ -1,0 +1,129 @@
+"""Going on past samples that cannot be read: in a batch the next readable one takes their position, and they are named.
+
+Batches keep their size, so that mixing, several ranks and exact resume work as without such samples. In training the
+sample that stands in counts as itself; in an evaluation it is marked as a copy, which losses and metrics skip. What
+stands in follows from the sample alone.
+
+A data set derives from `SkippingDataset`, whose `dataset[key]` raises `DataError` for an unreadable sample as ever; a
+loader that reads batches (`ResumableLoader`) goes past them, and keeps them in `dataset.skipped`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset, default_collate
+
+from visionattn.errors import DataError, shorten
+
+__all__ = ["HANDFUL", "SampleKey", "SkippingCollate", "SkippingDataset", "check_share"]
+
+HANDFUL = 5
+SHARE = 0.1
+
+
+class SampleKey(NamedTuple):
+    """Which sample, in which epoch, and whether it is a copy that only evens out the ranks."""
+
+    sample: int
+    epoch: int
+    is_copy: bool = False
+
+
+def check_share(skipped: dict[int, str], samples: int) -> None:
+    """Refuse a data set of which too much cannot be read.
+
+    Args:
+        skipped: Index of each unreadable sample, and what is wrong with it.
+        samples: Samples of the data set.
+
+    Raises:
+        DataError: More than 10 % and more than five are unreadable, or all are.
+    """
+    if (len(skipped) > HANDFUL and len(skipped) > SHARE * samples) or len(skipped) >= samples:
+        first = skipped[min(skipped)]
+        raise DataError(
+            f"{len(skipped)} of {samples} images cannot be read; up to {SHARE:.0%} are skipped. The first: {first}"
+        )
+
+
+class Samples(list[Any]):
+    """The samples of a batch, and which others could not be read."""
+
+    skipped: dict[int, str]
+
+
+class SkippingDataset(Dataset):
+    """Base of data sets whose unreadable samples are skipped when they are read in batches.
+
+    Attributes:
+        training: Whether the sample that stands in for an unreadable one counts.
+        labels: Class of each sample, where there are classes.
+        class_names: Names of the classes, where they are known.
+    """
+
+    training: bool = False
+    labels: Sequence[int] | None = None
+    class_names: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        """Index of each sample that could not be read so far, and why; filled in the process that iterates a loader."""
+        return self.__dict__.setdefault("_skipped", {})
+
+    def note(self, skipped: dict[int, str]) -> None:
+        """Keep what a batch could not read.
+
+        Raises:
+            DataError: It is too much by now, or a class of the training has no readable image.
+        """
+        if skipped.keys() <= self.skipped.keys():
+            return
+        self.skipped.update(skipped)
+        check_share(self.skipped, len(self))
+        if self.training and self.labels is not None:
+            sizes = Counter(self.labels)
+            for label, count in Counter(self.labels[sample] for sample in self.skipped).items():
+                if count == sizes[label]:
+                    name = repr(self.class_names[label]) if self.class_names else label
+                    first = next(why for sample, why in self.skipped.items() if self.labels[sample] == label)
+                    raise DataError(f"No image of the class {name} can be read. The first: {first}")
+
+    def __getitems__(self, keys: Sequence[SampleKey | int]) -> Samples:
+        """The samples of a batch."""
+        found = Samples()
+        found.skipped = {}
+        for key in keys:
+            found.append(self._readable(key if isinstance(key, SampleKey) else SampleKey(key, epoch=0), found.skipped))
+        return found
+
+    def _readable(self, key: SampleKey, skipped: dict[int, str]) -> Any:
+        samples = len(self)
+        for step in range(samples):
+            sample = (key.sample + step) % samples
+            try:
+                return self[key._replace(sample=sample, is_copy=key.is_copy or (step > 0 and not self.training))]
+            except DataError as error:
+                skipped[sample] = shorten(error, 300)
+                check_share(skipped, samples)
+        raise DataError("There are no images.")
+
+
+class SkippingCollate:
+    """Makes a batch of samples, and passes on which others could not be read: (batch, skipped).
+
+    Args:
+        collate: Makes a batch of a list of samples.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any] | None) -> None:
+        self.collate = collate.collate if isinstance(collate, SkippingCollate) else collate or default_collate
+
+    def __call__(self, samples: list[Any]) -> tuple[Any, dict[int, str]]:
+        """A batch."""
+        return self.collate(samples), getattr(samples, "skipped", {})
