@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
@@ -15,7 +16,7 @@ pytest.importorskip("lightning")
 from timm.data.dataset import IterableImageDataset
 
 from visionattn.data.classify import ClassifyData
-from visionattn.data.samplers import StreamLoader
+from visionattn.data.samplers import IGNORED, StreamLoader
 from visionattn.errors import ConfigError, DataError, MissingPackageError
 
 COLOUR = {"image_size": 16, "in_chans": 3, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
@@ -89,9 +90,10 @@ def test_folder_without_parts_is_held_out_by_class(tmp_path):
     assert sorted(label for _, labels in data.val_dataloader() for label in labels.tolist()) == [0, 0, 1, 1]
     again = opened(dataset="folder", root=str(tmp_path), val_fraction=0.2)
     assert again._source("val").indices == val.indices
-    # Prediction takes them all.
-    assert len(data.predict_dataloader().dataset) == 20
-    assert list(data.predicted_names())[:2] == ["cat/0.png", "cat/1.png"]
+    # Prediction takes them all, in folders or not.
+    Image.new("RGB", (20, 20)).save(tmp_path / "0.png")
+    assert len(data.predict_dataloader().dataset) == 21
+    assert list(data.predicted_names())[:3] == ["0.png", "cat/0.png", "cat/1.png"]
 
 
 def test_folder_of_photographs_is_cropped_in_the_middle(tmp_path):
@@ -114,8 +116,122 @@ def test_wrong_folders(tmp_path):
     with pytest.raises(DataError, match=r"has no folder 'train', but .*val"):
         _ = opened(dataset="folder", root=str(tmp_path / "other")).num_classes
     write(tmp_path / "few", ["cat", "dog"], count=1)
-    with pytest.raises(DataError, match=r"has no validation part, and none can be held out"):
+    with pytest.raises(
+        DataError, match=r"none can be held out: the class 'cat' has one image, and both parts need one"
+    ):
         opened(dataset="folder", root=str(tmp_path / "few")).train_dataloader()
+    write(tmp_path / "few", ["cat", "dog", "owl"], count=3)
+    with pytest.raises(
+        DataError, match=r"none can be held out: 0\.1 of 9 images are 1, and both parts need one of each"
+    ):
+        opened(dataset="folder", root=str(tmp_path / "few")).train_dataloader()
+    (tmp_path / "few/ape").mkdir()
+    (tmp_path / "few/ape/1.heic").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no images of the class ape .*Left out: 1 of ending \.heic \(1\.heic\)"):
+        opened(dataset="folder", root=str(tmp_path / "few")).train_dataloader()
+
+
+def test_every_readable_ending_is_read_and_the_rest_is_told(tmp_path):
+    for name, endings in {"cat": ["png", "JPG", "webp"], "dog": ["tiff", "BMP", "gif"]}.items():
+        (tmp_path / name).mkdir()
+        for ending in endings:
+            Image.new("RGB", (20, 20), (9, 9, 9)).save(tmp_path / name / f"1.{ending}")
+    for junk in (".ipynb_checkpoints", ".git", "__MACOSX", "dog/.cache"):
+        (tmp_path / junk).mkdir()
+        Image.new("RGB", (20, 20)).save(tmp_path / junk / "1.png")
+    (tmp_path / "cat/notes.txt").write_text("")
+    data = opened(dataset="folder", root=str(tmp_path), val_fraction=0.4)
+    assert data.class_names == ["cat", "dog"]
+    assert data.describe("train") == "3 images in 2 classes (cat 1, dog 2)"
+    assert data.describe("val") == "3 images in 2 classes (cat 2, dog 1)"
+    (line,) = data.left_out()
+    assert line == f"{tmp_path}: 4 hidden (.git, .ipynb_checkpoints, ...), 1 of ending .txt (notes.txt)"
+
+
+def test_first_folder_is_the_class(tmp_path):
+    for folder in ("train/a/day", "train/a/night", "train/b/day", "val/a/day", "val/b/night/2"):
+        write(tmp_path, [folder], count=2)
+    data = opened(dataset="folder", root=str(tmp_path), batch_size=2)
+    assert data.class_names == ["a", "b"]
+    assert data.describe("train") == "6 images in 2 classes (a 4, b 2)"
+    assert [label for _, labels in data.val_dataloader() for label in labels.tolist()] == [0, 0, 1, 1]
+
+
+def test_classes_are_numbered_as_by_timm(tmp_path):
+    write(tmp_path, ["10b", "2a", "B", "a", "ä", "Zoo1", "zoo10", "zoo2"], count=12)
+    data = opened(dataset="folder", root=str(tmp_path))
+    reader = timm.data.create_dataset("", root=str(tmp_path), search_split=False).reader
+    assert data._part("train").reader.class_to_idx == reader.class_to_idx
+    assert data._part("train").reader.samples == reader.samples
+    assert re.fullmatch(
+        r"86 images in 8 classes \(2a 1\d, 10b 1\d, a .*, B .*, Zoo1 .*, ä 1\d\)", data.describe("train")
+    )
+
+
+def test_many_classes_are_told_by_their_extremes(tmp_path):
+    write(tmp_path / "train", [f"c{number}" for number in range(12)], count=2)
+    write(tmp_path / "train", ["c5"], count=3)
+    write(tmp_path / "val", ["c1"], count=1)
+    data = opened(dataset="folder", root=str(tmp_path))
+    assert data.describe("train") == "25 images in 12 classes (from 2 of c0 to 3 of c5)"
+    assert data.describe("val") == "1 images in 1 classes (from 0 of c0 to 1 of c1)"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_unreadable_images_are_skipped_and_told(tmp_path, num_workers):
+    write(tmp_path / "train", ["cat", "dog"], count=4)
+    write(tmp_path / "val", ["cat", "dog"], count=2)
+    broken = [tmp_path / "train/dog/3.png", tmp_path / "val/cat/1.png"]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    data = opened(dataset="folder", root=str(tmp_path), batch_size=4, num_workers=num_workers)
+    # The next image stands in and counts in training, so that batches keep their size; in an evaluation it does not.
+    labels = [label for _, labels in data.train_dataloader() for label in labels.tolist()]
+    assert sorted(labels) == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert [label for _, labels in data.val_dataloader() for label in labels.tolist()] == [0, IGNORED, 1, 1]
+    assert [why.partition(": ")[0] for why in data.skipped()] == [f"Could not read the image {path}" for path in broken]
+    assert data.tests_on_validation
+
+
+def test_too_many_unreadable_images_are_an_error(tmp_path):
+    write(tmp_path / "train", ["cat", "dog"], count=4)
+    write(tmp_path / "val", ["cat", "dog"], count=25)
+    (tmp_path / "train/dog/0.png").write_bytes(b"")
+    for number in range(6):
+        (tmp_path / f"val/dog/{number}.png").write_bytes(b"")
+    data = opened(dataset="folder", root=str(tmp_path), batch_size=4)
+    with pytest.raises(DataError, match=r"6 of the 50 images cannot be read\. The first: .*val/dog/0\.png"):
+        list(data.val_dataloader())
+    list(data.train_dataloader())
+    for number in range(4):
+        (tmp_path / f"train/dog/{number}.png").write_bytes(b"")
+    data = opened(dataset="folder", root=str(tmp_path), batch_size=4)
+    with pytest.raises(DataError, match=r"No image of the class 'dog' can be read\. The first: .*train/dog/\d\.png"):
+        list(data.train_dataloader())
+
+
+def test_a_root_is_never_the_digits(tmp_path):
+    write(tmp_path, ["cat", "dog"], count=10)
+    assert opened(root=str(tmp_path)).class_names == ["cat", "dog"]
+    assert opened().num_classes == 10
+    with pytest.raises(ConfigError, match=r"The digits are embedded, but data\.root is .*: set data\.dataset"):
+        opened(dataset="digits", root=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size must be 1 or more; got 0."),
+        ({"num_workers": -1}, "data.num_workers must be 0 or more; got -1."),
+        ({"image_size": 0}, "data.image_size must be 1 or more; got 0."),
+        ({"val_fraction": 1.0}, "data.val_fraction must lie between 0 and 1; got 1.0."),
+        ({"val_fraction": float("nan")}, "data.val_fraction must lie between 0 and 1; got nan."),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ConfigError) as raised:
+        opened(**settings)
+    assert str(raised.value) == message
 
 
 def test_images_without_a_model_need_their_settings():

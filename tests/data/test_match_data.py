@@ -349,12 +349,15 @@ def test_wrong_settings(settings, message):
         MatchData(**settings)
 
 
-def test_damaged_files_are_named(folder, tmp_path):
+def test_damaged_files_are_skipped_and_named(folder, tmp_path):
     (tmp_path / "pairs/a/disp_left.pfm").write_bytes(b"Pf\n9")
     data = MatchData(None, folder, crop_size=(192, 192), max_disparity=30)
     data.setup("validate")
-    with pytest.raises(DataError, match=r"a/disp_left\.pfm"):
-        list(data.val_dataloader())
+    scenes = int(data.describe("val").split()[0])
+    numbers = [number for *_, numbers in data.val_dataloader() for number in numbers.tolist()]
+    assert sorted(numbers) == [IGNORED, *(n for n in range(scenes) if n != numbers.index(IGNORED))]
+    (why,) = data.skipped()
+    assert "a/disp_left.pfm" in why
 
 
 def scaled_pairs(root, factors):

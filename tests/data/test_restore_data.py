@@ -12,7 +12,7 @@ pytest.importorskip("lightning")
 from visionattn.data.bicubic import downscale
 from visionattn.data.images import find_images, pair_by_name, read_rgb
 from visionattn.data.restore import CropsByArea, Degradation, Pair, RandomPatches, RestoreData
-from visionattn.errors import ConfigError, DataError
+from visionattn.errors import ConfigError, DataError, InputError
 
 
 def pictures(folder, sizes, seed=0):
@@ -200,16 +200,25 @@ def test_wrong_input(folders):
             Image.fromarray(downscale(read_rgb(folders / "train" / name), 2)).save(folders / "some" / name)
         (folders / "2.png").rename(folders / "train/2.png")
         opened(folders, train_small=str(folders / "some"))
-    with pytest.raises(DataError, match=r"0\.png of 32 x 24 is not .* made 4 times smaller"):
+    with pytest.raises(InputError, match=r"0\.png of 32 x 24 is not .* made 4 times smaller"):
         Image.fromarray(np.zeros((12, 12, 3), np.uint8)).save(folders / "some/2.png")
         opened(folders, scale=4, patch_size=4, train_small=str(folders / "some"))
 
 
-def test_damaged_and_deep_pictures_are_named(folders):
+@pytest.mark.parametrize("memory_gb", [0.0, 1.0])
+def test_damaged_and_deep_pictures_are_skipped_and_named(folders, memory_gb):
     whole = (folders / "train/1.png").read_bytes()
     (folders / "train/1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"Could not read the picture .*1\.png"):
-        opened(folders)
-    Image.fromarray(np.zeros((64, 64), np.uint16)).save(folders / "train/1.png")
-    with pytest.raises(DataError, match=r"1\.png has more than 8 bits a channel"):
+    Image.fromarray(np.zeros((64, 64), np.uint16)).save(folders / "train/3.png")
+    (folders / "train/4.png").write_bytes(b"no image")
+    data = opened(folders, memory_gb=memory_gb)
+    assert data.describe("train") == "4 pictures, 24 patches per epoch"
+    list(data.train_dataloader())
+    found = {why.partition(".png")[0].rpartition("/")[2]: why for why in data.skipped()}
+    assert sorted(found) == ["1", "3", "4"]
+    assert "3.png has more than 8 bits per channel" in found["3"]
+    assert "4.png: cannot identify image file" in found["4"]
+    for path in (folders / "val").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"None of the 2 images can be read\. The first: Could not read the picture"):
         opened(folders)

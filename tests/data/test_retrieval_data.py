@@ -19,7 +19,7 @@ from visionattn.data import catalogue
 from visionattn.data.attribute_batches import AttributeSampler
 from visionattn.data.catalogue import MISSING, Catalogue, ImageStore, Item
 from visionattn.data.catalogue_files import read_catalogue, read_triplets
-from visionattn.data.samplers import ResumableLoader, SampleKey
+from visionattn.data.samplers import IGNORED, ResumableLoader, SampleKey
 from visionattn.errors import ConfigError, DataError
 
 
@@ -412,12 +412,23 @@ def test_data_module_refuses(tmp_path):
         found.setup("fit")
 
 
-def test_damaged_image_is_named(tmp_path):
+def test_damaged_image_is_skipped_and_named(tmp_path):
     found = data(tmp_path)
     found.setup("fit")
-    (tmp_path / "images/000.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"Could not read the image \S*000\.png"):
-        list(found.val_dataloader())
+    part = found.part("val")
+    (tmp_path / "images" / part.images[0]).write_bytes(b"no image")
+    places = torch.cat([places for _, _, places in found.val_dataloader()]).tolist()
+    assert places == [IGNORED, *range(1, len(part.images))]
+    (why,) = found.skipped()
+    assert f"Could not read the image {part.images[0]}" in why
+    # In training the image that stands in has its own labels.
+    part = found.part("train")
+    (tmp_path / "images" / part.images[5]).write_bytes(b"no image")
+    seen = set()
+    for _, labels, places in found.train_dataloader():
+        assert torch.equal(labels, part.labels[places])
+        seen.update(places.tolist())
+    assert 5 not in seen
 
 
 def test_sources_of_items_without_a_camera():

@@ -109,7 +109,7 @@ def test_images_of_a_triplet_are_anchor_far_and_near(tmp_path):
     ("settings", "words"),
     [
         ({"augmentation": "autoaugment"}, "no augmentation 'autoaugment'"),
-        ({"triplets_per_batch": 0}, "triplets_per_batch is 0; it is 1 or more"),
+        ({"triplets_per_batch": 0}, "triplets_per_batch must be 1 or more; got 0"),
         ({"image_size": [24]}, "height and width"),
     ],
 )

@@ -306,18 +306,6 @@ def test_folder_of_images(tmp_path, monkeypatch, capsys):
     assert message == "The checkpoint was trained on the classes cat, dog, owl; the data have ape, cat, dog."
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_unreadable_image_is_named(tmp_path, monkeypatch, capsys, num_workers):
-    monkeypatch.chdir(tmp_path)
-    for name in ("cat", "dog"):
-        images(tmp_path / "pictures/train" / name, ["1.png", "2.png"])
-        images(tmp_path / "pictures/val" / name, ["1.png"])
-    whole = (tmp_path / "pictures/train/dog/2.png").read_bytes()
-    (tmp_path / "pictures/train/dog/2.png").write_bytes(whole[: len(whole) // 2])
-    message = fails(capsys, "fit", *FOLDER, "--data.batch_size=4", f"--data.num_workers={num_workers}", QUICK[2])
-    assert message.startswith("Could not read the image pictures/train/dog/2.png: ")
-
-
 def test_empty_folders_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, UnidentifiedImageError, features
 
 from visionattn.errors import DataError, shorten
 
@@ -261,5 +261,7 @@ def read_rgb(path: str | Path) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its message says the path again
+        return "it is not an image, or its beginning is damaged"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return shorten(text).rstrip(".")

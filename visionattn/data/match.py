@@ -110,6 +110,7 @@ class PairTensors(SkippingDataset):
     def __init__(self, pairs: Dataset[MatchPair], training: bool = False) -> None:
         self.pairs = pairs
         self.training = training
+        self.files = len(pairs.scenes) if isinstance(pairs, FolderPairs) else None
 
     def __len__(self) -> int:
         return len(self.pairs)  # type: ignore[arg-type]

@@ -22,11 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from visionattn.data.bicubic import crop_to_multiple, downscale
-from visionattn.data.images import FORMATS, find_images, pair_by_name, read_rgb
+from visionattn.data.images import FORMATS, check_unreadable, find_images, pair_by_name, read_rgb
 from visionattn.data.module import DataModule
 from visionattn.data.samplers import EpochSampler, ResumableLoader, SampleKey, SeededDataset
-from visionattn.data.skipping import check_share
-from visionattn.errors import ConfigError, DataError, shorten
+from visionattn.errors import ConfigError, DataError, InputError, shorten
 
 __all__ = ["RestoreData"]
 
@@ -52,8 +51,8 @@ class PairFiles(Dataset):
         keep: Read all files now and keep the pairs in memory, instead of reading anew each time.
 
     Raises:
-        DataError: Too many pictures are unreadable; of one that is read, that it is unreadable, or that a small one has
-            not the size of its large one divided by r.
+        DataError: Too many pictures are unreadable, or one that is read is.
+        InputError: A small picture has not the size of its large one divided by r.
     """
 
     def __init__(self, large: list[Path], small: list[Path] | None, scale: int, shrink: bool, keep: bool) -> None:
@@ -64,9 +63,7 @@ class PairFiles(Dataset):
         self._kept: list[Pair | DataError] | None = None
         if keep:
             self._kept = [self._try(index) for index in range(len(large))]
-            broken = {index: str(kept) for index, kept in enumerate(self._kept) if isinstance(kept, DataError)}
-            if broken:
-                check_share(broken, len(large))
+            check_unreadable([str(kept) for kept in self._kept if isinstance(kept, DataError)], len(large))
 
     def __len__(self) -> int:
         return len(self.large)
@@ -89,7 +86,7 @@ class PairFiles(Dataset):
             return Pair(downscale(large, self.scale) if self.shrink else None, large)
         small = read_rgb(self.small[index])
         if (large.shape[0], large.shape[1]) != (self.scale * small.shape[0], self.scale * small.shape[1]):
-            raise DataError(
+            raise InputError(
                 f"{self.small[index]} of {small.shape[0]} x {small.shape[1]} is not {self.large[index]} of "
                 f"{large.shape[0]} x {large.shape[1]} made {self.scale} times smaller."
             )
@@ -325,7 +322,9 @@ class RestoreData(DataModule):
         if given.epoch_crops < given.batch_size * self._ranks[0]:
             raise ConfigError(f"data.epoch_crops is {given.epoch_crops}, less than one batch of {given.batch_size}.")
         patches = RandomPatches(given.patch_size, self.scale, self._degradation)
-        return self._loader(SeededPairs(crops, patches, given.seed, training=True), given.batch_size, training=True)
+        dataset = SeededPairs(crops, patches, given.seed, training=True)
+        dataset.files = len(self._pairs["train"])
+        return self._loader(dataset, given.batch_size, training=True)
 
     def val_dataloader(self) -> DataLoader:
         """Whole validation pictures, one a batch."""
@@ -379,15 +378,14 @@ class RestoreData(DataModule):
 
     def _sizes(self, files: list[Path]) -> dict[Path, tuple[int, int]]:
         """Height and width of each file that can be opened."""
-        sizes, broken = {}, {}
-        for index, path in enumerate(files):
+        sizes, broken = {}, []
+        for path in files:
             try:
                 sizes[path] = _size(path)
             except DataError as error:
-                broken[index] = str(error)
-        if broken:
-            check_share(broken, len(files))
-            self._broken += broken.values()
+                broken.append(str(error))
+        check_unreadable(broken, len(files))
+        self._broken += broken
         return sizes
 
     def skipped(self) -> list[str]:

@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset, default_collate
 
+from visionattn.data.images import check_unreadable
 from visionattn.errors import DataError, shorten
 
-__all__ = ["HANDFUL", "SampleKey", "SkippingCollate", "SkippingDataset", "check_share"]
-
-HANDFUL = 5
-SHARE = 0.1
+__all__ = ["SampleKey", "SkippingCollate", "SkippingDataset"]
 
 
 class SampleKey(NamedTuple):
@@ -32,21 +30,9 @@ class SampleKey(NamedTuple):
     is_copy: bool = False
 
 
-def check_share(skipped: dict[int, str], samples: int) -> None:
-    """Refuse a data set of which too much cannot be read.
-
-    Args:
-        skipped: Index of each unreadable sample, and what is wrong with it.
-        samples: Samples of the data set.
-
-    Raises:
-        DataError: More than 10 % and more than five are unreadable, or all are.
-    """
-    if (len(skipped) > HANDFUL and len(skipped) > SHARE * samples) or len(skipped) >= samples:
-        first = skipped[min(skipped)]
-        raise DataError(
-            f"{len(skipped)} of {samples} images cannot be read; up to {SHARE:.0%} are skipped. The first: {first}"
-        )
+def distinct(skipped: dict[int, str]) -> list[str]:
+    """The reasons in the order of the samples, once for each image."""
+    return list(dict.fromkeys(skipped[sample] for sample in sorted(skipped)))
 
 
 class Samples(list[Any]):
@@ -60,11 +46,13 @@ class SkippingDataset(Dataset):
 
     Attributes:
         training: Whether the sample that stands in for an unreadable one counts.
+        files: Number of images that the samples are made of; None for one each.
         labels: Class of each sample, where there are classes.
         class_names: Names of the classes, where they are known.
     """
 
     training: bool = False
+    files: int | None = None
     labels: Sequence[int] | None = None
     class_names: Sequence[str] | None = None
 
@@ -85,7 +73,7 @@ class SkippingDataset(Dataset):
         if skipped.keys() <= self.skipped.keys():
             return
         self.skipped.update(skipped)
-        check_share(self.skipped, len(self))
+        check_unreadable(distinct(self.skipped), self.files or len(self))
         if self.training and self.labels is not None:
             sizes = Counter(self.labels)
             for label, count in Counter(self.labels[sample] for sample in self.skipped).items():
@@ -104,14 +92,16 @@ class SkippingDataset(Dataset):
 
     def _readable(self, key: SampleKey, skipped: dict[int, str]) -> Any:
         samples = len(self)
+        files = self.files or samples
+        stride = max(1, samples // files)  # samples of one image lie side by side
         for step in range(samples):
-            sample = (key.sample + step) % samples
+            sample = (key.sample + step * stride) % samples
             try:
                 return self[key._replace(sample=sample, is_copy=key.is_copy or (step > 0 and not self.training))]
             except DataError as error:
                 skipped[sample] = shorten(error, 300)
-                check_share(skipped, samples)
-        raise DataError("There are no images.")
+                check_unreadable(distinct(skipped), files)
+        raise DataError(f"No image can be read. The first: {skipped[key.sample]}")
 
 
 class SkippingCollate:

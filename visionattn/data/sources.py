@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset
 
-from visionattn.data.images import SUFFIXES, Listing, class_folders, list_images, open_image
+from visionattn.data.images import SUFFIXES, Listing, class_folders, eight_bits, list_images, open_image
 from visionattn.errors import DataError, shorten
 
 __all__ = ["ArrayImages", "FolderReader", "ReaderImages", "TorchvisionImages", "first_names"]
@@ -31,15 +31,6 @@ def first_names(names: Sequence[str]) -> str:
 def _natural(text: str) -> list[str | int]:
     """Sorts as timm does: numbers by value, capitals like small letters."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())]
-
-
-def _eight_bits(image: Image.Image, path: str) -> Image.Image:
-    """16-bit grey values scaled to 8 bits, which PIL's own conversion would cut at 255; other images as they are."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise DataError(f"The image {shorten(path)} has more than 16 bits per channel; 8 and 16 bits are read here.")
-    return image
 
 
 class FolderReader(Reader):
@@ -140,7 +131,7 @@ class ReaderImages(Dataset):
         try:
             file, label = self.reader[index]
             if isinstance(file, str):
-                return _eight_bits(open_image(file), file), label
+                return eight_bits(open_image(file), file), label
             image = Image.open(file)
             image.load()
         except DataError:

@@ -123,6 +123,7 @@ class TripletData(EmbeddingData):
         given = self.hparams
         transform = partial(_stack, self._train_transform)
         dataset = SeededDataset(TripletImages(self.part("train")), transform, given.seed, training=True)
+        dataset.files = len(self.part("train").names)
         sampler = EpochSampler(dataset, *self._ranks, training=True, seed=given.seed)
         return self._loader(dataset, sampler, given.triplets_per_batch, _collate)
 
