@@ -420,7 +420,7 @@ def test_damaged_image_is_skipped_and_named(tmp_path):
     places = torch.cat([places for _, _, places in found.val_dataloader()]).tolist()
     assert places == [IGNORED, *range(1, len(part.images))]
     (why,) = found.skipped()
-    assert f"Could not read the image {part.images[0]}" in why
+    assert part.images[0] in why
     # In training the image that stands in has its own labels.
     part = found.part("train")
     (tmp_path / "images" / part.images[5]).write_bytes(b"no image")
