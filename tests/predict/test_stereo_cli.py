@@ -251,3 +251,90 @@ def test_video_without_ffmpeg_is_told(folder, monkeypatch, capsys):
         (folder / name).touch()
     assert run("stereo", "l.mp4", "r.mp4", "out.mp4") == 1
     assert "failed: l.mp4: Video needs the program ffprobe" in capsys.readouterr().out
+
+
+def test_what_lies_beyond_0_is_told_and_not_in_the_cloud(folder, capsys):
+    left = view(8, 12, 0.4)
+    left[:, 6:, 0] = 0
+    for name in ("l.png", "r.png"):
+        save(folder / name, left)
+    assert run("stereo", "l.png", "r.png", "o.pfm", "--focal", 10, "--baseline", 1, "--doffs", 20, "--ply") == 0
+    assert "note: l.png: 50.0% of the left view have no disparity" in capsys.readouterr().out
+    found = read_disparity(folder / "o.pfm")
+    assert np.isnan(found[:, 6:]).all()
+    assert np.isnan(read_disparity(folder / "o_depth.pfm")[:, 6:]).all()
+    assert b"element vertex 0\n" in (folder / "o.ply").read_bytes()  # the others have their match outside
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--doffs", "nan"],
+        ["--principal-point", "nan", "nan"],
+        ["--focal", "1e300"],
+        ["--baseline", "inf"],
+        ["--enlarge", "1e6"],
+        ["--enlarge", "0.5"],
+        ["--enlarge", "nan"],
+        ["--max-pixels", "-1"],
+        ["--max-pixels", "1e9"],
+    ],
+)
+def test_numbers_that_make_no_sense(pair, option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("stereo", *pair, "o.pfm", *option)
+    assert stop.value.code == 2
+    assert f"argument {option[0]}: must be a" in capsys.readouterr().err
+
+
+def test_an_onnx_file_is_refused_on_one_line(folder, pair, capsys):
+    (folder / "net.onnx").write_bytes(b"onnx")
+    for given in (["--model", "net.onnx"], ["--checkpoint", "net.onnx"], ["--model", "missing.ONNX"]):
+        assert main(["stereo", *pair, "o.pfm", *given]) == 2
+        told = capsys.readouterr().err
+        assert "is an ONNX file: this takes a weight file of .pth" in told
+        assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["o_color.png", "o_nonocc.png", "o_depth.pfm", "o.ply"])
+def test_what_stands_beside_an_output_is_not_replaced(folder, pair, capsys, name):
+    (folder / name).write_bytes(b"mine")
+    arguments = [*pair, "o.pfm", "--color", "--nonocc", "--focal", 10, "--baseline", 1, "--ply"]
+    assert run("stereo", *arguments) == 1
+    assert f"{name} exists: give --overwrite" in capsys.readouterr().out
+    assert (folder / name).read_bytes() == b"mine"
+    assert not (folder / "o.pfm").exists()
+    assert run("stereo", *arguments, "--overwrite") == 0
+    assert (folder / name).read_bytes() != b"mine"
+
+
+def test_an_input_is_never_replaced_by_what_stands_beside(folder, pair, capsys):
+    save(folder / "o_color.png", view(8, 12, 0.4))
+    before = (folder / "o_color.png").read_bytes()
+    assert run("stereo", "o_color.png", "r.png", "o.pfm", "--color", "--overwrite") == 1
+    assert "the output would replace the input" in capsys.readouterr().out
+    assert (folder / "o_color.png").read_bytes() == before
+
+
+def test_names_that_pair_up_in_two_ways(folder, capsys):
+    for name in ("left/a.png", "left/b.png", "right/a.png", "right/b.png", "right/c.png"):
+        save(folder / name, view(8, 12, 0.4))
+    assert run("stereo", "left", "right", "out") == 0
+    assert "note: right: 1 without another image in left left out." in capsys.readouterr().out
+    save(folder / "right/a.jpg", view(8, 12, 0.4))
+    assert run("stereo", "left", "right", "out", "--overwrite") == 2
+    assert "have one name: which is meant does not show" in capsys.readouterr().err
+
+
+def test_frames_are_sorted_by_their_numbers(folder):
+    for number in (1, 2, 10):
+        save(folder / f"left/frame_{number}.png", view(8, 12, number / 20))
+    assert run("flow", "left", "out") == 0
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["frame_1.flo", "frame_2.flo"]
+    assert [
+        job.sources[1].name
+        for job in pairs.consecutive("left", SimpleNamespace(output="o", format=None, color=0, nonocc=0), ".flo")
+    ] == [
+        "frame_2.png",
+        "frame_10.png",
+    ]

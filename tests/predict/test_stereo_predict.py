@@ -16,7 +16,7 @@ from visionattn.predict import depth, estimate_disparity, estimate_flow, seen_in
 from visionattn.predict.colours import disparity_colours, flow_colours, usual_top
 from visionattn.predict.depth_files import write_depth, write_point_cloud
 from visionattn.predict.flow import flow_seen_in_both
-from visionattn.predict.matching import Matcher, as_tensor
+from visionattn.predict.matching import Matcher, as_tensor, describe_unknown
 from visionattn.predict.stereo import looks_exchanged
 
 
@@ -110,17 +110,79 @@ def test_enlarged_views():
     found = estimate_disparity(left, right, Stereo(), enlarge=2)
     assert found.shape == (2, 6, 12)
     np.testing.assert_allclose(found[0, :, :3], 0.2 * GAIN, rtol=1e-5)
-    np.testing.assert_allclose(found[0, :, 9:], 0, atol=1e-4)
+    assert np.isnan(found[0, :, 9:]).all()  # 0 is no disparity
     np.testing.assert_allclose(found[1], 0.1 * GAIN, rtol=1e-5)
     started = estimate_disparity(left, right, Stereo(), enlarge=2, low_resolution_start=True)
-    np.testing.assert_allclose(started, found + 1.5, rtol=1e-5)
+    known = np.isfinite(found)
+    np.testing.assert_allclose(started[known], found[known] + 1.5, rtol=1e-5)
+    np.testing.assert_allclose(started[0, :, 9:], 1.5, rtol=1e-5)
     flow = estimate_flow(left, right, Flow(), enlarge=1.5)
     np.testing.assert_allclose(flow[2:], 0.2 * GAIN / 1.5, rtol=1e-4)
     # The least side of 4 is one of the views that the network sees.
     assert estimate_disparity(view(2, 3, 0.4), view(2, 3, 0.4), Stereo(), enlarge=2).shape == (2, 2, 3)
-    for factor in (0.5, float("nan")):
+    for factor in (0.5, float("nan"), 1e6):
         with pytest.raises(InputError, match=f"1 or more, not {factor}"):
             estimate_disparity(left, right, Stereo(), enlarge=factor)
+
+
+class Clamped(Stereo):
+    """The disparity of a view is 20 times its red less 10, and 0 where that is negative."""
+
+    def forward(self, left, right, start=None):
+        return (self.gain * torch.cat([left[:, :1], right[:, :1]], 1) - 10).clamp(min=0)
+
+
+def converging():
+    """Views of two planes and what the network finds: 2 pixels, and behind where the axes meet -7.4 pixels."""
+    red = np.rint(255 * np.where(np.arange(40) < 16, 12 / GAIN, 2.6 / GAIN)).astype(np.uint8)
+    image = np.zeros((8, 40, 3), np.uint8)
+    image[..., 0] = red
+    return image
+
+
+def test_what_lies_beyond_0_is_unknown():
+    """Focal length times baseline 58.656 and doffs 28.2: 2.82 m for -7.4 pixels, and 2.08 m for the 0 in its place."""
+    matcher = Matcher(Clamped(), "stereo")
+    found = matcher(converging(), converging())
+    np.testing.assert_allclose(found[:, :, :16], 2, atol=0.05)
+    assert np.isnan(found[:, :, 16:]).all()
+    assert matcher.unknown == pytest.approx(0.6)
+    seen, metres = seen_in_both(found), depth(found[0], 586.56, 0.1, doffs=28.2)
+    assert not seen[:, 16:].any()
+    assert seen[:, 2:16].all()
+    assert np.isnan(metres[:, 16:]).all()
+    assert np.nanmedian(metres) == pytest.approx(58.656 / 30.2, abs=0.01)
+    assert np.isnan(estimate_disparity(converging(), converging(), Clamped())[:, :, 16:]).all()
+    # The arrays of a network itself say the same.
+    assert not seen_in_both(np.nan_to_num(found))[:, 16:].any()
+    assert describe_unknown(0.6)[0].startswith("60.0% of the left view have no disparity")
+    assert describe_unknown(0.0001)[0].startswith("less than 0.1% of the left view")
+    assert describe_unknown(0) == []
+
+
+@pytest.mark.parametrize("settings", [{"enlarge": 2}, {"max_pixels": 4 * 20}, {"enlarge": 1.5, "max_pixels": 5 * 25}])
+def test_the_unknown_is_not_averaged_with_what_is_known(settings):
+    found = Matcher(Clamped(), "stereo", **settings)(converging(), converging())
+    ratio = settings.get("enlarge", 1) / (
+        40 / int(40 * (settings["max_pixels"] / 320) ** 0.5) if "max_pixels" in settings else 1
+    )
+    np.testing.assert_allclose(found[:, :, :10], 2 / ratio, atol=0.1)
+    assert np.isnan(found[:, :, 22:]).all()
+    assert np.nanmin(found) > 0.5
+
+
+def test_the_bound_of_enlarged_views_is_by_the_pixels_that_the_network_sees(monkeypatch):
+    """The small pass has the size that it has without enlarging: no 3840 x 3840 pixels for a factor of 20."""
+    monkeypatch.setattr("visionattn.predict.matching.free_memory", lambda device: 1000 * 2**20)
+    sizes = []
+
+    class Watched(Stereo):
+        def forward(self, left, right, start=None):
+            sizes.append(left.shape[2:])
+            return super().forward(left, right, start)
+
+    assert Matcher(Watched(), "stereo", enlarge=20).max_pixels == 500 * 2**20 // (2 * 10 * 4 * 400)
+    assert sizes == [(192, 192)]
 
 
 def test_our_networks_fit():
@@ -129,6 +191,7 @@ def test_our_networks_fit():
     views = [as_tensor(pixels) for pixels in (left, right)]
     with torch.no_grad():
         expected = model(*views, model.low_resolution_start(*views))[0]
+    expected[expected == 0] = torch.nan
     np.testing.assert_array_equal(estimate_disparity(left, right, model, low_resolution_start=True), expected)
     with pytest.raises(InputError, match="160 x 200 pixels; a side of 161 is the least"):
         estimate_disparity(left[:160, :200], right[:160, :200], model)
@@ -208,9 +271,15 @@ def test_depth():
     found = depth(np.array([[10.0, 0.0, 20.0]]), focal=1000, baseline=0.2)
     np.testing.assert_array_equal(found, [[20.0, np.nan, 10.0]])
     assert depth(np.array([[10.0]]), 1000, 0.2, doffs=30)[0, 0] == 5
-    for focal, baseline, word in ((0, 0.2, "focal length is 0"), (1000, float("nan"), "baseline is nan")):
+    for settings, word in (
+        ({"focal": 0}, "focal length is 0"),
+        ({"focal": 1e300}, r"focal length is 1e\+300"),
+        ({"baseline": float("nan")}, "baseline is nan"),
+        ({"doffs": float("nan")}, "principal points is nan"),
+        ({"doffs": float("-inf")}, "principal points is -inf"),
+    ):
         with pytest.raises(InputError, match=word):
-            depth(np.ones((1, 1)), focal, baseline)
+            depth(np.ones((1, 1)), **{"focal": 1000, "baseline": 0.2} | settings)
 
 
 def test_depth_files(tmp_path):
@@ -235,6 +304,10 @@ def test_point_cloud(tmp_path):
     write_point_cloud(tmp_path / "a.ply", metres, colours, 10, (0.0, 1.0))
     body = (tmp_path / "a.ply").read_bytes().partition(b"end_header\n")[2]
     np.testing.assert_allclose(struct.unpack("<3f", body[:12]), [0, -0.2, 2], rtol=1e-6)
+    for focal, point in ((float("nan"), None), (10, (float("nan"), 1.0))):
+        with pytest.raises(InputError, match="finite ones are needed"):
+            write_point_cloud(tmp_path / "b.ply", metres, colours, focal, point)
+    assert not (tmp_path / "b.ply").exists()
 
 
 def test_turbo_is_opencvs():

@@ -51,4 +51,8 @@ class EnlargedViews(nn.Module):
         size = first.shape[2:]
         large = [round(side * self.factor) for side in size]
         views = (F.interpolate(view, large, mode="bicubic").clamp(0, 1) for view in (first, second))
-        return F.interpolate(self.network(*views), size, mode="bilinear") / self.factor
+        found = self.network(*views)
+        result = F.interpolate(found, size, mode="bilinear") / self.factor
+        if self.task == "stereo":  # where 0 is no disparity, so that a mean with it is none either
+            result = result.masked_fill(F.interpolate((found <= 0).to(found.dtype), size, mode="bilinear") > 0, 0)
+        return result

@@ -259,7 +259,7 @@ def _is_done(job: Job, known: tuple[str, ...], written: set[Path], args: argpars
     source, target = _shown(job.source), _shown(job.target)
     if job.target.suffix.lower() not in known:
         raise InputError(f"{source}: cannot write {target}: its suffix is none of {', '.join(known)}.")
-    if job.target.resolve() in (path.resolve() for path in job.sources):
+    if {path.resolve() for path in (job.target, *job.also)} & {path.resolve() for path in job.sources}:
         raise InputError(f"{source}: the output would replace the input: name another.")
     if job.target.exists() and args.skip_existing and not args.overwrite:
         return True

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from visionattn.data.disparity import write_disparity
+from visionattn.errors import InputError
 from visionattn.files import atomic_path
 
 __all__ = ["write_depth", "write_point_cloud"]
@@ -58,10 +59,13 @@ def write_point_cloud(
         principal_point: Column and row; default the middle of the image.
 
     Raises:
+        InputError: Focal length or principal point make no sense.
         StorageError: The file could not be written.
     """
     height, width = depth.shape
     column, row = principal_point or ((width - 1) / 2, (height - 1) / 2)
+    if not (0 < focal < np.inf and np.isfinite((column, row)).all()):
+        raise InputError(f"Focal length and principal point are {focal}, {column} and {row}: finite ones are needed.")
     rows, columns = np.nonzero(np.isfinite(depth))
     z = depth[rows, columns]
     points = np.empty(len(z), [("xyz", "<f4", 3), ("rgb", "u1", 3)])

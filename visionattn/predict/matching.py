@@ -19,7 +19,7 @@ from visionattn.models.enlarged import EnlargedViews
 from visionattn.predict.network import Network
 from visionattn.predict.tiles import bytes_per_pixel, free_memory
 
-__all__ = ["Matcher", "as_tensor", "check_matching_task"]
+__all__ = ["Matcher", "as_tensor", "check_matching_task", "describe_unknown"]
 
 PEAKS = {"u1": 255.0, "u2": 65535.0}
 UNKNOWN_MEMORY = 2**31  # bytes, where the system does not say what is free
@@ -40,6 +40,7 @@ class Matcher:
 
     Attributes:
         notes: What is worth knowing of the last pair, in words.
+        unknown: Of the last stereo pair, the share of the left view's pixels without a disparity.
 
     Raises:
         InputError: The model does something else, or an argument is not accepted.
@@ -58,6 +59,7 @@ class Matcher:
         if max_pixels is not None and max_pixels < 1:
             raise InputError(f"The bound is {max_pixels} pixels; it must be 1 or more.")
         self.task = task
+        self.enlarge = enlarge
         if low_resolution_start:
             if not hasattr(model, "low_resolution_start"):
                 raise InputError(f"{type(model).__name__} finds no start at half the size: leave that out.")
@@ -68,6 +70,7 @@ class Matcher:
         self.network = Network(model, precision, "lower --max-pixels (max_pixels=)")
         self.max_pixels = max_pixels or self._default_pixels()
         self.notes: list[str] = []
+        self.unknown = 0.0
 
     def __call__(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Match two images of one size.
@@ -77,7 +80,8 @@ class Matcher:
             second: Likewise; the type may differ.
 
         Returns:
-            (C, H, W) of float32: what the model gives, in pixels of these images.
+            (C, H, W) of float32: what the model gives, in pixels of these images. Stereo networks give no disparity
+            below 0, and 0 is where they end: such pixels are NaN.
 
         Raises:
             InputError: The images differ in size or are too small, their type or values are not accepted, the memory
@@ -103,11 +107,15 @@ class Matcher:
             raise InputError("The network's result is not finite: its weights are broken, or are not for this task.")
         if self.network.notes:
             self.notes.append(f"{self.network.notes[0]}, so that it was computed again")
+        unknown = result <= 0 if self.task == "stereo" else torch.zeros_like(result, dtype=torch.bool)
         if result.shape[2:] != (height, width):
             ratios = [width / result.shape[3], height / result.shape[2]]
             # Flow has x and y of both ways, stereo x of both views.
             factors = torch.tensor(2 * (ratios if self.task == "flow" else ratios[:1]))[:, None, None]
             result = F.interpolate(result, (height, width), mode="bilinear") * factors
+            unknown = F.interpolate(unknown.float(), (height, width), mode="bilinear") > 0
+        result[unknown] = torch.nan
+        self.unknown = float(unknown[0, 0].float().mean())
         return result[0].numpy()
 
     def _reduced(self, images: list[Tensor]) -> list[Tensor]:
@@ -120,7 +128,7 @@ class Matcher:
         if min(size) < self.minimum:
             raise InputError(
                 f"{height} x {width} pixels reduced to the bound of {self.max_pixels} are {size[0]} x {size[1]}, and a "
-                f"side of {self.minimum} is the least: raise --max-pixels (max_pixels=)."
+                f"side of {self.minimum} is the least: raise --max-pixels (max_pixels=), or lower --enlarge (enlarge=)."
             )
         self.notes.append(
             f"{height} x {width} pixels are more than the bound of {self.max_pixels}, so that they were matched at "
@@ -129,10 +137,14 @@ class Matcher:
         return [F.interpolate(image, size, mode="bilinear", antialias=True) for image in images]
 
     def _default_pixels(self) -> int:
+        """What half of the free memory holds, by a small pass of the network at the size that it sees itself."""
         model = self.network.model
+        if isinstance(model, EnlargedViews):
+            model = model.network
         free = free_memory(self.network.device)
-        side = max(192, self.minimum)
-        return int((UNKNOWN_MEMORY if free is None else free // 2) / bytes_per_pixel(model, 3, side, views=2))
+        side = max(192, getattr(model, "size_minimum", 1))
+        bytes_each = bytes_per_pixel(model, 3, side, views=2) * self.enlarge**2
+        return int((UNKNOWN_MEMORY if free is None else free // 2) / bytes_each)
 
 
 class _FromHalfSize(nn.Module):
@@ -148,6 +160,17 @@ class _FromHalfSize(nn.Module):
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """(B, 3, H, W) twice -> (B, C, H, W)."""
         return self.model(first, second, self.model.low_resolution_start(first, second))
+
+
+def describe_unknown(share: float) -> list[str]:
+    """The note on pixels without a disparity, in words; none where all have one."""
+    if share <= 0:
+        return []
+    shown = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
+    return [
+        f"{shown} of the left view have no disparity, since the network found them at 0 or beyond: what is very far "
+        "away, or further than where the axes of cameras that converge meet"
+    ]
 
 
 def check_matching_task(model: nn.Module, task: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -12,8 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from visionattn.arguments import number, whole_number
 from visionattn.checkpoints import load
-from visionattn.errors import DataError, InputError
+from visionattn.errors import CheckpointError, DataError, InputError, shorten
+from visionattn.models.enlarged import LARGEST
 from visionattn.predict import batch
 from visionattn.predict.batch import Bar, Job
 from visionattn.predict.matching import Matcher, check_matching_task
@@ -22,7 +25,18 @@ from visionattn.predict.opening import WEIGHT_FILES, pretrained
 from visionattn.predict.picture import Picture, read, write
 from visionattn.predict.video import VIDEOS, convert_videos, probe
 
-__all__ = ["add_arguments", "beside", "consecutive", "convert_pair", "naming", "open_matcher", "pair_up", "read_pair"]
+__all__ = [
+    "add_arguments",
+    "beside",
+    "cloud_file",
+    "consecutive",
+    "convert_pair",
+    "depth_file",
+    "naming",
+    "open_matcher",
+    "pair_up",
+    "read_pair",
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:
@@ -36,14 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> 
     batch.add_arguments(parser)
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: fp16 on a GPU")
     parser.add_argument(
-        "--max-pixels", type=int, metavar="N", help="larger images are reduced to N (default: by the free memory)"
+        "--max-pixels",
+        type=whole_number(0),
+        metavar="N",
+        help="larger images are reduced to N (default: by the free memory)",
     )
     parser.add_argument(
         "--low-resolution-start", action="store_true", help="start from half the size: for images of 2K and more"
     )
     parser.add_argument(
         "--enlarge",
-        type=float,
+        type=number(1, LARGEST),
         default=1.0,
         metavar="S",
         help="match images S times as large: finer, slower",
@@ -60,7 +77,7 @@ def pair_up(first: str, second: str, args: argparse.Namespace, default: str) -> 
         default: Suffix of what is written into a folder where no format is given; videos keep their names.
 
     Raises:
-        DataError: There are no files, or some lack their other one.
+        DataError: There are no files, some lack their other one, or two have the same name but for the suffix.
         InputError: There is a format beside an output whose suffix says it.
         StorageError: Nothing can be written to the output.
     """
@@ -69,11 +86,18 @@ def pair_up(first: str, second: str, args: argparse.Namespace, default: str) -> 
     if len(ones) == len(others) == 1:
         found = [(ones[0], others[0])]
     else:
-        by_name = {path.stem: path for path in others}
-        if missing := [path.name for path in ones if path.stem not in by_name]:
+        by_name: dict[str, Path] = {}
+        for path in others:
+            if (same := by_name.setdefault(path.stem, path)) is not path:
+                raise DataError(f"{shorten(same)} and {shorten(path)} have one name: which is meant does not show.")
+        if missing := [shorten(path.name, 40) for path in ones if path.stem not in by_name]:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise DataError(f"{second} lacks the other images of {', '.join(missing[:3])}{more}: names must be equal.")
+            raise DataError(
+                f"{shorten(second)} lacks the other images of {', '.join(missing[:3])}{more}: names must be equal."
+            )
         found = [(path, by_name[path.stem]) for path in ones]
+        if unused := len(by_name.keys() - {path.stem for path in ones}):
+            print(f"note: {shorten(second)}: {unused} without another image in {shorten(first)} left out.")
     return _jobs(found, several, args, default)
 
 
@@ -86,11 +110,21 @@ def consecutive(source: str, args: argparse.Namespace, default: str) -> list[Job
         StorageError: Nothing can be written to the output.
     """
     files, several = batch.files_of(source)
+    files.sort(key=_frame_order)
     if len(files) == 1:
         if files[0].suffix.lower() not in VIDEOS:
-            raise DataError(f"{source} is one image; flow is between two images, or along a video or a folder.")
+            raise DataError(
+                f"{shorten(source)} is one image; flow is between two images, or along a video or a folder."
+            )
         return _jobs([(files[0],)], several, args, default)
     return _jobs([*pairwise(files)], True, args, default)
+
+
+def _frame_order(path: Path) -> list[tuple[int, str]]:
+    """A key that sorts numbers in names by their value: frame_9 comes before frame_10."""
+    return [
+        (int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name, flags=re.ASCII)
+    ]
 
 
 def _jobs(found: Sequence[tuple[Path, ...]], several: bool, args: argparse.Namespace, default: str) -> list[Job]:
@@ -98,12 +132,37 @@ def _jobs(found: Sequence[tuple[Path, ...]], several: bool, args: argparse.Names
     if not named:
         if args.format:
             raise InputError(f"The suffix of {args.output} says the format: leave out --format, which is for folders.")
-        return [Job(sources, Path(args.output)) for sources in found]
+        return [_job(sources, Path(args.output), args) for sources in found]
     form = f".{args.format}" if args.format else default
-    return [
-        Job(sources, folder / (sources[0].name if sources[0].suffix.lower() in VIDEOS else sources[0].stem + form))
-        for sources in found
-    ]
+    names = [source.name if source.suffix.lower() in VIDEOS else source.stem + form for source, *_ in found]
+    return [_job(sources, folder / name, args) for sources, name in zip(found, names)]
+
+
+def _job(sources: tuple[Path, ...], target: Path, args: argparse.Namespace) -> Job:
+    """A job with all that it writes."""
+    if sources[0].suffix.lower() in VIDEOS:
+        return Job(sources, target)
+    also = [image_beside(target, name) for name in ("color", "nonocc") if getattr(args, name)]
+    if getattr(args, "focal", None):
+        also.append(depth_file(target))
+    if getattr(args, "ply", False):
+        also.append(cloud_file(target))
+    return Job(sources, target, tuple(also))
+
+
+def image_beside(target: Path, name: str) -> Path:
+    """Where a picture next to an output stands."""
+    return target.with_name(f"{target.stem}_{name}.png")
+
+
+def depth_file(target: Path) -> Path:
+    """Where the depth next to a disparity stands."""
+    return target.with_stem(f"{target.stem}_depth")
+
+
+def cloud_file(target: Path) -> Path:
+    """Where the point cloud next to a disparity stands."""
+    return target.with_suffix(".ply")
 
 
 def open_matcher(args: argparse.Namespace, task: str, default: str | None) -> Matcher:
@@ -119,6 +178,11 @@ def open_matcher(args: argparse.Namespace, task: str, default: str | None) -> Ma
     """
     name = args.model or default
     model: nn.Module
+    if any(str(given).lower().endswith(".onnx") for given in (name, args.checkpoint)):
+        raise CheckpointError(
+            f"{shorten(args.checkpoint or name)} is an ONNX file: this takes a weight file of "
+            f"{', '.join(WEIGHT_FILES)}, or a name of the zoo."
+        )
     if args.checkpoint:
         model = load(args.checkpoint, args.model)
     elif name is None:
@@ -173,4 +237,4 @@ def _check_sizes(job: Job, sizes: Sequence[tuple[int, ...]]) -> None:
 def beside(target: Path, name: str, pixels: np.ndarray) -> None:
     """Write a picture (H, W) or (H, W, 3) of uint8 beside the output, as NAME_name.png."""
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-    write(target.with_name(f"{target.stem}_{name}.png"), Picture(pixels))
+    write(image_beside(target, name), Picture(pixels))

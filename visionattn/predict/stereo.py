@@ -17,6 +17,7 @@ from visionattn.predict.matching import Matcher, as_tensor
 
 __all__ = ["depth", "estimate_disparity", "looks_exchanged", "seen_in_both"]
 
+ABSURD = 1e9  # of a calibration, in pixels or metres
 # Of the search for exchanged views: width that they are reduced to, side of the windows that are compared, how much of
 # the usual difference a match may have, shift in reduced pixels from which on its sign counts, and the share of the
 # windows and of the signs that make a verdict.
@@ -46,7 +47,9 @@ def estimate_disparity(
         enlarge: Let the model see images so many times as high and wide, which makes its result finer.
 
     Returns:
-        (2, H, W) of float32: the disparities of the left and of the right view, in pixels, 0 or more.
+        (2, H, W) of float32: the disparities of the left and of the right view, in pixels, above 0. NaN is where the
+        network found a match at 0 or beyond: at an infinite distance, or, of converging cameras, behind the point where
+        their axes meet. A network that looks one way only cannot tell how far beyond.
 
     Raises:
         InputError: Sizes, type or values of the images, the model or an argument are not accepted.
@@ -58,13 +61,13 @@ def seen_in_both(disparity: np.ndarray, tolerance: float = 1.0) -> np.ndarray:
     """Which pixels of the left view the right one sees too, by the consistency of both disparities.
 
     Args:
-        disparity: (2, H, W), of the left and of the right view; NaN is not consistent with anything.
+        disparity: (2, H, W), of the left and of the right view; NaN, and what is not above 0, is not known.
         tolerance: Pixels by which the two may differ at a match.
 
     Returns:
-        (H, W) of bool: False is occluded, out of the right view, or wrong.
+        (H, W) of bool: False is occluded, out of the right view, wrong, or not known.
     """
-    left, right = disparity
+    left, right = (np.where(view > 0, view, np.nan) for view in disparity)
     width = left.shape[1]
     place = np.nan_to_num(np.arange(width) - left, nan=-1)
     inside = place >= 0
@@ -88,11 +91,13 @@ def depth(disparity: np.ndarray, focal: float, baseline: float, doffs: float = 0
         (H, W) of float32; NaN where it is infinite.
 
     Raises:
-        InputError: Focal length or baseline is not more than 0.
+        InputError: Focal length or baseline is not more than 0, or a number is absurd.
     """
     for name, value in (("focal length", focal), ("baseline", baseline)):
-        if not 0 < value < np.inf:
-            raise InputError(f"The {name} is {value}; it must be more than 0.")
+        if not 0 < value < ABSURD:
+            raise InputError(f"The {name} is {value}; it must be more than 0, and less than {ABSURD:g}.")
+    if not abs(doffs) < ABSURD:
+        raise InputError(f"The difference of the principal points is {doffs} pixels; it must be less than {ABSURD:g}.")
     total = disparity + doffs
     return np.where(total > 0, focal * baseline / np.where(total > 0, total, 1), np.nan).astype(np.float32)
 

@@ -6,13 +6,14 @@ import argparse
 
 import numpy as np
 
+from visionattn.arguments import number
 from visionattn.data.disparity import write_disparity
 from visionattn.errors import InputError
 from visionattn.predict import batch, pairs
 from visionattn.predict.batch import Bar, Job
 from visionattn.predict.colours import disparity_colours, usual_top
 from visionattn.predict.depth_files import write_depth, write_point_cloud
-from visionattn.predict.matching import Matcher, as_tensor
+from visionattn.predict.matching import Matcher, as_tensor, describe_unknown
 from visionattn.predict.stereo import depth, looks_exchanged, seen_in_both
 
 __all__ = ["add_arguments", "run"]
@@ -30,15 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("right", help="likewise, of the same names where there are several")
     parser.add_argument("output", help=f"file ({', '.join(FORMATS)}; a video for videos), or folder")
     pairs.add_arguments(parser, FORMATS)
-    parser.add_argument("--focal", type=float, metavar="PIXELS", help="focal length: also write NAME_depth")
-    parser.add_argument("--baseline", type=float, metavar="METRES", help="distance of the cameras, with --focal")
+    parser.add_argument("--focal", type=number(high=1e6), metavar="PIXELS", help="focal length: also write NAME_depth")
     parser.add_argument(
-        "--doffs", type=float, default=0.0, metavar="PIXELS", help="difference of the principal points (default: 0)"
+        "--baseline", type=number(high=1e6), metavar="METRES", help="distance of the cameras, with --focal"
+    )
+    parser.add_argument(
+        "--doffs",
+        type=number(-1e6, 1e6),
+        default=0.0,
+        metavar="PIXELS",
+        help="difference of the principal points (default: 0)",
     )
     parser.add_argument("--ply", action="store_true", help="also write NAME.ply: points that both views see, coloured")
     parser.add_argument(
         "--principal-point",
-        type=float,
+        type=number(-1e6, 1e6),
         nargs=2,
         metavar=("X", "Y"),
         help="of the left view, for --ply (default: its middle)",
@@ -90,6 +97,7 @@ class _Work:
         if looks_exchanged(left.pixels, right.pixels):
             notes.append(EXCHANGED)
         found = self.matcher(left.pixels, right.pixels)
+        notes += describe_unknown(self.matcher.unknown)
         disparity, seen = found[0], seen_in_both(found)
         if self.args.color:
             pairs.beside(job.target, "color", disparity_colours(disparity))
@@ -97,11 +105,11 @@ class _Work:
             pairs.beside(job.target, "nonocc", 255 * seen.astype(np.uint8))
         if self.args.focal:
             metres = depth(disparity, self.args.focal, self.args.baseline, self.args.doffs)
-            notes += write_depth(job.target.with_stem(f"{job.target.stem}_depth"), metres)
+            notes += write_depth(pairs.depth_file(job.target), metres)
             if self.args.ply:
                 colours = np.rint(255 * as_tensor(left.pixels)[0].movedim(0, 2).numpy()).astype(np.uint8)
                 points = np.where(seen, metres, np.nan)
-                path = job.target.with_suffix(".ply")
+                path = pairs.cloud_file(job.target)
                 write_point_cloud(path, points, colours, self.args.focal, self.args.principal_point)
         write_disparity(job.target, disparity)
         return notes + self.matcher.notes
@@ -109,18 +117,20 @@ class _Work:
     def _video(self, job: Job, bar: Bar) -> list[str]:
         notes: dict[str, None] = {}
         top: list[float] = []  # the colours of all frames mean the same
+        unknown: list[float] = []
 
         def show(left: np.ndarray, right: np.ndarray) -> np.ndarray:
             if not top and looks_exchanged(left, right):
                 notes[EXCHANGED] = None
             disparity = self.matcher(left, right)[0]
             notes.update(dict.fromkeys(self.matcher.notes))
+            unknown.append(self.matcher.unknown)
             if not top:
                 top.append(usual_top(disparity))
             return disparity_colours(disparity, top[0])
 
         pairs.convert_pair(job, bar, show)
-        return [*notes, *self._left_out()]
+        return [*notes, *describe_unknown(sum(unknown) / max(len(unknown), 1)), *self._left_out()]
 
     def _left_out(self) -> list[str]:
         asked = [f"--{name}" for name in ("nonocc", "focal", "ply") if getattr(self.args, name)]
