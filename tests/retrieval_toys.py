@@ -39,6 +39,21 @@ def write_table(folder, copies=4):
     return folder / "table.csv"
 
 
+def write_pictures(folder):
+    """Eighteen pictures, some in a sub-folder."""
+    for number, (copy, colour, kind) in enumerate(itertools.product(range(2), COLOURS, KINDS)):
+        path = folder / f"{'more/' * copy}{number:02d}_{colour}_{kind}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(colour, kind, number).save(path)
+    return folder
+
+
+def toy(seed=0):
+    """A model that embeds by colour and kind."""
+    torch.manual_seed(seed)
+    return ToyConditional(("colour", "kind"), 8).eval()
+
+
 TOY_CONDITIONS = {"class": "kind", "closure": "kind", "gender": "colour", "heel": "colour"}
 
 

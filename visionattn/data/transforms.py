@@ -8,16 +8,31 @@ from torchvision.transforms import v2
 
 from visionattn.data.albumentations_adapter import AlbumentationsTransform
 
-__all__ = ["AUGMENTATIONS", "augment", "fit"]
+__all__ = ["AUGMENTATIONS", "augment", "fit", "middle"]
 
 AUGMENTATIONS = ("none", "shift", "crop-flip", "imagenet")
+ASPECT = 16  # of the sides of an image that is resized as a whole
+
+
+def middle(image: Any) -> Any:
+    """The middle of an image whose long side is more than `ASPECT` times its short one; other images as they are.
+
+    Resizing the short side of such an image would make its long one, of which the crop takes little, as long as memory.
+    """
+    height, width = v2.functional.get_size(image)
+    longest = ASPECT * min(height, width)
+    if max(height, width) <= longest:
+        return image
+    return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
 
 
 def fit(size: tuple[int, int], interpolation: v2.InterpolationMode, crop_pct: float = 1.0) -> list[Any]:
     """Transforms from an image of any size to the middle `crop_pct` of it, in `size`."""
     height, width = (round(side / crop_pct) for side in size)
+    if height != width:
+        return [v2.Resize((height, width), interpolation), v2.CenterCrop(size)]
     # A single number keeps the aspect of the image.
-    return [v2.Resize(height if height == width else (height, width), interpolation), v2.CenterCrop(size)]
+    return [middle, v2.Resize(height, interpolation), v2.CenterCrop(size)]
 
 
 def augment(augmentation: str, size: tuple[int, int], interpolation: v2.InterpolationMode) -> list[Any]:

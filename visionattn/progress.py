@@ -1,0 +1,46 @@
+"""Progress of long work: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["counted"]
+
+EVERY = 30.0  # seconds between lines of a log
+
+
+@contextmanager
+def counted(what: str, total: int, console: Console | None) -> Iterator[Callable[[int], None]]:
+    """Show how much is done.
+
+    Args:
+        what: What is counted, such as `"images"`.
+        total: How many there are.
+        console: A terminal shows a bar, which goes at the end. Elsewhere the error output gets a line every 30 seconds.
+            None shows nothing.
+
+    Yields:
+        A function to call with how many more are done.
+    """
+    if console is not None and console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda count: progress.advance(task, count)
+        return
+    done, said = 0, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, said
+        done += count
+        if console is not None and time.monotonic() - said >= EVERY:
+            said = time.monotonic()
+            print(f"{done:,} of {total:,} {what}", file=sys.stderr, flush=True)
+
+    yield advance
