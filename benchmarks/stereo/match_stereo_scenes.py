@@ -1,11 +1,11 @@
 """The shipped MatchStereo network and OpenCV's semi-global matching on real pairs with truth.
 
-python -m benchmarks.stereo.match_stereo_scenes FOLDER    # of Middlebury scenes
+python -m benchmarks.stereo.match_stereo_scenes FOLDER --factor teddy=4 --factor tsukuba=16    # of Middlebury scenes
 
-The network sees the views as they are, and in rows of their own enlarged twice (`--enlarge 2`). Writes
-results/match_stereo_scenes.csv and the picture docs/how-to/match_stereo_scenes.webp: of each scene semi-global matching
-and the enlarged network, disparities as colours and, in red, pixels with truth that are off by more than 2 or have no
-value.
+The network sees the views as they are, and in rows of their own enlarged twice (`--enlarge 2`). Semi-global matching
+stands as it is, and filled. Writes results/match_stereo_scenes.csv and the picture
+docs/how-to/match_stereo_scenes.webp: of each scene filled semi-global matching and the enlarged network, disparities as
+colours and, in red, pixels with truth that are off by more than 2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from PIL import Image
 from benchmarks.report import RESULTS, environment, write_rows
 from visionattn.data.stereo import StereoPair, find_scenes
 from visionattn.evaluate import stereo_matching
-from visionattn.evaluate.sgbm import sgbm
+from visionattn.evaluate.cli import add_factor, factors
+from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.predict import estimate_disparity
 from visionattn.predict.colours import disparity_colours, usual_top
 
@@ -45,9 +46,14 @@ def panels(pair: StereoPair, disparities: list[np.ndarray]) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    measured = [(row, 1) for row in stereo_matching(NETWORK, folder, baseline="sgbm").rows]
-    measured += [(row, ENLARGED) for row in stereo_matching(NETWORK, folder, enlarge=ENLARGED).rows]
+    add_factor(parser)
+    args = parser.parse_args()
+    folder, factor = args.folder, factors(args.factor)
+    found = stereo_matching(NETWORK, folder, factor=factor, baseline="sgbm")
+    enlarged = stereo_matching(NETWORK, folder, factor=factor, enlarge=ENLARGED)
+    if found.failures:
+        raise SystemExit("\n".join(found.failures))
+    measured = [(row, 1) for row in found.rows] + [(row, ENLARGED) for row in enlarged.rows]
     key = ("model", "enlarge", "scene", "region")
     rows = [
         {"model": row.model, "enlarge": enlarge, "scene": row.scene, "region": row.region}
@@ -58,10 +64,11 @@ def main() -> None:
     write_rows(RESULTS / "match_stereo_scenes.csv", rows, key)
 
     network, rendered = timm.create_model(NETWORK, pretrained=True).eval(), []
-    for scene in find_scenes(folder):
+    for scene in find_scenes(folder, factor=factor):
         pair = scene.read()
-        found = estimate_disparity(pair.left, pair.right, network, enlarge=ENLARGED)[0]
-        rendered.append(panels(pair, [sgbm(pair.left, pair.right, float(np.nanmax(pair.truth))), found]))
+        matched = fill(sgbm(pair.left, pair.right, float(np.nanmax(pair.truth))))
+        learned = estimate_disparity(pair.left, pair.right, network, enlarge=ENLARGED)[0]
+        rendered.append(panels(pair, [matched, learned]))
     Image.fromarray(np.concatenate(rendered)).save(PICTURE, quality=80)
 
 

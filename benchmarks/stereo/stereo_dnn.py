@@ -22,6 +22,7 @@ import tensorflow.compat.v1 as tf
 sys.modules["triton"] = None  # type: ignore[assignment]  # its LLVM and TensorFlow's do not live in one process
 from benchmarks.report import RESULTS, environment, write_rows  # noqa: E402
 from visionattn.data.stereo import find_scenes  # noqa: E402
+from visionattn.evaluate.cli import add_factor, factors  # noqa: E402
 from visionattn.metrics.matching import disparity_errors  # noqa: E402
 
 WIDTH, DISPARITIES = 513, 48
@@ -36,8 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path)
     parser.add_argument("folder", type=Path)
+    add_factor(parser)
     args = parser.parse_args()
-    pairs = [(scene.name, scene.read()) for scene in find_scenes(args.folder)]
+    pairs = [(scene.name, scene.read()) for scene in find_scenes(args.folder, factor=factors(args.factor))]
     tf.disable_eager_execution()
     rows = []
     for name, (inputs, height) in NETWORKS.items():

@@ -19,7 +19,7 @@ from visionattn.evaluate.stereo import BASELINES, StereoMeasurements, stereo_mat
 from visionattn.files import check_output
 from visionattn.models.enlarged import LARGEST
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "add_factor", "factors", "run"]
 
 ZAPPOS = "zappos"
 
@@ -40,13 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pairs.add_argument("--data", required=True, nargs="+", metavar="FOLDER", help="data sets, or single scenes")
     pairs.add_argument("--layout", choices=LAYOUTS, help="of the folders (default: what is found there)")
-    pairs.add_argument(
-        "--factor",
-        type=_factor,
-        action="append",
-        metavar="F|SCENE=F",
-        help="by which PNGs are larger than disparities, for all scenes or each (default: what is assumed is told)",
-    )
+    add_factor(pairs)
     pairs.add_argument(
         "--baseline", choices=tuple(BASELINES), help="OpenCV's semi-global matching too, as it is and filled"
     )
@@ -82,13 +76,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         protocol.add_argument("--dtype", default="float32", choices=DTYPES, help="precision (default: float32)")
 
 
+def add_factor(parser: argparse.ArgumentParser) -> None:
+    """Add `--factor`, whose value `factors` reads."""
+    parser.add_argument(
+        "--factor",
+        type=_factor,
+        action="append",
+        metavar="F|SCENE=F",
+        help="by which PNGs are larger than disparities, for all scenes or each (default: what is assumed is told)",
+    )
+
+
 def _factor(text: str) -> tuple[str | None, float]:
     """`4` is for all scenes (None), `teddy=4` for one."""
     name, _, value = text.rpartition("=")
     return name or None, number(0, above=True)(value)
 
 
-def _factors(given: list[tuple[str | None, float]] | None) -> float | dict[str, float] | None:
+def factors(given: list[tuple[str | None, float]] | None) -> float | dict[str, float] | None:
+    """What `--factor` was given, as `visionattn.data.stereo.find_scenes` takes it.
+
+    Raises:
+        ConfigError: There is a number for all scenes beside those of some, or two for one scene.
+    """
     if not given:
         return None
     by_name = {name: value for name, value in given if name is not None}
@@ -132,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
             args.models,
             args.data,
             layout=args.layout,
-            factor=_factors(args.factor),
+            factor=factors(args.factor),
             baseline=args.baseline,
             enlarge=args.enlarge,
             device=args.device,
