@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import platform
 import re
 import stat
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from visionattn.errors import DataError, InputError, StorageError, shorten
 
-__all__ = ["TEMPORARY", "atomic_path", "check_output", "exclusive", "read_json", "read_text"]
+__all__ = [
+    "TEMPORARY",
+    "atomic_path",
+    "check_folder",
+    "check_output",
+    "exclusive",
+    "read_json",
+    "read_state",
+    "read_text",
+    "write_state",
+]
 
 TEMPORARY = ".visionattn-"
 """What the names of temporary files begin with; a mark of the machine and the number of the process follow."""
@@ -59,6 +72,26 @@ def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple[str,
         raise InputError(f"Cannot write {shorten(path)}: it is {kind}. Name a file.")
     if not overwrite:
         raise InputError(f"{shorten(path)} exists. Give --overwrite to replace it, or name another output.")
+    return path
+
+
+def check_folder(path: str | Path) -> Path:
+    """Refuse a path that cannot become a folder: another kind of file, an over-long name, a NUL byte.
+
+    Raises:
+        InputError: The path, or a part of it, stands for something that is not a folder, or no file can have that name.
+    """
+    path = Path(path)
+    try:
+        for part in (path, *path.parents):
+            if part.exists():
+                if not part.is_dir():
+                    raise InputError(f"Cannot write to {shorten(path)}: {shorten(part)} is not a folder.")
+                return path
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"Cannot write to {shorten(path)}: {getattr(error, 'strerror', None) or error}.") from error
     return path
 
 
@@ -178,6 +211,42 @@ def read_text(path: str | Path, limit: int = 2**28) -> str:
     if "\0" in text:
         raise DataError(f"Could not read {shorten(path)}: it holds NUL bytes, so that it is not text.")
     return text
+
+
+def write_state(path: str | Path, content: Any) -> None:
+    """Write tensors and plain values with `torch.save`, whole or not at all.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    # torch.save reports a full disk as an error of its archive format; writing bytes gives the system's words.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def read_state(path: str | Path) -> Any:
+    """Read what `write_state` wrote: tensors on the CPU and plain values, nothing that would run code.
+
+    Raises:
+        DataError: The file is missing, damaged or not such a file. The checksums of its archive, which `torch.load`
+            does not look at, tell of a single changed bit.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise DataError(f"Could not read {shorten(path)}: it is not a regular file.")
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise DataError(f"{shorten(path)} is damaged: the checksum of its part {shorten(broken)} is wrong.")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
+    except Exception as error:
+        # A damaged archive or pickle fails in any way that its reader's bookkeeping can.
+        raise DataError(f"{shorten(path)} is damaged, or not a file of ours: {shorten(error)}.") from error
 
 
 def read_json(path: str | Path, schema: Mapping[str, Any], limit: int = 2**28) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import torch
 from probe.arrays import clustered
 from visionattn.errors import InputError
 from visionattn.probe.banks import HeadSpec
-from visionattn.probe.few_shot import few_shot, few_shot_rows
+from visionattn.probe.few_shot import FewShotResult, few_shot, few_shot_rows
+from visionattn.probe.report import percent
 from visionattn.probe.sweep import sweep
 
 
@@ -33,17 +34,23 @@ def test_few_shot(tmp_path):
     train, test = clustered(150, noise=4.0), clustered(60, noise=4.0, seed=1)
     heads = [HeadSpec("gap", optimizer="adamw", lr=0.05), HeadSpec("ep_4", optimizer="adamw", lr=0.05)]
     options = {"epochs": 5, "warmup_epochs": 1, "batch_size": 64}
-    found = few_shot(train, test, heads, [2, 10, 0.5], draws=3, state=tmp_path, **options)
+    found = few_shot(train, test, heads, [2, 10, 0.5], draws=4, state=tmp_path, **options)
     assert [(one.pooling, one.size) for one in found] == [
         (name, size) for size in (2, 10, 0.5) for name in ("gap", "ep_4")
     ]
     for one in found:
         assert len(set(one.accuracies)) > 1
-        assert one.interval.low < one.mean < one.interval.high
+        assert 0 < one.interval.low < one.mean < one.interval.high < 1
     rows = few_shot_rows(train.labels, per_class=10, draw_seed=1)
     expected = sweep(train, test, heads, rows=rows, epochs=5, warmup_epochs=1, batch_size=27)
     assert found[2].accuracies[1] == expected.chosen[0].best.accuracy
     assert found[4].mean > found[0].mean
-    assert len(list(tmp_path.iterdir())) == 9
+    assert len(list(tmp_path.iterdir())) == 12
     single = few_shot(train, test, heads, [1], draws=1, holdout=0, **options)
     assert math.isnan(single[0].interval.low)
+
+
+def test_two_draws_are_a_point_without_an_interval():
+    result = FewShotResult("gap", "last", 1, [0.22, 0.44])
+    assert all(map(math.isnan, result.interval))
+    assert percent(result.mean, result.interval) == "33.0"

@@ -135,7 +135,7 @@ def test_tokens_that_do_not_fit(tmp_path):
     for precision in PRECISIONS:
         with pytest.raises(DataError, match=r"blocks.2 are NaN .*images: 10\.$"):
             store(tmp_path / "nan", dataset, precision=precision)
-    with pytest.raises(DataError, match=r"blocks.2 are NaN .*images: \[10, 11, 12, 13, 14\]"):
+    with pytest.raises(DataError, match=r"blocks.2 are NaN .*images: 10\.$"):
         read(LiveFeatures(Backbone(vit(), image_size=32), dataset, torch.zeros(22), CLASSES), range(22))
 
 

@@ -7,6 +7,7 @@ efficient probing, are batched matrix products, and its queries, with those of o
 computed once. Any other pooling has a bank for each head.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
@@ -59,11 +60,14 @@ class HeadSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.optimizer not in ("lars", "adamw") or not self.lr > 0 or not self.weight_decay >= 0:
+        sizes = 0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf
+        if self.optimizer not in ("lars", "adamw") or not sizes:
             raise InputError(
-                "A head's optimizer is 'lars' or 'adamw', its learning rate above 0 and its weight decay 0 or more, "
-                f"but got {self}."
+                "A head's optimizer must be 'lars' or 'adamw', its learning rate a finite number above 0 and its "
+                f"weight decay a finite number, 0 or more; got {self}."
             )
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"A head's seed must be a whole number from 0 to 2^63 - 1; got {self.seed}.")
 
 
 def grid(

@@ -85,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     heads.add_argument("--epochs", type=int, default=30, help="default: 30; the paper's: 90")
     heads.add_argument("--batch-size", type=int, default=256, help="images a step (default: 256; the paper's: 4096)")
     heads.add_argument("--no-knn", action="store_true", help="leave out nearest neighbours")
+    heads.add_argument("--no-pixels", action="store_true", help="leave out the baseline of 16 x 16 pixels")
     heads.add_argument(
         "--few-shot", type=_numbers(_size), default=[1, 5, 10], metavar="LIST",
         help="images a class, or fractions such as 0.01 (default: 1,5,10; '' for none)",
@@ -142,8 +143,8 @@ def _probe(args: argparse.Namespace) -> int:
     train, test = work.features()
     extracting = time.perf_counter() - start
     found = work.sweep(train, test, specs)
-    if "tokens" not in work.seconds:  # later runs only look whether they are there
-        work.spend("tokens", extracting)
+    if "tokens" not in work.state.seconds:  # later runs only look whether they are there
+        work.state.spend("tokens", extracting)
     held_out = len(hold_out(train.labels, torch.arange(len(train)), HOLDOUT, 0)[1])
     report = Report(
         command=_command_line(args),
@@ -178,7 +179,7 @@ def _probe(args: argparse.Namespace) -> int:
         classes=images.classes,
         held_out=held_out,
         sweep=found,
-        seconds={"tokens": work.seconds["tokens"], "heads": found.seconds},
+        seconds={"tokens": work.state.seconds["tokens"], "heads": found.seconds},
         notes=[*notes, *found.notes],
         skipped=work.skipped,
     )
@@ -188,6 +189,8 @@ def _probe(args: argparse.Namespace) -> int:
         report.notes.append(f"The chosen learning rate is an end of those tried for {names}: --lrs can take more.")
     if not args.no_knn:
         work.neighbours(report, train, test)
+    if not args.no_pixels:
+        work.pixels(report)
     if args.few_shot:
         work.few_shot(report, train, test)
     if not first:
@@ -272,7 +275,7 @@ def _print(report: Report, console: Console) -> None:
     for title in ("head", "layer", "test, %", "95 % interval", "parameters", f"p against {against}"):
         table.add_column(title, justify="left" if title in ("head", "layer") else "right", no_wrap=True)
     rows: list[tuple[LayerNeighbours | HeadResult, str, str, Any, int]] = [
-        (entry, f"k-NN {entry.source}", report.layers[entry.layer].name, entry.result.chosen, 0)
+        (entry, entry.method, report.layers[entry.layer].name, entry.result.chosen, 0)
         for entry in report.best_neighbours()
     ]
     rows += [(result, result.spec.pooling, result.layer, result.best, _count(result.head)) for result in report.best()]
@@ -281,6 +284,17 @@ def _print(report: Report, console: Console) -> None:
         accuracy = percent(score.accuracy) if score else "–"
         last = "" if entry is reference else p.get(report.name(entry), "–")
         table.add_row(name, layer, accuracy, f"{low} to {high}", f"{parameters:,}", last)
+    if report.pixels is not None:
+        pixel_rows: list[tuple[str, Any, int]] = [
+            ("pixels k-NN" + (", standardised" if standardized else ""), result.chosen, 0)
+            for standardized, result in report.pixels.neighbours.items()
+        ]
+        if (linear := report.pixels.linear) is not None:
+            pixel_rows.append(("pixels linear", linear.score, linear.parameters))
+        for name, score, parameters in pixel_rows:
+            low, high = (f"{100 * end:.1f}" for end in score.interval)
+            table.add_row(name, "–", percent(score.accuracy), f"{low} to {high}", f"{parameters:,}", "–")
     console.print(table)
+    console.print(report.summary())
     for note in report.notes:
         console.print(f"note: {note}")

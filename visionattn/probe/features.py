@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import warnings
 from collections import deque
@@ -21,10 +20,12 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from visionattn.errors import ConfigError, DataError, InputError, StorageError
+from visionattn.errors import ConfigError, DataError, StorageError, shorten
+from visionattn.files import check_folder
 from visionattn.probe.backbone import Backbone
+from visionattn.probe.live import LiveFeatures, split_rows
 from visionattn.probe.loading import ImageBatch, check_share, read_batches
-from visionattn.probe.processes import rank_and_size, together
+from visionattn.probe.processes import one_writer, rank_and_size, together
 from visionattn.probe.shards import (
     FORMAT,
     Encoded,
@@ -80,14 +81,15 @@ def extract(
     batch_size: int = 64,
     num_workers: int = 0,
     shard_images: int = 1024,
+    names: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> StoredFeatures:
     """Store the tokens of a data set, or open them where they are stored already.
 
     A run that ended early goes on: finished shards are checked and kept, and with the same arguments on the same
     machine the files come out byte for byte as without the interruption. Damaged shards are computed again, with a
-    warning. Images that cannot be read are left out and listed in `meta.json`. Two runs must not write to one store.
-    Under torch.distributed all processes call this, and each computes a part of the shards.
+    warning. Images that cannot be read are left out and listed in `meta.json`. While a run writes to a store, another
+    one that would is refused. Under torch.distributed all processes call this, and each computes a part of the shards.
 
     Args:
         backbone: Gives the tokens.
@@ -102,6 +104,7 @@ def extract(
         batch_size: Images that the backbone takes at once.
         num_workers: Loading processes.
         shard_images: Images a shard; a store that was begun keeps its own.
+        names: What messages call the images; their rows if None.
         progress: Display in which a bar of images is shown.
 
     Raises:
@@ -109,7 +112,7 @@ def extract(
         InputError: The images do not have the backbone's size.
         DataError: The data set is empty, a label has no class, more than 10 % of the images cannot be read, or tokens
             are NaN, infinite or beyond the precision.
-        StorageError: The disk has no room for the tokens, or cannot be written.
+        StorageError: The disk has no room for the tokens, or cannot be written, or another run is writing there.
     """
     parts = shard_parts(backbone.layers, precision)
     if missing := [key for key in _NAMED if key not in identity]:
@@ -130,8 +133,7 @@ def extract(
     }
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     store = Path(folder) / key[:16]
-    if (store / "meta.json").exists():
-        shard_images = read_meta(store)["shard_images"]
+    check_folder(store)
     meta = {
         "identity": known,
         "classes": list(classes),
@@ -139,47 +141,114 @@ def extract(
         "layers": [asdict(layer) for layer in backbone.layers],
         "complete": False,
     }
+    finished = _find_store(store, meta)
+    if all(together(lambda: finished)):
+        found = [entry for part in together(lambda: _look(store, parts, meta)) for entry in part.values()]
+        if all(found):
+            return StoredFeatures(store, verify=False)
+    with one_writer(store):
+        _find_store(store, meta)
+        _fill(backbone, dataset, store, parts, meta, batch_size, num_workers, names, progress)
+    return StoredFeatures(store, verify=False)
 
+
+def _find_store(store: Path, meta: dict[str, Any]) -> bool:
+    """Take the size of shards from a store that was begun, and say whether it was finished.
+
+    What `meta.json` says of the images must be what they are; if it does not, every shard is extracted again.
+    """
+    if not (store / "meta.json").exists():
+        return False
+    try:
+        found = read_meta(store)
+    except DataError as error:
+        warnings.warn(f"{error} The shards that fit are kept.", stacklevel=3)
+        return False
+    if found["identity"] != _plain(meta["identity"]):
+        raise DataError(f"{shorten(store)} holds the tokens of other images or of another backbone: delete it.")
+    meta["shard_images"] = found["shard_images"]
+    return found["complete"] and found["classes"] == meta["classes"] and found["layers"] == _plain(meta["layers"])
+
+
+def _plain(value: Any) -> Any:
+    """What JSON makes of a value: lists of tuples."""
+    return json.loads(json.dumps(value))
+
+
+def _spans(meta: Mapping[str, Any]) -> dict[int, range]:
+    """Rows of each shard."""
+    images, size = meta["identity"]["images"], meta["shard_images"]
+    return {number: range(first, min(first + size, images)) for number, first in enumerate(range(0, images, size))}
+
+
+def _look(store: Path, parts: Sequence[ShardPart], meta: Mapping[str, Any]) -> dict[int, dict[str, Any] | None]:
+    """What the summaries of this process's shards say after their files were checked; None for what is to be done."""
     process, processes = rank_and_size()
-    missing_shards, skipped = [], []
-    for shard in range(process, math.ceil(images / shard_images), processes):
+    found = {}
+    for shard, rows in _spans(meta).items():
+        if shard % processes != process:
+            continue
         try:
-            content = open_shard(store, shard, parts, verify=True)
+            found[shard] = open_shard(store, shard, parts, rows, len(meta["classes"]), verify=True)
         except DataError as error:
-            warnings.warn(f"{error} Shard {shard} is extracted again.", stacklevel=2)
-            content = None
-        if content is None:
-            missing_shards.append(shard)
-            # What a damaged shard left must not stand as finished while it is overwritten.
-            summary_file(store, shard).unlink(missing_ok=True)
-        else:
-            skipped += content["skipped"]
-    rows = {shard: range(shard * shard_images, min((shard + 1) * shard_images, images)) for shard in missing_shards}
-    needed = sum(together(lambda: estimate(backbone, sum(map(len, rows.values())), precision)))
+            warnings.warn(f"{error} Shard {shard} is extracted again.", stacklevel=4)
+            found[shard] = None
+    return found
+
+
+def _fill(
+    backbone: Backbone,
+    dataset: Any,
+    store: Path,
+    parts: Sequence[ShardPart],
+    meta: dict[str, Any],
+    batch_size: int,
+    num_workers: int,
+    names: Sequence[str] | None,
+    progress: Progress | None,
+) -> None:
+    """Extract what a store lacks."""
+    found = _look(store, parts, meta)
+    spans = _spans(meta)
+    rows = {shard: spans[shard] for shard, content in found.items() if content is None}
+    skipped = [entry for content in found.values() if content for entry in content["skipped"]]
+    needed = sum(together(lambda: estimate(backbone, sum(map(len, rows.values())), meta["identity"]["precision"])))
     free = _free(store)
     if needed > free:
         raise StorageError(
-            f"The tokens would take {_gigabytes(needed)}, and {folder} has {_gigabytes(free)} free. Compute them at "
-            "each pass (LiveFeatures), or store them in int8 at half the size of fp16."
+            f"The tokens would take {_gigabytes(needed)}, and {shorten(store.parent)} has {_gigabytes(free)} free. "
+            "Compute them at each pass (LiveFeatures), or store them in int8 at half the size of fp16."
         )
 
     def describe() -> None:
-        if process == 0:
+        if rank_and_size()[0] == 0:
             write_json(store / "meta.json", meta, indent=2)
 
     def write() -> list[tuple[int, str]]:
+        for shard in rows:
+            # What a damaged shard left must not stand as finished while it is overwritten.
+            summary_file(store, shard).unlink(missing_ok=True)
         if rows:
             _write_shards(
-                backbone, dataset, store, parts, rows, skipped, batch_size, num_workers, len(classes), progress
+                backbone,
+                dataset,
+                store,
+                parts,
+                rows,
+                skipped,
+                batch_size,
+                num_workers,
+                len(meta["classes"]),
+                names,
+                progress,
             )
         return skipped
 
     if needed:
         together(describe)
     skipped = sorted(entry for part in together(write) for entry in part)
-    meta |= {"complete": True, "readable": images - len(skipped), "skipped": skipped}
+    meta |= {"complete": True, "readable": meta["identity"]["images"] - len(skipped), "skipped": skipped}
     together(describe)
-    return StoredFeatures(store, verify=False)
 
 
 def _write_shards(
@@ -192,6 +261,7 @@ def _write_shards(
     batch_size: int,
     num_workers: int,
     num_classes: int,
+    names: Sequence[str] | None,
     progress: Progress | None,
 ) -> None:
     """Extract shards, given the rows of each, and add to `skipped` the images that cannot be read."""
@@ -203,7 +273,7 @@ def _write_shards(
     # Checking and writing a batch overlaps with computing the next.
     with ThreadPoolExecutor(1) as writer:
         for number, shard_cuts in cuts.items():
-            with ShardWriter(store, number, backbone.layers, parts) as shard:
+            with ShardWriter(store, number, backbone.layers, parts, names) as shard:
                 pending: deque[Future] = deque()
                 try:
                     for _ in shard_cuts:
@@ -274,13 +344,13 @@ class StoredFeatures(Features):
             raise DataError(f"The extraction to {folder} did not finish. {again}")
         self.layers = tuple(Layer(**{**layer, "grid": tuple(layer["grid"])}) for layer in self.meta["layers"])
         self.classes = tuple(self.meta["classes"])
-        self.skipped = [(row, reason) for row, reason in self.meta["skipped"]]
+        self.skipped = self.meta["skipped"]
         self._parts = shard_parts(self.layers, self.meta["identity"]["precision"])
         labels: list[int] = []
         self._starts = [0]
-        for shard in range(math.ceil(self.meta["identity"]["images"] / self.meta["shard_images"])):
+        for shard, rows in _spans(self.meta).items():
             try:
-                content = open_shard(self.folder, shard, self._parts, verify)
+                content = open_shard(self.folder, shard, self._parts, rows, len(self.classes), verify)
             except DataError as error:
                 raise DataError(f"{error} {again}") from error
             if content is None:
@@ -327,7 +397,7 @@ class StoredFeatures(Features):
             InputError: There is no such row.
         """
         int8 = self._parts[0].dtype == torch.int8
-        for some in _split(rows, batch_size, len(self)):
+        for some in split_rows(rows, batch_size, len(self)):
             shards = torch.searchsorted(self._bounds, some, right=True).tolist()
             places = sorted(
                 (shard, row - self._starts[shard], place)
@@ -339,70 +409,3 @@ class StoredFeatures(Features):
                 found = scales if part.name.endswith(".scale") else tokens
                 found[part.layer][part.field] = self._gather(part, places)
             yield some, [Tokens(**layer) for layer in tokens], [Tokens(**layer) for layer in scales] if int8 else None
-
-
-class LiveFeatures(Features):
-    """Tokens that the backbone computes at each pass, given as float32 on its device.
-
-    Args:
-        backbone: Gives the tokens.
-        dataset: Map-style data set of (normalised float image (C, H, W), int label), without random augmentation.
-        labels: Class of each image, int64 (n,).
-        classes: Names of the classes.
-        num_workers: Loading processes.
-
-    Raises:
-        InputError: There are not as many labels as images.
-    """
-
-    def __init__(
-        self, backbone: Backbone, dataset: Any, labels: Tensor, classes: Sequence[str], num_workers: int = 0
-    ) -> None:
-        if len(labels) != len(dataset):
-            raise InputError(f"There are {len(labels)} labels for {len(dataset)} images.")
-        self.backbone = backbone
-        self.dataset = dataset
-        self.layers = backbone.layers
-        self.labels = labels
-        self.classes = tuple(classes)
-        self.num_workers = num_workers
-
-    def batches(self, rows: Tensor, batch_size: int) -> Iterator[tuple[Tensor, list[Tokens]]]:
-        """See `Features.batches`. The backbone takes a batch at once.
-
-        Raises:
-            InputError: There is no such row, or images do not have the backbone's size.
-            DataError: An image cannot be read, or its tokens are NaN or infinite.
-        """
-        split = _split(rows, batch_size, len(self))
-        loaded = read_batches(
-            self.dataset, self.backbone.image_size, [some.tolist() for some in split], self.num_workers
-        )
-        for some, batch in zip(split, loaded):
-            if batch.skipped:
-                row, reason = batch.skipped[0]
-                raise DataError(
-                    f"Image {row} cannot be read: {reason} find_readable() lists the images that can; take these only."
-                )
-            assert batch.images is not None
-            tokens = [
-                Tokens._make(None if part is None else part.float() for part in found)
-                for found in self.backbone(batch.images)
-            ]
-            for layer, found in zip(self.layers, tokens):
-                if not all(part.isfinite().all() for part in found if part is not None):
-                    raise DataError(
-                        f"Tokens of the layer {layer.name} are NaN or infinite. Check the backbone's weights, and "
-                        f"compute without autocast or in bfloat16. They are among the images: {some.tolist()}."
-                    )
-            yield some, tokens
-
-
-def _split(rows: Tensor, batch_size: int, count: int) -> tuple[Tensor, ...]:
-    """Cut rows into batches, if there are such rows."""
-    if len(rows) == 0:
-        return ()
-    low, high = rows.min().item(), rows.max().item()
-    if low < 0 or high >= count:
-        raise InputError(f"There are the rows 0 to {count - 1}; asked for {low} to {high}.")
-    return rows.split(batch_size)

@@ -11,7 +11,7 @@ import torch
 
 from visionattn.errors import InputError
 from visionattn.probe.banks import HeadSpec
-from visionattn.probe.statistics import Interval, t_interval
+from visionattn.probe.statistics import Interval, share_interval
 from visionattn.probe.sweep import hold_out, sweep
 from visionattn.probe.tokens import Features
 
@@ -41,8 +41,8 @@ class FewShotResult:
 
     @property
     def interval(self) -> Interval:
-        """Student's 95 % t interval of the mean; NaN for a single draw."""
-        return t_interval(self.accuracies)
+        """95 % interval of the mean, within [0, 1]; NaN for fewer than 4 draws (see `share_interval`)."""
+        return share_interval(self.accuracies)
 
 
 def few_shot_rows(

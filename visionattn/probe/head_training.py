@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from timm.optim import Lars
 
-from visionattn.errors import DataError, InputError
-from visionattn.files import atomic_path
+from visionattn.errors import DataError, InputError, shorten
+from visionattn.files import read_state, write_state
 from visionattn.probe.banks import Head, HeadSpec, bank_tokens, create_head, group_logits, make_banks
 from visionattn.probe.results import HeadResult, Score
 from visionattn.probe.tokens import Features, Tokens
@@ -277,22 +277,33 @@ class HeadTraining:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             **{name: getattr(self, name) for name in KEPT},
         }
-        with atomic_path(self.state) as temporary:
-            torch.save(content, temporary)
+        write_state(self.state, content)
 
     def _resume(self) -> None:
         if self.state is None or not self.state.exists():
             return
         try:
-            content = torch.load(self.state, map_location="cpu", weights_only=True)
-            identity = content["identity"]
-        except Exception as error:
-            raise DataError(f"{self.state} is no state of a sweep: {error} Delete it to start anew.") from error
-        if identity != self._identity():
+            content = read_state(self.state)
+            if content["identity"] != self._identity():
+                raise InputError("belongs to another sweep")
+            self._take(content)
+        except InputError as error:
             raise DataError(
-                f"{self.state} belongs to a sweep over other images, heads or settings: delete it to start anew, or "
-                "name another file."
-            )
+                f"{shorten(self.state)} belongs to a sweep over other images, heads or settings: delete it to start "
+                "anew, or name another file."
+            ) from error
+        except Exception as error:
+            # What is no state can lack any entry, or have it of any type or shape.
+            raise DataError(
+                f"{shorten(self.state)} is not a state of a sweep: {shorten(error)} Delete it to start anew."
+            ) from error
+
+    def _take(self, content: dict[str, Any]) -> None:
+        """Go on from what was saved."""
+        count = len(self.specs)
+        lists = all(len(content[name]) == count for name in ("held_out", "best_epoch", "best", "diverged"))
+        if not lists or not 0 <= content["epoch"] <= self.epochs or not content["seconds"] >= 0:
+            raise DataError("It has other numbers of heads or epochs.")
         for head, weights in zip(self.heads, content["heads"], strict=True):
             head.load_state_dict(weights)
         for optimizer, kept in zip(self.optimizers, content["optimizers"], strict=True):

@@ -3,6 +3,9 @@ r"""Exact nearest-neighbour classification of frozen features.
     s_ij  = x_i . t_j / (|x_i| |t_j|)                      x_i a test image's vector, t_j a training image's
     p_ic  proportional to sum over the k largest s_ij of exp(s_ij / T) [label of j is c]
 
+Cosines are led by the channels of the largest magnitude, and some backbones put most of a vector's energy into a few.
+With `standardize`, each channel is first shifted and scaled to mean 0 and deviation 1 over the training images.
+
 Of images that are equally near, the one with the lower row counts first; of classes with equal votes, the lower wins.
 The vote is counted in float64. k and T are chosen by training images that are held out, whose neighbours are the other
 training images; test images vote among all.
@@ -18,19 +21,20 @@ Source: the weighted vote is that of Wu et al., arXiv 1805.01978, and of DINO, a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rich.progress import Progress
 
 from visionattn.errors import DataError, InputError
 from visionattn.probe.processes import rank_and_size, together
 from visionattn.probe.statistics import Interval, wilson_interval
 from visionattn.probe.sweep import hold_out
-from visionattn.probe.tokens import Features
+from visionattn.probe.tokens import Features, Tokens
 
-__all__ = ["Neighbours", "NeighboursResult", "nearest_neighbours"]
+__all__ = ["ChannelStatistics", "Neighbours", "NeighboursResult", "channel_statistics", "nearest_neighbours"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,58 @@ class NeighboursResult:
         ]
 
 
+class ChannelStatistics(NamedTuple):
+    """Mean and deviation of each channel of images' vectors, float64 (D,); the deviation of a constant channel is 1."""
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+
+def channel_statistics(features: Features, batch_size: int = 4096) -> dict[tuple[int, str], ChannelStatistics]:
+    """Read all images once, and give the statistics of the vectors at each layer, for `nearest_neighbours`.
+
+    Args:
+        features: Training images.
+        batch_size: Images at once.
+
+    Returns:
+        By the index of the layer and the source, `"class"` or `"mean"`.
+
+    Raises:
+        DataError: Tokens are not finite.
+    """
+    sums: dict[tuple[int, str], torch.Tensor] = {}  # (2, D), of the values and of their squares, less a first guess
+    first: dict[tuple[int, str], torch.Tensor] = {}
+    for numbers, tokens in features.batches(torch.arange(len(features)), batch_size):
+        for layer, given in enumerate(tokens):
+            for source in ("class", "mean") if given.class_token is not None else ("mean",):
+                vectors = _pooled(given, source, numbers, torch.device("cpu")).double()
+                # Squares of a channel far from 0 would swallow its deviation.
+                vectors = vectors - first.setdefault((layer, source), vectors.mean(0))
+                more = torch.stack([vectors.sum(0), vectors.square().sum(0)])
+                sums[layer, source] = sums[layer, source] + more if (layer, source) in sums else more
+    found = {}
+    for key, (total, squares) in sums.items():
+        shift = total / len(features)
+        mean, deviation = first[key] + shift, (squares / len(features) - shift.square()).clamp_min(0).sqrt()
+        varies = deviation > 1e-6 * mean.abs()  # less is the rounding of float32
+        found[key] = ChannelStatistics(mean, torch.where(varies, deviation, 1.0))
+    return found
+
+
+def _pooled(tokens: Tokens, source: str, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The class token, or the mean of the patches, (B, D), in float32 or float64."""
+    vector = tokens.class_token if source == "class" else tokens.patches
+    if vector is None:
+        raise InputError("The features have no class token, although their layer says so.")
+    vector = vector.to(device, torch.promote_types(vector.dtype, torch.float32))
+    vector = vector if source == "class" else vector.mean(dim=1)
+    if not vector.isfinite().all():
+        broken = rows[~vector.isfinite().all(1).cpu()].tolist()
+        raise DataError(f"The tokens of {len(broken)} images are not finite, the first of them row {broken[0]}.")
+    return vector
+
+
 def nearest_neighbours(
     train: Features,
     test: Features,
@@ -101,6 +157,8 @@ def nearest_neighbours(
     test_chunk: int = 512,
     device: str | torch.device = "cpu",
     process_group: dist.ProcessGroup | None = None,
+    standardize: bool | ChannelStatistics = False,
+    progress: Progress | None = None,
 ) -> NeighboursResult:
     """Classify test images by their nearest training images (see the module).
 
@@ -119,6 +177,9 @@ def nearest_neighbours(
         device: Where products are formed.
         process_group: Whose processes divide the test images; the default group if None, where torch.distributed has
             been initialised. Every process gets the whole result.
+        standardize: Compare channels of mean 0 and deviation 1 over the training images. True reads these once more;
+            the statistics that `channel_statistics` gave of them can be handed over.
+        progress: Where a bar appears.
 
     Raises:
         InputError: The features or settings do not allow it; the message says why.
@@ -142,7 +203,10 @@ def nearest_neighbours(
     if not len(held) and len(pairs) > 1:
         raise InputError("No training image is held out, so that nothing can choose: hold out some, or give one pair.")
 
-    search = _Search(train, layer, source, max(ks), train_chunk, torch.device(device))
+    if standardize is True:
+        standardize = channel_statistics(train, train_chunk)[layer % len(layers), source]
+    statistics = standardize if isinstance(standardize, ChannelStatistics) else None
+    search = _Search(train, layer, source, max(ks), train_chunk, torch.device(device), statistics, progress)
     queries = [(train, held, True)] if len(held) else []
     queries.append((test, torch.arange(len(test)), False))
     blocks = [(features, rows, alone) for features, all_rows, alone in queries for rows in all_rows.split(test_chunk)]
@@ -175,9 +239,20 @@ def nearest_neighbours(
 class _Search:
     """The k nearest training images of blocks of queries."""
 
-    def __init__(self, train: Features, layer: int, source: str, k: int, chunk: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        train: Features,
+        layer: int,
+        source: str,
+        k: int,
+        chunk: int,
+        device: torch.device,
+        statistics: ChannelStatistics | None,
+        progress: Progress | None,
+    ) -> None:
         self.train, self.layer, self.source, self.k = train, layer, source, k
-        self.chunk, self.device = chunk, device
+        self.chunk, self.device, self.progress = chunk, device, progress
+        self.statistics = statistics
 
     def run(
         self, blocks: list[tuple[Features, torch.Tensor, bool]], held: torch.Tensor, size: int
@@ -191,6 +266,7 @@ class _Search:
         absent = torch.zeros(len(self.train), dtype=torch.bool)
         absent[held] = True
         best: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(blocks)
+        bar = self.progress.add_task("neighbours", total=len(self.train)) if self.progress is not None else None
         for rows in torch.arange(len(self.train)).split(self.chunk):
             vectors = self._vectors(self.train, rows, self.chunk)
             for number, (_, _, alone) in enumerate(blocks):
@@ -203,6 +279,10 @@ class _Search:
                     similarity = torch.cat([before[0], similarity], dim=1)
                     places = torch.cat([before[1], places], dim=1)
                 best[number] = _largest(similarity, places, self.k)
+            if self.progress is not None and bar is not None:
+                self.progress.advance(bar, len(rows))
+        if self.progress is not None and bar is not None:
+            self.progress.remove_task(bar)
         found = []
         for (_, rows, _), result in zip(blocks, best, strict=True):
             if result is not None:
@@ -213,17 +293,10 @@ class _Search:
         """Unit vectors (size, D) of up to so many images, zeros below them: the products have one shape."""
         parts = []
         for numbers, tokens in features.batches(rows, size):
-            given = tokens[self.layer]
-            vector = given.class_token if self.source == "class" else given.patches
-            if vector is None:
-                raise InputError("The features have no class token, although their layer says so.")
-            vector = vector.to(self.device, torch.promote_types(vector.dtype, torch.float32))
-            vector = vector if self.source == "class" else vector.mean(dim=1)
-            if not vector.isfinite().all():
-                broken = numbers[~vector.isfinite().all(1).cpu()].tolist()
-                raise DataError(
-                    f"The tokens of {len(broken)} images are not finite, the first of them row {broken[0]}."
-                )
+            vector = _pooled(tokens[self.layer], self.source, numbers, self.device)
+            if self.statistics is not None:
+                mean, deviation = (part.to(vector) for part in self.statistics)
+                vector = (vector - mean) / deviation
             parts.append(F.normalize(vector, dim=1))
         vectors = torch.cat(parts)
         return F.pad(vectors, (0, 0, 0, size - len(vectors)))

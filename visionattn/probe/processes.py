@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from visionattn.errors import VisionAttnError
+from visionattn.files import exclusive
 
-__all__ = ["rank_and_size", "together"]
+__all__ = ["one_writer", "rank_and_size", "together"]
 
 T = TypeVar("T")
 
@@ -48,3 +51,20 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
         if raised is not None:
             raise raised
     return [result for result, _ in everything]
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder for this run, whose first process takes the lock.
+
+    Raises:
+        StorageError: Another run writes to it, or nothing can be written there.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            if rank_and_size()[0] == 0:
+                stack.enter_context(exclusive(folder))
+
+        together(enter)
+        yield

@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from visionattn.errors import CheckpointError
+from visionattn.errors import CheckpointError, shorten
 from visionattn.files import atomic_path
 from visionattn.probe.banks import Head
 from visionattn.probe.few_shot import FewShotResult
 from visionattn.probe.knn import NeighboursResult
+from visionattn.probe.pixels import SIDE, PixelBaseline, PixelComparison
 from visionattn.probe.poolings import create_pooling
 from visionattn.probe.results import HeadResult, SweepResult
 from visionattn.probe.statistics import Interval, bootstrap_interval, mcnemar_test, wilson_interval
 from visionattn.probe.tokens import Layer
+from visionattn.weights import mismatches
 
 __all__ = [
     "LayerNeighbours",
@@ -47,11 +49,18 @@ class LayerNeighbours(NamedTuple):
         layer: Index into the features' layers.
         source: `"class"` or `"mean"`.
         result: What was found.
+        standardized: Whether channels were shifted and scaled to mean 0 and deviation 1.
     """
 
     layer: int
     source: str
     result: NeighboursResult
+    standardized: bool = False
+
+    @property
+    def method(self) -> str:
+        """What tables call it."""
+        return f"k-NN {self.source}" + (", standardised" if self.standardized else "")
 
 
 class Skipped(NamedTuple):
@@ -101,6 +110,7 @@ class Report:
         notes: In words.
         skipped: Images that could not be read.
         maps: Files below the folder, with what each shows.
+        pixels: The baseline without a network; None where it was left out.
     """
 
     command: str
@@ -119,12 +129,13 @@ class Report:
     notes: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     maps: list[tuple[str, str]] = field(default_factory=list)
+    pixels: PixelBaseline | None = None
 
     def name(self, result: HeadResult | LayerNeighbours) -> str:
         """What a head, or a k-NN, is called: its layer is said where several were read."""
         several = len(self.layers) > 1
         if isinstance(result, LayerNeighbours):
-            return f"k-NN {result.source}" + (f" at {self.layers[result.layer].name}" if several else "")
+            return result.method + (f" at {self.layers[result.layer].name}" if several else "")
         return result.spec.pooling + (f" at {result.layer}" if several else "")
 
     def best(self) -> list[HeadResult]:
@@ -137,12 +148,12 @@ class Report:
         return list(found.values())
 
     def best_neighbours(self) -> list[LayerNeighbours]:
-        """Of each source of vectors the k-NN at the layer with the highest held-out accuracy."""
+        """Of each source of vectors, as it is and standardised, the k-NN at the layer that held-out images prefer."""
         found: dict[str, LayerNeighbours] = {}
         for entry in self.neighbours:
-            other = found.get(entry.source)
+            other = found.get(entry.method)
             if other is None or entry.result.chosen.held_out_accuracy > other.result.chosen.held_out_accuracy:
-                found[entry.source] = entry
+                found[entry.method] = entry
         return list(found.values())
 
     def reference(self) -> HeadResult | None:
@@ -173,14 +184,90 @@ class Report:
             tests.append(PairedTest(name, float(scores.mean()), interval, raw[name], holm[name]))
         return tests
 
+    def pixel_comparisons(self) -> list[PixelComparison]:
+        """The pixels against the backbone: k-NN against its best k-NN, linear against its best linear head.
+
+        Without a linear head among those that were trained, against the best of all heads.
+        """
+        found: list[PixelComparison] = []
+        if self.pixels is None:
+            return found
+
+        def compare(method: str, pixels: Tensor, name: str, backbone: Tensor) -> None:
+            p = mcnemar_test(pixels.numpy(), backbone.numpy())
+            found.append(
+                PixelComparison(method, float(pixels.double().mean()), name, float(backbone.double().mean()), p)
+            )
+
+        best_entry = max(self.best_neighbours(), key=lambda entry: entry.result.chosen.held_out_accuracy, default=None)
+        if best_entry is not None and self.pixels.neighbours:
+            pixels = self.pixels.best_neighbours[1].chosen.correct
+            compare("k-NN", pixels, self.name(best_entry), best_entry.result.chosen.correct)
+        heads = [result for result in self.best() if result.best is not None]
+        heads = [result for result in heads if result.spec.pooling in ("cls", "gap")] or heads
+        best_head = max(heads, key=lambda result: result.held_out_accuracy, default=None)
+        if self.pixels.linear is not None and best_head is not None and best_head.best is not None:
+            compare("linear", self.pixels.linear.score.correct, self.name(best_head), best_head.best.correct)
+        return found
+
+    def summary(self) -> str:
+        """The result in a line: the best by held-out images, and whether pixels alone do better."""
+        reference = max(self.best(), key=lambda result: result.held_out_accuracy, default=None)
+        words = "All heads diverged."
+        if reference is not None and reference.best is not None:
+            score = reference.best
+            words = f"Best head: {self.name(reference)}, {percent(score.accuracy, score.interval)} %."
+        compared = self.pixel_comparisons()
+        wins = [str(one) for one in compared if one.pixels_win]
+        if wins:
+            return f"{words} {SIDE} x {SIDE} pixels beat the backbone: {'; '.join(wins)}."
+        if compared:
+            words += f" {SIDE} x {SIDE} pixels: {'; '.join(map(str, compared))}."
+        return words
+
+    def _pixel_records(self) -> list[dict[str, Any]]:
+        """Rows of the baseline, as those of k-NN and heads."""
+        if self.pixels is None:
+            return []
+        place = {"pooling": "pixels", "layer": f"{SIDE} x {SIDE} pixels", "layer_index": None}
+        rows: list[dict[str, Any]] = []
+        for standardized, result in self.pixels.neighbours.items():
+            for row in result.rows():
+                accuracy = {key.replace("test_accuracy", "test_best"): value for key, value in row.items()}
+                rows.append({"method": "pixels k-NN", **place, "standardized": standardized, **accuracy})
+        if (linear := self.pixels.linear) is not None:
+            score, spec = linear.score, linear.spec
+            settings = {"optimizer": spec.optimizer, "lr": spec.lr, "weight_decay": spec.weight_decay}
+            rows.append(
+                {
+                    "method": "pixels head",
+                    **place,
+                    **settings,
+                    "seed": spec.seed,
+                    "chosen": True,
+                    "pooling_parameters": 0,
+                    "classifier_parameters": linear.parameters,
+                    "epochs": self.sweep.epochs,
+                    "best_epoch": linear.best_epoch,
+                    "held_out_accuracy": linear.held_out_accuracy,
+                    "test_best": score.accuracy,
+                    "test_best_low": score.interval.low,
+                    "test_best_high": score.interval.high,
+                    "calibration_error": score.calibration_error,
+                    "nll": float(score.nll.mean()),
+                }
+            )
+        return rows
+
     def records(self) -> list[dict[str, Any]]:
-        """A row a head, k-NN first; what a row has not is None."""
+        """A row a head, k-NN first and pixels last; what a row has not is None."""
         rows: list[dict[str, Any]] = []
         for entry in self.neighbours:
             for row in entry.result.rows():
                 accuracy = {key.replace("test_accuracy", "test_best"): value for key, value in row.items()}
                 method = {"method": "k-NN", "pooling": entry.source, "layer": self.layers[entry.layer].name}
-                rows.append({**method, "layer_index": self.indices[entry.layer], **accuracy})
+                index = self.indices[entry.layer]
+                rows.append({**method, "layer_index": index, "standardized": entry.standardized, **accuracy})
         chosen = {id(result) for result in self.sweep.chosen}
         for result, row in zip(self.sweep.heads, self.sweep.rows()):
             index = self.indices[result.spec.layer]
@@ -191,6 +278,7 @@ class Report:
             rows.append(
                 {"method": "head", **row, "layer_index": index, "nll_low": interval.low, "nll_high": interval.high}
             )
+        rows += self._pixel_records()
         for row in rows:
             held = row["held_out_accuracy"]
             missing = Interval(math.nan, math.nan)
@@ -215,6 +303,10 @@ class Report:
                 {**asdict(result), "mean": result.mean, "low": result.interval.low, "high": result.interval.high}
                 for result in self.few_shot
             ],
+            "pixels": [
+                {**one._asdict(), "pixels_win": one.pixels_win} for one in self.pixel_comparisons()
+            ],
+            "summary": self.summary(),
             "compared": None if reference is None else self.name(reference),
             "tests": [
                 {**test._asdict(), "interval": list(test.interval)} for test in self.tests()
@@ -265,11 +357,9 @@ def write_head(report: Report, result: HeadResult, folder: Path) -> None:
         "command": report.command,
     }
     with atomic_path(path) as temporary:
-        save_file(
-            {key: value.contiguous() for key, value in result.head.state_dict().items()},
-            str(temporary),
-            {"visionattn_head": json.dumps(facts, ensure_ascii=False)},
-        )
+        # Writing bytes gives the system's words for a full disk.
+        state = {key: value.contiguous() for key, value in result.head.state_dict().items()}
+        temporary.write_bytes(save(state, {"visionattn_head": json.dumps(facts, ensure_ascii=False)}))
     data, backbone = report.data, report.backbone
     low, high = best.interval if best else (math.nan, math.nan)
     accuracy = percent(best.accuracy, (low, high)) if best else "–"
@@ -305,18 +395,29 @@ def load_head(file: str | Path) -> Head:
     Raises:
         CheckpointError: There is no such file, or it is no head.
     """
-    if not Path(file).is_file():
-        raise CheckpointError(f"There is no file {file}.")
     try:
+        if not Path(file).is_file():
+            raise CheckpointError(f"There is no file {shorten(file)}.")
         with safe_open(str(file), "pt") as content:
             facts = json.loads((content.metadata() or {})["visionattn_head"])
             state: dict[str, Tensor] = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
         layer = facts["layer"]
+
+        def build() -> Head:
+            return Head(create_pooling(facts["pooling"], layer["dim"], tuple(layer["grid"])), len(facts["classes"]))
+
+        with torch.device("meta"):  # sizes that the weights do not have would ask for any memory
+            wrong = mismatches(state, build().state_dict())
+        if wrong:
+            raise ValueError("; ".join(wrong[:3]))
         with torch.random.fork_rng(devices=[]):
-            pooling = create_pooling(facts["pooling"], layer["dim"], tuple(layer["grid"]))
-            head = Head(pooling, len(facts["classes"]))
-        head = head.to(state["classifier.weight"].dtype)
+            head = build().to(state["classifier.weight"].dtype)
         head.load_state_dict(state)
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{file} is no head that `visionattn probe` wrote: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # A damaged file, and metadata that anybody can write, fail in any way.
+        raise CheckpointError(
+            f"{shorten(file)} is not a head that `visionattn probe` wrote: {shorten(error)}"
+        ) from error
     return head.eval()

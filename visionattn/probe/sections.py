@@ -8,9 +8,10 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 from visionattn.probe.knn import Neighbours
+from visionattn.probe.pixels import SIDE, PixelHead
 from visionattn.probe.report import Report, percent
 from visionattn.probe.results import HeadResult
-from visionattn.probe.statistics import Interval, bootstrap_interval, t_interval, wilson_interval
+from visionattn.probe.statistics import FEWEST_DRAWS, Interval, bootstrap_interval, share_interval, wilson_interval
 
 __all__ = ["CurvePoint", "Curves", "Section", "make_sections"]
 
@@ -62,6 +63,7 @@ def make_sections(report: Report) -> list[Section]:
                 f"{report.held_out:,} of which chose, and {data['test_images']:,} test images of "
                 f"{len(report.classes):,} classes, {data['transform']}.",
                 f"{len(report.sweep.heads)} heads trained together for {report.sweep.epochs} epochs. Time: {seconds}.",
+                report.summary(),
             ],
         ),
         Section(
@@ -69,7 +71,10 @@ def make_sections(report: Report) -> list[Section]:
             [
                 "The best head of each pooling and layer, by the held-out images, which chose its epoch too. Brackets "
                 "are 95 % intervals: Wilson's for accuracies, bootstrapped over images for the negative log-likelihood "
-                "(NLL, nats, of the chosen epoch), Student's over seeds. Parameters are pooling and classifier."
+                f"(NLL, nats, of the chosen epoch), Student's on the logit scale over {FEWEST_DRAWS} seeds or more. "
+                "Parameters are pooling and classifier. Standardised k-NN compares channels of mean 0 and deviation 1 "
+                f"over the training images. Rows of pixels have no backbone: each image averaged to {SIDE} x {SIDE} "
+                "pixels, with the settings of the heads."
             ],
             _heads_table(report),
         ),
@@ -95,7 +100,7 @@ def make_sections(report: Report) -> list[Section]:
         series: dict[str, list[CurvePoint]] = {}
         for entry in report.neighbours:
             pair = entry.result.chosen
-            series.setdefault(f"k-NN {entry.source}", []).append(CurvePoint(entry.layer, pair.accuracy, pair.interval))
+            series.setdefault(entry.method, []).append(CurvePoint(entry.layer, pair.accuracy, pair.interval))
         for result in report.sweep.chosen:
             if result.best is not None:
                 point = CurvePoint(result.spec.layer, result.best.accuracy, result.best.interval)
@@ -131,9 +136,7 @@ def _heads_table(report: Report) -> list[list[str]]:
         table[0].append("test over seeds, %")
     for entry in report.neighbours:
         pair, layer = entry.result.chosen, report.layers[entry.layer].name
-        settings = f"k {pair.k}, T {pair.temperature:g}"
-        row = [f"k-NN {entry.source}", layer, settings, _held_out(report, pair), percent(pair.accuracy, pair.interval)]
-        table.append([*row, "", "", "0", *[""] * several])
+        table.append([*_neighbours_row(report, entry.method, layer, pair), *[""] * several])
     for result in report.sweep.chosen:
         spec, best, last = result.spec, result.best, result.last
         settings = f"lr {spec.lr:g}, decay {spec.weight_decay:g}, epoch {result.best_epoch}"
@@ -157,12 +160,28 @@ def _heads_table(report: Report) -> list[list[str]]:
                 for other in report.sweep.heads
                 if other.best is not None and asdict(other.spec) == {**asdict(spec), "seed": other.spec.seed}
             ]
-            row.append(percent(sum(alike) / len(alike), t_interval(alike)) if alike else "–")
+            row.append(percent(sum(alike) / len(alike), share_interval(alike)) if alike else "–")
         table.append(row)
+    if report.pixels is not None:
+        for standardized, result in report.pixels.neighbours.items():
+            method = "pixels k-NN" + (", standardised" if standardized else "")
+            table.append([*_neighbours_row(report, method, "–", result.chosen), *[""] * several])
+        if (linear := report.pixels.linear) is not None:
+            spec, score = linear.spec, linear.score
+            settings = f"lr {spec.lr:g}, decay {spec.weight_decay:g}, epoch {linear.best_epoch}"
+            held, accuracy = _held_out(report, linear), percent(score.accuracy, score.interval)
+            nll = f"{float(score.nll.mean()):.3f}"
+            row = ["pixels linear", "–", settings, held, accuracy, "", nll, f"{linear.parameters:,}"]
+            table.append([*row, *[""] * several])
     return table
 
 
-def _held_out(report: Report, result: HeadResult | Neighbours) -> str:
+def _neighbours_row(report: Report, method: str, layer: str, pair: Neighbours) -> list[str]:
+    settings, held = f"k {pair.k}, T {pair.temperature:g}", _held_out(report, pair)
+    return [method, layer, settings, held, percent(pair.accuracy, pair.interval), "", "", "0"]
+
+
+def _held_out(report: Report, result: HeadResult | Neighbours | PixelHead) -> str:
     accuracy = result.held_out_accuracy
     if not math.isfinite(accuracy):
         return "–"
@@ -180,9 +199,14 @@ def _few_shot_section(report: Report) -> Section:
         cells.setdefault(name, {})[result.size] = percent(result.mean, result.interval)
     table = [["head", *labels], *([name, *(row.get(size, "–") for size in sizes)] for name, row in cells.items())]
     draws = max(len(result.accuracies) for result in report.few_shot)
+    sure = (
+        ", with Student's 95 % interval on the logit scale"
+        if draws >= FEWEST_DRAWS
+        else f"; fewer than {FEWEST_DRAWS} have no interval"
+    )
     words = (
-        f"Test accuracy in %, mean of {draws} draws of training images with Student's 95 % interval. Learning rate and "
-        "weight decay are those that the whole training set chose; no image is held out, and the last epoch counts."
+        f"Test accuracy in %, mean of {draws} draws of training images{sure}. Learning rate and weight decay are those "
+        "that the whole training set chose; no image is held out, and the last epoch counts."
     )
     curves = Curves("few_shot.svg", labels, series, "test accuracy, %")
     return Section("Few training images", [words], table, curves)

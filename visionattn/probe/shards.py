@@ -4,7 +4,7 @@ A store is a folder named by the hash of all that its numbers depend on. `meta.j
 into shards of a fixed number; `000007.0.patches.bin` holds the patches of shard 7 at the first layer read, bare numbers
 in C order (n, N, D), beside it `class` (n, D) and `registers` (n, R, D) where there are some, and for int8 the fp16
 scales of the tokens, `....scale.bin` (n, N). `000007.json` has the shard's labels, the images that could not be read,
-and size and CRC-32 of its files; it is written last, so that a shard without it is no shard.
+and size and CRC-32 of its files and of itself; it is written last, so that a shard without it is no shard.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from visionattn.errors import ConfigError, DataError, StorageError
-from visionattn.files import atomic_path
+from visionattn.errors import ConfigError, DataError, StorageError, shorten
+from visionattn.files import atomic_path, read_json
 from visionattn.probe.tokens import Layer
 
 __all__ = [
@@ -32,7 +32,9 @@ __all__ = [
     "ShardWriter",
     "encode",
     "open_shard",
+    "read_checked_json",
     "read_meta",
+    "read_skipped",
     "shard_parts",
     "summary_file",
     "write_json",
@@ -118,8 +120,15 @@ def encode(tokens: Tensor, dtype: torch.dtype) -> Encoded:
 class ShardWriter:
     """The files of a shard while it is written: under names of their own, which a later try overwrites."""
 
-    def __init__(self, folder: Path, number: int, layers: Sequence[Layer], parts: Sequence[ShardPart]) -> None:
-        self.folder, self.number, self.layers, self.parts = folder, number, layers, parts
+    def __init__(
+        self,
+        folder: Path,
+        number: int,
+        layers: Sequence[Layer],
+        parts: Sequence[ShardPart],
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.folder, self.number, self.layers, self.parts, self.names = folder, number, layers, parts, names
         self.labels: list[int] = []
         self.skipped: list[tuple[int, str]] = []
         self.sums = [0] * len(parts)
@@ -179,13 +188,14 @@ class ShardWriter:
 
     def _refuse(self, layer: str, rows: list[int]) -> None:
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        named = [shorten(self.names[row]) if self.names is not None else str(row) for row in rows[:5]]
         rest = {
             torch.float16: "or beyond fp16, which ends at 65504. Take the precision bf16 or fp32",
             torch.int8: "or beyond the range of int8's scales. Take the precision bf16 or fp32",
         }.get(self.parts[0].dtype, "as the backbone computes them. Check its weights")
         raise DataError(
             f"Tokens of the layer {layer} are NaN or infinite, {rest}, and compute without autocast or in bfloat16. "
-            f"They are those of the images: {', '.join(map(str, rows[:5]))}{more}."
+            f"They are those of the images: {', '.join(named)}{more}."
         )
 
     def finish(self) -> None:
@@ -213,28 +223,46 @@ def summary_file(folder: Path, shard: int) -> Path:
     return folder / f"{shard:06d}.json"
 
 
-def open_shard(folder: Path, shard: int, parts: Sequence[ShardPart], verify: bool) -> dict[str, Any] | None:
+def open_shard(
+    folder: Path, shard: int, parts: Sequence[ShardPart], rows: range, classes: int, verify: bool
+) -> dict[str, Any] | None:
     """What `000007.json` says, or None where the shard was not finished.
 
+    Args:
+        folder: The store.
+        shard: Number of the shard.
+        parts: Its files.
+        rows: Rows of the data set that belong to it.
+        classes: Number of classes.
+        verify: Compare the checksums of its files, which reads them.
+
     Raises:
-        DataError: Its files are not those that were written.
+        DataError: Its files are not those that were written, or it is the shard of other images.
     """
     path = summary_file(folder, shard)
     if not path.exists():
         return None
+    names = [part.path(folder, shard).name for part in parts]
+    schema = {"labels": [int], "skipped": list, "files": {name: {"bytes": int, "crc32": str} for name in names}}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_checked_json(path, schema)
         labels, files = content["labels"], content["files"]
-        content["skipped"] = [(row, reason) for row, reason in content["skipped"]]
+        content["skipped"] = read_skipped(content["skipped"], rows)
+        if len(labels) + len(content["skipped"]) != len(rows):
+            raise DataError(f"It has {len(labels) + len(content['skipped'])} images instead of {len(rows)}.")
+        if wrong := [label for label in labels if not 0 <= label < classes]:
+            raise DataError(f"It has the label {wrong[0]}; there are {classes} classes.")
         for part in parts:
             file = part.path(folder, shard)
             size, known = file.stat().st_size, files[file.name]
             if not size == known["bytes"] == part.bytes(len(labels)):
-                raise DataError(f"{file} has {size} bytes in place of {known['bytes']}.")
+                raise DataError(f"{file.name} has {size} bytes instead of {part.bytes(len(labels))}.")
             if verify and _checksum(file) != known["crc32"]:
-                raise DataError(f"The checksum of {file} is not the one that was written down.")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"The shard {path} is damaged: {error}.") from error
+                raise DataError(f"The checksum of {file.name} is not the recorded one.")
+    except OSError as error:
+        raise DataError(f"The shard {shorten(path)} is damaged: {shorten(error)}.") from error
+    except DataError as error:
+        raise DataError(f"The shard {shorten(path)} is damaged: {error}") from error
     return content
 
 
@@ -246,23 +274,69 @@ def _checksum(path: Path) -> str:
     return f"{total:08x}"
 
 
-def write_json(path: Path, content: Any, indent: int | None) -> None:
-    """Write plain values whole or not at all; a file that says the same already is left alone."""
-    text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") == text:
+def _checksum_of(content: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def write_json(path: Path, content: dict[str, Any], indent: int | None) -> None:
+    """Write plain values with their checksum, whole or not at all; a file that says the same already is left alone."""
+    text = json.dumps({**content, "crc32": _checksum_of(content)}, indent=indent, ensure_ascii=False) + "\n"
+    data = text.encode()
+    if path.exists() and path.read_bytes() == data:
         return  # finished stores may lie on a disk that is read only
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
+
+
+def read_checked_json(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
+    """Read what `write_json` wrote; a file without a checksum is taken as it is.
+
+    Raises:
+        DataError: As `visionattn.files.read_json`, or the checksum is wrong.
+    """
+    content = read_json(path, schema)
+    known = content.pop("crc32", None)
+    if known is not None and known != _checksum_of(content):
+        raise DataError(f"The checksum of {path.name} is not the recorded one.")
+    return content
+
+
+def read_skipped(entries: Any, rows: range) -> list[tuple[int, str]]:
+    """Rows of images that could not be read, with the reasons.
+
+    Raises:
+        DataError: An entry is something else, or of another row.
+    """
+    if not isinstance(entries, list):
+        raise DataError("It does not list the images that could not be read.")
+    for entry in entries:
+        if not isinstance(entry, list) or [type(part) for part in entry] != [int, str] or entry[0] not in rows:
+            raise DataError(f"An image that could not be read is given as {shorten(entry)}.")
+    return [(row, reason) for row, reason in entries]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """What `meta.json` of a store says.
 
     Raises:
-        DataError: The folder is no store.
+        DataError: The folder is no store, or a damaged one.
     """
-    path = folder / "meta.json"
+    layer = {"name": str, "dim": int, "grid": [int], "has_class": bool, "num_registers": int}
+    schema = {
+        "identity": {"images": int, "precision": str},
+        "classes": [str],
+        "shard_images": int,
+        "layers": [layer],
+        "complete": bool,
+    }
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is no feature store, or a damaged one: {error}.") from error
+        meta = read_checked_json(folder / "meta.json", schema)
+        if meta["complete"]:
+            meta["skipped"] = read_skipped(meta.get("skipped"), range(meta["identity"]["images"]))
+        sizes = [meta["shard_images"], meta["identity"]["images"]]
+        sizes += [size for layer in meta["layers"] for size in (layer["dim"], *layer["grid"])]
+        if min(sizes) < 1 or any(len(layer["grid"]) != 2 or layer["num_registers"] < 0 for layer in meta["layers"]):
+            raise DataError("A size in it is not one.")
+    except DataError as error:
+        raise DataError(f"{shorten(folder)} is no feature store, or a damaged one: {error}") from error
+    return meta

@@ -26,16 +26,17 @@ from visionattn.errors import InputError, StorageError
 from visionattn.export import export_onnx
 from visionattn.files import atomic_path
 from visionattn.probe.backbone import Backbone
-from visionattn.probe.banks import Head, HeadSpec, head_tokens
+from visionattn.probe.banks import Head, HeadSpec, grid, head_tokens
 from visionattn.probe.features import LiveFeatures, extract, space_line
-from visionattn.probe.few_shot import FewShotResult, few_shot
+from visionattn.probe.few_shot import few_shot
 from visionattn.probe.inputs import Images, Part
-from visionattn.probe.knn import Neighbours, NeighboursResult, nearest_neighbours
+from visionattn.probe.knn import ChannelStatistics, channel_statistics, nearest_neighbours
 from visionattn.probe.loading import find_readable
 from visionattn.probe.maps import attention_of, overlay
-from visionattn.probe.processes import rank_and_size
+from visionattn.probe.pixels import PixelBaseline, PixelHead, read_pixels
 from visionattn.probe.report import LayerNeighbours, Report, Skipped, head_file
 from visionattn.probe.results import SweepResult
+from visionattn.probe.state import RunState
 from visionattn.probe.sweep import hold_out, sweep
 from visionattn.probe.tokens import Features
 from visionattn.weights.hashing import hash_state
@@ -107,7 +108,6 @@ class ProbingRun:
         self.skipped: list[Skipped] = []
         self.readable: list[Tensor] = []  # rows of the training and of the test images
         self.batch_size = 0
-        self.seconds: dict[str, float] = {}  # of each part, in all runs
 
     def features(self) -> list[Features]:
         """Tokens of the training and the test images."""
@@ -130,7 +130,8 @@ class ProbingRun:
         with self.console.status("Looking for images that cannot be read."):
             readable = find_readable(part.dataset, self.args.workers)
         dataset = Subset(part.dataset, readable.rows.tolist())
-        features = LiveFeatures(self.backbone, dataset, readable.labels, self.images.classes, self.args.workers)
+        names = [part.names[row] for row in readable.rows.tolist()]
+        features = LiveFeatures(self.backbone, dataset, readable.labels, self.images.classes, self.args.workers, names)
         return features, readable.skipped
 
     def _stored(self, name: str, part: Part) -> tuple[Features, list[tuple[int, str]]]:
@@ -152,13 +153,14 @@ class ProbingRun:
                     precision=args.precision,
                     batch_size=EXTRACTION_BATCH,
                     num_workers=args.workers,
+                    names=part.names,
                     progress=progress,
                 )
         except StorageError as error:
             raise StorageError(f"{error} The options are --live and --precision int8.") from error
         ours = [str(warning.message) for warning in told if warning.category is UserWarning]
         for words in dict.fromkeys(ours):  # others are of the reader's files left open, and such
-            self.console.print(f"note: {words}")
+            self._note(words)
         return features, features.skipped
 
     def sweep(self, train: Features, test: Features, specs: list[HeadSpec]) -> SweepResult:
@@ -177,50 +179,109 @@ class ProbingRun:
             "training": [args.epochs, self.batch_size],
         }
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        self.state = args.output / "state" / key
-        file = self.state / "seconds.json"
-        if file.exists():
-            self.seconds = json.loads(file.read_text())
+        self.state = RunState(args.output / "state" / key, len(test), self._note)
         with _progress(self.console) as progress:
-            return sweep(
-                train,
-                test,
-                specs,
-                epochs=args.epochs,
-                batch_size=self.batch_size,
-                warmup_epochs=WARMUP * args.epochs,
-                holdout=HOLDOUT,
-                device=args.device,
-                state=self.state / "sweep.pt",
-                progress=progress,
-            )
+            return self._train(train, test, specs, progress, self.state.folder / "sweep.pt")
+
+    def _train(
+        self, train: Features, test: Features, specs: list[HeadSpec], progress: Progress, state: Path | None = None
+    ) -> SweepResult:
+        args = self.args
+        return sweep(
+            train,
+            test,
+            specs,
+            epochs=args.epochs,
+            batch_size=self.batch_size,
+            warmup_epochs=WARMUP * args.epochs,
+            holdout=HOLDOUT,
+            device=args.device,
+            state=state,
+            progress=progress,
+        )
+
+    def _note(self, words: str) -> None:
+        self.console.print(f"note: {words}")
 
     def neighbours(self, report: Report, train: Features, test: Features) -> None:
-        """k-NN on the class token and on the mean of the patches, at each layer."""
-        file = self.state / "neighbours.pt"
-        known: dict[tuple[int, str], list[dict[str, Any]]] = {}
-        if file.exists():
-            known = torch.load(file, weights_only=True)
-        with self.console.status("Looking for nearest neighbours."):
-            for position, layer in enumerate(report.layers):
-                for source in ("class", "mean") if layer.has_class else ("mean",):
-                    if (position, source) not in known:
-                        start = time.perf_counter()
-                        result = nearest_neighbours(
-                            train, test, position, source, holdout=HOLDOUT, device=self.args.device
+        """k-NN on the class token and on the mean of the patches, at each layer, as they are and standardised."""
+        known = self.state.neighbours("neighbours.pt")
+        wanted = [
+            (position, source, standardized)
+            for position, layer in enumerate(report.layers)
+            for source in (("class", "mean") if layer.has_class else ("mean",))
+            for standardized in (False, True)
+        ]
+        statistics: dict[tuple[int, str], ChannelStatistics] = {}
+        with _progress(self.console) as progress:
+            for position, source, standardized in wanted:
+                # Without standardisation the key has two parts.
+                key = (position, source, "standardized") if standardized else (position, source)
+                if key not in known:
+                    start = time.perf_counter()
+                    if standardized and not statistics:
+                        statistics = channel_statistics(train)
+                    known[key] = nearest_neighbours(
+                        train,
+                        test,
+                        position,
+                        source,
+                        holdout=HOLDOUT,
+                        device=self.args.device,
+                        standardize=statistics[position, source] if standardized else False,
+                        progress=progress,
+                    )
+                    self.state.keep_neighbours("neighbours.pt", known)
+                    self.state.spend("k-NN", time.perf_counter() - start)
+                report.neighbours.append(LayerNeighbours(position, source, known[key], standardized))
+        report.seconds["k-NN"] = self.state.seconds.get("k-NN", 0.0)
+
+    def pixels(self, report: Report) -> None:
+        """The baseline without a network, with the settings of the heads."""
+        args = self.args
+        name = "pixels.pt" if not args.no_knn else "pixels-linear.pt"
+        report.pixels = self.state.pixels(name)
+        if report.pixels is None:
+            start = time.perf_counter()
+            with _progress(self.console) as progress:
+                train, test = (
+                    read_pixels(
+                        Subset(part.dataset, rows.tolist()),
+                        self.images.size,
+                        self.images.mean,
+                        self.images.std,
+                        self.images.classes,
+                        args.workers,
+                        progress,
+                    )
+                    for part, rows in zip((self.images.train, self.images.test), self.readable, strict=True)
+                )
+                report.pixels = PixelBaseline(
+                    {}
+                    if args.no_knn
+                    else {
+                        standardize: nearest_neighbours(
+                            train, test, 0, "mean", holdout=HOLDOUT, device=args.device, standardize=standardize
                         )
-                        pairs = [{**vars(pair), "chosen": pair is result.chosen} for pair in result.pairs]
-                        known[position, source] = pairs
-                        self._keep(file, known)
-                        self.spend("k-NN", time.perf_counter() - start)
-                    entries = known[position, source]
-                    pairs_found = [
-                        Neighbours(**{key: value for key, value in entry.items() if key != "chosen"})
-                        for entry in entries
-                    ]
-                    chosen = next(pair for pair, entry in zip(pairs_found, entries) if entry["chosen"])
-                    report.neighbours.append(LayerNeighbours(position, source, NeighboursResult(pairs_found, chosen)))
-        report.seconds["k-NN"] = self.seconds["k-NN"]
+                        for standardize in (False, True)
+                    },
+                    self._pixel_head(train, test, progress),
+                )
+            self.state.keep_pixels(name, report.pixels)
+            self.state.spend("pixels", time.perf_counter() - start)
+        report.seconds["pixels"] = self.state.seconds.get("pixels", 0.0)
+
+    def _pixel_head(self, train: Features, test: Features, progress: Progress) -> PixelHead | None:
+        args = self.args
+        found = self._train(
+            train, test, grid(["gap"], [0], [args.optimizer], args.lrs, args.weight_decays, args.seeds), progress
+        )
+        if not found.chosen or found.chosen[0].best is None:
+            return None
+        chosen = found.chosen[0]
+        assert chosen.best is not None
+        parameters = sum(parameter.numel() for parameter in chosen.head.parameters())
+        return PixelHead(chosen.spec, chosen.held_out_accuracy, chosen.best_epoch, parameters, chosen.best)
 
     def few_shot(self, report: Report, train: Features, test: Features) -> None:
         """The best of each pooling with a few training images."""
@@ -235,8 +296,9 @@ class ProbingRun:
                     f"No head was trained on {size} images a class: {rarest} has {int(present.min())} training images."
                 )
                 continue
-            file = self.state / f"few-shot-{size}-{args.draws}.pt"
-            if not file.exists():
+            name = f"few-shot-{size}-{args.draws}.pt"
+            results = self.state.few_shot(name)
+            if results is None:
                 start = time.perf_counter()
                 images = size * (int(present.sum()) if isinstance(size, float) else len(present))
                 steps = max(1, int(images) // self.batch_size)
@@ -255,27 +317,10 @@ class ProbingRun:
                         device=args.device,
                         progress=progress,
                     )
-                self._keep(file, [asdict(result) for result in results])
-                self.spend("few-shot", time.perf_counter() - start)
-            else:
-                results = [FewShotResult(**entry) for entry in torch.load(file, weights_only=True)]
+                self.state.keep_few_shot(name, results)
+                self.state.spend("few-shot", time.perf_counter() - start)
             report.few_shot += results
-        report.seconds["few-shot"] = self.seconds.get("few-shot", 0.0)
-
-    def spend(self, what: str, seconds: float) -> None:
-        """Count time that a part of the work took."""
-        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
-        if rank_and_size()[0]:
-            return
-        with atomic_path(self.state / "seconds.json") as temporary:
-            temporary.write_text(json.dumps(self.seconds))
-
-    @staticmethod
-    def _keep(file: Path, content: Any) -> None:
-        if rank_and_size()[0]:
-            return
-        with atomic_path(file) as temporary:
-            torch.save(content, temporary)
+        report.seconds["few-shot"] = self.state.seconds.get("few-shot", 0.0)
 
     def maps(self, report: Report, test: Features) -> None:
         """Attention maps of the reference head on test images of different classes."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from visionattn.errors import CheckpointError
-from visionattn.files import atomic_path
+from visionattn.files import write_state
 
 __all__ = ["AtomicCheckpointIO"]
 
@@ -27,11 +25,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        # torch.save reports a full disk as an error of its archive format; writing bytes gives the system's words.
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+        write_state(path, checkpoint)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint."""

@@ -1,0 +1,152 @@
+"""A baseline without a network: each image averaged to 16 x 16 pixels, judged by k-NN and a linear classifier.
+
+A backbone is credited with what it tells beyond pixels; one that they beat tells little of these classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor
+
+from visionattn.errors import DataError
+from visionattn.probe.banks import HeadSpec
+from visionattn.probe.knn import NeighboursResult
+from visionattn.probe.loading import read_batches
+from visionattn.probe.results import Score
+from visionattn.probe.tokens import Features, Layer, Tokens
+
+__all__ = ["SIDE", "PixelBaseline", "PixelComparison", "PixelFeatures", "PixelHead", "read_pixels"]
+
+SIDE = 16
+
+
+@dataclass(frozen=True)
+class PixelHead:
+    """A linear classifier of pixels after its training: batch norm without gain and shift, then the classifier.
+
+    Attributes:
+        spec: How it was trained.
+        held_out_accuracy: On the held-out training images after its best epoch.
+        best_epoch: Which the held-out images chose.
+        parameters: Number of its parameters.
+        score: What it says of the test images.
+    """
+
+    spec: HeadSpec
+    held_out_accuracy: float
+    best_epoch: int
+    parameters: int
+    score: Score
+
+
+@dataclass(frozen=True)
+class PixelBaseline:
+    """What pixels tell of the classes.
+
+    Attributes:
+        neighbours: k-NN on the pixels as they are, and with standardised channels.
+        linear: The linear classifier that the held-out images chose; None where all diverged.
+    """
+
+    neighbours: dict[bool, NeighboursResult]
+    linear: PixelHead | None
+
+    @property
+    def best_neighbours(self) -> tuple[bool, NeighboursResult]:
+        """The k-NN with the higher held-out accuracy, and whether its channels were standardised."""
+        return max(self.neighbours.items(), key=lambda item: item[1].chosen.held_out_accuracy)
+
+
+class PixelComparison(NamedTuple):
+    """Pixels against the backbone, judged in the same way on the same test images.
+
+    Attributes:
+        method: `"k-NN"` or `"linear"`.
+        pixels: Accuracy of the pixels.
+        name: Of the backbone's best by held-out images, k-NN or head.
+        backbone: Its accuracy.
+        p: Of McNemar's exact test.
+    """
+
+    method: str
+    pixels: float
+    name: str
+    backbone: float
+    p: float
+
+    @property
+    def pixels_win(self) -> bool:
+        """Whether the pixels are right more often."""
+        return self.pixels > self.backbone
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method} {100 * self.pixels:.1f} % against {100 * self.backbone:.1f} % of {self.name} "
+            f"(p {self.p:.2g})"
+        )
+
+
+class PixelFeatures(Features):
+    """Images as one token each, their pixels in [0, 1], held in memory.
+
+    Args:
+        pixels: Values of 0 to 255, uint8 (n, D).
+        labels: Class of each image, int64 (n,).
+        classes: Names of the classes.
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+        self.pixels, self.labels, self.classes = pixels, labels, tuple(classes)
+        self.layers = (Layer(f"{SIDE} x {SIDE} pixels", pixels.shape[1], (1, 1)),)
+
+    def batches(self, rows: Tensor, batch_size: int) -> Iterator[tuple[Tensor, list[Tokens]]]:
+        """See `Features.batches`."""
+        for some in rows.split(batch_size):
+            yield some, [Tokens(self.pixels[some].unsqueeze(1) / 255)]
+
+
+def read_pixels(
+    dataset: Any,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    classes: Sequence[str],
+    num_workers: int = 0,
+    progress: Progress | None = None,
+) -> PixelFeatures:
+    """Read all images of a data set once, averaged to 16 x 16 pixels: 768 bytes each in colour.
+
+    Args:
+        dataset: Map-style data set of (normalised float image (C, size, size), int label), all of them readable.
+        size: Side of the images.
+        mean: Of their normalisation, which is undone.
+        std: Likewise.
+        classes: Names of the classes.
+        num_workers: Loading processes.
+        progress: Where a bar appears.
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+    rows = list(range(len(dataset)))
+    cuts = [rows[first : first + 64] for first in range(0, len(rows), 64)]
+    shift, scale = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+    bar = progress.add_task("pixels", total=len(rows)) if progress is not None else None
+    pixels, labels = [], []
+    for batch in read_batches(dataset, (size, size), cuts, num_workers):
+        if batch.images is None or batch.skipped:
+            raise DataError(f"An image could be read before and cannot now: {batch.skipped[0][1]}")
+        small = F.interpolate(batch.images.float() * scale + shift, (SIDE, SIDE), mode="area")
+        pixels.append((255 * small).round().clamp(0, 255).byte().flatten(1))
+        labels += batch.labels
+        if progress is not None and bar is not None:
+            progress.advance(bar, len(batch.rows))
+    if progress is not None and bar is not None:
+        progress.remove_task(bar)
+    return PixelFeatures(torch.cat(pixels), torch.tensor(labels), classes)

@@ -1,0 +1,155 @@
+"""What a probing run keeps beside the state of its sweep, so that the same command goes on; checked when it is opened.
+
+A part that is damaged is computed again, and that is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from visionattn.errors import DataError, shorten
+from visionattn.files import read_state, write_state
+from visionattn.probe.banks import HeadSpec
+from visionattn.probe.few_shot import FewShotResult
+from visionattn.probe.knn import Neighbours, NeighboursResult
+from visionattn.probe.pixels import PixelBaseline, PixelHead
+from visionattn.probe.processes import rank_and_size
+from visionattn.probe.results import Score
+from visionattn.probe.shards import read_checked_json, write_json
+
+__all__ = ["RunState"]
+
+T = TypeVar("T")
+
+
+class RunState:
+    """The folder of a run's state.
+
+    Args:
+        folder: The folder, named by what the numbers depend on.
+        images: Number of test images.
+        tell: Takes what a reader should know.
+
+    Attributes:
+        folder: As given.
+        seconds: Of each part of the work, in all runs.
+    """
+
+    def __init__(self, folder: Path, images: int, tell: Callable[[str], Any]) -> None:
+        self.folder, self.images, self.tell = folder, images, tell
+        self.seconds = self._recall("seconds.json", _read_seconds) or {}
+
+    def spend(self, what: str, seconds: float) -> None:
+        """Count time that a part of the work took."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+        if rank_and_size()[0] == 0:
+            write_json(self.folder / "seconds.json", self.seconds, indent=None)
+
+    def neighbours(self, name: str) -> dict[tuple[Any, ...], NeighboursResult]:
+        """The results of k-NN that are known, by what was searched."""
+        return self._recall(name, lambda file: _read_neighbours(read_state(file), self.images)) or {}
+
+    def keep_neighbours(self, name: str, known: dict[tuple[Any, ...], NeighboursResult]) -> None:
+        """Keep results of k-NN."""
+        self._keep(name, {key: _pairs(result) for key, result in known.items()})
+
+    def pixels(self, name: str) -> PixelBaseline | None:
+        """The baseline of pixels, None where it is not known yet."""
+        return self._recall(name, lambda file: _read_pixels(read_state(file), self.images))
+
+    def keep_pixels(self, name: str, found: PixelBaseline) -> None:
+        """Keep the baseline of pixels."""
+        linear = found.linear
+        head = None if linear is None else {**vars(linear), "spec": asdict(linear.spec), "score": vars(linear.score)}
+        pairs = {standardized: _pairs(result) for standardized, result in found.neighbours.items()}
+        self._keep(name, {"neighbours": pairs, "linear": head})
+
+    def few_shot(self, name: str) -> list[FewShotResult] | None:
+        """Results of few-shot heads, None where there are none yet."""
+        return self._recall(name, lambda file: _read_few_shot(read_state(file)))
+
+    def keep_few_shot(self, name: str, results: list[FewShotResult]) -> None:
+        """Keep results of few-shot heads."""
+        self._keep(name, [asdict(result) for result in results])
+
+    def _keep(self, name: str, content: Any) -> None:
+        if rank_and_size()[0] == 0:
+            write_state(self.folder / name, content)
+
+    def _recall(self, name: str, read: Callable[[Path], T]) -> T | None:
+        """What a file holds; None where it is missing or damaged."""
+        file = self.folder / name
+        if not file.exists():
+            return None
+        try:
+            return read(file)
+        except DataError as error:
+            reason = str(error)
+        except Exception as error:
+            # The content of another program's file can be of any shape.
+            reason = f"{shorten(file)} is not what `visionattn probe` wrote there: {shorten(error)}."
+        self.tell(f"{reason} It is computed again.")
+        return None
+
+
+def _read_seconds(file: Path) -> dict[str, float]:
+    content = read_checked_json(file, {})
+    if not all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in content.values()):
+        raise DataError(f"{shorten(file)} is damaged: it has times that are not numbers of seconds.")
+    return content
+
+
+def _pairs(result: NeighboursResult) -> list[dict[str, Any]]:
+    return [{**vars(pair), "chosen": pair is result.chosen} for pair in result.pairs]
+
+
+def _read_neighbours(content: dict[tuple[Any, ...], list[dict[str, Any]]], images: int) -> dict[Any, NeighboursResult]:
+    known = {}
+    for key, entries in content.items():
+        chosen = [entry.pop("chosen") for entry in entries]
+        pairs = [Neighbours(**entry) for entry in entries]
+        for pair in pairs:
+            _check_tensor(pair.predictions, torch.int64, images)
+            _check_tensor(pair.confidences, torch.float64, images)
+            _check_tensor(pair.correct, torch.bool, images)
+            if not (isinstance(pair.k, int) and isinstance(pair.held_out_accuracy, float) and pair.temperature > 0):
+                raise ValueError("it has settings of another type")
+        if [type(one) for one in chosen] != [bool] * len(pairs) or sum(chosen) != 1:
+            raise ValueError("it does not say which pair was chosen")
+        known[key] = NeighboursResult(pairs, pairs[chosen.index(True)])
+    return known
+
+
+def _check_tensor(tensor: Tensor, dtype: torch.dtype, images: int) -> None:
+    if tensor.dtype != dtype or tensor.shape != (images,):
+        raise ValueError(f"it has {tuple(tensor.shape)} {tensor.dtype} where ({images},) {dtype} is needed")
+
+
+def _read_pixels(content: dict[str, Any], images: int) -> PixelBaseline:
+    neighbours, linear = _read_neighbours(content["neighbours"], images), content["linear"]
+    if set(neighbours) not in (set(), {False, True}):
+        raise ValueError("it lacks a k-NN")
+    if linear is None:
+        return PixelBaseline(neighbours, None)
+    score = Score(**linear["score"])
+    _check_tensor(score.predictions, torch.int64, images)
+    _check_tensor(score.correct, torch.bool, images)
+    _check_tensor(score.confidences, torch.float32, images)
+    _check_tensor(score.nll, torch.float32, images)
+    return PixelBaseline(neighbours, PixelHead(**{**linear, "spec": HeadSpec(**linear["spec"]), "score": score}))
+
+
+def _read_few_shot(content: list[dict[str, Any]]) -> list[FewShotResult]:
+    results = [FewShotResult(**entry) for entry in content]
+    for result in results:
+        named = isinstance(result.pooling, str) and isinstance(result.layer, str) and result.size > 0
+        if not named or not result.accuracies or not all(0 <= value <= 1 for value in result.accuracies):
+            raise ValueError("it has accuracies that are not between 0 and 1")
+    return results
