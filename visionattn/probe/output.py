@@ -1,0 +1,94 @@
+"""Where a run writes: a folder for each pair of weights and data, whose report is not replaced unasked."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from visionattn.errors import DataError, InputError, shorten
+from visionattn.files import check_folder, read_json
+from visionattn.probe.inputs import Images
+
+__all__ = ["check_report", "default_output"]
+
+_ROOT = Path("runs/probe")
+_LONGEST = 150  # letters of a folder's name before its hash
+
+
+def default_output(args: argparse.Namespace, weights: str, images: Images) -> Path:
+    """Give `runs/probe/BACKBONE-DATASET-HASH`, whose hash is of the weights and of where the data lie.
+
+    A folder of that name without the hash, as earlier versions wrote it, goes on where it has these weights and images.
+
+    Args:
+        args: Of the command.
+        weights: Hash of the backbone's weights.
+        images: The data set.
+    """
+    backbone = Path(args.backbone).stem if os.path.exists(args.backbone) else args.backbone
+    name = re.sub(r"[^\w.-]+", "-", f"{backbone}-{args.dataset}")[:_LONGEST]
+    if _belongs(_ROOT / name, weights, images):
+        return _ROOT / name
+    root = args.root and os.path.realpath(args.root)
+    distinguished = [weights, args.dataset, root, args.train_split, args.val_split, args.test_split]
+    return _ROOT / f"{name}-{hashlib.sha256(json.dumps(distinguished).encode()).hexdigest()[:8]}"
+
+
+def _belongs(folder: Path, weights: str, images: Images) -> bool:
+    """Whether a run of these weights and images was begun in a folder."""
+    try:
+        found = _read_report(folder)
+        return _describes(found, weights, images)
+    except DataError:
+        pass
+    for file in folder.glob("features/*/meta.json"):
+        try:
+            identity = read_json(file, {"identity": {"weights": str, "dataset": str}})["identity"]
+        except DataError:
+            continue
+        digests = (images.train.digest, images.test.digest)
+        if identity["weights"] == weights and identity["dataset"].endswith(digests):
+            return True
+    return False
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    schema = {"command": str, "backbone": {"sha256": str}, "data": {"train_digest": str, "test_digest": str}}
+    return read_json(folder / "results.json", schema)
+
+
+def _describes(report: dict[str, Any], weights: str, images: Images) -> bool:
+    known = report["backbone"]["sha256"], report["data"]["train_digest"], report["data"]["test_digest"]
+    return known == (weights, images.train.digest, images.test.digest)
+
+
+def check_report(folder: Path, plan: str, command: str, weights: str, images: Images, overwrite: bool) -> None:
+    """Refuse to replace the report of another plan.
+
+    Args:
+        folder: Of the run.
+        plan: Hash of all that the numbers of the report depend on.
+        command: The command line, by which a report without a plan is known.
+        weights: Hash of the backbone's weights.
+        images: The data set.
+        overwrite: Whether a report may be replaced.
+
+    Raises:
+        InputError: The folder holds another report and `overwrite` was not given, or it cannot be a folder.
+    """
+    check_folder(folder)
+    if overwrite or not (folder / "results.json").exists():
+        return
+    way = "Give --overwrite to replace it, or name another folder by --output."
+    try:
+        found = _read_report(folder)
+    except DataError as error:
+        raise InputError(f"{shorten(folder)} holds a report that cannot be read: {error} {way}") from error
+    same = found["plan"] == plan if "plan" in found else found["command"] == command
+    if not same or not _describes(found, weights, images):
+        raise InputError(f"{shorten(folder)} holds the report of another run, `{shorten(found['command'])}`. {way}")
