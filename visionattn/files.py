@@ -269,27 +269,33 @@ def read_json(path: str | Path, schema: Mapping[str, Any], limit: int = 2**28) -
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"Could not read {shorten(path)}: {shorten(reason)}.") from error
-    wrong = _violation(content, schema, "")
+    wrong = violation(content, schema)
     if wrong:
         raise DataError(f"{shorten(path)} is damaged: {wrong}.")
     return content
 
 
-def _violation(content: Any, schema: Any, where: str) -> str | None:
-    """What in `content` is not as the schema says, or None."""
+def violation(content: Any, schema: Any, where: str = "") -> str | None:
+    """What in `content` is not as the schema says (see `read_json`), or None.
+
+    Args:
+        content: What was read.
+        schema: What it must be.
+        where: Name of `content` in the answer.
+    """
     if isinstance(schema, Mapping):
         if not isinstance(content, dict):
             return f"{where or 'its content'} is not a dictionary"
         for key, part in schema.items():
             if key not in content:
                 return f"the entry {where}{key} is missing"
-            if wrong := _violation(content[key], part, f"{where}{key}"):
+            if wrong := violation(content[key], part, f"{where}{key}"):
                 return wrong
         return None
     if isinstance(schema, list):
         if not isinstance(content, list):
             return f"{where} is not a list"
-        found = (_violation(item, schema[0], f"{where}[{index}]") for index, item in enumerate(content))
+        found = (violation(item, schema[0], f"{where}[{index}]") for index, item in enumerate(content))
         return next((wrong for wrong in found if wrong), None)
     types = schema if isinstance(schema, tuple) else (schema,)
     # bool is a subclass of int, and a count that is True is damaged.

@@ -88,6 +88,9 @@ class ExportContract:
             assert axes == expected
         assert [value.name for value in graph.output] == exported.spec.output_names
 
+    def test_old_runtimes_read_the_file(self, exported):
+        assert onnx.load(exported.path).ir_version == 9  # the oldest of operator set 20
+
     def test_metadata_says_how_to_use_the_file(self, exported):
         cfg = get_pretrained_cfg(exported.spec.model)
         metadata = OnnxModel(exported.path).session.get_modelmeta().custom_metadata_map

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from export.toys import PooledGrid, PythonBranch, Toy
-from visionattn.errors import ExportError
+from visionattn.errors import ExportError, InputError
 from visionattn.export import check_onnx, export_onnx, print_rows
 from visionattn.export.check import check_sizes
 from visionattn.export.spec import ExportSpec
@@ -127,3 +127,60 @@ def test_table_shows_failures(toy_file):
     print_rows(rows, Console(file=stream, width=100))
     assert stream.getvalue().count("pass") == 2
     assert "no other was checked" in stream.getvalue()
+
+
+class ConstantOutput(Toy):
+    """Two outputs, of which one says nothing of its image."""
+
+    output_names = ("logits", "prior")
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, H, W) -> (B, 3), (B, 3)."""
+        logits = super().forward(image)
+        return logits, logits * 0 + 1
+
+
+def test_output_that_ignores_the_image_is_told_once(tmp_path):
+    with pytest.raises(ExportError) as error:
+        export_onnx(ConstantOutput(), tmp_path / "model.onnx")
+    assert str(error.value) == (
+        "The output of ConstantOutput (prior) hardly depends on the image: those of two images differ by 0 only, so "
+        "that a comparison proves nothing. Its weights are untrained, or the wrong ones: give trained weights, or leave out "
+        "the check by --no-check (check=False)."
+    )
+
+
+def test_weights_that_are_not_finite_are_refused_at_once(tmp_path):
+    model = Toy()
+    model.conv.bias.data[1] = float("nan")
+    with pytest.raises(ExportError, match=r"weights hold values that are not finite: conv\.bias\. Train"):
+        export_onnx(model, tmp_path / "model.onnx", check=False)
+
+
+def test_what_no_model_can_have_is_no_metadata():
+    spec = ExportSpec.of(Toy(), None, None, 20, "random", None)
+    good = spec.to_metadata()
+    assert ExportSpec.from_metadata(good) == spec
+    for key, text, message in (
+        ("task", None, "the entry task is missing"),
+        ("input_size", "[3, 32", "the entry input_size is not JSON"),
+        ("input_size", "[" * 100_000, "the entry input_size is not JSON"),
+        ("input_size", "[3, 32]", "whole numbers of at least 1"),
+        ("input_size", "[3, 32, -32]", "whole numbers of at least 1"),
+        ("input_size", '[3, "32", 32]', r"input_size\[1\] must be int, not str"),
+        ("input_names", '"image"', "input_names is not a list"),
+        ("output_names", "[]", "there must be an input and an output"),
+        ("size_multiple", "0", "whole numbers of at least 1"),
+        ("size_multiple", "true", "size_multiple must be int, not bool"),
+        ("batch", "null", "batch must be int, not NoneType"),
+        ("scale", "1.5", "scale must be int, not float"),
+        ("radius", "-1", "the radius must be at least 0"),
+        ("mean", "[0.5]", "mean must be 3 finite numbers"),
+        ("std", "[1, 1, 0]", "std must be above 0"),
+        ("std", "[1, 1, NaN]", "std must be 3 finite numbers"),
+        ("input_range", "[0, Infinity]", "input_range must be 2 finite numbers"),
+        ("opset", "9" * 5000, "the entry opset is not JSON"),
+    ):
+        content = {**good, key: text} if text is not None else {k: v for k, v in good.items() if k != key}
+        with pytest.raises(InputError, match=message):
+            ExportSpec.from_metadata(content)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 
@@ -8,8 +10,9 @@ import pytest
 import timm
 import torch
 
+from visionattn.cli import main
 from visionattn.errors import CheckpointError, InputError, MissingPackageError, UnknownNameError
-from visionattn.export import OnnxModel
+from visionattn.export import OnnxModel, onnx
 from visionattn.export.cli import add_arguments, run
 
 NANO = "va_minimal_vit_nano_patch7_28_minimum"
@@ -27,7 +30,8 @@ def test_name_without_weights(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Weights: random" in printed
     assert printed.count("pass") == 2
-    assert "fixed to 28 x 56: as asked" in printed
+    assert "fixed to 28 x 56: as asked. The batch is dynamic: --batch N fixes it." in printed
+    assert "step 1 of 3: tracing" in printed  # a log has a line a step
     file = OnnxModel(path)
     assert file.spec.weights == "random"
     assert file.spec.license == "not stated"
@@ -73,6 +77,7 @@ def test_weights_from_a_folder(tmp_path, capsys):
         ([__file__, "--num-classes", 3], InputError, "is a file that says what it is"),
         ([NANO, "--opset", 99], InputError, "operator set is 99"),
         ([NANO, "--input-size", 0, 28], InputError, "0 x 28"),
+        ([NANO, "--input-size", 10**6, 10**6], InputError, "1000000 x 1000000; height and width must"),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing(words, error, message, tmp_path):
@@ -94,3 +99,50 @@ def test_importing_needs_no_optional_package():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_output_that_exists_stays(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("visionattn.export.cli._from_name", None)  # nothing is loaded before
+    path = tmp_path / "nano.onnx"
+    path.write_text("mine")
+    os.mkfifo(tmp_path / "pipe.onnx")
+    for output, message in (
+        (path, "exists. Give --overwrite"),
+        (tmp_path / "nano.tflite", "must end in .onnx"),
+        (tmp_path, "must end in .onnx"),
+        ("/dev/full", "must end in .onnx"),
+        (tmp_path / "pipe.onnx", "not a regular file"),
+    ):
+        assert main(["export", NANO, "--output", str(output)]) == 2
+        assert message in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+def test_both_files_of_a_pair_stay(tmp_path, capsys):
+    (tmp_path / "pair.head.onnx").write_text("mine")
+    assert main(["export", "va_cca_minimal_vit_nano_patch4_32", "--output", str(tmp_path / "pair.onnx")]) == 2
+    assert "pair.head.onnx exists. Give --overwrite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["pair.head.onnx"]
+
+
+def test_overwriting_on_request_with_a_fixed_batch(tmp_path, capsys):
+    path = tmp_path / "nano.onnx"
+    path.write_text("old")
+    link = tmp_path / "link.onnx"
+    link.symlink_to(path)
+    words = ["export", NANO, "--output", str(link), "--overwrite", "--static-size", "--batch", "1"]
+    assert main(words) == 0
+    assert link.is_symlink()
+    assert "The batch is fixed to 1." in capsys.readouterr().out
+    assert OnnxModel(path)(torch.zeros(1, 1, 28, 28))[0].shape == (1, 10)
+
+
+def test_sigterm_leaves_no_file(tmp_path, capsys, monkeypatch):
+    def terminate(*_):
+        assert len(list(tmp_path.iterdir())) == 1  # the temporary file
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(onnx, "_trace", terminate)
+    assert main(["export", NANO, "--output", str(tmp_path / "nano.onnx")]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "visionattn: stopped by SIGTERM.\n"
+    assert not list(tmp_path.iterdir())

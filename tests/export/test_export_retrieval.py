@@ -81,6 +81,19 @@ def test_graphs_are_plain_and_open(exported):
         assert 0.9 * weights < file.bytes < weights + 60_000
 
 
+def test_fixed_batch(tmp_path):
+    model = build()
+    tower, head = export_retrieval(model, tmp_path / "model.onnx", batch=2, dynamic_size=False)
+    assert tower.spec.dynamic_axes == []
+    assert head.spec.dynamic_axes == ["conditions"]
+    assert {row.batch for row in head.rows} == {2}
+    pair, images = OnnxRetrieval(tmp_path / "model.onnx"), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        np.testing.assert_allclose(pair(images, [1]), model(images, [1]).numpy(), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="2 images at a time; 1 were given"):
+        pair.embed(pair.tokens(images)[:1])
+
+
 def test_mistakes(exported, tmp_path):
     model, path, _ = exported
     pair = OnnxRetrieval(path)

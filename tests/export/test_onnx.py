@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import re
 import resource
 
 import numpy as np
@@ -131,6 +133,48 @@ def test_refused_dynamic_size_is_never_baked(model, error, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("opset", "ir_version"), [(18, 8), (19, 9), (20, 9), (21, 10), (23, 11)])
+def test_oldest_ir_version_of_the_opset(opset, ir_version, tmp_path):
+    """ONNX Runtime 1.17 reads IR 9, and 1.14 IR 8."""
+    content = onnx.load(export_onnx(Toy(), tmp_path / "model.onnx", opset=opset).path)
+    assert content.ir_version == ir_version
+    assert [(entry.domain, entry.version) for entry in content.opset_import] == [("", opset)]
+
+
+def test_fixed_batch(tmp_path):
+    file = export_onnx(Toy(), tmp_path / "model.onnx", batch=2, dynamic_size=False)
+    content = onnx.load(file.path)
+    shapes = [
+        [d.dim_value for d in v.type.tensor_type.shape.dim] for v in [*content.graph.input, *content.graph.output]
+    ]
+    assert shapes == [[2, 3, 32, 32], [2, 3]]  # nothing is dynamic, as NNAPI asks
+    assert file.spec.dynamic_axes == []
+    assert OnnxModel(file.path).spec.batch == 2
+    assert [row.batch for row in file.rows] == [2, 2]
+    assert run(file.path, np.ones((2, 3, 32, 32)))[0].shape == (2, 3)
+    with pytest.raises(InputError, match="takes 2 images at a time; 1 were given"):
+        run(file.path, np.ones((1, 3, 32, 32)))
+    free = export_onnx(Toy(), tmp_path / "free.onnx", batch=1)
+    assert free.spec.dynamic_axes == ["height", "width"]
+    assert {(row.batch, row.height) for row in free.rows} == {(1, row.height) for row in free.rows}
+
+
+def test_labels_are_those_of_the_weights(tmp_path):
+    model = Toy()
+    model.pretrained_cfg = {**Toy.pretrained_cfg, "label_names": ("cat", "dög", "hen")}
+    assert OnnxModel(export_onnx(model, tmp_path / "a.onnx").path).spec.labels == ["cat", "dög", "hen"]
+    model.pretrained_cfg["label_names"] = ("cat", "dog")  # of another number of classes
+    assert OnnxModel(export_onnx(model, tmp_path / "b.onnx").path).spec.labels is None
+
+
+def test_steps_are_told(tmp_path):
+    told = []
+    export_onnx(Toy(), tmp_path / "model.onnx", progress=told.append)
+    assert [line.partition(":")[0] for line in told] == ["Exporting Toy, step 1 of 3", "Step 2 of 3", "Step 3 of 3"]
+    assert re.search(r"translating \d+ operations, about \d+ s\.", told[1])
+    assert told[2].endswith("at 3 sizes.")
+
+
 def test_wrong_arguments(tmp_path):
     with pytest.raises(InputError, match="operator set is 9; the exporter writes 18 to"):
         export_onnx(Toy(), tmp_path / "model.onnx", opset=9)
@@ -191,3 +235,31 @@ def test_wrong_file(toy_file, tmp_path):
     onnx.save(foreign, tmp_path / "foreign.onnx")
     with pytest.raises(InputError, match="does not carry the metadata"):
         OnnxModel(tmp_path / "foreign.onnx")
+    renamed = onnx.load(toy_file)
+    renamed.graph.input[0].name = renamed.graph.node[0].input[0] = "picture"
+    onnx.save(renamed, tmp_path / "renamed.onnx")
+    with pytest.raises(InputError, match="other inputs or outputs than its metadata says: picture, logits"):
+        OnnxModel(tmp_path / "renamed.onnx")
+    os.mkfifo(tmp_path / "pipe.onnx")
+    with open(tmp_path / "huge.onnx", "wb") as huge:
+        huge.truncate(2**32)
+    for path, message in (
+        (tmp_path, "There is no file"),
+        (tmp_path / "pipe.onnx", "There is no file"),
+        (tmp_path / "huge.onnx", "has 4.3 GB"),
+        ("n" * 300, "File name too long"),
+        ("n\0ul", "There is no file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            OnnxModel(path)
+
+
+def test_half_precision_of_another_tool(toy_file, tmp_path):
+    convert_float_to_float16 = pytest.importorskip("onnxruntime.transformers.float16").convert_float_to_float16
+    path = tmp_path / "half.onnx"
+    onnx.save(convert_float_to_float16(onnx.load(toy_file)), path)
+    file, images = OnnxModel(path), np.random.default_rng(0).random((2, 3, 40, 24), np.float32)
+    assert file.session.get_inputs()[0].type == "tensor(float16)"
+    (logits,) = file(images)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, run(toy_file, images)[0], atol=2e-3)

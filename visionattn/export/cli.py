@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from timm.models import get_model_input_config, get_pretrained_cfg
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from visionattn.arguments import whole_number
 from visionattn.checkpoints import create, load
-from visionattn.errors import CheckpointError, InputError, UnknownNameError, VisionAttnError
+from visionattn.errors import InputError, UnknownNameError
 from visionattn.export.check import print_rows
-from visionattn.export.onnx import export_onnx
-from visionattn.export.retrieval import export_retrieval
+from visionattn.export.onnx import check_input_size, check_opset, export_onnx
+from visionattn.export.retrieval import export_retrieval, pair_paths
 from visionattn.export.spec import size_text
+from visionattn.files import check_output
 
 __all__ = ["add_arguments", "run"]
 
@@ -27,9 +31,12 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("model", metavar="NAME|CKPT", help="name in timm's registry, or a weight file or folder")
-    parser.add_argument("--output", required=True, metavar="F", help="ONNX file to write")
+    parser.add_argument("--output", required=True, metavar="F.onnx", help="ONNX file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="classes of NAME, if not its own number")
+    parser.add_argument(
+        "--num-classes", type=whole_number(0), metavar="N", help="classes of NAME, if others than its own"
+    )
     parser.add_argument(
         "--input-size",
         type=int,
@@ -38,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="height and width of a file of fixed size, and the first that is checked",
     )
     parser.add_argument("--static-size", action="store_true", help="fix height and width in the file")
+    parser.add_argument(
+        "--batch",
+        type=whole_number(1, 2**16),
+        metavar="N",
+        help="fix the number of images at a time, which is dynamic otherwise, also with --static-size",
+    )
     parser.add_argument("--opset", type=int, default=20, metavar="N", help="ONNX operator set (default: 20)")
     parser.add_argument("--no-check", action="store_true", help="do not compare the file with the model")
 
@@ -53,6 +66,10 @@ def run(args: argparse.Namespace) -> int:
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
     size = tuple(args.input_size) if args.input_size else None
+    if size:
+        check_input_size(*size)
+    check_opset(args.opset)
+    check_output(args.output, args.overwrite, (".onnx",))
     if Path(args.model).exists():
         model, weights, licence = _from_file(args)
     else:
@@ -62,13 +79,16 @@ def run(args: argparse.Namespace) -> int:
     settings: dict[str, Any] = {
         "input_size": size,
         "dynamic_size": False if args.static_size else None,
+        "batch": args.batch,
         "opset": args.opset,
         "weights": weights,
         "license": licence,
         "check": not args.no_check,
     }
     retrieval = getattr(model, "task", "") == "retrieve"
-    with console.status(f"Exporting {args.model}; a large network takes minutes."):
+    for path in pair_paths(args.output) if retrieval else ():
+        check_output(path, args.overwrite)
+    with _progress(console) as settings["progress"]:
         if retrieval:
             files = [*export_retrieval(model, args.output, **settings)]
         else:
@@ -82,19 +102,30 @@ def run(args: argparse.Namespace) -> int:
     channels, height, width = file.spec.input_size
     if not file.spec.dynamic_size:
         why = "as asked" if args.static_size else "the model takes no other"
-        console.print(f"Height and width are fixed to {size_text(height, width)}: {why}.")
+        batch = "dynamic: --batch N fixes it" if args.batch is None else f"fixed to {args.batch}"
+        console.print(f"Height and width are fixed to {size_text(height, width)}: {why}. The batch is {batch}.")
     for written in files:
         console.print(
             f"Wrote {written.path}: {written.bytes / 1e6:.2f} MB, {written.nodes} nodes, opset {written.spec.opset}, "
-            f"dynamic {', '.join(written.spec.dynamic_axes)}, {written.seconds:.0f} s."
+            f"dynamic {', '.join(written.spec.dynamic_axes) or 'nothing'}, {written.seconds:.0f} s."
         )
-    zeros = ", ".join([f"zeros((1, {channels}, {height}, {width}))"] * len(file.spec.input_names))
+    zeros = ", ".join([f"zeros(({args.batch or 1}, {channels}, {height}, {width}))"] * len(file.spec.input_names))
     name, call = ("OnnxRetrieval", f"OnnxRetrieval({json.dumps(args.output)})({zeros}).shape")
     if not retrieval:
         name, call = ("run", f"run({json.dumps(str(file.path))}, {zeros})")
     code = f"from numpy import zeros; from visionattn.export import {name}; print({call})"
     console.print(f"Next: python -c {shlex.quote(code)}")
     return 0
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """What shows the steps of an export: one line that changes in a terminal, a line a step in a log."""
+    if not console.is_terminal:
+        yield console.print
+        return
+    with console.status("") as status:
+        yield status.update
 
 
 def _from_file(args: argparse.Namespace) -> tuple[nn.Module, str, str | None]:
@@ -117,16 +148,7 @@ def _from_name(args: argparse.Namespace, size: tuple[int, int] | None) -> tuple[
         return load(args.checkpoint, name=name, **settings), f"file {Path(args.checkpoint).name}", None
     if hosted or (cfg and cfg.has_weights):
         source = (cfg.hf_hub_id or cfg.url or Path(str(cfg.file)).name) if cfg else "as named"
-        try:
-            return create(name, pretrained=True, **settings), f"{name}, {source}", cfg.license if cfg else None
-        except VisionAttnError:
-            raise
-        # Fetching weights fails in as many ways as there are servers.
-        except Exception as error:
-            raise CheckpointError(
-                f"The weights of {name} ({source}) could not be read: {error} If this machine is offline, give them "
-                "with --checkpoint FILE."
-            ) from error
+        return create(name, pretrained=True, **settings), f"{name}, {source}", cfg.license if cfg else None
     return draw_random_weights(create(name, **settings), size), "random", None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,14 @@ class OnnxRetrieval:
             conditions: Names of attributes or their ids; None for all.
 
         Raises:
+            InputError: The files have a fixed batch, and it is another.
             UnknownNameError: An attribute that the files do not have.
         """
         every = range(len(self.attributes))
+        tokens = np.asarray(tokens)
+        self.head.spec.check_batch(len(tokens))
         ids = [self._place(condition) for condition in (every if conditions is None else conditions)]
-        feeds = {"tokens": np.asarray(tokens, np.float32), "conditions": np.asarray(ids, np.int64)}
-        return self.head.session.run(["embeddings"], feeds)[0]
+        return self.head.compute({"tokens": tokens, "conditions": np.asarray(ids, np.int64)})[0]
 
     def __call__(self, images: Any, conditions: Sequence[str | int] | None = None) -> np.ndarray:
         """Images (B, C, H, W) -> (B, C, E) (see `tokens` and `embed`)."""
@@ -120,10 +122,12 @@ def export_retrieval(
     *,
     input_size: tuple[int, int] | None = None,
     dynamic_size: bool | None = None,
+    batch: int | None = None,
     opset: int = 20,
     weights: str = "not stated",
     license: str | None = None,
     check: bool = True,
+    progress: Callable[[str], None] | None = None,
 ) -> tuple[OnnxFile, OnnxFile]:
     """Write tower and head of an attribute-retrieval model, with free batch and number of conditions, and check both.
 
@@ -132,10 +136,13 @@ def export_retrieval(
         path: Common name `F.onnx` of the files (see `pair_paths`).
         input_size: See `export_onnx`, as all that follow.
         dynamic_size: Whether height and width are dynamic.
+        batch: Fix the number of images at a time; the head then has a fixed number of tokens too where the size is
+            fixed. The number of conditions stays free.
         opset: Version of the ONNX operator set.
         weights: Where the weights come from.
         license: Licence of the weights.
         check: Compare the tower's tokens, then the pair's embeddings, with the model's before the files appear.
+        progress: See `export_onnx`.
 
     Returns:
         Tower and head; the head's rows are those of the pair.
@@ -156,20 +163,26 @@ def export_retrieval(
             first,
             input_size=input_size,
             dynamic_size=dynamic_size,
+            batch=batch,
             opset=opset,
             weights=weights,
             license=license,
             check=check,
+            progress=progress,
         )
         start = time.perf_counter()
+        axes = _open_axes(tower.spec)
         spec = replace(
             tower.spec,
             model=model.pretrained_cfg["architecture"],
             input_names=["tokens", "conditions"],
             output_names=["embeddings"],
-            dynamic_axes=[name for axes in AXES for name in axes.values()],
+            dynamic_axes=[name for names in axes for name in names.values()],
         )
-        program = translate(_trace_head(model, spec), spec, AXES)
+        if progress:
+            progress("The head: tracing, translating and checking it.")
+        traced = _trace_head(model, spec, axes)
+        program = translate(traced, spec, axes)
         program.save(str(second), external_data=False)
         rows = check_retrieval(model, first, second) if check else []
         nodes, size = len(program.model.graph), second.stat().st_size
@@ -177,11 +190,23 @@ def export_retrieval(
     return replace(tower, path=paths[0]), head
 
 
-def _trace_head(model: Any, spec: ExportSpec) -> torch.export.ExportedProgram:
-    """Trace with several of everything, since 1 is a special case."""
+def _open_axes(tower: ExportSpec) -> tuple[dict[int, str], dict[int, str]]:
+    """The head's dynamic axes."""
+    tokens, conditions = AXES
+    if tower.batch is not None:
+        tokens = {axis: name for axis, name in tokens.items() if name == "tokens" and tower.dynamic_size}
+    return tokens, conditions
+
+
+def _trace_head(model: Any, spec: ExportSpec, axes: Sequence[dict[int, str]]) -> torch.export.ExportedProgram:
+    """Trace with several of everything that is dynamic, since 1 is a special case."""
     weight = next(model.parameters())
-    tokens = torch.randn(2, 7, model.num_features, dtype=weight.dtype)
-    dims = tuple(dict.fromkeys(axes, Dim.DYNAMIC) for axes in AXES)
+    count = 7
+    if 1 not in axes[0]:
+        image = torch.zeros(1, *spec.input_size, dtype=weight.dtype)
+        count = model.forward_tokens(image).shape[1]
+    tokens = torch.randn(spec.batch or 2, count, model.num_features, dtype=weight.dtype)
+    dims = tuple(dict.fromkeys(names, Dim.DYNAMIC) for names in axes)
     try:
         program = torch.export.export(model.head, (tokens, torch.zeros(3, dtype=torch.long)), dynamic_shapes=dims)
         return program.run_decompositions(decompositions())
@@ -199,16 +224,17 @@ def check_retrieval(model: Any, tower: str | Path, head: str | Path) -> list[Che
         head: The other.
 
     Returns:
-        A row for each size that the tower is checked at, three batch sizes, and 1, 3 and all attributes, where there
-        are fewer with repeats; all have passed.
+        A row for each size that the tower is checked at, three batch sizes or twice the fixed one, and 1, 3 and all
+        attributes, where there are fewer with repeats; all have passed.
 
     Raises:
         ExportError: Some rows fail; the message lists them.
     """
     model, first, second = frozen(model), OnnxModel(tower), OnnxModel(head)
     count, rows = len(model.attributes), []
+    counts = BATCHES if first.spec.batch is None else (first.spec.batch,) * 2
     for size in check_sizes(first.spec):
-        batches = [random_images(first.spec, batch, size, seed)[0] for seed, batch in enumerate(BATCHES)]
+        batches = [random_images(first.spec, batch, size, seed)[0] for seed, batch in enumerate(counts)]
         every = [outputs_of(model, [images])[0] for images in batches]  # (B, C, E) each
         found = [first(images.numpy())[0] for images in batches]
         spread = (torch.cat(every) - every[0][:1]).abs().max().item()
@@ -216,7 +242,7 @@ def check_retrieval(model: Any, tower: str | Path, head: str | Path) -> list[Che
         for number in dict.fromkeys((1, 3, count)):
             ids = np.arange(count - number, count) % count
             for expected, tokens in zip(every, found):
-                actual = second.session.run(["embeddings"], {"tokens": tokens, "conditions": ids})[0]
+                actual = second.compute({"tokens": tokens, "conditions": ids})[0]
                 error = float(np.abs(actual - expected[:, torch.from_numpy(ids)].numpy()).max())
                 name = f"embeddings, {number} of {count} attributes"
                 errors = (float("inf") if why else error,)

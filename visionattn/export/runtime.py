@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from visionattn.errors import InputError, require
+from visionattn.errors import InputError, require, shorten
 from visionattn.export.spec import ExportSpec
 
 __all__ = ["OnnxModel", "run"]
+
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_REASON = 300  # characters of what ONNX Runtime says
+_LARGEST = 2**31  # bytes of a protobuf message
 
 
 class OnnxModel:
     """An exported file, loaded for the CPU.
 
     Args:
-        path: A file that `visionattn export` wrote.
+        path: A file that `visionattn export` wrote, converted to half precision by another tool or not.
 
     Attributes:
         spec: What the file says about itself.
@@ -28,25 +33,33 @@ class OnnxModel:
 
     def __init__(self, path: str | Path) -> None:
         onnxruntime = require("onnxruntime", "export")
-        if not Path(path).is_file():
-            raise InputError(f"There is no file {path}.")
+        self.path = _checked(Path(path))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: they are raised as well
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            metadata = self.session.get_modelmeta().custom_metadata_map
         # ONNX Runtime's exceptions share no base class but Exception.
         except Exception as error:
-            raise InputError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
-        try:
-            self.spec = ExportSpec.from_metadata(self.session.get_modelmeta().custom_metadata_map)
-        except (KeyError, ValueError) as error:
+            reason = shorten(error, _REASON).rstrip(".")
             raise InputError(
-                f"{path} does not carry the metadata that `visionattn export` writes ({error}). "
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {shorten(path)}: {reason}."
+            ) from error
+        try:
+            self.spec = ExportSpec.from_metadata(metadata)
+        except InputError as error:
+            raise InputError(
+                f"{shorten(path)} does not carry the metadata that `visionattn export` writes ({error}). "
                 "Open a file from elsewhere with onnxruntime.InferenceSession."
             ) from error
+        self._types = {value.name: value.type for value in self.session.get_inputs()}
+        outputs = {value.name for value in self.session.get_outputs()}
+        if set(self._types) != set(self.spec.input_names) or not outputs.issuperset(self.spec.output_names):
+            names = shorten(", ".join([*self._types, *outputs]))
+            raise InputError(f"{shorten(path)} has other inputs or outputs than its metadata says: {names}.")
 
     def __call__(self, *arrays: Any) -> list[np.ndarray]:
-        """Compute the outputs, in the order of `spec.output_names`.
+        """Compute the outputs, in the order of `spec.output_names`; those of half precision come as float32.
 
         Args:
             arrays: One array (B, C, H, W) of floats an input, in the order of `spec.input_names`.
@@ -73,7 +86,41 @@ class OnnxModel:
             if array.shape != feeds[spec.input_names[0]].shape:
                 raise InputError(f"The inputs differ in shape: {', '.join(str(a.shape) for a in feeds.values())}.")
             spec.check_size(*array.shape[2:])
-        return self.session.run(spec.output_names, {name: array.astype(np.float32) for name, array in feeds.items()})
+            spec.check_batch(array.shape[0])
+        return self.compute(feeds)
+
+    def compute(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Compute the outputs from inputs by name; floats are given in the type that the file asks for.
+
+        Raises:
+            InputError: ONNX Runtime does not take them.
+        """
+        try:
+            cast = {
+                name: array.astype(_TYPES[self._types[name]], copy=False) if array.dtype.kind == "f" else array
+                for name, array in feeds.items()
+            }
+            outputs = self.session.run(self.spec.output_names, cast)
+        except KeyError as error:
+            raise InputError(f"{shorten(self.path)} takes {error} instead of floats. Export it again.") from error
+        # ONNX Runtime's exceptions share no base class but Exception.
+        except Exception as error:
+            reason = shorten(error, _REASON).rstrip(".")
+            raise InputError(f"ONNX Runtime cannot run the file of {self.spec.model}: {reason}.") from error
+        return [array.astype(np.float32) if array.dtype == np.float16 else array for array in outputs]
+
+
+def _checked(path: Path) -> Path:
+    """A path that may be opened: ONNX Runtime would wait for a pipe, or read a huge file whole."""
+    try:
+        if not path.is_file():
+            raise InputError(f"There is no file {shorten(path)}.")
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"Cannot open {shorten(path)}: {error.strerror}.") from error
+    if size >= _LARGEST:
+        raise InputError(f"{shorten(path)} has {size / 1e9:.1f} GB; an exported file has less than 2.1 GB.")
+    return path
 
 
 def run(path: str | Path, *arrays: Any) -> list[np.ndarray]:

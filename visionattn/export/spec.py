@@ -26,9 +26,21 @@ from timm.models import get_model_input_config
 from torch import nn
 
 import visionattn
-from visionattn.errors import InputError
+from visionattn.errors import InputError, shorten
+from visionattn.files import violation
 
 __all__ = ["ExportSpec", "size_text"]
+
+
+_JSON = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "list[str]": [str],
+    "list[int]": [int],
+    "list[float]": [(int, float)],
+}
+_LARGEST = 2**31  # of a size, a number of pixels or of images
 
 
 def size_text(height: int, width: int) -> str:
@@ -49,6 +61,7 @@ class ExportSpec:
     output_names: list[str]
     input_size: list[int]  # (C, H, W): H and W are examples where they are dynamic
     dynamic_axes: list[str]
+    batch: int | None  # images at a time, where that is fixed
     size_multiple: int
     size_minimum: int | None
     scale: int | None
@@ -79,6 +92,7 @@ class ExportSpec:
         opset: int,
         weights: str,
         license: str | None,
+        batch: int | None = None,
     ) -> ExportSpec:
         """Gather what the model, its class and its `pretrained_cfg` say (arguments: see `export_onnx`)."""
         cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -96,7 +110,8 @@ class ExportSpec:
             input_names=list(getattr(model, "input_names", ("image",))),
             output_names=list(getattr(model, "output_names", ("logits" if num_classes else "features",))),
             input_size=[channels, *(input_size or native)],
-            dynamic_axes=["batch", "height", "width"] if dynamic else ["batch"],
+            dynamic_axes=["batch"] * (batch is None) + ["height", "width"] * dynamic,
+            batch=batch,
             size_multiple=multiple,
             size_minimum=None if minimum is None else multiple * math.ceil(minimum / multiple),
             scale=_whole(model, "scale"),
@@ -127,6 +142,14 @@ class ExportSpec:
         """Whether the file takes more than one height and width."""
         return "height" in self.dynamic_axes
 
+    def check_batch(self, batch: int) -> None:
+        """Raise `InputError` for a number of images that the file does not accept."""
+        if self.batch is not None and batch != self.batch:
+            raise InputError(
+                f"This file takes {self.batch} images at a time; {batch} were given. Export it without --batch for any "
+                "number."
+            )
+
     def check_size(self, height: int, width: int) -> None:
         """Raise `InputError` for a size that the file does not accept."""
         multiple, minimum = self.size_multiple, self.size_minimum or 1
@@ -135,6 +158,8 @@ class ExportSpec:
                 f"The input is {size_text(height, width)}; this file takes {size_text(*self.input_size[1:])} only. "
                 "Resize the image, or export the model with a dynamic size."
             )
+        if min(height, width) < 1:
+            raise InputError(f"The input is {size_text(height, width)}; height and width must be at least 1.")
         if height % multiple or width % multiple or min(height, width) < minimum:
             steps = f" and are multiples of {multiple}" if multiple > 1 else ""
             raise InputError(
@@ -152,16 +177,54 @@ class ExportSpec:
         """Read the fields back.
 
         Raises:
-            KeyError: A field that is always written is not there.
+            InputError: A field is missing, or is not what this package writes.
         """
         values: dict[str, Any] = {}
+        schema: dict[str, Any] = {}
         for field in fields(cls):
-            if "None" in str(field.type) and field.name not in metadata:
-                values[field.name] = None
-            else:
-                text = metadata[field.name]
-                values[field.name] = text if str(field.type).startswith("str") else json.loads(text)
-        return cls(**values)
+            kind, _, optional = str(field.type).partition(" | ")
+            text = metadata.get(field.name)
+            if text is None and not optional:
+                raise InputError(f"the entry {field.name} is missing")
+            if text is not None:
+                schema[field.name] = _JSON[kind]
+            try:
+                values[field.name] = text if text is None or kind == "str" else json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"the entry {field.name} is not JSON: {shorten(text)}") from error
+        wrong = violation(values, schema)
+        if wrong is None:
+            spec = cls(**values)
+            wrong = spec._contradiction()
+        if wrong:
+            raise InputError(wrong)
+        return spec
+
+    def _contradiction(self) -> str | None:
+        """Which value no model can have, or None."""
+        channels = self.input_size[0] if len(self.input_size) == 3 else 0
+        counts = [*self.input_size, self.size_multiple, self.size_minimum, self.scale, self.batch]
+        if not channels or not all(1 <= count < _LARGEST for count in counts if count is not None):
+            return "sizes, their multiple and minimum, scale and batch must be whole numbers of at least 1"
+        if self.radius is not None and not 0 <= self.radius < _LARGEST:
+            return "the radius must be at least 0"
+        if not self.input_names or not self.output_names:
+            return "there must be an input and an output"
+        for name, numbers, count in (
+            ("input_range", self.input_range, 2),
+            ("mean", self.mean, channels),
+            ("std", self.std, channels),
+        ):
+            if numbers is not None and (len(numbers) != count or not all(map(_finite, numbers))):
+                return f"{name} must be {count} finite numbers"
+        if self.std is not None and min(self.std) <= 0:
+            return "std must be above 0"
+        return None
+
+
+def _finite(value: float) -> bool:
+    # An int may be too large for a float.
+    return abs(value) < _LARGEST
 
 
 def _whole(model: nn.Module, name: str) -> int | None:
