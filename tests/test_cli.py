@@ -1,6 +1,11 @@
 """The command: what it prints, and one clear message for a user's mistake."""
 
+import os
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from visionattn import models
 from visionattn.cli import main
@@ -52,3 +57,74 @@ def test_ctrl_c_is_told_in_words(capsys, monkeypatch):
     monkeypatch.setattr("visionattn.cli._list", interrupt)
     assert main(["list"]) == 130
     assert capsys.readouterr().err == "visionattn: stopped.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND. See visionattn --help."),
+        (["bogus"], "invalid choice: 'bogus'"),
+        (["export", "--opset", "two"], "argument --opset: invalid int value: 'two'. See visionattn export --help."),
+        (["list", "a", "b" * 10**6], "unrecognized arguments: bbb"),
+    ],
+)
+def test_errors_of_the_parser_are_one_line(capsys, arguments, message):
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert len(told) < 1100
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "standard output, or an open file: No space left on device."),
+        (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied."),
+        (OSError("cannot identify it"), "standard output, or an open file: cannot identify it."),
+        (MemoryError(), "There is not enough memory for this."),
+        (RuntimeError("... DefaultCPUAllocator: can't allocate memory ..."), "There is not enough memory for this."),
+        (torch.OutOfMemoryError("CUDA out of memory"), "There is not enough memory for this."),
+    ],
+)
+def test_faults_of_the_machine_are_one_line(capsys, monkeypatch, error, message):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("visionattn.cli._list", fail)
+    assert main(["list"]) == 2
+    assert capsys.readouterr().err == f"visionattn: {message}\n"
+
+
+STREAMS = """
+import os, sys
+for descriptor in map(int, sys.argv[1].split()):
+    os.close(descriptor)
+sys.stdout = None if "1" in sys.argv[1] else sys.stdout
+if sys.argv[2]:
+    os.dup2(os.open(sys.argv[2], os.O_WRONLY), 1)
+from visionattn import cli
+cli._list = lambda args, console: console.print("naïve " + "x" * 10_000)
+code = cli.main(["list"])
+first = os.open(os.devnull, os.O_RDONLY)  # no file gets the number of a standard stream
+os.write(2, f"code {code}, number {first > 2}".encode())
+"""
+
+
+@pytest.mark.parametrize(
+    ("closed", "target", "told"),
+    [
+        ("0 1", "", "code 0, number True"),
+        (
+            "",
+            "/dev/full",
+            "visionattn: standard output, or an open file: No space left on device.\ncode 2, number True",
+        ),
+    ],
+)
+def test_streams_that_take_nothing(closed, target, told):
+    command = [sys.executable, "-c", STREAMS, closed, target]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stderr == told
+    assert done.returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import inspect
 import io
@@ -14,8 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
@@ -25,7 +27,7 @@ import visionattn
 from visionattn import models
 from visionattn.checkpoints import create
 from visionattn.cost import count_macs, count_parameters
-from visionattn.errors import UnknownNameError, VisionAttnError, shorten
+from visionattn.errors import InputError, UnknownNameError, VisionAttnError, shorten
 
 LONGEST_MESSAGE = 1000  # characters of an error, on one line
 TERMINATED = 128 + signal.SIGTERM
@@ -88,8 +90,15 @@ def _show(args: argparse.Namespace, console: Console) -> None:
     console.print(table)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{shorten(message, LONGEST_MESSAGE // 2).rstrip('.')}. See {self.prog} --help.")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="visionattn", description="Vision models built from efficient attention.")
+    parser = _Parser(prog="visionattn", description="Vision models built from efficient attention.")
     parser.add_argument("--version", action="version", version=f"visionattn {visionattn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     quickstart = commands.add_parser("quickstart", help="see it all in three minutes, nothing is downloaded")
@@ -208,6 +217,15 @@ def _sigterm_raises() -> Iterator[None]:
 
 def _prepare_streams() -> None:
     """Standard streams that may be closed, or may not know all letters of a file name."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The next file that is opened would get the number, and what native code prints would land in it.
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != descriptor:
+                os.dup2(null, descriptor)
+                os.close(null)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -227,25 +245,48 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _sigterm_raises():
             code = _run(sys.argv[1:] if argv is None else argv)
-            sys.stdout.flush()
-        return code
+        message = None
     except BrokenPipeError:
-        # The reader of a pipe has seen enough; Python would complain once more when it closes the stream.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        code, message = 1, None  # the reader of a pipe has seen enough
     except VisionAttnError as error:
-        message = shorten(error, LONGEST_MESSAGE)
+        code, message = 2, shorten(error, LONGEST_MESSAGE)
     except OSError as error:
-        if error.errno is None:
+        reason = error.strerror or shorten(error, LONGEST_MESSAGE // 2) or type(error).__name__
+        # Without a name it is a stream that is open already.
+        where = shorten(error.filename) if error.filename else "standard output, or an open file"
+        code, message = 2, f"{where}: {reason.rstrip('.')}."
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
             raise
-        message = f"{shorten(error.filename or 'the system')}: {error.strerror}."
-    except MemoryError:
-        message = "There is not enough memory for this."
+        code, message = 2, "There is not enough memory for this."
     except KeyboardInterrupt:
-        print("visionattn: stopped.", file=sys.stderr)
-        return 130
+        code, message = 130, "stopped."
     except _Terminated:
-        print("visionattn: stopped by SIGTERM.", file=sys.stderr)
-        return TERMINATED
-    print(f"visionattn: {message}", file=sys.stderr)
-    return 2
+        code, message = TERMINATED, "stopped by SIGTERM."
+    broken = _flush(sys.stdout)
+    if broken and not isinstance(broken, BrokenPipeError):
+        # What failed may have been this output itself.
+        code, message = 2, f"Could not write to standard output: {broken.strerror}."
+    elif broken and code == 0:
+        code = 1
+    if message is not None:
+        with contextlib.suppress(OSError):
+            print(f"visionattn: {message}", file=sys.stderr)
+    _flush(sys.stderr)
+    return code
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether PyTorch found no memory: on a CPU it says so in a RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _flush(stream: TextIO) -> OSError | None:
+    """Write what is still buffered; if that fails, let Python not try again, and complain, when it ends."""
+    try:
+        stream.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None

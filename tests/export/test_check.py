@@ -145,8 +145,8 @@ def test_output_that_ignores_the_image_is_told_once(tmp_path):
         export_onnx(ConstantOutput(), tmp_path / "model.onnx")
     assert str(error.value) == (
         "The output of ConstantOutput (prior) hardly depends on the image: those of two images differ by 0 only, so "
-        "that a comparison proves nothing. Its weights are untrained, or the wrong ones: give trained weights, or leave out "
-        "the check by --no-check (check=False)."
+        "that a comparison proves nothing. Its weights are untrained, or the wrong ones: give trained weights, or "
+        "leave out the check by --no-check (check=False)."
     )
 
 
