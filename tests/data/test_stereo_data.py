@@ -1,5 +1,6 @@
 """Every layout of stereo data sets on small made trees: files found, truth decoded, what both views see."""
 
+import os
 import re
 
 import numpy as np
@@ -294,3 +295,24 @@ def test_hidden_folders_and_files_are_no_scenes(tmp_path):
 
 def test_scenes_go_into_sets():
     assert len({Scene("a", "l", "r", "t"), Scene("a", "l", "r", "t")}) == 1
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"Cannot read the folder .*: File name too long"):
+        find_scenes("a" * 300)
+    with pytest.raises(DataError, match=r"Cannot read the folder .*: embedded null byte"):
+        find_scenes("a\0")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="There is no folder"):
+        find_scenes(tmp_path / "file")
+    scandir = os.scandir
+
+    def closed(path="."):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("os.scandir", closed)
+    with pytest.raises(DataError, match=r"Cannot read the folder .*locked: Permission denied"):
+        find_scenes(tmp_path)

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from visionattn.data.disparity import read_flow
-from visionattn.data.images import is_hidden, read_rgb
+from visionattn.data.images import list_images, read_rgb
 from visionattn.data.match_pairs import MatchPair, matches_inside
-from visionattn.data.stereo_files import read_mask
+from visionattn.data.stereo_files import check_folder, files_below, read_mask
 from visionattn.errors import ConfigError, DataError, shorten
 
 __all__ = ["FLOW_LAYOUTS", "FlowScene", "find_flow_scenes"]
@@ -96,9 +96,7 @@ def find_flow_scenes(folders: str | Path | Iterable[str | Path], layout: str | N
     if layout is not None and layout not in FLOW_LAYOUTS:
         raise ConfigError(f"There is no layout {shorten(layout)!r}. Choose from {', '.join(FLOW_LAYOUTS)}.")
     scenes = []
-    for folder in [Path(folders)] if isinstance(folders, (str, Path)) else map(Path, folders):
-        if not folder.is_dir():
-            raise DataError(f"There is no folder {shorten(folder)}.")
+    for folder in map(check_folder, [folders] if isinstance(folders, (str, Path)) else folders):
         finders = FLOW_LAYOUTS.values() if layout is None else [FLOW_LAYOUTS[layout]]
         found = next((found for finder in finders if (found := list(finder(folder)))), [])
         if not found:
@@ -113,7 +111,7 @@ def find_flow_scenes(folders: str | Path | Iterable[str | Path], layout: str | N
 def _sintel(folder: Path) -> Iterator[FlowScene]:
     for place in (folder, folder / "training"):
         for kind in ("clean", "final"):
-            for truth in _files(place / "flow", "*/frame_*.flo"):
+            for truth in files_below(place / "flow", "*/frame_*.flo"):
                 scene, number = truth.parent.name, truth.stem.rsplit("_", 1)[1]
                 if not (number.isascii() and number.isdecimal()):
                     continue
@@ -128,7 +126,7 @@ def _sintel(folder: Path) -> Iterator[FlowScene]:
 
 def _chairs(folder: Path) -> Iterator[FlowScene]:
     for place in (folder, folder / "data"):
-        for truth in _files(place, "*_flow.flo"):
+        for truth in _files(place, ".flo"):
             number = truth.stem.removesuffix("_flow")
             for suffix in (".ppm", ".png"):
                 first, second = (place / f"{number}_img{image}{suffix}" for image in (1, 2))
@@ -139,10 +137,10 @@ def _chairs(folder: Path) -> Iterator[FlowScene]:
 def _kitti(folder: Path) -> Iterator[FlowScene]:
     for place in (folder, folder / "training"):
         for images in ("image_2", "colored_0", "image_0"):
-            for truth in _files(place / "flow_occ", "*_10.png"):
+            for truth in _files(place / "flow_occ", ".png"):
                 first = place / images / truth.name
                 second = first.with_name(truth.name.replace("_10.", "_11."))
-                if first.is_file() and second.is_file():
+                if second != first and first.is_file() and second.is_file():
                     shown = _existing(place / "flow_noc" / truth.name)
                     yield FlowScene(truth.stem, first, second, truth, shown=shown)
 
@@ -154,5 +152,5 @@ def _existing(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _files(folder: Path, pattern: str) -> list[Path]:
-    return sorted(path for path in folder.glob(pattern) if not is_hidden(path))
+def _files(folder: Path, suffix: str) -> list[Path]:
+    return list_images(folder, suffixes=(suffix,)).files if folder.is_dir() else []

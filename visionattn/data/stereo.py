@@ -24,8 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from visionattn.data.disparity import DISPARITY_FILES
-from visionattn.data.images import SUFFIXES, class_folders, is_hidden
-from visionattn.data.stereo_files import Scene, StereoPair
+from visionattn.data.images import SUFFIXES, class_folders, list_images
+from visionattn.data.stereo_files import Scene, StereoPair, check_folder
 from visionattn.data.stereo_sets import SET_LAYOUTS
 from visionattn.errors import ConfigError, DataError, shorten
 
@@ -72,9 +72,7 @@ def find_scenes(
     if layout is not None and layout not in LAYOUTS:
         raise ConfigError(f"There is no layout {shorten(layout)!r}. Choose from {', '.join(LAYOUTS)}.")
     scenes: list[Scene] = []
-    for folder in [Path(folders)] if isinstance(folders, (str, Path)) else map(Path, folders):
-        if not folder.is_dir():
-            raise DataError(f"There is no folder {shorten(folder)}.")
+    for folder in map(check_folder, [folders] if isinstance(folders, (str, Path)) else folders):
         found: list[Scene] = []
         for name in LAYOUTS if layout is None else [layout]:
             if name in SET_LAYOUTS:
@@ -145,8 +143,8 @@ def _kitti(folder: Path, layout: str) -> list[Scene]:
         for folders in KITTI_LAYOUTS[layout]:
             left, right, truth, nonocc = (place / name for name in folders)
             if all(path.is_dir() for path in (left, right, truth)):
-                files = (path for path in truth.glob("*.png") if not is_hidden(path))
-                names = sorted(path.name for path in files if (left / path.name).is_file())
+                files = list_images(truth, suffixes=(".png",)).files
+                names = [path.name for path in files if (left / path.name).is_file()]
                 return [
                     Scene(
                         Path(name).stem,

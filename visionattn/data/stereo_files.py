@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from visionattn.data.disparity import read_disparity, read_png_header
-from visionattn.data.images import open_image, read_rgb
+from visionattn.data.images import is_hidden, open_image, read_rgb
 from visionattn.errors import DataError, InputError, shorten
 
-__all__ = ["KITTI_FACTOR", "Scene", "StereoPair", "read_mask"]
+__all__ = ["KITTI_FACTOR", "Scene", "StereoPair", "check_folder", "files_below", "read_mask"]
 
 KITTI_FACTOR = 256.0
 """By which the numbers of a PNG of 16 bits are larger than disparities, where nothing else is said."""
@@ -137,6 +140,42 @@ class Scene:
         factor = self.factors[height]
         notes[f"disparities of 8 bits are divided by {factor:g}, as Middlebury's of {height} rows are"] = None
         return factor
+
+
+def check_folder(path: str | Path) -> Path:
+    """The folder of a data set.
+
+    Raises:
+        DataError: There is none, or it cannot be reached.
+    """
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        is_folder = False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"Cannot read the folder {shorten(path)}: {reason}.") from error
+    if not is_folder:
+        raise DataError(f"There is no folder {shorten(path)}.")
+    return Path(path)
+
+
+def files_below(folder: Path, pattern: str) -> list[Path]:
+    """The files anywhere below a folder that end as the pattern does, such as `left/*.pfm`, without hidden ones.
+
+    Raises:
+        DataError: A folder below cannot be read.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"Cannot read the folder {shorten(error.filename)}: {error.strerror}.") from error
+
+    found = []
+    if folder.is_dir():
+        for root, folders, names in os.walk(folder, onerror=refuse):
+            folders[:] = [name for name in folders if not is_hidden(Path(name))]
+            found += [path for name in names if (path := Path(root, name)).match(pattern) and not is_hidden(path)]
+    return sorted(found)
 
 
 def read_mask(path: str | Path, above: int = 128) -> np.ndarray:

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from visionattn.data.disparity import read_disparity
-from visionattn.data.images import MAX_PIXELS, SUFFIXES, is_hidden, open_image
-from visionattn.data.stereo_files import Scene
+from visionattn.data.images import MAX_PIXELS, SUFFIXES, open_image
+from visionattn.data.stereo_files import Scene, files_below
 from visionattn.errors import DataError, MissingPackageError, VisionAttnError, shorten
 
 __all__ = ["SET_LAYOUTS"]
@@ -30,7 +30,7 @@ __all__ = ["SET_LAYOUTS"]
 def _sceneflow(folder: Path) -> Iterator[Scene]:
     for images in sorted(folder.glob("frames_*pass*")):
         truths = folder / "disparity"
-        for truth in _files(truths, "left/*.pfm"):
+        for truth in files_below(truths, "left/*.pfm"):
             place = truth.relative_to(truths).with_suffix("")
             right_place = place.parent.parent / "right" / place.name
             left, right = _image(images / place), _image(images / right_place)
@@ -41,7 +41,7 @@ def _sceneflow(folder: Path) -> Iterator[Scene]:
 
 
 def _fsd(folder: Path) -> Iterator[Scene]:
-    for truth in _files(folder, "left/disparity/*.png"):
+    for truth in files_below(folder, "left/disparity/*.png"):
         views = [_image(truth.parents[2] / side / "rgb" / truth.stem) for side in ("left", "right")]
         if views[0] and views[1]:
             name = str((truth.parents[2] / truth.stem).relative_to(folder))
@@ -49,7 +49,7 @@ def _fsd(folder: Path) -> Iterator[Scene]:
 
 
 def _booster(folder: Path) -> Iterator[Scene]:
-    for truth in _files(folder, "disp_00.npy"):
+    for truth in files_below(folder, "disp_00.npy"):
         place = truth.parent
         right_truth, mask = place / "disp_02.npy", place / "mask_00.png"
         for left in sorted((place / "camera_00").glob("im*.png")):
@@ -67,7 +67,7 @@ def _booster(folder: Path) -> Iterator[Scene]:
 
 
 def _spring(folder: Path) -> Iterator[Scene]:
-    for truth in _files(folder, "disp1_left/disp1_left_*.dsp5"):
+    for truth in files_below(folder, "disp1_left/disp1_left_*.dsp5"):
         place, number = truth.parent.parent, truth.stem.rsplit("_", 1)[1]
         views = [_image(place / f"frame_{side}" / f"frame_{side}_{number}") for side in ("left", "right")]
         if views[0] and views[1]:
@@ -88,11 +88,6 @@ SET_LAYOUTS: dict[str, Callable[[Path], Iterator[Scene]]] = {
     "booster": _booster,
     "spring": _spring,
 }
-
-
-def _files(folder: Path, pattern: str) -> list[Path]:
-    """The files of a pattern anywhere below a folder, without what systems leave beside them (`._0001.pfm`)."""
-    return sorted(path for path in folder.rglob(pattern) if not is_hidden(path))
 
 
 def _image(path: Path) -> Path | None:
