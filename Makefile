@@ -12,7 +12,7 @@ READY := $(VENV)/.ready-$(KEY)
 # Which checkout the environment's `visionattn` points to.
 LINKED := $(VENV)/.linked-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-lowest lint types docs wheel clean environment-key
+.PHONY: quickstart test test-lowest lint types docs wheel clean environment-key ffmpeg
 
 quickstart: $(LINKED)
 	$(VENV)/bin/visionattn quickstart
@@ -41,6 +41,13 @@ docs: $(LINKED)
 
 wheel: $(LINKED)
 	$(RUN) build
+
+# Tests on real videos skip without ffmpeg. Where it cannot be installed, nothing fails.
+ffmpeg:
+	@command -v ffmpeg >/dev/null 2>&1 || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && export DEBIAN_FRONTEND=noninteractive && \
+	timeout 240 apt-get update -qq && timeout 240 apt-get install -y -qq --no-install-recommends ffmpeg; } || \
+	echo "ffmpeg could not be installed: tests on real videos skip."
 
 clean:
 	rm -rf $(VENV) dist site

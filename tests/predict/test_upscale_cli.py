@@ -216,17 +216,19 @@ def test_video_without_ffmpeg_is_told(folder, capsys, monkeypatch):
     assert "its suffix is none of .mp4" in capsys.readouterr().out
 
 
-def test_video_frame_by_frame(folder, monkeypatch):
+def test_video_frame_by_frame(folder, monkeypatch, capsys):
     frames = [picture(seed=seed) for seed in range(3)]
     results = []
-    monkeypatch.setattr(upscale_cli, "probe", lambda path: type("Video", (), {"frames": 3}))
-    monkeypatch.setattr(
-        upscale_cli,
-        "upscale_video",
-        lambda source, target, enlarge, scale, advance: results.extend((enlarge(frame), advance()) for frame in frames),
-    )
+
+    def video(source, target, enlarge, scale, advance, expect):
+        expect(3)
+        results.extend((enlarge(frame), advance()) for frame in frames)
+        return ["its alpha was left out"]
+
+    monkeypatch.setattr(upscale_cli, "upscale_video", video)
     (folder / "in.mp4").touch()
     assert upscale("in.mp4", "out.mp4") == 0
+    assert "note: in.mp4: its alpha was left out." in capsys.readouterr().out
     for frame, (result, _) in zip(frames, results, strict=True):
         np.testing.assert_array_equal(result, repeated(frame))
 

@@ -224,8 +224,8 @@ def convert_pair(job: Job, bar: Bar, convert: Callable[..., np.ndarray | None]) 
     videos = [probe(source) for source in job.sources]
     sizes = [(video.height, video.width) for video in videos]
     _check_sizes(job, sizes)
-    bar.expect(videos[0].frames)
-    convert_videos(job.sources, job.target, convert, sizes[0], bar.advance)
+    for note in convert_videos(job.sources, job.target, convert, sizes[0], bar.advance, bar.expect):
+        bar.say(f"note: {job.source}: {note}.")
 
 
 def _check_sizes(job: Job, sizes: Sequence[tuple[int, ...]]) -> None:

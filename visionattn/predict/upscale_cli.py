@@ -22,7 +22,7 @@ from visionattn.predict.engine import Engine, OnnxEngine, TorchEngine, check_tas
 from visionattn.predict.network import PRECISIONS
 from visionattn.predict.opening import WEIGHT_FILES, pretrained
 from visionattn.predict.restore import restore, tiles_of
-from visionattn.predict.video import VIDEOS, probe, upscale_video
+from visionattn.predict.video import VIDEOS, upscale_video
 
 __all__ = ["add_arguments", "default_name", "run"]
 
@@ -162,15 +162,12 @@ class _Work:
         return source.notes
 
     def _video(self, job: Job, bar: Bar, remaining: int) -> list[str]:
-        frames = probe(job.source).frames
-        bar.expect(frames)
-
         def enlarge(frame: np.ndarray) -> np.ndarray:
-            self._choose_engine(frame, remaining * (frames or 1), bar)
+            self._choose_engine(frame, remaining * (bar.steps or 1), bar)
             return self._enlarge(frame, lambda: None)
 
-        upscale_video(job.source, job.target, enlarge, self.engine.scale, bar.advance)
-        return ["--compare is for images, not for video"] if self.args.compare else []
+        notes = upscale_video(job.source, job.target, enlarge, self.engine.scale, bar.advance, bar.expect)
+        return [*notes, "--compare is for images, not for video"] if self.args.compare else notes
 
     def _enlarge(self, pixels: np.ndarray, advance: Callable[[], None]) -> np.ndarray:
         return restore(self.engine, pixels, self.args.overlap, self.args.memory, advance)
