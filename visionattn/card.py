@@ -30,7 +30,7 @@ from torch import nn
 
 from visionattn.errors import CheckpointError, shorten
 
-__all__ = ["KEY", "WEIGHT_SOURCES", "Card", "describe"]
+__all__ = ["KEY", "WEIGHT_SOURCES", "Card", "base_name", "describe", "plain_fault"]
 
 KEY = "visionattn"
 FORMAT = 1
@@ -246,7 +246,7 @@ def _fault(stated: Any) -> str | None:
     """What keeps a card from being one, in words, or None."""
     if not isinstance(stated, dict):
         return f"it is a {type(stated).__name__}, not a dictionary"
-    if wrong := _not_plain(stated):
+    if wrong := plain_fault(stated):
         return wrong
     if stated.get("format", FORMAT) != FORMAT:
         return f"its format is {shorten(stated['format'])}, and this version reads {FORMAT}: update visionattn"
@@ -289,8 +289,8 @@ def _is_list(values: Any, kind: type) -> bool:
     )
 
 
-def _not_plain(stated: Any) -> str | None:
-    """What in nested values is not plain, too deep or too much, or None."""
+def plain_fault(stated: Any) -> str | None:
+    """What in nested values is not plain, too deep or too much, in words, or None."""
     # Without recursion: a dictionary may contain itself.
     waiting: list[tuple[Any, int]] = [(stated, 0)]
     seen = 0
@@ -323,15 +323,22 @@ def _place_elsewhere(value: Any) -> str | None:
     return next((place for part in parts if (place := _place_elsewhere(part))), None)
 
 
+def base_name(name: str) -> str:
+    """The name in the registry of a model that may be named by a repository, such as hf-hub:timm/NAME.TAG."""
+    last = re.split(r"[/\\:]", name)[-1]
+    return name if last == name else last.split(".")[0]
+
+
 def _architecture(name: str) -> str:
     """The name of the registry for what a checkpoint calls its model.
 
     Raises:
         CheckpointError: There is none.
     """
-    # What began with weights of the Hub is named by their repository, such as hf-hub:timm/resnet18.a1_in1k.
-    last = re.split(r"[/\\:]", name)[-1]
-    if not timm.is_model(last.split(".")[0]):
-        elsewhere = " Weight files are loaded without fetching anything: give the model's name." if last != name else ""
+    found = base_name(name)
+    if not timm.is_model(found.split(".")[0]):
+        elsewhere = (
+            " Weight files are loaded without fetching anything: give the model's name." if found != name else ""
+        )
         raise CheckpointError(f"The checkpoint is of the model {shorten(name)!r}, which does not exist.{elsewhere}")
-    return last if last == name else last.split(".")[0]
+    return found

@@ -78,17 +78,16 @@ def _explained(name: str, pretrained: bool, model_args: Mapping[str, Any], error
     shown = shorten(name)
     unknown = re.search(r"unexpected keyword argument '(\w+)'", first)
     if isinstance(error, TypeError) and unknown and unknown[1] in model_args:
-        return ConfigError(f"The model {shown!r} does not take the argument {unknown[1]!r}: {first}.")
+        return ConfigError(f"The model {shown!r} does not take one of these arguments: {first}.")
     if name.startswith(_SOURCES):
         return CheckpointError(f"The model {shown!r} could not be loaded: {first}.")
     if "pretrained tag" in first:
         return UnknownNameError(f"{first}. Leave out the part after the dot for the default weights.")
-    if isinstance(error, OSError) or (pretrained and isinstance(error, RuntimeError)):
-        lines = [line.strip() for line in str(error).splitlines()]
-        reason = shorten(" ".join(lines[:3]), 300).rstrip(".") if isinstance(error, RuntimeError) else first
-        return CheckpointError(
-            f"Could not load the pretrained weights of {shown!r}: {reason}. Without a network, give a weight file."
-        )
+    if isinstance(error, OSError):
+        return CheckpointError(f"The weights of {shown!r} could not be downloaded: {first}. Give a weight file.")
+    if pretrained and isinstance(error, RuntimeError):
+        reason = shorten(" ".join(line.strip() for line in str(error).splitlines()[:3]), 300).rstrip(".")
+        return CheckpointError(f"The weights of {shown!r} could not be loaded: {reason}.")
     given = {key: value for key, value in model_args.items() if key not in ("device", "dtype")}
     if not given:
         return error

@@ -42,8 +42,8 @@ def quick_when_offline(name: str, pretrained: bool) -> Iterator[None]:
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         reason = unreachable or "offline mode is on"
         raise CheckpointError(
-            f"The weights of {shorten(name)!r} are not on this machine and cannot be downloaded: {reason}. Give a "
-            "weight file, or download them where there is a network."
+            f"The weights of {shorten(name)!r} could not be downloaded: {reason}, and they are not in the cache. Give "
+            "a weight file."
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline

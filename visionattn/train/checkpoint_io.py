@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from visionattn.errors import CheckpointError
+from visionattn.errors import CheckpointError, shorten
 from visionattn.files import write_state
+from visionattn.weights import check_archive
 
 __all__ = ["AtomicCheckpointIO"]
 
@@ -29,6 +32,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint."""
+        if "://" not in str(path) and Path(path).is_file():
+            check_archive(path)
         try:
             checkpoint = super().load_checkpoint(path, *args, **kwargs)
         except FileNotFoundError as error:
@@ -39,9 +44,43 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path} cannot be read as a checkpoint: it is damaged, of another format, or holds more than tensors "
                 "and plain values."
             ) from error
-        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
             raise CheckpointError(
-                f"{path} is not a checkpoint of a training run. Weights alone are loaded by model_args: "
+                f"{shorten(path)} is not a checkpoint of a training run. Weights alone are loaded by model_args: "
                 "{checkpoint_path: FILE}."
             )
+        if wrong := _fault(checkpoint):
+            raise CheckpointError(f"The checkpoint {shorten(path)} is damaged: {wrong}.")
         return checkpoint
+
+
+# What Lightning and the tasks look at before they look closer.
+_ENTRIES: dict[str, type] = {
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "datamodule_hyper_parameters": dict,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "epoch": int,
+    "global_step": int,
+}
+
+
+def _fault(checkpoint: dict[str, Any]) -> str | None:
+    """What in a checkpoint is of another type than Lightning writes, in words, or None."""
+    if not all(isinstance(key, str) for key in checkpoint):
+        return "one of its keys is not a text"
+    for key, kind in _ENTRIES.items():
+        value = checkpoint.get(key)
+        if key in checkpoint and not isinstance(value, kind):
+            return f"its {key} must be a {kind.__name__}, but is a {type(value).__name__}"
+        if kind is int and key in checkpoint and value < 0:
+            return f"its {key} is {value}"
+    if not re.fullmatch(r"\d+\.\d+[\w.+-]*", str(checkpoint["pytorch-lightning_version"])):
+        return "it names no version of Lightning"
+    for key, value in checkpoint["state_dict"].items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            return f"its weight {shorten(key, 60)} is not a dense tensor"
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from visionattn.checkpoints import create
 from visionattn.data.samplers import IGNORED
-from visionattn.errors import CheckpointError, ConfigError, InputError
+from visionattn.errors import ConfigError, InputError
 from visionattn.train.optimization import OptimizedTask
-from visionattn.weights import mismatches
 
 __all__ = ["ClassifyTask"]
 
@@ -44,6 +43,12 @@ class ClassifyTask(OptimizedTask):
         channels_last: Keep maps in memory with their channels side by side, which convolutions on GPUs prefer.
         compile: Compile the model.
     """
+
+    told: ClassVar[dict[str, str]] = {
+        **OptimizedTask.told,
+        "num_classes": "{} classes",
+        "in_chans": "in_chans = {}",
+    }
 
     def __init__(
         self,
@@ -173,18 +178,3 @@ class ClassifyTask(OptimizedTask):
         """Probability of each class, and the likeliest class."""
         probabilities = self(batch[0]).float().softmax(dim=-1)
         return {"probabilities": probabilities, "labels": probabilities.argmax(dim=-1)}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in plain words that a checkpoint is of another model, before torch lists its keys."""
-        saved = checkpoint.get("hyper_parameters", {})
-        for key, words in (("name", "the model {!r}"), ("num_classes", "{} classes"), ("in_chans", "in_chans = {}")):
-            if key in saved and saved[key] != self.hparams[key]:
-                raise CheckpointError(
-                    f"The checkpoint is of {words.format(saved[key])}; asked for was {words.format(self.hparams[key])}."
-                )
-        if wrong := mismatches(checkpoint["state_dict"], self.state_dict()):
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise CheckpointError(
-                f"The checkpoint does not fit the model {self.hparams.name!r}: {'; '.join(wrong[:3])}{more}. Were "
-                "model.model_args others?"
-            )

@@ -30,11 +30,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from visionattn.checkpoints import read_card
 from visionattn.cost import count_macs, count_parameters
-from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, VisionAttnError, require
+from visionattn.errors import ConfigError, UnknownNameError, VisionAttnError, require
 from visionattn.files import atomic_path
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
 from visionattn.train.classify import ClassifyTask
+from visionattn.train.from_checkpoint import expand_positionals, said_by_checkpoint, without_sources
 from visionattn.train.restore import RestoreTask
 from visionattn.train.resume import ExactResume, Interrupted
 from visionattn.train.run_logger import ResumedLogger
@@ -111,9 +113,7 @@ class TrainCLI(LightningCLI):
     trainer: Any
 
     def __init__(self, args: Sequence[str]) -> None:
-        resolved, configs = _resolve_configs(args)
-        # Given nothing else, validate, test and predict take the model from the checkpoint.
-        self._says_model = bool(configs) or any(arg.startswith("--model") for arg in args)
+        resolved, configs = _resolve_configs(expand_positionals(args))
         self._run_name = configs[-1].stem if configs else None
         if self._run_name == "config":
             self._run_name = configs[-1].resolve().parent.parent.name
@@ -165,7 +165,8 @@ class TrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with errors in plain words."""
         try:
-            self.config = parser.parse_args(args)
+            with said_by_checkpoint(args) as before:
+                self.config = parser.parse_args([*args[:1], *before, *args[1:]])
         except argparse.ArgumentError as error:
             raise ConfigError(self._explain(str(error), args)) from error
         given = self.config.get(self.config.subcommand)
@@ -201,23 +202,8 @@ class TrainCLI(LightningCLI):
         return f"There is no setting {prefix}{unknown}. {hint}"
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would silently put the checkpoint's model in the place of the one that was asked for.
-        config = self.config[self.config.subcommand]
-        ckpt_path, says_model = config.get("ckpt_path"), self._says_model
-        predicting = self.config.subcommand == "predict"
-        if ckpt_path is None or (says_model and not predicting):
-            return
-        saved = dict(AtomicCheckpointIO().load_checkpoint(ckpt_path, weights_only=True).get("hyper_parameters", {}))
-        if predicting and "num_classes" in saved and "num_classes" in config.data.init_args:
-            # New images need not lie in folders of their classes.
-            config.data.init_args.num_classes = config.data.init_args.num_classes or saved["num_classes"]
-        if says_model:
-            return
-        if "_class_path" not in saved:
-            raise CheckpointError(f"{ckpt_path} does not say its model; give the run's config.yaml by --config.")
-        model = {"class_path": saved.pop("_class_path"), "dict_kwargs": saved}
-        saved.pop("_instantiator", None)
-        self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
+        # Lightning would put the checkpoint's model in the place of the one that was asked for.
+        pass
 
     def before_instantiate_classes(self) -> None:
         """Only training writes its configuration, and needs what only training wrote."""
@@ -225,8 +211,25 @@ class TrainCLI(LightningCLI):
             self.save_config_callback = None
             warnings.filterwarnings("ignore", message=_ONLY_FOR_TRAINING)
 
+    def instantiate_classes(self) -> None:
+        """Instantiate; a model that gets a checkpoint's weights looks for no others."""
+        given = self.config[self.subcommand]
+        self._configured = self.config
+        ckpt_path = given.get("ckpt_path")
+        card = None
+        if ckpt_path is not None and Path(ckpt_path).is_file():
+            card = read_card(ckpt_path)
+            self.config = self.config.clone()
+            model = self.config[self.subcommand].model
+            for key, value in without_sources(model.init_args.as_dict(), card).items():
+                model.init_args[key] = value
+        super().instantiate_classes()
+        if card is not None and self.subcommand != "fit" and hasattr(self.model, "net"):
+            card.apply(self.model.net)
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add what every run has."""
+        self.config = self._configured  # which a run saves
         given = self._get(self.config_init, "trainer")
         callbacks = _as_list(given.callbacks)
         if self.subcommand == "fit":

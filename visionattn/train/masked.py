@@ -27,9 +27,8 @@ from torchmetrics import MeanMetric
 
 from visionattn.checkpoints import create
 from visionattn.data.samplers import IGNORED
-from visionattn.errors import CheckpointError, ConfigError
+from visionattn.errors import ConfigError
 from visionattn.train.optimization import OptimizedTask
-from visionattn.weights import mismatches
 
 __all__ = ["MaskedTask"]
 
@@ -223,15 +222,3 @@ class MaskedTask(OptimizedTask):
     def _orders(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         rows, columns = self.net.patch_embed.grid_size
         return torch.rand(len(images), rows * columns, device=images.device, generator=generator).argsort(dim=1)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in plain words that a checkpoint is of another model, before torch lists its keys."""
-        saved = checkpoint.get("hyper_parameters", {}).get("name", self.hparams.name)
-        if saved != self.hparams.name:
-            raise CheckpointError(f"The checkpoint is of the model {saved!r}; asked for was {self.hparams.name!r}.")
-        if wrong := mismatches(checkpoint["state_dict"], self.state_dict()):
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise CheckpointError(
-                f"The checkpoint does not fit the model {self.hparams.name!r}: {'; '.join(wrong[:3])}{more}. Were "
-                "model.model_args others?"
-            )

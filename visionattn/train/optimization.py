@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import timm.optim
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from visionattn.card import KEY, Card
-from visionattn.errors import ConfigError
+from visionattn import weights
+from visionattn.card import KEY, Card, base_name
+from visionattn.errors import CheckpointError, ConfigError, shorten
 
 __all__ = ["SCHEDULES", "OptimizedTask"]
 
@@ -29,6 +31,8 @@ class OptimizedTask(LightningModule):
     hparams: Any
     trainer: Any
     net: nn.Module
+    told: ClassVar[dict[str, str]] = {"name": "the model {!r}"}
+    """Hyper-parameters that a checkpoint must share with the task, and how messages tell their values."""
 
     def check_names(self) -> None:
         """Refuse names that timm would only refuse when training begins.
@@ -56,6 +60,36 @@ class OptimizedTask(LightningModule):
         card = Card.of(self.net, config, self.hparams.get("attributes"))
         if card is not None:
             checkpoint[KEY] = card.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or with weights that are no numbers, before torch lists its keys."""
+        saved = checkpoint.get("hyper_parameters")
+        self.check_checkpoint(saved if isinstance(saved, dict) else {})
+        state = checkpoint["state_dict"]
+        if wrong := weights.mismatches(state, self.state_dict()):
+            raise CheckpointError(
+                f"The checkpoint does not fit the model {self.hparams.name!r}: {weights.name_some(wrong)}. Were "
+                "model.model_args others?"
+            )
+        weights.check_values(state, self.state_dict(), "The checkpoint")
+        if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
+            # Only training goes on with them.
+            for key in ("loops", "callbacks"):
+                checkpoint.pop(key, None)
+
+    def check_checkpoint(self, saved: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose hyper-parameters are those of another model.
+
+        Raises:
+            CheckpointError: They are.
+        """
+        own = {**self.hparams, "name": base_name(self.hparams.name)}
+        saved = {**saved, "name": base_name(saved.get("name", own["name"]))}
+        for key, words in self.told.items():
+            if key in saved and saved[key] != own[key]:
+                raise CheckpointError(
+                    f"The checkpoint is of {shorten(words.format(saved[key]))}; asked for was {words.format(own[key])}."
+                )
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule."""

@@ -18,10 +18,9 @@ from torchmetrics import MeanMetric
 
 from visionattn.checkpoints import create, load
 from visionattn.data.samplers import IGNORED
-from visionattn.errors import CheckpointError, ConfigError
+from visionattn.errors import ConfigError
 from visionattn.metrics.luma import psnr_y, to_uint8
 from visionattn.train.optimization import OptimizedTask
-from visionattn.weights import mismatches
 
 __all__ = ["RestoreTask"]
 
@@ -176,15 +175,3 @@ class RestoreTask(OptimizedTask):
         for image, target, found in zip(numbers.tolist(), large, net(small / 255)):
             if image != IGNORED:
                 mean.update(psnr_y(to_uint8(found), target.permute(1, 2, 0).cpu().numpy(), self.scale))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in plain words that a checkpoint is of another model, before torch lists its keys."""
-        saved = checkpoint.get("hyper_parameters", {}).get("name", self.hparams.name)
-        if saved != self.hparams.name:
-            raise CheckpointError(f"The checkpoint is of the model {saved!r}; asked for was {self.hparams.name!r}.")
-        if wrong := mismatches(checkpoint["state_dict"], self.state_dict()):
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise CheckpointError(
-                f"The checkpoint does not fit the model {self.hparams.name!r}: {'; '.join(wrong[:3])}{more}. Were "
-                "model.model_args others?"
-            )

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.checkpoints import create
-from visionattn.data.catalogue import MISSING, Part
+from visionattn.data.catalogue import MISSING, Part, first_names
 from visionattn.data.embedding import conditions_of, embed, input_config
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError, require
 from visionattn.metrics.ranking import means, score_part
 from visionattn.train.optimization import OptimizedTask
-from visionattn.weights import mismatches
 
 __all__ = ["BEGINNING", "AttributeLoss", "EmbeddingTask", "RankedTask", "RetrieveTask", "create_conditional"]
 
@@ -96,21 +95,14 @@ class EmbeddingTask(OptimizedTask, ABC):
         embeddings, places = embeddings[kept], places[kept]
         self.judge(name, embeddings, self.trainer.datamodule.part(name).take(places.cpu()))
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in plain words that a checkpoint is of another model or data, before torch lists its keys."""
-        saved = checkpoint.get("hyper_parameters", {})
-        if saved.get("name", self.hparams.name) != self.hparams.name:
-            raise CheckpointError(
-                f"The checkpoint is of the model {saved['name']!r}; asked for was {self.hparams.name!r}."
-            )
+    def check_checkpoint(self, saved: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or of other attributes."""
+        super().check_checkpoint(saved)
         names, own = list(saved.get("attributes", self.hparams.attributes)), list(self.hparams.attributes)
         if names != own:
             raise CheckpointError(
-                f"The checkpoint was trained on the attributes {', '.join(names)}; the data have {', '.join(own)}."
+                f"The checkpoint was trained on the attributes {first_names(names)}; the data have {first_names(own)}."
             )
-        if wrong := mismatches(checkpoint["state_dict"], self.state_dict()):
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise CheckpointError(f"The checkpoint does not fit {self.hparams.name!r}: {'; '.join(wrong[:3])}{more}.")
 
 
 class RankedTask(EmbeddingTask):

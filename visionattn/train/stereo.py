@@ -43,11 +43,10 @@ from torchmetrics import MeanMetric
 from visionattn.blocks.match_decoder import exchange_views, visible_pixels
 from visionattn.checkpoints import create
 from visionattn.data.samplers import IGNORED
-from visionattn.errors import CheckpointError, ConfigError
+from visionattn.errors import ConfigError
 from visionattn.metrics.matching import disparity_errors, flow_errors
 from visionattn.models.match_stereo import MatchFields
 from visionattn.train.optimization import OptimizedTask
-from visionattn.weights import mismatches
 
 __all__ = ["MatchTask", "coarse_truth"]
 
@@ -291,18 +290,6 @@ class MatchTask(OptimizedTask):
         for name, mean in means.items():
             self.log(f"{part}/{name.removeprefix('all_')}", mean, prog_bar=name == "all_epe")
         self.log(f"{part}/within_2", 100 - means["all_bad_2"].compute())
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in plain words that a checkpoint is of another model, before torch lists its keys."""
-        saved = checkpoint.get("hyper_parameters", {}).get("name", self.hparams.name)
-        if saved != self.hparams.name:
-            raise CheckpointError(f"The checkpoint is of the model {saved!r}; asked for was {self.hparams.name!r}.")
-        if wrong := mismatches(checkpoint["state_dict"], self.state_dict()):
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise CheckpointError(
-                f"The checkpoint does not fit the model {self.hparams.name!r}: {'; '.join(wrong[:3])}{more}. Were "
-                "model.model_args others?"
-            )
 
 
 def _stacked(both: torch.Tensor) -> torch.Tensor:

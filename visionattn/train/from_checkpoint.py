@@ -1,0 +1,197 @@
+"""What `visionattn validate`, `test` and `predict` take from a checkpoint, so that its path is enough.
+
+The checkpoint's task, its hyper-parameters and those of its data module become a configuration, read before what the
+command line says. Weights are the checkpoint's: nothing that the training began with is looked for again. A checkpoint
+is not trusted as a recipe is: it can only name tasks and data of this package, or such as the user has imported, and no
+data on a server.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from visionattn.card import WEIGHT_SOURCES, Card, plain_fault
+from visionattn.errors import CheckpointError, ConfigError, shorten
+from visionattn.train.checkpoint_io import AtomicCheckpointIO
+
+__all__ = ["expand_positionals", "said_by_checkpoint", "without_sources"]
+
+EVALUATIONS = ("validate", "test", "predict")
+_CLASSIFICATION = "visionattn.data.classify.ClassifyData"
+# What the data tell the task, and what only training uses.
+_FROM_DATA = ("num_classes", "attributes")
+_FOR_TRAINING = {"augmentation": "none", "download": False, "teacher": None}
+_SERVERS = re.compile(r"://|^\s*pipe:|^(hfds|hfids|tfds)/", re.IGNORECASE)
+
+
+def expand_positionals(args: Sequence[str]) -> list[str]:
+    """`predict FILE FOLDER` -> `predict --ckpt_path FILE --data.root FOLDER`, likewise for validate and test."""
+    args = list(args)
+    if not args or args[0] not in EVALUATIONS:
+        return args
+    named = []
+    while len(args) > 1 + len(named) and len(named) < 2 and not args[1 + len(named)].startswith("-"):
+        named.append(args[1 + len(named)])
+    options = [f"--{option}={value}" for option, value in zip(("ckpt_path", "data.root"), named)]
+    return [args[0], *options, *args[1 + len(named) :]]
+
+
+def _find_option(args: Sequence[str], option: str) -> str | None:
+    """The value of an option in a command line, or None."""
+    found = None
+    for number, arg in enumerate(args):
+        if arg == f"--{option}" and number + 1 < len(args):
+            found = args[number + 1]
+        elif arg.startswith(f"--{option}="):
+            found = arg.partition("=")[2]
+    return found
+
+
+def _settings(path: str, args: Sequence[str]) -> dict[str, Any]:
+    """The configuration that a checkpoint stands for.
+
+    Args:
+        path: The checkpoint.
+        args: The command line, whose options for model and data come after it.
+
+    Raises:
+        CheckpointError: The file cannot be read, does not say its task, or names something that is not trusted.
+    """
+    content = AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
+    card = Card.read(content)
+    settings: dict[str, Any] = {}
+    if not any(arg.startswith("--model") for arg in args):
+        settings["model"] = _model(path, content, card)
+    if not any(re.match(r"--data(=|\.class_path|$)", arg) for arg in args):
+        settings["data"] = _data(path, content, card, args)
+    return settings
+
+
+@contextmanager
+def said_by_checkpoint(args: Sequence[str]) -> Iterator[list[str]]:
+    """Options before all others: of a command that is given a checkpoint and no recipe, what the checkpoint says.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or does not say it.
+        ConfigError: Training shall go on from a checkpoint without the configuration that lies in its run.
+    """
+    path = _find_option(args, "ckpt_path")
+    if path is None or any(arg.startswith(("--config", "-c")) for arg in args):
+        yield []
+        return
+    config = Path(path).resolve().parent.parent / "config.yaml"
+    if args[0] == "fit" and config.is_file():
+        raise ConfigError(f"Training goes on by its own configuration: give --config {shorten(config)} too.")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "checkpoint.yaml"
+        file.write_text(yaml.safe_dump(_settings(path, args)))
+        yield ["--config", str(file)]
+
+
+def _model(path: str, content: Mapping[str, Any], card: Card | None) -> dict[str, Any]:
+    given = content.get("hyper_parameters") or {}
+    if "_class_path" not in given:
+        raise CheckpointError(
+            f"{shorten(path)} does not say its task: give the run's configuration with --config RUN/config.yaml."
+        )
+    task = _trusted(path, given["_class_path"], LightningModule)
+    values = {key: value for key, value in _arguments(path, task, given).items() if key not in _FROM_DATA}
+    return {"class_path": given["_class_path"], "init_args": without_sources(values, card)}
+
+
+def _data(path: str, content: Mapping[str, Any], card: Card | None, args: Sequence[str]) -> dict[str, Any]:
+    given = content.get("datamodule_hyper_parameters") or {}
+    class_path = given.get("_class_path", _CLASSIFICATION)
+    values = _arguments(path, _trusted(path, class_path, LightningDataModule), given)
+    root = _find_option(args, "data.root")
+    if class_path == _CLASSIFICATION and _find_option(args, "data.dataset") is None:
+        if root is None and "dataset" not in values:
+            raise CheckpointError(f"{shorten(path)} does not say its data: give a folder of images with --data.root.")
+        # New images to predict lie in a folder, whatever kind of data the model was trained on.
+        if root is not None and (args[0] == "predict" or values.get("root") is None):
+            values |= {"dataset": "folder", "root": None}
+    if root is not None:
+        values["root"] = root
+    elif place := next((text for text in _texts(values) if _SERVERS.search(text)), None):
+        raise CheckpointError(
+            f"{shorten(path)} names data that are not on this machine, {shorten(place)!r}: give the run's "
+            "configuration with --config RUN/config.yaml, or a folder with --data.root."
+        )
+    if card is not None and "num_classes" in card.model_args and class_path == _CLASSIFICATION:
+        # New images need not lie in folders of their classes.
+        values["num_classes"] = values.get("num_classes") or card.model_args["num_classes"] or None
+    return {"class_path": class_path, "init_args": values}
+
+
+def _arguments(path: str, kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters as arguments of a class."""
+    if wrong := plain_fault(given):
+        raise CheckpointError(f"The hyper-parameters in {shorten(path)} are damaged: {wrong}.")
+    values = {key: value for key, value in given.items() if not key.startswith("_")}
+    known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
+    if unknown := [key for key in values if key not in known]:
+        raise CheckpointError(
+            f"{shorten(path)} has hyper-parameters that {kind.__name__} does not take: {shorten(', '.join(unknown))}."
+        )
+    return values | {key: value for key, value in _FOR_TRAINING.items() if key in values}
+
+
+def _trusted(path: str, class_path: Any, base: type) -> type:
+    """A class that a checkpoint names, of this package or already imported.
+
+    Raises:
+        CheckpointError: It is another one.
+    """
+    module, _, name = str(class_path).rpartition(".")
+    if module.startswith("visionattn."):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:
+            module = ""
+    found = getattr(sys.modules.get(module), name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise CheckpointError(
+            f"{shorten(path)} names the class {shorten(class_path)!r}, which is not part of visionattn, and what "
+            "checkpoints name is not imported: give the run's configuration with --config RUN/config.yaml."
+        )
+    return found
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [text for part in parts for text in _texts(part)]
+
+
+def without_sources(values: Mapping[str, Any], card: Card | None) -> dict[str, Any]:
+    """Arguments of a task without the weights that it began with; a checkpoint has later ones.
+
+    Args:
+        values: The arguments.
+        card: Of the checkpoint: it knows how a model from a repository is built.
+    """
+    values = dict(values)
+    args = {key: value for key, value in (values.get("model_args") or {}).items() if key not in WEIGHT_SOURCES}
+    if card is not None and str(values.get("name", card.name)).partition(":")[2]:
+        values["name"] = card.name
+        args = {
+            **{key: value for key, value in card.model_args.items() if key not in (*_FROM_DATA, "in_chans")},
+            **args,
+        }
+    if "model_args" in values:
+        values["model_args"] = args
+    if values.get("pretrained"):
+        values["pretrained"] = False
+    return values
