@@ -17,7 +17,9 @@ from visionattn.train.cli import main
 
 def test_round_trip(tmp_path):
     path = tmp_path / "new/folder/last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.ones(3)}, "epoch": 2}, path)
+    AtomicCheckpointIO().save_checkpoint(
+        {"state_dict": {"weight": torch.ones(3)}, "epoch": 2, "pytorch-lightning_version": "2.6.0"}, path
+    )
     loaded = AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
     assert loaded["epoch"] == 2
     assert torch.equal(loaded["state_dict"]["weight"], torch.ones(3))
@@ -44,15 +46,15 @@ def test_full_disk_while_training(tmp_path, monkeypatch, capsys):
         assert main(args) == 2
     message = capsys.readouterr().err.strip()
     assert message.startswith("visionattn: Could not write ")
-    assert message.endswith("best.ckpt: File too large. Nothing was left there.")
+    assert message.endswith("best.ckpt: File too large. No partial file was left.")
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(left) == ["config.yaml", "hparams.yaml", "metrics.csv"]
 
 
 def test_full_disk_keeps_the_checkpoint_of_before(tmp_path):
     path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "epoch": 1}, path)
-    with full_disk(10_000), pytest.raises(StorageError, match=r"last.ckpt: File too large. Nothing was left there"):
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "epoch": 1, "pytorch-lightning_version": "2.6.0"}, path)
+    with full_disk(10_000), pytest.raises(StorageError, match=r"last.ckpt: File too large. No partial file was left"):
         AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(100_000)}, "epoch": 2}, path)
     assert AtomicCheckpointIO().load_checkpoint(path, weights_only=True)["epoch"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import difflib
 import errno
@@ -32,7 +33,7 @@ from rich.table import Table
 
 from visionattn.checkpoints import read_card
 from visionattn.cost import count_macs, count_parameters
-from visionattn.errors import ConfigError, UnknownNameError, VisionAttnError, require
+from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, VisionAttnError, require
 from visionattn.files import atomic_path
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
 from visionattn.train.classify import ClassifyTask
@@ -225,7 +226,9 @@ class TrainCLI(LightningCLI):
                 model.init_args[key] = value
         super().instantiate_classes()
         if card is not None and self.subcommand != "fit" and hasattr(self.model, "net"):
-            card.apply(self.model.net)
+            # Of a checkpoint of another model, the check of its weights says more.
+            with contextlib.suppress(CheckpointError):
+                card.apply(self.model.net)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add what every run has."""
