@@ -7,16 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
 import torch
 from PIL import Image
 from torch import nn
 
-from retrieval_toys import ToyConditional, write_table
+from retrieval_toys import ToyConditional, write_table, write_triplets
 from visionattn import cli
 from visionattn.data.catalogue import MISSING, Part
-from visionattn.data.catalogue_files import Triplets, read_catalogue
-from visionattn.errors import ConfigError, DataError, InputError
-from visionattn.evaluate.retrieval import attribute_retrieval, draw_matrix, triplets
+from visionattn.data.catalogue_files import Triplets, read_catalogue, read_triplets
+from visionattn.errors import CheckpointError, ConfigError, DataError, InputError
+from visionattn.evaluate.retrieval import attribute_retrieval, draw_matrix, embed_images, triplets
 from visionattn.metrics import ranking
 from visionattn.metrics.ranking import AttributeScore, means, rank, score, score_part, score_triplets, triplet_accuracy
 
@@ -210,6 +212,80 @@ def test_command(tmp_path, capsys):
     assert "no attribute cut. There are colour, kind" in capsys.readouterr().err
     assert cli.main(["evaluate", "retrieval", "--data", str(table), "--matrix", str(tmp_path / "m.png")]) == 2
     assert "there are 0" in capsys.readouterr().err
+
+
+def test_unreadable_images_are_left_out_and_named(tmp_path, capsys):
+    table = write_table(tmp_path, copies=6)
+    whole = attribute_retrieval(ToyConditional(("colour", "kind"), 8), table)
+    test = read_catalogue("table", table).part("test")
+    first = test.images[0]
+    (tmp_path / "images" / first).write_bytes(b"no image")
+    torch.manual_seed(1)
+    model = ToyConditional(("colour", "kind"), 8)
+    found = attribute_retrieval([model, model], table)
+    assert [first in line for line in found.failures] == [True]
+    spaces = embed_images(model.eval(), read_catalogue("table", table).images, test.images[1:])
+    expected = score_part(spaces, test.take(torch.arange(1, 9)), ("colour", "kind"))
+    assert found.own("toy_conditional") == found.own("toy_conditional (2)") == expected
+    assert whole.failures == []
+    with pytest.raises(DataError, match=first):
+        embed_images(model, read_catalogue("table", table).images, test.images)
+    for name in test.images[:6]:
+        (tmp_path / "images" / name).write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"6 of the 9 images cannot be read"):
+        attribute_retrieval(model, table)
+
+
+def test_unreadable_images_of_triplets(tmp_path):
+    root = write_triplets(tmp_path)
+    given = read_triplets(root, "test")
+    model = ToyConditional(tuple(given.conditions), 8).eval()
+    gone = given.names[3]
+    (root / "ut-zap50k-images" / gone).write_bytes(b"no image")
+    failures = []
+    found = triplets(model, root, part="test", failures=failures)["toy_conditional"]
+    assert [gone in line for line in failures] == [True]
+    own = given.take(torch.tensor([place for place, name in enumerate(given.names) if name != gone]))
+    assert found == score_triplets(embed_images(model, own.images, own.names), own)
+
+
+def test_models_that_embed_nothing_are_refused(tmp_path, capsys):
+    table = str(write_table(tmp_path))
+    stereo = timm.create_model("va_match_stereo_nano")
+    safetensors.torch.save_file(stereo.state_dict(), tmp_path / "stereo.safetensors")
+    for words, message in (
+        (["va_span_ch26_x2"], "va_span_ch26_x2 cannot be used here: it is a 'restore' model"),
+        ([str(tmp_path / "stereo.safetensors")], "cannot be used here: it is a 'stereo' model"),
+    ):
+        assert cli.main(["evaluate", "retrieval", *words, "--data", table]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    broken = ToyConditional(("colour", "kind"), 8)
+    broken.heads[0].bias.data[0] = torch.inf
+    with pytest.raises(CheckpointError, match=r"heads\.0\.bias is not finite"):
+        attribute_retrieval(broken, table)
+    with pytest.raises(InputError, match="image size must be"):
+        attribute_retrieval(ToyConditional(("colour", "kind"), 8), table, image_size=(0, 0))
+    with pytest.raises(ConfigError, match="colour is asked for twice"):
+        attribute_retrieval([], table, attributes=["colour", "colour"])
+
+
+def test_outputs_stay_and_names_may_be_markup(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = write_table(tmp_path)
+    table.write_text(table.read_text().replace("colour", "[/colour]"))
+    (tmp_path / "m.png").write_bytes(b"mine")
+    evaluate = ["evaluate", "retrieval", "--data", str(table)]
+    assert cli.main([*evaluate, "--output", "rows.csv"]) == 0
+    assert "[/colour]" in capsys.readouterr().out
+    for words, message in (
+        (["--output", "rows.csv"], "rows.csv exists. Give --overwrite"),
+        (["--output", "rows.txt"], "must end in .csv"),
+        (["--matrix", "m.png"], "m.png exists. Give --overwrite"),
+    ):
+        assert cli.main([*evaluate, *words]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main([*evaluate, "--output", "rows.csv", "--overwrite"]) == 0
+    assert (tmp_path / "m.png").read_bytes() == b"mine"
 
 
 def test_trivial_baselines_have_their_numbers():

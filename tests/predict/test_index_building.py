@@ -310,7 +310,7 @@ def test_an_image_of_extreme_aspect_is_cut_before_it_is_resized(folder, tmp_path
 def test_weights_and_embeddings_that_are_not_finite_make_no_index(folder, tmp_path):
     broken = toy()
     broken.heads[1].weight.data[0, 0] = torch.nan
-    with pytest.raises(CheckpointError, match=r"weights of toy are damaged: heads\.1\.weight is not finite"):
+    with pytest.raises(CheckpointError, match=r"weights of toy are damaged: heads\.1\.weight is not finite in float32"):
         build_index(folder, tmp_path / "index", broken, "toy")
 
     class Overflowing(ToyConditional):

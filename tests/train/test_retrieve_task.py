@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,11 +23,14 @@ import visionattn
 from retrieval_toys import write_table
 from visionattn import cli
 from visionattn.data.catalogue import MISSING
+from visionattn.data.embedding import input_config
 from visionattn.data.retrieval import RetrieveData
 from visionattn.data.samplers import IGNORED
 from visionattn.data.triplets import TripletData
 from visionattn.errors import CheckpointError, ConfigError
+from visionattn.evaluate import attribute_retrieval
 from visionattn.metrics.ranking import means, score_part
+from visionattn.predict import ImageIndex
 from visionattn.train.cli import main, recipes
 from visionattn.train.reidentify import ReidentifyTask
 from visionattn.train.retrieve import AttributeLoss, RetrieveTask
@@ -292,8 +296,35 @@ def test_from_a_backbones_file_to_a_search(tmp_path, monkeypatch, capsys):
     (tmp_path / "backbone.pth").unlink()
     assert cli.main(["evaluate", "retrieval", "last.ckpt", "--data", "table.csv", "--matrix", "matrix.png"]) == 0
     assert cli.main(["index", "images", "index", "--model", "last.ckpt"]) == 0
-    assert cli.main(["search", "index", "images/003.png", "--attribute", "kind"]) == 0
+    assert cli.main(["search", "index", "images/003.png", "--attribute", "kind", "--include-query"]) == 0
     assert "003.png" in capsys.readouterr().out
+
+
+def test_evaluate_index_and_search_prepare_images_as_training_did(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("faiss")
+    monkeypatch.chdir(tmp_path)
+    made = RetrieveTask("va_cca", {"backbone": "test_resnet", "embed_dim": 16, "head": "linear"}, VALUES, lr=0.01)
+    made.net.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "interpolation": "nearest"}
+    trainer, found = fit(tmp_path, made, 3, image_size=[16, 16])
+    assert made.input_config["size"] != [16, 16]
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    measured = trainer.callback_metrics
+    loaded = visionattn.load("last.ckpt")
+    config = {"size": [16, 16], "mean": [0.1, 0.2, 0.3], "std": made.input_config["std"], "interpolation": "nearest"}
+    assert input_config(loaded) == config
+    rows = attribute_retrieval("last.ckpt", "table.csv", part="val").own("last.ckpt")
+    assert [row.map for row in rows] == pytest.approx([measured[f"val/map_{name}"].item() for name in VALUES], abs=1e-6)
+    assert cli.main(["index", "images", "index", "--model", "last.ckpt"]) == 0
+    assert cli.main(["search", "index", "images/003.png", "--attribute", "kind", "--include-query"]) == 0
+    index = ImageIndex("index")
+    assert index.manifest["input"] == config
+    image = found.catalogue.images.open("003.png")
+    with torch.no_grad():
+        expected = made.eval()(found._eval_transform(image)[None])[0].numpy()
+    assert index.embed(loaded, image) == pytest.approx(expected, abs=1e-6)
+    with open("search.json") as file:
+        first = json.load(file)["hits"][0]
+    assert (first["image"], first["score"]) == ("003.png", pytest.approx(1, abs=1e-5))
 
 
 @pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("retrieve/")])

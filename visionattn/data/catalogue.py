@@ -242,6 +242,8 @@ class Catalogue:
         """
         if unknown := [name for name in attributes if name not in self.attributes]:
             raise ConfigError(f"There is no attribute {first_names(unknown)}. There are {', '.join(self.attributes)}.")
+        if double := [name for name in attributes if attributes.count(name) > 1]:
+            raise ConfigError(f"The attribute {shorten(double[0])} is asked for twice.")
         columns = [self.attributes.index(name) for name in attributes]
         items = [item._replace(values=tuple(item.values[column] for column in columns)) for item in self.items]
         return Catalogue(self.images, tuple(attributes), items, self.min_count)

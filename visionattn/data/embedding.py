@@ -111,7 +111,10 @@ def check_embedding(model: nn.Module, name: str, config: dict[str, Any]) -> None
     check_task(model, name)
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"The weights of {shorten(name)} are damaged: {shorten(key)} is not finite.")
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"The weights of {shorten(name)} are damaged: {shorten(key)} is not finite in {dtype}."
+            )
     height, width = config["size"]
     parameter = next(model.parameters(), torch.zeros(()))
     image = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)

@@ -10,8 +10,10 @@ from rich.console import Console
 
 from visionattn.arguments import number, whole_number
 from visionattn.data import catalogue_files
+from visionattn.data.embedding import LARGEST as LARGEST_SIDE
+from visionattn.data.images import SUFFIXES
 from visionattn.data.stereo import LAYOUTS
-from visionattn.errors import ConfigError
+from visionattn.errors import ConfigError, shorten
 from visionattn.evaluate import retrieval
 from visionattn.evaluate.opening import DTYPES
 from visionattn.evaluate.sr import Measurements, super_resolution
@@ -63,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranked.add_argument("--part", default="test", help="train, val or test (default: test)")
     ranked.add_argument(
         "--image-size",
-        type=whole_number(1, 2**14),
+        type=whole_number(1, LARGEST_SIDE),
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         help="of images (default: the models')",
@@ -124,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
     shown = console if sys.stdout.isatty() else None
     if args.protocol == "retrieval":
-        return _retrieval(args, console, shown)
+        return _retrieval(args, console)
     found: Measurements | StereoMeasurements
     if args.protocol == "sr":
         found = super_resolution(
@@ -163,40 +165,53 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(found.failures))
 
 
-def _retrieval(args: argparse.Namespace, console: Console, shown: Console | None) -> int:
+def _retrieval(args: argparse.Namespace, console: Console) -> int:
+    if args.matrix is not None:
+        check_output(args.matrix, args.overwrite, SUFFIXES)
     common = {
         "images": args.images,
         "part": args.part,
         "image_size": args.image_size and tuple(args.image_size),
         "device": args.device,
         "dtype": args.dtype,
-        "console": shown,
+        "console": console,
     }
     if args.layout == ZAPPOS:
         if args.output or args.matrix:
             raise ConfigError("Triplets have one table: leave out --output and --matrix.")
-        console.print(retrieval.triplet_table(retrieval.triplets(args.models, args.data, **common)))
-        return 0
-    found = retrieval.attribute_retrieval(
+        failures: list[str] = []
+        found = retrieval.triplets(args.models, args.data, **common, failures=failures)
+        console.print(retrieval.triplet_table(found))
+        return _name_failures(failures)
+    measured = retrieval.attribute_retrieval(
         args.models,
         args.data,
         layout=args.layout,
-        attributes=args.attributes and args.attributes.split(","),
+        attributes=args.attributes and [name.strip() for name in args.attributes.split(",")],
         min_count=args.min_count,
         **common,
     )
-    matrices = {model: found.matrix(model) for model in dict.fromkeys(row.model for row in found.rows)}
+    matrices = {model: measured.matrix(model) for model in dict.fromkeys(row.model for row in measured.rows)}
     known = {model: matrix for model, matrix in matrices.items() if matrix is not None}
     if args.matrix is not None and len(known) != 1:
         raise ConfigError(f"--matrix draws the matrix of one model with conditions; there are {len(known)}.")
-    console.print(f"{found.data}, {found.part}: percent of the queries", soft_wrap=True)
-    console.print(found.table())
+    console.print(f"{shorten(measured.data)}, {measured.part}: percent of the queries", soft_wrap=True)
+    console.print(measured.table())
     for model, matrix in known.items():
-        console.print(found.matrix_table(model))
+        console.print(measured.matrix_table(model))
         if args.matrix is not None:
-            retrieval.draw_matrix(args.matrix, matrix, found.attributes)
-            console.print(f"The matrix is in {args.matrix}.")
+            retrieval.draw_matrix(args.matrix, matrix, measured.attributes)
+            console.print(f"The matrix is in {shorten(args.matrix)}.")
     if args.output is not None:
-        found.write(args.output)
-        console.print(f"The rows are in {args.output}.")
-    return 0
+        measured.write(args.output)
+        console.print(f"The rows are in {shorten(args.output)}.")
+    return _name_failures(measured.failures)
+
+
+def _name_failures(failures: list[str]) -> int:
+    """Name images that were left out; the exit code."""
+    for failure in failures:
+        print(f"visionattn: {failure}", file=sys.stderr)
+    if failures:
+        print(f"visionattn: {len(failures)} images could not be read and are left out.", file=sys.stderr)
+    return int(bool(failures))

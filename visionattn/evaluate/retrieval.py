@@ -18,18 +18,28 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from visionattn import __version__
 from visionattn.data.catalogue import Catalogue, ImageStore
 from visionattn.data.catalogue_files import Triplets, read_catalogue, read_triplets
-from visionattn.data.embedding import conditions_of, embed, eval_transform, input_config
-from visionattn.errors import ConfigError
+from visionattn.data.embedding import (
+    check_embedding,
+    check_finite,
+    check_task,
+    conditions_of,
+    embed,
+    eval_transform,
+    input_config,
+)
+from visionattn.data.images import check_unreadable
+from visionattn.errors import ConfigError, DataError, shorten
 from visionattn.evaluate.opening import open_models, place
 from visionattn.files import atomic_path
 from visionattn.metrics.ranking import AttributeScore, means, score, score_triplets
+from visionattn.progress import counted
 
 __all__ = [
     "MeasuredRetrieval",
@@ -43,6 +53,7 @@ __all__ = [
 RANDOM = "random"
 RANDOM_DIMENSIONS = 64
 CELL, LABEL = 72, 150  # pixels of the picture of a matrix
+MOST = 100  # attributes of a picture
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class RetrievalMeasurements:
         device: Where the models ran.
         dtype: In what precision.
         rows: Each model, condition and attribute.
+        failures: One line for each image that could not be read; the items are ranked without it.
     """
 
     data: str
@@ -73,6 +85,7 @@ class RetrievalMeasurements:
     device: str
     dtype: str
     rows: list[MeasuredRetrieval] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     def own(self, model: str) -> list[AttributeScore]:
         """A model's scores by each attribute in that attribute's own space, or the one that there is."""
@@ -94,7 +107,8 @@ class RetrievalMeasurements:
             scores = self.own(model)
             for row in (*scores, *means(scores)):
                 shares = (f"{100 * share:.1f}" for share in row[3:])
-                table.add_row(Path(model).name, row.attribute, str(row.queries), str(row.gallery), *shares)
+                names = (Text(shorten(Path(model).name)), Text(shorten(row.attribute)))
+                table.add_row(*names, str(row.queries), str(row.gallery), *shares)
             table.add_section()
         return table
 
@@ -103,9 +117,9 @@ class RetrievalMeasurements:
         matrix = self.matrix(model)
         if matrix is None:
             return None
-        table = Table(f"mAP, {Path(model).name}: condition", *self.attributes)
+        table = _table_of(f"mAP, {Path(model).name}: condition", *self.attributes)
         for name, values in zip(self.attributes, matrix.tolist()):
-            table.add_row(name, *(f"{100 * value:.1f}" for value in values))
+            table.add_row(Text(shorten(name)), *(f"{100 * value:.1f}" for value in values))
         return table
 
     def write(self, path: str | Path) -> None:
@@ -116,7 +130,10 @@ class RetrievalMeasurements:
         """
         origin = {"data": self.data, "part": self.part, "device": self.device, "dtype": self.dtype}
         origin |= {"torch": torch.__version__, "visionattn": __version__}
-        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        with (
+            atomic_path(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(["model", "condition", *AttributeScore._fields, *origin])
             for model in dict.fromkeys(row.model for row in self.rows):
@@ -161,13 +178,15 @@ def attribute_retrieval(
     Raises:
         ConfigError: There is no such layout, attribute, device or dtype, or a model lacks an attribute.
         CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
-        DataError: A file is missing or damaged, or a part has no queries, no gallery or no match.
+        DataError: A file is missing or damaged, more than 10 % of the images are, or a part has no queries, no gallery
+            or no match.
+        InputError: A model gives no finite embeddings of images of that size.
     """
     if isinstance(data, Catalogue):
         catalogue, origin = data, str(data.images.path)
     else:
         catalogue, origin = read_catalogue(layout, data, images, attributes, min_count), str(data)
-    networks = place(open_models(models), device, dtype)
+    networks = _opened(models, device, dtype, image_size)
     for label, network in networks.items():
         known = conditions_of(network)
         if known and (lacking := [name for name in catalogue.attributes if name not in known]):
@@ -175,23 +194,41 @@ def attribute_retrieval(
                 f"{label} does not embed by {', '.join(lacking)}, only by {', '.join(known)}: say which attributes."
             )
     items = catalogue.part(part)
-    found = RetrievalMeasurements(origin, part, catalogue.attributes, device, dtype)
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(len(items.images), RANDOM_DIMENSIONS, generator=generator)
-    directions = nn.functional.normalize(directions, dim=1)
+    count = len(items.images)
+    unreadable: dict[str, str] = {}
+    spaces = {
+        label: _embed(label, network, catalogue.images, items.images, image_size, batch_size, console, unreadable)
+        for label, network in networks.items()
+    }
+    kept = torch.tensor([place for place, name in enumerate(items.images) if name not in unreadable])
+    items = items.take(kept)
+    found = RetrievalMeasurements(origin, part, catalogue.attributes, device, dtype, failures=list(unreadable.values()))
+    directions = torch.randn(count, RANDOM_DIMENSIONS, generator=torch.Generator().manual_seed(0))
+    directions = nn.functional.normalize(directions, dim=1)[kept]
     for column, name in enumerate(catalogue.attributes):
         found.rows.append(MeasuredRetrieval(RANDOM, "", score(directions, items, column, name)))
     for label, network in networks.items():
-        spaces = embed_images(network, catalogue.images, items.images, image_size, batch_size, console)
         known = conditions_of(network)
         for condition in catalogue.attributes if known else ("",):
-            space = spaces[:, known.index(condition) if known else 0]
+            space = spaces[label][kept, known.index(condition) if known else 0]
             for column, name in enumerate(catalogue.attributes):
                 found.rows.append(MeasuredRetrieval(label, condition, score(space, items, column, name)))
     return found
 
 
-@torch.inference_mode()
+def _opened(
+    models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
+    device: str,
+    dtype: str,
+    image_size: tuple[int, int] | None,
+) -> dict[str, Any]:
+    """Networks that embed images of that size, by their labels."""
+    networks = place(open_models(models, lambda label, network: check_task(network, label)), device, dtype)
+    for label, network in networks.items():
+        check_embedding(network, label, input_config(network, image_size))
+    return networks
+
+
 def embed_images(
     model: nn.Module,
     store: ImageStore,
@@ -204,18 +241,51 @@ def embed_images(
 
     Raises:
         DataError: An image is not there or damaged.
+        InputError: An embedding is not finite.
     """
+    unreadable: dict[str, str] = {}
+    found = _embed("The model", model, store, names, image_size, batch_size, console, unreadable)
+    if unreadable:
+        raise DataError(next(iter(unreadable.values())))
+    return found
+
+
+@torch.inference_mode()
+def _embed(
+    label: str,
+    model: nn.Module,
+    store: ImageStore,
+    names: Sequence[str],
+    image_size: tuple[int, int] | None,
+    batch_size: int,
+    console: Console | None,
+    unreadable: dict[str, str],
+) -> Tensor:
+    """As `embed_images`; what is said of each unreadable image comes into `unreadable`, and its row is 0."""
     transform = eval_transform(input_config(model, image_size))
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), torch.zeros(()))
+    rows: list[int] = []
     found = []
-    with Progress(console=console, disable=console is None, transient=True) as progress:
-        task = progress.add_task("images", total=len(names))
+    with counted("images", len(names), console) as advance:
         for start in range(0, len(names), batch_size):
-            chosen = names[start : start + batch_size]
-            batch = torch.stack([transform(store.open(name)) for name in chosen])
-            found.append(embed(model, batch.to(parameter.device, parameter.dtype)).cpu())
-            progress.advance(task, len(chosen))
-    return torch.cat(found)
+            images: dict[int, Tensor] = {}
+            for place, name in enumerate(names[start : start + batch_size], start):
+                try:
+                    if name not in unreadable:
+                        images[place] = transform(store.open(name))
+                except DataError as error:
+                    unreadable[name] = str(error)
+            if images:
+                batch = torch.stack(list(images.values()))
+                embeddings = embed(model, batch.to(parameter.device, parameter.dtype)).cpu()
+                check_finite(embeddings, [names[place] for place in images], label)
+                rows += images
+                found.append(embeddings)
+            advance(len(names[start : start + batch_size]))
+    check_unreadable([unreadable[name] for name in names if name in unreadable], len(names))
+    every = torch.zeros(len(names), *found[0].shape[1:])
+    every[rows] = torch.cat(found)
+    return every
 
 
 def triplets(
@@ -229,6 +299,7 @@ def triplets(
     device: str = "cpu",
     dtype: str = "float32",
     console: Console | None = None,
+    failures: list[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure models on triplets: for each model, the share of each condition's triplets that is right, and of all.
 
@@ -242,21 +313,32 @@ def triplets(
         device: Where the models run, such as `"cuda"`.
         dtype: Precision of weights and activations.
         console: Shows the progress; None shows none.
+        failures: Gains one line for each image that could not be read, and whose triplets are left out.
 
     Raises:
         ConfigError: There is no such part, device or dtype, or a model lacks a condition.
         CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
-        DataError: A file is missing or damaged.
+        DataError: A file is missing or damaged, or more than 10 % of the images are.
+        InputError: A model gives no finite embeddings of images of that size.
     """
     given = data if isinstance(data, Triplets) else read_triplets(data, part, images)
     found: dict[str, dict[str, float]] = {}
-    for label, network in place(open_models(models), device, dtype).items():
+    unreadable: dict[str, str] = {}
+    for label, network in _opened(models, device, dtype, image_size).items():
         known = conditions_of(network)
         if known and (lacking := [name for name in given.conditions if name not in known]):
             raise ConfigError(f"{label} does not embed by {', '.join(lacking)}, only by {', '.join(known)}.")
-        spaces = embed_images(network, given.images, given.names, image_size, batch_size, console)
+        spaces = _embed(label, network, given.images, given.names, image_size, batch_size, console, unreadable)
+        kept = torch.tensor([place for place, name in enumerate(given.names) if name not in unreadable])
+        own = given.take(kept) if unreadable else given
+        if not len(own.anchors):
+            raise DataError(
+                f"Every triplet has an image that cannot be read. The first: {next(iter(unreadable.values()))}"
+            )
         columns = [known.index(name) for name in given.conditions] if known else [0]
-        found[label] = score_triplets(spaces[:, columns], given)
+        found[label] = score_triplets(spaces[kept][:, columns], own)
+    if failures is not None:
+        failures += unreadable.values()
     return found
 
 
@@ -266,9 +348,13 @@ def draw_matrix(path: str | Path, matrix: Tensor, names: Sequence[str]) -> None:
     Each column is shaded from its lowest to its highest value; numbers are percent, and the diagonal is framed.
 
     Raises:
+        ConfigError: There are more than 100 attributes.
         StorageError: The file could not be written.
     """
     count = len(names)
+    if count > MOST:
+        raise ConfigError(f"A matrix of at most {MOST} attributes can be drawn; there are {count}.")
+    names = [shorten(name, 24) for name in names]
     picture = Image.new("RGB", (LABEL + CELL * count, LABEL + CELL * count), "white")
     draw: Any = ImageDraw.Draw(picture)
     font = ImageFont.load_default(14)
@@ -293,7 +379,15 @@ def draw_matrix(path: str | Path, matrix: Tensor, names: Sequence[str]) -> None:
 def triplet_table(found: dict[str, dict[str, float]]) -> Table:
     """A row for each model, a column for each condition, in percent."""
     names: Iterable[str] = next(iter(found.values()), {})
-    table = Table("model", *names)
+    table = _table_of("model", *names)
     for model, shares in found.items():
-        table.add_row(Path(model).name, *(f"{100 * share:.1f}" for share in shares.values()))
+        table.add_row(Text(shorten(Path(model).name)), *(f"{100 * share:.1f}" for share in shares.values()))
+    return table
+
+
+def _table_of(*columns: str) -> Table:
+    """A table whose columns may be called what rich reads as markup."""
+    table = Table()
+    for column in columns:
+        table.add_column(Text(shorten(column)))
     return table

@@ -149,7 +149,7 @@ def read_vectors(folder: Path, manifest: dict[str, Any], number: int) -> np.ndar
         rows = vectors[start : start + ROWS]
         if not (np.einsum("ne,ne->n", rows, rows) <= UNIT**2).all():  # false for NaN, too
             raise DataError(f"{shorten(path)} is damaged: its vectors are not of length 1. Index the images again.")
-    return vectors
+    return np.asarray(vectors)  # faiss.contrib.torch_utils takes no sub-class
 
 
 def _header(count: int, size: int) -> bytes:

@@ -12,9 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from visionattn.arguments import whole_number
@@ -117,6 +115,7 @@ def run_search(args: argparse.Namespace) -> int:
     Raises:
         VisionAttnError: Nothing could be searched or written.
     """
+    # Names of files and attributes may look like markup.
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
     attributes = _weights(args.attribute)
     index = ImageIndex(args.index)
@@ -213,10 +212,9 @@ def _weights(text: str) -> dict[str, float]:
 
 def _report(console: Console, hits: list[Hit], attributes: dict[str, float]) -> None:
     several = list(attributes) if len(attributes) > 1 else []
-    table = Table("image", "score", *(escape(shorten(name)) for name in several))
+    table = Table("image", "score", *map(shorten, several))
     for hit in hits:
-        # File names may hold what rich reads as markup.
-        table.add_row(Text(shorten(hit.image)), f"{hit.score:.3f}", *(f"{hit.cosines[name]:.3f}" for name in several))
+        table.add_row(shorten(hit.image), f"{hit.score:.3f}", *(f"{hit.cosines[name]:.3f}" for name in several))
     console.print(table)
 
 
