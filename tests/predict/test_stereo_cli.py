@@ -210,11 +210,13 @@ def fake_videos(monkeypatch, folder, frames, sizes=None):
         height, width = (sizes or {}).get(path.name, frames[path.name][0].shape[:2])
         return SimpleNamespace(height=height, width=width, frames=len(frames[path.name]))
 
-    def convert(sources, target, convert, size, advance):
+    def convert(sources, target, convert, size, advance, expect):
+        expect(len(frames[sources[0].name]))
         for step in zip(*(frames[path.name] for path in sources)):
             result = convert(*step)
             shown.extend([] if result is None else [result])
             advance()
+        return []
 
     monkeypatch.setattr(pairs, "probe", probe)
     monkeypatch.setattr(pairs, "convert_videos", convert)
