@@ -40,7 +40,7 @@ def pointers(kernel, dtype: str, **others: str) -> dict[str, str]:
 
 def subspace_attention_cases() -> Iterator[Case]:
     kernels = subspace_attention
-    single = ("logits", "mean", "factor", "slope", "gate", "by_gate", "by_point", "by_shift", "by_scale")
+    single = ("logits", "mean", "factor", "dlogits", "gate", "dgate", "dpoint", "dshift", "dscale")
     scratch = {f"{name}_ptr": "fp32" for name in single} | {"taken_ptr": "i8"}
     for form, dtype in product(("paper", "all"), DTYPES):
         whole = form == "all"
@@ -69,7 +69,7 @@ def symmetric_gate_cases() -> Iterator[Case]:
 def halo_attention_cases() -> Iterator[Case]:
     kernels = halo_attention
     shapes = [(block, halo, D) for block, halo in ((8, 3), (8, 4), (10, 3), (12, 2), (14, 2), (7, 2)) for D in HEADS]
-    singles = {f"{name}_ptr": "fp32" for name in ("lse", "delta", "by_height", "by_width")}
+    singles = {f"{name}_ptr": "fp32" for name in ("lse", "delta", "dheight", "dwidth")}
     # Chips whose tensor cores read registers, and shared memory.
     for dtype, (block, halo, D), chips in product(DTYPES, shapes, ((80,), (90, 100))):
         # float16 has bfloat16's code.
@@ -79,28 +79,32 @@ def halo_attention_cases() -> Iterator[Case]:
         given = {"BLOCK": block, "HALO": halo, "STRIDE": 1, "STEP": 1, "HALF": dtype != "fp32", "PRECISION": precision}
         shape = kernels.Shape(D, D, block, halo, 1, TORCH[dtype], from_shared=chips != (80,))
         cases = [
-            (kernels.halo_attention_fwd_kernel, kernels.tiles_of_queries(shape, again=again), {"AGAIN": again})
-            for again in (False, True)
+            (
+                kernels.halo_attention_fwd_kernel,
+                kernels.tiles_of_queries(shape, recompute=recompute),
+                {"RECOMPUTE": recompute},
+            )
+            for recompute in (False, True)
         ]
         if dtype != "fp32" or D <= 16:  # which the launcher takes
             cases += [
                 (kernels.halo_attention_bwd_q_kernel, kernels.tiles_of_queries(shape, backward=True), {}),
                 (kernels.halo_attention_bwd_kv_kernel, kernels.tiles_of_keys(shape), {}),
             ]
-        for kernel, tiles, again in cases:
+        for kernel, tiles, recompute in cases:
             masked = {"MASK": True} if "MASK" in kernel.arg_names else {}
-            constants = given | masked | again | tiles.constants
+            constants = given | masked | recompute | tiles.constants
             whole = [name for name in kernel.arg_names if not name.endswith("_ptr") and name not in constants]
             numbers = {name: "i32:16" if name in ("D", "DV") or "_s" in name else "i32" for name in whole}
             types = pointers(kernel, dtype, **singles) | numbers | {"scale": "fp32"}
-            configuration = f"block {block}, halo {halo}, D {D}" + ", again" * again.get("AGAIN", False)
+            configuration = f"block {block}, halo {halo}, D {D}" + ", again" * recompute.get("RECOMPUTE", False)
             tested = dtype == "bf16" and (block, halo, D) in ((8, 3, 16), (8, 3, 64))
             yield Case(kernel, dtype, types, constants, tiles.options, configuration, tested, dots=True, chips=chips)
 
 
 def match_attention_cases() -> Iterator[Case]:
     kernels = match_attention
-    singles = {f"{name}_ptr": "fp32" for name in ("field", "attention", "slope", "by_field")}
+    singles = {f"{name}_ptr": "fp32" for name in ("field", "attention", "ds", "dfield")}
     numbers = {"count": "i32:16", "H": "i32:16", "W": "i32:16"}
     numbers |= dict.fromkeys(("channels", "value_channels"), "i32")
     numbers |= dict.fromkeys(("last_y", "last_x", "scale"), "fp32")
@@ -114,7 +118,7 @@ def match_attention_cases() -> Iterator[Case]:
     # Large maps have large programs, small ones small.
     for (dtype, radius, D), count in product(shaped, (2 * kernels.FEW, kernels.FEW)):
         launched = kernels.launch(count, 4, D, D, radius, "l1", TORCH[dtype])
-        flags = {"OF_OUT": True, "OF_ATTENTION": True, "FIELD_HEADS": 4}
+        flags = {"HAS_DO": True, "HAS_DP": True, "FIELD_HEADS": 4}
         backward = (kernels.match_attention_bwd_q_kernel, kernels.match_attention_bwd_kv_kernel)
         for kernel in (kernels.match_attention_fwd_kernel, *(backward if radius < 3 else ())):
             own = {name: value for name, value in (launched.constants | flags).items() if name in kernel.arg_names}
@@ -138,7 +142,7 @@ def multi_query_pool_cases() -> Iterator[Case]:
         of_tokens = kernels.tiles_of_tokens(queries, TORCH[dtype])
         precision = {"PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
         numbers = {"M": "i32", "N": "i32", "D": "i32:16", "x_stride_b": "i32:16", "x_stride_n": "i32:16"}
-        scratch = {"logits_ptr": "fp32", "slope_ptr": "fp32", "partial_ptr": "fp32", "mask_ptr": "u8"}
+        scratch = {"logits_ptr": "fp32", "ds_ptr": "fp32", "dq_partial_ptr": "fp32", "mask_ptr": "u8"}
         if int8:
             scratch |= {"x_ptr": "i8", "scales_ptr": "fp16"}
         for kernel, tile, others, more in (
@@ -147,7 +151,7 @@ def multi_query_pool_cases() -> Iterator[Case]:
                 kernels.multi_query_pool_bwd_slope_kernel,
                 backward,
                 {"scale": "fp32"},
-                {"OF_ATTENTION": False, "SCALED": int8},
+                {"HAS_DP": False, "SCALED": int8},
             ),
             (kernels.multi_query_pool_bwd_q_kernel, backward, {"B": "i32", "images": "i32"}, {}),
             *([] if int8 else [(kernels.multi_query_pool_bwd_x_kernel, of_tokens, {}, {})]),

@@ -1,8 +1,8 @@
-"""The other way to the gradients of keys and values in match attention: every query adds to its window, atomically.
+"""An alternative backward pass of match attention for keys and values: every query adds to its window atomically.
 
-The operator sorts queries by where their windows begin and lets keys collect, always in the same order. Here a thread
-has a query, as in the operator's other kernels, and adds to the float32 buffers of its keys in whatever order threads
-come: no sort and each tensor read once, but 2 M D atomic additions a query, and other bits at each call.
+The operator sorts queries by the start of their windows and lets keys gather, always in the same order. Here a thread
+has a query, as in the operator's other kernels, and adds to the float32 buffers of its keys in the order of execution:
+no sort and each tensor read once, but 2 M D atomic additions per query, and results that differ in their last bits.
 `benchmarks/kernels/match_attention.py` times both where there is a GPU. Against the operator in Triton's interpreter:
 
     TRITON_INTERPRET=1 python -m benchmarks.kernels.match_reductions
@@ -16,21 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from visionattn.kernels._triton import match_attention as launchers
-from visionattn.kernels._triton.match_attention_kernels import _part, _places, _sign
+from visionattn.kernels._triton.match_attention_kernels import _chunk_ptrs, _load_chunk, _sign
 
 __all__ = ["MatchAttentionByReductions", "match_attention_bwd_kv_reductions_kernel"]
 
 
 @triton.jit
 def match_attention_bwd_kv_reductions_kernel(
-    grad_ptr,
+    do_ptr,
     q_ptr,
     k_ptr,
     first_ptr,
     attention_ptr,
-    slope_ptr,
-    by_k_ptr,
-    by_v_ptr,
+    ds_ptr,
+    dk_ptr,
+    dv_ptr,
     count,
     W,
     channels,
@@ -48,27 +48,27 @@ def match_attention_bwd_kv_reductions_kernel(
     mask = n < count
     first = tl.load(first_ptr + n, mask=mask, other=0)
     for c in range(0, channels, CHUNK):
-        q = _part(q_ptr, n, mask, c, D, CHUNK)
-        k_at, inside = _places(k_ptr, first, mask, c, D, CHUNK)
-        by_k_at, _ = _places(by_k_ptr, first, mask, c, D, CHUNK)
+        q = _load_chunk(q_ptr, n, mask, c, D, CHUNK)
+        k_ptrs, inside = _chunk_ptrs(k_ptr, first, mask, c, D, CHUNK)
+        dk_ptrs, _ = _chunk_ptrs(dk_ptr, first, mask, c, D, CHUNK)
         for m in tl.static_range(SIDE * SIDE):
             place = (m // SIDE) * (W * HEADS * D) + (m % SIDE) * (HEADS * D)
-            slope = tl.load(slope_ptr + m * count.to(tl.int64) + n, mask=mask, other=0.0)[:, None]
-            by_k = slope * q
+            ds = tl.load(ds_ptr + m * count.to(tl.int64) + n, mask=mask, other=0.0)[:, None]
+            dk = ds * q
             if L1:
-                by_k = slope * _sign(q - tl.load(k_at + place, mask=inside, other=0.0).to(tl.float32))
-            tl.atomic_add(by_k_at + place, by_k, mask=inside, sem="relaxed")
+                dk = ds * _sign(q - tl.load(k_ptrs + place, mask=inside, other=0.0).to(tl.float32))
+            tl.atomic_add(dk_ptrs + place, dk, mask=inside, sem="relaxed")
     for c in range(0, value_channels, CHUNK):
-        grad = _part(grad_ptr, n, mask, c, DV, CHUNK)
-        by_v_at, inside = _places(by_v_ptr, first, mask, c, DV, CHUNK)
+        grad = _load_chunk(do_ptr, n, mask, c, DV, CHUNK)
+        dv_ptrs, inside = _chunk_ptrs(dv_ptr, first, mask, c, DV, CHUNK)
         for m in tl.static_range(SIDE * SIDE):
             place = (m // SIDE) * (W * HEADS * DV) + (m % SIDE) * (HEADS * DV)
             attention = tl.load(attention_ptr + m * count.to(tl.int64) + n, mask=mask, other=0.0)[:, None]
-            tl.atomic_add(by_v_at + place, attention * grad, mask=inside, sem="relaxed")
+            tl.atomic_add(dv_ptrs + place, attention * grad, mask=inside, sem="relaxed")
 
 
 class MatchAttentionByReductions(torch.autograd.Function):
-    """`torch.ops.visionattn.match_attention` with this way back. All tensors are contiguous."""
+    """`torch.ops.visionattn.match_attention` with this backward pass. All tensors are contiguous."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, field: Tensor, radius: int, similarity: str):
@@ -82,15 +82,15 @@ class MatchAttentionByReductions(torch.autograd.Function):
         grad, grad_attention = grad.contiguous(), grad_attention.contiguous()
         found = launchers.backward_q(grad, grad_attention, q, k, v, field, *settings)
         launched = launchers.launch(found.first.numel(), *q.shape[3:], v.shape[4], *settings, q.dtype)
-        by_k, by_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+        dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
         match_attention_bwd_kv_reductions_kernel[(triton.cdiv(found.first.numel(), launched.block),)](
-            *(grad, q, k, found.first, found.attention, found.slope, by_k, by_v),
+            *(grad, q, k, found.first, found.attention, found.ds, dk, dv),
             *(found.first.numel(), q.shape[2], q.shape[4], v.shape[4]),
             **launched.constants,
             **launched.options("bwd_kv"),
         )
-        by_field = found.by_field if field.shape[3] == q.shape[3] else found.by_field.sum(3, keepdim=True)
-        return found.by_q, by_k.to(k.dtype), by_v.to(v.dtype), by_field.to(field.dtype), None, None
+        dfield = found.dfield if field.shape[3] == q.shape[3] else found.dfield.sum(3, keepdim=True)
+        return found.dq, dk.to(k.dtype), dv.to(v.dtype), dfield.to(field.dtype), None, None
 
 
 def main() -> None:

@@ -76,13 +76,13 @@ class Shape(NamedTuple):
 # the least that tensor cores take of anything.
 
 
-def tiles_of_queries(shape: Shape, backward: bool = False, again: bool = False) -> Tiles:
+def tiles_of_queries(shape: Shape, backward: bool = False, recompute: bool = False) -> Tiles:
     """Tiles of the kernels whose programs have queries and go over a window, some keys at a time.
 
     Args:
         shape: See there.
-        backward: Of the backward kernel instead of the forward one.
-        again: Of the forward kernel where the way back begins with it.
+        backward: Tiles of the backward kernel instead of the forward one.
+        recompute: Tiles of the forward kernel where it recomputes for the backward pass.
     """
     wide, padded = shape.wide, shape.padded
     if shape.dtype == torch.float32:
@@ -94,8 +94,8 @@ def tiles_of_queries(shape: Shape, backward: bool = False, again: bool = False) 
     else:
         queries, keys = 64, 64 if wide <= 16 else 32 if wide <= 64 else 16
     count, queries, pitch = _numbered(shape.block_size // shape.stride, queries)
-    constants = {"QUERIES": queries, "PITCH": pitch, "ROWS": max(1, keys // padded)}
-    many = (backward or again or shape.dtype == torch.float32) and (wide > 32 or padded > 16)
+    constants = {"BLOCK_M": queries, "PITCH": pitch, "ROWS": max(1, keys // padded)}
+    many = (backward or recompute or shape.dtype == torch.float32) and (wide > 32 or padded > 16)
     return Tiles(count, shape.constants | constants, OPTIONS | (ALL_REGISTERS if many else {}))
 
 
@@ -115,7 +115,7 @@ def tiles_of_keys(shape: Shape) -> Tiles:
         queries, keys = 64 if padded == 16 and (wide <= 32 or even) else 32, 64
     _, queries, pitch = _numbered(side, queries)
     count, keys, key_pitch = _numbered(shape.block_size, keys)
-    constants = {"QUERIES": queries, "PITCH": pitch, "KEYS": keys, "KEY_PITCH": key_pitch}
+    constants = {"BLOCK_M": queries, "PITCH": pitch, "BLOCK_N": keys, "KEY_PITCH": key_pitch}
     return Tiles(count, shape.constants | constants, OPTIONS | ALL_REGISTERS | {"num_warps": warps})
 
 
@@ -149,9 +149,13 @@ class _Call:
         self.shape = Shape(D, DV, block_size, halo_size, stride, q.dtype, _from_shared(q.device))
         self.grid = -(-H // block_size), -(-W // block_size)
         self.key_grid = -(-(H + halo_size) // block_size), -(-(W + halo_size) // block_size)
-        self.sizes = (self.heads, H, W, *q.shape[3:])
-        strides = [stride for x in self.maps for stride in (x.stride(0), x.stride(3), x.stride(4), x.stride(1))]
-        self.layout = (D, DV, *strides, D**-0.5 * LOG2_E)
+        self.inputs = dict(zip(("q_ptr", "k_ptr", "v_ptr", "height_ptr", "width_ptr"), (*self.maps, *self.tables)))
+        QH, QW = q.shape[3:]
+        ny, nx = self.grid
+        self.sizes = {"heads": self.heads, "H": H, "W": W, "QH": QH, "QW": QW, "ny": ny, "nx": nx, "D": D, "DV": DV}
+        for name, x in zip("qkv", self.maps):
+            self.sizes |= {f"{name}_s{axis}": x.stride(dim) for axis, dim in (("b", 0), ("y", 3), ("x", 4), ("h", 1))}
+        self.sizes["scale"] = D**-0.5 * LOG2_E
         self.masked = border == "mask"
         self.constants = {
             "BLOCK": block_size,
@@ -172,45 +176,52 @@ class _Call:
         """The output, (B, H', W', heads, Dv)."""
         q, _, v = self.maps
         out = q.new_empty(self.B, *q.shape[3:], self.heads, v.shape[2])
-        self._forward(grad=out, out=out, lse=out, delta=out, again=False)
+        self._forward(do=out, out=out, lse=out, delta=out, recompute=False)
         return out
 
-    def _forward(self, grad: Tensor, out: Tensor, lse: Tensor, delta: Tensor, again: bool) -> None:
-        """Write `out`, or again `lse` and `delta`, for which `grad` is read; the others are not looked at."""
-        grid, constants = self.windows(tiles_of_queries(self.shape, again=again))
+    def _forward(self, do: Tensor, out: Tensor, lse: Tensor, delta: Tensor, recompute: bool) -> None:
+        """Write `out`, or with `recompute` `lse` and `delta` from `do`; the other tensors are not accessed."""
+        grid, constants = self.windows(tiles_of_queries(self.shape, recompute=recompute))
         with torch.cuda.device_of(out):
             halo_attention_fwd_kernel[grid](
-                *(*self.maps, *self.tables, grad, out, lse, delta),
-                *(*self.sizes, *self.grid, *self.layout),
-                AGAIN=again,
+                **self.inputs,
+                do_ptr=do,
+                out_ptr=out,
+                lse_ptr=lse,
+                delta_ptr=delta,
+                **self.sizes,
+                RECOMPUTE=recompute,
                 **constants,
             )
 
-    def backward(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """The gradients by q, k and v, channels-last, and by the tables."""
-        grad = grad.permute(0, 3, 4, 1, 2).contiguous()
-        lse, delta = (grad.new_empty(grad.shape[:4], dtype=torch.float32) for _ in range(2))
-        self._forward(grad=grad, out=grad, lse=lse, delta=delta, again=True)
-        by_maps = [x.new_empty(self.B, *x.shape[3:], self.heads, x.shape[2]) for x in self.maps]
+    def backward(self, do: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of q, k and v, channels-last, and of the tables."""
+        do = do.permute(0, 3, 4, 1, 2).contiguous()
+        lse, delta = (do.new_empty(do.shape[:4], dtype=torch.float32) for _ in range(2))
+        self._forward(do=do, out=do, lse=lse, delta=delta, recompute=True)
+        dq, dk, dv = (x.new_empty(self.B, *x.shape[3:], self.heads, x.shape[2]) for x in self.maps)
         grid, constants = self.windows(tiles_of_queries(self.shape, backward=True))
-        parts = [table.new_empty(*grid, *table.shape, dtype=torch.float32) for table in self.tables]
+        dheight, dwidth = (table.new_empty(*grid, *table.shape, dtype=torch.float32) for table in self.tables)
         of_keys = tiles_of_keys(self.shape)
-        key_grid = self.B * self.key_grid[0] * self.key_grid[1] * self.heads, of_keys.count
-        with torch.cuda.device_of(grad):
+        key_ny, key_nx = self.key_grid
+        inputs = {"do_ptr": do, **self.inputs, "lse_ptr": lse, "delta_ptr": delta}
+        with torch.cuda.device_of(do):
             halo_attention_bwd_q_kernel[grid](
-                *(grad, *self.maps, *self.tables, lse, delta, by_maps[0], *parts),
-                *(*self.sizes, *self.grid, *self.layout),
-                **constants,
+                **inputs, dq_ptr=dq, dheight_ptr=dheight, dwidth_ptr=dwidth, **self.sizes, **constants
             )
-            halo_attention_bwd_kv_kernel[key_grid](
-                *(grad, *self.maps, *self.tables, lse, delta, *by_maps[1:]),
-                *(*self.sizes, *self.grid, *self.key_grid, *self.layout),
+            halo_attention_bwd_kv_kernel[(self.B * key_ny * key_nx * self.heads, of_keys.count)](
+                **inputs,
+                dk_ptr=dk,
+                dv_ptr=dv,
+                **self.sizes,
+                key_ny=key_ny,
+                key_nx=key_nx,
                 **of_keys.constants,
                 **of_keys.options,
                 **self.constants,
             )
-        by_tables = (part.sum((0, 1)).to(table.dtype) for part, table in zip(parts, self.tables))
-        return *(x.permute(0, 3, 4, 1, 2) for x in by_maps), *by_tables
+        dtables = (part.sum((0, 1)).to(table.dtype) for part, table in zip((dheight, dwidth), self.tables))
+        return *(x.permute(0, 3, 4, 1, 2) for x in (dq, dk, dv)), *dtables
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -238,7 +249,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
+    do: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -252,6 +263,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel again, then the backward kernels. Any strides; the results are laid out as given."""
     call = _Call(q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index)
-    *by_maps, by_height, by_width = call.backward(grad)
-    by_q, by_k, by_v = (_cropped(by, x) for by, x in zip(by_maps, (q, k, v)))
-    return by_q, by_k, by_v, by_height, by_width
+    *dmaps, dheight, dwidth = call.backward(do)
+    dq, dk, dv = (_cropped(gradient, x) for gradient, x in zip(dmaps, (q, k, v)))
+    return dq, dk, dv, dheight, dwidth

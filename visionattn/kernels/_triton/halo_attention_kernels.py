@@ -1,16 +1,15 @@
 """Triton kernels of `visionattn.kernels.halo_attention`, which `halo_attention.py` launches.
 
-A program has a tile of one block's queries for one head and goes over its window some rows at a time, each row padded
-to a power of two, with a softmax that is corrected as larger logits come. Relative logits are gathered once for each
-query, one for each row and column of its window, and reach the logits by products with 0 and 1: tensor cores have time
-for that, registers have no room for a sum by broadcasting. What the border or padding shuts out has such a row or
-column of a large negative number, finite, for infinity times 0 is NaN. In half precisions these vectors go as sums of
-two bfloat16 ones, which hold 16 bits.
+A program has a tile of one block's queries for one head. It loops over the window some rows at a time, each row padded
+to a power of two, with an online softmax. Relative logits are gathered once per query, one for each row and column of
+its window, and are added to the logits by products with one-hot matrices: tensor cores have time for that, registers
+have no room for a sum by broadcasting. Masked positions have such a logit of a large negative number, finite, because
+infinity times 0 is NaN. In half precisions these vectors are sums of two bfloat16 ones, which hold 16 bits.
 
-Backward, the forward kernel goes again, for what the others need of each query. A second kernel goes the same way for
-the queries and the tables, of which each program leaves its part of the sum. A third one has tiles of keys, cut in
-blocks that lie a halo up and left of those of queries: few blocks of queries see such a tile, two each way where the
-halo is at most half a block. Nothing is added atomically.
+Backward, the forward kernel recomputes delta and the log-sum-exp of each query. A second kernel loops like the first
+one and computes dq and, for each program, partial gradients of the tables. A third one has tiles of keys, cut in blocks
+that lie a halo up and left of those of queries: few blocks of queries see such a tile, two per axis where the halo is
+at most half a block. There are no atomic additions.
 """
 
 from __future__ import annotations
@@ -20,66 +19,111 @@ import triton.language as tl
 
 __all__ = ["halo_attention_bwd_kv_kernel", "halo_attention_bwd_q_kernel", "halo_attention_fwd_kernel"]
 
-SHUT_OUT = tl.constexpr(-1e30)
+MASKED = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _start(image, y, x, head, stride_b, stride_y, stride_x, stride_h):
+def _offset(image, y, x, head, stride_b, stride_y, stride_x, stride_h):
     """Where a pixel's channels begin: 64 bits for this alone, so that what is counted from there takes 32."""
     return image * stride_b + tl.cast(y, tl.int64) * stride_y + tl.cast(x, tl.int64) * stride_x + head * stride_h
 
 
 @triton.jit
-def _map_tile(ptr, y, x, inside, stride_y, stride_x, d, n_channels):
+def _map_tile(ptr, y, x, inside, stride_y, stride_x, offs_d, n_channels):
     """Pixels of a map by channels, zeros outside; y and x count from the pixel that `ptr` points to."""
-    mask = inside[:, None] & (d < n_channels)[None, :]
-    return tl.load(ptr + (y * stride_y + x * stride_x)[:, None] + d[None, :], mask=mask, other=0.0)
+    mask = inside[:, None] & (offs_d < n_channels)[None, :]
+    return tl.load(ptr + (y * stride_y + x * stride_x)[:, None] + offs_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _relative(q, table_ptr, i, d, D, STEP: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, dot: tl.constexpr):
+def _relative_logits(
+    q, table_ptr, position, offs_d, D, STEP: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, dot: tl.constexpr
+):
     """Relative logits along an axis for each query and row or column of its window, times sqrt(D)."""
     rows = tl.arange(0, 2 * PADDED)
-    mask = (rows < 2 * WINDOW - 1)[:, None] & (d < D)[None, :]
-    table = tl.load(table_ptr + rows[:, None] * D + d[None, :], mask=mask, other=0.0)
-    logits = tl.dot(q, tl.trans(table), input_precision=dot)
+    mask = (rows < 2 * WINDOW - 1)[:, None] & (offs_d < D)[None, :]
+    table = tl.load(table_ptr + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    qk = tl.dot(q, tl.trans(table), input_precision=dot)
     j = tl.arange(0, PADDED)
-    row = WINDOW - 1 + j[None, :] - STEP * i[:, None]
-    return tl.gather(logits, tl.minimum(tl.maximum(row, 0), 2 * PADDED - 1), 1) * tl.sqrt(D.to(tl.float32))
+    row = WINDOW - 1 + j[None, :] - STEP * position[:, None]
+    return tl.gather(qk, tl.minimum(tl.maximum(row, 0), 2 * PADDED - 1), 1) * tl.sqrt(D.to(tl.float32))
 
 
 @triton.jit
-def _shut_out(bias, first, size, MASK: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr):
-    """Shut out what pads the window, and with a masked border what lies outside the map."""
+def _mask_window(rel, first, size, MASK: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr):
+    """Mask the padding of the window and, with a masked border, the positions outside the map."""
     j = tl.arange(0, PADDED)
-    present = j < WINDOW
+    inside = j < WINDOW
     if MASK:
-        present = present & (first + j >= 0) & (first + j < size)
-    return tl.where(present[None, :], bias, SHUT_OUT)
+        inside = inside & (first + j >= 0) & (first + j < size)
+    return tl.where(inside[None, :], rel, MASKED)
 
 
 @triton.jit
-def _spread(logits, bias, code, HALF: tl.constexpr, dot: tl.constexpr):
-    """Add to a tile of logits what each query has for the row or column of each key."""
+def _window_logits(
+    q,
+    height_ptr,
+    width_ptr,
+    iy,
+    ix,
+    offs_d,
+    D,
+    first_y,
+    first_x,
+    H,
+    W,
+    MASK: tl.constexpr,
+    STEP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PADDED: tl.constexpr,
+    dot: tl.constexpr,
+):
+    """Masked relative logits of each query: one per row and one per column of its window."""
+    rel_h = _relative_logits(q, height_ptr, iy, offs_d, D, STEP, WINDOW, PADDED, dot)
+    rel_h = _mask_window(rel_h, first_y, H, MASK, WINDOW, PADDED)
+    rel_w = _relative_logits(q, width_ptr, ix, offs_d, D, STEP, WINDOW, PADDED, dot)
+    rel_w = _mask_window(rel_w, first_x, W, MASK, WINDOW, PADDED)
+    return rel_h, rel_w
+
+
+@triton.jit
+def _query_block(heads, ny, nx):
+    """Head, row and column of the block, and image of a program over queries."""
+    head = tl.program_id(0) % heads
+    block = tl.program_id(0) // heads
+    bx, by, image = block % nx, (block // nx) % ny, (block // (nx * ny)).to(tl.int64)
+    return head, by, bx, image
+
+
+@triton.jit
+def _queries(offs_m, by, bx, QH, QW, SIDE: tl.constexpr, PITCH: tl.constexpr):
+    """Row and column of each query within its block, and which queries exist."""
+    iy, ix = offs_m // PITCH, offs_m % PITCH
+    return iy, ix, (iy < SIDE) & (ix < SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
+
+
+@triton.jit
+def _add_relative(qk, rel, onehot, HALF: tl.constexpr, dot: tl.constexpr):
+    """Add to a tile of logits the relative logit of each query for the row or column of each key."""
     if HALF:
-        high = bias.to(tl.bfloat16)
-        low = (bias - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(low, code.to(tl.bfloat16), tl.dot(high, code.to(tl.bfloat16), logits))
-    return tl.dot(bias, code.to(tl.float32), logits, input_precision=dot)
+        high = rel.to(tl.bfloat16)
+        low = (rel - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(low, onehot.to(tl.bfloat16), tl.dot(high, onehot.to(tl.bfloat16), qk))
+    return tl.dot(rel, onehot.to(tl.float32), qk, input_precision=dot)
 
 
 @triton.jit
-def _collect(total, slope, code, dot: tl.constexpr):
-    """The gradient of `_spread` by the bias."""
-    return tl.dot(slope, tl.trans(code.to(slope.dtype)), total, input_precision=dot)
+def _add_relative_grad(drel, ds, onehot, dot: tl.constexpr):
+    """Add the gradient of `_add_relative` by the relative logits."""
+    return tl.dot(ds, tl.trans(onehot.to(ds.dtype)), drel, input_precision=dot)
 
 
 @triton.jit
-def _unshear(slope, i, STEP: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr):
+def _to_table_rows(drel, position, STEP: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr):
     """From rows or columns of a query's window to rows of the table."""
     rows = tl.arange(0, 2 * PADDED)
-    j = rows[None, :] - (WINDOW - 1) + STEP * i[:, None]
-    found = tl.gather(slope, tl.minimum(tl.maximum(j, 0), PADDED - 1), 1)
+    j = rows[None, :] - (WINDOW - 1) + STEP * position[:, None]
+    found = tl.gather(drel, tl.minimum(tl.maximum(j, 0), PADDED - 1), 1)
     return tl.where((j >= 0) & (j < WINDOW) & (rows < 2 * WINDOW - 1)[None, :], found, 0.0)
 
 
@@ -90,7 +134,7 @@ def halo_attention_fwd_kernel(
     v_ptr,
     height_ptr,
     width_ptr,
-    grad_ptr,
+    do_ptr,
     out_ptr,
     lse_ptr,
     delta_ptr,
@@ -121,9 +165,9 @@ def halo_attention_fwd_kernel(
     STRIDE: tl.constexpr,
     STEP: tl.constexpr,
     MASK: tl.constexpr,
-    AGAIN: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
     HALF: tl.constexpr,
-    QUERIES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     PITCH: tl.constexpr,
     ROWS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -131,66 +175,62 @@ def halo_attention_fwd_kernel(
     PAD_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The output; or again, for the way back, what it is to each query's gradient, and its sum of exponentials.
+    """The output; with RECOMPUTE, delta and the log-sum-exp of each query for the backward pass instead.
 
-    The former are sums of grad times out, of an output that is not rounded; the latter logarithms to base 2.
+    delta is the sum of do times the output before rounding; the log-sum-exp has base 2.
     """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     SIDE: tl.constexpr = BLOCK // STRIDE
-    head = tl.program_id(0) % heads
-    block = tl.program_id(0) // heads
-    bx, by, image = block % nx, (block // nx) % ny, (block // (nx * ny)).to(tl.int64)
-    i = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
-    iy, ix = i // PITCH, i % PITCH
-    asks = (iy < SIDE) & (ix < SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
-    d, dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
+    head, by, bx, image = _query_block(heads, ny, nx)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    iy, ix, q_mask = _queries(offs_m, by, bx, QH, QW, SIDE, PITCH)
+    offs_d, offs_dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
     first_y, first_x = by * BLOCK - HALO, bx * BLOCK - HALO
-    q_ptr += _start(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
-    k_ptr += _start(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
-    v_ptr += _start(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
+    q_ptr += _offset(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
+    k_ptr += _offset(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
+    v_ptr += _offset(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
 
-    q = _map_tile(q_ptr, iy, ix, asks, q_sy, q_sx, d, D)
-    of_rows = _relative(q, height_ptr, iy, d, D, STEP, WINDOW, PADDED, PRECISION)
-    of_rows = _shut_out(of_rows, first_y, H, MASK, WINDOW, PADDED)
-    of_columns = _relative(q, width_ptr, ix, d, D, STEP, WINDOW, PADDED, PRECISION)
-    of_columns = _shut_out(of_columns, first_x, W, MASK, WINDOW, PADDED)
+    q = _map_tile(q_ptr, iy, ix, q_mask, q_sy, q_sx, offs_d, D)
+    rel_h, rel_w = _window_logits(
+        q, height_ptr, width_ptr, iy, ix, offs_d, D, first_y, first_x, H, W, MASK, STEP, WINDOW, PADDED, PRECISION
+    )
 
-    j, key = tl.arange(0, PADDED), tl.arange(0, ROWS * PADDED)
-    column_code = j[:, None] == (key % PADDED)[None, :]
-    largest = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    out = tl.zeros([QUERIES, PAD_DV], tl.float32)
+    j, offs_n = tl.arange(0, PADDED), tl.arange(0, ROWS * PADDED)
+    column_onehot = j[:, None] == (offs_n % PADDED)[None, :]
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, PAD_DV], tl.float32)
     for row in range(0, WINDOW, ROWS):
-        jy = row + key // PADDED
-        ky, kx = first_y + jy, first_x + key % PADDED
-        present = (jy < WINDOW) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
-        k = _map_tile(k_ptr, jy, key % PADDED, present, k_sy, k_sx, d, D)
-        v = _map_tile(v_ptr, jy, key % PADDED, present, v_sy, v_sx, dv, DV)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        logits = _spread(logits, of_rows, j[:, None] == jy[None, :], HALF, PRECISION)
-        logits = _spread(logits, of_columns, column_code, HALF, PRECISION) * scale
-        if WINDOW % ROWS != 0:  # rows beyond the last have no code to shut them out
-            logits = tl.where((jy < WINDOW)[None, :], logits, SHUT_OUT)
-        new = tl.maximum(largest, tl.max(logits, 1))
-        p = tl.exp2(logits - new[:, None])
-        fading = tl.exp2(largest - new)
-        total = total * fading + tl.sum(p, 1)
-        out = tl.dot(p.to(v.dtype), v, out * fading[:, None], input_precision=PRECISION)
-        largest = new
-    first = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
-    place = (iy * QW + ix) * heads
-    mask = asks[:, None] & (dv < DV)[None, :]
-    if AGAIN:
-        grad = tl.load(grad_ptr + first * DV + place[:, None] * DV + dv[None, :], mask=mask, other=0.0)
-        tl.store(delta_ptr + first + place, tl.sum(grad.to(tl.float32) * out, 1) / total, mask=asks)
-        tl.store(lse_ptr + first + place, largest + tl.log2(total), mask=asks)
+        jy = row + offs_n // PADDED
+        ky, kx = first_y + jy, first_x + offs_n % PADDED
+        k_mask = (jy < WINDOW) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
+        k = _map_tile(k_ptr, jy, offs_n % PADDED, k_mask, k_sy, k_sx, offs_d, D)
+        v = _map_tile(v_ptr, jy, offs_n % PADDED, k_mask, v_sy, v_sx, offs_dv, DV)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        qk = _add_relative(qk, rel_h, j[:, None] == jy[None, :], HALF, PRECISION)
+        qk = _add_relative(qk, rel_w, column_onehot, HALF, PRECISION) * scale
+        if WINDOW % ROWS != 0:  # rows beyond the last have no logit that masks them
+            qk = tl.where((jy < WINDOW)[None, :], qk, MASKED)
+        m_ij = tl.maximum(m_i, tl.max(qk, 1))
+        p = tl.exp2(qk - m_ij[:, None])
+        alpha = tl.exp2(m_i - m_ij)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        out = tl.dot(p.to(v.dtype), v, out * alpha[:, None], input_precision=PRECISION)
+        m_i = m_ij
+    base = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
+    offs_row = (iy * QW + ix) * heads
+    mask = q_mask[:, None] & (offs_dv < DV)[None, :]
+    if RECOMPUTE:
+        do = tl.load(do_ptr + base * DV + offs_row[:, None] * DV + offs_dv[None, :], mask=mask, other=0.0)
+        tl.store(delta_ptr + base + offs_row, tl.sum(do.to(tl.float32) * out, 1) / l_i, mask=q_mask)
+        tl.store(lse_ptr + base + offs_row, m_i + tl.log2(l_i), mask=q_mask)
     else:
-        tl.store(out_ptr + first * DV + place[:, None] * DV + dv[None, :], out / total[:, None], mask=mask)
+        tl.store(out_ptr + base * DV + offs_row[:, None] * DV + offs_dv[None, :], out / l_i[:, None], mask=mask)
 
 
 @triton.jit
 def halo_attention_bwd_q_kernel(
-    grad_ptr,
+    do_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -198,9 +238,9 @@ def halo_attention_bwd_q_kernel(
     width_ptr,
     lse_ptr,
     delta_ptr,
-    by_q_ptr,
-    by_height_ptr,
-    by_width_ptr,
+    dq_ptr,
+    dheight_ptr,
+    dwidth_ptr,
     heads,
     H,
     W,
@@ -229,7 +269,7 @@ def halo_attention_bwd_q_kernel(
     STEP: tl.constexpr,
     MASK: tl.constexpr,
     HALF: tl.constexpr,
-    QUERIES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     PITCH: tl.constexpr,
     ROWS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -237,79 +277,79 @@ def halo_attention_bwd_q_kernel(
     PAD_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient by q, and each program's part of those by the tables."""
+    """Gradient dq, and each program's partial gradients of the two tables."""
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     SIDE: tl.constexpr = BLOCK // STRIDE
-    head = tl.program_id(0) % heads
-    block = tl.program_id(0) // heads
-    bx, by, image = block % nx, (block // nx) % ny, (block // (nx * ny)).to(tl.int64)
-    i = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
-    iy, ix = i // PITCH, i % PITCH
-    asks = (iy < SIDE) & (ix < SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
-    d, dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
+    head, by, bx, image = _query_block(heads, ny, nx)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    iy, ix, q_mask = _queries(offs_m, by, bx, QH, QW, SIDE, PITCH)
+    offs_d, offs_dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
     first_y, first_x = by * BLOCK - HALO, bx * BLOCK - HALO
-    q_ptr += _start(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
-    k_ptr += _start(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
-    v_ptr += _start(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
+    q_ptr += _offset(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
+    k_ptr += _offset(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
+    v_ptr += _offset(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
 
-    q = _map_tile(q_ptr, iy, ix, asks, q_sy, q_sx, d, D)
-    first = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
-    place = (iy * QW + ix) * heads
-    inside = asks[:, None] & (dv < DV)[None, :]
-    grad = tl.load(grad_ptr + first * DV + place[:, None] * DV + dv[None, :], mask=inside, other=0.0)
-    delta = tl.load(delta_ptr + first + place, mask=asks, other=0.0)
-    lse = tl.load(lse_ptr + first + place, mask=asks, other=float("inf"))  # weights of 0 for who does not ask
+    q = _map_tile(q_ptr, iy, ix, q_mask, q_sy, q_sx, offs_d, D)
+    base = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
+    offs_row = (iy * QW + ix) * heads
+    inside = q_mask[:, None] & (offs_dv < DV)[None, :]
+    do = tl.load(do_ptr + base * DV + offs_row[:, None] * DV + offs_dv[None, :], mask=inside, other=0.0)
+    delta = tl.load(delta_ptr + base + offs_row, mask=q_mask, other=0.0)
+    lse = tl.load(
+        lse_ptr + base + offs_row, mask=q_mask, other=float("inf")
+    )  # queries that do not exist get weights of 0
 
-    of_rows = _relative(q, height_ptr, iy, d, D, STEP, WINDOW, PADDED, PRECISION)
-    of_rows = _shut_out(of_rows, first_y, H, MASK, WINDOW, PADDED)
-    of_columns = _relative(q, width_ptr, ix, d, D, STEP, WINDOW, PADDED, PRECISION)
-    of_columns = _shut_out(of_columns, first_x, W, MASK, WINDOW, PADDED)
+    rel_h, rel_w = _window_logits(
+        q, height_ptr, width_ptr, iy, ix, offs_d, D, first_y, first_x, H, W, MASK, STEP, WINDOW, PADDED, PRECISION
+    )
 
-    j, key = tl.arange(0, PADDED), tl.arange(0, ROWS * PADDED)
-    column_code = j[:, None] == (key % PADDED)[None, :]
-    by_q = tl.zeros([QUERIES, PAD_D], tl.float32)
-    by_rows = tl.zeros([QUERIES, PADDED], tl.float32)
-    by_columns = tl.zeros([QUERIES, PADDED], tl.float32)
+    j, offs_n = tl.arange(0, PADDED), tl.arange(0, ROWS * PADDED)
+    column_onehot = j[:, None] == (offs_n % PADDED)[None, :]
+    dq = tl.zeros([BLOCK_M, PAD_D], tl.float32)
+    drel_h = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    drel_w = tl.zeros([BLOCK_M, PADDED], tl.float32)
     for row in range(0, WINDOW, ROWS):
-        jy = row + key // PADDED
-        row_code = j[:, None] == jy[None, :]
-        ky, kx = first_y + jy, first_x + key % PADDED
-        present = (jy < WINDOW) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
-        k = _map_tile(k_ptr, jy, key % PADDED, present, k_sy, k_sx, d, D)
-        v = _map_tile(v_ptr, jy, key % PADDED, present, v_sy, v_sx, dv, DV)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        logits = _spread(logits, of_rows, row_code, HALF, PRECISION)
-        logits = _spread(logits, of_columns, column_code, HALF, PRECISION) * scale
+        jy = row + offs_n // PADDED
+        row_onehot = j[:, None] == jy[None, :]
+        ky, kx = first_y + jy, first_x + offs_n % PADDED
+        k_mask = (jy < WINDOW) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
+        k = _map_tile(k_ptr, jy, offs_n % PADDED, k_mask, k_sy, k_sx, offs_d, D)
+        v = _map_tile(v_ptr, jy, offs_n % PADDED, k_mask, v_sy, v_sx, offs_dv, DV)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        qk = _add_relative(qk, rel_h, row_onehot, HALF, PRECISION)
+        qk = _add_relative(qk, rel_w, column_onehot, HALF, PRECISION) * scale
         if WINDOW % ROWS != 0:
-            logits = tl.where((jy < WINDOW)[None, :], logits, SHUT_OUT)
-        p = tl.exp2(logits - lse[:, None])
-        slope = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        slope = slope.to(k.dtype)
-        by_q = tl.dot(slope, k, by_q, input_precision=PRECISION)
-        by_rows = _collect(by_rows, slope, row_code, PRECISION)
-        by_columns = _collect(by_columns, slope, column_code, PRECISION)
+            qk = tl.where((jy < WINDOW)[None, :], qk, MASKED)
+        p = tl.exp2(qk - lse[:, None])
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        ds = ds.to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        drel_h = _add_relative_grad(drel_h, ds, row_onehot, PRECISION)
+        drel_w = _add_relative_grad(drel_w, ds, column_onehot, PRECISION)
 
-    by_q = by_q * (1 / tl.sqrt(D.to(tl.float32)))
+    dq = dq * (1 / tl.sqrt(D.to(tl.float32)))
     table = tl.arange(0, 2 * PADDED)
-    mask = (table < 2 * WINDOW - 1)[:, None] & (d < D)[None, :]
+    mask = (table < 2 * WINDOW - 1)[:, None] & (offs_d < D)[None, :]
     part = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (2 * WINDOW - 1) * D
-    entries = table[:, None] * D + d[None, :]
-    sheared = _unshear(by_rows, iy, STEP, WINDOW, PADDED).to(q.dtype)
+    entries = table[:, None] * D + offs_d[None, :]
+    drel = _to_table_rows(drel_h, iy, STEP, WINDOW, PADDED).to(q.dtype)
     rel = tl.load(height_ptr + entries, mask=mask, other=0.0)
-    by_q = tl.dot(sheared, rel, by_q, input_precision=PRECISION)
-    by_table = tl.dot(tl.trans(sheared), q, input_precision=PRECISION)
-    tl.store(by_height_ptr + part + entries, by_table, mask=mask)
-    sheared = _unshear(by_columns, ix, STEP, WINDOW, PADDED).to(q.dtype)
+    dq = tl.dot(drel, rel, dq, input_precision=PRECISION)
+    dtable = tl.dot(tl.trans(drel), q, input_precision=PRECISION)
+    tl.store(dheight_ptr + part + entries, dtable, mask=mask)
+    drel = _to_table_rows(drel_w, ix, STEP, WINDOW, PADDED).to(q.dtype)
     rel = tl.load(width_ptr + entries, mask=mask, other=0.0)
-    by_q = tl.dot(sheared, rel, by_q, input_precision=PRECISION)
-    by_table = tl.dot(tl.trans(sheared), q, input_precision=PRECISION)
-    tl.store(by_width_ptr + part + entries, by_table, mask=mask)
-    tl.store(by_q_ptr + first * D + place[:, None] * D + d[None, :], by_q, mask=asks[:, None] & (d < D)[None, :])
+    dq = tl.dot(drel, rel, dq, input_precision=PRECISION)
+    dtable = tl.dot(tl.trans(drel), q, input_precision=PRECISION)
+    tl.store(dwidth_ptr + part + entries, dtable, mask=mask)
+    tl.store(
+        dq_ptr + base * D + offs_row[:, None] * D + offs_d[None, :], dq, mask=q_mask[:, None] & (offs_d < D)[None, :]
+    )
 
 
 @triton.jit
 def halo_attention_bwd_kv_kernel(
-    grad_ptr,
+    do_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -317,8 +357,8 @@ def halo_attention_bwd_kv_kernel(
     width_ptr,
     lse_ptr,
     delta_ptr,
-    by_k_ptr,
-    by_v_ptr,
+    dk_ptr,
+    dv_ptr,
     heads,
     H,
     W,
@@ -348,67 +388,66 @@ def halo_attention_bwd_kv_kernel(
     STRIDE: tl.constexpr,
     STEP: tl.constexpr,
     HALF: tl.constexpr,
-    QUERIES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     PITCH: tl.constexpr,
-    KEYS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     KEY_PITCH: tl.constexpr,
     PADDED: tl.constexpr,
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradients by k and v. Keys of a tile are numbered within blocks that begin a halo before those of queries."""
+    """Gradients dk and dv. Keys of a tile are numbered within blocks that begin a halo before those of queries."""
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     SIDE: tl.constexpr = BLOCK // STRIDE
     REACH: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK  # blocks of keys that a window covers, each way
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
     tx, ty, image = tile % key_nx, (tile // key_nx) % key_ny, (tile // (key_nx * key_ny)).to(tl.int64)
-    key = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    in_tile_y, in_tile_x = key // KEY_PITCH, key % KEY_PITCH
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_tile_y, in_tile_x = offs_n // KEY_PITCH, offs_n % KEY_PITCH
     first_y, first_x = ty * BLOCK - HALO, tx * BLOCK - HALO
     ky, kx = first_y + in_tile_y, first_x + in_tile_x
-    present = (in_tile_y < BLOCK) & (in_tile_x < BLOCK) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
-    d, dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
-    k_ptr += _start(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
-    v_ptr += _start(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
-    k = _map_tile(k_ptr, in_tile_y, in_tile_x, present, k_sy, k_sx, d, D)
-    v = _map_tile(v_ptr, in_tile_y, in_tile_x, present, v_sy, v_sx, dv, DV)
+    k_mask = (in_tile_y < BLOCK) & (in_tile_x < BLOCK) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
+    offs_d, offs_dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
+    k_ptr += _offset(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
+    v_ptr += _offset(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
+    k = _map_tile(k_ptr, in_tile_y, in_tile_x, k_mask, k_sy, k_sx, offs_d, D)
+    v = _map_tile(v_ptr, in_tile_y, in_tile_x, k_mask, v_sy, v_sx, offs_dv, DV)
 
     j = tl.arange(0, PADDED)
-    by_k = tl.zeros([KEYS, PAD_D], tl.float32)
-    by_v = tl.zeros([KEYS, PAD_DV], tl.float32)
+    dk = tl.zeros([BLOCK_N, PAD_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, PAD_DV], tl.float32)
     for by in range(tl.maximum(ty - REACH + 1, 0), tl.minimum(ty + 1, ny)):
         jy = (ty - by) * BLOCK + in_tile_y
-        row_code = j[:, None] == jy[None, :]
+        row_onehot = j[:, None] == jy[None, :]
         for bx in range(tl.maximum(tx - REACH + 1, 0), tl.minimum(tx + 1, nx)):
             jx = (tx - bx) * BLOCK + in_tile_x
-            column_code = j[:, None] == jx[None, :]
-            seen = present & (jy < WINDOW) & (jx < WINDOW)
-            of_block = q_ptr + _start(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
-            first = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
-            for start in range(0, SIDE * PITCH, QUERIES):
-                i = start + tl.arange(0, QUERIES)
-                iy, ix = i // PITCH, i % PITCH
-                asks = (iy < SIDE) & (ix < SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
-                q = _map_tile(of_block, iy, ix, asks, q_sy, q_sx, d, D)
-                place = (iy * QW + ix) * heads
-                inside = asks[:, None] & (dv < DV)[None, :]
-                grad = tl.load(grad_ptr + first * DV + place[:, None] * DV + dv[None, :], mask=inside, other=0.0)
-                lse = tl.load(lse_ptr + first + place, mask=asks, other=float("inf"))
-                delta = tl.load(delta_ptr + first + place, mask=asks, other=0.0)
-                of_rows = _relative(q, height_ptr, iy, d, D, STEP, WINDOW, PADDED, PRECISION)
-                of_columns = _relative(q, width_ptr, ix, d, D, STEP, WINDOW, PADDED, PRECISION)
-                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                logits = _spread(logits, of_rows, row_code, HALF, PRECISION)
-                logits = _spread(logits, of_columns, column_code, HALF, PRECISION) * scale
-                p = tl.exp2(tl.where(seen[None, :], logits - lse[:, None], float("-inf")))
-                by_v = tl.dot(tl.trans(p.to(grad.dtype)), grad, by_v, input_precision=PRECISION)
-                slope = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-                by_k = tl.dot(tl.trans(slope.to(q.dtype)), q, by_k, input_precision=PRECISION)
-    by_k = by_k * (1 / tl.sqrt(D.to(tl.float32)))
-    first = ((image * H + first_y) * W + first_x) * heads + head
-    place = (in_tile_y * W + in_tile_x) * heads
-    of_k, of_v = present[:, None] & (d < D)[None, :], present[:, None] & (dv < DV)[None, :]
-    tl.store(by_k_ptr + first * D + place[:, None] * D + d[None, :], by_k, mask=of_k)
-    tl.store(by_v_ptr + first * DV + place[:, None] * DV + dv[None, :], by_v, mask=of_v)
+            column_onehot = j[:, None] == jx[None, :]
+            visible = k_mask & (jy < WINDOW) & (jx < WINDOW)
+            q_block_ptr = q_ptr + _offset(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
+            base = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
+            for start in range(0, SIDE * PITCH, BLOCK_M):
+                offs_m = start + tl.arange(0, BLOCK_M)
+                iy, ix, q_mask = _queries(offs_m, by, bx, QH, QW, SIDE, PITCH)
+                q = _map_tile(q_block_ptr, iy, ix, q_mask, q_sy, q_sx, offs_d, D)
+                offs_row = (iy * QW + ix) * heads
+                inside = q_mask[:, None] & (offs_dv < DV)[None, :]
+                do = tl.load(do_ptr + base * DV + offs_row[:, None] * DV + offs_dv[None, :], mask=inside, other=0.0)
+                lse = tl.load(lse_ptr + base + offs_row, mask=q_mask, other=float("inf"))
+                delta = tl.load(delta_ptr + base + offs_row, mask=q_mask, other=0.0)
+                rel_h = _relative_logits(q, height_ptr, iy, offs_d, D, STEP, WINDOW, PADDED, PRECISION)
+                rel_w = _relative_logits(q, width_ptr, ix, offs_d, D, STEP, WINDOW, PADDED, PRECISION)
+                qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                qk = _add_relative(qk, rel_h, row_onehot, HALF, PRECISION)
+                qk = _add_relative(qk, rel_w, column_onehot, HALF, PRECISION) * scale
+                p = tl.exp2(tl.where(visible[None, :], qk - lse[:, None], float("-inf")))
+                dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
+                ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+                dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+    dk = dk * (1 / tl.sqrt(D.to(tl.float32)))
+    base = ((image * H + first_y) * W + first_x) * heads + head
+    offs_row = (in_tile_y * W + in_tile_x) * heads
+    dk_mask, dv_mask = k_mask[:, None] & (offs_d < D)[None, :], k_mask[:, None] & (offs_dv < DV)[None, :]
+    tl.store(dk_ptr + base * D + offs_row[:, None] * D + offs_d[None, :], dk, mask=dk_mask)
+    tl.store(dv_ptr + base * DV + offs_row[:, None] * DV + offs_dv[None, :], dv, mask=dv_mask)

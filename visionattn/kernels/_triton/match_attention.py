@@ -67,20 +67,34 @@ def _launch(q: Tensor, v: Tensor, radius: int, similarity: str) -> Launch:
     return launch(q.shape[:4].numel(), heads, D, v.shape[4], radius, similarity, q.dtype)
 
 
-def _sizes(q: Tensor, v: Tensor, radius: int) -> tuple:
+def _sizes(q: Tensor, v: Tensor, radius: int) -> dict[str, Any]:
+    """Arguments of the kernels over queries, by name."""
     H, W, _, D = q.shape[1:]
-    last_y, last_x = (size - 1 - radius - _MARGIN for size in (H, W))
-    return q.shape[:4].numel(), H, W, last_y, last_x, D, v.shape[4], D**-0.5
+    return {
+        "count": q.shape[:4].numel(),
+        "H": H,
+        "W": W,
+        "last_y": H - 1 - radius - _MARGIN,
+        "last_x": W - 1 - radius - _MARGIN,
+        "channels": D,
+        "value_channels": v.shape[4],
+        "scale": D**-0.5,
+    }
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, field: Tensor, radius: int, similarity: str) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel. Any strides; the results are contiguous."""
     out, attention = _outputs(q, v, radius)
-    inputs = (x.contiguous() for x in (q, k, v, field))
     sizes, launched = _sizes(q, v, radius), _launch(q, v, radius, similarity)
     with torch.cuda.device_of(q):
-        match_attention_fwd_kernel[(triton.cdiv(sizes[0], launched.block),)](
-            *(*inputs, out, attention, *sizes),
+        match_attention_fwd_kernel[(triton.cdiv(sizes["count"], launched.block),)](
+            q_ptr=q.contiguous(),
+            k_ptr=k.contiguous(),
+            v_ptr=v.contiguous(),
+            field_ptr=field.contiguous(),
+            out_ptr=out,
+            attention_ptr=attention,
+            **sizes,
             FIELD_HEADS=field.shape[3],
             **launched.constants,
             **launched.options("fwd"),
@@ -89,21 +103,21 @@ def forward(q: Tensor, k: Tensor, v: Tensor, field: Tensor, radius: int, similar
 
 
 class OfQueries(NamedTuple):
-    """What the first backward kernel gives: the gradients of its queries, and what keys collect from.
+    """Results of the first backward kernel: the gradients of the queries, and the input of the second one.
 
     Attributes:
-        by_q: (B, H, W, heads, D).
-        by_field: (B, H, W, heads, 2), in float32.
+        dq: (B, H, W, heads, D).
+        dfield: (B, H, W, heads, 2), in float32.
         first: The row of each query's first key, (B H W heads).
         attention: (M, B H W heads), in float32.
-        slope: By the scores, over sqrt(D), (M, B H W heads), in float32.
+        ds: Gradient of the scores, over sqrt(D), (M, B H W heads), in float32.
     """
 
-    by_q: Tensor
-    by_field: Tensor
+    dq: Tensor
+    dfield: Tensor
     first: Tensor
     attention: Tensor
-    slope: Tensor
+    ds: Tensor
 
 
 def backward_q(
@@ -118,7 +132,7 @@ def backward_q(
 ) -> OfQueries:
     """Launch the backward kernel over queries. All tensors are contiguous."""
     sizes, launched = _sizes(q, v, radius), _launch(q, v, radius, similarity)
-    count, window = sizes[0], (2 * radius + 2) ** 2
+    count, window = sizes["count"], (2 * radius + 2) ** 2
     found = OfQueries(
         torch.empty_like(q),
         q.new_empty(*q.shape[:4], 2, dtype=torch.float32),
@@ -127,11 +141,20 @@ def backward_q(
     )
     with torch.cuda.device_of(q):
         match_attention_bwd_q_kernel[(triton.cdiv(count, launched.block),)](
-            *(_or(grad, q), _or(grad_attention, q), q, k, v, field),
-            *(found.first, found.attention, found.slope, found.by_q, found.by_field),
-            *sizes,
-            OF_OUT=grad is not None,
-            OF_ATTENTION=grad_attention is not None,
+            do_ptr=_or(grad, q),
+            dp_ptr=_or(grad_attention, q),
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            field_ptr=field,
+            first_ptr=found.first,
+            attention_ptr=found.attention,
+            ds_ptr=found.ds,
+            dq_ptr=found.dq,
+            dfield_ptr=found.dfield,
+            **sizes,
+            HAS_DO=grad is not None,
+            HAS_DP=grad_attention is not None,
             FIELD_HEADS=field.shape[3],
             **launched.constants,
             **launched.options("bwd_q"),
@@ -143,23 +166,35 @@ def _backward_kv(
     grad: Tensor | None, q: Tensor, k: Tensor, v: Tensor, found: OfQueries, radius: int, similarity: str
 ) -> tuple[Tensor, Tensor]:
     """Sort queries by where their windows begin, and launch the backward kernel over keys."""
-    (count, H, W), launched = _sizes(q, v, radius)[:3], _launch(q, v, radius, similarity)
-    by_k, by_v = torch.empty_like(k), torch.empty_like(v)
+    launched = _launch(q, v, radius, similarity)
+    count = q.shape[:4].numel()
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
     chunks = triton.cdiv(max(q.shape[4], v.shape[4]), launched.constants["CHUNK"])
     with torch.cuda.device_of(q):
         rows, order = torch.sort(found.first, stable=True)
         starts = torch.searchsorted(rows, torch.arange(count + 1, device=q.device))
         match_attention_bwd_kv_kernel[(triton.cdiv(count, launched.block), chunks)](
-            *(_or(grad, q), q, k, order, starts, found.attention, found.slope, by_k, by_v, count, H, W),
-            OF_OUT=grad is not None,
+            do_ptr=_or(grad, q),
+            q_ptr=q,
+            k_ptr=k,
+            order_ptr=order,
+            starts_ptr=starts,
+            attention_ptr=found.attention,
+            ds_ptr=found.ds,
+            dk_ptr=dk,
+            dv_ptr=dv,
+            count=count,
+            H=q.shape[1],
+            W=q.shape[2],
+            HAS_DO=grad is not None,
             **launched.constants,
             **launched.options("bwd_kv"),
         )
-    return by_k, by_v
+    return dk, dv
 
 
 def _or(optional: Tensor | None, instead: Tensor) -> Tensor:
-    """Give an argument as a kernel reads it; where there is none, another in its place, which it does not read."""
+    """The argument, or another tensor in its place where there is none: the kernel does not read that one."""
     return instead if optional is None else optional
 
 
@@ -177,8 +212,8 @@ def backward(
     grad, grad_attention = (None if x is None else x.contiguous() for x in (grad, grad_attention))
     q, k, v, field = (x.contiguous() for x in (q, k, v, field))
     found = backward_q(grad, grad_attention, q, k, v, field, radius, similarity)
-    by_k, by_v = _backward_kv(grad, q, k, v, found, radius, similarity)
-    by_field = found.by_field
+    dk, dv = _backward_kv(grad, q, k, v, found, radius, similarity)
+    dfield = found.dfield
     if field.shape[3] != q.shape[3]:
-        by_field = by_field.sum(3, keepdim=True)
-    return found.by_q, by_k, by_v, by_field.to(field.dtype)
+        dfield = dfield.sum(3, keepdim=True)
+    return found.dq, dk, dv, dfield.to(field.dtype)

@@ -39,26 +39,26 @@ PROGRAMS = 512  # that share the sum over images: some for each multiprocessor
 
 
 @triton.jit
-def _rows(ptr, rows, n_rows, stride, columns, n_columns):
+def _load_rows(ptr, rows, n_rows, stride, columns, n_columns):
     """A tile of a matrix whose rows are `stride` apart, zeros outside."""
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def _scales(ptr, image, n, N):
+def _load_scales(ptr, image, offs_n, N):
     """A scale a token of int8, as a row in float32, zeros outside."""
-    return tl.load(ptr + image * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    return tl.load(ptr + image * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _by_tokens(left_ptr, x_ptr, m, n, M, N, D, x_stride_n, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+def _dot_tokens(left_ptr, x_ptr, offs_m, offs_n, M, N, D, x_stride_n, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """Products of a tile of rows (M, D) and a tile of tokens: (BLOCK_M, BLOCK_N) in float32."""
-    product = tl.zeros([m.shape[0], n.shape[0]], tl.float32)
+    product = tl.zeros([offs_m.shape[0], offs_n.shape[0]], tl.float32)
     for first in range(0, D, BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
-        left = _rows(left_ptr, m, M, D, d, D)
-        x = _rows(x_ptr, n, N, x_stride_n, d, D).to(left.dtype)
+        offs_d = first + tl.arange(0, BLOCK_D)
+        left = _load_rows(left_ptr, offs_m, M, D, offs_d, D)
+        x = _load_rows(x_ptr, offs_n, N, x_stride_n, offs_d, D).to(left.dtype)
         product = tl.dot(left, tl.trans(x), product, input_precision=PRECISION)
     return product
 
@@ -86,64 +86,64 @@ def multi_query_pool_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     x_ptr += image * x_stride_b
     z_ptr += image * M * D
     attention_ptr += image * M * N
     logits_ptr += image * M * N
 
-    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, N, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        present = n < N
+        offs_n = first + tl.arange(0, BLOCK_N)
+        present = offs_n < N
         if MASKED:
-            present = tl.load(mask_ptr + image * N + n, mask=present, other=0) != 0
-        logits = scale * _by_tokens(q_ptr, x_ptr, m, n, M, N, D, x_stride_n, BLOCK_D, PRECISION)
+            present = tl.load(mask_ptr + image * N + offs_n, mask=present, other=0) != 0
+        logits = scale * _dot_tokens(q_ptr, x_ptr, offs_m, offs_n, M, N, D, x_stride_n, BLOCK_D, PRECISION)
         if SCALED:
-            logits *= _scales(scales_ptr, image, n, N)
+            logits *= _load_scales(scales_ptr, image, offs_n, N)
         logits = tl.where(present[None, :], logits, float("-inf"))
-        inside = (m < M)[:, None] & (n < N)[None, :]
-        tl.store(logits_ptr + m[:, None] * N + n[None, :], logits, mask=inside)
-        before, largest = largest, tl.maximum(largest, tl.max(logits, 1))
-        finite = tl.where(largest == float("-inf"), 0.0, largest)  # no token so far: -inf less -inf is NaN
-        total = total * tl.exp2(before - finite) + tl.sum(tl.exp2(logits - finite[:, None]), 1)
-    finite = tl.where(largest == float("-inf"), 0.0, largest)
-    share = tl.where(total > 0, 1 / total, 0.0)
+        inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        tl.store(logits_ptr + offs_m[:, None] * N + offs_n[None, :], logits, mask=inside)
+        m_prev, m_i = m_i, tl.maximum(m_i, tl.max(logits, 1))
+        finite = tl.where(m_i == float("-inf"), 0.0, m_i)  # no token so far: -inf less -inf is NaN
+        l_i = l_i * tl.exp2(m_prev - finite) + tl.sum(tl.exp2(logits - finite[:, None]), 1)
+    finite = tl.where(m_i == float("-inf"), 0.0, m_i)
+    inverse_sum = tl.where(l_i > 0, 1 / l_i, 0.0)
 
-    # What one thread has written another reads.
+    # Threads read what other threads have written.
     tl.debug_barrier()
     for first in range(0, N, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        inside = (m < M)[:, None] & (n < N)[None, :]
-        place = m[:, None] * N + n[None, :]
-        logits = tl.load(logits_ptr + place, mask=inside, other=float("-inf"))
-        tl.store(attention_ptr + place, tl.exp2(logits - finite[:, None]) * share[:, None], mask=inside)
+        offs_n = first + tl.arange(0, BLOCK_N)
+        inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        offsets = offs_m[:, None] * N + offs_n[None, :]
+        logits = tl.load(logits_ptr + offsets, mask=inside, other=float("-inf"))
+        tl.store(attention_ptr + offsets, tl.exp2(logits - finite[:, None]) * inverse_sum[:, None], mask=inside)
 
     tl.debug_barrier()
     for column in range(0, D, BLOCK_D):
-        d = column + tl.arange(0, BLOCK_D)
+        offs_d = column + tl.arange(0, BLOCK_D)
         z = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for first in range(0, N, BLOCK_N):
-            n = first + tl.arange(0, BLOCK_N)
-            attention = _rows(attention_ptr, m, M, N, n, N)
-            x = _rows(x_ptr, n, N, x_stride_n, d, D)
+            offs_n = first + tl.arange(0, BLOCK_N)
+            attention = _load_rows(attention_ptr, offs_m, M, N, offs_n, N)
+            x = _load_rows(x_ptr, offs_n, N, x_stride_n, offs_d, D)
             if SCALED:
                 # In TF32 for half precisions too: a small share of a small scale would vanish in float16.
-                attention = attention.to(tl.float32) * _scales(scales_ptr, image, n, N)
+                attention = attention.to(tl.float32) * _load_scales(scales_ptr, image, offs_n, N)
                 x = x.to(tl.float32)
             z = tl.dot(attention, x, z, input_precision=PRECISION)
-        tl.store(z_ptr + m[:, None] * D + d[None, :], z, mask=(m < M)[:, None] & (d < D)[None, :])
+        tl.store(z_ptr + offs_m[:, None] * D + offs_d[None, :], z, mask=(offs_m < M)[:, None] & (offs_d < D)[None, :])
 
 
 @triton.jit
 def multi_query_pool_bwd_slope_kernel(
-    grad_z_ptr,
-    grad_attention_ptr,
+    dz_ptr,
+    dp_ptr,
     x_ptr,
     scales_ptr,
     attention_ptr,
-    slope_ptr,
+    ds_ptr,
     M,
     N,
     D,
@@ -153,47 +153,47 @@ def multi_query_pool_bwd_slope_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    OF_ATTENTION: tl.constexpr,
+    HAS_DP: tl.constexpr,
     SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient d of the products q . x, times the scales where tokens have some: (B, M, N) in float32."""
+    """Gradient ds of the products q . x, times the scales of the tokens where given: (B, M, N) in float32."""
     image = tl.program_id(0).to(tl.int64)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     x_ptr += image * x_stride_b
-    grad_z_ptr += image * M * D
-    grad_attention_ptr += image * M * N
+    dz_ptr += image * M * D
+    dp_ptr += image * M * N
     attention_ptr += image * M * N
-    slope_ptr += image * M * N
+    ds_ptr += image * M * N
 
-    mean = tl.zeros([BLOCK_M], tl.float32)
+    delta = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, N, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        e = _by_tokens(grad_z_ptr, x_ptr, m, n, M, N, D, x_stride_n, BLOCK_D, PRECISION)
+        offs_n = first + tl.arange(0, BLOCK_N)
+        dp = _dot_tokens(dz_ptr, x_ptr, offs_m, offs_n, M, N, D, x_stride_n, BLOCK_D, PRECISION)
         if SCALED:
-            e *= _scales(scales_ptr, image, n, N)
-        if OF_ATTENTION:
-            e += _rows(grad_attention_ptr, m, M, N, n, N)
-        attention = _rows(attention_ptr, m, M, N, n, N).to(tl.float32)
-        mean += tl.sum(attention * e, 1)
-        tl.store(slope_ptr + m[:, None] * N + n[None, :], e, mask=(m < M)[:, None] & (n < N)[None, :])
+            dp *= _load_scales(scales_ptr, image, offs_n, N)
+        if HAS_DP:
+            dp += _load_rows(dp_ptr, offs_m, M, N, offs_n, N)
+        attention = _load_rows(attention_ptr, offs_m, M, N, offs_n, N).to(tl.float32)
+        delta += tl.sum(attention * dp, 1)
+        tl.store(ds_ptr + offs_m[:, None] * N + offs_n[None, :], dp, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
     tl.debug_barrier()
     for first in range(0, N, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        e = _rows(slope_ptr, m, M, N, n, N)
-        attention = _rows(attention_ptr, m, M, N, n, N).to(tl.float32)
-        slope = scale * attention * (e - mean[:, None])
+        offs_n = first + tl.arange(0, BLOCK_N)
+        dp = _load_rows(ds_ptr, offs_m, M, N, offs_n, N)
+        attention = _load_rows(attention_ptr, offs_m, M, N, offs_n, N).to(tl.float32)
+        ds = scale * attention * (dp - delta[:, None])
         if SCALED:
-            slope *= _scales(scales_ptr, image, n, N)
-        tl.store(slope_ptr + m[:, None] * N + n[None, :], slope, mask=(m < M)[:, None] & (n < N)[None, :])
+            ds *= _load_scales(scales_ptr, image, offs_n, N)
+        tl.store(ds_ptr + offs_m[:, None] * N + offs_n[None, :], ds, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
 @triton.jit
 def multi_query_pool_bwd_q_kernel(
-    slope_ptr,
+    ds_ptr,
     x_ptr,
-    partial_ptr,
+    dq_partial_ptr,
     B,
     M,
     N,
@@ -206,28 +206,28 @@ def multi_query_pool_bwd_q_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums of d x, d with its scales, over groups of `images` images: (groups, M, D) in float32."""
+    """Partial sums of dq over groups of `images` images: (groups, M, D) in float32."""
     group = tl.program_id(0).to(tl.int64)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for image in range(group * images, tl.minimum(B, (group + 1) * images)):
         for first in range(0, N, BLOCK_N):
-            n = first + tl.arange(0, BLOCK_N)
-            slope = _rows(slope_ptr + image * M * N, m, M, N, n, N)
-            x = _rows(x_ptr + image * x_stride_b, n, N, x_stride_n, d, D).to(tl.float32)
-            total = tl.dot(slope, x, total, input_precision=PRECISION)
-    inside = (m < M)[:, None] & (d < D)[None, :]
-    tl.store(partial_ptr + group * M * D + m[:, None] * D + d[None, :], total, mask=inside)
+            offs_n = first + tl.arange(0, BLOCK_N)
+            ds = _load_rows(ds_ptr + image * M * N, offs_m, M, N, offs_n, N)
+            x = _load_rows(x_ptr + image * x_stride_b, offs_n, N, x_stride_n, offs_d, D).to(tl.float32)
+            dq = tl.dot(ds, x, dq, input_precision=PRECISION)
+    inside = (offs_m < M)[:, None] & (offs_d < D)[None, :]
+    tl.store(dq_partial_ptr + group * M * D + offs_m[:, None] * D + offs_d[None, :], dq, mask=inside)
 
 
 @triton.jit
 def multi_query_pool_bwd_x_kernel(
-    grad_z_ptr,
+    dz_ptr,
     q_ptr,
     attention_ptr,
-    slope_ptr,
-    grad_x_ptr,
+    ds_ptr,
+    dx_ptr,
     M,
     N,
     D,
@@ -237,19 +237,19 @@ def multi_query_pool_bwd_x_kernel(
     PRECISION: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    grad_x = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    dx = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first in range(0, M, BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
-        attention = _rows(attention_ptr + image * M * N, m, M, N, n, N)
-        grad_z = _rows(grad_z_ptr + image * M * D, m, M, D, d, D)
-        grad_x = tl.dot(tl.trans(attention), grad_z, grad_x, input_precision=PRECISION)
-        slope = _rows(slope_ptr + image * M * N, m, M, N, n, N)
-        q = _rows(q_ptr, m, M, D, d, D).to(tl.float32)
-        grad_x = tl.dot(tl.trans(slope), q, grad_x, input_precision=PRECISION)
-    inside = (n < N)[:, None] & (d < D)[None, :]
-    tl.store(grad_x_ptr + image * N * D + n[:, None] * D + d[None, :], grad_x, mask=inside)
+        offs_m = first + tl.arange(0, BLOCK_M)
+        attention = _load_rows(attention_ptr + image * M * N, offs_m, M, N, offs_n, N)
+        dz = _load_rows(dz_ptr + image * M * D, offs_m, M, D, offs_d, D)
+        dx = tl.dot(tl.trans(attention), dz, dx, input_precision=PRECISION)
+        ds = _load_rows(ds_ptr + image * M * N, offs_m, M, N, offs_n, N)
+        q = _load_rows(q_ptr, offs_m, M, D, offs_d, D).to(tl.float32)
+        dx = tl.dot(tl.trans(ds), q, dx, input_precision=PRECISION)
+    inside = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+    tl.store(dx_ptr + image * N * D + offs_n[:, None] * D + offs_d[None, :], dx, mask=inside)
 
 
 class Tiles(NamedTuple):
@@ -294,14 +294,18 @@ def forward(x: Tensor, q: Tensor, mask: Tensor | None = None, scales: Tensor | N
     x, q = _with_dense_rows(x), q.contiguous()
     z, attention = q.new_empty(B, M, D), q.new_empty(B, M, N)
     logits = q.new_empty(B, M, N, dtype=torch.float32)
-    marks = x if mask is None else mask.contiguous().view(torch.uint8)
-    sizes = (M, N, D, x.stride(0), x.stride(1))
     tile = tiles(M, q.dtype)
     with torch.cuda.device_of(x):
         multi_query_pool_fwd_kernel[(B, triton.cdiv(M, tile.queries))](
-            *(x, q, marks, _dense(scales, q), z, attention, logits),
-            *sizes,
-            D**-0.5 * LOG2_E,
+            x_ptr=x,
+            q_ptr=q,
+            mask_ptr=x if mask is None else mask.contiguous().view(torch.uint8),
+            scales_ptr=_dense(scales, q),
+            z_ptr=z,
+            attention_ptr=attention,
+            logits_ptr=logits,
+            **_sizes(x, M),
+            scale=D**-0.5 * LOG2_E,
             **tile.constants,
             MASKED=mask is not None,
             SCALED=scales is not None,
@@ -328,35 +332,51 @@ def backward(
     constants = {**tile.constants, "PRECISION": precision(q.dtype)}
     options = {**tile.options, "enable_fp_fusion": True}
     of_queries, of_channels = triton.cdiv(M, tile.queries), triton.cdiv(D, tile.channels)
-    slope = q.new_empty(B, M, N, dtype=torch.float32)
+    ds = q.new_empty(B, M, N, dtype=torch.float32)
     images = triton.cdiv(B * of_queries * of_channels, PROGRAMS)
-    partial = q.new_empty(triton.cdiv(B, images), M, D, dtype=torch.float32)
-    grad_x = x.new_empty((B, N, D) if needs_x else 0)
+    dq_partial = q.new_empty(triton.cdiv(B, images), M, D, dtype=torch.float32)
+    dx = x.new_empty((B, N, D) if needs_x else 0)
     with torch.cuda.device_of(x):
         multi_query_pool_bwd_slope_kernel[(B, of_queries)](
-            grad_z,
-            _dense(grad_attention, attention),
-            *(x, _dense(scales, q), attention, slope),
-            *(M, N, D, x.stride(0), x.stride(1), D**-0.5),
-            OF_ATTENTION=grad_attention is not None,
+            dz_ptr=grad_z,
+            dp_ptr=_dense(grad_attention, attention),
+            x_ptr=x,
+            scales_ptr=_dense(scales, q),
+            attention_ptr=attention,
+            ds_ptr=ds,
+            **_sizes(x, M),
+            scale=D**-0.5,
+            HAS_DP=grad_attention is not None,
             SCALED=scales is not None,
             **constants,
             **options,
         )
-        multi_query_pool_bwd_q_kernel[(len(partial), of_queries, of_channels)](
-            *(slope, x, partial, B, M, N, D, x.stride(0), x.stride(1), images), **constants, **options
+        multi_query_pool_bwd_q_kernel[(len(dq_partial), of_queries, of_channels)](
+            ds_ptr=ds, x_ptr=x, dq_partial_ptr=dq_partial, B=B, **_sizes(x, M), images=images, **constants, **options
         )
         if needs_x:
             multi_query_pool_bwd_x_kernel[(B, triton.cdiv(N, of_tokens.tokens), of_channels)](
-                *(grad_z, q, attention, slope, grad_x, M, N, D),
+                dz_ptr=grad_z,
+                q_ptr=q,
+                attention_ptr=attention,
+                ds_ptr=ds,
+                dx_ptr=dx,
+                M=M,
+                N=N,
+                D=D,
                 **{**constants, **of_tokens.constants},
                 **{**options, **of_tokens.options},
             )
-    return grad_x, partial.sum(0).to(q.dtype)
+    return dx, dq_partial.sum(0).to(q.dtype)
+
+
+def _sizes(x: Tensor, M: int) -> dict[str, int]:
+    """Sizes and strides of tokens, by the kernels' names."""
+    return {"M": M, "N": x.shape[1], "D": x.shape[2], "x_stride_b": x.stride(0), "x_stride_n": x.stride(1)}
 
 
 def _dense(optional: Tensor | None, instead: Tensor) -> Tensor:
-    """Give an argument as a kernel reads it; where there is none, another in its place, which it does not read."""
+    """The argument, or another tensor in its place where there is none: the kernel does not read that one."""
     return instead if optional is None else optional.contiguous()
 
 

@@ -1,15 +1,18 @@
 """Triton kernels of `visionattn.kernels.subspace_attention`.
 
-Two passes over x forward: one sums the pooled channels of a subspace to its logits, one multiplies by the gate, whose
-softmax each program sums for itself, for the logits are a small part of x. Backward, the pool is passed through twice:
-the first kernel finds which of its nine values each window takes, a byte a window (9 where ReLU cuts it off), and the
-second lets each pixel collect from the nine windows around it. Sums over a map are its program's, sums over images
-PyTorch's; nothing is added atomically. What is as small as the logits is left to PyTorch, as in the plain form.
+Forward, two passes over x: one sums the pooled channels of a subspace to its logits, one multiplies by the gate. Each
+program of the second pass sums the softmax for itself, since the logits are a small part of x. Backward, the pool is
+passed twice: the first kernel finds which of its nine values each window takes, one byte per window (9 where ReLU is
+zero), and the second lets each pixel gather from the nine windows around it. Sums over a map are computed by its
+program, sums over images by PyTorch; there are no atomic additions. Operations as small as the logits are left to
+PyTorch, as in the plain form.
 
 Maps that are not contiguous are copied.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -35,23 +38,23 @@ OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
-def _maps(ptr, c, G, p, inside, HW):
+def _load_maps(ptr, offs_c, G, offs_p, inside, HW):
     """A tile (channels, positions) of the maps of a subspace in float32, -inf where it is not inside."""
-    mask = (c < G)[:, None] & inside[None, :]
-    return tl.load(ptr + c[:, None] * HW + p[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    mask = (offs_c < G)[:, None] & inside[None, :]
+    return tl.load(ptr + offs_c[:, None] * HW + offs_p[None, :], mask=mask, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def _neighbour(p, H, W, dy, dx):
-    """Places of the neighbours at (dy, dx), and whether they lie on the map."""
-    y, x = p // W + dy, p % W + dx
-    return p + dy * W + dx, (p < H * W) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+def _neighbour(offs_p, H, W, dy, dx):
+    """Positions of the neighbours at (dy, dx), and whether they lie on the map."""
+    y, x = offs_p // W + dy, offs_p % W + dx
+    return offs_p + dy * W + dx, (offs_p < H * W) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
 
 
 @triton.jit
-def _vector(ptr, c, G):
-    """A number for each channel of a tile, (channels, 1) in float32."""
-    return tl.load(ptr + c, mask=c < G, other=0.0).to(tl.float32)[:, None]
+def _load_vector(ptr, offs_c, G):
+    """One value per channel of a tile, (channels, 1) in float32."""
+    return tl.load(ptr + offs_c, mask=offs_c < G, other=0.0).to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -72,37 +75,37 @@ def subspace_attention_fwd_logits_kernel(
 ):
     subspace = tl.program_id(0).to(tl.int64)  # of all images
     n = subspace % g
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     x_ptr += subspace * G * H * W
     logits = tl.zeros([BLOCK_P], tl.float32)
     for first in range(0, G, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        scale = _vector(scale_ptr + n * G, c, G)
+        offs_c = first + tl.arange(0, BLOCK_C)
+        scale = _load_vector(scale_ptr + n * G, offs_c, G)
         t = tl.full([BLOCK_C, BLOCK_P], float("-inf"), tl.float32)
-        for place in tl.static_range(9):
-            q, inside = _neighbour(p, H, W, place // 3 - 1, place % 3 - 1)
-            y = tl.where(inside[None, :], scale * _maps(x_ptr, c, G, q, inside, H * W), float("-inf"))
+        for tap in tl.static_range(9):
+            q, inside = _neighbour(offs_p, H, W, tap // 3 - 1, tap % 3 - 1)
+            y = tl.where(inside[None, :], scale * _load_maps(x_ptr, offs_c, G, q, inside, H * W), float("-inf"))
             t = tl.maximum(t, y, propagate_nan=tl.PropagateNan.ALL)
         if SHIFTED:
-            t += _vector(shift_ptr + n * G, c, G)
+            t += _load_vector(shift_ptr + n * G, offs_c, G)
         if RECTIFY:
             t = tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        t = tl.where((c < G)[:, None], t, 0.0)
-        logits += tl.sum(_vector(point_ptr + n * G, c, G) * t, 0)
-    tl.store(logits_ptr + subspace * H * W + p, logits, mask=p < H * W)
+        t = tl.where((offs_c < G)[:, None], t, 0.0)
+        logits += tl.sum(_load_vector(point_ptr + n * G, offs_c, G) * t, 0)
+    tl.store(logits_ptr + subspace * H * W + offs_p, logits, mask=offs_p < H * W)
 
 
 @triton.jit
-def _softmax_input(logits_ptr, mean_ptr, factor_ptr, offset_ptr, n, p, HW, NORMALISED, OFFSET, RECTIFY):
-    """What the softmax is of, -inf outside the map."""
-    s = tl.load(logits_ptr + p, mask=p < HW, other=0.0)
+def _softmax_input(logits_ptr, mean_ptr, factor_ptr, offset_ptr, n, offs_p, HW, NORMALISED, OFFSET, RECTIFY):
+    """The argument of the softmax, -inf outside the map."""
+    s = tl.load(logits_ptr + offs_p, mask=offs_p < HW, other=0.0)
     if NORMALISED:
         s = (s - tl.load(mean_ptr + n)) * tl.load(factor_ptr + n)
     if OFFSET:
         s += tl.load(offset_ptr + n).to(tl.float32)
     if RECTIFY:
         s = tl.maximum(s, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(p < HW, s, float("-inf"))
+    return tl.where(offs_p < HW, s, float("-inf"))
 
 
 @triton.jit
@@ -127,48 +130,48 @@ def subspace_attention_fwd_gate_kernel(
 ):
     subspace = tl.program_id(0).to(tl.int64)
     n = subspace % g
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     logits_ptr += subspace * HW
-    largest = tl.full([BLOCK_P], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_P], tl.float32)
+    m_i = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_P], tl.float32)
     for first in range(0, HW, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
-        s = _softmax_input(logits_ptr, mean_ptr, factor_ptr, offset_ptr, n, p, HW, NORMALISED, OFFSET, RECTIFY)
-        new = tl.maximum(largest, s)
-        finite = tl.where(new == float("-inf"), 0.0, new)  # outside so far: -inf less -inf is NaN
-        total = total * tl.exp(largest - finite) + tl.exp(s - finite)
-        largest = new
-    top = tl.max(largest, 0)
-    share = 1 / tl.sum(total * tl.exp(largest - top), 0)
+        offs_p = first + tl.arange(0, BLOCK_P)
+        s = _softmax_input(logits_ptr, mean_ptr, factor_ptr, offset_ptr, n, offs_p, HW, NORMALISED, OFFSET, RECTIFY)
+        m_ij = tl.maximum(m_i, s)
+        finite = tl.where(m_ij == float("-inf"), 0.0, m_ij)  # outside so far: -inf less -inf is NaN
+        l_i = l_i * tl.exp(m_i - finite) + tl.exp(s - finite)
+        m_i = m_ij
+    maximum = tl.max(m_i, 0)
+    inverse_sum = 1 / tl.sum(l_i * tl.exp(m_i - maximum), 0)
     if GAIN:
-        share *= tl.load(gain_ptr + n).to(tl.float32)
+        inverse_sum *= tl.load(gain_ptr + n).to(tl.float32)
     if SCALED:
-        share *= HW
-    place = subspace * G * HW
+        inverse_sum *= HW
+    base = subspace * G * HW
     for first in range(0, HW, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
-        s = _softmax_input(logits_ptr, mean_ptr, factor_ptr, offset_ptr, n, p, HW, NORMALISED, OFFSET, RECTIFY)
-        gate = 1 + share * tl.exp(s - top)
-        x = _maps(x_ptr + place, c, G, p, p < HW, HW)
-        mask = (c < G)[:, None] & (p < HW)[None, :]
-        tl.store(out_ptr + place + c[:, None] * HW + p[None, :], x * gate[None, :], mask=mask)
+        offs_p = first + tl.arange(0, BLOCK_P)
+        s = _softmax_input(logits_ptr, mean_ptr, factor_ptr, offset_ptr, n, offs_p, HW, NORMALISED, OFFSET, RECTIFY)
+        gate = 1 + inverse_sum * tl.exp(s - maximum)
+        x = _load_maps(x_ptr + base, offs_c, G, offs_p, offs_p < HW, HW)
+        mask = (offs_c < G)[:, None] & (offs_p < HW)[None, :]
+        tl.store(out_ptr + base + offs_c[:, None] * HW + offs_p[None, :], x * gate[None, :], mask=mask)
 
 
 @triton.jit
-def subspace_attention_bwd_gate_kernel(
-    grad_ptr, x_ptr, by_gate_ptr, G, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """The gradient by the gate: the sum of grad x over a subspace's channels."""
+def subspace_attention_bwd_gate_kernel(do_ptr, x_ptr, dgate_ptr, G, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Gradient of the gate: the sum of do x over the channels of a subspace."""
     subspace = tl.program_id(0).to(tl.int64)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    by_gate = tl.zeros([BLOCK_P], tl.float32)
+    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    dgate = tl.zeros([BLOCK_P], tl.float32)
     for first in range(0, G, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        place = subspace * G * HW
-        mask = (c < G)[:, None] & (p < HW)[None, :]
-        products = _maps(grad_ptr + place, c, G, p, p < HW, HW) * _maps(x_ptr + place, c, G, p, p < HW, HW)
-        by_gate += tl.sum(tl.where(mask, products, 0.0), 0)
-    tl.store(by_gate_ptr + subspace * HW + p, by_gate, mask=p < HW)
+        offs_c = first + tl.arange(0, BLOCK_C)
+        base = subspace * G * HW
+        mask = (offs_c < G)[:, None] & (offs_p < HW)[None, :]
+        products = _load_maps(do_ptr + base, offs_c, G, offs_p, offs_p < HW, HW) * _load_maps(
+            x_ptr + base, offs_c, G, offs_p, offs_p < HW, HW
+        )
+        dgate += tl.sum(tl.where(mask, products, 0.0), 0)
+    tl.store(dgate_ptr + subspace * HW + offs_p, dgate, mask=offs_p < HW)
 
 
 @triton.jit
@@ -176,10 +179,10 @@ def subspace_attention_bwd_pool_kernel(
     x_ptr,
     scale_ptr,
     shift_ptr,
-    slope_ptr,
+    dlogits_ptr,
     taken_ptr,
-    by_point_ptr,
-    by_shift_ptr,
+    dpoint_ptr,
+    dshift_ptr,
     g,
     G,
     H,
@@ -189,48 +192,48 @@ def subspace_attention_bwd_pool_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Which value each window takes; sums of slope t, and of slope where t has a gradient, over each map."""
+    """The tap that each window takes; sums over each map of dlogits t, and of dlogits where t has a gradient."""
     subspace = tl.program_id(0).to(tl.int64)
     n = subspace % g
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    place = subspace * G * H * W
-    scale = _vector(scale_ptr + n * G, c, G)
-    by_point = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    by_shift = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    base = subspace * G * H * W
+    scale = _load_vector(scale_ptr + n * G, offs_c, G)
+    dpoint = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    dshift = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for first in range(0, H * W, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
+        offs_p = first + tl.arange(0, BLOCK_P)
         t = tl.full([BLOCK_C, BLOCK_P], float("-inf"), tl.float32)
         taken = tl.full([BLOCK_C, BLOCK_P], 0, tl.int32)
-        for window in tl.static_range(9):
-            q, inside = _neighbour(p, H, W, window // 3 - 1, window % 3 - 1)
-            y = tl.where(inside[None, :], scale * _maps(x_ptr + place, c, G, q, inside, H * W), float("-inf"))
-            taken = tl.where(y > t, window, taken)
+        for tap in tl.static_range(9):
+            q, inside = _neighbour(offs_p, H, W, tap // 3 - 1, tap % 3 - 1)
+            y = tl.where(inside[None, :], scale * _load_maps(x_ptr + base, offs_c, G, q, inside, H * W), float("-inf"))
+            taken = tl.where(y > t, tap, taken)
             t = tl.maximum(t, y)
         if SHIFTED:
-            t += _vector(shift_ptr + n * G, c, G)
+            t += _load_vector(shift_ptr + n * G, offs_c, G)
         if RECTIFY:
             taken = tl.where(t > 0, taken, 9)
             t = tl.maximum(t, 0.0)
-        mask = (c < G)[:, None] & (p < H * W)[None, :]
-        slope = tl.load(slope_ptr + subspace * H * W + p, mask=p < H * W, other=0.0)[None, :]
-        by_point += tl.where(mask, slope * t, 0.0)
-        by_shift += tl.where(mask & (taken < 9), slope, 0.0)
-        tl.store(taken_ptr + place + c[:, None] * (H * W) + p[None, :], taken.to(tl.int8), mask=mask)
-    tl.store(by_point_ptr + subspace * G + c, tl.sum(by_point, 1), mask=c < G)
-    tl.store(by_shift_ptr + subspace * G + c, tl.sum(by_shift, 1), mask=c < G)
+        mask = (offs_c < G)[:, None] & (offs_p < H * W)[None, :]
+        dlogits = tl.load(dlogits_ptr + subspace * H * W + offs_p, mask=offs_p < H * W, other=0.0)[None, :]
+        dpoint += tl.where(mask, dlogits * t, 0.0)
+        dshift += tl.where(mask & (taken < 9), dlogits, 0.0)
+        tl.store(taken_ptr + base + offs_c[:, None] * (H * W) + offs_p[None, :], taken.to(tl.int8), mask=mask)
+    tl.store(dpoint_ptr + subspace * G + offs_c, tl.sum(dpoint, 1), mask=offs_c < G)
+    tl.store(dshift_ptr + subspace * G + offs_c, tl.sum(dshift, 1), mask=offs_c < G)
 
 
 @triton.jit
 def subspace_attention_bwd_x_kernel(
-    grad_ptr,
+    do_ptr,
     x_ptr,
     scale_ptr,
     point_ptr,
-    slope_ptr,
+    dlogits_ptr,
     gate_ptr,
     taken_ptr,
-    by_x_ptr,
-    by_scale_ptr,
+    dx_ptr,
+    dscale_ptr,
     g,
     G,
     H,
@@ -238,46 +241,60 @@ def subspace_attention_bwd_x_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """The gradient by x, and for each map that by its scale."""
+    """Gradient of x, and for each map the gradient of its scale."""
     subspace = tl.program_id(0).to(tl.int64)
     n = subspace % g
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    place = subspace * G * H * W
-    scale, point = _vector(scale_ptr + n * G, c, G), _vector(point_ptr + n * G, c, G)
-    by_scale = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    base = subspace * G * H * W
+    scale, point = _load_vector(scale_ptr + n * G, offs_c, G), _load_vector(point_ptr + n * G, offs_c, G)
+    dscale = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for first in range(0, H * W, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
-        by_y = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-        for window in tl.static_range(9):
-            # From the window around a neighbour, this pixel lies in the opposite direction.
-            q, inside = _neighbour(p, H, W, window // 3 - 1, window % 3 - 1)
-            mask = (c < G)[:, None] & inside[None, :]
-            taken = tl.load(taken_ptr + place + c[:, None] * (H * W) + q[None, :], mask=mask, other=9)
-            slope = tl.load(slope_ptr + subspace * H * W + q, mask=inside, other=0.0)
-            by_y += tl.where(taken == 8 - window, slope[None, :], 0.0)
-        by_y *= point
-        mask = (c < G)[:, None] & (p < H * W)[None, :]
-        x = _maps(x_ptr + place, c, G, p, p < H * W, H * W)
-        by_scale += tl.where(mask, by_y * x, 0.0)
-        gate = tl.load(gate_ptr + subspace * H * W + p, mask=p < H * W, other=0.0)
-        by_x = scale * by_y + gate[None, :] * _maps(grad_ptr + place, c, G, p, p < H * W, H * W)
-        tl.store(by_x_ptr + place + c[:, None] * (H * W) + p[None, :], by_x, mask=mask)
-    tl.store(by_scale_ptr + subspace * G + c, tl.sum(by_scale, 1), mask=c < G)
+        offs_p = first + tl.arange(0, BLOCK_P)
+        dy = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+        for tap in tl.static_range(9):
+            # Seen from the window around a neighbour, this pixel lies in the opposite direction.
+            q, inside = _neighbour(offs_p, H, W, tap // 3 - 1, tap % 3 - 1)
+            mask = (offs_c < G)[:, None] & inside[None, :]
+            taken = tl.load(taken_ptr + base + offs_c[:, None] * (H * W) + q[None, :], mask=mask, other=9)
+            dlogits = tl.load(dlogits_ptr + subspace * H * W + q, mask=inside, other=0.0)
+            dy += tl.where(taken == 8 - tap, dlogits[None, :], 0.0)
+        dy *= point
+        mask = (offs_c < G)[:, None] & (offs_p < H * W)[None, :]
+        x = _load_maps(x_ptr + base, offs_c, G, offs_p, offs_p < H * W, H * W)
+        dscale += tl.where(mask, dy * x, 0.0)
+        gate = tl.load(gate_ptr + subspace * H * W + offs_p, mask=offs_p < H * W, other=0.0)
+        dx = scale * dy + gate[None, :] * _load_maps(do_ptr + base, offs_c, G, offs_p, offs_p < H * W, H * W)
+        tl.store(dx_ptr + base + offs_c[:, None] * (H * W) + offs_p[None, :], dx, mask=mask)
+    tl.store(dscale_ptr + subspace * G + offs_c, tl.sum(dscale, 1), mask=offs_c < G)
 
 
-def _launch(kernel, grid: tuple[int, int], *args, **flags: bool) -> None:
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **flags, **TILE, **OPTIONS, enable_fp_fusion=True)
+def _launch(kernel, grid: tuple[int, int], x: Tensor, **arguments: Any) -> None:
+    with torch.cuda.device_of(x):
+        kernel[grid](x_ptr=x, **arguments, **TILE, **OPTIONS, enable_fp_fusion=True)
+
+
+def _sizes(x: Tensor, point: Tensor) -> dict[str, int]:
+    """Sizes of the kernels that need rows and columns, by their names."""
+    return {"g": point.shape[0], "G": point.shape[1], "H": x.shape[2], "W": x.shape[3]}
 
 
 def _logits(x: Tensor, scale: Tensor, shift: Tensor | None, point: Tensor, rectify: bool) -> Tensor:
     """The logits (B, g, H W) of contiguous maps, in float32."""
-    (B, _, H, W), (g, G) = x.shape, point.shape
+    (B, _, H, W), g = x.shape, len(point)
     logits = x.new_empty(B, g, H * W, dtype=torch.float32)
     flags = {"SHIFTED": shift is not None, "RECTIFY": rectify}
     grid = B * g, triton.cdiv(H * W, TILE["BLOCK_P"])
-    maps = (x, scale, scale if shift is None else shift, point.contiguous(), logits)
-    _launch(subspace_attention_fwd_logits_kernel, grid, *maps, g, G, H, W, **flags)
+    _launch(
+        subspace_attention_fwd_logits_kernel,
+        grid,
+        x,
+        scale_ptr=scale,
+        shift_ptr=scale if shift is None else shift,
+        point_ptr=point.contiguous(),
+        logits_ptr=logits,
+        **_sizes(x, point),
+        **flags,
+    )
     return logits
 
 
@@ -303,13 +320,19 @@ def forward(
         var, mean = torch.var_mean(logits, (0, 2), correction=0)
         factor = weight.float() * (var + eps).rsqrt()
     out = torch.empty_like(dense)
-    vectors = (logits if vector is None else vector for vector in (mean, factor, offset, gain))
+    vectors = {"mean_ptr": mean, "factor_ptr": factor, "offset_ptr": offset, "gain_ptr": gain}
     flags = {"NORMALISED": weight is not None, "OFFSET": offset is not None, "GAIN": gain is not None}
     grid = B * g, triton.cdiv(G, TILE["BLOCK_C"])
     _launch(
         subspace_attention_fwd_gate_kernel,
         grid,
-        *(dense, logits, *vectors, out, g, G, H * W),
+        dense,
+        logits_ptr=logits,
+        **{name: logits if vector is None else vector for name, vector in vectors.items()},
+        out_ptr=out,
+        g=g,
+        G=G,
+        HW=H * W,
         **flags,
         RECTIFY=rectify,
         SCALED=scaled,
@@ -343,30 +366,53 @@ def backward(
         l = _logits(dense, scale, shift, point, rectify)
     weight, offset, gain = _computed(weight, offset, gain)
     attention = _Attention(l, weight, offset, gain, rectify, scaled, eps)
-    by_gate = torch.empty_like(l)
+    dgate = torch.empty_like(l)
     by_positions = B * g, triton.cdiv(H * W, TILE["BLOCK_P"])
     by_channels = B * g, triton.cdiv(G, TILE["BLOCK_C"])
-    _launch(subspace_attention_bwd_gate_kernel, by_positions, grad, dense, by_gate, G, H * W)
-    slope, by_weight, by_offset, by_gain = attention.backward(by_gate)
+    _launch(subspace_attention_bwd_gate_kernel, by_positions, dense, do_ptr=grad, dgate_ptr=dgate, G=G, HW=H * W)
+    dlogits, dweight, doffset, dgain = attention.backward(dgate)
     if grad_logits is not None:
-        slope = slope + grad_logits.flatten(2)
+        dlogits = dlogits + grad_logits.flatten(2)
+    dlogits = dlogits.contiguous()
     taken = torch.empty_like(dense, dtype=torch.int8)
-    by_point, by_shift, by_scale = (x.new_empty(B, C, dtype=torch.float32) for _ in range(3))
-    slope = slope.contiguous()
-    pooled = (dense, scale, scale if shift is None else shift, slope, taken, by_point, by_shift)
-    flags = {"SHIFTED": shift is not None, "RECTIFY": rectify}
-    _launch(subspace_attention_bwd_pool_kernel, by_channels, *pooled, g, G, H, W, **flags)
-    by_x = torch.empty_like(dense)
-    collected = (grad, dense, scale, point, slope, attention.gate.contiguous(), taken, by_x, by_scale)
-    _launch(subspace_attention_bwd_x_kernel, by_channels, *collected, g, G, H, W)
+    dpoint, dshift, dscale = (x.new_empty(B, C, dtype=torch.float32) for _ in range(3))
+    _launch(
+        subspace_attention_bwd_pool_kernel,
+        by_channels,
+        dense,
+        scale_ptr=scale,
+        shift_ptr=scale if shift is None else shift,
+        dlogits_ptr=dlogits,
+        taken_ptr=taken,
+        dpoint_ptr=dpoint,
+        dshift_ptr=dshift,
+        **_sizes(x, point),
+        SHIFTED=shift is not None,
+        RECTIFY=rectify,
+    )
+    dx = torch.empty_like(dense)
+    _launch(
+        subspace_attention_bwd_x_kernel,
+        by_channels,
+        dense,
+        do_ptr=grad,
+        scale_ptr=scale,
+        point_ptr=point,
+        dlogits_ptr=dlogits,
+        gate_ptr=attention.gate.contiguous(),
+        taken_ptr=taken,
+        dx_ptr=dx,
+        dscale_ptr=dscale,
+        **_sizes(x, point),
+    )
     return (
-        _laid_out_like(x, by_x),
-        by_scale.sum(0).to(x.dtype),
-        (point.flatten() * by_shift).sum(0).to(x.dtype),
-        by_point.sum(0).view(g, G).to(x.dtype),
-        by_weight.to(x.dtype),
-        by_offset.to(x.dtype),
-        by_gain.to(x.dtype),
+        _laid_out_like(x, dx),
+        dscale.sum(0).to(x.dtype),
+        (point.flatten() * dshift).sum(0).to(x.dtype),
+        dpoint.sum(0).view(g, G).to(x.dtype),
+        dweight.to(x.dtype),
+        doffset.to(x.dtype),
+        dgain.to(x.dtype),
     )
 
 
