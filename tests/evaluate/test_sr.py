@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from visionattn.metrics.luma import luma
 
 pytest.importorskip("skimage")
 
-from visionattn.evaluate import super_resolution
+from visionattn.data import bicubic as bicubic_file
+from visionattn.evaluate import sr, super_resolution
 from visionattn.evaluate.sr import ssim_y
+from visionattn.metrics import luma as luma_file
 
 SHARED = Path(__file__).parents[3] / "shared"
 
@@ -181,6 +184,92 @@ def test_a_model_that_fails_is_told(pictures):
     assert [failure.endswith("holds values that are not finite.") for failure in found.failures] == [True] * 3
 
 
+class Blur(nn.Module):
+    """A convolution of radius 1, then pixels repeated: what tiles could get wrong shows at their seams."""
+
+    def __init__(self, scale=2):
+        super().__init__()
+        self.scale, self.radius = scale, 1
+        self.layer = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.layer.weight.data = torch.ones(3, 3, 3, 3) / 27
+
+    def forward(self, x):
+        return self.layer(x).repeat_interleave(self.scale, 2).repeat_interleave(self.scale, 3)
+
+
+def test_tiles_and_strips_change_nothing(pictures, monkeypatch):
+    whole = super_resolution(Blur(2), pictures).rows
+    sizes = []
+    forward = Blur.forward
+    monkeypatch.setattr(Blur, "forward", lambda self, x: sizes.append(tuple(x.shape[2:])) or forward(self, x))
+    monkeypatch.setattr(sr, "SIDE", 9)
+    monkeypatch.setattr(sr, "STRIP", 40 * 7)
+    monkeypatch.setattr(luma_file, "STRIP", 40 * 5)
+    monkeypatch.setattr(bicubic_file, "BLOCK", 100)
+    tiled = super_resolution(Blur(2), pictures).rows
+    assert max(max(size) for size in sizes) == 11
+    assert len(sizes) == 3 * 9
+    for one, other in zip(whole, tiled, strict=True):
+        assert (one.model, one.picture) == (other.model, other.picture)
+        assert (one.psnr_y, one.ssim_y) == pytest.approx((other.psnr_y, other.ssim_y), rel=1e-9)
+
+
+def test_rows_that_are_finished_are_kept_when_the_run_ends(pictures, tmp_path, monkeypatch):
+    class Fails(Nearest):
+        count = 0
+
+        def forward(self, x):
+            Fails.count += 1
+            if Fails.count == 3:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        super_resolution(Fails(2), pictures, output=tmp_path / "sr.csv")
+    with open(tmp_path / "sr.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["picture"]) for row in rows][:4] == [
+        (model, name) for name in ("a.png", "b.jpg") for model in ("bicubic", "Fails")
+    ]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_lack_of_memory_costs_one_picture(pictures, error):
+    class Fails(Nearest):
+        def forward(self, x):
+            if x.shape[2] * 2 == 46 and not done:
+                done.append(1)
+                raise error
+            return super().forward(x)
+
+    done = []
+    found = super_resolution(Fails(2), pictures)
+    assert len(found.failures) == 1
+    assert found.failures[0].startswith(f"{pictures / 'a.png'}: ")
+    assert [row.picture for row in found.rows] == ["b.jpg", "b.jpg", "c.bmp", "c.bmp"]
+
+
+def test_an_output_that_exists_stays(pictures, tmp_path, capsys):
+    (tmp_path / "sr.csv").write_text("mine")
+    arguments = ["evaluate", "sr", "--data", str(pictures), "--scale", "2", "--output"]
+    assert cli.main([*arguments, str(tmp_path / "sr.csv")]) == 2
+    assert "exists. Give --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "sr.csv").read_text() == "mine"
+    assert cli.main([*arguments, str(tmp_path / "sr.txt")]) == 2
+    assert cli.main([*arguments, str(tmp_path / "sr.csv"), "--overwrite"]) == 0
+    assert (tmp_path / "sr.csv").read_text().startswith("model,scale,picture")
+
+
+def test_names_that_are_no_utf_8(pictures, tmp_path):
+    name = os.fsencode(pictures) + b"/\xff.png"
+    with open(name, "wb") as file:
+        file.write((pictures / "a.png").read_bytes())
+    assert (
+        cli.main(["evaluate", "sr", "--data", str(pictures), "--scale", "2", "--output", str(tmp_path / "a.csv")]) == 0
+    )
+    assert "\\udcff.png" in (tmp_path / "a.csv").read_text()
+
+
 def test_wrong_input(pictures, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     cases = [
@@ -190,6 +279,9 @@ def test_wrong_input(pictures, tmp_path, monkeypatch):
         (lambda: super_resolution(Nearest(2), pictures, scale=3), ConfigError, "Nearest 2 and 3 was asked for"),
         (lambda: super_resolution([Nearest(2), Nearest(4)], pictures), ConfigError, r"Nearest 2, Nearest \(2\) 4"),
         (lambda: super_resolution(nn.Conv2d(3, 3, 1), pictures), ConfigError, "Conv2d does not enlarge pictures"),
+        (lambda: super_resolution([], pictures, scale=0), ConfigError, "at least 1; got 0"),
+        (lambda: super_resolution([], pictures, scale=-2), ConfigError, "at least 1; got -2"),
+        (lambda: super_resolution("va_match_stereo_nano", pictures), ConfigError, "its task is 'stereo'"),
         (
             lambda: super_resolution("va_span_ch48_x4", pictures),
             CheckpointError,

@@ -26,6 +26,8 @@ from visionattn.errors import InputError
 
 __all__ = ["crop_to_multiple", "downscale", "upscale"]
 
+BLOCK = 2**22  # values that are summed at a time
+
 
 def downscale(image: np.ndarray, factor: int) -> np.ndarray:
     """Make an image smaller.
@@ -99,10 +101,16 @@ def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def _weighted_sum(lines: np.ndarray, size: int) -> np.ndarray:
     """Resize the first axis of uint8 (L, N) to (size, N)."""
     indices, weights = _contributions(len(lines), size)
-    total = np.zeros((size, lines.shape[1]))
-    for index, weight in zip(indices, weights):
-        total += weight[:, None] * lines[index]
-    return np.clip(np.floor(total + 0.5), 0, 255).astype(np.uint8)
+    result = np.empty((size, lines.shape[1]), np.uint8)
+    block = max(BLOCK // size, 1)
+    # Sums are of float64, which of a whole large image would take eight times its memory, and more than once.
+    for start in range(0, lines.shape[1], block):
+        columns = slice(start, start + block)
+        total = np.zeros_like(result[:, columns], np.float64)
+        for index, weight in zip(indices, weights):
+            total += weight[:, None] * lines[index, columns]
+        result[:, columns] = np.clip(np.floor(total + 0.5), 0, 255)
+    return result
 
 
 @lru_cache(maxsize=256)

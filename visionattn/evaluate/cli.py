@@ -136,7 +136,8 @@ def run(args: argparse.Namespace) -> int:
             scale=args.scale,
             device=args.device,
             dtype=args.dtype,
-            console=shown,
+            console=console,
+            output=args.output,
         )
         title = f"PSNR / SSIM on Y, {found.folder}, scale {found.rows[0].scale}" if found.rows else ""
     else:
@@ -156,7 +157,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(title, soft_wrap=True)
         console.print(found.table())
     if found.rows and args.output is not None:
-        found.write(args.output)
+        if not isinstance(found, Measurements):  # whose rows are in the file already
+            found.write(args.output)
         console.print(f"The rows are in {args.output}.")
     for note in getattr(found, "notes", ()):
         console.print(f"note: {note}.", soft_wrap=True)

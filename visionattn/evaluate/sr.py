@@ -10,6 +10,7 @@ data set has the mean over its pictures.
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,21 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
 from visionattn import __version__
 from visionattn.data.bicubic import crop_to_multiple, downscale, upscale
 from visionattn.data.images import find_images, pair_by_name, read_rgb
-from visionattn.errors import ConfigError, DataError, InputError, VisionAttnError, require
+from visionattn.errors import ConfigError, DataError, InputError, VisionAttnError, require, shorten
 from visionattn.evaluate.opening import open_models, place
 from visionattn.files import atomic_path
-from visionattn.metrics.luma import cut_border, luma, psnr_y, to_uint8
+from visionattn.metrics.luma import STRIP, cut_border, luma, psnr_y, to_uint8
+from visionattn.progress import counted
 
 __all__ = ["Measured", "Measurements", "ssim_y", "super_resolution"]
 
 BICUBIC = "bicubic"
+SIDE = 512  # pixels of a low-resolution picture that go through a network at a time, each way
+WINDOW = 11  # of SSIM
+PAUSE = 5.0  # seconds between two writes of the rows that are finished
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,10 @@ class Measurements:
             "torch": torch.__version__,
             "visionattn": __version__,
         }
-        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        with (
+            atomic_path(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             writer = csv.DictWriter(file, [*Measured.__dataclass_fields__, *origin])
             writer.writeheader()
             for row in [*self.rows, *self.means()]:
@@ -116,6 +123,7 @@ def super_resolution(
     device: str = "cpu",
     dtype: str = "float32",
     console: Console | None = None,
+    output: str | Path | None = None,
 ) -> Measurements:
     """Measure models of one scale on a folder of large pictures, bicubic beside them.
 
@@ -128,39 +136,56 @@ def super_resolution(
         device: Where the models run, such as `"cuda"`.
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
         console: Shows the progress; None shows none.
+        output: CSV file for the rows. It is written while the run goes on, so that a run that is stopped keeps what is
+            finished; one that exists is replaced.
 
     Returns:
         All rows; pictures that could not be measured are listed in `failures`.
 
     Raises:
-        ConfigError: The models have several scales, there is no scale, or there is no such device or dtype.
+        ConfigError: A model does something else or takes no RGB; the models have several scales, there is no scale, or
+            there is no such device or dtype.
         CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
         DataError: The folder has no pictures, or the folder of small pictures lacks some.
         MissingPackageError: scikit-image is not installed.
+        StorageError: The rows could not be written.
     """
     require("skimage.metrics", "images")
     files = find_images(folder)
-    networks = open_models(models)
+    networks = open_models(models, _check_task)
     scale = _common_scale(networks, scale)
     small_files = pair_by_name(files, small_folder, scale) if small_folder is not None else [None] * len(files)
     networks = place(networks, device, dtype)
     found = Measurements(str(folder), device, dtype)
-    with Progress(console=console, disable=console is None, transient=True) as progress:
-        task = progress.add_task("pictures", total=len(files) * (1 + len(networks)))
-        for file, small_file in zip(files, small_files):
-            try:
-                large, small = _pair(file, small_file, scale)
-                rows = []
-                for label in (BICUBIC, *networks):
-                    output = upscale(small, scale) if label == BICUBIC else _run(networks[label], small)
-                    psnr, ssim = psnr_y(output, large, scale), ssim_y(output, large, scale)
-                    rows.append(Measured(label, scale, file.name, psnr, ssim))
-                    progress.advance(task)
-                # A picture counts for all models or for none, or means would not compare.
-                found.rows += rows
-            except VisionAttnError as error:
-                found.failures.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+    saved = time.monotonic()
+    try:
+        with counted("pictures", len(files), console) as advance:
+            for file, small_file in zip(files, small_files):
+                try:
+                    # A picture counts for all models or for none, or means would not compare.
+                    found.rows += _measure(file, small_file, scale, networks)
+                except VisionAttnError as error:
+                    found.failures.append(str(error) if shorten(file) in str(error) else f"{shorten(file)}: {error}")
+                except (MemoryError, RuntimeError) as error:  # PyTorch raises the latter for nearly anything
+                    found.failures.append(f"{shorten(file)}: {shorten(error) or 'there is not enough memory'}")
+                advance(1)
+                if output is not None and found.rows and time.monotonic() - saved > PAUSE:
+                    found.write(output)
+                    saved = time.monotonic()
+    finally:
+        if output is not None and found.rows:
+            found.write(output)
     return found
+
+
+def _measure(file: Path, small_file: Path | None, scale: int, networks: dict[str, Any]) -> list[Measured]:
+    large, small = _pair(file, small_file, scale)
+    rows = []
+    for label in (BICUBIC, *networks):
+        output = upscale(small, scale) if label == BICUBIC else _run(networks[label], small)
+        psnr, ssim = psnr_y(output, large, scale), ssim_y(output, large, scale)
+        rows.append(Measured(label, scale, file.name, psnr, ssim))
+    return rows
 
 
 def ssim_y(first: np.ndarray, second: np.ndarray, border: int) -> float:
@@ -169,22 +194,40 @@ def ssim_y(first: np.ndarray, second: np.ndarray, border: int) -> float:
     Raises:
         InputError: The rest is smaller than the window of 11 pixels.
     """
-    y1, y2 = (cut_border(luma(image), border) for image in (first, second))
-    if min(y1.shape) < 11:
-        raise InputError(f"A picture of {first.shape[0]} x {first.shape[1]} is too small for SSIM's window of 11.")
+    first, second = cut_border(first, border), cut_border(second, border)
+    height, width = first.shape[:2]
+    if min(height, width) < WINDOW:
+        raise InputError(
+            f"A picture of {height + 2 * border} x {width + 2 * border} is too small for SSIM's window of {WINDOW}."
+        )
     metrics = require("skimage.metrics", "images")
-    # scikit-image averages where the window lies inside; truncated at 3.5 sigma it has 11 pixels.
-    return float(
-        metrics.structural_similarity(
+    # Of float64, a whole large image would take a hundred times its memory: strips, which overlap by the window.
+    rows = max(STRIP // width, 1)
+    total = 0.0
+    for top in range(0, height - WINDOW + 1, rows):
+        bottom = min(top + rows, height - WINDOW + 1)
+        y1, y2 = (luma(image[top : bottom + WINDOW - 1]) for image in (first, second))
+        # scikit-image averages where the window lies inside; truncated at 3.5 sigma it has 11 pixels.
+        mean = metrics.structural_similarity(
             y1, y2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
-    )
+        total += float(mean) * (bottom - top)
+    return total / (height - WINDOW + 1)
+
+
+def _check_task(label: str, network: nn.Module) -> None:
+    scale, task = getattr(network, "scale", None), getattr(network, "task", "restore")
+    if task != "restore" or not isinstance(scale, int) or scale < 1:
+        why = f"its task is {task!r}" if task != "restore" else "it states no scale"
+        raise ConfigError(f"{shorten(label)} does not enlarge pictures: {why}; a 'restore' model is required.")
+    if (channels := getattr(network, "in_chans", 3)) != 3:
+        raise ConfigError(f"{shorten(label)} takes {channels} channels; RGB is measured here.")
 
 
 def _common_scale(networks: dict[str, Any], scale: int | None) -> int:
-    scales = {label: getattr(network, "scale", None) for label, network in networks.items()}
-    if odd := [label for label, own in scales.items() if own is None]:
-        raise ConfigError(f"{odd[0]} does not enlarge pictures: it states no scale.")
+    if scale is not None and scale < 1:
+        raise ConfigError(f"The scale must be a whole number of at least 1; got {scale}.")
+    scales = {label: network.scale for label, network in networks.items()}
     different = sorted({own for own in (*scales.values(), scale) if own is not None})
     if len(different) > 1:
         stated = ", ".join(f"{label} {own}" for label, own in scales.items())
@@ -210,7 +253,24 @@ def _pair(file: Path, small_file: Path | None, scale: int) -> tuple[np.ndarray, 
 
 @torch.inference_mode()
 def _run(network: Any, small: np.ndarray) -> np.ndarray:
-    """Uint8 (H, W, 3) -> uint8 (rH, rW, 3)."""
-    parameter = next(network.parameters())
-    image = torch.from_numpy(small).permute(2, 0, 1)[None].to(parameter.device)
-    return to_uint8(network((image / 255).to(parameter.dtype))[0])
+    """Uint8 (H, W, 3) -> uint8 (rH, rW, 3), in tiles that overlap by the radius of the network, where it states one."""
+    height, width = small.shape[:2]
+    radius = getattr(network, "radius", None)
+    if radius is None or max(height, width) <= SIDE:
+        return _pass(network, small)
+    scale = network.scale
+    result = np.empty((scale * height, scale * width, 3), np.uint8)
+    for top in range(0, height, SIDE):
+        for left in range(0, width, SIDE):
+            above, before = max(top - radius, 0), max(left - radius, 0)
+            window = small[above : top + SIDE + radius, before : left + SIDE + radius]
+            tile = _pass(network, window)[scale * (top - above) :, scale * (left - before) :]
+            target = result[scale * top : scale * (top + SIDE), scale * left : scale * (left + SIDE)]
+            target[:] = tile[: target.shape[0], : target.shape[1]]
+    return result
+
+
+def _pass(network: Any, small: np.ndarray) -> np.ndarray:
+    weight = next(network.parameters(), torch.zeros(()))
+    image = torch.from_numpy(np.ascontiguousarray(small)).permute(2, 0, 1)[None].to(weight.device)
+    return to_uint8(network((image / 255).to(weight.dtype))[0])

@@ -15,7 +15,10 @@ import torch
 
 from visionattn.errors import InputError
 
-__all__ = ["cut_border", "luma", "psnr_y", "to_uint8"]
+__all__ = ["STRIP", "cut_border", "luma", "psnr_y", "to_uint8"]
+
+STRIP = 2**21
+"""Pixels that are compared at a time."""
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
@@ -36,12 +39,12 @@ def luma(image: np.ndarray) -> np.ndarray:
 
 
 def cut_border(y: np.ndarray, border: int) -> np.ndarray:
-    """Take `border` pixels off each side.
+    """Take `border` pixels off each side of (H, W) or (H, W, C).
 
     Raises:
         InputError: Nothing would be left.
     """
-    if min(y.shape) <= 2 * border:
+    if min(y.shape[:2]) <= 2 * border:
         raise InputError(f"A picture of {y.shape[0]} x {y.shape[1]} has nothing left without {border} pixels a side.")
     return y[border : y.shape[0] - border, border : y.shape[1] - border]
 
@@ -54,5 +57,9 @@ def psnr_y(first: np.ndarray, second: np.ndarray, border: int) -> float:
     """
     if first.shape != second.shape:
         raise InputError(f"Pictures of {first.shape} and {second.shape} are not compared.")
-    error = np.mean((cut_border(luma(first), border) - cut_border(luma(second), border)) ** 2)
+    first, second = cut_border(first, border), cut_border(second, border)
+    rows = max(STRIP // first.shape[1], 1)  # of float64, a whole large image would take eight times its memory
+    strips = (slice(top, top + rows) for top in range(0, first.shape[0], rows))
+    error = sum(float(np.square(luma(first[strip]) - luma(second[strip])).sum()) for strip in strips)
+    error /= first.shape[0] * first.shape[1]
     return 10 * math.log10(255**2 / error) if error else math.inf
