@@ -100,8 +100,10 @@ class StereoMeasurements:
         """
         origin = {"device": self.device, "dtype": self.dtype, "torch": torch.__version__, "visionattn": __version__}
         # Names that are not text, which Linux allows, are written with escapes.
-        written = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
-        with atomic_path(path) as temporary, temporary.open("w", **written) as file:
+        with (
+            atomic_path(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             names = ["model", "scene", "region", *(key.name for key in fields(Errors)), *origin]
             writer = csv.DictWriter(file, names)
             writer.writeheader()
@@ -187,7 +189,7 @@ def _check_task(label: str, network: nn.Module) -> None:
 
 
 def _measure(name: str, pair: StereoPair, baseline: str | None, networks: dict[str, Any]) -> list[MeasuredStereo]:
-    disparities = {}
+    disparities: dict[str, np.ndarray] = {}
     if baseline is not None:
         raw = BASELINES[baseline](pair.left, pair.right, float(np.nanmax(pair.truth, initial=0)))
         disparities |= {baseline: raw, f"{baseline}_filled": fill(raw)}
