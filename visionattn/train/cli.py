@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import csv
-import difflib
-import errno
+import importlib
 import importlib.resources
-import inspect
 import itertools
 import logging
-import re
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,24 +17,37 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    ProgressBar,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.console import Console
-from rich.table import Table
 
 from visionattn.checkpoints import read_card
-from visionattn.cost import count_macs, count_parameters
-from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, VisionAttnError, require
-from visionattn.files import atomic_path
+from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, VisionAttnError, require, shorten
+from visionattn.files import check_output
+from visionattn.train.announce import Announcement, EpochLines, say
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
 from visionattn.train.classify import ClassifyTask
+from visionattn.train.configuration import (
+    DEFAULT_RECIPE,
+    check_numbers,
+    explain,
+    explain_option,
+    read_file,
+    use_bounded_yaml,
+    with_recipe,
+)
 from visionattn.train.from_checkpoint import expand_positionals, said_by_checkpoint, without_sources
-from visionattn.train.restore import RestoreTask
+from visionattn.train.outputs import predictions_path, tell_skipped, write_predictions, write_summary
 from visionattn.train.resume import ExactResume, Interrupted
 from visionattn.train.run_logger import ResumedLogger
 from visionattn.train.throughput import ImagesPerSecond
@@ -47,6 +56,7 @@ __all__ = ["TrainCLI", "main", "recipes"]
 
 _COMMANDS = ("fit", "validate", "test", "predict")
 # Lightning's warnings that a checkpoint holds what only training needs.
+LONGEST_MESSAGE = 1000
 _ONLY_FOR_TRAINING = "Be aware that when using `ckpt_path`|The dirpath has changed"
 
 
@@ -68,13 +78,15 @@ def find_recipe(name: str) -> Path:
     Raises:
         UnknownNameError: There is neither.
     """
-    if Path(name).is_file():
-        return Path(name)
+    path = Path(name)
+    if len(name) < 1024 and "\0" not in name and path.exists():
+        read_file(path)
+        return path
     packaged = recipes()
     matches = [key for key in packaged if name.removesuffix(".yaml") in (key, key.split("/")[1])]
     if len(matches) == 1:
         return packaged[matches[0]]
-    raise UnknownNameError(f"There is no file and no recipe {name!r}. The recipes are: {', '.join(packaged)}.")
+    raise UnknownNameError(f"There is no file and no recipe {shorten(name)!r}. The recipes are: {', '.join(packaged)}.")
 
 
 def _resolve_configs(args: Sequence[str]) -> tuple[list[str], list[Path]]:
@@ -112,8 +124,14 @@ class TrainCLI(LightningCLI):
     """
 
     trainer: Any
+    exit_code = 0
 
     def __init__(self, args: Sequence[str]) -> None:
+        self._running = False
+        self._announcement = Announcement()
+        args, asked = with_recipe(args), args
+        if args != list(asked):
+            print(f"No recipe is named: {DEFAULT_RECIPE} is used, for images in folders of their classes.")
         resolved, configs = _resolve_configs(expand_positionals(args))
         self._run_name = configs[-1].stem if configs else None
         if self._run_name == "config":
@@ -131,18 +149,23 @@ class TrainCLI(LightningCLI):
             }
             for command in _COMMANDS
         }
-        super().__init__(
-            model_class=LightningModule,
-            datamodule_class=LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
-            parser_kwargs={"prog": "visionattn", "exit_on_error": False, **parsers},
-            args=resolved,
-        )
+        try:
+            super().__init__(
+                model_class=LightningModule,
+                datamodule_class=LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
+                parser_kwargs={"prog": "visionattn", "exit_on_error": False, **parsers},
+                args=resolved,
+            )
+        except Exception as error:
+            if self._running:
+                raise
+            raise ConfigError(explain(error)) from error  # what a configuration names raises nearly anything
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Default task, link and checkpoints."""
@@ -163,44 +186,28 @@ class TrainCLI(LightningCLI):
             parser.set_defaults({f"{name}.{key}": value for key, value in settings.items()})
             parser.set_defaults({f"{name}.enable_version_counter": False})
 
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument("--output", type=str | None, help="CSV file of the predictions (predictions.csv)")
+            parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with errors in plain words."""
+        command = next((arg for arg in args if arg in _COMMANDS), None)
         try:
             with said_by_checkpoint(args) as before:
                 self.config = parser.parse_args([*args[:1], *before, *args[1:]])
-        except argparse.ArgumentError as error:
-            raise ConfigError(self._explain(str(error), args)) from error
+        except Exception as error:  # jsonargparse and the classes that a configuration names raise nearly anything
+            settings = self._parser(command).get_defaults().keys(branches=True) if command else []
+            raise ConfigError(explain_option(error, args, settings, command)) from error
+        check_numbers(self.config.get(self.config.subcommand))
         given = self.config.get(self.config.subcommand)
         if given is not None and given.best.monitor is None:
             module, _, name = given.model.class_path.rpartition(".")
             task = getattr(importlib.import_module(module), name)
             given.best.monitor = getattr(task, "monitor", "val/accuracy")
-
-    def _explain(self, message: str, args: Sequence[str]) -> str:
-        """Jsonargparse's message without its tree of types, and the name that was probably meant."""
-        noise = r"does not validate against|subtypes:|errors:|given value|expected a <class 'nonetype'>"
-        lines = [line.strip(" -") for line in message.splitlines()]
-        text = " ".join(line for line in lines if line and not re.match(noise, line, re.IGNORECASE))
-        text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
-        command = next((arg for arg in args if arg in _COMMANDS), None)
-        option = re.search(
-            r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: --([\w.]+)",
-            text,
-        )
-        if option is None or command is None:
-            return re.sub(r"Parser key \"(\w+)\": Problem with given class_path '[^']+': Parser key \"", r'"\1.', text)
-        unknown = next(group for group in option.groups() if group)
-        section = re.match(r'Parser key "(\w+)"', text)
-        class_path = re.search(r"class_path '([^']+)'", text)
-        if section and class_path:
-            module, _, name = class_path.group(1).rpartition(".")
-            known = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-            prefix = f"{section.group(1)}."
-        else:
-            known, prefix = list(self._parser(command).get_defaults().keys(branches=True)), ""
-        nearest = [prefix + name for name in difflib.get_close_matches(unknown, known, cutoff=0.5)]
-        hint = f"Did you mean {', '.join(nearest)}?" if nearest else f"visionattn {command} --help lists the settings."
-        return f"There is no setting {prefix}{unknown}. {hint}"
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would put the checkpoint's model in the place of the one that was asked for.
@@ -240,8 +247,9 @@ class TrainCLI(LightningCLI):
         else:
             callbacks = [callback for callback in callbacks if not isinstance(callback, WeightAveraging)]
             callbacks += [ImagesPerSecond()]
-        if given.enable_progress_bar is not False and not any(isinstance(c, RichProgressBar) for c in callbacks):
-            callbacks.append(RichProgressBar())
+        if given.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar() if sys.stdout.isatty() else EpochLines())
+        callbacks.append(self._announcement)
         kwargs["callbacks"] = callbacks
         kwargs["plugins"] = [*_as_list(given.plugins), AtomicCheckpointIO()]
         if given.logger is None:
@@ -257,7 +265,8 @@ class TrainCLI(LightningCLI):
                 checkpoint = AtomicCheckpointIO().load_checkpoint(ckpt_path, weights_only=True)
                 return ResumedLogger(folder, checkpoint["global_step"])
         name = self._run_name or getattr(self.model.hparams, "name", type(self.model).__name__)
-        return CSVLogger(str(Path("runs").resolve()), name=name)
+        folder = self._get(self.config_init, "trainer").default_root_dir or "runs"
+        return CSVLogger(folder if "://" in str(folder) else str(Path(folder).resolve()), name=name)
 
     def before_fit(self) -> None:
         """Refuse what Lightning would only warn about."""
@@ -269,38 +278,65 @@ class TrainCLI(LightningCLI):
         if trainer.fast_dev_run:
             return
         measured = {"train": dict(trainer.callback_metrics)}
+        best, last = self._get(self.config_init, "best"), self._get(self.config_init, "last")
+        chosen = best.best_model_path or last.best_model_path or None
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+            # The average is made when training ends, behind the last of the other checkpoints.
+            chosen = str(Path(best.dirpath or trainer.default_root_dir) / "averaged.ckpt")
+            trainer.save_checkpoint(chosen)
         # Averaged weights are the checkpoint's weights; the callback would put back the others.
         trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, WeightAveraging)]
         warnings.filterwarnings("ignore", message=_ONLY_FOR_TRAINING)
-        best, last = self._get(self.config_init, "best"), self._get(self.config_init, "last")
-        chosen = best.best_model_path or last.best_model_path or None
         evaluations = {"val": trainer.validate}
-        if is_overridden("test_step", self.model):
+        if is_overridden("test_step", self.model) and self._announcement.can_test:
             evaluations["test"] = trainer.test
         for part, evaluate in evaluations.items():
             evaluate(self.model, datamodule=self.datamodule, ckpt_path=chosen, verbose=False)
             measured[part] = dict(trainer.callback_metrics)
-        self._print_summary(measured)
-        self._print(f"The run is in {trainer.log_dir}; the weights of this table in {chosen}.")
+        write_summary(self, measured)
+        tell_skipped(self)
+        say(trainer, f"The run is in {trainer.log_dir}; the weights of this table in {chosen}.")
 
     def validate(self, **kwargs: Any) -> None:
         """Validate and print."""
         self._check_weights()
         self.trainer.validate(**{**kwargs, "verbose": False})
-        self._print_summary({"val": dict(self.trainer.callback_metrics)})
+        write_summary(self, {"val": dict(self.trainer.callback_metrics)})
+        tell_skipped(self)
 
     def test(self, **kwargs: Any) -> None:
         """Test and print."""
         self._check_weights()
         self.trainer.test(**{**kwargs, "verbose": False})
-        self._print_summary({"test": dict(self.trainer.callback_metrics)})
+        write_summary(self, {"test": dict(self.trainer.callback_metrics)})
+        tell_skipped(self)
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and write predictions.csv."""
         self._check_weights()
+        writes = isinstance(self.model, ClassifyTask)
+        path = predictions_path(self.trainer, self._get(self.config_init, "output"))
+        if writes:
+            check_output(path, self._get(self.config_init, "overwrite"), (".csv",))
         outputs = self.trainer.predict(**{**kwargs, "return_predictions": True})
-        if isinstance(self.model, ClassifyTask):
-            self._write_predictions(outputs)
+        if writes:
+            write_predictions(self, outputs, path)
+        self.exit_code = int(tell_skipped(self))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; say plainly where a checkpoint cannot be restored, and leave nothing of a run that never began."""
+        self._running = True
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            ckpt_path = self._get(self.config_init, "ckpt_path")
+            if ckpt_path is None or self._announcement.has_begun or _explained(error) is not None:
+                raise
+            reason = f"{type(error).__name__}: {shorten(error, 200)}"
+            raise CheckpointError(f"The checkpoint {shorten(ckpt_path)} cannot be restored ({reason}).") from error
+        finally:
+            if subcommand == "fit":
+                _remove_unused(self.trainer)
 
     def _check_weights(self) -> None:
         """Refuse to measure what nobody trained."""
@@ -308,52 +344,6 @@ class TrainCLI(LightningCLI):
         pretrained = given.get("pretrained", True) or "checkpoint_path" in (given.get("model_args") or {})
         if self._get(self.config_init, "ckpt_path") is None and not pretrained:
             raise ConfigError("The model has no trained weights: give --ckpt_path FILE, or set model.pretrained.")
-
-    def _write_predictions(self, outputs: list[dict[str, torch.Tensor]]) -> None:
-        trainer, data = self.trainer, self.datamodule
-        names = data.predicted_names() if hasattr(data, "predicted_names") else itertools.count()
-        classes = getattr(data, "class_names", None)
-        # Ranks take turns.
-        names = itertools.islice(names, trainer.global_rank, None, trainer.world_size)
-        rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = Path(trainer.default_root_dir) / f"predictions{rank}.csv"
-        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "label", "class", "probability"])
-            for output in outputs:
-                for probabilities, label in zip(output["probabilities"], output["labels"].tolist()):
-                    named = classes[label] if classes and label < len(classes) else label
-                    writer.writerow([next(names), label, named, f"{probabilities[label].item():.6f}"])
-        self._print(f"The predictions are in {path}.")
-
-    def _print_summary(self, measured: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Table of what was measured in each part, and of what the model costs."""
-        rows: dict[str, dict[str, str]] = {}
-        for part, metrics in measured.items():
-            for key, value in metrics.items():
-                prefix, _, measure = key.partition("/")
-                if prefix == part and not (part == "train" and measure != "images_per_second"):
-                    shown = f"{value:,.0f}" if measure == "images_per_second" else f"{value:.4f}"
-                    rows.setdefault(measure.replace("_per_", "/").replace("_", " "), {})[part] = shown
-        table = Table(title=getattr(self.model.hparams, "name", type(self.model).__name__))
-        table.add_column("measure")
-        for part in measured:
-            table.add_column({"train": "training", "val": "validation", "test": "test"}[part], justify="right")
-        for measure, values in rows.items():
-            table.add_row(measure, *(values.get(part, "") for part in measured))
-        net = self.model.for_use() if isinstance(self.model, RestoreTask) else getattr(self.model, "net", None)
-        shape = getattr(self.datamodule, "image_shape", None)
-        if net is not None and shape is not None:
-            empty = [""] * (len(measured) - 1)
-            table.add_section()
-            table.add_row("parameters", *empty, f"{count_parameters(net):,}")
-            inputs = [shape] * len(getattr(net, "input_names", ("image",)))
-            table.add_row("multiply-accumulates", *empty, f"{count_macs(net, *inputs):,}")
-        self._print(table)
-
-    def _print(self, what: Any) -> None:
-        if self.trainer.is_global_zero:
-            Console(soft_wrap=True).print(what)
 
 
 def check_averaging(trainer: Any) -> None:
@@ -379,14 +369,32 @@ def _resume_command(args: Sequence[str], checkpoint: Path) -> str:
     return shlex.join(["visionattn", *args, "--ckpt_path", str(checkpoint)])
 
 
+def _remove_unused(trainer: Any) -> None:
+    """Remove the folder of a run that ended before it had a checkpoint or a row of measures."""
+    logger = trainer.logger
+    if type(logger) is not CSVLogger or not trainer.is_global_zero or "://" in logger.log_dir:
+        return
+    folder = Path(logger.log_dir)
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if files <= {"config.yaml", "hparams.yaml"}:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in (folder.parent, folder.parent.parent):
+            with contextlib.suppress(OSError):  # it holds other runs
+                parent.rmdir()
+
+
 def _explained(error: BaseException | None) -> str | None:
-    """The message of a user's mistake or a full disk; None for a fault of the program."""
+    """The message of a user's mistake or a fault of the machine; None for a fault of the program."""
     # jsonargparse wraps what the constructors of model and data raise.
     while error is not None:
         if isinstance(error, (VisionAttnError, MisconfigurationException)):
             return str(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return f"Could not write {error.filename or 'a file'}: {error.strerror}."
+        if isinstance(error, torch.OutOfMemoryError):
+            return "There is not enough memory on the device: set data.batch_size lower, or the images' size."
+        if isinstance(error, MemoryError):
+            return "There is not enough memory for this."
+        if isinstance(error, OSError) and error.errno is not None:
+            return f"{shorten(error.filename or 'the system')}: {error.strerror}."
         error = error.__cause__ or error.__context__
     return None
 
@@ -398,23 +406,25 @@ def main(args: Sequence[str]) -> int:
         args: Arguments behind `visionattn`, the command first.
 
     Returns:
-        Exit code: 0, 2 after a message about wrong input, 130 after Ctrl-C.
+        Exit code: 0; 1 after a prediction that skipped images; 2 after a message about wrong input; 130 after Ctrl-C;
+        143 after SIGTERM.
     """
-    # The table at the end says what Lightning's notes would, and its advertisements are no use here.
+    # The table at the end says what Lightning's notes would, and its advertisements are not needed here.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for note in (".*LeafSpec", "The number of training batches", "Checkpoint directory"):
         warnings.filterwarnings("ignore", message=note)
     try:
         require("jsonargparse", "train")
-        TrainCLI(args)
+        use_bounded_yaml()
+        exit_code = TrainCLI(args).exit_code
         # Lightning leaves the processes joined, and their threads abort now and then when Python ends under them.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except Interrupted as stop:
         if getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"{stop} Go on with:\n  {_resume_command(args, stop.checkpoint)}", file=sys.stderr)
-        return 130
+            print(f"{stop} Resume with:\n  {_resume_command(args, stop.checkpoint)}", file=sys.stderr)
+        return 128 + stop.signum
     except KeyboardInterrupt:
         print("Aborted.", file=sys.stderr)
         return 130
@@ -428,6 +438,6 @@ def main(args: Sequence[str]) -> int:
         message = _explained(error)
         if message is None:
             raise
-        print(f"visionattn: {message}", file=sys.stderr)
+        print(f"visionattn: {shorten(message, LONGEST_MESSAGE)}", file=sys.stderr)
         return 2
-    return 0
+    return exit_code

@@ -10,6 +10,7 @@ import timm.optim
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from visionattn import weights
@@ -41,6 +42,9 @@ class OptimizedTask(LightningModule):
             ConfigError: There is no such schedule or optimizer; near names are suggested.
         """
         sched, opt = self.hparams.sched, self.hparams.opt
+        for name in ("lr", "weight_decay", "warmup_epochs", "min_lr"):
+            if not 0 <= self.hparams[name] < math.inf:
+                raise ConfigError(f"model.{name} must be a finite number, 0 or more; got {self.hparams[name]}.")
         if sched not in SCHEDULES:
             raise ConfigError(f"There is no schedule {sched!r}. Choose from {', '.join(SCHEDULES)}.")
         if opt.lower() not in timm.optim.list_optimizers():
@@ -94,7 +98,9 @@ class OptimizedTask(LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule."""
         given = self.hparams
-        optimizer = timm.optim.create_optimizer_v2(
+        optimizer = _make(
+            "model.opt_args",
+            timm.optim.create_optimizer_v2,
             self.trained,
             opt=given.opt,
             lr=given.lr,
@@ -102,8 +108,13 @@ class OptimizedTask(LightningModule):
             layer_decay=given.get("layer_decay"),
             **(given.opt_args or {}),
         )
+        self._scheduled_lr = given.lr
         if given.sched == "none":
             return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"}}
+
+    def _schedule(self, optimizer: Any) -> Any:
+        given = self.hparams
         # The length of an epoch is not known before.
         self.trainer.fit_loop.setup_data()
         batches, updates = self.trainer.num_training_batches, self.trainer.estimated_stepping_batches
@@ -113,7 +124,9 @@ class OptimizedTask(LightningModule):
                 "stream of unknown length trainer.limit_train_batches; or set model.sched to none."
             )
         updates_per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
-        scheduler, _ = create_scheduler_v2(
+        scheduler, _ = _make(
+            "model.sched_args",
+            create_scheduler_v2,
             optimizer,
             sched=given.sched,
             num_epochs=updates / updates_per_epoch,
@@ -123,8 +136,31 @@ class OptimizedTask(LightningModule):
             updates_per_epoch=updates_per_epoch,
             **(given.sched_args or {}),
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduler
+
+    def on_train_start(self) -> None:
+        """Schedule another peak learning rate where Lightning's LearningRateFinder has set one."""
+        lr = self.hparams.lr
+        if lr == self._scheduled_lr:
+            return
+        for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = lr
+            config.scheduler = self._schedule(optimizer)
+            config.scheduler.step_update(num_updates=self.trainer.global_step)
+        self._scheduled_lr = lr
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Timm's schedules are told the number of updates."""
-        scheduler.step_update(num_updates=self.trainer.global_step)
+        """Timm's schedules are told the number of updates; callbacks put torch's schedulers in their place."""
+        if isinstance(scheduler, Scheduler):
+            scheduler.step_update(num_updates=self.trainer.global_step)
+        else:
+            super().lr_scheduler_step(scheduler, metric)
+
+
+def _make(setting: str, factory: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a factory of timm makes, or which setting it refuses."""
+    try:
+        return factory(*args, **kwargs)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"timm does not accept the settings of {setting}: {shorten(error, 200)}.") from error

@@ -1,4 +1,4 @@
-"""Stopping and going on as if nothing had happened."""
+"""Safe interruption and exact resume."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from visionattn.errors import CheckpointError, VisionAttnError
+from visionattn.errors import CheckpointError, VisionAttnError, shorten
 
 __all__ = ["ExactResume", "Interrupted"]
 
 
 class Interrupted(VisionAttnError):
-    """Training was stopped by Ctrl-C; the place is saved in `checkpoint`."""
+    """Training was stopped by a signal, Ctrl-C or SIGTERM; its state is saved in `checkpoint`.
 
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(f"Stopped. The place is saved in {checkpoint}.")
+    Attributes:
+        checkpoint: The file.
+        signum: The signal.
+    """
+
+    def __init__(self, checkpoint: Path, signum: int = signal.SIGINT) -> None:
+        by = " by SIGTERM" if signum == signal.SIGTERM else ""
+        super().__init__(f"Stopped{by}. The state is saved in {checkpoint}.")
         self.checkpoint = checkpoint
+        self.signum = signum
 
 
 def _random_state() -> dict[str, Any]:
@@ -51,14 +58,14 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 class ExactResume(Callback):
-    """Makes a resumed run equal to an uninterrupted one, and Ctrl-C a safe way to interrupt it.
+    """Makes a resumed run equal to an uninterrupted one, and Ctrl-C and SIGTERM safe ways to interrupt it.
 
     Lightning restores weights, optimizer, schedule and counters. This callback adds the states of the random generators
     of torch, CUDA, numpy (timm's Mixup draws from it) and Python, for each rank, and the place of a `ResumableLoader`.
     (Lightning saves that place too, but forgets to restore it once the number of updates was asked for, which every
     schedule does.)
 
-    The first Ctrl-C lets training go on to the next safe place, saves `last.ckpt` there and raises `Interrupted`; a
+    The first signal lets training go on to the next safe place, saves `last.ckpt` there and raises `Interrupted`; a
     second one aborts at once. Safe is the end of an update (gradients not yet applied are not saved) that no validation
     follows (Lightning would leave it out after a resume), or else the beginning of the next epoch. Ranks agree on it.
     """
@@ -67,9 +74,9 @@ class ExactResume(Callback):
         self._loader: Any = None
         self._to_restore: dict[str, Any] = {}
         self._updates = 0
-        self._asked_to_stop = False
+        self._signum = 0
         self._saved: Path | None = None
-        self._previous_handler: Any = None
+        self._previous_handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Random states of all ranks, and the place in the data."""
@@ -103,34 +110,43 @@ class ExactResume(Callback):
                 "The checkpoint holds weights only, so training cannot go on from it. To begin a new training with "
                 "these weights, give the file as model.model_args.checkpoint_path instead."
             )
-        loops = checkpoint["loops"]["fit_loop"]
-        epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-        if trainer.max_steps != -1 and epochs["current"]["processed"] > epochs["current"]["completed"]:
-            # Say that the last batch is just done and not yet counted, which Lightning takes for what it is.
-            for period in ("current", "total"):
-                epochs[period]["processed"] -= 1
-                batches[period]["completed"] -= 1
-            loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+        try:
+            loops = checkpoint["loops"]["fit_loop"]
+            epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+            counts = [*epochs["total"].values(), *epochs["current"].values(), *batches["total"].values()]
+            if not all(isinstance(count, int) and count >= 0 for count in counts):
+                raise ValueError("a count of epochs or batches is not a number of them")
+            if trainer.max_steps != -1 and epochs["current"]["processed"] > epochs["current"]["completed"]:
+                # Say that the last batch is just done and not yet counted, which Lightning takes for what it is.
+                for period in ("current", "total"):
+                    epochs[period]["processed"] -= 1
+                    batches[period]["completed"] -= 1
+                loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"Training cannot go on from the checkpoint: its progress is damaged ({shorten(repr(error))})."
+            ) from error
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Go to the place in the data, and listen to Ctrl-C."""
+        """Go to the place in the data, and listen to signals."""
         self._loader = trainer.train_dataloader if hasattr(trainer.train_dataloader, "load_state_dict") else None
         if self._loader is not None and self._to_restore.get("loader"):
             self._loader.load_state_dict(self._to_restore["loader"])
-        self._updates, self._asked_to_stop, self._saved = trainer.global_step, False, None
+        self._updates, self._signum, self._saved = trainer.global_step, 0, None
         # Python gives signals to the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous_handlers[signum] = signal.signal(signum, self._on_signal)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """A safe place, with the epoch before validated and saved."""
         if trainer.current_epoch > 0 and self._must_stop(trainer):
-            raise Interrupted(self._save(trainer))
+            raise Interrupted(self._save(trainer), self._signum or signal.SIGINT)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Stop after the last batch was logged; restore the random states before the first draws from them."""
         if self._saved is not None:
-            raise Interrupted(self._saved)
+            raise Interrupted(self._saved, self._signum or signal.SIGINT)
         ranks = self._to_restore.get("ranks", [])
         self._to_restore = {}
         if len(ranks) == trainer.world_size:
@@ -147,15 +163,15 @@ class ExactResume(Callback):
         self._saved = None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give Ctrl-C back."""
-        self._restore_handler()
+        """Give the signals back."""
+        self._restore_handlers()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give Ctrl-C back."""
-        self._restore_handler()
+        """Give the signals back."""
+        self._restore_handlers()
 
     def _must_stop(self, trainer: Any) -> bool:
-        return trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False)
+        return trainer.strategy.reduce_boolean_decision(bool(self._signum), all=False)
 
     def _save(self, trainer: Any) -> Path:
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
@@ -163,14 +179,15 @@ class ExactResume(Callback):
         trainer.save_checkpoint(checkpoint)
         return checkpoint
 
-    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
-        self._asked_to_stop = True
-        # A second Ctrl-C does what it always did.
-        self._restore_handler()
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._signum = signum
+        # A second signal does what it always did.
+        self._restore_handlers()
         if getattr(rank_zero_only, "rank", 0) == 0:
-            print("\nStopping as soon as the place can be saved. Press Ctrl-C again to abort without.", flush=True)
+            again = "Press Ctrl-C again" if signum == signal.SIGINT else "Send SIGTERM again"
+            print(f"\nStopping as soon as the state can be saved. {again} to abort without.", flush=True)
 
-    def _restore_handler(self) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
+    def _restore_handlers(self) -> None:
+        for signum, handler in self._previous_handlers.items():
+            signal.signal(signum, handler)
+        self._previous_handlers = {}

@@ -1,0 +1,91 @@
+"""What a run leaves besides its checkpoints: the table of measures, predictions, and what could not be read."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from visionattn.cost import count_macs, count_parameters
+from visionattn.data.module import DataModule, list_skipped
+from visionattn.files import atomic_path
+from visionattn.train.announce import say
+from visionattn.train.restore import RestoreTask
+
+__all__ = ["tell_skipped", "write_predictions", "write_summary"]
+
+
+def write_summary(cli: Any, measured: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Table of what was measured on each split, and of what the model costs."""
+    model, data = cli.model, cli.datamodule
+    rows: dict[str, dict[str, str]] = {}
+    for part, metrics in measured.items():
+        for key, value in metrics.items():
+            prefix, _, measure = key.partition("/")
+            if prefix == part and not (part == "train" and measure != "images_per_second"):
+                shown = f"{value:,.0f}" if measure == "images_per_second" else f"{value:.4f}"
+                rows.setdefault(measure.replace("_per_", "/").replace("_", " "), {})[part] = shown
+    table = Table(title=getattr(model.hparams, "name", type(model).__name__))
+    table.add_column("measure")
+    names = {"train": "training", "val": "validation", "test": "test"}
+    if isinstance(data, DataModule) and "test" in measured and data.tests_on_validation:
+        names["test"] = "test (the validation split)"
+    for part in measured:
+        table.add_column(names[part], justify="right")
+    for measure, values in rows.items():
+        table.add_row(measure, *(values.get(part, "") for part in measured))
+    net = model.for_use() if isinstance(model, RestoreTask) else getattr(model, "net", None)
+    shape = getattr(data, "image_shape", None)
+    if net is not None and shape is not None:
+        empty = [""] * (len(measured) - 1)
+        table.add_section()
+        table.add_row("parameters", *empty, f"{count_parameters(net):,}")
+        inputs = [shape] * len(getattr(net, "input_names", ("image",)))
+        table.add_row("multiply-accumulates", *empty, f"{count_macs(net, *inputs):,}")
+    say(cli.trainer, table)
+
+
+def predictions_path(trainer: Any, output: str | None) -> Path:
+    """Where this rank's predictions go."""
+    path = Path(output) if output else Path(trainer.default_root_dir) / "predictions.csv"
+    return path.with_stem(f"{path.stem}-rank{trainer.global_rank}") if trainer.world_size > 1 else path
+
+
+def write_predictions(cli: Any, outputs: list[dict[str, torch.Tensor]], path: Path) -> None:
+    """A row for each image that could be read: its name, label, class and probability."""
+    trainer, data = cli.trainer, cli.datamodule
+    names = data.predicted_names() if hasattr(data, "predicted_names") else itertools.count()
+    unread = data.unpredicted() if hasattr(data, "unpredicted") else set()
+    classes = getattr(data, "class_names", None)
+    # Ranks take turns.
+    named = itertools.islice(enumerate(names), trainer.global_rank, None, trainer.world_size)
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", "class", "probability"])
+        for output in outputs:
+            for probabilities, label in zip(output["probabilities"], output["labels"].tolist()):
+                index, name = next(named)
+                if index not in unread:
+                    shown = classes[label] if classes and label < len(classes) else label
+                    writer.writerow([name, label, shown, f"{probabilities[label].item():.6f}"])
+    say(trainer, f"The predictions are in {path}.")
+
+
+def tell_skipped(cli: Any) -> bool:
+    """List the images of all ranks that could not be read, and say whether there are any."""
+    skipped = cli.datamodule.skipped() if isinstance(cli.datamodule, DataModule) else []
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, skipped)
+        skipped = list(dict.fromkeys(why for rank in ranks for why in rank))
+    for line in list_skipped(skipped):
+        say(cli.trainer, line)
+    return bool(skipped)
