@@ -76,6 +76,11 @@ class ClassifyTask(OptimizedTask):
         super().__init__()
         self.save_hyperparameters()
         self.check_names()
+        if min(mixup, cutmix) < 0 or not 0 <= label_smoothing < 1:
+            raise ConfigError(
+                f"model.mixup and model.cutmix must be 0 or more, model.label_smoothing from 0 to below 1; got "
+                f"{mixup}, {cutmix} and {label_smoothing}."
+            )
         settings = {**({} if in_chans is None else {"in_chans": in_chans}), **(model_args or {})}
         self.net = create(name, pretrained=pretrained, num_classes=num_classes, **settings)
         if grad_checkpointing:

@@ -70,6 +70,8 @@ def check_text(text: str) -> None:
     for event in yaml.parse(text, Loader=loader):
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, 1))
+            if len(open_nodes) > DEEPEST:
+                break
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, size = open_nodes.pop()
@@ -87,7 +89,7 @@ def check_text(text: str) -> None:
             sizes[anchor] = size
         parent, so_far = open_nodes.pop()
         open_nodes.append((parent, so_far + size))
-        if so_far + size > MOST_NODES or len(open_nodes) > DEEPEST:
+        if so_far + size > MOST_NODES:
             break
     if open_nodes[-1][1] > MOST_NODES or len(open_nodes) > DEEPEST:
         raise ConfigError(f"The settings stand for more than {MOST_NODES:,} values, or are nested too deeply.")
@@ -146,8 +148,8 @@ def explain(error: BaseException) -> str:
         if isinstance(cause, ModuleNotFoundError) and cause.name and not cause.name.startswith("visionattn"):
             package = cause.name.partition(".")[0]
             return f"This needs the package {package!r}, which is not installed: pip install {package}"
-    if isinstance(error, ImportError):
-        return f"A package that this needs is not installed: {shorten(error, 200)}"
+        if required := re.search(r"Requirement '([A-Za-z][\w.-]*)[^']*' not met", str(cause)):
+            return f"This needs the package {required[1]!r}, which is not installed: pip install {required[1]}"
     if isinstance(error, RecursionError):
         return "The configuration is nested too deeply, or contains itself."
     causes = [cause for cause in _chain(error) if str(cause)]
@@ -157,8 +159,10 @@ def explain(error: BaseException) -> str:
 def _plain(text: str) -> str:
     """Jsonargparse's message without its tree of types."""
     noise = r"does not validate against|subtypes:|errors:|given value|expected a <class 'nonetype'>"
-    lines = [line.strip(" -") for line in text.splitlines()[:200]]
-    text = " ".join(line for line in lines if line and not re.match(noise, line, re.IGNORECASE))
+    noise += "|expected a path but"
+    lines = [re.sub(r"^[\s-]*-\s+", "", line).strip() for line in text.splitlines()[:200]]
+    lines = [line for line in dict.fromkeys(lines) if line and not re.match(noise, line, re.IGNORECASE)]
+    text = " ".join(lines)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     text = re.sub(r"Parser key \"(\w+)\": Problem with given class_path '[^']+': Parser key \"", r'"\1.', text)
     return shorten(text, 400)
