@@ -69,3 +69,17 @@ def test_bad_names_folders_and_arguments(tmp_path):
         visionattn.checkpoints.create("va_minimal_vit_nano_patch7_28", heads=3)
     with pytest.raises(CheckpointError, match="no config"):
         visionattn.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["va_span_ch26_x2", "va_minimal_vit_tiny_patch16_224_symmetric_nomlp"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_buffers_that_no_file_has_are_made_again(name, assign):
+    model, x = build(name)
+    with torch.device("meta"):
+        empty = timm.create_model(name)
+    if not assign:
+        empty.to_empty(device="cpu")
+        for buffer in empty.buffers():
+            buffer.fill_(3)
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    assert torch.equal(empty.eval()(x), model(x))

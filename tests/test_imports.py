@@ -18,7 +18,7 @@ LAYERS = [
     {"train", "probe", "evaluate", "predict"},
     {"export", "metrics"},
     {"checkpoints", "data", "surgery"},
-    {"models", "cost"},
+    {"models", "cost", "card", "hub"},
     {"weights", "blocks"},
     {"kernels"},
 ]

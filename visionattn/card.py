@@ -28,6 +28,7 @@ from timm.data import resolve_model_data_config
 from timm.models import get_model_args, get_model_input_config
 from torch import nn
 
+import visionattn
 from visionattn.errors import CheckpointError, shorten
 
 __all__ = ["KEY", "WEIGHT_SOURCES", "Card", "base_name", "describe", "plain_fault"]
@@ -117,8 +118,6 @@ class Card:
         Returns:
             The card, or None for a model that timm's registry does not know.
         """
-        import visionattn
-
         net: Any = model
         name = (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
         if not name or not timm.is_model(name):

@@ -99,6 +99,14 @@ class MinimalAttention(nn.Module):
         self.gains = nn.Parameter(torch.empty(3, num_heads, 1, 1, **dd)) if shaped else None  # alpha, beta, gamma
         self.init_weights()
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        # Places are in no file: after `to_empty` or on the meta device they hold nothing.
+        if self.place is not None:
+            if self.place.is_meta and state_dict:
+                self.place = torch.empty_like(self.place, device=next(iter(state_dict.values())).device)
+            self.init_non_persistent_buffers()
+
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Start with scores of order 1: of any two tokens, or of a token with itself in the semi-definite forms."""

@@ -71,6 +71,7 @@ class Normalisation(nn.Module):
         if found is not None and self.img_range is not None and found.item() != self.factor:
             errors.append(f"The weights are those of an img_range of {found.item()}, the model has {self.factor}.")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        self.init_non_persistent_buffers()  # no file has the mean, and after `to_empty` it holds nothing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -134,6 +135,12 @@ class SuperResolver(nn.Module):
         if norm is False:
             self.register_buffer("no_norm", torch.zeros(1, device=device, dtype=dtype))
         self.register_load_state_dict_pre_hook(_take_published)
+
+    def _load_from_state_dict(self, state_dict, *args):
+        # With assign=True the weights come from the meta device to that of the file; the mean, which no file has, too.
+        if isinstance(self.norm, Normalisation) and self.norm.mean.is_meta and state_dict:
+            self.norm.mean = torch.empty_like(self.norm.mean, device=next(iter(state_dict.values())).device)
+        super()._load_from_state_dict(state_dict, *args)
 
     @torch.jit.ignore
     def fuse(self) -> "SuperResolver":
