@@ -12,6 +12,7 @@ import torch
 
 from kernels.contract import OperatorContract
 from visionattn.kernels import _operator, decompositions, kernels_enabled
+from visionattn.kernels.symmetric_gate import symmetric_gate_definition
 
 
 def operators() -> set[str]:
@@ -38,6 +39,23 @@ def test_compiled_kernels_keep_everything_in_registers():
     kernels = [row for row in rows if row["triton"] == newest]
     assert {row["device"].split(",")[0] for row in kernels} == {"sm_80", "sm_90", "sm_100"}
     assert [row for row in kernels if row["stack"] != "0" or row["local"] != "0"] == []
+
+
+@pytest.mark.parametrize("way", ["compiled", "linearized"])
+def test_transforms_inside_of_traces(way):
+    """The rule is one for all operators, and tracing takes seconds."""
+    primals, tangents = (tuple(torch.randn(2, 3, dtype=torch.float64) for _ in "hx") for _ in range(2))
+    function, expected = (
+        torch.ops.visionattn.symmetric_gate,
+        torch.func.jvp(symmetric_gate_definition, primals, tangents),
+    )
+    if way == "compiled":
+        compiled = torch.compile(lambda *args: torch.func.jvp(function, *args), fullgraph=True, backend="aot_eager")
+        found = compiled(primals, tangents)
+    else:
+        output, push_forward = torch.func.linearize(function, *primals)
+        found = output, push_forward(*tangents)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.contract import differentiate
+from kernels.tensors import differentiate
 from kernels.test_match_attention import BOTH, arguments, operator
 from visionattn.kernels.match_attention import match_attention_definition
 

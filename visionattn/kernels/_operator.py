@@ -1,4 +1,10 @@
-"""What the operator files share: the kernel switch, input checks, autocast and the table of definitions."""
+"""What the operator files share: the kernel switch, input checks, and the registration of all that is not a kernel.
+
+An operator computes with its kernels where plain tensors are computed with, or differentiated once in reverse mode.
+All else has no rule of its own and takes the plain definition, which PyTorch can differentiate and batch in any way:
+tangents of forward mode, the transforms of `torch.func`, and second derivatives. Any nesting of these gives the right
+values, at the definition's cost in time and memory.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from visionattn.errors import InputError
 
@@ -18,7 +26,7 @@ from visionattn.errors import InputError
 logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
 from torch.utils.flop_counter import register_flop_formula  # noqa: E402
 
-__all__ = ["DEFINITIONS", "check_alike", "kernels_enabled", "register_autocast", "register_flop_formula"]
+__all__ = ["DEFINITIONS", "check_alike", "gradients", "kernels_enabled", "register", "register_flop_formula"]
 
 # Forward operator -> plain definition. Every operator file adds its own line.
 DEFINITIONS: dict[OpOverload, Callable] = {}
@@ -65,34 +73,177 @@ def check_alike(operator: str, **tensors: Tensor) -> None:
     )
 
 
-def register_autocast(operator: str, kept: tuple[int, ...] = ()) -> None:
+_AUTOCAST = ("cpu", "cuda")
+
+
+def register(
+    operator: str,
+    *,
+    definition: Callable,
+    check: Callable,
+    save: Callable,
+    differentiate: Callable,
+    gradient: Callable | None = None,
+    kept: tuple[int, ...] = (),
+) -> None:
+    """Register how an operator and its backward pass are differentiated, transformed and autocast.
+
+    Both operators, `<operator>` and `<operator>_backward`, have kernels already.
+
+    Args:
+        operator: Name of a forward operator in `torch.ops.visionattn`.
+        definition: Plain form of the operator that PyTorch can differentiate; it goes into `DEFINITIONS`.
+        check: Called with the operator's arguments, raises `InputError` for what it cannot take.
+        save: `setup_context` of `torch.library.register_autograd`.
+        differentiate: `backward` of `torch.library.register_autograd`; it calls `<operator>_backward`.
+        gradient: Plain form of `<operator>_backward` that PyTorch can differentiate. None for one that takes the
+            cotangents and the operator's arguments, and gives the gradient of each tensor among these.
+        kept: Positions of arguments that keep their precision under autocast.
+    """
+    forward = getattr(torch.ops.visionattn, operator).default
+    backward = getattr(torch.ops.visionattn, f"{operator}_backward").default
+    DEFINITIONS[forward] = definition
+    gradient = gradient or _gradient_of(definition, len(forward._schema.returns))
+
+    def define(*args):
+        device = _autocast_device(args)
+        if device is None:
+            check(*args)
+            return widened(definition)(*args)
+        with torch.autocast(device, enabled=False):
+            return define(*_cast_together(args, kept, device))
+
+    def define_backward(*args):
+        device = _autocast_device(args)
+        if device is None:
+            return gradient(*args)
+        with torch.autocast(device, enabled=False):
+            return gradient(*args)
+
+    def save_all(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in inputs))
+        ctx.settings = [None if isinstance(arg, Tensor) else arg for arg in inputs]
+        ctx.set_materialize_grads(False)
+
+    def differentiate_again(ctx, *cotangents):
+        args = [setting if arg is None else arg for arg, setting in zip(ctx.saved_tensors, ctx.settings)]
+        return gradients(gradient, args, cotangents, ctx.needs_input_grad)
+
+    _register_autograd(forward, Info(differentiate, save), define)
+    _register_autograd(backward, Info(differentiate_again, save_all), define_backward)
+    _register_autocast(forward, backward, kept)
+
+
+def _register_autograd(operator: OpOverload, formula: Info, define: Callable) -> None:
+    """Differentiate by a formula in reverse mode; in any other way, through the plain form.
+
+    `CustomOpDef.register_autograd` looks at nothing but `requires_grad`: the kernel would run on the values of dual
+    tensors, and their tangents would be lost without a word.
+    """
+    differentiate = make_autograd_impl(operator, formula)
+
+    def call(keyset, *args):
+        # The level is -1 outside `dual_level`, which is nearly always.
+        if forward_ad._current_level >= 0 and any(_has_tangent(arg) for arg in args):
+            return define(*args)
+        return differentiate(keyset, *args)
+
+    name = operator._schema.name.removeprefix("visionattn::")
+    _LIBRARY.impl(name, call, "Autograd", with_keyset=True, allow_override=True)
+    # Where a transform of torch.func is active, an operator comes here first; its plain form then meets the transform.
+    _LIBRARY.impl(name, define, "FuncTorchDynamicLayerFrontMode")
+
+
+def _has_tangent(value) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
+def _gradient_of(definition: Callable, outputs: int) -> Callable:
+    def gradient(*given):
+        cotangents, args = given[:outputs], given[outputs:]
+        found = gradients(widened(definition), args, cotangents, [isinstance(arg, Tensor) for arg in args])
+        return tuple(by_tensor for by_tensor in found if by_tensor is not None)
+
+    return gradient
+
+
+def gradients(function: Callable, args, cotangents, needed) -> tuple[Tensor | None, ...]:
+    """Gradients of a plain function by those of its arguments that are `needed`, differentiable themselves.
+
+    Args:
+        function: Gives a tensor or a tuple of tensors.
+        args: Its arguments.
+        cotangents: One for each output, None for zeros.
+        needed: A truth value for each argument.
+
+    Returns:
+        One gradient for each argument, None where it is not needed.
+    """
+    given_cotangents = [cotangent for cotangent in cotangents if cotangent is not None]
+    if not given_cotangents:
+        return tuple(torch.zeros_like(arg) if wanted else None for arg, wanted in zip(args, needed))
+    positions = [position for position, wanted in enumerate(needed) if wanted]
+
+    def of_needed(*values: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(positions, values))
+        outputs = function(*(given.get(position, arg) for position, arg in enumerate(args)))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(output for output, cotangent in zip(outputs, cotangents) if cotangent is not None)
+
+    _, pull_back = torch.func.vjp(of_needed, *(args[position] for position in positions))
+    found = iter(pull_back(tuple(given_cotangents)))
+    return tuple(next(found) if wanted else None for wanted in needed)
+
+
+def widened(function: Callable) -> Callable:
+    """Let a plain form compute half precisions in float32, as kernels do, and round what it gives."""
+
+    def call(*args):
+        dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
+        outputs = function(*(arg.float() if _is_half(arg) else arg for arg in args))
+        return tuple(output.to(dtype) for output in outputs) if isinstance(outputs, tuple) else outputs.to(dtype)
+
+    return call
+
+
+def _is_half(value) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+
+
+def _register_autocast(forward: OpOverload, backward: OpOverload, kept: tuple[int, ...]) -> None:
     """Let an operator cast its inputs together under `torch.autocast`, to the dtype that is in force there.
 
     Under autocast a block receives low-precision activations beside float32 parameters. Float64 tensors are left
     alone, as in PyTorch's own rules. (`torch.library.register_autocast` would fix the dtype at registration.)
-    `<operator>_backward`, if it runs under autocast too, takes what the forward pass kept, and computes without it.
-
-    Args:
-        operator: Name of a forward operator in `torch.ops.visionattn`.
-        kept: Places of arguments that keep their precision.
+    The backward operator, if it runs under autocast too, takes what the forward pass kept, and computes without it.
     """
-    forward, backward = (getattr(torch.ops.visionattn, name) for name in (operator, f"{operator}_backward"))
 
     def register(device: str) -> None:
         def cast_and_call(*args):
-            dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
-                return forward(*(arg if place in kept else _cast(arg, dtype) for place, arg in enumerate(args)))
+                return forward(*_cast_together(args, kept, device))
 
         def call(*args):
             with torch.autocast(device, enabled=False):
                 return backward(*args)
 
-        _LIBRARY.impl(operator, cast_and_call, f"Autocast{device.upper()}")
-        _LIBRARY.impl(f"{operator}_backward", call, f"Autocast{device.upper()}")
+        for operator, function in ((forward, cast_and_call), (backward, call)):
+            name = operator._schema.name.removeprefix("visionattn::")
+            _LIBRARY.impl(name, function, f"Autocast{device.upper()}")
 
-    register("cpu")
-    register("cuda")
+    for device in _AUTOCAST:
+        register(device)
+
+
+def _autocast_device(args) -> str | None:
+    """Device type of the arguments if autocast is on for it."""
+    device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+    return device if device in _AUTOCAST and torch.is_autocast_enabled(device) else None
+
+
+def _cast_together(args, kept: tuple[int, ...], device: str) -> list:
+    dtype = torch.get_autocast_dtype(device)
+    return [arg if position in kept else _cast(arg, dtype) for position, arg in enumerate(args)]
 
 
 def _cast(value, dtype: torch.dtype):

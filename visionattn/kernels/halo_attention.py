@@ -31,7 +31,8 @@ Form: chunks of blocks whose logits stay in a CPU's cache. Only the arguments ar
 computes the softmax again.
 Kernels: Triton on CUDA, for heads up to 128 wide, 16 for the gradients of float32, and windows up to 32; what is beyond
 that, float64 and other devices take the plain form.
-Limits: b must be a multiple of s; differentiable once, a second derivative raises RuntimeError.
+Limits: b must be a multiple of s.
+Second derivatives, forward mode and the transforms of `torch.func` take the definition, and its memory.
 Sources: HaloNet, arXiv 2103.12731; the relative logits are those of arXiv 1904.09925.
 """
 
@@ -45,13 +46,7 @@ import torch
 from torch import Tensor
 
 from visionattn.errors import InputError
-from visionattn.kernels._operator import (
-    DEFINITIONS,
-    check_alike,
-    kernels_enabled,
-    register_autocast,
-    register_flop_formula,
-)
+from visionattn.kernels._operator import check_alike, kernels_enabled, register, register_flop_formula
 
 __all__ = ["BORDERS", "INDICES", "halo_attention_definition"]
 
@@ -418,8 +413,13 @@ def _differentiate(ctx, grad: Tensor):
     return *grads, *[None] * len(ctx.settings)
 
 
-halo_attention.register_autograd(_differentiate, setup_context=_save)
-register_autocast("halo_attention")
+register(
+    "halo_attention",
+    definition=halo_attention_definition,
+    check=_check,
+    save=_save,
+    differentiate=_differentiate,
+)
 
 
 def _products(q, k, v, block_size: int, halo_size: int, stride: int) -> tuple[int, int]:
@@ -440,6 +440,3 @@ def _(q, k, v, height_rel, width_rel, block_size, halo_size, stride, *settings, 
 def _(grad, q, k, v, height_rel, width_rel, block_size, halo_size, stride, *settings, out_shape=None) -> int:
     """Two products for each of the forward pass, as autograd over the definition; those computed again do not count."""
     return 4 * sum(_products(q, k, v, block_size, halo_size, stride))
-
-
-DEFINITIONS[torch.ops.visionattn.halo_attention.default] = halo_attention_definition

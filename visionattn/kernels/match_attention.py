@@ -44,7 +44,8 @@ which computes the attention again. Each softmax has the maximum of its own sub-
 above the others in one of them would leave the rest without weight.
 Kernels: Triton on CUDA, forward to radius 3 and backward to radius 2, beyond which registers end; there, float64 and
 other devices take the plain form.
-Limits: H and W of 2r + 2 or more; differentiable once, a second derivative raises RuntimeError.
+Limits: H and W of 2r + 2 or more.
+Second derivatives, forward mode and the transforms of `torch.func` take the definition, and its memory.
 Source: MatchAttention, arXiv 2510.14260.
 """
 
@@ -59,13 +60,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.errors import InputError
-from visionattn.kernels._operator import (
-    DEFINITIONS,
-    check_alike,
-    kernels_enabled,
-    register_autocast,
-    register_flop_formula,
-)
+from visionattn.kernels._operator import check_alike, kernels_enabled, register, register_flop_formula
 
 __all__ = ["SIMILARITIES", "bilinear_softmax", "match_attention_definition"]
 
@@ -420,8 +415,14 @@ def _differentiate(ctx, grad: Tensor | None, grad_attention: Tensor | None):
     ] * len(ctx.settings)
 
 
-match_attention.register_autograd(_differentiate, setup_context=_save)
-register_autocast("match_attention", kept=(3,))  # the field
+register(
+    "match_attention",
+    definition=match_attention_definition,
+    check=_check,
+    save=_save,
+    differentiate=_differentiate,
+    kept=(3,),  # the field
+)
 
 
 def _products(q, v, radius: int, similarity: str) -> int:
@@ -440,6 +441,3 @@ def _(q, k, v, field, radius, similarity, out_shape=None) -> int:
 def _(grad, grad_attention, q, k, v, field, radius, similarity, out_shape=None) -> int:
     """Two products for each of the forward pass, as autograd over the definition; those computed again do not count."""
     return 4 * _products(q, v, radius, similarity)
-
-
-DEFINITIONS[torch.ops.visionattn.match_attention.default] = match_attention_definition

@@ -30,8 +30,8 @@ Tolerance, forward and gradients, as a share of the float64 result's largest mag
     float64 1e-13, float32 1e-5, bfloat16 2e-2, float16 2e-3.
 Form: chunks of images whose tokens stay in a CPU's cache between the two products that read them.
 Kernels: Triton on CUDA; float64 there, tensors without a number, and other devices take the plain form.
-Limits: tokens that are masked, and their scales, must be finite; differentiable once, a second derivative raises
-RuntimeError.
+Limits: tokens that are masked, and their scales, must be finite.
+Second derivatives, forward mode and the transforms of `torch.func` take the definition, and its memory.
 Source: Efficient Probing, arXiv 2506.10178. There values are projected before they are averaged; averaged first, the
 tokens serve as values.
 """
@@ -45,11 +45,11 @@ from torch import Tensor
 
 from visionattn.errors import InputError
 from visionattn.kernels._operator import (
-    DEFINITIONS,
     check_alike,
     kernels_enabled,
-    register_autocast,
+    register,
     register_flop_formula,
+    widened,
 )
 
 __all__ = ["multi_query_pool_definition"]
@@ -238,8 +238,38 @@ def _differentiate(ctx, grad_z: Tensor | None, grad_attention: Tensor | None):
     return grad_x if needs_x else None, grad_q, None, None
 
 
-multi_query_pool.register_autograd(_differentiate, setup_context=_save)
-register_autocast("multi_query_pool", kept=(3,))  # the scales
+def _gradient(
+    grad_z: Tensor,
+    grad_attention: Tensor | None,
+    x: Tensor,
+    q: Tensor,
+    scales: Tensor | None,
+    attention: Tensor,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients as they stand above; the attention is an output, whose own derivatives lead on to x and q."""
+
+    def by_attention(grad_z, grad_attention, x, q, scales, attention) -> tuple[Tensor, Tensor]:
+        tokens = x if scales is None else x.to(q.dtype) * scales.to(q.dtype).unsqueeze(2)
+        e = grad_z @ tokens.transpose(1, 2)
+        e = e if grad_attention is None else e + grad_attention
+        d = attention * (e - (attention * e).sum(-1, keepdim=True)) * q.shape[1] ** -0.5
+        by_x = attention.transpose(1, 2) @ grad_z + d.transpose(1, 2) @ q if needs_x else q.new_empty(0)
+        return by_x, (d @ tokens).sum(0)
+
+    by_x, by_q = widened(by_attention)(grad_z, grad_attention, x, q, scales, attention)
+    return by_x.to(x.dtype), by_q
+
+
+register(
+    "multi_query_pool",
+    definition=multi_query_pool_definition,
+    check=_check,
+    save=_save,
+    differentiate=_differentiate,
+    gradient=_gradient,
+    kept=(3,),  # the scales
+)
 
 
 @register_flop_formula(torch.ops.visionattn.multi_query_pool)
@@ -254,6 +284,3 @@ def _(grad_z, grad_attention, x, q, scales, attention, needs_x: bool, out_shape=
     """One product for each of the forward pass, and as many again for the gradient of x."""
     B, N, D = x
     return (8 if needs_x else 4) * B * N * D * q[0]
-
-
-DEFINITIONS[torch.ops.visionattn.multi_query_pool.default] = multi_query_pool_definition

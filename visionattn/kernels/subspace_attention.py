@@ -30,7 +30,7 @@ Tolerance, forward and gradients, as a share of the float64 result's largest mag
 Form: the largest of three columns, then of three rows, each as two passes over whole maps; PyTorch's CPU kernel of the
 pool goes from window to window, and takes most of the time of the branches that ULSAM is usually written in.
 Kernels: Triton on CUDA; float64 there, no images, and other devices take the plain form.
-Limits: differentiable once; a second derivative raises RuntimeError.
+Second derivatives, forward mode and the transforms of `torch.func` take the definition, and its memory.
 Source: ULSAM, Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks, arXiv 2006.15102.
 """
 
@@ -44,11 +44,12 @@ from torch import Tensor
 
 from visionattn.errors import InputError
 from visionattn.kernels._operator import (
-    DEFINITIONS,
     check_alike,
+    gradients,
     kernels_enabled,
-    register_autocast,
+    register,
     register_flop_formula,
+    widened,
 )
 
 __all__ = ["subspace_attention_definition"]
@@ -108,9 +109,12 @@ def _chunks(x: Tensor) -> Iterator[_Chunk]:
 
 
 def _computed(*tensors: Tensor | None) -> list:
-    """Tensors in the dtype of the computation."""
+    """Tensors in the dtype of the computation, contiguous: what is broadcast with them takes over their strides."""
     half = (torch.bfloat16, torch.float16)
-    return [tensor.float() if tensor is not None and tensor.dtype in half else tensor for tensor in tensors]
+    return [
+        tensor if tensor is None else (tensor.float() if tensor.dtype in half else tensor).contiguous()
+        for tensor in tensors
+    ]
 
 
 def _run(x: Tensor) -> Tensor:
@@ -400,8 +404,23 @@ def _differentiate(ctx, grad: Tensor | None, grad_logits: Tensor | None):
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), None, None, None
 
 
-subspace_attention.register_autograd(_differentiate, setup_context=_save)
-register_autocast("subspace_attention")
+def _gradient(grad: Tensor, grad_logits: Tensor | None, logits: Tensor, *args) -> tuple[Tensor, ...]:
+    """The logits are computed again, so that their derivatives are those of the arguments."""
+    needed = [isinstance(arg, Tensor) for arg in args]
+    found = gradients(widened(subspace_attention_definition), args, (grad, grad_logits), needed)[:7]
+    C, (g, G) = args[0].shape[1], args[3].shape
+    shapes = (args[0].shape, (C,), (C,), (g, G), (g,), (g,), (g,))
+    return tuple(args[0].new_zeros(shape) if by is None else by for by, shape in zip(found, shapes))
+
+
+register(
+    "subspace_attention",
+    definition=subspace_attention_definition,
+    check=_check,
+    save=_save,
+    differentiate=_differentiate,
+    gradient=_gradient,
+)
 
 
 @register_flop_formula(torch.ops.visionattn.subspace_attention)
@@ -416,6 +435,3 @@ def _(grad, grad_logits, logits, x, *others, out_shape=None) -> int:
     """Two convolutions for each of the forward pass, as autograd over the definition."""
     B, C, H, W = x
     return 8 * B * C * H * W
-
-
-DEFINITIONS[torch.ops.visionattn.subspace_attention.default] = subspace_attention_definition

@@ -18,7 +18,7 @@ Tolerance, forward and gradients, as a share of the float64 result's largest mag
     float64 1e-14, float32 1e-6, bfloat16 2e-2, float16 2e-3. (Outside the Triton kernels, bfloat16 and float16 round
     sigmoid(h) before 0.5 is taken off, as the definition does: the gate is then off by up to 2^-9 and 2^-12.)
 Kernels: Triton on CUDA, computing in float32; float64 there, and other devices, take the plain form.
-Limits: differentiable once; a second derivative raises RuntimeError.
+Second derivatives, forward mode and the transforms of `torch.func` take the definition, and its memory.
 Source: SPAN, Swift Parameter-free Attention Network, arXiv 2311.12770.
 """
 
@@ -28,13 +28,7 @@ import torch
 from torch import Tensor
 
 from visionattn.errors import InputError
-from visionattn.kernels._operator import (
-    DEFINITIONS,
-    check_alike,
-    kernels_enabled,
-    register_autocast,
-    register_flop_formula,
-)
+from visionattn.kernels._operator import check_alike, kernels_enabled, register, register_flop_formula
 
 __all__ = ["symmetric_gate_definition"]
 
@@ -124,14 +118,16 @@ def _differentiate(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.visionattn.symmetric_gate_backward(grad, *ctx.saved_tensors)
 
 
-symmetric_gate.register_autograd(_differentiate, setup_context=_save)
-register_autocast("symmetric_gate")
+register(
+    "symmetric_gate",
+    definition=symmetric_gate_definition,
+    check=lambda h, x: _check(h=h, x=x),
+    save=_save,
+    differentiate=_differentiate,
+)
 
 
 @register_flop_formula([torch.ops.visionattn.symmetric_gate, torch.ops.visionattn.symmetric_gate_backward])
 def _(*shapes, out_shape=None) -> int:
     """Zero, as for the definition: PyTorch counts the multiplications of contractions alone, and here are none."""
     return 0
-
-
-DEFINITIONS[torch.ops.visionattn.symmetric_gate.default] = symmetric_gate_definition
