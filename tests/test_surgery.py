@@ -297,9 +297,14 @@ def test_replaced_blocks_save_what_the_paper_says(capsys):
     model = timm.create_model("mobilenetv2_100", device="meta")
     savings = visionattn.insert(model, SubspaceAttention, ["blocks.4.2", "blocks.5.2"], mode="replace")
     assert savings == (3_504_872, 3_067_112, 300_774_272, 262_659_328)
-    assert capsys.readouterr().out == (
-        "EfficientNet: 3,504,872 -> 3,067,112 parameters (-437,760, -12.5%); "
-        "300.77 -> 262.66 M multiply-accumulates (-38.11, -12.7%)\n"
+    assert capsys.readouterr().out == ""
+    assert (
+        str(savings)
+        == repr(savings)
+        == (
+            "3,504,872 -> 3,067,112 parameters (-437,760, -12.5%); "
+            "300.77 -> 262.66 M multiply-accumulates (-38.11, -12.7%)"
+        )
     )
     zoo = timm.create_model("va_mobilenetv2_ulsam_100", device="meta")
     assert {key: value.shape for key, value in model.state_dict().items()} == {
@@ -337,6 +342,58 @@ def test_a_learned_gain_changes_nothing_at_first():
     assert torch.equal(model(x), expected)
 
 
+@torch.no_grad()
+def test_blocks_that_are_no_gates_are_residual_and_change_nothing_at_first():
+    model, x = small(), torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    halo = functools.partial(HaloAttention, num_heads=2, block_size=4, halo_size=1)
+    visionattn.insert(model, halo, ["blocks.2.0", "blocks.1.0"])
+    assert torch.equal(model(x), expected)
+    residual = model.blocks[2][0][1]
+    residual.gain.copy_(torch.randn_like(residual.gain))
+    z = torch.randn(2, residual.gain.shape[0], 8, 8)
+    torch.testing.assert_close(residual(z), z + residual.gain * residual.block(z), rtol=0, atol=0)
+
+
+def test_a_residual_block_learns():
+    model, x = small().train(), torch.randn(2, 3, 64, 64)
+    visionattn.insert(model, functools.partial(HaloAttention, num_heads=2, block_size=4), "blocks.2.0")
+    residual = model.blocks[2][0][1]
+    model(x).square().sum().backward()
+    assert residual.gain.grad.any()
+    assert not residual.block.q.weight.grad.any()
+    with torch.no_grad():
+        residual.gain += residual.gain.grad
+    model(x).square().sum().backward()
+    assert residual.block.q.weight.grad.any()
+
+
+@pytest.mark.parametrize("mode", ["residual", "add", "replace"])
+def test_a_mode_that_is_given_is_taken(mode):
+    model = small()
+    old = model.blocks[2][0].bn1
+    visionattn.insert(model, SubspaceAttention, "blocks.2.0.bn1", mode=mode)
+    new = model.blocks[2][0].bn1
+    found = {"residual": lambda: new[1].block, "add": lambda: new[1], "replace": lambda: new}[mode]()
+    assert isinstance(found, SubspaceAttention)
+    assert mode == "replace" or new[0] is old
+
+
+def test_a_block_that_changes_the_shape_is_refused():
+    model = small()
+    keys = list(model.state_dict())
+    for mode in ("residual", "add"):
+        with pytest.raises(InputError, match=r"must keep the shape \(96, 20, 20\) at blocks.2.0.bn1; got \(1, 20"):
+            visionattn.insert(model, lambda dim: nn.Conv2d(dim, 1, 1), "blocks.2.0.bn1", mode=mode)
+    assert list(model.state_dict()) == keys
+
+
+def test_residual_blocks_trace():
+    model, x = small(), torch.randn(1, 3, 64, 64)
+    visionattn.insert(model, functools.partial(HaloAttention, num_heads=2, block_size=4), "blocks.2.0")
+    torch.testing.assert_close(fx.symbolic_trace(model)(x), model(x))
+
+
 def test_inserted_blocks_take_dtype_mode_and_device():
     model = small().double().train()
     visionattn.insert(model, functools.partial(SubspaceAttention, form="module"), "blocks.2.0")
@@ -359,11 +416,11 @@ def test_what_cannot_be_replaced_is_named_with_what_can():
     keys = list(model.state_dict())
     with pytest.raises(InputError, match=r"'blocks.3.0' makes \(64, 14, 14\) of \(32, 28, 28\).*others: .*blocks.4.2"):
         visionattn.insert(model, SubspaceAttention, ["blocks.4.2", "blocks.3.0"], mode="replace")
-    with pytest.raises(InputError, match=r"no layer 'blocks.9' .*'add' takes, among others: blocks.0.0, blocks.1.0, "):
+    with pytest.raises(InputError, match=r"no layer 'blocks.9' .*insert takes, among others: blocks.0.0, blocks.1.0, "):
         visionattn.insert(model, SubspaceAttention, "blocks.9")
     with pytest.raises(InputError, match="'classifier' gives no map"):
         visionattn.insert(model, SubspaceAttention, "classifier")
-    with pytest.raises(InputError, match="mode is 'delete'; it can be one of add, replace"):
+    with pytest.raises(InputError, match="mode must be one of 'residual', 'add', 'replace', or None; got 'delete'"):
         visionattn.insert(model, SubspaceAttention, "blocks.4.2", mode="delete")
     with pytest.raises(InputError, match="96 channels, which 5 subspaces do not divide"):
         visionattn.insert(model, functools.partial(SubspaceAttention, num_subspaces=5), "blocks.4.2", mode="replace")

@@ -15,7 +15,9 @@ from visionattn.blocks import HaloAttention
 from visionattn.cost import count_macs, count_parameters
 from visionattn.errors import InputError
 
-__all__ = ["Savings", "accelerate", "insert"]
+__all__ = ["Residual", "Savings", "accelerate", "insert"]
+
+MODES = ("residual", "add", "replace")
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -30,8 +32,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     optimizers, tied weights, averages of weights and state dicts go on as they were, and weight files of timm load
     before and after. Outputs and gradients differ by rounding only.
 
-    Maps that the block size does not divide, which timm refuses, are taken too. Outputs can be differentiated once, and
-    not by `torch.func`; `torch.onnx.export` by itself does not know the operator.
+    Maps that the block size does not divide, which timm refuses, are taken too. Second derivatives, forward mode and
+    the transforms of `torch.func` take the operator's plain definition. `torch.onnx.export` by itself does not know the
+    operator.
 
     What holds no `HaloAttn` any more, such as a scripted or traced model, stays as it is: accelerate first. Subclasses
     of `HaloAttn` stay as well, since they may compute something else.
@@ -76,7 +79,7 @@ class Savings(NamedTuple):
     macs_before: int
     macs_after: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         parameters = _difference(self.parameters_before, self.parameters_after, 1, "parameters")
         return f"{parameters}; {_difference(self.macs_before, self.macs_after, 1e6, 'M multiply-accumulates')}"
 
@@ -89,39 +92,66 @@ def _difference(before: int, after: int, unit: float, name: str) -> str:
     )
 
 
+class Residual(nn.Module):
+    """A block next to the identity, with a gain for each channel that starts at 0: x + gain * block(x).
+
+    It begins as the identity, exactly. The gain learns from the first step on, the block from the second.
+
+    Args:
+        block: (B, C, H, W) -> (B, C, H, W).
+        dim: Channels C.
+
+    Shape:
+        (B, C, H, W) -> (B, C, H, W).
+    """
+
+    def __init__(self, block: nn.Module, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.block = block
+        self.gain = nn.Parameter(torch.zeros(dim, 1, 1, device=device, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return x + self.gain * self.block(x)
+
+
 def insert(
     model: nn.Module,
     block: Callable[[int], nn.Module],
     where: str | Iterable[str],
-    mode: str = "add",
+    mode: str | None = None,
     input_size: tuple[int, int, int] | None = None,
 ) -> Savings:
-    """Put blocks behind layers of a convolutional model, or in their place, and print what that saves.
+    """Put blocks behind layers of a convolutional model, or in their place, and say what that saves.
 
         model = timm.create_model("mobilenetv2_100", pretrained=True)
         visionattn.insert(model, SubspaceAttention, where=["blocks.4.2", "blocks.5.2"], mode="replace")
 
-    Everything but the named layers keeps its names and weights. A layer that a block is added to gets `.0` after its
-    name and the block `.1`: load weights before. Blocks take the dtype, the device and the mode of the model.
+    Everything but the named layers keeps its names and weights. A layer with a block behind it gets `.0` after its name
+    and the block `.1`: load weights before. Blocks take the dtype, the device and the mode of the model.
 
     Args:
         model: Any model of maps, such as timm's convolutional networks.
         block: Called with the number of channels, gives a module (B, C, H, W) -> (B, C, H, W): a class of
             `visionattn.blocks`, or `functools.partial(SubspaceAttention, num_subspaces=8)`.
         where: Name or names of layers, as in `model.named_modules()`.
-        mode: `"add"`: behind the layer. `"replace"`: in place of a layer whose output has the shape of its input.
+        mode: `"residual"`: behind the layer, as x + gain * block(x) with a gain of 0 for each channel, so that the
+            model computes exactly what it did until it is trained (see `Residual`). `"add"`: behind the layer, as
+            block(x), which replaces the layer's output. `"replace"`: in place of a layer whose output has the shape of
+            its input. None: `"add"` for gates, which multiply their input and say so by an attribute `is_gate`, such as
+            `SubspaceAttention`; `"residual"` for all others, such as `HaloAttention`, which forget their input.
         input_size: Image (C, H, W) to count with; that of `model.pretrained_cfg` if None.
 
     Returns:
-        Parameters and multiply-accumulates before and after.
+        Parameters and multiply-accumulates before and after; `print` shows them in one line.
 
     Raises:
         InputError: There is no layer of a name (those that would do are listed), a layer to be replaced changes the
-            shape, a layer gives no map, one lies in another, or the model does not run with the block. The model is
-            then as it was.
+            shape, a layer gives no map, one lies in another, the block changes the shape, or the model does not run
+            with the block. The model is then as it was.
     """
-    if mode not in ("add", "replace"):
-        raise InputError(f"mode is {mode!r}; it can be one of add, replace.")
+    if mode is not None and mode not in MODES:
+        raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, or None; got {mode!r}.")
     names = [where] if isinstance(where, str) else list(where)
     for one, other in permutations(names, 2):
         if f"{other}.".startswith(f"{one}."):
@@ -130,10 +160,10 @@ def insert(
     if size is None:
         raise InputError("The model does not say the size of its images: give insert an input_size, (C, H, W).")
     shapes = _shapes(model, size)
-    outputs = {name: shapes[name][1] for name in names if _can_take(name, shapes, "add")}
     for name in names:
         if not _can_take(name, shapes, mode):
             raise InputError(_refusal(model, name, shapes, mode))
+    outputs = {name: shapes[name][1] for name in names}
     before = count_parameters(model), count_macs(model, size)
     like = next(model.parameters())
     old = {name: model.get_submodule(name) for name in names}
@@ -141,7 +171,8 @@ def insert(
         for name, layer in old.items():
             with torch.device(like.device):
                 new = block(outputs[name][1]).to(like.dtype).train(model.training)
-            _put(model, name, new if mode == "replace" else nn.Sequential(layer, new))
+            _put(model, name, _joined(layer, new, outputs[name][1], mode, like))
+        _check_outputs(model, size, outputs)
         savings = Savings(before[0], count_parameters(model), before[1], count_macs(model, size))
     except Exception as error:
         for name, layer in old.items():
@@ -149,8 +180,28 @@ def insert(
         if isinstance(error, InputError):
             raise
         raise InputError(f"The model does not run with this block at {', '.join(names)}: {error}") from error
-    print(f"{type(model).__name__}: {savings}")
     return savings
+
+
+def _joined(layer: nn.Module, block: nn.Module, dim: int, mode: str | None, like: torch.Tensor) -> nn.Module:
+    if mode == "replace":
+        return block
+    if mode is None:
+        mode = "add" if getattr(block, "is_gate", False) else "residual"
+    if mode == "residual":
+        block = Residual(block, dim, device=like.device, dtype=like.dtype).train(block.training)
+    return nn.Sequential(layer, block)
+
+
+def _check_outputs(model: nn.Module, size: tuple[int, int, int], wanted: dict[str, torch.Size]) -> None:
+    """A sum would broadcast a block's output of one channel without a word."""
+    shapes = _shapes(model, size)
+    for name, shape in wanted.items():
+        residual = isinstance(getattr(model.get_submodule(name), "1", None), Residual)
+        got = shapes[f"{name}.1.block" if residual else name][1]
+        if got != shape:
+            given = "no map" if got is None else f"{tuple(got[1:])}"
+            raise InputError(f"The block must keep the shape {tuple(shape[1:])} at {name}; got {given}.")
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -177,12 +228,12 @@ def _shapes(model: nn.Module, size: tuple[int, int, int]) -> dict[str, tuple]:
     return shapes
 
 
-def _can_take(name: str, shapes: dict[str, tuple], mode: str) -> bool:
+def _can_take(name: str, shapes: dict[str, tuple], mode: str | None) -> bool:
     given, got = shapes.get(name, (None, None))
-    return name != "" and got is not None and (mode == "add" or given == got)
+    return name != "" and got is not None and (mode != "replace" or given == got)
 
 
-def _refusal(model: nn.Module, name: str, shapes: dict[str, tuple], mode: str) -> str:
+def _refusal(model: nn.Module, name: str, shapes: dict[str, tuple], mode: str | None) -> str:
     """Why a layer cannot be taken, and which could."""
     given, got = shapes.get(name, (None, None))
     if name not in shapes:
@@ -198,4 +249,6 @@ def _refusal(model: nn.Module, name: str, shapes: dict[str, tuple], mode: str) -
     convolutions = [path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     blocks = {path.rpartition(".")[0] for path in convolutions}
     candidates = [other for other in shapes if other in blocks and _can_take(other, shapes, mode)]
-    return f"{reason} {mode!r} takes, among others: {', '.join(candidates) or 'none'}."
+    return (
+        f"{reason} {'insert' if mode is None else repr(mode)} takes, among others: {', '.join(candidates) or 'none'}."
+    )

@@ -6,7 +6,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from blocks.contract import BlockContract, randomise
-from visionattn.blocks import ConditionalCrossAttention
+from visionattn.blocks import (
+    AttributeSpecificAttention,
+    ConditionalCrossAttention,
+    ConditionalSimilarityMask,
+    ConditionLinear,
+)
 from visionattn.errors import InputError
 
 
@@ -190,3 +195,22 @@ def test_operations():
 def test_wrong_sizes(arguments, message):
     with pytest.raises(InputError, match=message):
         ConditionalCrossAttention(**{"dim": 8, "num_conditions": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("conditions", "given"),
+    [
+        (1, "got 1"),
+        ([0, 1], r"got \[0, 1\]"),
+        (torch.tensor(1), r"got \(\) of torch.int64"),
+        (torch.tensor([[0, 1]]), r"got \(1, 2\) of torch.int64"),
+        (torch.tensor([True, False]), r"got \(2,\) of torch.bool"),
+        (torch.tensor([0.0]), r"got \(1,\) of torch.float32"),
+    ],
+)
+@pytest.mark.parametrize(
+    "head", [ConditionalCrossAttention, ConditionLinear, ConditionalSimilarityMask, AttributeSpecificAttention]
+)
+def test_conditions_of_other_kinds_are_refused(head, conditions, given):
+    with pytest.raises(InputError, match=rf"conditions must be a tensor \(C',\) of int64.*{given}"):
+        head(8, 2)(torch.randn(1, 4, 8), conditions)

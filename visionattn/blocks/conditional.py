@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Mlp
 
-from visionattn.errors import InputError
+from visionattn.errors import InputError, shorten
 
 __all__ = ["ConditionTable", "ConditionalCrossAttention"]
 
@@ -42,7 +42,24 @@ __all__ = ["ConditionTable", "ConditionalCrossAttention"]
 @torch.fx.wrap
 def _select(rows: list[torch.Tensor], conditions: torch.Tensor | None) -> torch.Tensor:
     table = torch.stack(rows)
-    return table if conditions is None else table[conditions]
+    if conditions is None:
+        return table
+    if not torch.jit.is_scripting():
+        _check_conditions(conditions)
+    return table[conditions]
+
+
+def _check_conditions(conditions: object) -> None:
+    """Anything else that indexes a table, such as an int or a mask, gives rows of other shapes."""
+    if isinstance(conditions, torch.Tensor):
+        if conditions.ndim == 1 and conditions.dtype in (torch.int64, torch.int32):
+            return
+        given = f"{tuple(conditions.shape)} of {conditions.dtype}"
+    else:
+        given = shorten(repr(conditions))
+    raise InputError(
+        f"conditions must be a tensor (C',) of int64, such as torch.tensor([2]), or None for all; got {given}."
+    )
 
 
 class ConditionTable(nn.Module):
@@ -57,7 +74,7 @@ class ConditionTable(nn.Module):
         conditions (C',), int64, or None for all -> (C', *shape).
 
     Raises:
-        InputError: Less than one condition.
+        InputError: Less than one condition, or conditions that are not a tensor of that shape and dtype.
     """
 
     def __init__(

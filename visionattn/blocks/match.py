@@ -20,7 +20,7 @@ Source: MatchAttention, arXiv 2510.14260. No projection has a bias.
 
 Deviations, and why. Each softmax has the maximum of its own sub-window; with one for all, as in the authors' CUDA code,
 a key far above the rest takes the weight of sub-windows that do not hold it. Positions are computed in float32 whatever
-the tokens are, since half precisions hold no fractions of pixels in wide images.
+the tokens are, since in wide images the steps of half precisions are as large as pixels.
 """
 
 import torch

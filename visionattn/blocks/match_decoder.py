@@ -282,7 +282,7 @@ def _flow_start(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.T
     H, W = q.shape[1:3]
     scores = q.flatten(1, 2) @ k.flatten(1, 2).transpose(-1, -2)  # (B, H W, H W): left, right
     p = torch.cat([scores, scores.transpose(-1, -2)]).softmax(-1)
-    best = F.avg_pool2d(p, 5, stride=1, padding=2).argmax(-1, keepdim=True)
+    best = F.avg_pool2d(p.unsqueeze(1), 5, stride=1, padding=2).squeeze(1).argmax(-1, keepdim=True)
     row = torch.div(best, W, rounding_mode="floor")
     near = torch.arange(-2, 3, device=q.device)
     y = row.clamp(2, H - 3) + near.repeat_interleave(5)  # (2B, H W, 25)

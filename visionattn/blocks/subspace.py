@@ -86,6 +86,8 @@ class SubspaceAttention(nn.Module):
         InputError: The subspaces do not divide the channels, or a choice is unknown.
     """
 
+    is_gate = True  # `visionattn.insert` puts it behind a layer without a skip connection
+
     def __init__(
         self,
         dim: int,

@@ -35,8 +35,8 @@ Windows near the border lie inside the map, shifted. With cotangents g of o and 
 with sign(0) = 0; floor is constant almost everywhere, and jumps leave gradients of rho one-sided at integers.
 
 Dtypes: float64, float32, bfloat16, float16, q, k and v of one (autocast casts them together). The field is of any:
-positions, floor and weights are computed in float32, or float64 for float64 q, and autocast leaves the field alone,
-since half precisions hold no fractions of pixels beyond some hundred. Half precisions are computed in float32.
+positions, floor and weights are computed in float32, or float64 for float64 q, and autocast leaves the field alone:
+from pixel 512 to 1024 float16 has steps of 1/2 pixel and bfloat16 of 4. Half precisions are computed in float32.
 Tolerance, forward and gradients, as a share of the float64 result's largest magnitude, or of 1 where that is less:
     float64 1e-13, float32 1e-5, bfloat16 2e-2, float16 2e-3.
 Form: chunks of queries whose gathered keys stay in a CPU's cache. Only the arguments are kept for the backward pass,

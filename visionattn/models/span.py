@@ -83,7 +83,8 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
     CPUs convolve it faster so, the more the smaller the image: otherwise each convolution reorders input and output.
     """
-    return x.contiguous(memory_format=torch.channels_last)
+    # As x.contiguous(memory_format=torch.channels_last) does, which torch.vmap does not know.
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 class SuperResolver(nn.Module):
