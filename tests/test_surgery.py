@@ -384,7 +384,7 @@ def test_a_block_that_changes_the_shape_is_refused():
     keys = list(model.state_dict())
     with pytest.raises(InputError, match=r"must keep the shape \(96, 20, 20\) at blocks.2.0.bn1; got \(1, 20, 20\)"):
         visionattn.insert(model, lambda dim: nn.Conv2d(dim, 1, 1), "blocks.2.0.bn1")
-    with pytest.raises(InputError, match="does not run with this block at blocks.2.0.bn1"):
+    with pytest.raises(InputError, match="does not run with this block at"):
         visionattn.insert(model, lambda dim: nn.Conv2d(dim, 1, 1), "blocks.2.0.bn1", mode="add")
     assert list(model.state_dict()) == keys
 

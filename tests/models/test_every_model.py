@@ -96,7 +96,9 @@ def test_gradients_of_each_image(name):
         expected = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in model.named_parameters()}
         scale = max(gradient.abs().max().item() for gradient in expected.values())
         for key, gradient in expected.items():
-            torch.testing.assert_close(found[key][image], gradient, rtol=0, atol=1e-12 * scale, msg=key)
+            torch.testing.assert_close(
+                found[key][image], gradient, rtol=0, atol=1e-12 * scale, msg=lambda text, key=key: f"{key}: {text}"
+            )
 
 
 @pytest.mark.parametrize("name", SMALLEST)
