@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from visionattn.errors import DataError, InputError, MissingPackageError, StorageError, require, shorten
-from visionattn.files import TEMPORARY, atomic_path, check_output, exclusive, read_json, read_text
+from visionattn.files import TEMPORARY, atomic_path, check_folder, check_output, exclusive, read_json, read_text
 
 
 def test_the_file_appears_at_the_end(tmp_path):
@@ -211,3 +211,20 @@ def test_a_folder_that_cannot_be_held_is_refused(tmp_path):
     for name in ("file", "a\0b", "n" * 300, "file/sub"):
         with pytest.raises(StorageError, match="Cannot write to the folder"), exclusive(tmp_path / name):
             pass
+
+
+def test_folders_that_cannot_be(tmp_path):
+    assert check_folder(tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+    assert check_folder(tmp_path) == tmp_path
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    for wrong, words in (
+        ("file", "is not a folder"),
+        ("file/below", "is not a folder"),
+        ("pipe", "is not a folder"),
+        ("a" * 300, "File name too long"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_folder(tmp_path / wrong)
+    with pytest.raises(InputError, match="null byte"):
+        check_folder("a\0b")

@@ -10,7 +10,6 @@ import platform
 import re
 import stat
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +28,6 @@ __all__ = [
     "check_output",
     "exclusive",
     "read_json",
-    "read_state",
     "read_text",
     "write_state",
 ]
@@ -82,16 +80,18 @@ def check_folder(path: str | Path) -> Path:
         InputError: The path, or a part of it, stands for something that is not a folder, or no file can have that name.
     """
     path = Path(path)
-    try:
-        for part in (path, *path.parents):
-            if part.exists():
-                if not part.is_dir():
-                    raise InputError(f"Cannot write to {shorten(path)}: {shorten(part)} is not a folder.")
-                return path
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot write to {shorten(path)}: {getattr(error, 'strerror', None) or error}.") from error
+    for part in (path, *path.parents):
+        try:
+            mode = os.stat(part).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"Cannot write to {shorten(path)}: {getattr(error, 'strerror', None) or error}."
+            ) from error
+        if not stat.S_ISDIR(mode):
+            raise InputError(f"Cannot write to {shorten(path)}: {shorten(part)} is not a folder.")
+        break
     return path
 
 
@@ -224,29 +224,6 @@ def write_state(path: str | Path, content: Any) -> None:
     torch.save(content, buffer)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
-
-
-def read_state(path: str | Path) -> Any:
-    """Read what `write_state` wrote: tensors on the CPU and plain values, nothing that would run code.
-
-    Raises:
-        DataError: The file is missing, damaged or not such a file. The checksums of its archive, which `torch.load`
-            does not look at, tell of a single changed bit.
-    """
-    path = Path(path)
-    try:
-        if not path.is_file():
-            raise DataError(f"Could not read {shorten(path)}: it is not a regular file.")
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is not None:
-            raise DataError(f"{shorten(path)} is damaged: the checksum of its part {shorten(broken)} is wrong.")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except DataError:
-        raise
-    except Exception as error:
-        # A damaged archive or pickle fails in any way that its reader's bookkeeping can.
-        raise DataError(f"{shorten(path)} is damaged, or not a file of ours: {shorten(error)}.") from error
 
 
 def read_json(path: str | Path, schema: Mapping[str, Any], limit: int = 2**28) -> dict[str, Any]:

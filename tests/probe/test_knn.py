@@ -5,10 +5,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 
 from probe.arrays import ArrayFeatures, clustered
 from visionattn.errors import DataError, InputError
-from visionattn.probe.knn import nearest_neighbours
+from visionattn.probe.knn import channel_statistics, nearest_neighbours
 from visionattn.probe.sweep import hold_out
 
 KS, TEMPERATURES = (1, 5, 20), (0.07, 0.5)
@@ -43,6 +44,29 @@ def test_equals_sklearn(source):
         assert pair.held_out_accuracy == pytest.approx(brute().fit(x[kept], labels[kept]).score(x[held], labels[held]))
     assert found.chosen.held_out_accuracy == max(pair.held_out_accuracy for pair in found.pairs)
     assert sum(row["chosen"] for row in found.rows()) == 1
+
+
+@pytest.mark.parametrize("source", ["class", "mean"])
+def test_standardised_channels_are_those_of_sklearn(source):
+    train, test = features()
+    for given in (train, test):  # a channel that outshines the others, and one that never changes
+        for tokens in (given.patches[0], given.class_tokens[0]):
+            tokens[..., 2] = 1000 + 100 * tokens[..., 2]
+            tokens[..., 5] = 3.3
+    scaled = []
+    for given in (train, test):
+        x = given.class_tokens[0] if source == "class" else given.patches[0].mean(1)
+        scaled.append(x.numpy())
+    scaler = StandardScaler().fit(scaled[0])
+    expected = [ArrayFeatures([torch.from_numpy(scaler.transform(x)[:, None])], given.labels, 3)
+                for x, given in zip(scaled, (train, test), strict=True)]  # fmt: skip
+    found = small(train, test, source=source, standardize=True)
+    handed = small(train, test, source=source, standardize=channel_statistics(train, 7)[0, source])
+    for pair, other, reference in zip(found.pairs, handed.pairs, small(*expected, source="mean").pairs, strict=True):
+        assert torch.equal(pair.predictions, reference.predictions)
+        assert torch.equal(pair.predictions, other.predictions)
+        torch.testing.assert_close(pair.confidences, reference.confidences, rtol=1e-9, atol=1e-9)
+    assert found.chosen.accuracy > small(train, test, source=source).chosen.accuracy
 
 
 def test_chunks_do_not_matter():

@@ -3,9 +3,13 @@
 import argparse
 import csv
 import json
+import os
 import re
+import resource
 import shlex
 import shutil
+import signal
+import zipfile
 
 import numpy as np
 import pytest
@@ -14,10 +18,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
+from visionattn.card import KEY, Card
 from visionattn.checkpoints import create
 from visionattn.cli import main
 from visionattn.data.classify import ClassifyData
 from visionattn.export import OnnxModel
+from visionattn.files import exclusive
 from visionattn.probe import cli, inputs, work
 from visionattn.probe.backbone import Backbone
 from visionattn.probe.banks import head_tokens
@@ -115,7 +121,8 @@ def test_the_command_in_the_report_gives_the_same_table_and_computes_nothing(fol
         assert re.search(r"\d\d\.\d +\d\d\.\d to \d\d\.\d", row)
 
 
-def test_a_sweep_that_was_killed_ends_with_the_same_table(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_sweep_that_was_killed_ends_with_the_same_table(folder, tmp_path, monkeypatch, number, code):
     more = ["--layers", "2,5", "--few-shot", "", "--maps", "0", "--cache", str(folder / "features")]
     true = HeadTraining._train_epoch
     done = []
@@ -123,11 +130,11 @@ def test_a_sweep_that_was_killed_ends_with_the_same_table(folder, tmp_path, monk
     def killed(self, bar):
         done.append(self.epoch)
         if len(done) == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return true(self, bar)
 
     monkeypatch.setattr(HeadTraining, "_train_epoch", killed)
-    assert main(command(tmp_path, *FEW, *more)) == 130
+    assert main(command(tmp_path, *FEW, *more)) == code
     assert not (tmp_path / "results.json").exists()
     assert main(command(tmp_path, *FEW, *more)) == 0
     assert done == [0, 1, 1, 2, 0, 1, 2]  # the last three are of the pixels
@@ -207,13 +214,45 @@ def test_broken_weights_are_refused(tmp_path, capsys):
     arguments = ["probe", str(tmp_path / "net.safetensors"), "--dataset", "digits", "--output", str(tmp_path), *TINY]
     assert main(arguments) == 2
     told = capsys.readouterr().err
-    assert "are NaN or infinite" in told
+    assert "holds NaN or infinite values" in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--epochs", "-1", "at least 1"),
+        ("--draws", "0", "at least 1"),
+        ("--batch-size", "0", "at least 1"),
+        ("--maps", "-1", "at least 0"),
+        ("--lrs", "0.1,nan", "finite number above 0"),
+        ("--lrs", "inf", "finite number above 0"),
+        ("--weight-decays", "-1", "at least 0"),
+        ("--seeds", str(2**70), "from 0 to"),
+        ("--few-shot", "0", "at least 1"),
+        ("--few-shot", "1.5", "at most 1"),
+        ("--image-size", "1000000000", "from 1 to 8192"),
+        ("--workers", "-1", "from 0 to"),
+    ],
+)
+def test_absurd_numbers_are_refused(tmp_path, capsys, option, value, message):
+    with pytest.raises(SystemExit) as ended:
+        main(command(tmp_path / "out", f"{option}={value}"))
+    assert ended.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert option in told
+    assert message in told
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([NAME, "--random", "--dataset", "digits", "--devices", "1000000"], "--devices must be at most"),
+        ([NAME, "--random", "--dataset", "digits", "--seeds", ""], "--seeds must each give a number"),
+        ([NAME, "--random", "--dataset", "digits", "--device", "meta"], "The device meta cannot be used"),
+        ([NAME, "--random", "--dataset", "digits", "--cache", "a" * 300], "File name too long"),
+        ([NAME, "--random", "--dataset", "digits", "--cache", "a\0b"], "null byte"),
+        (["va_match_stereo_nano", "--random", "--dataset", "digits"], "cannot be probed"),
         (["va_halonet_nano_32", "--random", "--dataset", "digits", "--heads", "cls"], "reads the class token"),
         (["va_span_ch26_x4", "--random", "--dataset", "digits"], "SPAN cannot be probed"),
         ([NAME, "--dataset", "digits"], f"No weights of {NAME} are published"),
@@ -273,6 +312,179 @@ def test_counters_of_batch_norms_may_be_missing(tmp_path):
     assert len(state) < len(net.state_dict())
     assert all(torch.equal(read[key], value) for key, value in state.items() if key in read)
     assert len(read) == len(net.state_dict()) - 2  # less the classifier's
+
+
+def tiny(root, out, *more, weights="--random"):
+    """The words of a quick run."""
+    return ["probe", NAME, *([weights] if weights == "--random" else ["--checkpoint", weights]), "--dataset", "folder",
+            "--root", str(root), *TINY, *(["--output", str(out)] if out else []), *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    pictures(root, {"train": {"none": 8, "one": 8}, "test": {"none": 4, "one": 4}})
+    return root
+
+
+@pytest.fixture(scope="module")
+def done(images, tmp_path_factory):
+    path = tmp_path_factory.mktemp("done")
+    assert main(tiny(images, path)) == 0
+    return path
+
+
+def test_a_report_of_another_run_is_not_replaced(images, done, tmp_path, capsys):
+    out = shutil.copytree(done, tmp_path / "out")
+    before = (out / "results.json").read_bytes()
+    assert main(tiny(images, out, "--lrs", "0.2")) == 2
+    told = capsys.readouterr().err
+    assert "holds the report of another run" in told
+    assert "--overwrite" in told
+    assert (out / "results.json").read_bytes() == before
+    assert main(tiny(images, out, "--lrs", "0.2", "--overwrite")) == 0
+    content = json.loads((out / "results.json").read_text())
+    assert [row["lr"] for row in content["heads"] if row["method"] == "head"] == [0.2]
+    assert "--overwrite" not in content["command"]
+    assert main(shlex.split(content["command"])[1:]) == 0  # the same plan
+    (out / "results.json").write_text("{")
+    assert main(tiny(images, out, "--lrs", "0.2")) == 2
+    assert "a report that cannot be read" in capsys.readouterr().err
+
+
+def test_by_default_each_pair_of_weights_and_images_has_its_folder(images, done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_file(create(NAME, num_classes=0).state_dict(), "best.safetensors")
+    other = shutil.copytree(images, tmp_path / "other")
+    for root, weights in ((images, "--random"), (other, "--random"), (images, "best.safetensors")):
+        for _ in range(2):
+            assert main(tiny(root, None, weights=weights)) == 0
+    folders = sorted((tmp_path / "runs/probe").iterdir())
+    assert len(folders) == 3
+    assert all(re.fullmatch(NAME + r"-folder-[0-9a-f]{8}", folder.name) for folder in folders)
+    # A folder named by an earlier version goes on where it is of these weights and images.
+    shutil.rmtree(tmp_path / "runs")
+    old = tmp_path / "runs" / "probe" / f"{NAME}-folder"
+    assert main(tiny(images, old)) == 0
+    shutil.copy(done / "results.json", old / "results.json")
+    assert main(tiny(images, None)) == 0
+    assert [folder.name for folder in old.parent.iterdir()] == [old.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("seconds.json", b'{"tokens": 1'),
+        ("seconds.json", b'{"tokens": "long"}'),
+        ("neighbours.pt", b"nothing"),
+        ("neighbours.pt", [1, 2]),
+        ("neighbours.pt", {(0, "class"): [{"k": 5}]}),
+        ("pixels.pt", {"neighbours": {}, "linear": 3}),
+    ],
+)
+def test_damaged_state_is_computed_again(images, done, tmp_path, capsys, name, content):
+    out = shutil.copytree(done, tmp_path / "out")
+    (file,) = out.glob(f"state/*/{name}")
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    assert main(tiny(images, out)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{name}" in shown
+    assert "It is computed again." in shown
+    assert table(out) == table(done)
+
+
+def test_a_flipped_bit_in_the_heads_is_an_error(images, done, tmp_path, capsys):
+    out = shutil.copytree(done, tmp_path / "out")
+    (file,) = out.glob("state/*/sweep.pt")
+    with zipfile.ZipFile(file) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        place = archive.open(largest)._orig_compress_start
+    content = bytearray(file.read_bytes())
+    content[place + 100] ^= 1
+    file.write_bytes(content)
+    assert main(tiny(images, out)) == 2
+    told = capsys.readouterr().err
+    assert "sweep.pt" in told
+    assert "Delete it to start anew" in told
+
+
+def test_a_second_run_in_the_folder_is_refused(images, tmp_path, capsys):
+    with exclusive(tmp_path / "out"):
+        assert main(tiny(images, tmp_path / "out")) == 2
+    assert "Another run is writing to" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(images, done, tmp_path, capsys):
+    out = tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert main(tiny(images, out, "--epochs", "1")) == 0
+    (file,) = out.glob("state/*/sweep.pt")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size - 1, limits[1]))
+    capsys.readouterr()
+    try:
+        assert main(tiny(images, out, "--overwrite")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().err
+    assert "Could not write" in told
+    assert told.count("\n") == 1
+    assert main(tiny(images, out, "--overwrite")) == 0
+    assert table(out) == table(done)
+
+
+def test_folders_are_read_as_in_training(tmp_path, capsys):
+    root = tmp_path / "data"
+    pictures(root, {"train": {"none": 8, "one": 8}, "test": {"none": 4, "one": 4}})
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(root / "train/none/0.png", root / "train/.ipynb_checkpoints/0.png")
+    (root / "train/one/night").mkdir()
+    for number in range(4):
+        Image.open(root / f"train/one/{number}.png").save(root / f"train/one/night/{number}.webp")
+        (root / f"train/one/{number}.png").rename(root / f"train/one/{number}.PNG")
+    (root / "train/one/notes.txt").write_text("no image")
+    assert main(["probe", NAME, "--random", "--dataset", "folder", "--root", str(root), *TINY, "--output",
+                 str(tmp_path / "out")]) == 0  # fmt: skip
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Training images: 18 images in 2 classes (none 7, one 11)." in shown
+    assert "Validation images, which train too: 2 images in 2 classes (none 1, one 1)." in shown
+    assert "notes.txt" in shown
+    content = json.loads((tmp_path / "out/results.json").read_text())
+    assert content["classes"] == ["none", "one"]
+    assert any("notes.txt" in note for note in content["notes"])
+    (root / "train/empty").mkdir()
+    assert main(["probe", NAME, "--random", "--dataset", "folder", "--root", str(root), *TINY, "--output",
+                 str(tmp_path / "more")]) == 2  # fmt: skip
+    assert "no images of the class empty" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_fit_brings_its_images(images, tmp_path):
+    net = create("va_halonet_nano_32", num_classes=2)
+    card = Card.of(net, {"input_size": (3, 64, 64), "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.6]})
+    state = {f"net.{key}": value for key, value in net.state_dict().items()}
+    torch.save({"state_dict": state, KEY: card.to_dict()}, tmp_path / "best.ckpt")
+    for words in (["best.ckpt"], ["va_halonet_nano_32", "--checkpoint", "best.ckpt"]):
+        words[-1] = str(tmp_path / words[-1])
+        out = tmp_path / str(len(words))
+        assert main(["probe", *words, "--dataset", "folder", "--root", str(images), *TINY, "--output", str(out)]) == 0
+        content = json.loads((out / "results.json").read_text())
+        expected = "resized and cropped to 64 x 64 pixels, mean 0.1, 0.2, 0.3, deviation 0.5, 0.5, 0.6"
+        assert content["data"]["transform"] == expected
+
+
+def test_pixels_that_beat_the_backbone_are_said(done, results):
+    content = json.loads((done / "results.json").read_text())
+    # Bright against dark pictures: pixels are enough.
+    methods = [row["method"] for row in content["heads"] if row["pooling"] == "pixels"]
+    assert methods == ["pixels k-NN"] * (methods.count("pixels k-NN")) + ["pixels head"]
+    wins = [entry for entry in results["pixels"] if entry["pixels_win"]]
+    assert wins
+    assert "16 x 16 pixels beat the backbone: " in results["summary"]
+    assert f"{100 * wins[0]['pixels']:.1f} % against {100 * wins[0]['backbone']:.1f} %" in results["summary"]
+    standardized = [row["standardized"] for row in content["heads"] if row["method"] == "k-NN" and row["chosen"]]
+    assert standardized == [False, True, False, True]  # of the class token, then of the mean
 
 
 def test_heads_are_made_where_they_fit():

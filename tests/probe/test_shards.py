@@ -1,5 +1,6 @@
 """The files of a store: tokens as the backbone computes them, kept whole through kills, damage and full disks."""
 
+import json
 import resource
 import warnings
 
@@ -8,6 +9,7 @@ import torch
 
 from probe.stores import CLASSES, Images, assert_equal, contents, read, store, vit
 from visionattn.errors import DataError, StorageError
+from visionattn.files import exclusive
 from visionattn.probe.backbone import Backbone
 from visionattn.probe.features import LiveFeatures, StoredFeatures, estimate
 from visionattn.probe.shards import PRECISIONS
@@ -103,6 +105,69 @@ def test_a_damaged_shard_is_found_and_computed_again(backbone, tmp_path, damage)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         store(tmp_path, backbone=backbone)
+
+
+def flip_label(folder):
+    path = folder / "000001.json"
+    content = json.loads(path.read_text())
+    content["labels"][0] = (content["labels"][0] + 1) % 3
+    path.write_text(json.dumps(content))
+
+
+def test_a_changed_label_is_found(backbone, tmp_path):
+    found = store(tmp_path, backbone=backbone)
+    before = contents(tmp_path)
+    flip_label(found.folder)
+    with pytest.warns(UserWarning, match="The checksum of 000001.json"):
+        store(tmp_path, backbone=backbone)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("wrong", [[8], "8", 0, None, True])
+def test_a_damaged_description_is_written_anew(backbone, tmp_path, wrong):
+    found = store(tmp_path, backbone=backbone)
+    before = contents(tmp_path)
+    path = found.folder / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shard_images": wrong}))
+    with pytest.raises(DataError, match="damaged"):
+        StoredFeatures(found.folder)
+    with pytest.warns(UserWarning, match="The shards that fit are kept"):
+        store(tmp_path, backbone=backbone)
+    assert contents(tmp_path) == before
+
+
+def test_files_without_checksums_of_their_own_are_read(backbone, tmp_path):
+    found = store(tmp_path, backbone=backbone)
+    for path in found.folder.glob("*.json"):
+        content = json.loads(path.read_text())
+        del content["crc32"]
+        path.write_text(json.dumps(content))
+    assert_equal(read(StoredFeatures(found.folder), range(22)), read(found, range(22)))
+
+
+def test_shards_of_another_length_are_not_taken(backbone, tmp_path):
+    found = store(tmp_path, backbone=backbone, shard_images=5)
+    (found.folder / "meta.json").unlink()
+    with pytest.warns(UserWarning, match="images instead of 8"):
+        again = store(tmp_path, backbone=backbone)
+    assert again.labels.tolist() == [row % 3 for row in range(22)]
+
+
+def test_two_writers_of_a_store(backbone, tmp_path):
+    found = store(tmp_path / "a", backbone=backbone)
+    (tmp_path / "b").mkdir()
+    with exclusive(tmp_path / "b" / found.folder.name), pytest.raises(StorageError, match="Another run is writing"):
+        store(tmp_path / "b", backbone=backbone)
+    with exclusive(found.folder):  # what is finished is only read
+        assert len(store(tmp_path / "a", backbone=backbone)) == 22
+
+
+def test_tokens_that_are_not_finite_name_the_image(tmp_path):
+    dataset = Images()
+    dataset.images[10, 0, 0, 0] = float("nan")
+    names = [f"cat/{row}.png" for row in range(22)]
+    with pytest.raises(DataError, match=r"images: cat/10.png\.$"):
+        store(tmp_path, dataset, names=names)
 
 
 def test_a_missing_shard(backbone, tmp_path):

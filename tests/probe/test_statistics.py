@@ -9,6 +9,7 @@ from visionattn.probe.statistics import (
     bootstrap_interval,
     calibration_error,
     mcnemar_test,
+    share_interval,
     t_interval,
     wilson_interval,
 )
@@ -53,3 +54,18 @@ def test_t_interval():
         (3 - 2.776 * 0.5**0.5, 3 + 2.776 * 0.5**0.5), abs=1e-3
     )
     assert all(math.isnan(end) for end in t_interval([0.5]))
+
+
+def test_the_interval_of_shares_stays_within_0_and_1():
+    values = [0.95, 1.0, 1.0, 1.0]
+    # Three degrees of freedom: t = 3.182; mean 0.9875, its deviation 0.0125, on the logit scale 1.0127.
+    ends = [1 / (1 + math.exp(-(math.log(0.9875 / 0.0125) + sign * 3.182 * 1.0127))) for sign in (-1, 1)]
+    assert share_interval(values) == pytest.approx(ends, abs=1e-4)
+    for few in ([0.22, 0.44], [0.2, 0.3, 0.9], [0.5], []):
+        assert all(math.isnan(end) for end in share_interval(few))
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        draws = random.beta(0.3, 0.3, 5)
+        low, high = share_interval(draws)
+        assert 0 <= low <= draws.mean() <= high <= 1
+    assert share_interval([1.0] * 4) == (1, 1)

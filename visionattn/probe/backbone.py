@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn.errors import InputError
+from visionattn.errors import InputError, shorten
 from visionattn.probe.tokens import Layer, Tokens
 
 __all__ = ["Backbone"]
@@ -69,7 +69,9 @@ class Backbone:
             raise InputError(
                 f"{self._name} cannot be probed: it has no forward_intermediates. timm's classification models have it."
             )
-        first = next(model.parameters())
+        first = next(model.parameters(), None)
+        if first is None:
+            raise InputError(f"{self._name} cannot be probed: it has no weights.")
         self.device, self.dtype = first.device, first.dtype
         accepted = inspect.signature(forward).parameters
         # Some models fail over prefix tokens that they do not have.
@@ -83,14 +85,14 @@ class Backbone:
         channels = next((m.in_channels for m in self.model.modules() if isinstance(m, nn.Conv2d)), 3)
         # A stem that folds pixels into channels hides the images' own, which are colours then.
         channels = channels if channels in (1, 3, 4) else 3
-        image = torch.zeros(1, channels, *self.image_size, device=self.device, dtype=self.dtype)
         try:
+            image = torch.zeros(1, channels, *self.image_size, device=self.device, dtype=self.dtype)
             everything = self._run(image, None, "NCHW")[1]
         except Exception as error:
             hint = " Try norm=False." if self.norm and "norm" in str(error) else ""
             raise InputError(
                 f"{self._name} gives no layers for images of {self.image_size[0]} x {self.image_size[1]} pixels: "
-                f"{error}.{hint}"
+                f"{shorten(error, 300).rstrip('.')}.{hint}"
             ) from error
         count = len(everything)
         if layers is None:

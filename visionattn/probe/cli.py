@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
-import re
 import shlex
 import sys
 import time
@@ -20,11 +20,14 @@ from rich.table import Table
 from timm.data import resolve_model_data_config
 
 import visionattn
-from visionattn.errors import InputError, VisionAttnError, require
+from visionattn.arguments import number, whole_number
+from visionattn.errors import InputError, VisionAttnError, require, shorten
+from visionattn.files import check_folder
 from visionattn.probe.backbone import Backbone
 from visionattn.probe.banks import Head, HeadSpec, create_head, grid
 from visionattn.probe.inputs import make_backbone, read_images, read_model
-from visionattn.probe.processes import rank_and_size
+from visionattn.probe.output import check_report, default_output
+from visionattn.probe.processes import one_writer, rank_and_size
 from visionattn.probe.rendering import write_report
 from visionattn.probe.report import LayerNeighbours, Report, percent
 from visionattn.probe.results import HeadResult
@@ -34,27 +37,27 @@ from visionattn.probe.work import HOLDOUT, WARMUP, ProbingRun
 
 __all__ = ["add_arguments", "run"]
 
+LARGEST = 8192  # pixels of an image's side
 HEADS = ("cls", "gap", "ep_8", "ep_16", "ep_32")
 # Of AdamW, whose steps have one size whatever the scale is; of LARS, the paper's range.
 LRS = {"adamw": (0.001, 0.003, 0.01, 0.03, 0.1), "lars": (0.1, 0.3, 1.0)}
 
 
-def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A parser of comma lists."""
+def _numbers(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of a comma list."""
 
-    def parse(text: str) -> list[Any]:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    def parse_all(text: str) -> list[Any]:
+        return [parse(part.strip()) for part in text.split(",") if part.strip()]
 
-    parse.__name__ = f"list of {kind.__name__}"
-    return parse
+    return parse_all
 
 
 def _size(text: str) -> float:
-    return float(text) if "." in text else int(text)
+    return number(0, 1, above=True)(text) if "." in text else whole_number(1)(text)
 
 
 def _layers(text: str) -> str | list[int]:
-    return text if text in ("last", "all") else _numbers(int)(text)
+    return text if text in ("last", "all") else _numbers(whole_number(-(10**4), 10**4))(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,12 +68,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", required=True, help="digits, mnist, cifar10-sheets, folder, torch/..., hfds/...")
     data.add_argument("--root", metavar="FOLDER", help="where the files are")
-    data.add_argument("--train-split", default="train", metavar="NAME", help="of readers with named parts")
-    data.add_argument("--val-split", default="validation", metavar="NAME", help="likewise; tests without a test part")
-    data.add_argument("--test-split", metavar="NAME", help="likewise")
-    data.add_argument("--num-classes", type=int, metavar="N", help="where the data do not say it")
-    data.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images (default: the model's)")
-    data.add_argument("--workers", type=int, default=0, metavar="N", help="loading processes (default: 0)")
+    data.add_argument(
+        "--train-split", default="train", metavar="NAME", help="training split, of readers with named splits"
+    )
+    data.add_argument(
+        "--val-split",
+        default="validation",
+        metavar="NAME",
+        help="validation split; also used for testing if there is no test split",
+    )
+    data.add_argument("--test-split", metavar="NAME", help="test split")
+    data.add_argument("--num-classes", type=whole_number(2), metavar="N", help="where the data do not say it")
+    data.add_argument(
+        "--image-size",
+        type=whole_number(1, LARGEST),
+        metavar="PIXELS",
+        help="side of the images (default: the model's)",
+    )
+    data.add_argument(
+        "--workers", type=whole_number(0, 1024), default=0, metavar="N", help="loading processes (default: 0)"
+    )
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument("--layers", type=_layers, default="last", help="last, all, or indices such as 3,7,11")
     tokens.add_argument("--precision", choices=tuple(PRECISIONS), default="fp16", help="on disk (default: fp16)")
@@ -79,23 +96,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     heads = parser.add_argument_group("heads")
     heads.add_argument("--heads", type=_numbers(str), metavar="LIST", help=f"poolings (default: {','.join(HEADS)})")
     heads.add_argument("--optimizer", choices=tuple(LRS), default="adamw", help="adamw, or the paper's lars")
-    heads.add_argument("--lrs", type=_numbers(float), metavar="LIST", help="learning rates; lars: times batch / 256")
-    heads.add_argument("--weight-decays", type=_numbers(float), default=[0.0], metavar="LIST", help="default: 0")
-    heads.add_argument("--seeds", type=_numbers(int), default=[0], metavar="LIST", help="of starting weights")
-    heads.add_argument("--epochs", type=int, default=30, help="default: 30; the paper's: 90")
-    heads.add_argument("--batch-size", type=int, default=256, help="images a step (default: 256; the paper's: 4096)")
+    heads.add_argument(
+        "--lrs", type=_numbers(number(0, above=True)), metavar="LIST", help="learning rates; lars: times batch / 256"
+    )
+    heads.add_argument("--weight-decays", type=_numbers(number(0)), default=[0.0], metavar="LIST", help="default: 0")
+    heads.add_argument(
+        "--seeds", type=_numbers(whole_number(0, 2**63 - 1)), default=[0], metavar="LIST", help="of starting weights"
+    )
+    heads.add_argument("--epochs", type=whole_number(1), default=30, help="default: 30; the paper's: 90")
+    heads.add_argument(
+        "--batch-size", type=whole_number(1), default=256, help="images per step (default: 256; the paper's: 4096)"
+    )
     heads.add_argument("--no-knn", action="store_true", help="leave out nearest neighbours")
     heads.add_argument("--no-pixels", action="store_true", help="leave out the baseline of 16 x 16 pixels")
     heads.add_argument(
         "--few-shot", type=_numbers(_size), default=[1, 5, 10], metavar="LIST",
         help="images a class, or fractions such as 0.01 (default: 1,5,10; '' for none)",
     )  # fmt: skip
-    heads.add_argument("--draws", type=int, default=5, metavar="N", help="of the few images (default: 5)")
+    heads.add_argument(
+        "--draws", type=whole_number(1), default=5, metavar="N", help="number of random few-shot subsets (default: 5)"
+    )
     heads.add_argument("--device", help="such as cuda or cpu (default: a GPU where there is one)")
-    heads.add_argument("--devices", type=int, default=1, metavar="N", help="how many of them, each in a process")
+    heads.add_argument(
+        "--devices", type=whole_number(1), default=1, metavar="N", help="how many of them, each in a process"
+    )
     output = parser.add_argument_group("results")
-    output.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/probe/BACKBONE-DATASET")
-    output.add_argument("--maps", type=int, default=4, metavar="N", help="test images with attention maps (default: 4)")
+    output.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/probe/BACKBONE-DATASET-HASH")
+    output.add_argument("--overwrite", action="store_true", help="replace the report of another run in that folder")
+    output.add_argument(
+        "--maps", type=whole_number(0), default=4, metavar="N", help="test images with attention maps (default: 4)"
+    )
     output.add_argument("--export", metavar="POOLING", help="write backbone and this pooling's best head as ONNX")
 
 
@@ -139,6 +169,27 @@ def _probe(args: argparse.Namespace) -> int:
     notes: list[str] = []
     specs = _specs(args, backbone, len(images.classes), notes)
     work = ProbingRun(args, backbone, images, console)
+    args.output = args.output or default_output(args, work.weights, images)
+    args.cache = args.cache or args.output / "features"
+    plan, command = work.plan(specs), _command_line(args)
+    check_report(args.output, plan, command, work.weights, images, args.overwrite)
+    for words in images.told:
+        console.print(words)
+    with one_writer(args.output):
+        return _report(args, work, specs, notes, plan, command, (weights, licence))
+
+
+def _report(
+    args: argparse.Namespace,
+    work: ProbingRun,
+    specs: list[HeadSpec],
+    notes: list[str],
+    plan: str,
+    command: str,
+    origin: tuple[str, str | None],
+) -> int:
+    """All parts of the work, then the report of them."""
+    backbone, images, console = work.backbone, work.images, work.console
     start = time.perf_counter()
     train, test = work.features()
     extracting = time.perf_counter() - start
@@ -147,13 +198,13 @@ def _probe(args: argparse.Namespace) -> int:
         work.state.spend("tokens", extracting)
     held_out = len(hold_out(train.labels, torch.arange(len(train)), HOLDOUT, 0)[1])
     report = Report(
-        command=_command_line(args),
+        command=command,
         backbone={
             "name": args.backbone,
-            "weights": weights,
-            "license": licence or "not stated",
+            "weights": origin[0],
+            "license": origin[1] or "not stated",
             "sha256": work.weights,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
         },
         data={
             "dataset": args.dataset,
@@ -180,8 +231,9 @@ def _probe(args: argparse.Namespace) -> int:
         held_out=held_out,
         sweep=found,
         seconds={"tokens": work.state.seconds["tokens"], "heads": found.seconds},
-        notes=[*notes, *found.notes],
+        notes=[*notes, *images.told, *found.notes],
         skipped=work.skipped,
+        plan=plan,
     )
     at_end = [result for result in report.best() if result.spec.lr in (min(args.lrs), max(args.lrs))]
     if at_end and len(args.lrs) > 1:
@@ -193,7 +245,7 @@ def _probe(args: argparse.Namespace) -> int:
         work.pixels(report)
     if args.few_shot:
         work.few_shot(report, train, test)
-    if not first:
+    if rank_and_size()[0]:
         return 0
     work.maps(report, test)
     write_report(report, args.output)
@@ -208,27 +260,25 @@ def _probe(args: argparse.Namespace) -> int:
 
 def _complete(args: argparse.Namespace) -> None:
     """Check what needs no model, and fill in defaults that depend on other options."""
-    if args.output is None:
-        stem = Path(args.backbone).stem if Path(args.backbone).exists() else args.backbone
-        args.output = Path("runs/probe") / re.sub(r"[^\w.-]+", "-", f"{stem}-{args.dataset}")
-    args.cache = args.cache or args.output / "features"
+    for folder in (args.output, args.cache):
+        if folder is not None:
+            check_folder(folder)
     args.lrs = args.lrs or list(LRS[args.optimizer])
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if (
-        min(args.epochs, args.draws, args.batch_size, args.devices) < 1
-        or args.maps < 0
-        or not (args.weight_decays and args.seeds)
-    ):
-        raise InputError("Epochs, draws, batch size, devices, decays and seeds are needed, and maps are 0 or more.")
+    there = torch.cuda.device_count() if args.device.startswith("cuda") else max(8, os.cpu_count() or 1)
+    if args.devices > max(1, there):
+        raise InputError(f"--devices must be at most {max(1, there)} here; got {args.devices}.")
+    if not (args.weight_decays and args.seeds):
+        raise InputError("--weight-decays and --seeds must each give a number or more.")
     if args.export and args.heads and args.export not in args.heads:
-        raise InputError(f"--export {args.export} is none of the heads {', '.join(args.heads)}.")
+        raise InputError(f"--export {shorten(args.export)} is none of the heads {shorten(', '.join(args.heads))}.")
 
 
 def _command_line(args: argparse.Namespace) -> str:
     """Every option as it was used, so that other defaults of a later version change nothing."""
     words = ["visionattn", "probe", args.backbone]
     for key, value in vars(args).items():
-        if key in ("command", "backbone") or value is None or value is False:
+        if key in ("command", "backbone", "overwrite") or value is None or value is False:
             continue
         words.append(f"--{key.replace('_', '-')}")
         if value is not True:

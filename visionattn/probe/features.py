@@ -110,8 +110,8 @@ def extract(
     Raises:
         ConfigError: There is no such precision, or `identity` lacks an entry.
         InputError: The images do not have the backbone's size.
-        DataError: The data set is empty, a label has no class, more than 10 % of the images cannot be read, or tokens
-            are NaN, infinite or beyond the precision.
+        DataError: The data set is empty, a label has no class, too many images cannot be read (more than 10 % and more
+            than a handful), or tokens are NaN, infinite or beyond the precision.
         StorageError: The disk has no room for the tokens, or cannot be written, or another run is writing there.
     """
     parts = shard_parts(backbone.layers, precision)

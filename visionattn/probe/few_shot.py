@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import Progress
 
 from visionattn.errors import InputError
 from visionattn.probe.banks import HeadSpec
@@ -111,6 +112,8 @@ def few_shot(
         InputError: As in `sweep` and `few_shot_rows`.
     """
     found: dict[tuple[float, str, str], list[float]] = {}
+    progress: Progress | None = options.get("progress")
+    bar = progress.add_task("few-shot draws", total=len(sizes) * draws) if progress is not None else None
     for size in sizes:
         for draw in range(draws):
             amount = {"fraction": size} if isinstance(size, float) else {"per_class": int(size)}
@@ -122,4 +125,8 @@ def few_shot(
             for head in result.chosen:
                 if head.best is not None:
                     found.setdefault((size, head.spec.pooling, head.layer), []).append(head.best.accuracy)
+            if progress is not None and bar is not None:
+                progress.advance(bar)
+    if progress is not None and bar is not None:
+        progress.remove_task(bar)
     return [FewShotResult(pooling, layer, size, values) for (size, pooling, layer), values in found.items()]

@@ -14,9 +14,10 @@ from rich.progress import Progress
 from timm.optim import Lars
 
 from visionattn.errors import DataError, InputError, shorten
-from visionattn.files import read_state, write_state
+from visionattn.files import write_state
 from visionattn.probe.banks import Head, HeadSpec, bank_tokens, create_head, group_logits, make_banks
 from visionattn.probe.results import HeadResult, Score
+from visionattn.probe.saved import read_state
 from visionattn.probe.tokens import Features, Tokens
 
 __all__ = ["HeadTraining"]

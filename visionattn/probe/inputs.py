@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +15,18 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
-from visionattn.checkpoints import create, load
+from visionattn.checkpoints import create, load, load_weights, read_card
 from visionattn.data.samplers import StreamLoader
-from visionattn.errors import CheckpointError, ConfigError, DataError, InputError, UnknownNameError, VisionAttnError
+from visionattn.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InputError,
+    UnknownNameError,
+    VisionAttnError,
+    shorten,
+)
 from visionattn.probe.backbone import Backbone
-from visionattn.weights import mismatches, read, unwrap
 
 __all__ = ["Images", "Part", "make_backbone", "read_images", "read_model"]
 
@@ -41,6 +49,7 @@ class Images:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    told: list[str] = field(default_factory=list)  # what the parts hold, and what was left out of folders
 
     @property
     def transform(self) -> str:
@@ -56,7 +65,7 @@ def read_model(args: argparse.Namespace) -> tuple[nn.Module, str, str | None]:
         VisionAttnError: There is no such backbone, or its weights cannot be had; the message says what to give.
     """
     name = args.backbone
-    if Path(name).exists():
+    if os.path.exists(name):
         if args.random or args.checkpoint:
             raise InputError(f"{name} is a file with weights: leave out --random and --checkpoint.")
         return load(name), f"file {Path(name).name}", None
@@ -64,7 +73,7 @@ def read_model(args: argparse.Namespace) -> tuple[nn.Module, str, str | None]:
     try:
         cfg: Any = None if hosted else get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise UnknownNameError(f"{error} Leave out the part after the dot for the default weights.") from error
+        raise UnknownNameError(f"{shorten(error)} Leave out the part after the dot for the default weights.") from error
     settings = {"img_size": args.image_size} if args.image_size and cfg and cfg.fixed_input_size else {}
     if args.checkpoint:
         if args.random:
@@ -86,23 +95,21 @@ def read_model(args: argparse.Namespace) -> tuple[nn.Module, str, str | None]:
     # Fetching weights fails in as many ways as there are servers.
     except Exception as error:
         raise CheckpointError(
-            f"The weights of {name} ({source}) could not be read: {error} If this machine is offline, give them "
-            "by --checkpoint FILE, or --random for untrained ones."
+            f"The weights of {name} ({source}) could not be read: {shorten(error)} If this machine is offline, give "
+            "them by --checkpoint FILE, or --random for untrained ones."
         ) from error
 
 
 def _from_checkpoint(file: str, name: str, settings: dict[str, Any]) -> nn.Module:
-    """Weights of a file without its classifier, of which there may be none or one of other classes."""
-    model: Any = create(name, num_classes=0, **settings)
-    classifier = model.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
-    state = {key: value for key, value in unwrap(read(file)).items() if not key.startswith(heads)}
-    wanted = model.state_dict()
-    # Evaluation does not count batches, and converted files often leave the counters out.
-    state |= {key: wanted[key] for key in wanted.keys() - state.keys() if key.endswith(".num_batches_tracked")}
-    if wrong := mismatches(state, wanted):
-        raise CheckpointError(f"{file} does not fit {name}: {'; '.join(wrong[:3])}{' ...' if wrong[3:] else ''}.")
-    model.load_state_dict(state)
+    """Weights of a file without its classifier, of which there may be none or one of other classes.
+
+    What a checkpoint of `visionattn fit` says of its model and images holds.
+    """
+    card = read_card(file)
+    if card is not None and card.name == name.split(".")[0]:
+        settings = {**card.model_args, **settings}
+    model = create(name, **{**settings, "num_classes": 0})
+    load_weights(model, file, drop_classifier=True)
     return model
 
 
@@ -114,8 +121,11 @@ def make_backbone(args: argparse.Namespace, model: nn.Module, size: int) -> Back
     """
     try:
         model = model.to(args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
+        if torch.device(args.device).type == "meta":
+            raise RuntimeError("it holds no values.")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = shorten(str(error).partition("\n")[0])
+        raise InputError(f"The device {shorten(args.device)} cannot be used: {reason}") from error
     on_gpu = torch.device(args.device).type == "cuda"
     options: dict[str, Any] = {"image_size": size, "autocast": torch.bfloat16 if on_gpu else None}
     if args.layers == "last":
@@ -169,11 +179,15 @@ def read_images(args: argparse.Namespace, config: dict[str, Any]) -> Images:
         )
     datasets: list[Any] = [loader.dataset for loader in loaders]
     train, val, test = (_part(dataset) for dataset in datasets)
+    told = [f"Training images: {data.describe('train')}.", f"Test images: {data.describe('test')}."]
+    if val.digest != test.digest:
+        told.insert(1, f"Validation images, which train too: {data.describe('val')}.")
+    told += [f"Left out of {words}." for words in data.left_out()]
     # A validation part that does not test is more training images; some of all of them are held out to choose.
     if val.digest != test.digest:
         digest = hashlib.sha256((train.digest + val.digest).encode()).hexdigest()
         train = Part(ConcatDataset([train.dataset, val.dataset]), train.names + val.names, digest)
-    return Images(train, test, tuple(classes), size, mean, std)
+    return Images(train, test, tuple(classes), size, mean, std, told)
 
 
 def _part(dataset: Any) -> Part:

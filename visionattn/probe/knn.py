@@ -98,12 +98,15 @@ class ChannelStatistics(NamedTuple):
     deviation: torch.Tensor
 
 
-def channel_statistics(features: Features, batch_size: int = 4096) -> dict[tuple[int, str], ChannelStatistics]:
+def channel_statistics(
+    features: Features, batch_size: int = 4096, progress: Progress | None = None
+) -> dict[tuple[int, str], ChannelStatistics]:
     """Read all images once, and give the statistics of the vectors at each layer, for `nearest_neighbours`.
 
     Args:
         features: Training images.
         batch_size: Images at once.
+        progress: Where a bar appears.
 
     Returns:
         By the index of the layer and the source, `"class"` or `"mean"`.
@@ -113,7 +116,10 @@ def channel_statistics(features: Features, batch_size: int = 4096) -> dict[tuple
     """
     sums: dict[tuple[int, str], torch.Tensor] = {}  # (2, D), of the values and of their squares, less a first guess
     first: dict[tuple[int, str], torch.Tensor] = {}
+    bar = progress.add_task("channels", total=len(features)) if progress is not None else None
     for numbers, tokens in features.batches(torch.arange(len(features)), batch_size):
+        if progress is not None and bar is not None:
+            progress.advance(bar, len(numbers))
         for layer, given in enumerate(tokens):
             for source in ("class", "mean") if given.class_token is not None else ("mean",):
                 vectors = _pooled(given, source, numbers, torch.device("cpu")).double()
@@ -121,6 +127,8 @@ def channel_statistics(features: Features, batch_size: int = 4096) -> dict[tuple
                 vectors = vectors - first.setdefault((layer, source), vectors.mean(0))
                 more = torch.stack([vectors.sum(0), vectors.square().sum(0)])
                 sums[layer, source] = sums[layer, source] + more if (layer, source) in sums else more
+    if progress is not None and bar is not None:
+        progress.remove_task(bar)
     found = {}
     for key, (total, squares) in sums.items():
         shift = total / len(features)

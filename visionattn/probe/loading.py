@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from visionattn.data.images import check_unreadable
 from visionattn.data.samplers import ResumableLoader
-from visionattn.errors import DataError, InputError
+from visionattn.errors import InputError
 
 __all__ = ["ImageBatch", "ReadableImages", "check_share", "find_readable", "read_batches"]
-
-_UNREADABLE_SHARE = 0.1
 
 
 class ImageBatch(NamedTuple):
@@ -80,14 +80,9 @@ def check_share(skipped: Sequence[tuple[int, str]], images: int) -> None:
     """Refuse a data set of which too much cannot be read.
 
     Raises:
-        DataError: More than 10 % of its images were skipped.
+        DataError: More than 10 % of its images, and more than a handful, were skipped.
     """
-    if len(skipped) > _UNREADABLE_SHARE * images:
-        row, reason = skipped[0]
-        raise DataError(
-            f"More than {_UNREADABLE_SHARE:.0%} of the {images} images cannot be read. The first is image {row}: "
-            f"{reason}"
-        )
+    check_unreadable([f"image {row}: {reason}" for row, reason in skipped], images)
 
 
 class ReadableImages(NamedTuple):
@@ -104,7 +99,7 @@ class ReadableImages(NamedTuple):
     skipped: list[tuple[int, str]]
 
 
-def find_readable(dataset: Any, num_workers: int = 0) -> ReadableImages:
+def find_readable(dataset: Any, num_workers: int = 0, progress: Progress | None = None) -> ReadableImages:
     """Open every image once, as `LiveFeatures` takes none that cannot be read.
 
     `torch.utils.data.Subset(dataset, found.rows.tolist())` holds the images that `extract` would store.
@@ -112,16 +107,22 @@ def find_readable(dataset: Any, num_workers: int = 0) -> ReadableImages:
     Args:
         dataset: Map-style data set of (image, label).
         num_workers: Loading processes.
+        progress: Where a bar appears.
 
     Raises:
-        DataError: More than 10 % cannot be read.
+        DataError: More than 10 %, and more than a handful, cannot be read.
     """
     rows, labels, skipped = [], [], []
     places = list(range(len(dataset)))
     batches = [places[i : i + 64] for i in range(0, len(places), 64)]
+    bar = progress.add_task("images looked at", total=len(places)) if progress is not None else None
     for batch in read_batches(dataset, None, batches, num_workers):
         rows += batch.rows
         labels += batch.labels
         skipped += batch.skipped
         check_share(skipped, len(dataset))
+        if progress is not None and bar is not None:
+            progress.advance(bar, len(batch.rows) + len(batch.skipped))
+    if progress is not None and bar is not None:
+        progress.remove_task(bar)
     return ReadableImages(torch.tensor(rows), torch.tensor(labels), skipped)

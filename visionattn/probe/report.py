@@ -111,6 +111,7 @@ class Report:
         skipped: Images that could not be read.
         maps: Files below the folder, with what each shows.
         pixels: The baseline without a network; None where it was left out.
+        plan: Hash of all that the numbers depend on.
     """
 
     command: str
@@ -130,6 +131,7 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
     maps: list[tuple[str, str]] = field(default_factory=list)
     pixels: PixelBaseline | None = None
+    plan: str = ""
 
     def name(self, result: HeadResult | LayerNeighbours) -> str:
         """What a head, or a k-NN, is called: its layer is said where several were read."""
@@ -292,6 +294,7 @@ class Report:
         reference = self.reference()
         content: dict[str, Any] = {
             "command": self.command,
+            "plan": self.plan,
             "versions": self.versions,
             "backbone": self.backbone,
             "data": self.data,

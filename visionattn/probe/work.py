@@ -9,8 +9,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -34,6 +33,7 @@ from visionattn.probe.knn import ChannelStatistics, channel_statistics, nearest_
 from visionattn.probe.loading import find_readable
 from visionattn.probe.maps import attention_of, overlay
 from visionattn.probe.pixels import PixelBaseline, PixelHead, read_pixels
+from visionattn.probe.progress import show_progress
 from visionattn.probe.report import LayerNeighbours, Report, Skipped, head_file
 from visionattn.probe.results import SweepResult
 from visionattn.probe.state import RunState
@@ -127,8 +127,8 @@ class ProbingRun:
         return found
 
     def _live(self, part: Part) -> tuple[Features, list[tuple[int, str]]]:
-        with self.console.status("Looking for images that cannot be read."):
-            readable = find_readable(part.dataset, self.args.workers)
+        with show_progress(self.console) as progress:
+            readable = find_readable(part.dataset, self.args.workers, progress)
         dataset = Subset(part.dataset, readable.rows.tolist())
         names = [part.names[row] for row in readable.rows.tolist()]
         features = LiveFeatures(self.backbone, dataset, readable.labels, self.images.classes, self.args.workers, names)
@@ -142,7 +142,7 @@ class ProbingRun:
             "dataset": f"{args.dataset}, {args.root}, {name}, {part.digest}",
         }
         try:
-            with warnings.catch_warnings(record=True) as told, _progress(self.console) as progress:
+            with warnings.catch_warnings(record=True) as told, show_progress(self.console) as progress:
                 warnings.simplefilter("always")
                 features = extract(
                     self.backbone,
@@ -163,6 +163,22 @@ class ProbingRun:
             self._note(words)
         return features, features.skipped
 
+    def plan(self, specs: list[HeadSpec]) -> str:
+        """Hash of all that the numbers of the report depend on."""
+        args = self.args
+        settings = {
+            "weights": self.weights,
+            "images": [self.images.train.digest, self.images.test.digest, self.images.transform],
+            "layers": self.backbone.indices,
+            "computed in": str(self.backbone.autocast),
+            "tokens": "live" if args.live else args.precision,
+            "heads": [asdict(spec) for spec in specs],
+            "training": [args.epochs, args.batch_size],
+            "few-shot": [args.few_shot, args.draws],
+            "left out": [args.no_knn, args.no_pixels],
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
     def sweep(self, train: Features, test: Features, specs: list[HeadSpec]) -> SweepResult:
         """Train the heads."""
         args = self.args
@@ -180,7 +196,7 @@ class ProbingRun:
         }
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         self.state = RunState(args.output / "state" / key, len(test), self._note)
-        with _progress(self.console) as progress:
+        with show_progress(self.console) as progress:
             return self._train(train, test, specs, progress, self.state.folder / "sweep.pt")
 
     def _train(
@@ -213,14 +229,14 @@ class ProbingRun:
             for standardized in (False, True)
         ]
         statistics: dict[tuple[int, str], ChannelStatistics] = {}
-        with _progress(self.console) as progress:
+        with show_progress(self.console) as progress:
             for position, source, standardized in wanted:
                 # Without standardisation the key has two parts.
                 key = (position, source, "standardized") if standardized else (position, source)
                 if key not in known:
                     start = time.perf_counter()
                     if standardized and not statistics:
-                        statistics = channel_statistics(train)
+                        statistics = channel_statistics(train, progress=progress)
                     known[key] = nearest_neighbours(
                         train,
                         test,
@@ -243,7 +259,7 @@ class ProbingRun:
         report.pixels = self.state.pixels(name)
         if report.pixels is None:
             start = time.perf_counter()
-            with _progress(self.console) as progress:
+            with show_progress(self.console) as progress:
                 train, test = (
                     read_pixels(
                         Subset(part.dataset, rows.tolist()),
@@ -303,7 +319,7 @@ class ProbingRun:
                 images = size * (int(present.sum()) if isinstance(size, float) else len(present))
                 steps = max(1, int(images) // self.batch_size)
                 epochs = max(args.epochs, math.ceil(FEW_SHOT_STEPS / steps))
-                with _progress(self.console) as progress:
+                with show_progress(self.console) as progress:
                     results = few_shot(
                         train,
                         test,
@@ -362,14 +378,6 @@ class ProbingRun:
                 license=report.backbone["license"],
             )
         self.console.print(f"Wrote {file.path}: {file.bytes / 1e6:.2f} MB, checked against PyTorch.")
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    """Bars that disappear when they are done, and none in a pipe."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield progress
 
 
 def _picture(image: Tensor, images: Images) -> Image.Image:
