@@ -67,7 +67,7 @@ class Case:
             "--few-shot",
             "5",
             "--draws",
-            "3",
+            "5",
             "--output",
             str(runs / str(self)),
         ]
@@ -116,12 +116,15 @@ def rows_of(case: Case, folder: Path) -> list[dict[str, str]]:
         if not row["chosen"]:
             continue
         name = row["pooling"] if row["method"] == "head" else f"k-NN {row['pooling']}"
+        if row["method"].startswith("pixels"):
+            name = "pixels linear" if row["method"] == "pixels head" else "pixels k-NN"
+        name += ", standardised" if row["standardized"] else ""
         test, cost = ahead.get(name), step.get(name, {})
         rows.append(
             {
                 **shared,
                 "head": name,
-                "parameters": row["pooling_parameters"] if row["method"] == "head" else "0",
+                "parameters": row.get("pooling_parameters") or "0",
                 "mega_macs": cost.get("mega_macs", ""),
                 "step_ms": cost.get("median_ms", ""),
                 "accuracy": percent(row["test_best"]),
@@ -133,7 +136,7 @@ def rows_of(case: Case, folder: Path) -> list[dict[str, str]]:
                 "ahead_high": percent(test["interval"][1]) if test else "",
                 "p_holm": f"{test['p_holm']:.2g}" if test else "",
                 "lr": "" if row["lr"] is None else f"{row['lr']:g}",
-                "epochs": row["epochs"] if row["method"] == "head" else "",
+                "epochs": row["epochs"] or "",
                 **environment("cpu"),
                 "seed": "0",
             }

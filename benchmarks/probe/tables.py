@@ -35,8 +35,9 @@ def probe_evidence() -> str:
         row = cells.get((*case, head))
         if row is None:
             return ""
-        half = (float(row["high"]) - float(row["low"])) / 2
-        text = f"{row['accuracy']} ± {half:.2f}"
+        text = row["accuracy"]
+        if row["low"]:  # few draws have no interval
+            text += f" ± {(float(row['high']) - float(row['low'])) / 2:.2f}"
         return f"**{text}**" if row["lr"] and float(row["accuracy"]) == best[case] else text
 
     head = ["head", *(f"{backbone}: {data}" for backbone, data in cases)]

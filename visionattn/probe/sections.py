@@ -163,9 +163,9 @@ def _heads_table(report: Report) -> list[list[str]]:
             row.append(percent(sum(alike) / len(alike), share_interval(alike)) if alike else "–")
         table.append(row)
     if report.pixels is not None:
-        for standardized, result in report.pixels.neighbours.items():
+        for standardized, neighbours in report.pixels.neighbours.items():
             method = "pixels k-NN" + (", standardised" if standardized else "")
-            table.append([*_neighbours_row(report, method, "–", result.chosen), *[""] * several])
+            table.append([*_neighbours_row(report, method, "–", neighbours.chosen), *[""] * several])
         if (linear := report.pixels.linear) is not None:
             spec, score = linear.spec, linear.score
             settings = f"lr {spec.lr:g}, decay {spec.weight_decay:g}, epoch {linear.best_epoch}"
