@@ -9,7 +9,7 @@ from rich.console import Console
 
 import visionattn
 from visionattn import quickstart
-from visionattn.errors import InputError
+from visionattn.errors import InputError, StorageError
 from visionattn.export import OnnxModel
 
 
@@ -74,3 +74,12 @@ def test_an_earlier_tour_is_cleared(tmp_path):
     (tmp_path / "station" / "old.onnx").write_bytes(b"")
     quickstart._empty(tmp_path / "station")
     assert [path.name for path in (tmp_path / "station").iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/sub", "n" * 300, "n\0ul", "/proc/tour"])
+def test_a_folder_that_cannot_be_made_is_named_before_the_work(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("visionattn.quickstart.importlib.import_module", None)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match=r"Cannot write to the folder .*\. Give another by --output"):
+        quickstart.run(tmp_path / name, ["classify"], Console())
+    assert (tmp_path / "file").read_text() == "mine"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from visionattn.errors import InputError, UnknownNameError, require
+from visionattn.errors import InputError, StorageError, UnknownNameError, require, shorten
 
 __all__ = ["run", "stations"]
 
@@ -29,12 +29,22 @@ def stations() -> list[str]:
 def _empty(folder: Path) -> None:
     """Make a station's folder, or empty it of what an earlier tour left there, and of nothing else."""
     readme = folder / "README.md"
-    if folder.exists() and any(folder.iterdir()):
-        if not (readme.is_file() and readme.read_text().startswith(TITLE)):
-            raise InputError(f"The folder {folder} holds something else. Give another by --output, or move it away.")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    readme.write_text(TITLE + "\nThe tour has not been finished.\n")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            if not (readme.is_file() and readme.read_bytes().startswith(TITLE.encode())):
+                raise InputError(
+                    f"The folder {shorten(folder)} holds something else. Give another by --output, or move it away."
+                )
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        readme.write_text(TITLE + "\nThe tour has not been finished.\n")
+    except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(
+            f"Cannot write to the folder {shorten(folder)}: {reason}. Give another by --output."
+        ) from error
 
 
 def run(folder: Path, chosen: list[str], console: Console) -> None:
@@ -49,16 +59,18 @@ def run(folder: Path, chosen: list[str], console: Console) -> None:
         UnknownNameError: There is no such station.
         MissingPackageError: Training or export is not installed.
         InputError: A station's folder holds something that is not of an earlier tour.
+        StorageError: A station's folder cannot be made or written to.
     """
-    require("lightning", "all")
-    require("onnxruntime", "all")
     for name in chosen:
         if name not in stations():
-            raise UnknownNameError(f"There is no station {name!r}; there are {', '.join(stations())}.")
+            raise UnknownNameError(f"There is no station {shorten(name)!r}; there are {', '.join(stations())}.")
+    require("lightning", "all")
+    require("onnxruntime", "all")
+    for name in chosen or stations():  # before the first one's minutes of work
+        _empty(folder / name)
     for name in chosen or stations():
         module = importlib.import_module(f"{__name__}.{name}")
         console.rule((module.__doc__ or name).split("\n")[0])
-        _empty(folder / name)
         start = time.perf_counter()
         module.visit(folder / name, console)
         console.print(f"{name}: {time.perf_counter() - start:.0f} s. What is what: {folder / name / 'README.md'}\n")

@@ -1,0 +1,277 @@
+"""Users' mistakes, command by command: one line that names what was given, exit code 2, no traceback, nothing written.
+
+Commands run in this process, in a folder with the files of `place`. Each row is a command line and what its message says.
+"""
+
+import builtins
+import os
+import re
+import shlex
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from visionattn.cli import main
+
+SR, STEREO, VIT = "va_span_ch26_x2", "va_match_stereo_nano", "va_minimal_vit_micro_patch4_32"
+LONG = "n" * 300
+
+MISTAKES = [
+    # list, show, and no command at all
+    ("", r"required: COMMAND\. See visionattn --help"),
+    ("lost", r"invalid choice: 'lost'"),
+    ("list resnet", r"No model name fits 'resnet'"),
+    ("list a b", r"unrecognized arguments: b"),
+    ("show", r"required: name\. See visionattn show --help"),
+    ("show va_span_ch99_x2", r"There is no model 'va_span_ch99_x2'\. Did you mean va_span"),
+    ("show good.png", r"There is no model 'good\.png'"),
+    (f"show {LONG}", r"There is no model"),
+    # export
+    ("export", r"required: NAME\|CKPT, --output"),
+    ("export va_span --output a.onnx", r"There is no model 'va_span'"),
+    ("export absent.ckpt --output a.onnx", r"There is no model 'absent\.ckpt'"),
+    (f"export {SR}.bogus --output a.onnx", r"[Ii]nvalid pretrained tag"),
+    (f"export {SR} --output a.tflite", r"a\.tflite: the file name must end in \.onnx"),
+    (f"export {SR} --output taken.onnx", r"taken\.onnx exists\. Give --overwrite"),
+    (f"export {SR} --output photos.onnx", r"photos\.onnx: it is a folder"),
+    (f"export {SR} --output pipe.onnx", r"pipe\.onnx: it is not a regular file"),
+    (f"export {SR} --output notes.txt/a.onnx", r"notes\.txt.*Not a directory"),
+    (f"export {SR} --output {LONG}.onnx", r"File name too long"),
+    (f"export {SR} --output a.onnx --opset 3", r"operator set is 3; the exporter writes 18 to"),
+    (f"export {SR} --output a.onnx --opset 1.5", r"argument --opset: .*'1\.5'"),
+    (f"export {SR} --output a.onnx --input-size 0 0", r"input size is 0 x 0"),
+    (f"export {SR} --output a.onnx --input-size 1000000 1000000", r"1000000 x 1000000; .* at most"),
+    (f"export {SR} --output a.onnx --batch 0", r"argument --batch: must be a whole number from 1"),
+    (f"export {SR} --output 'n\0ul.onnx'", r"embedded null"),
+    (f"export {VIT} --output a.onnx --num-classes -1", r"argument --num-classes: must be a whole number"),
+    (f"export {VIT} --output a.onnx --checkpoint absent.pth", r"absent\.pth"),
+    (f"export {VIT} --output a.onnx --checkpoint notes.txt", r"notes\.txt"),
+    (f"export {VIT} --output a.onnx --checkpoint photos", r"photos"),
+    (f"export {VIT} --output a.onnx --checkpoint other.pth", r"other\.pth does not fit"),
+    ("export broken.pth --output a.onnx", r"broken\.pth"),
+    ("export other.pth --output a.onnx", r"other\.pth fits no model"),
+    ("export photos --output a.onnx", r"photos holds no config\.json"),
+    ("export other.pth --num-classes 3 --output a.onnx", r"leave out --checkpoint and --num-classes"),
+    # upscale
+    ("upscale good.png", r"required: .*output"),
+    ("upscale absent.png a.png", r"absent\.png"),
+    ("upscale 'n\0ul.png' a.png", r"There is no file or folder n"),
+    (f"upscale {LONG}.png a.png", r"nnn \.\.\. nnn"),
+    ("upscale empty out", r"empty holds no image"),
+    ("upscale good.png notes.txt/a.png", r"notes\.txt"),
+    (f"upscale good.png a.png --model {VIT}", r"does not upscale images: its task is 'classify'"),
+    (f"upscale good.png a.png --model {STEREO}", r"does not upscale images: its task is 'stereo'"),
+    ("upscale good.png a.png --model va_lost", r"There is no model 'va_lost'"),
+    ("upscale good.png a.png --model absent.pth", r"absent\.pth"),
+    ("upscale good.png a.png --model broken.pth", r"broken\.pth"),
+    ("upscale good.png a.png --model absent.onnx", r"There is no file absent\.onnx"),
+    ("upscale good.png a.png --model broken.onnx", r"cannot load broken\.onnx"),
+    ("upscale good.png a.png --scale 7", r"argument --scale: invalid choice: '?7'?"),
+    ("upscale good.png a.png --memory inf", r"memory must be more than 0 .* got inf"),
+    ("upscale good.png a.png --memory none", r"argument --memory"),
+    ("upscale good.png a.png --overlap -1", r"overlap"),
+    ("upscale good.png a.png --engine tpu", r"argument --engine: invalid choice: 'tpu'"),
+    ("upscale good.png a.png --precision int8", r"argument --precision: invalid choice: 'int8'"),
+    # stereo and flow
+    ("stereo good.png good.png", r"required: output"),
+    ("stereo absent.png good.png a.pfm", r"absent\.png"),
+    ("stereo good.png absent.png a.pfm", r"absent\.png"),
+    ("stereo good.png empty out", r"empty"),
+    (f"stereo good.png good.png a.pfm --model {SR}", r"'restore'"),
+    ("stereo good.png good.png a.pfm --model broken.pth", r"broken\.pth"),
+    ("stereo good.png good.png a.pfm --model broken.onnx", r"broken\.onnx"),
+    ("stereo good.png good.png a.pfm --focal nan", r"argument --focal: must be a finite number"),
+    ("stereo good.png good.png a.pfm --doffs inf", r"argument --doffs: must be a finite number"),
+    ("stereo good.png good.png a.pfm --enlarge 0", r"argument --enlarge"),
+    ("stereo good.png good.png a.pfm --principal-point 1", r"argument --principal-point: expected 2"),
+    ("flow good.png a.flo", r"."),
+    ("flow absent.png good.png a.flo", r"absent\.png"),
+    ("flow good.png good.png a.flo --model va_lost", r"There is no model 'va_lost'"),
+    (f"flow good.png good.png a.flo --model {SR}", r"'restore'"),
+    # index and search
+    ("index photos out", r"required: --model"),
+    (f"index absent out --model {VIT}", r"absent"),
+    (f"index empty out --model {VIT}", r"no images in empty"),
+    (f"index notes.txt out --model {VIT}", r"no folder notes\.txt"),
+    ("index photos out --model va_lost", r"There is no model 'va_lost'"),
+    (f"index photos out --model {SR}", r"va_span|SPAN"),
+    (f"index photos out --model {STEREO}", r"stereo|Stereo"),
+    ("index photos out --model broken.pth", r"broken\.pth"),
+    (f"index photos out --model {VIT} --image-size 0 0", r"argument --image-size"),
+    ("search empty good.png --attribute colour", r"empty"),
+    ("search absent good.png --attribute colour", r"absent"),
+    ("search notes.txt good.png --attribute colour", r"notes\.txt"),
+    ("search damaged good.png --attribute colour", r"damaged"),
+    ("search photos good.png", r"required: --attribute"),
+    ("search photos good.png --attribute colour --top 0", r"argument --top: must be a whole number"),
+    # evaluate
+    ("evaluate", r"required|following arguments"),
+    ("evaluate lost", r"invalid choice: 'lost'"),
+    (f"evaluate sr {SR}", r"required: --data"),
+    (f"evaluate sr {SR} --data absent", r"absent"),
+    (f"evaluate sr {SR} --data empty", r"no images in empty"),
+    (f"evaluate sr {SR} --data photos --lr empty", r"no images in empty"),
+    (f"evaluate sr {VIT} --data photos", rf"{VIT} does not enlarge"),
+    ("evaluate sr va_lost --data photos", r"There is no model 'va_lost'"),
+    ("evaluate sr broken.pth --data photos", r"broken\.pth"),
+    (f"evaluate sr {SR} --data photos --scale 0", r"argument --scale"),
+    (f"evaluate sr {SR} --data photos --output taken.csv", r"taken\.csv exists"),
+    (f"evaluate sr {SR} --data photos --device gpu7", r"gpu7"),
+    (f"evaluate stereo {STEREO} --data absent", r"absent"),
+    (f"evaluate stereo {STEREO} --data empty", r"empty"),
+    (f"evaluate stereo {SR} --data scene", r"'restore'"),
+    ("evaluate stereo va_lost --data scene", r"There is no model 'va_lost'"),
+    (f"evaluate stereo {STEREO} --data photos --layout kitti", r"photos|invalid choice"),
+    (f"evaluate stereo {STEREO} --data photos --enlarge nan", r"argument --enlarge"),
+    ("evaluate retrieval --data absent.csv", r"absent\.csv"),
+    ("evaluate retrieval --data pipe.onnx", r"pipe\.onnx"),
+    ("evaluate retrieval --data notes.txt", r"notes\.txt"),
+    ("evaluate retrieval --data table.csv --images photos --part lost", r"lost"),
+    ("evaluate retrieval --data table.csv --images photos --attributes smell", r"smell"),
+    (f"evaluate retrieval {STEREO} --data table.csv --images photos", r"stereo|Stereo"),
+    # probe
+    ("probe", r"required: NAME\|CKPT, --dataset"),
+    ("probe va_lost --dataset digits", r"There is no model 'va_lost'"),
+    (f"probe {VIT} --dataset lost", r"lost"),
+    (f"probe {VIT} --dataset folder --root absent", r"absent"),
+    (f"probe {VIT} --dataset folder --root empty", r"empty"),
+    (f"probe {VIT} --dataset digits --epochs 0", r"[Ee]pochs"),
+    (f"probe {VIT} --dataset digits --lrs nan", r"learning rate a finite number above 0"),
+    (f"probe {VIT} --dataset digits --heads lost", r"lost"),
+    (f"probe {VIT} --dataset digits --layers 99", r"99"),
+    (f"probe {VIT} --dataset digits --checkpoint broken.pth", r"broken\.pth"),
+    (f"probe {VIT} --dataset digits --output notes.txt", r"notes\.txt"),
+    ("probe broken.pth --dataset digits", r"broken\.pth"),
+    # quickstart
+    ("quickstart moon", r"There is no station 'moon'"),
+    ("quickstart classify --output notes.txt", r"Cannot write to the folder notes\.txt/classify"),
+    ("quickstart classify --output mine", r"mine/classify holds something else"),
+    # training
+    ("fit --config lost", r"lost"),
+    ("fit --config absent.yaml", r"absent\.yaml"),
+    ("fit --config notes.txt", r"these are some notes"),
+    ("fit --config photos", r"photos"),
+    ("fit --config minimal_vit_digits --trainer.max_epochs many", r"max_epochs"),
+    ("fit --config minimal_vit_digits --model.name va_lost", r"va_lost"),
+    ("fit --config minimal_vit_digits --model.lost 3", r"lost"),
+    ("fit --config minimal_vit_folder --data.root absent", r"absent"),
+    ("fit --config minimal_vit_folder --data.root empty", r"empty"),
+    ("fit --config minimal_vit_digits --ckpt_path absent.ckpt", r"absent\.ckpt"),
+    ("fit --config minimal_vit_digits --ckpt_path broken.pth", r"broken\.pth"),
+    ("validate --ckpt_path absent.ckpt", r"absent\.ckpt"),
+    ("test --ckpt_path broken.pth", r"broken\.pth"),
+    ("predict --ckpt_path other.pth", r"other\.pth"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working folder with good, broken and misplaced files."""
+    folder = tmp_path_factory.mktemp("place")
+    for name in ("photos", "empty", "photos.onnx", "mine/classify", "damaged", "scene"):
+        (folder / name).mkdir(parents=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
+    views = "scene/im2.png", "scene/im6.png", "scene/disp2.png"
+    for name in ("good.png", "photos/a.png", "photos/b.png", "mine/classify/a.png", *views):
+        image.save(folder / name)
+    for name in ("notes.txt", "broken.pth", "broken.onnx", "taken.onnx", "taken.csv", "taken.pfm", "taken.png"):
+        (folder / name).write_text("these are some notes\n")
+    (folder / "table.csv").write_text("id,split,colour\na.png,test,red\nb.png,test,blue\n")
+    (folder / "damaged" / "manifest.json").write_text("{}")
+    torch.save({"lost.weight": torch.zeros(2, 3)}, folder / "other.pth")
+    os.mkfifo(folder / "pipe.onnx")
+    return folder
+
+
+# What a batch cannot do: exit code 1, the failures on standard output.
+FAILURES = [
+    ("upscale notes.txt a.png", r"notes\.txt is not an image"),
+    ("upscale good.png a.xyz", r"cannot write a\.xyz: its suffix is none of"),
+    ("upscale good.png taken.png", r"taken\.png exists: give --overwrite"),
+    ("stereo good.png good.png a.xyz", r"cannot write a\.xyz: its suffix is none of"),
+    ("stereo good.png good.png taken.pfm", r"taken\.pfm exists: give --overwrite"),
+    ("stereo good.png notes.txt a.pfm", r"notes\.txt is not an image"),
+]
+
+
+def _listing(folder):
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+def _told(capsys, arguments):
+    code = main(arguments)
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert told.count("\n") == 1, told
+    assert len(told) < 1200
+    assert code == 2, (code, told)
+    return told
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line[:60] for line, _ in MISTAKES])
+def test_a_mistake_is_told_on_one_line(place, monkeypatch, capsys, line, message):
+    monkeypatch.chdir(place)
+    before = _listing(place)
+    told = _told(capsys, shlex.split(line))
+    assert re.search(message, told), told
+    assert _listing(place) == before
+
+
+@pytest.mark.parametrize(("line", "message"), FAILURES)
+def test_a_failure_of_a_batch_is_listed(place, monkeypatch, capsys, line, message):
+    monkeypatch.chdir(place)
+    before = _listing(place)
+    assert main(shlex.split(line)) == 1
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert re.search(message, out), out
+    assert _listing(place) == before
+
+
+@pytest.mark.parametrize("call", ["scandir", "stat", "open"])
+@pytest.mark.parametrize("line", [f"index photos out --model {VIT}", f"evaluate sr {SR} --data photos"])
+def test_no_permission_is_told(place, monkeypatch, capsys, line, call):
+    """Simulated: the tests may run as root."""
+    monkeypatch.chdir(place)
+    owner = {"scandir": os, "stat": os, "open": builtins}[call]
+    real = getattr(owner, call)
+
+    def refuse(path, *args, **kwargs):
+        if isinstance(path, (str, os.PathLike)) and "photos" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    main(["list", "nano"])  # imports what it needs
+    capsys.readouterr()
+    monkeypatch.setattr(owner, call, refuse)
+    code = main(shlex.split(line))
+    out, err = capsys.readouterr()
+    assert code in (1, 2)
+    assert "ermission" in out + err, (out, err)
+    assert "Traceback" not in out + err
+    assert err.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    ("line", "package", "extra"),
+    [
+        (f"export {SR} --output a.onnx", "onnx", "export"),
+        (f"export {SR} --output a.onnx", "onnxscript", "export"),
+        (f"upscale good.png a.png --model broken.onnx", "onnxruntime", "export"),
+        ("search damaged good.png --attribute colour", "faiss", "search"),
+        ("fit --config minimal_vit_digits", "lightning", "train"),
+        ("quickstart classify", "lightning", "all"),
+    ],
+)
+def test_a_missing_package_names_its_extra(place, monkeypatch, capsys, line, package, extra):
+    monkeypatch.chdir(place)
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    before = _listing(place)
+    told = _told(capsys, shlex.split(line))
+    assert re.search(rf"pip install 'visionattn\[{extra}\]'", told), told
+    assert _listing(place) == before
