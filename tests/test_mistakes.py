@@ -1,6 +1,6 @@
 """Users' mistakes, command by command: one line that names what was given, exit code 2, no traceback, nothing written.
 
-Commands run in this process, in a folder with the files of `place`. Each row is a command line and what its message says.
+Commands run in this process, in a folder with the files of `place`. A row is a command line and what its message says.
 """
 
 import builtins
@@ -159,7 +159,6 @@ MISTAKES = [
     ("fit --config minimal_vit_digits --model.lost 3", r"lost"),
     ("fit --config minimal_vit_folder --data.root absent", r"absent"),
     ("fit --config minimal_vit_folder --data.root empty", r"empty"),
-    ("fit --config minimal_vit_digits --ckpt_path absent.ckpt", r"absent\.ckpt"),
     ("fit --config minimal_vit_digits --ckpt_path broken.pth", r"broken\.pth"),
     ("validate --ckpt_path absent.ckpt", r"absent\.ckpt"),
     ("test --ckpt_path broken.pth", r"broken\.pth"),
@@ -175,11 +174,11 @@ def place(tmp_path_factory):
         (folder / name).mkdir(parents=True)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
     views = "scene/im2.png", "scene/im6.png", "scene/disp2.png"
-    for name in ("good.png", "photos/a.png", "photos/b.png", "mine/classify/a.png", *views):
+    for name in ("good.png", *(f"photos/{name}.png" for name in "abcd"), "mine/classify/a.png", *views):
         image.save(folder / name)
     for name in ("notes.txt", "broken.pth", "broken.onnx", "taken.onnx", "taken.csv", "taken.pfm", "taken.png"):
         (folder / name).write_text("these are some notes\n")
-    (folder / "table.csv").write_text("id,split,colour\na.png,test,red\nb.png,test,blue\n")
+    (folder / "table.csv").write_text("id,split,colour\n" + "".join(f"{name}.png,test,red\n" for name in "abcd"))
     (folder / "damaged" / "manifest.json").write_text("{}")
     torch.save({"lost.weight": torch.zeros(2, 3)}, folder / "other.pth")
     os.mkfifo(folder / "pipe.onnx")
@@ -231,28 +230,27 @@ def test_a_failure_of_a_batch_is_listed(place, monkeypatch, capsys, line, messag
     assert _listing(place) == before
 
 
-@pytest.mark.parametrize("call", ["scandir", "stat", "open"])
+@pytest.mark.parametrize("calls", [[(os, "listdir"), (os, "scandir")], [(builtins, "open")]], ids=["folder", "file"])
 @pytest.mark.parametrize("line", [f"index photos out --model {VIT}", f"evaluate sr {SR} --data photos"])
-def test_no_permission_is_told(place, monkeypatch, capsys, line, call):
-    """Simulated: the tests may run as root."""
+def test_no_permission_is_told(place, monkeypatch, capsys, line, calls):
+    """Simulated, since tests may run as root, whom nothing is forbidden."""
     monkeypatch.chdir(place)
-    owner = {"scandir": os, "stat": os, "open": builtins}[call]
-    real = getattr(owner, call)
 
-    def refuse(path, *args, **kwargs):
-        if isinstance(path, (str, os.PathLike)) and "photos" in os.fspath(path):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *args, **kwargs)
+    def refusing(real):
+        def call(path, *args, **kwargs):
+            if isinstance(path, (str, os.PathLike)) and "photos" in os.fspath(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **kwargs)
 
-    main(["list", "nano"])  # imports what it needs
-    capsys.readouterr()
-    monkeypatch.setattr(owner, call, refuse)
-    code = main(shlex.split(line))
+        return call
+
+    for module, name in calls:
+        monkeypatch.setattr(module, name, refusing(getattr(module, name)))
+    assert main(shlex.split(line)) in (1, 2)
     out, err = capsys.readouterr()
-    assert code in (1, 2)
-    assert "ermission" in out + err, (out, err)
+    assert "Permission denied" in out + err
+    assert "photos" in out + err
     assert "Traceback" not in out + err
-    assert err.count("\n") <= 1
 
 
 @pytest.mark.parametrize(
@@ -260,7 +258,7 @@ def test_no_permission_is_told(place, monkeypatch, capsys, line, call):
     [
         (f"export {SR} --output a.onnx", "onnx", "export"),
         (f"export {SR} --output a.onnx", "onnxscript", "export"),
-        (f"upscale good.png a.png --model broken.onnx", "onnxruntime", "export"),
+        ("upscale good.png a.png --model broken.onnx", "onnxruntime", "export"),
         ("search damaged good.png --attribute colour", "faiss", "search"),
         ("fit --config minimal_vit_digits", "lightning", "train"),
         ("quickstart classify", "lightning", "all"),

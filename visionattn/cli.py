@@ -27,7 +27,7 @@ import visionattn
 from visionattn import models
 from visionattn.checkpoints import create
 from visionattn.cost import count_macs, count_parameters
-from visionattn.errors import InputError, UnknownNameError, VisionAttnError, shorten
+from visionattn.errors import InputError, UnknownNameError, VisionAttnError, require, shorten
 
 LONGEST_MESSAGE = 1000  # characters of an error, on one line
 TERMINATED = 128 + signal.SIGTERM
@@ -146,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(argv: list[str]) -> int:
     # Lightning's parser knows the options of training commands; ours only lists the commands.
     if argv and argv[0] in TRAINING:
+        for package in ("lightning", "jsonargparse"):
+            require(package, "train")
         from visionattn.train import cli as train_cli
 
         return train_cli.main(argv)
@@ -255,6 +257,8 @@ def main(argv: list[str] | None = None) -> int:
         # Without a name it is a stream that is open already.
         where = shorten(error.filename) if error.filename else "standard output, or an open file"
         code, message = 2, f"{where}: {reason.rstrip('.')}."
+    except ModuleNotFoundError as error:
+        code, message = 2, f"This needs the package {error.name!r}. Install it with: pip install 'visionattn[all]'"
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):
             raise
