@@ -152,7 +152,7 @@ MISTAKES = [
     # training
     ("fit --config lost", r"lost"),
     ("fit --config absent.yaml", r"absent\.yaml"),
-    ("fit --config notes.txt", r"these are some notes"),
+    ("fit --config notes.txt", r"notes\.txt must hold settings"),
     ("fit --config photos", r"photos"),
     ("fit --config minimal_vit_digits --trainer.max_epochs many", r"max_epochs"),
     ("fit --config minimal_vit_digits --model.name va_lost", r"va_lost"),
