@@ -177,6 +177,11 @@ def test_paths_that_cannot_be(folder):
         target_folder("file.v1", several=True)
     with pytest.raises(StorageError, match="null"):
         target_folder("a\0/b.png", several=False)
+    for name in ("", "a\0.png"):
+        with pytest.raises(StorageError, match="must not be empty"):
+            target_folder(name, several=False)
+    with pytest.raises(DataError, match="name of an input is empty"):
+        files_of("")
     with pytest.raises(DataError, match=r"no file or folder a\\x00b"):
         files_of("a\0b")
 

@@ -181,3 +181,35 @@ def test_a_broken_network_is_named():
     model.spread.weight.data[:] = float("nan")
     with pytest.raises(InputError, match="not finite"):
         upscale(picture(), model)
+
+
+def test_a_result_of_another_size_is_refused():
+    model = Repeat(2)
+    model.scale = 3
+    with pytest.raises(InputError, match=r"made \(1, 3, 40, 60\) of \(1, 3, 20, 30\); \(1, 3, 60, 90\) is required"):
+        upscale(picture(), model)
+
+
+def test_a_result_larger_than_the_memory_is_refused_before_it_is_computed(monkeypatch):
+    monkeypatch.setattr("visionattn.predict.restore.total_memory", lambda: 7199)
+    with pytest.raises(InputError, match="The result of 40 x 60 pixels takes"):
+        upscale(picture(), Repeat(2))
+    monkeypatch.setattr("visionattn.predict.restore.total_memory", lambda: 7200)
+    assert upscale(picture(), Repeat(2)).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize("memory", [float("inf"), float("nan"), 0, -1, 1e300])
+def test_absurd_memory_is_refused(memory):
+    with pytest.raises(InputError, match="memory must be more than 0 and at most"):
+        upscale(picture(), Repeat(2), memory=memory)
+
+
+def test_a_model_without_weights():
+    class Nearest(torch.nn.Module):
+        task, scale, in_chans, radius = "restore", 2, 3, 0
+
+        def forward(self, x):
+            return x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    pixels = picture()
+    np.testing.assert_array_equal(upscale(pixels, Nearest()), repeated(pixels))

@@ -131,6 +131,8 @@ def files_of(text: str, recursive: bool = False, without: Path | None = None) ->
     Raises:
         DataError: There are none.
     """
+    if not text:  # an empty variable of a shell must not stand for the working folder
+        raise DataError("The name of an input is empty.")
     path, several = Path(text), True
     left_out = ""
     if path.is_dir():
@@ -165,6 +167,8 @@ def target_folder(output: str, several: bool) -> tuple[Path, bool]:
     """
     target = Path(output)
     try:
+        if not output or "\0" in output:
+            raise ValueError("a name must not be empty, and must not hold a null byte")
         is_folder = several or target.is_dir() or output.endswith("/") or not target.suffix
         folder = target if is_folder else target.parent
         folder.mkdir(parents=True, exist_ok=True)

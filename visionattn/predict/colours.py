@@ -22,9 +22,10 @@ TOP = 99.5  # percentile that is shown as the largest, so that single wrong pixe
 
 
 def usual_top(disparity: np.ndarray) -> float:
-    """The disparity to show as the largest of a picture, or 1 where there is none."""
+    """The disparity to show as the largest of a picture, or 1 where none is above 0."""
     valid = disparity[np.isfinite(disparity)]
-    return float(np.percentile(valid, TOP)) or 1.0 if valid.size else 1.0
+    top = float(np.percentile(valid, TOP)) if valid.size else 0.0
+    return top if top > 0 else 1.0
 
 
 def disparity_colours(disparity: np.ndarray, top: float | None = None) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from visionattn.checkpoints import create
 from visionattn.errors import InputError, MissingPackageError, VisionAttnError
 from visionattn.export import OnnxModel, export_onnx
-from visionattn.predict.network import Network
+from visionattn.predict.network import Network, weight_of
 from visionattn.predict.tiles import bytes_per_pixel
 
 __all__ = ["Engine", "OnnxEngine", "TorchEngine", "check_task", "faster"]
@@ -62,7 +62,7 @@ class Engine(ABC):
     def __init__(self, model: nn.Module) -> None:
         check_task(model)
         facts: Any = model
-        weight = next(model.parameters())
+        weight = weight_of(model)
         self.scale: int = facts.scale
         self.channels: int = facts.in_chans
         self.radius: int = facts.radius

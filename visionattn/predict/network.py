@@ -9,9 +9,14 @@ from torch import Tensor, nn
 
 from visionattn.errors import InputError, explaining_memory
 
-__all__ = ["PRECISIONS", "Network"]
+__all__ = ["PRECISIONS", "Network", "weight_of"]
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def weight_of(model: nn.Module) -> Tensor:
+    """A weight, whose device and type are the model's; a number on the CPU for a model without weights."""
+    return next(model.parameters(), torch.zeros(()))
 
 
 class Network:
@@ -38,7 +43,7 @@ class Network:
             raise InputError(f"The precision is {precision!r}; there are auto, {', '.join(PRECISIONS)}.")
         if model.training:
             model = copy.deepcopy(model).eval()
-        weight = next(model.parameters())
+        weight = weight_of(model)
         self.device, own = weight.device, weight.dtype
         if precision == "auto":
             chosen = torch.float16 if self.device.type == "cuda" and own == torch.float32 else own
@@ -64,7 +69,7 @@ class Network:
         return result
 
     def _compute(self, model: nn.Module, images: tuple[Tensor, ...]) -> Tensor:
-        weight = next(model.parameters())
+        weight = weight_of(model)
         height, width = images[0].shape[-2:]
         with explaining_memory(f"{height} x {width} pixels", self._remedy):
             return model(*(image.to(weight.device, weight.dtype) for image in images)).to("cpu", images[0].dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from visionattn.errors import InputError
 from visionattn.predict.engine import Engine, TorchEngine
 from visionattn.predict.picture import Picture
-from visionattn.predict.tiles import MIB, Tile, default_memory, plan
+from visionattn.predict.tiles import MIB, Tile, default_memory, plan, total_memory
 
 __all__ = ["bleed", "restore", "tiles_of", "upscale"]
 
@@ -100,11 +100,13 @@ def restore(
         advance: Called after each tile.
 
     Raises:
-        InputError: Type, values or channels are not accepted, or the result is not finite.
+        InputError: Type, values or channels are not accepted, or the result is not finite, of another size, or larger
+            than the memory.
     """
     _check(pixels)
     height, width, channels = pixels.shape
     tiles = tiles_of(engine, height, width, overlap, memory)
+    _check_result(engine.scale * height, engine.scale * width, channels * pixels.dtype.itemsize)
     result = np.empty((engine.scale * height, engine.scale * width, channels), pixels.dtype)
     colours = _colours(channels, engine)
     colour = pixels[..., :colours]
@@ -172,6 +174,16 @@ def _check(pixels: np.ndarray) -> None:
         )
 
 
+def _check_result(height: int, width: int, bytes_each: int) -> None:
+    """Refuse a result that no memory of this machine holds: the system would end the process instead."""
+    total = total_memory()
+    if total is not None and height * width * bytes_each > total:
+        raise InputError(
+            f"The result of {height} x {width} pixels takes {height * width * bytes_each / 2**30:.1f} GiB, which is "
+            f"more than the {total / 2**30:.1f} GiB of memory of this machine: cut the picture into parts."
+        )
+
+
 def _colours(channels: int, engine: Engine) -> int:
     """How many of an image's channels are colours."""
     if channels == engine.channels or channels in (1, 3):
@@ -203,6 +215,9 @@ def _fill(
         window = torch.from_numpy(source[tile.window].astype(np.float64 if engine.dtype.itemsize == 8 else np.float32))
         image = (window / peak).movedim(-1, 0)[None]  # (1, C, h, w)
         result = _apply(engine, image)
+        expected = (*image.shape[:2], engine.scale * image.shape[2], engine.scale * image.shape[3])
+        if tuple(result.shape) != expected:
+            raise InputError(f"The network made {tuple(result.shape)} of {tuple(image.shape)}; {expected} is required.")
         if not result.isfinite().all():
             raise InputError("The network's result is not finite: its weights are broken, or are not for this task.")
         if bounded:

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visionattn.errors import InputError
+from visionattn.predict.network import weight_of
 
-__all__ = ["MIB", "WORKSPACE", "Tile", "bytes_per_pixel", "default_memory", "free_memory", "plan"]
+__all__ = ["MIB", "WORKSPACE", "Tile", "bytes_per_pixel", "default_memory", "free_memory", "plan", "total_memory"]
 
 MIB = 2**20
 # A convolution keeps copies of its input and output in a layout of its own. Process memory beside the live tensors was
@@ -129,7 +130,7 @@ def bytes_per_pixel(model: nn.Module, channels: int, side: int = PROBE, views: i
         side: Height and width of the small pass.
         views: How many images the network takes; a pixel is one place in all of them.
     """
-    weight = next(model.parameters())
+    weight = weight_of(model)
     shape = (1, channels, side, side)
     with _LiveTensors(model) as live:
         model(*[torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(views)])
@@ -142,6 +143,14 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def total_memory() -> int | None:
+    """Bytes of memory that the machine has; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
 
