@@ -42,6 +42,7 @@ from visionattn.train.configuration import (
     check_numbers,
     explain,
     explain_option,
+    missing_package,
     read_file,
     use_bounded_yaml,
     with_recipe,
@@ -329,11 +330,13 @@ class TrainCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            ckpt_path = self._get(self.config_init, "ckpt_path")
-            if ckpt_path is None or self._announcement.has_begun or _explained(error) is not None:
+            if self._announcement.has_begun or _explained(error) is not None:
                 raise
+            ckpt_path = self._get(self.config_init, "ckpt_path")
             reason = f"{type(error).__name__}: {shorten(error, 200)}"
-            raise CheckpointError(f"The checkpoint {shorten(ckpt_path)} cannot be restored ({reason}).") from error
+            if ckpt_path is None:
+                raise ConfigError(f"The run could not begin ({reason}).") from error
+            raise CheckpointError(f"The run could not begin from {shorten(ckpt_path)} ({reason}).") from error
         finally:
             if subcommand == "fit":
                 _remove_unused(self.trainer)
@@ -389,6 +392,8 @@ def _explained(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, (VisionAttnError, MisconfigurationException)):
             return str(error)
+        if message := missing_package(error):
+            return message
         if isinstance(error, torch.OutOfMemoryError):
             return "There is not enough memory on the device: set data.batch_size lower, or the images' size."
         if isinstance(error, MemoryError):

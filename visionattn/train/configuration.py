@@ -15,10 +15,21 @@ import jsonargparse
 import yaml
 from jsonargparse import _loaders_dumpers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.enums import StrEnum
 
 from visionattn.errors import ConfigError, VisionAttnError, shorten
 
-__all__ = ["DEFAULT_RECIPE", "check_numbers", "check_text", "explain", "read_file", "use_bounded_yaml", "with_recipe"]
+__all__ = [
+    "DEFAULT_RECIPE",
+    "check_numbers",
+    "check_text",
+    "explain",
+    "explain_option",
+    "missing_package",
+    "read_file",
+    "use_bounded_yaml",
+    "with_recipe",
+]
 
 DEFAULT_RECIPE = "classify/minimal_vit_folder"
 """What trains on a folder of images where no recipe is named."""
@@ -103,6 +114,8 @@ def use_bounded_yaml() -> None:
         return _loaders_dumpers.yaml_load(text)
 
     jsonargparse.set_loader("yaml", load, exceptions=(yaml.YAMLError,))
+    # Defaults of Lightning's callbacks are such texts, which a run's config.yaml must be able to hold.
+    yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, text: dumper.represent_str(text.value))
 
 
 def check_numbers(settings: Any, name: str = "") -> None:
@@ -136,6 +149,17 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def missing_package(error: BaseException) -> str | None:
+    """What to install, where an error says that a package is missing."""
+    required = re.search(r"Requirement '([A-Za-z][\w.-]*)[^']*' not met", str(error))
+    package = required[1] if required else None
+    if package is None and isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+    if package in (None, "visionattn"):
+        return None
+    return f"This needs the package {package!r}, which is not installed: pip install {package}"
+
+
 def explain(error: BaseException) -> str:
     """Why a configuration cannot be used, in one line.
 
@@ -145,11 +169,8 @@ def explain(error: BaseException) -> str:
     for cause in _chain(error):
         if isinstance(cause, (VisionAttnError, MisconfigurationException)):
             return str(cause)
-        if isinstance(cause, ModuleNotFoundError) and cause.name and not cause.name.startswith("visionattn"):
-            package = cause.name.partition(".")[0]
-            return f"This needs the package {package!r}, which is not installed: pip install {package}"
-        if required := re.search(r"Requirement '([A-Za-z][\w.-]*)[^']*' not met", str(cause)):
-            return f"This needs the package {required[1]!r}, which is not installed: pip install {required[1]}"
+        if message := missing_package(cause):
+            return message
     if isinstance(error, RecursionError):
         return "The configuration is nested too deeply, or contains itself."
     causes = [cause for cause in _chain(error) if str(cause)]
@@ -159,10 +180,11 @@ def explain(error: BaseException) -> str:
 def _plain(text: str) -> str:
     """Jsonargparse's message without its tree of types."""
     noise = r"does not validate against|subtypes:|errors:|given value|expected a <class 'nonetype'>"
-    noise += "|expected a path but"
     lines = [re.sub(r"^[\s-]*-\s+", "", line).strip() for line in text.splitlines()[:200]]
     lines = [line for line in dict.fromkeys(lines) if line and not re.match(noise, line, re.IGNORECASE)]
-    text = " ".join(lines)
+    text = re.sub(
+        r"Expected a path but (.*?) either not accessible or invalid", r"'\1' cannot be used.", " ".join(lines)
+    )
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     text = re.sub(r"Parser key \"(\w+)\": Problem with given class_path '[^']+': Parser key \"", r'"\1.', text)
     return shorten(text, 400)
@@ -185,7 +207,7 @@ def explain_option(error: Exception, args: Sequence[str], settings: Collection[s
     if option is None or command is None:
         return message
     unknown = next(group for group in option.groups() if group)
-    section = re.search(r'Parser key "(\w+)"', text)
+    section = re.match(r'\s*Parser key "(\w+)"', text)
     class_path = re.search(r"class_path '([^']+)'", text)
     known, prefix = list(settings), ""
     if section and class_path:
