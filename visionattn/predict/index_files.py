@@ -143,7 +143,7 @@ def read_vectors(folder: Path, manifest: dict[str, Any], number: int) -> np.ndar
     except (OSError, ValueError, OverflowError) as error:
         raise DataError(f"Could not read {shorten(path)}: {getattr(error, 'strerror', None) or error}.") from error
     checksum = manifest.get("checksums", {}).get(name)
-    if checksum is not None and zlib.crc32(vectors) != checksum:
+    if checksum is not None and zlib.crc32(vectors.data) != checksum:
         raise DataError(f"{shorten(path)} is damaged: its checksum is wrong. Index the images again.")
     for start in range(0, count, ROWS):
         rows = vectors[start : start + ROWS]
@@ -175,7 +175,7 @@ def stage(output: Path, vectors: np.ndarray, manifest: dict[str, Any]) -> None:
     manifest["checksums"] = {}
     for number, name in enumerate(vector_files(manifest)):
         own = np.ascontiguousarray(vectors[:, number], "<f4")
-        manifest["checksums"][name] = zlib.crc32(own)
+        manifest["checksums"][name] = zlib.crc32(own.data)
         with atomic_path(new / name) as temporary, temporary.open("wb") as file:
             file.write(_header(*own.shape))
             file.write(own.data)
@@ -251,7 +251,7 @@ def write_block(output: Path, number: int, identity: str, block: Block) -> None:
 
 
 def _block_checksum(described: str, vectors: np.ndarray) -> str:
-    return f"{zlib.crc32(vectors, zlib.crc32(described.encode())):08x}"
+    return f"{zlib.crc32(vectors.data, zlib.crc32(described.encode())):08x}"
 
 
 def read_blocks(output: Path, identity: str) -> Iterator[tuple[int, Block]]:
