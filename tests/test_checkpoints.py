@@ -1,5 +1,8 @@
 """`visionattn.load`: which model does a weight file belong to?"""
 
+import json
+import time
+
 import pytest
 import timm
 import torch
@@ -7,7 +10,7 @@ from safetensors.torch import save_file
 
 import visionattn
 from models.contract import build
-from visionattn.errors import CheckpointError, ConfigError, UnknownNameError
+from visionattn.errors import CheckpointError, ConfigError, InputError, UnknownNameError
 
 
 @pytest.mark.parametrize(
@@ -83,3 +86,85 @@ def test_buffers_that_no_file_has_are_made_again(name, assign):
             buffer.fill_(3)
     empty.load_state_dict(model.state_dict(), assign=assign)
     assert torch.equal(empty.eval()(x), model(x))
+
+
+def test_counters_of_batch_norm_may_be_missing(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    save_file(state, tmp_path / "w.safetensors")
+    x = torch.randn(1, 3, 64, 64)
+    loaded = visionattn.load(tmp_path / "w.safetensors", "test_resnet", num_classes=3)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_diverged_are_refused(tmp_path, value):
+    model, _ = build("va_minimal_vit_nano_patch7_28")
+    model.head.weight.data[0, 0] = value
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"w\.pt holds NaN or infinite values.*head\.weight"):
+        visionattn.load(tmp_path / "w.pt", "va_minimal_vit_nano_patch7_28")
+    with pytest.raises(CheckpointError, match=r"holds NaN or infinite values"):
+        visionattn.checkpoints.create("va_minimal_vit_nano_patch7_28", checkpoint_path=tmp_path / "w.pt")
+
+
+def test_files_that_checkpoint_path_names():
+    create = visionattn.checkpoints.create
+    with pytest.raises(CheckpointError, match=r"There is no file nowhere\.pth, which checkpoint_path names"):
+        create("va_minimal_vit_nano_patch7_28", checkpoint_path="nowhere.pth")
+
+
+@pytest.mark.parametrize("config", [[1], {}, {"architecture": 3}, {"architecture": "va_span_ch26_x2", "model_args": 3}])
+def test_folders_that_save_for_hf_did_not_write(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"The model 'local-dir:.*' could not be loaded"):
+        visionattn.load(tmp_path)
+    for name in ("local-dir:", "hf-hub:  "):
+        with pytest.raises(UnknownNameError, match="names nothing"):
+            visionattn.checkpoints.create(name)
+
+
+def test_mistakes_within_a_constructor_are_told_as_such():
+    with pytest.raises(ConfigError, match=r"cannot be built with depth='x': TypeError: unsupported operand"):
+        visionattn.checkpoints.create("va_minimal_vit_nano_patch7_28", depth="x")
+    with pytest.raises(ConfigError, match=r"cannot be built with num_heads=5"):
+        visionattn.checkpoints.create("va_minimal_vit_nano_patch7_28", num_heads=5)
+
+
+def test_published_weights_of_another_number_of_channels():
+    with pytest.raises(
+        InputError, match=r"weights of va_span_ch26_x2 are for images of 3 channels, but got in_chans=1"
+    ):
+        timm.create_model("va_span_ch26_x2", pretrained=True, in_chans=1)
+
+
+def test_a_network_that_cannot_be_reached_is_one_line_at_once(monkeypatch, tmp_path):
+    def unreachable(*args):
+        raise OSError(-2, "Name or service not known")
+
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"'test_vit' could not be downloaded: .* cannot be reached \(Name or"):
+        visionattn.checkpoints.create("test_vit", pretrained=True, cache_dir=str(tmp_path))
+    assert time.monotonic() - start < 5
+
+
+def test_zero_element_tensors_do_not_build_a_giant(tmp_path):
+    state = timm.create_model("va_match_stereo_nano").state_dict()
+    for stage in range(4):
+        for key in list(state):
+            if key.startswith(f"encoder.stages.{stage}."):
+                state[key] = torch.empty(10**7, 0)
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"far larger than the file|does not fit"):
+        visionattn.load(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("damage", [{"head.proj.weight": None}, {"attribute_names": torch.ones(3)}])
+def test_damaged_retrieval_weights(tmp_path, damage):
+    state = timm.create_model("va_cca", backbone="test_vit", attributes=["colour"], embed_dim=8).state_dict()
+    state = {key: damage.get(key, value) for key, value in state.items()}
+    torch.save({key: value for key, value in state.items() if value is not None}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"w\.pt: .*(of its head are missing|attribute_names is damaged)"):
+        visionattn.load(tmp_path / "w.pt")

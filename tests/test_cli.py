@@ -128,3 +128,10 @@ def test_streams_that_take_nothing(closed, target, told):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stderr == told
     assert done.returncode == 0
+
+
+def test_show_takes_names_of_timm(capsys):
+    assert main(["show", "test_resnet"]) == 0
+    shown = capsys.readouterr().out
+    for fact in ("test_resnet", "classify", "3 x 160 x 160", "not stated"):
+        assert fact in shown

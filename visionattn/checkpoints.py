@@ -132,8 +132,8 @@ def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Mod
         state = weights.unwrap(content)
         args = {**cca.settings(state), **model_args}
         published = None if card else span.identify(state) or match_stereo.identify(state, name)
-    if card is not None and name in (None, card.name):
-        name, args = card.name, {**card.model_args, **args}
+    if card is not None and (name is None or name.split(".")[0] == card.name.split(".")[0]):
+        name, args = name or card.name, {**card.model_args, **args}
     elif name is None:
         name, settings = published or _identify(path, state)
         args = {**settings, **args}
@@ -166,13 +166,19 @@ def _read(path: Path) -> tuple[dict[str, Any], Card | None]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Let errors say which file they are of."""
+    """Let errors say which file they are of, and what damaged weights cause be one line."""
     try:
         yield
     except VisionAttnError as error:
         if str(path) in str(error):
             raise
         raise CheckpointError(f"{shorten(path)}: {error}") from error
+    except Exception as error:
+        # What tells layouts apart looks at shapes that a damaged file need not have.
+        reason = f"{type(error).__name__}: {shorten(error)}"
+        raise CheckpointError(
+            f"{shorten(path)} is damaged: its weights have no shapes of a network ({reason})."
+        ) from error
 
 
 def load_weights(model: nn.Module, path: str | Path, drop_classifier: bool = False) -> None:
@@ -215,8 +221,9 @@ def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str
     Raises:
         CheckpointError: They do not fit it; the first mismatches are named.
     """
-    for family in (span, match_stereo):
-        state = family.adapt(state, own)
+    with _naming(Path(source)):
+        for family in (span, match_stereo):
+            state = family.adapt(state, own)
     if wrong := weights.mismatches(state, own):
         raise CheckpointError(f"{shorten(source)} does not fit {name}: {weights.name_some(wrong)}.")
     return dict(state)
@@ -310,8 +317,8 @@ def _identify(path: Path, state: dict[str, Tensor]) -> tuple[str, dict[str, Any]
         try:
             with torch.device("meta"), _bounded(state):
                 wanted = timm.create_model(name, **settings).state_dict()
-        except (RuntimeError, ValueError, _TooLarge):  # such a number of classes or channels cannot be built
-            continue
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError, _TooLarge):
+            continue  # such a number of classes or channels cannot be built
         wrong = weights.mismatches(state, wanted)
         nearest.append((len(wrong), name, wrong))
         if not wrong:

@@ -22,6 +22,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 
 import visionattn
 from visionattn import models
@@ -39,18 +40,28 @@ TRAINING = {
 }
 
 
+def _outline(name: str) -> nn.Module:
+    """A model without memory."""
+    if name in models.names():
+        return create(name, device="meta")
+    with torch.device("meta"):
+        return create(name)
+
+
 def _facts(name: str) -> dict[str, str]:
     """What the zoo's table says of a model."""
-    model: Any = create(name, device="meta")
+    model: Any = _outline(name)
     config = model.pretrained_cfg
     size = tuple(config["input_size"])
     images = [size] * len(getattr(model, "input_names", ("image",)))
     return {
-        "task": model.task,
+        "task": getattr(model, "task", "classify" if model.num_classes else "features"),
         "parameters": f"{count_parameters(model) / 1e6:.2f} M",
         "MACs": f"{count_macs(model, *images) / 1e6:,.1f} M",
         "input": " x ".join(map(str, size)),
-        "weights": config["tag"] if config.get("url") or config.get("file") or config.get("hf_hub_id") else "none",
+        "weights": config.get("tag", "published")
+        if config.get("url") or config.get("file") or config.get("hf_hub_id")
+        else "none",
     }
 
 
@@ -68,23 +79,27 @@ def _list(args: argparse.Namespace, console: Console) -> None:
 
 
 def _show(args: argparse.Namespace, console: Console) -> None:
-    model: Any = create(args.name, device="meta")
+    if Path(args.name).is_file():
+        raise InputError(f"{shorten(args.name)} is a file: show takes the name of a model.")
+    model: Any = _outline(args.name)
     config = model.pretrained_cfg
     documentation = inspect.getdoc(type(model)) or ""
     table = Table(title=args.name, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
     table.add_row("what", documentation.split("\n\n")[0].replace("\n", " "))
-    if name := getattr(sys.modules[type(model).__module__], args.name, None):
-        table.add_row("variant", inspect.getdoc(name) or "")
+    name = args.name.split(".")[0]
+    if variant := getattr(sys.modules[type(model).__module__], name, None):
+        table.add_row("variant", inspect.getdoc(variant) or "")
     for key, value in _facts(args.name).items():
         table.add_row(key, value)
     table.add_row("mean, std", f"{tuple(config['mean'])}, {tuple(config['std'])}")
-    table.add_row(
-        "image sizes", "fixed" if config.get("fixed_input_size") else f"any multiple of {model.size_multiple}"
-    )
-    table.add_row("paper", f"{config.get('paper_name')} ({config.get('paper_ids')})")
-    table.add_row("licence", str(config.get("license")))
+    multiple = getattr(model, "size_multiple", None)
+    sizes = "not stated" if multiple is None else f"any multiple of {multiple}"
+    table.add_row("image sizes", "fixed" if config.get("fixed_input_size") else sizes)
+    if config.get("paper_name") or config.get("paper_ids"):
+        table.add_row("paper", f"{config.get('paper_name')} ({config.get('paper_ids')})")
+    table.add_row("licence", str(config.get("license") or "not stated"))
     table.add_row("in Python", f'import timm, visionattn; timm.create_model("{args.name}")')
     table.add_row("to ONNX", f"visionattn export {args.name} --output model.onnx")
     console.print(table)

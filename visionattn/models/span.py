@@ -303,6 +303,10 @@ def build(network: type[Network], name: str, pretrained: bool, settings: dict[st
     """
     if settings.get("num_classes"):
         raise TypeError(f"{name} upscales and has no classes, but got num_classes={settings['num_classes']}.")
+    channels = {key: settings.get(key) for key in ("in_chans", "out_chans")}
+    if pretrained and any(count not in (None, 3) for count in channels.values()):
+        given = ", ".join(f"{key}={count}" for key, count in channels.items() if count is not None)
+        raise InputError(f"The weights of {name} are for images of 3 channels, but got {given}: build it without them.")
     return build_model_with_cfg(network, name, pretrained, kwargs_filter=("num_classes",), **settings)
 
 

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionattn.errors import CheckpointError
+
 __all__ = ["NAMES", "decode_names", "encode_names", "settings"]
 
 NAMES = "attribute_names"
+_MOST_BYTES = 2**20
 # A weight that no other head has.
 HEADS = {
     "cca": "head.blocks.0.query.weight",
@@ -31,14 +34,30 @@ def encode_names(names: Sequence[str]) -> Tensor:
 
 
 def decode_names(encoded: Tensor) -> tuple[str, ...]:
-    """Read names back."""
-    return tuple(json.loads(bytes(encoded.tolist()).decode()))
+    """Read names back.
+
+    Raises:
+        CheckpointError: They are damaged.
+    """
+    try:
+        names = json.loads(bytes(encoded[:_MOST_BYTES].tolist()).decode())
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return tuple(names)
+    except (TypeError, ValueError, RecursionError):  # no bytes, no UTF-8, no JSON
+        pass
+    raise CheckpointError(f"The entry {NAMES} is damaged: it must hold a list of names.")
 
 
 def settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of the model that a state dict tells: attributes, head and width; none for that of another family."""
+    """Arguments of the model that a state dict tells: attributes, head and width; none for that of another family.
+
+    Raises:
+        CheckpointError: It is of this family, but damaged.
+    """
     if NAMES not in state:
         return {}
-    head = next(kind for kind, key in HEADS.items() if key in state)
-    embed_dim = state["head.table.rows.0" if head == "linear" else "head.proj.weight"].shape[0]
-    return {"attributes": list(decode_names(state[NAMES])), "head": head, "embed_dim": embed_dim}
+    head = next((kind for kind, key in HEADS.items() if key in state), None)
+    width = state.get("head.table.rows.0" if head == "linear" else "head.proj.weight")
+    if head is None or width is None or not width.ndim:
+        raise CheckpointError("The weights look like a retrieval model's, but those of its head are missing.")
+    return {"attributes": list(decode_names(state[NAMES])), "head": head, "embed_dim": width.shape[0]}

@@ -134,7 +134,7 @@ def identify(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
 def _ends(own: Mapping[str, Tensor], layer: str) -> tuple[int, int]:
     """Input and output channels of a layer, in branches or one."""
     for name in (f"{layer}.weight", f"{layer}.conv.weight", f"{layer}.skip.weight"):
-        if name in own:
+        if name in own and own[name].ndim == 4:
             return own[name].shape[1], own[name].shape[0]
     raise CheckpointError(f"The weights look like a SPAN's, but those of {layer} are missing.")
 
