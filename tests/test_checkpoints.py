@@ -127,8 +127,8 @@ def test_folders_that_save_for_hf_did_not_write(tmp_path, config):
 def test_mistakes_within_a_constructor_are_told_as_such():
     with pytest.raises(ConfigError, match=r"cannot be built with depth='x': TypeError: unsupported operand"):
         visionattn.checkpoints.create("va_minimal_vit_nano_patch7_28", depth="x")
-    with pytest.raises(ConfigError, match=r"cannot be built with num_heads=5"):
-        visionattn.checkpoints.create("va_minimal_vit_nano_patch7_28", num_heads=5)
+    with pytest.raises(ConfigError, match=r"'test_vit' cannot be built with num_heads=5: "):
+        visionattn.checkpoints.create("test_vit", num_heads=5)
 
 
 def test_published_weights_of_another_number_of_channels():

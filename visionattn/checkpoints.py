@@ -229,7 +229,7 @@ def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str
     return dict(state)
 
 
-class _TooLarge(Exception):
+class _TooLarge(CheckpointError):
     """A model is larger than the file that it was to be built for."""
 
 
