@@ -350,6 +350,12 @@ def test_a_report_of_another_run_is_not_replaced(images, done, tmp_path, capsys)
     (out / "results.json").write_text("{")
     assert main(tiny(images, out, "--lrs", "0.2")) == 2
     assert "a report that cannot be read" in capsys.readouterr().err
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "report.md").write_text("mine")
+    assert main(tiny(images, own)) == 2
+    assert "holds a file report.md" in capsys.readouterr().err
+    assert (own / "report.md").read_text() == "mine"
 
 
 def test_by_default_each_pair_of_weights_and_images_has_its_folder(images, done, tmp_path, monkeypatch):

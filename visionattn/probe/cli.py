@@ -173,7 +173,7 @@ def _probe(args: argparse.Namespace) -> int:
     args.cache = args.cache or args.output / "features"
     plan, command = work.plan(specs), _command_line(args)
     check_report(args.output, plan, command, work.weights, images, args.overwrite)
-    for words in images.told:
+    for words in (*images.told, *images.left_out):
         console.print(words)
     with one_writer(args.output):
         return _report(args, work, specs, notes, plan, command, (weights, licence))
@@ -231,7 +231,7 @@ def _report(
         held_out=held_out,
         sweep=found,
         seconds={"tokens": work.state.seconds["tokens"], "heads": found.seconds},
-        notes=[*notes, *images.told, *found.notes],
+        notes=[*notes, *images.left_out, *found.notes],
         skipped=work.skipped,
         plan=plan,
     )

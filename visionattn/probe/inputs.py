@@ -49,7 +49,8 @@ class Images:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    told: list[str] = field(default_factory=list)  # what the parts hold, and what was left out of folders
+    told: list[str] = field(default_factory=list)  # what the splits hold
+    left_out: list[str] = field(default_factory=list)  # what lies in folders and is not read
 
     @property
     def transform(self) -> str:
@@ -182,12 +183,12 @@ def read_images(args: argparse.Namespace, config: dict[str, Any]) -> Images:
     told = [f"Training images: {data.describe('train')}.", f"Test images: {data.describe('test')}."]
     if val.digest != test.digest:
         told.insert(1, f"Validation images, which train too: {data.describe('val')}.")
-    told += [f"Left out of {words}." for words in data.left_out()]
+    left_out = [f"Left out of {words}." for words in data.left_out()]
     # A validation part that does not test is more training images; some of all of them are held out to choose.
     if val.digest != test.digest:
         digest = hashlib.sha256((train.digest + val.digest).encode()).hexdigest()
         train = Part(ConcatDataset([train.dataset, val.dataset]), train.names + val.names, digest)
-    return Images(train, test, tuple(classes), size, mean, std, told)
+    return Images(train, test, tuple(classes), size, mean, std, told, left_out)
 
 
 def _part(dataset: Any) -> Part:

@@ -17,6 +17,7 @@ from visionattn.probe.inputs import Images
 __all__ = ["check_report", "default_output"]
 
 _ROOT = Path("runs/probe")
+_FILES = ("report.html", "report.md", "results.csv", "layers.svg", "few_shot.svg", "heads", "maps")
 _LONGEST = 150  # letters of a folder's name before its hash
 
 
@@ -82,9 +83,14 @@ def check_report(folder: Path, plan: str, command: str, weights: str, images: Im
         InputError: The folder holds another report and `overwrite` was not given, or it cannot be a folder.
     """
     check_folder(folder)
-    if overwrite or not (folder / "results.json").exists():
+    if overwrite:
         return
     way = "Give --overwrite to replace it, or name another folder by --output."
+    if not (folder / "results.json").exists():
+        others = [name for name in _FILES if (folder / name).exists()]
+        if others and not (folder / "state").exists():  # a run that was stopped has its state there
+            raise InputError(f"{shorten(folder)} holds a file {others[0]} that is not of a report. {way}")
+        return
     try:
         found = _read_report(folder)
     except DataError as error:
