@@ -50,6 +50,29 @@ def test_sub_folders_are_mirrored(folder):
     np.testing.assert_array_equal(np.asarray(Image.open(folder / "out/day/one/a.png")), repeated(pixels))
 
 
+def test_outputs_replace_no_input(folder, capsys):
+    save(folder / "in/a.gif", picture(channels=1)[:, :, 0])
+    pixels = save(folder / "in/a.png")
+    os.symlink(folder / "in/a.png", folder / "linked.png")
+    assert upscale("in", "in", "--overwrite") == 1
+    assert upscale("in/a.png", "linked.png", "--overwrite") == 1
+    told = capsys.readouterr().out
+    assert "in/a.gif: the output would replace another input, in/a.png" in told
+    assert told.count("the output would replace the input") == 2
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "in/a.png")), pixels)
+
+
+def test_symbolic_links_that_lead_nowhere(folder, capsys):
+    save(folder / "in/a.png")
+    os.symlink("loop.png", folder / "in/loop.png")
+    os.symlink("gone.png", folder / "in/lost.png")
+    assert upscale("in", "in/out") == 1
+    assert upscale("in/a.png", "in/loop.png") == 1
+    told = capsys.readouterr().out
+    assert "unexpected" not in told
+    assert "wrote in/out/a.png" in told
+
+
 def test_formats_that_are_read_but_not_written_become_png(folder):
     for name in ("a.gif", "b.ppm", "c.bmp", "d.pgm"):
         save(folder / "in" / name, picture(channels=1)[:, :, 0])

@@ -140,8 +140,9 @@ def files_of(text: str, recursive: bool = False, without: Path | None = None) ->
         found = listing.files + listing.left_out.pop("unreadable", [])
         pipes = listing.left_out.get("not a regular file", [])
         found += [other for other in pipes if other.suffix.lower() in TAKEN]
-        if without is not None and without.resolve() != path.resolve():
-            found = [file for file in found if without.resolve() not in file.resolve().parents]
+        apart = None if without is None else os.path.realpath(without)
+        if apart is not None and apart != os.path.realpath(path):
+            found = [file for file in found if Path(apart) not in Path(os.path.realpath(file)).parents]
         found.sort()
         left_out = listing.describe_left_out()
     elif path.exists():
@@ -201,7 +202,8 @@ def run(
         0 when every output was written or skipped as asked, 1 when some were not.
     """
     failed: list[str] = []
-    written: set[Path] = set()
+    written: set[str] = set()
+    inputs = {os.path.realpath(path) for job in jobs for path in job.sources if "\0" not in str(path)}
     console = Console(highlight=False, markup=False, soft_wrap=True)
     columns = (
         TextColumn("{task.description}", markup=False),  # a file name may look like markup
@@ -215,9 +217,9 @@ def run(
             bar = Bar(progress, progress.add_task(shorten(job.source.name, 40), total=None), _shown(job.source))
             try:
                 notes = None
-                if not _is_done(job, VIDEOS if job.is_video else writable, written, args):
+                if not _is_done(job, VIDEOS if job.is_video else writable, inputs, written, args):
                     notes = work(job, bar, len(jobs) - number)
-                    written |= {job.target, *job.also}
+                    written |= {os.path.realpath(path) for path in (job.target, *job.also)}
             except Exception as error:
                 # A fault of ours must not end the folder either.
                 failed.append(_shown(job.source))
@@ -256,19 +258,25 @@ def _reason(job: Job, error: Exception) -> str:
     return f"{source}: unexpected {type(error).__name__} at {where}, please report it: {shorten(error, 300)}"
 
 
-def _is_done(job: Job, known: tuple[str, ...], written: set[Path], args: argparse.Namespace) -> bool:
-    """Whether the result exists and shall stay; raises where the job cannot be done."""
+def _is_done(job: Job, known: tuple[str, ...], inputs: set[str], written: set[str], args: argparse.Namespace) -> bool:
+    """Whether the result exists and shall stay; raises where the job cannot be done.
+
+    `inputs` and `written` are the files of all jobs, without symbolic links.
+    """
     for path in job.sources:
         _check_source(path)
     source, target = _shown(job.source), _shown(job.target)
     if job.target.suffix.lower() not in known:
         raise InputError(f"{source}: cannot write {target}: its suffix is none of {', '.join(known)}.")
-    if {path.resolve() for path in (job.target, *job.also)} & {path.resolve() for path in job.sources}:
-        raise InputError(f"{source}: the output would replace the input: name another.")
+    for path in (job.target, *job.also):
+        if os.path.realpath(path) in inputs:
+            own = os.path.realpath(path) in {os.path.realpath(own) for own in job.sources}
+            replaced = "the input" if own else f"another input, {_shown(path)}"
+            raise InputError(f"{source}: the output would replace {replaced}: name another.")
     if job.target.exists() and args.skip_existing and not args.overwrite:
         return True
     for path in (job.target, *job.also):
-        if path in written:
+        if os.path.realpath(path) in written:
             raise InputError(f"{source}: {_shown(path)} was written already, from another input of that name.")
         # What stands next to a missing target is left from a run that was stopped.
         if path.is_file() and not (args.overwrite or args.skip_existing):

@@ -126,7 +126,7 @@ def run_search(args: argparse.Namespace) -> int:
     if os.path.realpath(args.image) in map(os.path.realpath, (args.output, described)):
         raise InputError(f"The output would replace the query image {shorten(args.image)}. Name another --output.")
     query = read_upright(args.image)
-    name = args.model or index.manifest["model"]
+    name = index.manifest["model"] if args.model is None else args.model
     model = _open(name)
     index.check(model, name)
     copies = [] if args.include_query else index.copies_of(args.image)

@@ -106,7 +106,7 @@ def _comparison(target: Path) -> Path:
 
 
 def _engine(args: argparse.Namespace) -> Engine:
-    name = args.model or default_name(args.scale or 4)
+    name = default_name(args.scale or 4) if args.model is None else args.model
     path = Path(name)
     engine: Engine
     if path.suffix.lower() == ".onnx":
