@@ -101,10 +101,7 @@ def read_upright(path: str | Path) -> Image.Image:
         DataError: It is not there, no image, or damaged.
         InputError: Its pixels have no known range.
     """
-    path = Path(path)
-    if os.path.lexists(path) and not path.is_file():  # a pipe would wait for its writer for ever
-        raise DataError(f"Could not read the image {shorten(path)}: it is not a regular file.")
-    pixels = picture.read(path).pixels
+    pixels = picture.read(Path(path)).pixels
     if pixels.dtype == np.uint16:
         pixels = np.rint(pixels / np.float32(257)).astype(np.uint8)
     if pixels.shape[2] in (2, 4):
