@@ -240,7 +240,8 @@ class AttributeRetrieval(nn.Module):
         x = self.backbone.forward_features(x)
         if x.ndim == 4:
             last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
-            x = x.flatten(1, 2) if last else x.flatten(2).transpose(1, 2)
+            # Not x.flatten(2).transpose(1, 2): its gradient of one image has strides that PyTorch's batch norm misreads.
+            x = (x if last else x.permute(0, 2, 3, 1)).flatten(1, 2)
         return x
 
     def forward(self, x: torch.Tensor, conditions: torch.Tensor | Iterable[str | int] | None = None) -> torch.Tensor:
