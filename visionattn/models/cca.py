@@ -240,7 +240,7 @@ class AttributeRetrieval(nn.Module):
         x = self.backbone.forward_features(x)
         if x.ndim == 4:
             last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
-            # Not x.flatten(2).transpose(1, 2): its gradient of one image has strides that PyTorch's batch norm misreads.
+            # After flatten(2).transpose(1, 2) the gradient of one image has strides that PyTorch's batch norm misreads.
             x = (x if last else x.permute(0, 2, 3, 1)).flatten(1, 2)
         return x
 
