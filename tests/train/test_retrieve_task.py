@@ -226,7 +226,7 @@ def test_checkpoints_of_others_are_refused(tmp_path):
     made.on_load_checkpoint(saved)
     with pytest.raises(CheckpointError, match="trained on the attributes colour, kind; the data have kind, colour"):
         task(attributes=dict(reversed(VALUES.items()))).on_load_checkpoint(saved)
-    with pytest.raises(CheckpointError, match=r"does not fit 'toy_conditional': .* and 1 more"):
+    with pytest.raises(CheckpointError, match=r"does not fit the model 'toy_conditional': .* and 1 more"):
         task(model_args={"embed_dim": 4}).on_load_checkpoint(saved)
     with pytest.raises(CheckpointError, match="is of the model 'toy_conditional'"):
         reid().on_load_checkpoint(saved)

@@ -151,7 +151,9 @@ def test_checkpoints_of_others_are_refused():
     made = task()
     saved = {"hyper_parameters": dict(made.hparams), "state_dict": made.state_dict()}
     made.on_load_checkpoint(saved)
-    with pytest.raises(CheckpointError, match="on the attributes class, closure, gender, heel; the data have heel"):
+    with pytest.raises(
+        CheckpointError, match=r"on the attributes class, closure, gender and 1 more; the data have heel"
+    ):
         task(attributes=dict(reversed(CONDITIONS.items()))).on_load_checkpoint(saved)
 
 
