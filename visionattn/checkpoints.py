@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, Vi
 from visionattn.hub import quick_when_offline
 from visionattn.weights import cca, match_stereo, span
 
-__all__ = ["create", "load", "load_weights", "read_card"]
+__all__ = ["create", "create_pretrained", "load", "load_weights", "read_card"]
 
 _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -94,6 +94,36 @@ def _explained(name: str, pretrained: bool, model_args: Mapping[str, Any], error
     arguments = ", ".join(f"{key}={shorten(repr(value), 40)}" for key, value in list(given.items())[:8])
     kind = "" if isinstance(error, (ValueError, AssertionError)) else f"{type(error).__name__}: "
     return ConfigError(f"The model {shown!r} cannot be built with {arguments}: {kind}{first}.")
+
+
+def create_pretrained(name: str, check: Callable[[nn.Module], None] | None = None) -> nn.Module:
+    """A model with its published weights, ready for inference.
+
+    Args:
+        name: Name in timm's registry, or `hf-hub:REPOSITORY` or `local-dir:FOLDER`.
+        check: Raises an error for a model that does something else; before weights are downloaded, where it can be.
+
+    Raises:
+        UnknownNameError: No model has that name.
+        CheckpointError: No weights are published for it, or they could not be downloaded.
+    """
+    hosted = name.startswith(_SOURCES)
+    if not hosted:
+        _check_name(name)
+        try:
+            config: Any = timm.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            hint = "Leave out the part after the dot for the default weights."
+            raise UnknownNameError(f"{shorten(error)} {hint}") from error
+        if check is not None:
+            with torch.device("meta"):
+                check(create(name))
+        if config is None or not config.has_weights:
+            raise CheckpointError(f"No weights are published for {shorten(name)}: give a weight file.")
+    model = create(name, pretrained=True)
+    if hosted and check is not None:
+        check(model)
+    return model.eval()
 
 
 def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 
 from visionattn import cli
 from visionattn.data.disparity import write_disparity
-from visionattn.errors import CheckpointError, ConfigError, DataError, InputError, MissingPackageError
+from visionattn.errors import ConfigError, DataError, InputError, MissingPackageError
 from visionattn.evaluate import disparity_errors, stereo_matching
 from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.evaluate.stereo import BASELINES
@@ -139,7 +139,11 @@ def test_wrong_input(scenes, monkeypatch):
         (lambda: stereo_matching([], scenes, baseline="bm"), ConfigError, "There is no baseline 'bm'"),
         (lambda: stereo_matching(Red(), scenes, dtype="int8"), ConfigError, "There is no dtype 'int8'"),
         (lambda: stereo_matching(nn.Linear(1, 1), scenes), ConfigError, "Linear does not match stereo pairs: its task"),
-        (lambda: stereo_matching("va_span_ch48_x4", scenes), CheckpointError, "No weights are published for va_span"),
+        (
+            lambda: stereo_matching("va_span_ch48_x4", scenes),
+            ConfigError,
+            "va_span_ch48_x4 does not match stereo pairs",
+        ),
         (lambda: stereo_matching(Red(), scenes / "none"), DataError, "There is no folder"),
         (lambda: stereo_matching(Red(), scenes, layout="pairs"), DataError, "in the layout pairs"),
     ]

@@ -149,7 +149,7 @@ def test_overflow_is_said(folder, capsys, monkeypatch):
         (["in.png", "out.png", "--model", "va_nothing_x4"], "There is no model 'va_nothing_x4'"),
         (["in.png", "out.png", "--model", "lost.pth"], "There is no file lost.pth"),
         (["in.png", "out.png", "--model", "lost.onnx"], "There is no file lost.onnx"),
-        (["in.png", "out.png", "--model", "va_span_ch52_x3"], "No weights of va_span_ch52_x3 are there"),
+        (["in.png", "out.png", "--model", "va_span_ch52_x3"], "No weights are published for va_span_ch52_x3"),
         (["in.png", "out.png", "--model", "va_minimal_vit_nano_patch7_28"], "its task is 'classify'"),
         (["in.png", "out.png", "--scale", "3"], "No weights for x3 are shipped, only for x2 and x4"),
         (["in.png", "out.png", "--model", "net.pth", "--scale", "4"], "net.pth enlarges 2 times, not 4"),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
-from visionattn.checkpoints import create, load
-from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, shorten
+from visionattn.checkpoints import create_pretrained, load
+from visionattn.errors import ConfigError
 
 __all__ = ["DTYPES", "open_models", "place"]
 
@@ -72,13 +72,4 @@ def _open(model: str | Path | nn.Module, label: str, check: Callable[[str, nn.Mo
         if check is not None:
             check(label, network)
         return network
-    name = str(model)
-    try:
-        config: Any = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
-    except RuntimeError as error:
-        raise UnknownNameError(f"{shorten(error)} Leave out the part after the dot for the default weights.") from error
-    if config is not None and not config.has_weights:
-        raise CheckpointError(f"No weights are published for {name}: give a weight file.")
-    if check is not None:  # before weights are downloaded
-        check(label, create(name, device="meta"))
-    return create(name, pretrained=True)
+    return create_pretrained(str(model), None if check is None else partial(check, label))
