@@ -255,3 +255,17 @@ def test_refusals_name_what_was_given(change, message):
     names = ("q", "k", "v", "height_rel", "width_rel", "block_size", "halo_size", "stride", "border", "index")
     with pytest.raises(InputError, match=message):
         operator(*(dict(zip(names, arguments(dtype=torch.float32))) | change).values())
+
+
+@pytest.mark.parametrize("function", [operator, halo_attention_definition])
+def test_no_images(function):
+    outputs, gradients = differentiate(function, arguments(images=0))
+    assert outputs[0].shape == (0, 2, 4, 8, 8)
+    assert not any(gradient.any() for gradient in gradients)
+    assert [tuple(gradient.shape) for gradient in gradients] == [(0, 2, 4, 8, 8)] * 3 + [(11, 4)] * 2
+
+
+@pytest.mark.parametrize("change", [{"heads": 0}, {"dim": 0}, {"size": (0, 8)}, {"size": (8, 0)}])
+def test_nothing_to_attend_to_is_refused(change):
+    with pytest.raises(InputError, match=r"one head, channel and pixel or more, but got q: \(2, "):
+        operator(*arguments(**change))

@@ -79,7 +79,7 @@ def halo_attention_definition(
         pixels = padded.permute(0, 2, 3, 1).flatten(1, 2)  # (B, padded pixels, heads D)
         chosen = pixel_y[:, None, :, None] * (nx * b + 2 * h) + pixel_x[None, :, None, :]
         rows = pixels.index_select(1, chosen.flatten())
-        return rows.view(B, ny * nx, w * w, heads, -1).transpose(2, 3)  # (B, blocks, heads, w w, D)
+        return rows.view(B, ny * nx, w * w, heads, x.shape[2]).transpose(2, 3)  # (B, blocks, heads, w w, D)
 
     q = torch.nn.functional.pad(q, (0, nx * bq - q.shape[4], 0, ny * bq - q.shape[3]))
     q = q.view(B, heads, D, ny, bq, nx, bq).permute(0, 3, 5, 1, 4, 6, 2)  # (B, ny, nx, heads, bq, bq, D)
@@ -307,6 +307,8 @@ def _check(q, k, v, height_rel, width_rel, block_size, halo_size, stride, border
     given = ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in tensors.items())
     if q.ndim != 5 or k.ndim != 5 or v.ndim != 5:
         raise InputError(f"halo_attention takes q, k and v as (B, heads, channels, height, width), but got {given}.")
+    if 0 in (*k.shape[1:], v.shape[2]):
+        raise InputError(f"halo_attention takes one head, channel and pixel or more, but got {given}.")
     size = tuple((pixels + stride - 1) // stride for pixels in k.shape[3:])
     if q.shape[:3] != k.shape[:3] or v.shape[:2] != k.shape[:2] or v.shape[3:] != k.shape[3:] or q.shape[3:] != size:
         raise InputError(
