@@ -61,6 +61,12 @@ def test_everything_beside(folder, pair):
     assert b"element vertex 32\n" in (folder / "out.ply").read_bytes()
 
 
+def test_disparities_that_the_principal_points_cancel_are_told(folder, pair, capsys):
+    assert run("stereo", *pair, "out.npy", "--focal", 100, "--baseline", 0.2, "--doffs", -9) == 0
+    assert np.isnan(np.load(folder / "out_depth.npy")).all()
+    assert "100.0% have a disparity and no depth" in capsys.readouterr().out
+
+
 def test_folders_go_by_name_and_can_be_resumed(folder, capsys):
     for name, value in (("a", 0.2), ("b", 0.4)):
         save(folder / "left" / f"{name}.png", view(8, 12, value))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("lightning")
 
@@ -208,6 +209,15 @@ def test_what_training_began_with_is_not_looked_for_again(checkpoint):
         "img_size": [SIDE] * 2,
         "global_pool": "token",
     }
+
+
+def test_the_name_of_its_model_changes_nothing(checkpoint, tmp_path):
+    for number, more in enumerate(([], ["--model.name=va_minimal_vit_nano_patch7_28"])):
+        output = f"--output={tmp_path / str(number)}.csv"
+        assert main(["predict", checkpoint, "pictures/val", output, QUIET, *more]) == 0
+    assert (tmp_path / "0.csv").read_text() == (tmp_path / "1.csv").read_text()
+    with said_by_checkpoint(["test", f"--ckpt_path={checkpoint}", "--model.name=resnet18"]) as before:
+        assert "model" not in yaml.safe_load(Path(before[1]).read_text())
 
 
 def test_recipes_and_options_come_first(checkpoint):

@@ -105,6 +105,11 @@ class _Work:
             pairs.beside(job.target, "nonocc", 255 * seen.astype(np.uint8))
         if self.args.focal:
             metres = depth(disparity, self.args.focal, self.args.baseline, self.args.doffs)
+            behind = (np.isfinite(disparity) & ~np.isfinite(metres)).mean()
+            if behind:
+                notes.append(
+                    f"{behind:.1%} have a disparity and no depth: disparity and --doffs together are not above 0"
+                )
             notes += write_depth(pairs.depth_file(job.target), metres)
             if self.args.ply:
                 colours = np.rint(255 * as_tensor(left.pixels)[0].movedim(0, 2).numpy()).astype(np.uint8)

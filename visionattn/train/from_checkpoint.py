@@ -71,8 +71,12 @@ def _settings(path: str, args: Sequence[str]) -> dict[str, Any]:
     content = AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
     card = Card.read(content)
     settings: dict[str, Any] = {}
-    if not any(arg.startswith("--model") for arg in args):
-        settings["model"] = _model(path, content, card)
+    name = _find_option(args, "model.name")
+    if not any(re.match(r"--model(=|\.class_path|$)", arg) for arg in args):
+        model = _model(path, content, card)
+        # Options change a setting each; of another network the checkpoint says nothing.
+        if name is None or name == model["init_args"].get("name"):
+            settings["model"] = model
     if not any(re.match(r"--data(=|\.class_path|$)", arg) for arg in args):
         settings["data"] = _data(path, content, card, args)
     return settings

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,10 +85,11 @@ def read(path: str | Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
+        # PyTorch surrounds its reason with advice to load files without care.
+        named = re.search(r"GLOBAL (\S+) was not", str(error))
+        reason = f": it names {shorten(named[1])}" if named else ""
         raise CheckpointError(
-            f"{shorten(path)} is not a checkpoint of tensors and plain types, and nothing else is loaded: "
-            f"{shorten(reason)}"
+            f"{shorten(path)} is not a checkpoint of tensors and plain types, and nothing else is loaded{reason}."
         ) from error
     # A damaged pickle can fail in any way that the unpickler's bookkeeping can.
     except Exception as error:
