@@ -157,6 +157,23 @@ def test_first_folder_is_the_class(tmp_path):
     assert [label for _, labels in data.val_dataloader() for label in labels.tolist()] == [0, 0, 1, 1]
 
 
+def test_parts_in_any_case_and_a_class_called_train(tmp_path):
+    write(tmp_path / "photos/Train", ["cat", "dog"], count=3)
+    write(tmp_path / "photos/VAL", ["cat", "dog"], count=2)
+    write(tmp_path / "photos", ["extra"])
+    (tmp_path / "photos/Test").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "photos/Test/1.png")
+    data = opened(dataset="folder", root=str(tmp_path / "photos"))
+    assert data.describe("train") == "6 images in 2 classes (cat 3, dog 3)"
+    assert data.describe("val") == "4 images in 2 classes (cat 2, dog 2)"
+    assert data.left_out() == [f"{tmp_path}/photos: extra"]
+    with pytest.raises(DataError, match=r"The images in .*Test lie in no folders of classes, as in .*Train\."):
+        data.describe("test")
+    assert data.describe("predict") == "1 images"
+    write(tmp_path / "vehicles", ["bus", "train"], count=10)
+    assert opened(dataset="folder", root=str(tmp_path / "vehicles")).class_names == ["bus", "train"]
+
+
 def test_classes_are_numbered_as_by_timm(tmp_path):
     write(tmp_path, ["10b", "2a", "B", "a", "ä", "Zoo1", "zoo10", "zoo2"], count=12)
     data = opened(dataset="folder", root=str(tmp_path))

@@ -184,3 +184,10 @@ def test_sigterm_saves_and_ends_with_143(tmp_path):
     assert said == f"Stopped by SIGTERM. The state is saved in {last}. Resume with:"
     assert command.split()[:2] == ["visionattn", "fit"]
     assert torch.load(last, weights_only=True)["global_step"] > 0
+
+
+def test_a_measure_that_nobody_logs_is_one_line(pictures, capsys):
+    assert main([*FIT, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/psnr"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("visionattn: Early stopping conditioned on metric `val/psnr` which is not available.")
+    assert "\n" not in error

@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 from visionattn.data.cifar import CLASSES as CIFAR10_CLASSES
 from visionattn.data.cifar import load_cifar10_sheets
 from visionattn.data.digits import load_digits
+from visionattn.data.images import class_folders
 from visionattn.data.mnist import load_mnist
 from visionattn.data.module import DataModule, count_classes
 from visionattn.data.samplers import EpochSampler, ResumableLoader, SeededDataset, StreamLoader
@@ -115,6 +116,7 @@ class ClassifyData(DataModule):
         if root is not None and on_disk and not Path(root).is_dir():
             raise DataError(f"There is no folder {shorten(root)}.")
         self._own: dict[str, Any] = {}
+        self._beside: list[Path] = []
 
     @cached_property
     def class_names(self) -> list[str] | None:
@@ -330,8 +332,9 @@ class ClassifyData(DataModule):
     def left_out(self) -> list[str]:
         """What the opened folders hold besides their images."""
         readers = [getattr(part, "reader", None) for part in (*self._own.values(), self.__dict__.get("_predicted"))]
+        beside = [f"{self.hparams.root}: {first_names([f.name for f in self._beside])}"] if self._beside else []
         listings = [(reader.root, reader.left_out) for reader in readers if isinstance(reader, FolderReader)]
-        return [f"{root}: {listing.describe_left_out()}" for root, listing in listings if listing.left_out]
+        return beside + [f"{root}: {listing.describe_left_out()}" for root, listing in listings if listing.left_out]
 
     def _part(self, part: str) -> Any:
         """The dataset's own part, opened once, or None."""
@@ -360,11 +363,17 @@ class ClassifyData(DataModule):
     def _folders(self) -> dict[str, Path | None]:
         """The folder of each part; without any of them, the root is that of the training part."""
         root = Path(self.hparams.root)
-        found: dict[str, Path | None] = {
-            part: next((root / name for name in names if (root / name).is_dir()), None)
-            for part, names in _FOLDERS.items()
+        below = class_folders(root)
+        by_name = {name.lower(): folder for name, folder in below.items()}
+        found = {
+            part: next((by_name[name] for name in names if name in by_name), None) for part, names in _FOLDERS.items()
         }
-        return found if any(found.values()) else {**found, "train": root}
+        others = [folder for folder in below.values() if folder not in found.values()]
+        # A folder `train` of images beside folders of cars and ships is a class, and not a part.
+        if not any(found.values()) or (others and found["train"] and not class_folders(found["train"])):
+            return {**dict.fromkeys(found), "train": root}
+        self._beside = others
+        return found
 
     def _open_folder(self, part: str) -> ReaderImages | None:
         found = self._folders

@@ -78,6 +78,10 @@ class FolderReader(Reader):
             raise DataError(f"There are no images in {shorten(self.root)}: {hint}")
         if like is None and empty:
             raise DataError(f"There are no images of the class {first_names(empty)} in {shorten(self.root)}: {hint}")
+        if like is not None and found.keys() == {""} and "" not in like.class_to_idx:
+            raise DataError(
+                f"The images in {shorten(self.root)} lie in no folders of classes, as in {shorten(like.root)}."
+            )
         if like is not None and (unknown := sorted(set(found) - set(like.class_to_idx))):
             raise DataError(
                 f"{shorten(self.root)} has classes that {shorten(like.root)} lacks: {first_names(unknown)}."

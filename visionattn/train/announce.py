@@ -67,11 +67,11 @@ class Announcement(Callback):
             TrainerFn.PREDICTING: ("predict",),
         }[trainer.state.fn]
         for split in splits:
-            if split == "test" and data.tests_on_validation:
-                lines.append("test: there is no test split; the validation split is measured in its place")
-                continue
             try:
-                lines.append(f"{_SPLITS[split]}: {data.describe(split)}")
+                if split == "test" and data.tests_on_validation:
+                    lines.append("test: there is no test split; the validation split is measured in its place")
+                else:
+                    lines.append(f"{_SPLITS[split]}: {data.describe(split)}")
             except DataError as error:
                 if split != "test" or not fitting:
                     raise

@@ -27,12 +27,11 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from visionattn.checkpoints import read_card
-from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, VisionAttnError, require, shorten
+from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, require, shorten
 from visionattn.files import check_output
 from visionattn.train.announce import Announcement, EpochLines, say
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
@@ -41,8 +40,8 @@ from visionattn.train.configuration import (
     DEFAULT_RECIPE,
     check_numbers,
     explain,
+    explain_fault,
     explain_option,
-    missing_package,
     read_file,
     use_bounded_yaml,
     with_recipe,
@@ -131,7 +130,7 @@ class TrainCLI(LightningCLI):
         self._running = False
         self._announcement = Announcement()
         args, asked = with_recipe(args), args
-        if args != list(asked):
+        if args != list(asked) and getattr(rank_zero_only, "rank", 0) == 0:
             print(f"No recipe is named: {DEFAULT_RECIPE} is used, for images in folders of their classes.")
         resolved, configs = _resolve_configs(expand_positionals(args))
         self._run_name = configs[-1].stem if configs else None
@@ -330,7 +329,7 @@ class TrainCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            if self._announcement.has_begun or _explained(error) is not None:
+            if self._announcement.has_begun or explain_fault(error) is not None:
                 raise
             ckpt_path = self._get(self.config_init, "ckpt_path")
             reason = f"{type(error).__name__}: {shorten(error, 200)}"
@@ -386,24 +385,6 @@ def _remove_unused(trainer: Any) -> None:
                 parent.rmdir()
 
 
-def _explained(error: BaseException | None) -> str | None:
-    """The message of a user's mistake or a fault of the machine; None for a fault of the program."""
-    # jsonargparse wraps what the constructors of model and data raise.
-    while error is not None:
-        if isinstance(error, (VisionAttnError, MisconfigurationException)):
-            return str(error)
-        if message := missing_package(error):
-            return message
-        if isinstance(error, torch.OutOfMemoryError):
-            return "There is not enough memory on the device: set data.batch_size lower, or the images' size."
-        if isinstance(error, MemoryError):
-            return "There is not enough memory for this."
-        if isinstance(error, OSError) and error.errno is not None:
-            return f"{shorten(error.filename or 'the system')}: {error.strerror}."
-        error = error.__cause__ or error.__context__
-    return None
-
-
 def main(args: Sequence[str]) -> int:
     """Run one of the four commands.
 
@@ -440,7 +421,7 @@ def main(args: Sequence[str]) -> int:
             return 130
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except Exception as error:
-        message = _explained(error)
+        message = explain_fault(error)
         if message is None:
             raise
         print(f"visionattn: {shorten(message, LONGEST_MESSAGE)}", file=sys.stderr)

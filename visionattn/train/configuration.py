@@ -1,4 +1,4 @@
-"""Reading configurations: YAML within bounds, values that are numbers, and messages in plain words."""
+"""Reading configurations: YAML within bounds, values that are numbers, and faults in plain words."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import importlib
 import inspect
 import math
 import re
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import torch
 import yaml
 from jsonargparse import _loaders_dumpers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +26,7 @@ __all__ = [
     "check_numbers",
     "check_text",
     "explain",
+    "explain_fault",
     "explain_option",
     "missing_package",
     "read_file",
@@ -217,3 +220,29 @@ def explain_option(error: Exception, args: Sequence[str], settings: Collection[s
     nearest = [prefix + name for name in difflib.get_close_matches(unknown[:100], known, cutoff=0.5)]
     hint = f"Did you mean {', '.join(nearest)}?" if nearest else f"visionattn {command} --help lists the settings."
     return f"There is no setting {shorten(prefix + unknown)}. {hint}"
+
+
+def explain_fault(error: BaseException | None) -> str | None:
+    """The message of a user's mistake or a fault of the machine; None for a fault of the program."""
+    # jsonargparse wraps what the constructors of model and data raise.
+    while error is not None:
+        if isinstance(error, (VisionAttnError, MisconfigurationException)):
+            return str(error)
+        if message := missing_package(error):
+            return message
+        if isinstance(error, torch.OutOfMemoryError):
+            return "There is not enough memory on the device: set data.batch_size lower, or the images' size."
+        if isinstance(error, MemoryError):
+            return "There is not enough memory for this."
+        if isinstance(error, OSError) and error.errno is not None:
+            return f"{shorten(error.filename or 'the system')}: {error.strerror}."
+        if isinstance(error, (RuntimeError, TypeError, ValueError)) and _raised_by_lightning(error):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _raised_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning itself refuses something, such as a measure to watch that nobody logs."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("lightning.")

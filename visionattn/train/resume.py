@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -77,6 +78,7 @@ class ExactResume(Callback):
         self._signum = 0
         self._saved: Path | None = None
         self._previous_handlers: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def state_dict(self) -> dict[str, Any]:
         """Random states of all ranks, and the place in the data."""
@@ -132,11 +134,12 @@ class ExactResume(Callback):
         self._loader = trainer.train_dataloader if hasattr(trainer.train_dataloader, "load_state_dict") else None
         if self._loader is not None and self._to_restore.get("loader"):
             self._loader.load_state_dict(self._to_restore["loader"])
-        self._updates, self._signum, self._saved = trainer.global_step, 0, None
-        # Python gives signals to the main thread only.
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous_handlers[signum] = signal.signal(signum, self._on_signal)
+        self._updates, self._saved = trainer.global_step, None
+        self._listen()
+
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        """Listen to signals before loading processes inherit what others do on them."""
+        self._listen()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """A safe place, with the epoch before validated and saved."""
@@ -179,10 +182,19 @@ class ExactResume(Callback):
         trainer.save_checkpoint(checkpoint)
         return checkpoint
 
+    def _listen(self) -> None:
+        # Python gives signals to the main thread only.
+        if threading.current_thread() is threading.main_thread() and not self._previous_handlers:
+            self._signum, self._process = 0, os.getpid()
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous_handlers[signum] = signal.signal(signum, self._on_signal)
+
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signum = signum
         # A second signal does what it always did.
         self._restore_handlers()
+        if os.getpid() != self._process:
+            return  # a loading process, which the training needs until it stops
         if getattr(rank_zero_only, "rank", 0) == 0:
             again = "Press Ctrl-C again" if signum == signal.SIGINT else "Send SIGTERM again"
             print(f"\nStopping as soon as the state can be saved. {again} to abort without.", flush=True)
