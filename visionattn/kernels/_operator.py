@@ -190,7 +190,7 @@ def gradients(function: Callable, args, cotangents, needed) -> tuple[Tensor | No
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(output for output, cotangent in zip(outputs, cotangents) if cotangent is not None)
 
-    _, pull_back = torch.func.vjp(of_needed, *(args[position] for position in positions))
+    pull_back = torch.func.vjp(of_needed, *(args[position] for position in positions))[1]
     found = iter(pull_back(tuple(given_cotangents)))
     return tuple(next(found) if wanted else None for wanted in needed)
 
