@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import visionattn
-from models.contract import build
+from tests.models.contract import build
 from visionattn.errors import CheckpointError, ConfigError, InputError, UnknownNameError
 
 

@@ -1,6 +1,7 @@
 """Imports go down only, and `import visionattn` is light."""
 
 import ast
+import graphlib
 import statistics
 import subprocess
 import sys
@@ -15,14 +16,15 @@ ROOT = Path(visionattn.__file__).parent
 LAYERS = [
     {"cli"},
     {"quickstart"},
-    {"train", "probe", "evaluate", "predict"},
+    {"train", "probe", "evaluate", "search"},
+    {"predict"},
     {"export", "metrics"},
     {"checkpoints", "data", "surgery"},
     {"models", "cost", "card", "hub"},
     {"weights", "blocks"},
     {"kernels"},
 ]
-EVERYBODY = {"arguments", "errors", "files", "moved", "progress"}
+EVERYBODY = {"arguments", "errors", "files", "lazy", "moved", "progress"}
 FROM_ROOT = {"__version__", "accelerate", "insert", "load"}  # names of the package itself
 HEAVY = [
     "lightning",
@@ -70,6 +72,35 @@ def test_imports_go_down(path):
         return
     others = imported(path) - FROM_ROOT - {name}
     assert {other for other in others if layer(other) <= layer(name)} == set()
+
+
+def modules_that_import_each_other() -> list[str]:
+    """Cycles between modules, imports inside of functions included."""
+    graph: dict[str, set[str]] = {}
+    names = {dotted(path): path for path in ROOT.rglob("*.py")}
+    for name, path in names.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found = {f"{node.module}.{alias.name}" for alias in node.names} & set(names)
+                graph[name] |= found or ({node.module} & set(names))
+            elif isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names} & set(names)
+        graph[name] -= {name, ROOT.name}
+    order = graphlib.TopologicalSorter(graph)
+    try:
+        order.prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_modules_import_each_other():
+    assert modules_that_import_each_other() == []
 
 
 def test_kernels_do_not_know_timm():

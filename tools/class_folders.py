@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from visionattn.data.mnist import load_mnist
+from visionattn.data.classify.mnist import load_mnist
 
 LEAST = 40
 

@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     flow_cli.add_arguments(flow)
     index = commands.add_parser("index", help="prepare a folder of images for search")
     search = commands.add_parser("search", help="find images like one, by attributes such as colour")
-    from visionattn.predict import search_cli
+    from visionattn.search import cli as search_cli
 
     search_cli.add_index_arguments(index)
     search_cli.add_search_arguments(search)
@@ -190,7 +190,7 @@ def _run(argv: list[str]) -> int:
 
         return flow_cli.run(args)
     elif args.command in ("index", "search"):
-        from visionattn.predict import search_cli
+        from visionattn.search import cli as search_cli
 
         return search_cli.run_index(args) if args.command == "index" else search_cli.run_search(args)
     elif args.command == "evaluate":

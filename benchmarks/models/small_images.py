@@ -27,8 +27,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 import visionattn  # noqa: F401  registers the names in CONFIG
 from benchmarks.report import RESULTS, environment, read_rows, write_rows
 from visionattn.cost import count_macs, count_parameters
-from visionattn.data.cifar import load_cifar10_sheets
-from visionattn.data.mnist import load_mnist
+from visionattn.data.classify.cifar import load_cifar10_sheets
+from visionattn.data.classify.mnist import load_mnist
 
 BATCH = 64
 PEAK = 2e-3

@@ -48,7 +48,7 @@ from benchmarks.models.small_images import BATCH, PEAK
 from benchmarks.report import RESULTS, environment, paired_milliseconds, read_rows, summarize, write_rows
 from visionattn.blocks import SubspaceAttention
 from visionattn.cost import count_macs, count_parameters
-from visionattn.data.cifar import load_cifar10_sheets
+from visionattn.data.classify.cifar import load_cifar10_sheets
 
 NETWORK = "va_mobilenetv2_ulsam_050_32"
 PLACES = ("blocks.4.2", "blocks.5.2")

@@ -19,8 +19,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from benchmarks.report import RESULTS, environment, paired_milliseconds, summarize, write_rows
-from visionattn.probe.backbone import Backbone
-from visionattn.probe.features import extract
+from visionattn.probe.tokens.backbone import Backbone
+from visionattn.probe.tokens.features import extract
 
 SIZE = 224
 IDENTITY = {"model": "random", "transform": "none", "dataset": "random"}

@@ -44,12 +44,12 @@ from torch.utils.data import TensorDataset
 from benchmarks.kernels.multi_query_pool import ValuesFirst
 from benchmarks.report import RESULTS, environment, write_rows
 from benchmarks.runner import SEED, arguments
-from visionattn.probe.backbone import Backbone
-from visionattn.probe.banks import HeadSpec, grid
-from visionattn.probe.features import LiveFeatures
-from visionattn.probe.poolings import create_pooling
+from visionattn.probe.heads.banks import HeadSpec, grid
+from visionattn.probe.heads.poolings import create_pooling
 from visionattn.probe.sweep import hold_out, sweep
-from visionattn.probe.tokens import Features, Layer, Tokens
+from visionattn.probe.tokens.backbone import Backbone
+from visionattn.probe.tokens.features import LiveFeatures
+from visionattn.probe.tokens.interface import Features, Layer, Tokens
 
 CLASSES, BATCH = 10, 256
 TESTS, LIVE_TESTS = 256, 32

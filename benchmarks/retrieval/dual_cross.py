@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from benchmarks.report import RESULTS, environment, read_rows, write_rows
 from benchmarks.retrieval.retrieval_heads import augment, normalise, read_images
-from visionattn.data.catalogue import MISSING, Part
-from visionattn.data.catalogue_files import read_catalogue
+from visionattn.data.retrieval.catalogue import MISSING, Part
+from visionattn.data.retrieval.catalogue_files import read_catalogue
 from visionattn.metrics.ranking import score
 from visionattn.train.classify import ClassifyTask
 from visionattn.train.dual_cross import DualCrossTask

@@ -41,10 +41,10 @@ from torch import Tensor, nn
 import visionattn  # noqa: F401  registers va_cca
 from benchmarks.report import RESULTS, environment, read_rows, write_rows
 from visionattn.cost import count_parameters
-from visionattn.data.attribute_batches import AttributeSampler
-from visionattn.data.catalogue import Catalogue, Part
-from visionattn.data.catalogue_files import read_catalogue
-from visionattn.data.embedding import input_config
+from visionattn.data.retrieval.attribute_batches import AttributeSampler
+from visionattn.data.retrieval.catalogue import Catalogue, Part
+from visionattn.data.retrieval.catalogue_files import read_catalogue
+from visionattn.data.retrieval.embedding import input_config
 from visionattn.files import atomic_path
 from visionattn.metrics.ranking import score
 from visionattn.train.retrieve import AttributeLoss

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.report import RESULTS, environment, paired_milliseconds, write_rows
-from visionattn.predict.image_index import ImageIndex, write_index
+from visionattn.search.image_index import ImageIndex, write_index
 
 ATTRIBUTES = ("colour", "kind", "cut", "length", "pattern", "season")
 DIMENSIONS, CLUSTERS, TOP = 128, 2000, 12

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import visionattn
 from benchmarks.report import RESULTS, environment, write_rows
-from visionattn.data.stereo_scenes import GeneratedPairs
+from visionattn.data.matching.scenes import GeneratedPairs
 from visionattn.models.match_stereo import MatchFields
 from visionattn.train.stereo import coarse_truth
 

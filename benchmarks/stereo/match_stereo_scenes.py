@@ -19,7 +19,7 @@ import timm
 from PIL import Image
 
 from benchmarks.report import RESULTS, environment, write_rows
-from visionattn.data.stereo import StereoPair, find_scenes
+from visionattn.data.matching.stereo import StereoPair, find_scenes
 from visionattn.evaluate import stereo_matching
 from visionattn.evaluate.cli import add_factor, factors
 from visionattn.evaluate.sgbm import fill, sgbm

@@ -21,7 +21,7 @@ import tensorflow.compat.v1 as tf
 
 sys.modules["triton"] = None  # type: ignore[assignment]  # its LLVM and TensorFlow's do not live in one process
 from benchmarks.report import RESULTS, environment, write_rows  # noqa: E402
-from visionattn.data.stereo import find_scenes  # noqa: E402
+from visionattn.data.matching.stereo import find_scenes  # noqa: E402
 from visionattn.evaluate.cli import add_factor, factors  # noqa: E402
 from visionattn.metrics.matching import disparity_errors  # noqa: E402
 

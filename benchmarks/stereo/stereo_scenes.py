@@ -12,8 +12,8 @@ import statistics
 import time
 
 from benchmarks.report import RESULTS, environment, write_rows
-from visionattn.data.scene_textures import POOL, procedural
-from visionattn.data.stereo_scenes import GeneratedPairs
+from visionattn.data.matching.scenes import GeneratedPairs
+from visionattn.data.matching.textures import POOL, procedural
 
 CASES = ((192, 192, 64.0), (192, 384, 96.0), (320, 736, 192.0))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from blocks.contract import BlockContract, randomise
+from tests.blocks.contract import BlockContract, randomise
 from visionattn.blocks import AttributeSpecificAttention, ConditionalSimilarityMask, ConditionLinear
 from visionattn.errors import InputError
 

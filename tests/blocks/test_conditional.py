@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from blocks.contract import BlockContract, randomise
+from tests.blocks.contract import BlockContract, randomise
 from visionattn.blocks import (
     AttributeSpecificAttention,
     ConditionalCrossAttention,

@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from blocks.contract import BlockContract, randomise
+from tests.blocks.contract import BlockContract, randomise
 from visionattn.blocks import DualCrossAttention, DualCrossBlock, GlobalLocalCrossAttention
 from visionattn.blocks.dual_cross import UncertaintyWeighting, roll_out, select_local
 from visionattn.errors import InputError

@@ -6,7 +6,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from blocks.contract import BlockContract, randomise
+from tests.blocks.contract import BlockContract, randomise
 from visionattn.blocks import EfficientProbing
 from visionattn.blocks.efficient_probing import fold_multi_head
 from visionattn.errors import InputError

@@ -4,11 +4,11 @@ import importlib
 from pathlib import Path
 
 import visionattn.blocks
-from blocks.contract import BlockContract
+from tests.blocks.contract import BlockContract
 
 
 def test_every_block_has_a_contract():
     for path in Path(__file__).parent.glob("test_*.py"):
-        importlib.import_module(f"blocks.{path.stem}")
+        importlib.import_module(f"tests.blocks.{path.stem}")
     held = {contract.block for contract in BlockContract.__subclasses__()}
     assert [name for name in visionattn.blocks.__all__ if getattr(visionattn.blocks, name) not in held] == []

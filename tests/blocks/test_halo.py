@@ -7,7 +7,7 @@ import torch
 from timm.layers.halo_attn import HaloAttn
 from torch.nn import functional as F
 
-from blocks.contract import BlockContract, randomise
+from tests.blocks.contract import BlockContract, randomise
 from visionattn.blocks import HaloAttention
 from visionattn.cost import count_macs
 from visionattn.errors import InputError

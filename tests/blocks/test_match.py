@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from blocks.contract import BlockContract, randomise
+from tests.blocks.contract import BlockContract, randomise
 from visionattn.blocks import MatchAttention, MatchCrossAttention
 from visionattn.blocks.match import bilinear_softmax
 from visionattn.errors import InputError

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from blocks.contract import BlockContract, randomise
+from tests.blocks.contract import BlockContract, randomise
 from visionattn.blocks import ConvexUpsampling, ConvGLU, CorrelationStart, MatchLayer
 from visionattn.blocks.match_decoder import convex_upsample, exchange_views, visible_pixels
 

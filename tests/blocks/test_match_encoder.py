@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from blocks.contract import BlockContract
+from tests.blocks.contract import BlockContract
 from visionattn.blocks import MatchEncoder, MatchFusion
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.layers import Attention
 
-from blocks.contract import BlockContract, randomise
+from tests.blocks.contract import BlockContract, randomise
 from visionattn.blocks import MinimalAttention, MinimalBlock
 from visionattn.blocks.minimal import SIMILARITIES, VALUES
 from visionattn.cost import count_macs

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from blocks.contract import BlockContract, randomise
+from tests.blocks.contract import BlockContract, randomise
 from visionattn.blocks import SubspaceAttention
 from visionattn.cost import count_macs, count_parameters
 from visionattn.errors import InputError
@@ -200,7 +200,7 @@ def test_training_mode_traces_and_scripts(form):
 @pytest.mark.parametrize(("form", "gain"), [("paper", "scaled"), ("module", "learned")])
 def test_onnx_at_three_sizes(form, gain, tmp_path):
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    from export.toys import Toy
+    from tests.export.toys import Toy
     from visionattn.export import export_onnx
 
     class Attending(Toy):

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionattn.data.cifar import CLASSES, load_cifar10_sheets
-from visionattn.data.digits import load_digits
-from visionattn.data.mnist import load_mnist, read_idx
+from visionattn.data.classify.cifar import CLASSES, load_cifar10_sheets
+from visionattn.data.classify.digits import load_digits
+from visionattn.data.classify.mnist import load_mnist, read_idx
 from visionattn.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared/data"

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from visionattn import cli
-from visionattn.data.disparity import write_disparity
+from visionattn.data.matching.disparity import write_disparity
 from visionattn.errors import ConfigError, DataError, InputError, MissingPackageError
 from visionattn.evaluate import disparity_errors, stereo_matching
 from visionattn.evaluate.sgbm import fill, sgbm

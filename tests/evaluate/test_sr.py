@@ -14,14 +14,14 @@ from PIL import Image
 from torch import nn
 
 from visionattn import cli
-from visionattn.data.bicubic import downscale, upscale
 from visionattn.data.images import find_images, read_rgb
+from visionattn.data.restore.bicubic import downscale, upscale
 from visionattn.errors import CheckpointError, ConfigError, DataError, MissingPackageError
 from visionattn.metrics.luma import luma
 
 pytest.importorskip("skimage")
 
-from visionattn.data import bicubic as bicubic_file
+from visionattn.data.restore import bicubic as bicubic_file
 from visionattn.evaluate import sr, super_resolution
 from visionattn.evaluate.sr import ssim_y
 from visionattn.metrics import luma as luma_file

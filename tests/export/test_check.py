@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from export.toys import PooledGrid, PythonBranch, Toy
+from tests.export.toys import PooledGrid, PythonBranch, Toy
 from visionattn.errors import ExportError, InputError
 from visionattn.export import check_onnx, export_onnx, print_rows
 from visionattn.export.check import check_sizes

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from export.contract import draw_weights
+from tests.export.contract import draw_weights
 from visionattn.errors import ExportError, InputError, UnknownNameError
 from visionattn.export import OnnxModel, OnnxRetrieval, export_retrieval
 from visionattn.export.cli import add_arguments

@@ -10,8 +10,8 @@ import pytest
 import timm
 import torch
 
-from export.contract import ExportContract, draw_weights, export_by_name, smallest_names
-from export.toys import Gated, OneSize, Pair, SpecialisedWidth, Toy
+from tests.export.contract import ExportContract, draw_weights, export_by_name, smallest_names
+from tests.export.toys import Gated, OneSize, Pair, SpecialisedWidth, Toy
 from visionattn.errors import ExportError, InputError, StorageError
 from visionattn.export import OnnxModel, export_onnx, run
 from visionattn.export.cli import draw_random_weights

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from kernels.tensors import describe, differentiate, doubled, map_tensors, require_grad, sum_of, tensors_of
-from kernels.transforms import DEVICES, DTYPES, DerivativeContract
+from tests.kernels.tensors import describe, differentiate, doubled, map_tensors, require_grad, sum_of, tensors_of
+from tests.kernels.transforms import DEVICES, DTYPES, DerivativeContract
 from visionattn.errors import InputError
 from visionattn.kernels import decompositions
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.contract import OperatorContract
+from tests.kernels.contract import OperatorContract
 from visionattn.kernels import _operator, decompositions, kernels_enabled
 from visionattn.kernels.symmetric_gate import symmetric_gate_definition
 
@@ -22,7 +22,7 @@ def operators() -> set[str]:
 
 def test_every_operator_has_a_contract():
     for path in Path(__file__).parent.glob("test_*.py"):
-        importlib.import_module(f"kernels.{path.stem}")
+        importlib.import_module(f"tests.kernels.{path.stem}")
     covered = {test.name for test in OperatorContract.__subclasses__()}
     assert operators() == covered | {f"{name}_backward" for name in covered}
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kernels.contract import OperatorContract
-from kernels.tensors import differentiate
+from tests.kernels.contract import OperatorContract
+from tests.kernels.tensors import differentiate
 from visionattn.errors import InputError
 from visionattn.kernels import halo_attention as kernel
 from visionattn.kernels.halo_attention import halo_attention_definition

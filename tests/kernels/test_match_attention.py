@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.contract import OperatorContract, poisoned_memory
-from kernels.tensors import differentiate
+from tests.kernels.contract import OperatorContract, poisoned_memory
+from tests.kernels.tensors import differentiate
 from visionattn.errors import InputError
 from visionattn.kernels import decompositions
 from visionattn.kernels import match_attention as kernel

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.tensors import differentiate
-from kernels.test_match_attention import BOTH, arguments, operator
+from tests.kernels.tensors import differentiate
+from tests.kernels.test_match_attention import BOTH, arguments, operator
 from visionattn.kernels.match_attention import match_attention_definition
 
 

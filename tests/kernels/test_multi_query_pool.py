@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.contract import OperatorContract, poisoned_memory
-from kernels.tensors import differentiate
+from tests.kernels.contract import OperatorContract, poisoned_memory
+from tests.kernels.tensors import differentiate
 from visionattn.errors import InputError
 from visionattn.kernels import decompositions
 from visionattn.kernels import multi_query_pool as kernel

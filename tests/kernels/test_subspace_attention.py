@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.contract import OperatorContract, count_flops
-from kernels.tensors import differentiate
+from tests.kernels.contract import OperatorContract, count_flops
+from tests.kernels.tensors import differentiate
 from visionattn.errors import InputError
 from visionattn.kernels import subspace_attention as kernel
 from visionattn.kernels.subspace_attention import subspace_attention_definition

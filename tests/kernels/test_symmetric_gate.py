@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kernels.contract import OperatorContract
+from tests.kernels.contract import OperatorContract
 from visionattn.errors import InputError
 from visionattn.kernels.symmetric_gate import symmetric_gate_definition
 

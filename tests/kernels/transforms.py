@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, func
 from torch.autograd import forward_ad
 
-from kernels.tensors import (
+from tests.kernels.tensors import (
     by_tensors,
     doubled,
     expanded,

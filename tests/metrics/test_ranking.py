@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from retrieval_toys import ToyConditional, write_table, write_triplets
+from tests.retrieval_toys import ToyConditional, write_table, write_triplets
 from visionattn import cli
-from visionattn.data.catalogue import MISSING, Part
-from visionattn.data.catalogue_files import Triplets, read_catalogue, read_triplets
+from visionattn.data.retrieval.catalogue import MISSING, Part
+from visionattn.data.retrieval.catalogue_files import Triplets, read_catalogue, read_triplets
 from visionattn.errors import CheckpointError, ConfigError, DataError, InputError
 from visionattn.evaluate.retrieval import attribute_retrieval, draw_matrix, embed_images, triplets
 from visionattn.metrics import ranking

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import visionattn
-from blocks.contract import randomise
+from tests.blocks.contract import randomise
 
 
 def classifiers() -> list[str]:

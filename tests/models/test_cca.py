@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import visionattn
-from blocks.contract import randomise
+from tests.blocks.contract import randomise
 from visionattn.cost import count_macs, count_parameters
 from visionattn.errors import CheckpointError, InputError, UnknownNameError
 from visionattn.models.cca import HEADS

@@ -1,3 +1,3 @@
 """Every classifier of the zoo under the shared contract."""
 
-from models.contract import TestEveryName, TestSmallestNames  # noqa: F401
+from tests.models.contract import TestEveryName, TestSmallestNames  # noqa: F401

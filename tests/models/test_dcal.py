@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import visionattn
-from blocks.contract import randomise
+from tests.blocks.contract import randomise
 from visionattn.cost import count_macs, count_parameters
 from visionattn.errors import InputError
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import visionattn
-from blocks.contract import randomise
+from tests.blocks.contract import randomise
 from visionattn.blocks.match_decoder import exchange_views
 from visionattn.cost import count_macs, count_parameters
 from visionattn.errors import InputError

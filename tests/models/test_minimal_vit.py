@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import visionattn
-from models.contract import build
+from tests.models.contract import build
 from visionattn.cost import count_macs, count_parameters
 from visionattn.models.minimal_vit import resize_positions
 

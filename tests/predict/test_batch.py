@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from predict.upscalers import Repeat, picture, repeated
+from tests.predict.upscalers import Repeat, picture, repeated
 from visionattn.checkpoints import load
 from visionattn.cli import main
 from visionattn.errors import DataError, StorageError

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from predict.upscalers import picture, repeated
+from tests.predict.upscalers import picture, repeated
 from visionattn.predict import compare
 from visionattn.predict.compare import STRIP, side_by_side
 

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from predict.upscalers import Blur, Repeat
+from tests.predict.upscalers import Blur, Repeat
 from visionattn.errors import InputError
 from visionattn.export import OnnxModel, export_onnx
 from visionattn.predict import engine as engines

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import visionattn
-from predict.upscalers import Blur, Repeat, picture, repeated
+from tests.predict.upscalers import Blur, Repeat, picture, repeated
 from visionattn.errors import InputError
 from visionattn.predict import upscale
 from visionattn.predict.engine import TorchEngine

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from predict.matchers import GAIN, Flow, Stereo, shifted, view
+from tests.predict.matchers import GAIN, Flow, Stereo, shifted, view
 from visionattn.cli import main
-from visionattn.data.disparity import read_disparity, read_flow
+from visionattn.data.matching.disparity import read_disparity, read_flow
 from visionattn.predict import pairs
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.utils import flow_to_image
 
-from predict.matchers import GAIN, Flow, Stereo, shifted, view
+from tests.predict.matchers import GAIN, Flow, Stereo, shifted, view
 from visionattn.errors import InputError
 from visionattn.predict import depth, estimate_disparity, estimate_flow, seen_in_both
 from visionattn.predict.colours import disparity_colours, flow_colours, usual_top

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from predict.upscalers import Blur, Repeat
+from tests.predict.upscalers import Blur, Repeat
 from visionattn.errors import InputError
 from visionattn.predict.tiles import MIB, MOST_ON_CPU, WORKSPACE, bytes_per_pixel, default_memory, plan
 

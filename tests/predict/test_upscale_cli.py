@@ -5,7 +5,7 @@ import pytest
 import timm
 from PIL import Image
 
-from predict.upscalers import Repeat, picture, repeated
+from tests.predict.upscalers import Repeat, picture, repeated
 from visionattn.checkpoints import load
 from visionattn.cli import main
 from visionattn.errors import InputError

@@ -2,7 +2,7 @@
 
 import torch
 
-from visionattn.probe.tokens import Features, Layer, Tokens
+from visionattn.probe.tokens.interface import Features, Layer, Tokens
 
 
 class ArrayFeatures(Features):

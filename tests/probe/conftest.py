@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from probe.stores import vit
-from visionattn.probe.backbone import Backbone
+from tests.probe.stores import vit
+from visionattn.probe.tokens.backbone import Backbone
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import Dataset
 
 from visionattn.errors import DataError
-from visionattn.probe.backbone import Backbone
-from visionattn.probe.features import extract
+from visionattn.probe.tokens.backbone import Backbone
+from visionattn.probe.tokens.features import extract
 
 IDENTITY = {"model": "small", "transform": "none", "dataset": "noise"}
 CLASSES = ("cat", "dog", "owl")

@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from probe.arrays import clustered
+from tests.probe.arrays import clustered
 from visionattn.errors import InputError
-from visionattn.probe.banks import HeadSpec
 from visionattn.probe.few_shot import FewShotResult, few_shot, few_shot_rows
-from visionattn.probe.report import percent
+from visionattn.probe.heads.banks import HeadSpec
+from visionattn.probe.report.report import percent
 from visionattn.probe.sweep import sweep
 
 

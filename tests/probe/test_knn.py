@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from probe.arrays import ArrayFeatures, clustered
+from tests.probe.arrays import ArrayFeatures, clustered
 from visionattn.errors import DataError, InputError
 from visionattn.probe.knn import channel_statistics, nearest_neighbours
 from visionattn.probe.sweep import hold_out

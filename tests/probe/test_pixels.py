@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from probe.stores import Images
+from tests.probe.stores import Images
 from visionattn.errors import DataError
 from visionattn.probe.pixels import PixelComparison, read_pixels
 

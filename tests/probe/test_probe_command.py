@@ -21,14 +21,14 @@ from timm.data import resolve_model_data_config
 from visionattn.card import KEY, Card
 from visionattn.checkpoints import create
 from visionattn.cli import main
-from visionattn.data.classify import ClassifyData
+from visionattn.data.classify.datamodule import ClassifyData
 from visionattn.export import OnnxModel
 from visionattn.files import exclusive
 from visionattn.probe import cli, inputs, work
-from visionattn.probe.backbone import Backbone
-from visionattn.probe.banks import head_tokens
-from visionattn.probe.head_training import HeadTraining
-from visionattn.probe.report import load_head
+from visionattn.probe.heads.banks import head_tokens
+from visionattn.probe.heads.training import HeadTraining
+from visionattn.probe.report.report import load_head
+from visionattn.probe.tokens.backbone import Backbone
 
 NAME = "va_minimal_vit_nano_patch7_28"
 FEW = ["--heads", "cls,gap,ep_8", "--lrs", "0.01,0.1", "--epochs", "3"]
@@ -107,7 +107,7 @@ def test_the_command_in_the_report_gives_the_same_table_and_computes_nothing(fol
     def computed(*_, **__):
         raise AssertionError("This was known.")
 
-    monkeypatch.setattr("visionattn.probe.features._compute", computed)
+    monkeypatch.setattr("visionattn.probe.tokens.features._compute", computed)
     monkeypatch.setattr(HeadTraining, "_train_epoch", computed)
     monkeypatch.setattr(work, "nearest_neighbours", computed)
     words = shlex.split(results["command"])

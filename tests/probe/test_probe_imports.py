@@ -27,7 +27,7 @@ def test_without_the_extra_probing_is_imported_and_what_needs_it_says_so():
 import sys
 sys.modules.update(dict.fromkeys({ABSENT!r}))  # as if they were not installed
 sys.path.insert(0, {TESTS!r})
-from probe.arrays import clustered
+from tests.probe.arrays import clustered
 from visionattn.errors import MissingPackageError
 from visionattn.probe import grid, nearest_neighbours, sweep
 train, test = clustered(60), clustered(30, seed=1)

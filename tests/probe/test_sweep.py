@@ -6,17 +6,17 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import nn
 
-from probe.arrays import ArrayFeatures, clustered
-from probe.stores import store
+from tests.probe.arrays import ArrayFeatures, clustered
+from tests.probe.stores import store
 from visionattn.errors import DataError, InputError, UnknownNameError
-from visionattn.probe import head_training
-from visionattn.probe.banks import HeadSpec, grid, group_logits
-from visionattn.probe.poolings import create_pooling
-from visionattn.probe.poolings.learned_query import PatchProbing, TokenProbing
-from visionattn.probe.poolings.own_weights import ClassToken, Mean, SimPool
+from visionattn.probe.heads import training as head_training
+from visionattn.probe.heads.banks import HeadSpec, grid, group_logits
+from visionattn.probe.heads.poolings import create_pooling
+from visionattn.probe.heads.poolings.learned_query import PatchProbing, TokenProbing
+from visionattn.probe.heads.poolings.own_weights import ClassToken, Mean, SimPool
 from visionattn.probe.statistics import calibration_error
 from visionattn.probe.sweep import hold_out, sweep
-from visionattn.probe.tokens import Features
+from visionattn.probe.tokens.interface import Features
 
 SHORT = {"epochs": 3, "batch_size": 32, "warmup_epochs": 1}
 
@@ -126,7 +126,7 @@ def test_a_head_trains_alone_as_among_others():
 def test_queries_need_not_fit_one_call(monkeypatch):
     train, test, heads = double(), double(30, seed=1), grid(["ep_2", "ep_4"], lrs=[5.0, 10.0, 20.0])
     whole = sweep(train, test, heads, **SHORT)
-    monkeypatch.setattr("visionattn.probe.banks._AVERAGES_ON_CPU", 5 * 32 * 16)
+    monkeypatch.setattr("visionattn.probe.heads.banks._AVERAGES_ON_CPU", 5 * 32 * 16)
     parts = sweep(train, test, heads, **SHORT)
     for one, other in zip(whole.heads, parts.heads, strict=True):
         torch.testing.assert_close(one.last.nll, other.last.nll, rtol=1e-7, atol=1e-9)

@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from visionattn import quickstart
-from visionattn.data.disparity import read_disparity
+from visionattn.data.matching.disparity import read_disparity
 
 pytest.importorskip("cv2")
 

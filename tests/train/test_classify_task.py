@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from timm.optim import create_optimizer_v2
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from visionattn.data.classify import ClassifyData
+from visionattn.data.classify.datamodule import ClassifyData
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError
 from visionattn.train.classify import ClassifyTask

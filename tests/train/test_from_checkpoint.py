@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from visionattn.checkpoints import load, read_card
-from visionattn.data.transforms import fit
+from visionattn.data.classify.transforms import fit
 from visionattn.errors import CheckpointError, ConfigError
 from visionattn.export.spec import ExportSpec
 from visionattn.train.cli import main

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 
 import visionattn
 from visionattn.blocks.match_decoder import exchange_views
-from visionattn.data.match import MatchData
+from visionattn.data.matching.datamodule import MatchData
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError
 from visionattn.metrics.matching import disparity_errors
@@ -277,7 +277,7 @@ model:
     name: va_match_stereo_nano
     model_args: {widths: [8, 8, 8, 8], encoder_depths: [1, 1, 1, 1], depths: [1, 1, 1, 1]}
 data:
-  class_path: visionattn.data.match.MatchData
+  class_path: visionattn.data.matching.MatchData
   init_args: {crop_size: [192, 192], epoch_pairs: 3, val_pairs: 1, batch_size: 1, max_disparity: 32}
 trainer:
   accelerator: cpu

@@ -18,7 +18,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 import visionattn
-from visionattn.data.restore import RestoreData
+from visionattn.data.restore.datamodule import RestoreData
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError, InputError
 from visionattn.metrics.luma import luma, psnr_y, to_uint8

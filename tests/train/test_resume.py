@@ -12,7 +12,7 @@ pytest.importorskip("lightning")
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from visionattn.data.classify import ClassifyData
+from visionattn.data.classify.datamodule import ClassifyData
 from visionattn.errors import ConfigError
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
 from visionattn.train.classify import ClassifyTask

@@ -20,13 +20,13 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 import visionattn
-from retrieval_toys import write_table
+from tests.retrieval_toys import write_table
 from visionattn import cli
-from visionattn.data.catalogue import MISSING
-from visionattn.data.embedding import input_config
-from visionattn.data.retrieval import RetrieveData
+from visionattn.data.retrieval.catalogue import MISSING
+from visionattn.data.retrieval.datamodule import RetrieveData
+from visionattn.data.retrieval.embedding import input_config
+from visionattn.data.retrieval.triplets import TripletData
 from visionattn.data.samplers import IGNORED
-from visionattn.data.triplets import TripletData
 from visionattn.errors import CheckpointError, ConfigError
 from visionattn.evaluate import attribute_retrieval
 from visionattn.metrics.ranking import means, score_part

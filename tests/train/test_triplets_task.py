@@ -17,9 +17,9 @@ pytest.importorskip("lightning")
 from lightning.pytorch import Callback, Trainer
 
 import visionattn
-from retrieval_toys import TOY_CONDITIONS, write_triplets
+from tests.retrieval_toys import TOY_CONDITIONS, write_triplets
+from visionattn.data.retrieval.triplets import TripletData
 from visionattn.data.samplers import IGNORED
-from visionattn.data.triplets import TripletData
 from visionattn.errors import CheckpointError, ConfigError
 from visionattn.evaluate import triplets
 from visionattn.train.cli import main
@@ -162,7 +162,7 @@ model:
   class_path: visionattn.train.triplets.TripletTask
   init_args: {name: toy_conditional, model_args: {embed_dim: 4}, lr: 0.01}
 data:
-  class_path: visionattn.data.triplets.TripletData
+  class_path: visionattn.data.retrieval.TripletData
   init_args: {root: toys, triplets_per_batch: 8, augmentation: shift}
 trainer:
   accelerator: cpu

@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from visionattn.arguments import number, whole_number
-from visionattn.data import catalogue_files
-from visionattn.data.embedding import LARGEST as LARGEST_SIDE
 from visionattn.data.images import SUFFIXES
-from visionattn.data.stereo import LAYOUTS
+from visionattn.data.matching.stereo import LAYOUTS
+from visionattn.data.retrieval import catalogue_files
+from visionattn.data.retrieval.embedding import LARGEST as LARGEST_SIDE
 from visionattn.errors import ConfigError, shorten
 from visionattn.evaluate import retrieval
 from visionattn.evaluate.opening import DTYPES
@@ -96,7 +96,7 @@ def _factor(text: str) -> tuple[str | None, float]:
 
 
 def factors(given: list[tuple[str | None, float]] | None) -> float | dict[str, float] | None:
-    """What `--factor` was given, as `visionattn.data.stereo.find_scenes` takes it.
+    """What `--factor` was given, as `visionattn.data.matching.stereo.find_scenes` takes it.
 
     Raises:
         ConfigError: There is a number for all scenes beside those of some, or two for one scene.

@@ -23,9 +23,10 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from visionattn import __version__
-from visionattn.data.catalogue import Catalogue, ImageStore
-from visionattn.data.catalogue_files import Triplets, read_catalogue, read_triplets
-from visionattn.data.embedding import (
+from visionattn.data.images import check_unreadable
+from visionattn.data.retrieval.catalogue import Catalogue, ImageStore
+from visionattn.data.retrieval.catalogue_files import Triplets, read_catalogue, read_triplets
+from visionattn.data.retrieval.embedding import (
     check_embedding,
     check_finite,
     check_task,
@@ -34,7 +35,6 @@ from visionattn.data.embedding import (
     eval_transform,
     input_config,
 )
-from visionattn.data.images import check_unreadable
 from visionattn.errors import ConfigError, DataError, shorten
 from visionattn.evaluate.opening import open_models, place
 from visionattn.files import atomic_path
@@ -163,7 +163,7 @@ def attribute_retrieval(
     Args:
         models: One, several or none, each a name whose weights are published, a weight file, or a module that takes
             (B, 3, H, W). One with conditions has a space for each attribute that is asked for.
-        data: A catalogue, or the file or folder of one (see `visionattn.data.catalogue_files`).
+        data: A catalogue, or the file or folder of one (see `visionattn.data.retrieval.catalogue_files`).
         layout: Of the file or folder.
         images: Folder or zip file of its images; None for where the layout has them.
         attributes: By which attributes; None takes all.
@@ -305,7 +305,7 @@ def triplets(
 
     Args:
         models: As in `attribute_retrieval`; one with conditions names those of the triplets.
-        data: Triplets, or the folder of Zappos' (see `visionattn.data.catalogue_files`).
+        data: Triplets, or the folder of Zappos' (see `visionattn.data.retrieval.catalogue_files`).
         images: Folder or zip file of the images; None for where the layout has them.
         part: train, val or test.
         image_size: Height and width of the images; None takes each model's.

@@ -1,10 +1,10 @@
 """Super-resolution as Set5, Set14 and B100 are reported: PSNR and SSIM on Y, beside bicubic enlargement.
 
 The large picture is cropped at the top left to a multiple of the scale r, grey replicated to RGB. The small picture is
-MATLAB's bicubic of it (`visionattn.data.bicubic`), or a file. The network's output is times 255, clipped, rounded half
-up. On Y, r pixels cut off on each side (`visionattn.metrics.luma`), PSNR has the peak 255, and SSIM (Wang et al., 2004)
-a Gaussian window of 11 pixels and sigma 1.5, averaged where it lies inside the picture, C1 = 2.55^2 and C2 = 7.65^2. A
-data set has the mean over its pictures.
+MATLAB's bicubic of it (`visionattn.data.restore.bicubic`), or a file. The network's output is times 255, clipped,
+rounded half up. On Y, r pixels cut off on each side (`visionattn.metrics.luma`), PSNR has the peak 255, and SSIM
+(Wang et al., 2004) a Gaussian window of 11 pixels and sigma 1.5, averaged where it lies inside the picture,
+C1 = 2.55^2 and C2 = 7.65^2. A data set has the mean over its pictures.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rich.table import Table
 from torch import nn
 
 from visionattn import __version__
-from visionattn.data.bicubic import crop_to_multiple, downscale, upscale
 from visionattn.data.images import find_images, pair_by_name, read_rgb
+from visionattn.data.restore.bicubic import crop_to_multiple, downscale, upscale
 from visionattn.errors import ConfigError, DataError, InputError, VisionAttnError, require, shorten
 from visionattn.evaluate.opening import open_models, place
 from visionattn.files import atomic_path

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 from visionattn import __version__
-from visionattn.data.stereo import StereoPair, find_scenes, summarize
+from visionattn.data.matching.stereo import StereoPair, find_scenes, summarize
 from visionattn.errors import ConfigError, InputError, VisionAttnError, explaining_memory, require, shorten
 from visionattn.evaluate.opening import open_models, place
 from visionattn.evaluate.sgbm import fill, sgbm
@@ -129,10 +129,10 @@ def stereo_matching(
     Args:
         models: One or several, or none beside a baseline; each a name whose weights are published, a weight file, or a
             module of the task "stereo".
-        folders: Data sets or scenes, laid out as `visionattn.data.stereo` says.
+        folders: Data sets or scenes, laid out as `visionattn.data.matching.stereo` says.
         layout: Their layout; None finds out.
         factor: By which the numbers of PNGs are larger than disparities, one for all scenes or some scenes' by their
-            names; None takes what `visionattn.data.stereo.find_scenes` assumes, and `notes` tells.
+            names; None takes what `visionattn.data.matching.stereo.find_scenes` assumes, and `notes` tells.
         baseline: "sgbm" adds OpenCV's semi-global matching, as it is and filled ("sgbm_filled"); it is told the largest
             disparity of the truth.
         enlarge: Let the models see views so many times as high and wide (`visionattn.models.enlarged`).

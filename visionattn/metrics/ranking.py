@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from visionattn.data.catalogue import MISSING, Part
-from visionattn.data.catalogue_files import Triplets
+from visionattn.data.retrieval.catalogue import MISSING, Part
+from visionattn.data.retrieval.catalogue_files import Triplets
 from visionattn.errors import DataError, InputError
 
 __all__ = ["AttributeScore", "Ranked", "means", "rank", "score", "score_part", "score_triplets", "triplet_accuracy"]

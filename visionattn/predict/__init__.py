@@ -5,9 +5,11 @@
 `visionattn index` and `visionattn search`, find images by attributes.
 """
 
+from visionattn.lazy import lazily
 from visionattn.predict.flow import estimate_flow
-from visionattn.predict.image_index import ImageIndex, build_index
 from visionattn.predict.restore import upscale
 from visionattn.predict.stereo import depth, estimate_disparity, seen_in_both
 
 __all__ = ["ImageIndex", "build_index", "depth", "estimate_disparity", "estimate_flow", "seen_in_both", "upscale"]
+
+__getattr__ = lazily(__name__, {name: "visionattn.search.image_index" for name in ("ImageIndex", "build_index")})

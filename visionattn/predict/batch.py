@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from visionattn.data.images import SUFFIXES, is_hidden, list_images
 from visionattn.errors import DataError, InputError, StorageError, VisionAttnError, shorten
 from visionattn.files import check_output
-from visionattn.predict.video import VIDEOS
+from visionattn.predict.videos.video import VIDEOS
 
 __all__ = ["Bar", "Job", "add_arguments", "files_of", "keep_freed_memory", "run", "target_folder"]
 

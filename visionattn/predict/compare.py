@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from visionattn.predict.picture import Picture, on_white
+from visionattn.predict.images.picture import Picture, on_white
 
 __all__ = ["side_by_side"]
 

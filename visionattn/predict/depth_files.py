@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visionattn.data.disparity import write_disparity
+from visionattn.data.matching.disparity import write_disparity
 from visionattn.errors import InputError
 from visionattn.files import atomic_path
 

@@ -6,7 +6,7 @@ import argparse
 
 import numpy as np
 
-from visionattn.data.disparity import FLOW_FILES, write_flow
+from visionattn.data.matching.disparity import FLOW_FILES, write_flow
 from visionattn.errors import InputError
 from visionattn.predict import batch, pairs
 from visionattn.predict.batch import Bar, Job

@@ -19,11 +19,11 @@ from visionattn.errors import CheckpointError, DataError, InputError, shorten
 from visionattn.models.enlarged import LARGEST
 from visionattn.predict import batch
 from visionattn.predict.batch import Bar, Job
+from visionattn.predict.images.picture import Picture, read, write
 from visionattn.predict.matching import Matcher, check_matching_task
 from visionattn.predict.network import PRECISIONS
 from visionattn.predict.opening import WEIGHT_FILES, pretrained
-from visionattn.predict.picture import Picture, read, write
-from visionattn.predict.video import VIDEOS, convert_videos, probe
+from visionattn.predict.videos.video import VIDEOS, convert_videos, probe
 
 __all__ = [
     "add_arguments",

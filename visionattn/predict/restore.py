@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visionattn.errors import InputError
 from visionattn.predict.engine import Engine, TorchEngine
-from visionattn.predict.picture import Picture
+from visionattn.predict.images.picture import Picture
 from visionattn.predict.tiles import MIB, Tile, default_memory, plan, total_memory
 
 __all__ = ["bleed", "restore", "tiles_of", "upscale"]

@@ -7,7 +7,7 @@ import argparse
 import numpy as np
 
 from visionattn.arguments import number
-from visionattn.data.disparity import write_disparity
+from visionattn.data.matching.disparity import write_disparity
 from visionattn.errors import InputError
 from visionattn.predict import batch, pairs
 from visionattn.predict.batch import Bar, Job

@@ -15,14 +15,15 @@ from visionattn.checkpoints import load
 from visionattn.errors import InputError
 from visionattn.export import OnnxModel
 from visionattn.models.span import TRAINED_HERE
-from visionattn.predict import batch, picture
+from visionattn.predict import batch
 from visionattn.predict.batch import Bar, Job
 from visionattn.predict.compare import side_by_side
 from visionattn.predict.engine import Engine, OnnxEngine, TorchEngine, check_task, faster
+from visionattn.predict.images import picture
 from visionattn.predict.network import PRECISIONS
 from visionattn.predict.opening import WEIGHT_FILES, pretrained
 from visionattn.predict.restore import restore, tiles_of
-from visionattn.predict.video import VIDEOS, upscale_video
+from visionattn.predict.videos.video import VIDEOS, upscale_video
 
 __all__ = ["add_arguments", "default_name", "run"]
 

@@ -5,14 +5,14 @@ and `nearest_neighbours` judge them. The command `visionattn probe` does all of 
 calibration need `pip install 'visionattn[train]'`.
 """
 
-from visionattn.probe.backbone import Backbone
-from visionattn.probe.banks import HeadSpec, grid
-from visionattn.probe.features import LiveFeatures, StoredFeatures, extract
 from visionattn.probe.few_shot import few_shot
+from visionattn.probe.heads.banks import HeadSpec, grid
+from visionattn.probe.heads.poolings import POOLINGS, create_pooling
 from visionattn.probe.knn import nearest_neighbours
-from visionattn.probe.poolings import POOLINGS, create_pooling
-from visionattn.probe.report import load_head
+from visionattn.probe.report.report import load_head
 from visionattn.probe.sweep import sweep
+from visionattn.probe.tokens.backbone import Backbone
+from visionattn.probe.tokens.features import LiveFeatures, StoredFeatures, extract
 
 # `sweep` and `few_shot` are the functions: what else is in the modules of these names is had by `from ... import`.
 __all__ = [

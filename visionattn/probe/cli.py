@@ -23,16 +23,16 @@ import visionattn
 from visionattn.arguments import number, whole_number
 from visionattn.errors import InputError, VisionAttnError, require, shorten
 from visionattn.files import check_folder
-from visionattn.probe.backbone import Backbone
-from visionattn.probe.banks import Head, HeadSpec, create_head, grid
+from visionattn.probe.heads.banks import Head, HeadSpec, create_head, grid
+from visionattn.probe.heads.results import HeadResult
 from visionattn.probe.inputs import make_backbone, read_images, read_model
 from visionattn.probe.output import check_report, default_output
 from visionattn.probe.processes import one_writer, rank_and_size
-from visionattn.probe.rendering import write_report
-from visionattn.probe.report import LayerNeighbours, Report, percent
-from visionattn.probe.results import HeadResult
-from visionattn.probe.shards import PRECISIONS
+from visionattn.probe.report.rendering import write_report
+from visionattn.probe.report.report import LayerNeighbours, Report, percent
 from visionattn.probe.sweep import hold_out
+from visionattn.probe.tokens.backbone import Backbone
+from visionattn.probe.tokens.shards import PRECISIONS
 from visionattn.probe.work import HOLDOUT, WARMUP, ProbingRun
 
 __all__ = ["add_arguments", "run"]

@@ -11,10 +11,10 @@ import torch
 from rich.progress import Progress
 
 from visionattn.errors import InputError
-from visionattn.probe.banks import HeadSpec
+from visionattn.probe.heads.banks import HeadSpec
 from visionattn.probe.statistics import Interval, share_interval
 from visionattn.probe.sweep import hold_out, sweep
-from visionattn.probe.tokens import Features
+from visionattn.probe.tokens.interface import Features
 
 __all__ = ["FewShotResult", "few_shot", "few_shot_rows"]
 

@@ -26,7 +26,7 @@ from visionattn.errors import (
     VisionAttnError,
     shorten,
 )
-from visionattn.probe.backbone import Backbone
+from visionattn.probe.tokens.backbone import Backbone
 
 __all__ = ["Images", "Part", "make_backbone", "read_images", "read_model"]
 
@@ -147,7 +147,7 @@ def read_images(args: argparse.Namespace, config: dict[str, Any]) -> Images:
         ConfigError: The options do not fit the data set.
         DataError: It is a stream, or has not two classes.
     """
-    from visionattn.data.classify import ClassifyData  # needs Lightning
+    from visionattn.data.classify.datamodule import ClassifyData  # needs Lightning
 
     size = args.image_size or config["input_size"][1]
     mean, std = config["mean"], config["std"]

@@ -32,7 +32,7 @@ from visionattn.errors import DataError, InputError
 from visionattn.probe.processes import rank_and_size, together
 from visionattn.probe.statistics import Interval, wilson_interval
 from visionattn.probe.sweep import hold_out
-from visionattn.probe.tokens import Features, Tokens
+from visionattn.probe.tokens.interface import Features, Tokens
 
 __all__ = ["ChannelStatistics", "Neighbours", "NeighboursResult", "channel_statistics", "nearest_neighbours"]
 

@@ -15,11 +15,11 @@ from rich.progress import Progress
 from torch import Tensor
 
 from visionattn.errors import DataError
-from visionattn.probe.banks import HeadSpec
+from visionattn.probe.heads.banks import HeadSpec
+from visionattn.probe.heads.results import Score
 from visionattn.probe.knn import NeighboursResult
-from visionattn.probe.loading import read_batches
-from visionattn.probe.results import Score
-from visionattn.probe.tokens import Features, Layer, Tokens
+from visionattn.probe.tokens.interface import Features, Layer, Tokens
+from visionattn.probe.tokens.loading import read_batches
 
 __all__ = ["SIDE", "PixelBaseline", "PixelComparison", "PixelFeatures", "PixelHead", "read_pixels"]
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from visionattn.errors import DataError, shorten
 from visionattn.files import write_state
-from visionattn.probe.banks import HeadSpec
 from visionattn.probe.few_shot import FewShotResult
+from visionattn.probe.heads.banks import HeadSpec
+from visionattn.probe.heads.results import Score
 from visionattn.probe.knn import Neighbours, NeighboursResult
 from visionattn.probe.pixels import PixelBaseline, PixelHead
 from visionattn.probe.processes import rank_and_size
-from visionattn.probe.results import Score
 from visionattn.probe.saved import read_state
-from visionattn.probe.shards import read_checked_json, write_json
+from visionattn.probe.tokens.shards import read_checked_json, write_json
 
 __all__ = ["RunState"]
 

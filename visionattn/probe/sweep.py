@@ -24,11 +24,11 @@ import torch
 from rich.progress import Progress
 
 from visionattn.errors import InputError
-from visionattn.probe.banks import HeadSpec
-from visionattn.probe.head_training import HeadTraining
+from visionattn.probe.heads.banks import HeadSpec
+from visionattn.probe.heads.results import HeadResult, SweepResult
+from visionattn.probe.heads.training import HeadTraining
 from visionattn.probe.processes import rank_and_size, together
-from visionattn.probe.results import HeadResult, SweepResult
-from visionattn.probe.tokens import Features
+from visionattn.probe.tokens.interface import Features
 
 __all__ = ["hold_out", "sweep"]
 

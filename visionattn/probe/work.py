@@ -24,21 +24,21 @@ from torch.utils.data import Subset
 from visionattn.errors import InputError, StorageError
 from visionattn.export import export_onnx
 from visionattn.files import atomic_path
-from visionattn.probe.backbone import Backbone
-from visionattn.probe.banks import Head, HeadSpec, grid, head_tokens
-from visionattn.probe.features import LiveFeatures, extract, space_line
 from visionattn.probe.few_shot import few_shot
+from visionattn.probe.heads.banks import Head, HeadSpec, grid, head_tokens
+from visionattn.probe.heads.results import SweepResult
 from visionattn.probe.inputs import Images, Part
 from visionattn.probe.knn import ChannelStatistics, channel_statistics, nearest_neighbours
-from visionattn.probe.loading import find_readable
-from visionattn.probe.maps import attention_of, overlay
 from visionattn.probe.pixels import PixelBaseline, PixelHead, read_pixels
 from visionattn.probe.progress import show_progress
-from visionattn.probe.report import LayerNeighbours, Report, Skipped, head_file
-from visionattn.probe.results import SweepResult
+from visionattn.probe.report.maps import attention_of, overlay
+from visionattn.probe.report.report import LayerNeighbours, Report, Skipped, head_file
 from visionattn.probe.state import RunState
 from visionattn.probe.sweep import hold_out, sweep
-from visionattn.probe.tokens import Features
+from visionattn.probe.tokens.backbone import Backbone
+from visionattn.probe.tokens.features import LiveFeatures, extract, space_line
+from visionattn.probe.tokens.interface import Features
+from visionattn.probe.tokens.loading import find_readable
 from visionattn.weights.hashing import hash_state
 
 __all__ = ["HOLDOUT", "WARMUP", "ProbedClassifier", "ProbingRun"]

@@ -25,7 +25,7 @@ from rich.table import Table
 
 import visionattn
 from visionattn.cost import count_macs, count_parameters
-from visionattn.data.classify import ClassifyData
+from visionattn.data.classify.datamodule import ClassifyData
 from visionattn.export import OnnxModel, export_onnx, print_rows
 from visionattn.files import atomic_path
 from visionattn.quickstart import TITLE

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from visionattn.data.disparity import write_disparity
+from visionattn.data.matching.disparity import write_disparity
 from visionattn.errors import require
 from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.metrics.matching import disparity_errors

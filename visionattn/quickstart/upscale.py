@@ -14,8 +14,8 @@ from rich.console import Console
 from visionattn.errors import CheckpointError, require
 from visionattn.predict import upscale
 from visionattn.predict.compare import side_by_side
+from visionattn.predict.images.picture import Picture, write
 from visionattn.predict.opening import pretrained
-from visionattn.predict.picture import Picture, write
 from visionattn.predict.upscale_cli import default_name
 from visionattn.quickstart import TITLE
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.checkpoints import create
-from visionattn.data.catalogue import MISSING, Part, first_names
-from visionattn.data.embedding import conditions_of, embed, input_config
+from visionattn.data.retrieval.catalogue import MISSING, Part, first_names
+from visionattn.data.retrieval.embedding import conditions_of, embed, input_config
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError, require
 from visionattn.metrics.ranking import means, score_part

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn.data.catalogue_files import Triplets
+from visionattn.data.retrieval.catalogue_files import Triplets
 from visionattn.errors import ConfigError
 from visionattn.metrics.ranking import score_triplets
 from visionattn.train.retrieve import BEGINNING, EmbeddingTask, create_conditional

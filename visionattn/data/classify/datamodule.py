@@ -1,0 +1,424 @@
+"""Labelled images for classification: the embedded digits, MNIST and CIFAR-10 files, or any of timm's readers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from timm.data.dataset import IterableImageDataset
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms import v2
+
+from visionattn.data.classify.cifar import CLASSES as CIFAR10_CLASSES
+from visionattn.data.classify.cifar import load_cifar10_sheets
+from visionattn.data.classify.digits import load_digits
+from visionattn.data.classify.mnist import load_mnist
+from visionattn.data.classify.sources import ArrayImages, FolderReader, ReaderImages, TorchvisionImages, first_names
+from visionattn.data.classify.transforms import AUGMENTATIONS, augment, fit
+from visionattn.data.images import class_folders
+from visionattn.data.module import DataModule, count_classes
+from visionattn.data.samplers import EpochSampler, ResumableLoader, SeededDataset, StreamLoader
+from visionattn.errors import ConfigError, DataError, MissingPackageError, require, shorten
+
+__all__ = ["ClassifyData"]
+
+_ARRAYS = ("digits", "mnist", "cifar10-sheets")
+# torchvision's sets that have a training and a test part only; their images are small and shown whole.
+_TWO_PARTS = tuple(f"torch/{name}" for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"))
+# What timm's users call the sub-folders with the parts of a folder dataset.
+_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class ClassifyData(DataModule):
+    """Training, validation, test and prediction images.
+
+    Sizes, channels and normalisation that are not given follow from the model.
+
+    Args:
+        dataset: `"digits"` (embedded in scikit-learn), `"mnist"` (IDX files), `"cifar10-sheets"`, `"folder"`, or a name
+            that timm's `create_dataset` reads: `"torch/..."`, `"hfds/..."`, `"wds/..."`, `"tfds/..."`. A folder holds a
+            sub-folder for each class, below `train`, `val` and `test` or without these; an image belongs to the first
+            of these sub-folders, however deep it lies. None is `"folder"` where `root` is given, else `"digits"`.
+        root: Folder of the files.
+        num_classes: Number of classes; None counts them.
+        image_size: Side of the square images that the model gets.
+        in_chans: 1 (grey), 3 (colour) or 4 (colour and alpha); images of another kind are converted.
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel.
+        augmentation: `"none"`, `"shift"` (a small turn, shift and zoom, no flip: digits), `"crop-flip"` (pad, crop and
+            flip: CIFAR), `"imagenet"` (random resized crop, flip, TrivialAugment), or the path of a pipeline saved by
+            `albumentations.save` (.json, .yaml).
+        batch_size: Images per batch and device.
+        num_workers: Loading processes per device; the results do not depend on it.
+        train_split: Name of the training part, for readers with named parts (hfds, wds, tfds, some of torch).
+        val_split: Name of the validation part, likewise.
+        test_split: Name of the test part, likewise; None tests on the validation part.
+        val_fraction: Share of the training images that is held out, each class alike, where a folder or a torchvision
+            set has no validation part of its own.
+        download: Let torchvision and tfds download.
+        seed: Seed of shuffling, augmentation and holding out.
+    """
+
+    def __init__(
+        self,
+        dataset: str | None = None,
+        root: str | None = None,
+        num_classes: int | None = None,
+        image_size: int | None = None,
+        in_chans: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        augmentation: str = "none",
+        batch_size: int = 128,
+        num_workers: int = 0,
+        train_split: str = "train",
+        val_split: str = "validation",
+        test_split: str | None = None,
+        val_fraction: float = 0.1,
+        download: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        # The logger would refuse the names that the model's parameters share.
+        self.save_hyperparameters(logger=False)
+        dataset = dataset or ("digits" if root is None else "folder")
+        self.hparams.dataset = dataset
+        self.check_counts(image_size=1, in_chans=1, num_classes=1)
+        if not 0 < val_fraction < 1:
+            raise ConfigError(f"data.val_fraction must lie between 0 and 1; got {val_fraction}.")
+        if augmentation not in AUGMENTATIONS and Path(augmentation).suffix not in (".json", ".yaml", ".yml"):
+            raise ConfigError(
+                f"There is no augmentation {augmentation!r}. Choose from {', '.join(AUGMENTATIONS)}, or give the path "
+                "of a pipeline saved by albumentations (.json, .yaml)."
+            )
+        on_disk = dataset in ("mnist", "cifar10-sheets", "folder")
+        if root is None and (on_disk or dataset.startswith("torch/")):
+            raise ConfigError(f"The dataset {dataset!r} needs a folder: set data.root.")
+        if root is not None and dataset == "digits":
+            raise ConfigError(
+                f"The digits are embedded, but data.root is {shorten(root)}: set data.dataset to what lies there, such "
+                "as folder, or leave out data.root."
+            )
+        if root is not None and on_disk and not Path(root).is_dir():
+            raise DataError(f"There is no folder {shorten(root)}.")
+        self._own: dict[str, Any] = {}
+        self._beside: list[Path] = []
+
+    @cached_property
+    def class_names(self) -> list[str] | None:
+        """Name of each class, where the dataset says it."""
+        if self.hparams.dataset == "cifar10-sheets":
+            return list(CIFAR10_CLASSES)
+        if self.hparams.dataset in _ARRAYS:
+            return [str(digit) for digit in range(10)]
+        source = self._part("train")
+        class_to_idx = getattr(getattr(source, "reader", getattr(source, "dataset", None)), "class_to_idx", None)
+        return sorted(class_to_idx, key=class_to_idx.get) if class_to_idx else None
+
+    @cached_property
+    def num_classes(self) -> int:
+        """Number of classes, known before there is a model."""
+        if self.hparams.num_classes is not None:
+            return self.hparams.num_classes
+        names = self.class_names
+        if names is None:
+            raise ConfigError(f"The dataset {self.hparams.dataset!r} does not say its classes: set data.num_classes.")
+        if len(names) < 2:
+            raise DataError(
+                f"{shorten(self.hparams.root)} holds one class only. Put the images of each class in a sub-folder of "
+                "their own, or set data.num_classes."
+            )
+        return len(names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must know of its training data."""
+        return {"class_names": self.class_names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Name the classes of predictions; refuse other classes."""
+        names = state_dict["class_names"]
+        if self.trainer is not None and self.trainer.predicting:
+            self.class_names = names
+        elif names and self.class_names and names != self.class_names:
+            raise DataError(
+                f"The checkpoint was trained on the classes {first_names(names)}; the data have "
+                f"{first_names(self.class_names)}."
+            )
+
+    def setup(self, stage: str) -> None:
+        """Take from the model what was not given."""
+        given = self.hparams
+        model = getattr(getattr(self.trainer, "lightning_module", None), "data_config", None)
+        if model is None:
+            if None in (given.image_size, given.in_chans, given.mean, given.std):
+                raise ConfigError(
+                    "Without a model to take them from, image_size, in_chans, mean and std must be given."
+                )
+            model = {"input_size": (given.in_chans, given.image_size, given.image_size)}
+        channels, *size = model["input_size"]
+        if given.in_chans not in (None, channels):
+            raise ConfigError(
+                f"The model takes {channels} channels, but data.in_chans is {given.in_chans}. Set model.in_chans to "
+                f"{given.in_chans} too, or leave data.in_chans out: images are converted to what the model takes."
+            )
+        if channels not in _MODES:
+            raise ConfigError(f"The model takes {channels} channels; images can have 1, 3 or 4.")
+        mean, std = given.mean or model["mean"], given.std or model["std"]
+        if len(mean) != channels or len(std) != channels:
+            raise ConfigError(
+                f"The model takes {channels} channels, but data.mean has {len(mean)} numbers and data.std {len(std)}."
+            )
+        size = tuple(size) if given.image_size is None else (given.image_size, given.image_size)
+        self.image_shape = (channels, *size)
+        interpolation = v2.InterpolationMode(model.get("interpolation", "bicubic"))
+        convert = partial(Image.Image.convert, mode=_MODES[channels])
+        finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+        # Photographs lose their edges to a centre crop, as their models expect; small pictures are shown whole.
+        whole = given.dataset in _ARRAYS or given.dataset in _TWO_PARTS
+        crop_pct = 1.0 if whole else model.get("crop_pct", 1.0)
+        # What a checkpoint says of its images.
+        self.image_config = {
+            "input_size": self.image_shape,
+            "mean": list(mean),
+            "std": list(std),
+            "interpolation": interpolation.value,
+            "crop_pct": crop_pct,
+            "crop_mode": "center" if size[0] == size[1] else "squash",
+        }
+        self._eval_transform = v2.Compose([convert, *fit(size, interpolation, crop_pct), *finish])
+        self._train_transform = v2.Compose([convert, *augment(given.augmentation, size, interpolation), *finish])
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled, augmented, whole batches only."""
+        loader: Any = self._loader("train")
+        if not isinstance(loader, StreamLoader) and len(loader) == 0:
+            images, needed = loader.sampler.size, loader.batch_size * loader.sampler.num_replicas
+            raise DataError(
+                f"The training part has {images} images, fewer than one batch of {needed} on all devices. "
+                "Set data.batch_size lower."
+            )
+        return loader
+
+    def val_dataloader(self) -> DataLoader:
+        """In order, each image once."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """In order, each image once."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """In order; a folder without a `test` sub-folder is taken whole, its images need no classes."""
+        source = self._predicted
+        if isinstance(source, IterableImageDataset):
+            return self._loader("test")
+        dataset = self.watch(SeededDataset(source, self._eval_transform, seed=None))
+        return ResumableLoader(dataset, batch_size=self.hparams.batch_size, num_workers=self.hparams.num_workers)
+
+    def predicted_names(self) -> Iterator[str]:
+        """What to call each predicted image, in order."""
+        source = self._predicted
+        if isinstance(source, IterableImageDataset):
+            return map(str, itertools.count())
+        return (_name(source, index) for index in range(len(source)))
+
+    def unpredicted(self) -> set[int]:
+        """Indices of the images in `predicted_names` that could not be read."""
+        return {index for dataset in self._watched if dataset.dataset is self._predicted for index in dataset.skipped}
+
+    @cached_property
+    def _predicted(self) -> Any:
+        if self.hparams.dataset != "folder":
+            return self._source("test")
+        found = self._folders
+        folder = found["test"] or found["val"] or found["train"]
+        return ReaderImages(FolderReader(folder, labelled=False))
+
+    def _loader(self, part: str) -> DataLoader:
+        """The loader of a part, the training part shuffled and augmented."""
+        given, training, source = self.hparams, part == "train", self._source(part)
+        transform = self._train_transform if training else self._eval_transform
+        common = {
+            "batch_size": given.batch_size,
+            "num_workers": given.num_workers,
+            "drop_last": training,
+            "pin_memory": torch.cuda.is_available(),
+        }
+        if isinstance(source, IterableImageDataset):
+            source.transform = transform
+            source.set_loader_cfg(num_workers=given.num_workers)
+            return StreamLoader(source, self._current_epoch, given.seed, **common)
+        draws = training and given.augmentation != "none"
+        dataset = self.watch(SeededDataset(source, transform, given.seed if draws else None, training))
+        if training:
+            dataset.labels, dataset.class_names = _labels(source), self.class_names
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return ResumableLoader(
+            dataset,
+            sampler=EpochSampler(dataset, world_size, rank, training, given.seed),
+            persistent_workers=given.num_workers > 0,
+            generator=torch.Generator().manual_seed(given.seed),
+            **common,
+        )
+
+    def _current_epoch(self) -> int:
+        return self.trainer.current_epoch if self.trainer is not None else 0
+
+    def _source(self, part: str) -> Any:
+        """Images of a part, held out from the training part where it is the validation part and does not exist."""
+        if part == "test" and self._part("test") is None:
+            return self._source("val")
+        if part != "test" and self._part("val") is None:
+            return Subset(self._part("train"), self._held_out[part])
+        return self._part(part)
+
+    @cached_property
+    def _held_out(self) -> dict[str, list[int]]:
+        """Which of the training images stay, and which are held out."""
+        labels = self._part("train").labels
+        if labels is None:
+            raise DataError(f"No validation part can be held out of {self.hparams.dataset!r}: set data.val_split.")
+        share, root = self.hparams.val_fraction, shorten(self.hparams.root)
+        sizes = Counter(labels)
+        least = min(sizes, key=lambda label: sizes[label])
+        held_out = math.ceil(share * len(labels))
+        hint = "Give it a folder 'val', or set data.val_fraction."
+        if sizes[least] < 2:
+            name = self.class_names[least] if self.class_names else least
+            raise DataError(
+                f"{root} has no validation part, and none can be held out: the class {name!r} has one image, and both "
+                f"parts need one of each class. {hint}"
+            )
+        if min(held_out, len(labels) - held_out) < len(sizes):
+            raise DataError(
+                f"{root} has no validation part, and none can be held out: {share:g} of {len(labels)} images are "
+                f"{held_out}, and both parts need one of each of the {len(sizes)} classes. {hint}"
+            )
+        train, val = require("sklearn.model_selection", "train").train_test_split(
+            np.arange(len(labels)), test_size=share, stratify=labels, random_state=self.hparams.seed
+        )
+        return {"train": sorted(train.tolist()), "val": sorted(val.tolist())}
+
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether there is no test split."""
+        return self._part("test") is None
+
+    def describe(self, split: str) -> str:
+        """Images of a split, and of each of its classes."""
+        if split == "predict":
+            source = self._predicted
+            return "a stream" if isinstance(source, IterableImageDataset) else f"{len(source):,} images"
+        source = self._source(split)
+        if isinstance(source, IterableImageDataset):
+            return "a stream"
+        labels = _labels(source)
+        return f"{len(source):,} images" if labels is None else count_classes(labels, self.class_names)
+
+    def left_out(self) -> list[str]:
+        """What the opened folders hold besides their images."""
+        readers = [getattr(part, "reader", None) for part in (*self._own.values(), self.__dict__.get("_predicted"))]
+        beside = [f"{self.hparams.root}: {first_names([f.name for f in self._beside])}"] if self._beside else []
+        listings = [(reader.root, reader.left_out) for reader in readers if isinstance(reader, FolderReader)]
+        return beside + [f"{root}: {listing.describe_left_out()}" for root, listing in listings if listing.left_out]
+
+    def _part(self, part: str) -> Any:
+        """The dataset's own part, opened once, or None."""
+        if part not in self._own:
+            self._own[part] = self._open(part)
+        return self._own[part]
+
+    def _open(self, part: str) -> Any:
+        name, root = self.hparams.dataset, self.hparams.root
+        if name == "digits":
+            return ArrayImages(*load_digits(part))
+        if name == "mnist":
+            return ArrayImages(*load_mnist(root, part))
+        if name == "cifar10-sheets":
+            return ArrayImages(*load_cifar10_sheets(root, part))
+        if name == "folder":
+            return self._open_folder(part)
+        if name in _TWO_PARTS:
+            return None if part == "val" else self._open_named(part)
+        split = {"train": self.hparams.train_split, "val": self.hparams.val_split, "test": self.hparams.test_split}[
+            part
+        ]
+        return None if split is None else self._open_named(split)
+
+    @cached_property
+    def _folders(self) -> dict[str, Path | None]:
+        """The folder of each part; without any of them, the root is that of the training part."""
+        root = Path(self.hparams.root)
+        below = class_folders(root)
+        by_name = {name.lower(): folder for name, folder in below.items()}
+        found = {
+            part: next((by_name[name] for name in names if name in by_name), None) for part, names in _FOLDERS.items()
+        }
+        others = [folder for folder in below.values() if folder not in found.values()]
+        # A folder `train` of images beside folders of cars and ships is a class, and not a part.
+        if not any(found.values()) or (others and found["train"] and not class_folders(found["train"])):
+            return {**dict.fromkeys(found), "train": root}
+        self._beside = others
+        return found
+
+    def _open_folder(self, part: str) -> ReaderImages | None:
+        found = self._folders
+        folder = found[part]
+        if folder is None:
+            if part == "train":
+                others = ", ".join(shorten(other) for other in found.values() if other)
+                raise DataError(f"{shorten(self.hparams.root)} has no folder 'train', but {others}.")
+            return None
+        # Classes are numbered by the training folder, also where this one lacks some.
+        like = self._part("train").reader if part != "train" and found["train"] else None
+        return ReaderImages(FolderReader(folder, like))
+
+    def _open_named(self, split: str) -> Any:
+        given = self.hparams
+        try:
+            dataset = timm.data.create_dataset(
+                given.dataset,
+                root=given.root,
+                split=split,
+                is_training=split == given.train_split,
+                download=given.download,
+                batch_size=given.batch_size,
+                seed=given.seed,
+            )
+        except ImportError as error:
+            raise MissingPackageError(f"The dataset {given.dataset!r} needs the package {error.name!r}.") from error
+        except Exception as error:
+            raise DataError(
+                f"Could not open the part {split!r} of the dataset {given.dataset!r}: {shorten(error, 300)}"
+            ) from error
+        if isinstance(dataset, IterableImageDataset):
+            return dataset
+        return ReaderImages(dataset.reader) if hasattr(dataset, "reader") else TorchvisionImages(dataset)
+
+
+def _labels(source: Any) -> list[int] | None:
+    """Label of each image of a part, which may be some images of another; None where they are not known."""
+    if not isinstance(source, Subset):
+        return source.labels
+    whole: Any = source.dataset
+    return None if whole.labels is None else [whole.labels[index] for index in source.indices]
+
+
+def _name(source: Any, index: int) -> str:
+    """What a list calls an image of a part, which may be some images of another."""
+    whole: Any = source.dataset if isinstance(source, Subset) else source
+    return whole.name(source.indices[index] if isinstance(source, Subset) else index)

@@ -1,0 +1,434 @@
+"""Pairs of small and large pictures for super-resolution: made from large ones by MATLAB's bicubic, or given as files.
+
+A small patch at (y, x) of the small picture belongs to the large patch at (r y, r x). The small picture is made of the
+whole large one, so that patches at its border are what a model meets there.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import random
+import warnings
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from visionattn.data.images import FORMATS, check_unreadable, find_images, pair_by_name, read_rgb
+from visionattn.data.module import DataModule
+from visionattn.data.restore.bicubic import crop_to_multiple, downscale
+from visionattn.data.samplers import EpochSampler, ResumableLoader, SampleKey, SeededDataset
+from visionattn.errors import ConfigError, DataError, InputError, shorten
+
+__all__ = ["RestoreData"]
+
+# Small pixels around a patch that bicubic shrinking by any factor looks at.
+_MARGIN = 2
+
+
+class Pair(NamedTuple):
+    """A large picture uint8 (rH, rW, 3) and its small one (H, W, 3), None where it is to be made of the large one."""
+
+    small: np.ndarray | None
+    large: np.ndarray
+
+
+class PairFiles(Dataset):
+    """Pairs read from files.
+
+    Args:
+        large: Files of the large pictures.
+        small: Files of their small ones; None for pictures without.
+        scale: Factor r between both.
+        shrink: Make small pictures that have no file by bicubic.
+        keep: Read all files now and keep the pairs in memory, instead of reading anew each time.
+
+    Raises:
+        DataError: Too many pictures are unreadable, or one that is read is.
+        InputError: A small picture has not the size of its large one divided by r.
+    """
+
+    def __init__(self, large: list[Path], small: list[Path] | None, scale: int, shrink: bool, keep: bool) -> None:
+        self.large = large
+        self.small = small
+        self.scale = scale
+        self.shrink = shrink
+        self._kept: list[Pair | DataError] | None = None
+        if keep:
+            self._kept = [self._try(index) for index in range(len(large))]
+            check_unreadable([str(kept) for kept in self._kept if isinstance(kept, DataError)], len(large))
+
+    def __len__(self) -> int:
+        return len(self.large)
+
+    def __getitem__(self, index: int) -> tuple[Pair, int]:
+        pair = self._read(index) if self._kept is None else self._kept[index]
+        if isinstance(pair, DataError):
+            raise pair
+        return pair, index
+
+    def _try(self, index: int) -> Pair | DataError:
+        try:
+            return self._read(index)
+        except DataError as error:
+            return error
+
+    def _read(self, index: int) -> Pair:
+        large = crop_to_multiple(read_rgb(self.large[index]), self.scale)
+        if self.small is None:
+            return Pair(downscale(large, self.scale) if self.shrink else None, large)
+        small = read_rgb(self.small[index])
+        if (large.shape[0], large.shape[1]) != (self.scale * small.shape[0], self.scale * small.shape[1]):
+            raise InputError(
+                f"{self.small[index]} of {small.shape[0]} x {small.shape[1]} is not {self.large[index]} of "
+                f"{large.shape[0]} x {large.shape[1]} made {self.scale} times smaller."
+            )
+        return Pair(small, large)
+
+
+class CropsByArea(Dataset):
+    """Each pair as often as its share of all pixels, `length` in all.
+
+    Args:
+        pairs: The pairs.
+        areas: Size of each.
+        length: Crops an epoch.
+    """
+
+    def __init__(self, pairs: PairFiles, areas: list[int], length: int) -> None:
+        self.pairs = pairs
+        ends = np.cumsum(areas)
+        # The middles of equal parts of the whole area.
+        self._which = np.searchsorted(ends, (np.arange(length) + 0.5) * (ends[-1] / length), side="right")
+
+    def __len__(self) -> int:
+        return len(self._which)
+
+    def __getitem__(self, index: int) -> tuple[Pair, int]:
+        return self.pairs[int(self._which[index])]
+
+
+class Degradation:
+    """What cameras and files do to a picture: blur before it is made smaller, then noise, then JPEG.
+
+    The strength of each is drawn anew for every patch, evenly from 0 (no change) to its maximum.
+
+    Args:
+        blur: Largest standard deviation of a Gaussian blur, in pixels of the large picture.
+        noise: Largest standard deviation of Gaussian noise, in levels of 255.
+        jpeg: Lowest JPEG quality, below 95; None for no JPEG.
+    """
+
+    def __init__(self, blur: float, noise: float, jpeg: int | None) -> None:
+        self.blur = blur
+        self.noise = noise
+        self.jpeg = jpeg
+
+    def __bool__(self) -> bool:
+        return bool(self.blur or self.noise or self.jpeg)
+
+    def before(self, large: np.ndarray) -> np.ndarray:
+        """Blur."""
+        sigma = random.uniform(0, self.blur)
+        if sigma < 0.1:
+            return large
+        image = torch.from_numpy(large).permute(2, 0, 1)
+        size = [min(2 * math.ceil(3 * sigma) + 1, (side - 1) // 2 * 2 + 1) for side in image.shape[:0:-1]]
+        return gaussian_blur(image, size, [sigma, sigma]).permute(1, 2, 0).contiguous().numpy()
+
+    def after(self, small: np.ndarray) -> np.ndarray:
+        """Noise and JPEG."""
+        if self.noise:
+            noisy = small + np.random.normal(0, random.uniform(0, self.noise), small.shape)
+            small = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+        if self.jpeg is not None:
+            file = io.BytesIO()
+            Image.fromarray(small).save(file, "JPEG", quality=random.randint(self.jpeg, 95))
+            small = np.array(Image.open(file))
+        return small
+
+
+class RandomPatches:
+    """Draws an aligned pair of patches from a pair of pictures, in one of eight orientations.
+
+    Args:
+        size: Side of the small patch.
+        scale: Factor r.
+        degradation: Applied to the small patch, which is then made of the surroundings of the large one.
+    """
+
+    def __init__(self, size: int, scale: int, degradation: Degradation) -> None:
+        self.size = size
+        self.scale = scale
+        self.degradation = degradation
+
+    def __call__(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        """A pair -> uint8 (3, size, size) and (3, r size, r size)."""
+        r, size = self.scale, self.size
+        top = random.randrange(pair.large.shape[0] // r - size + 1)
+        left = random.randrange(pair.large.shape[1] // r - size + 1)
+        turns, mirrored = divmod(random.randrange(8), 2)
+        large = pair.large[r * top : r * (top + size), r * left : r * (left + size)]
+        if pair.small is None or self.degradation:
+            small = self._shrink(pair.large, top, left)
+        else:
+            small = pair.small[top : top + size, left : left + size]
+        return tuple(  # type: ignore[return-value]
+            _to_tensor(np.rot90(patch[:, ::-1] if mirrored else patch, turns)) for patch in (small, large)
+        )
+
+    def _shrink(self, picture: np.ndarray, top: int, left: int) -> np.ndarray:
+        """The patch of the small picture, made of no more of the large one than it depends on."""
+        r, size = self.scale, self.size
+        margin = _MARGIN + math.ceil(3 * self.degradation.blur / r)
+        above, before = max(top - margin, 0), max(left - margin, 0)
+        window = picture[r * above : r * (top + size + margin), r * before : r * (left + size + margin)]
+        if not self.degradation:
+            small = downscale(window, r)
+            return small[top - above : top - above + size, left - before : left - before + size]
+        small = downscale(self.degradation.before(window), r)
+        return self.degradation.after(small[top - above : top - above + size, left - before : left - before + size])
+
+
+def _to_tensor(image: np.ndarray) -> torch.Tensor:
+    """Uint8 (H, W, 3) -> (3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def _whole(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pair with its small picture as tensors uint8 (3, H, W) and (3, rH, rW)."""
+    return tuple(_to_tensor(picture) for picture in pair if picture is not None)  # type: ignore[return-value]
+
+
+class SeededPairs(SeededDataset):
+    """`SeededDataset` of pairs: gives the small picture, the large one and the pair's number (`IGNORED` for copies)."""
+
+    def __getitem__(self, key: SampleKey | int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        (small, large), number = super().__getitem__(key)
+        return small, large, number
+
+
+class RestoreData(DataModule):
+    """Training, validation and test pictures for super-resolution.
+
+    Batches are small pictures uint8 (B, 3, H, W), large ones uint8 (B, 3, rH, rW), and numbers (B,), `IGNORED` for the
+    copies that even out ranks. Training draws aligned patches in eight orientations, each picture as often as its size
+    asks; validation and test show whole pictures, one a batch.
+
+    Args:
+        train: Folders of large training pictures (png, jpg, webp, bmp, tiff).
+        val: Folder of large validation pictures.
+        test: Folder of large test pictures; None tests on the validation pictures.
+        train_small: For each training folder, one of the small pictures of the same names (or DIV2K's: `birdx4.png`);
+            None makes them by bicubic.
+        val_small: Folder of the small validation pictures; None makes them by bicubic.
+        test_small: Folder of the small test pictures; None makes them by bicubic.
+        scale: Factor r; None takes the model's.
+        patch_size: Side of the small patches. Pictures with less are left out.
+        epoch_crops: Patches that one epoch draws.
+        batch_size: Patches a batch and device.
+        num_workers: Loading processes a device; the results do not depend on it.
+        memory_gb: Pictures are kept decoded in memory where all of a part need no more than this.
+        blur: Largest standard deviation of a blur, in pixels of the large picture, before it is made smaller.
+        noise: Largest standard deviation of noise in the small picture, in levels of 255.
+        jpeg: Lowest JPEG quality of the small picture, below 95; None for no JPEG.
+        seed: Seed of order, patches and degradations.
+    """
+
+    def __init__(
+        self,
+        train: list[str] | str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        train_small: list[str] | str | None = None,
+        val_small: str | None = None,
+        test_small: str | None = None,
+        scale: int | None = None,
+        patch_size: int = 32,
+        epoch_crops: int = 16000,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        memory_gb: float = 4.0,
+        blur: float = 0.0,
+        noise: float = 0.0,
+        jpeg: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        # The logger would refuse the names that the model's parameters share.
+        self.save_hyperparameters(logger=False)
+        folders = {"train": _as_list(train), "val": _as_list(val), "test": _as_list(test or val)}
+        small = {
+            "train": _as_list(train_small),
+            "val": _as_list(val_small),
+            "test": _as_list(test_small if test else val_small),
+        }
+        for part, given in small.items():
+            if given and len(given) != len(folders[part]):
+                raise ConfigError(
+                    f"data.{part} names {len(folders[part])} folders and data.{part}_small {len(given)}: give one of "
+                    "small pictures for each, in the same order."
+                )
+        self.check_counts(patch_size=1, epoch_crops=1, scale=1)
+        if min(blur, noise) < 0 or (jpeg is not None and not 1 <= jpeg < 95):
+            raise ConfigError("data.blur and data.noise are 0 or more, and data.jpeg is a quality from 1 to 94.")
+        self._degradation = Degradation(blur, noise, jpeg)
+        if self._degradation and train_small:
+            raise ConfigError(
+                "Given small pictures are not degraded: leave out data.train_small, or blur, noise and jpeg."
+            )
+        self._folders, self._small = folders, small
+        self._broken: list[str] = []
+        self._pairs: dict[str, PairFiles] = {}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Size of the patches that the model gets."""
+        return 3, self.hparams.patch_size, self.hparams.patch_size
+
+    @cached_property
+    def scale(self) -> int:
+        """Factor r, given or the model's.
+
+        Raises:
+            ConfigError: Neither is there, or both and they differ.
+        """
+        given = self.hparams.scale
+        model = getattr(getattr(self.trainer, "lightning_module", None), "scale", None)
+        if None not in (given, model) and given != model:
+            raise ConfigError(f"The model enlarges {model} times, but data.scale is {given}.")
+        scale = given if model is None else model
+        if scale is None:
+            raise ConfigError("Without a model to take it from, data.scale must be given.")
+        return scale
+
+    def setup(self, stage: str) -> None:
+        """Read the pictures of the parts that the stage needs."""
+        for part in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
+            if part not in self._pairs:
+                self._pairs[part] = self._open(part)
+
+    def train_dataloader(self) -> DataLoader:
+        """Random patches."""
+        given = self.hparams
+        crops = CropsByArea(self._pairs["train"], self._areas, given.epoch_crops)
+        if given.epoch_crops < given.batch_size * self._ranks[0]:
+            raise ConfigError(f"data.epoch_crops is {given.epoch_crops}, less than one batch of {given.batch_size}.")
+        patches = RandomPatches(given.patch_size, self.scale, self._degradation)
+        dataset = SeededPairs(crops, patches, given.seed, training=True)
+        dataset.files = len(self._pairs["train"])
+        return self._loader(dataset, given.batch_size, training=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Whole validation pictures, one a batch."""
+        return self._loader(SeededPairs(self._pairs["val"], _whole, None), 1, training=False)
+
+    def test_dataloader(self) -> DataLoader:
+        """Whole test pictures, one a batch."""
+        return self._loader(SeededPairs(self._pairs["test"], _whole, None), 1, training=False)
+
+    def _loader(self, dataset: SeededPairs, batch_size: int, training: bool) -> DataLoader:
+        num_workers = self.hparams.num_workers if training else 0
+        return ResumableLoader(
+            self.watch(dataset),
+            sampler=EpochSampler(dataset, *self._ranks, training, self.hparams.seed),
+            batch_size=batch_size,
+            drop_last=training,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.hparams.seed),
+        )
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _open(self, part: str) -> PairFiles:
+        """The pairs of a part, read now if they fit into memory."""
+        if not self._folders[part]:
+            raise ConfigError(f"There are no pictures: set data.{part if part == 'train' else 'val'} to a folder.")
+        found = {folder: find_images(folder) for folder in self._folders[part]}
+        large = [path for files in found.values() for path in files]
+        small = None
+        if self._small[part]:
+            pairs = zip(found.values(), self._small[part])
+            small = [path for files, folder in pairs for path in pair_by_name(files, folder, self.scale)]
+        by_file = self._sizes(large)
+        readable = [path in by_file for path in large]
+        small = small and list(itertools.compress(small, readable))
+        large = list(itertools.compress(large, readable))
+        sizes = [by_file[path] for path in large]
+        if part == "train":
+            kept = [min(size) // self.scale >= self.hparams.patch_size for size in sizes]
+            self._warn(large, kept)
+            large, sizes = list(itertools.compress(large, kept)), list(itertools.compress(sizes, kept))
+            small = small and list(itertools.compress(small, kept))
+            self._areas = [height * width for height, width in sizes]
+        pixels = sum(height * width for height, width in sizes)
+        keep = 3 * pixels * (1 + 1 / self.scale**2) <= self.hparams.memory_gb * 1e9
+        return PairFiles(large, small, self.scale, shrink=keep or part != "train", keep=keep)
+
+    def _sizes(self, files: list[Path]) -> dict[Path, tuple[int, int]]:
+        """Height and width of each file that can be opened."""
+        sizes, broken = {}, []
+        for path in files:
+            try:
+                sizes[path] = _size(path)
+            except DataError as error:
+                broken.append(str(error))
+        check_unreadable(broken, len(files))
+        self._broken += broken
+        return sizes
+
+    def skipped(self) -> list[str]:
+        """The reason for each picture that could not be read so far."""
+        return list(dict.fromkeys([*self._broken, *super().skipped()]))
+
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether there is no test folder."""
+        return not self.hparams.test
+
+    def describe(self, split: str) -> str:
+        """Pictures of a split."""
+        if split not in self._pairs:
+            self._pairs[split] = self._open(split)
+        words = f"{len(self._pairs[split]):,} pictures"
+        return f"{words}, {self.hparams.epoch_crops:,} patches per epoch" if split == "train" else words
+
+    def _warn(self, large: list[Path], kept: list[bool]) -> None:
+        small = [path.name for path, is_kept in zip(large, kept) if not is_kept]
+        side = self.scale * self.hparams.patch_size
+        if len(small) == len(large):
+            raise DataError(f"No training picture has {side} pixels a side: make data.patch_size smaller.")
+        if small:
+            names = ", ".join(small[:3]) + (" ..." if len(small) > 3 else "")
+            warnings.warn(
+                f"{len(small)} of {len(large)} training pictures have less than {side} pixels a side and are left out: "
+                f"{names}",
+                stacklevel=2,
+            )
+
+
+def _as_list(value: list[str] | str | None) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Height and width, without decoding."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.height, image.width
+    except Exception as error:
+        # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError.
+        raise DataError(f"Could not read the picture {shorten(path)}: {shorten(error)}.") from error

@@ -1,0 +1,16 @@
+"""Images with attributes, and triplets of images, for retrieval."""
+
+from visionattn.lazy import lazily
+
+__all__ = ["EmbeddingData", "PartImages", "RetrieveData", "TripletData", "TripletImages"]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "EmbeddingData": "visionattn.data.retrieval.datamodule",
+        "PartImages": "visionattn.data.retrieval.datamodule",
+        "RetrieveData": "visionattn.data.retrieval.datamodule",
+        "TripletData": "visionattn.data.retrieval.triplets",
+        "TripletImages": "visionattn.data.retrieval.triplets",
+    },
+)

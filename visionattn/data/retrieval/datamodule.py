@@ -1,0 +1,230 @@
+"""Images with attributes, to train retrieval on: `visionattn fit` with `RetrieveTask` or `ReidentifyTask`.
+
+Batches are images (B, 3, H, W), labels int64 (B, C) with `MISSING` where a value is not known, and the items' places in
+their part (B,), `IGNORED` for the copies that even out ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from visionattn.data.classify.transforms import AUGMENTATIONS, augment
+from visionattn.data.module import DataModule
+from visionattn.data.retrieval.attribute_batches import AttributeSampler
+from visionattn.data.retrieval.catalogue import Catalogue, ImageStore, Part
+from visionattn.data.retrieval.catalogue_files import LAYOUTS, read_catalogue
+from visionattn.data.retrieval.embedding import eval_transform, finish
+from visionattn.data.samplers import EpochSampler, ResumableLoader, SampleKey, SeededDataset
+from visionattn.errors import ConfigError
+
+__all__ = ["EmbeddingData", "PartImages", "RetrieveData"]
+
+
+class PartImages(Dataset):
+    """The images of a part, with their places in it."""
+
+    def __init__(self, store: ImageStore, part: Part) -> None:
+        self.store = store
+        self.part = part
+
+    def __len__(self) -> int:
+        return len(self.part.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.store.open(self.part.images[index]), index
+
+
+class _LabelledImages(SeededDataset):
+    """`SeededDataset` that adds each item's labels."""
+
+    def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, Tensor, int]:
+        image, place = super().__getitem__(key)
+        sample = key.sample if isinstance(key, SampleKey) else key
+        return image, self.dataset.part.labels[sample], place
+
+
+class EmbeddingData(DataModule):
+    """Images for a task that embeds them: their transforms follow from the model.
+
+    The hyper-parameters are image_size, augmentation, batch_size, num_workers, seed and, where a set has it, erasing,
+    as `RetrieveData` describes them.
+    """
+
+    def check_augmentation(self) -> None:
+        """Refuse what is no augmentation before the model is made.
+
+        Raises:
+            ConfigError: It is neither known nor the path of a pipeline.
+        """
+        augmentation = self.hparams.augmentation
+        if augmentation not in AUGMENTATIONS and not augmentation.endswith((".json", ".yaml", ".yml")):
+            raise ConfigError(
+                f"There is no augmentation {augmentation!r}. Choose from {', '.join(AUGMENTATIONS)}, or give the path "
+                "of a pipeline saved by albumentations (.json, .yaml)."
+            )
+
+    def setup(self, stage: str) -> None:
+        """Take from the model what was not given."""
+        task: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        config = dict(task.input_config)
+        if self.hparams.image_size is not None:
+            config["size"] = list(self.hparams.image_size)
+        if len(config["size"]) != 2:
+            raise ConfigError(f"data.image_size is {config['size']}; it is height and width.")
+        self.image_shape = (3, *config["size"])
+        # What a checkpoint says of its images.
+        self.image_config = {
+            "input_size": self.image_shape,
+            "mean": list(config["mean"]),
+            "std": list(config["std"]),
+            "interpolation": config["interpolation"],
+            "crop_pct": 1.0,
+            "crop_mode": "center" if config["size"][0] == config["size"][1] else "squash",
+        }
+        self._eval_transform = eval_transform(config)
+        interpolation = v2.InterpolationMode(config["interpolation"])
+        self._train_transform = v2.Compose(
+            [
+                partial(Image.Image.convert, mode="RGB"),
+                *augment(self.hparams.augmentation, tuple(config["size"]), interpolation),
+                *finish(config),
+                v2.RandomErasing(self.hparams.get("erasing", 0.0)),
+            ]
+        )
+
+    def _in_order(self, dataset: SeededDataset) -> DataLoader:
+        """Each image once."""
+        sampler = EpochSampler(dataset, *self._ranks, training=False, seed=self.hparams.seed)
+        return self._loader(dataset, sampler, self.hparams.batch_size)
+
+    def _loader(
+        self,
+        dataset: Dataset,
+        sampler: EpochSampler,
+        batch_size: int,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> DataLoader:
+        return ResumableLoader(
+            self.watch(dataset),
+            sampler=sampler,
+            batch_size=batch_size,
+            num_workers=self.hparams.num_workers,
+            collate_fn=collate,
+            persistent_workers=self.hparams.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.hparams.seed),
+        )
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+
+class RetrieveData(EmbeddingData):
+    """Training, validation and test items of retrieval.
+
+    Sizes and normalisation that are not given follow from the model.
+
+    Args:
+        root: CSV file of a table, or folder of a data set (see `visionattn.data.retrieval.catalogue_files`).
+        layout: table, asen, market1501 or cub.
+        images: Folder or zip file of the images; None for where the layout has them.
+        attributes: Which attributes, in which order; None takes all.
+        min_count: Values with fewer training items count as unknown.
+        values_per_batch: P, values of each attribute in a batch and device.
+        images_per_value: K, images of each of them; a batch is of C P K images.
+        batch_size: Images per batch and device in validation and test.
+        image_size: Height and width of the images that the model gets.
+        augmentation: `"none"`, `"shift"`, `"crop-flip"`, `"imagenet"`, or the path of a pipeline saved by
+            `albumentations.save`; what changes colours hides an attribute colour.
+        erasing: Probability that a random rectangle of a training image is painted over (re-identification).
+        num_workers: Loading processes per device; the results do not depend on it.
+        seed: Seed of drawing and augmentation.
+
+    Raises:
+        ConfigError: There is no such layout, attribute or augmentation, or a batch has fewer than two values.
+        DataError: Files are missing or damaged.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        layout: str = "table",
+        images: str | None = None,
+        attributes: list[str] | None = None,
+        min_count: int = 0,
+        values_per_batch: int = 8,
+        images_per_value: int = 4,
+        batch_size: int = 64,
+        image_size: list[int] | None = None,
+        augmentation: str = "crop-flip",
+        erasing: float = 0.0,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        # The logger would refuse the names that the model's parameters share.
+        self.save_hyperparameters(logger=False)
+        if layout not in LAYOUTS:
+            raise ConfigError(f"There is no layout {layout!r}. Choose from {', '.join(LAYOUTS)}.")
+        self.check_augmentation()
+        self.check_counts()
+        if values_per_batch < 2 or images_per_value < 2:
+            raise ConfigError("data.values_per_batch and data.images_per_value are 2 or more: losses compare images.")
+        self._parts: dict[str, Part] = {}
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """All items."""
+        given = self.hparams
+        return read_catalogue(given.layout, given.root, given.images, given.attributes, given.min_count)
+
+    @property
+    def attribute_values(self) -> dict[str, list[str]]:
+        """Attribute -> its values in the training part, known before there is a model."""
+        return self.catalogue.values
+
+    def part(self, name: str) -> Part:
+        """The items of a part, `"train"`, `"val"` or `"test"`."""
+        if name not in self._parts:
+            self._parts[name] = self.catalogue.part(name)
+        return self._parts[name]
+
+    def describe(self, split: str) -> str:
+        """Images of a split, and for each attribute how many values they have."""
+        part = self.part(split)
+        words = f"{len(part.images):,} images"
+        if split == "train":
+            counts = [f"{name} {len(values):,}" for name, values in self.attribute_values.items()]
+            return f"{words}; values of each attribute: {', '.join(counts[:10])}{', ...' if counts[10:] else ''}"
+        return f"{words}, {int(part.is_query.sum()):,} queries, {int(part.is_gallery.sum()):,} in the gallery"
+
+    def train_dataloader(self) -> DataLoader:
+        """P values of each attribute and K images of each, augmented."""
+        given, part = self.hparams, self.part("train")
+        images = PartImages(self.catalogue.images, part)
+        dataset = _LabelledImages(images, self._train_transform, given.seed, training=True)
+        sampler = AttributeSampler(
+            part.labels, given.values_per_batch, given.images_per_value, *self._ranks, given.seed
+        )
+        return self._loader(dataset, sampler, sampler.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation part in order, each item once."""
+        return self._ordered("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """The test part in order, each item once."""
+        return self._ordered("test")
+
+    def _ordered(self, name: str) -> DataLoader:
+        images = PartImages(self.catalogue.images, self.part(name))
+        return self._in_order(_LabelledImages(images, self._eval_transform, None))

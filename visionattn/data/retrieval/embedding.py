@@ -1,0 +1,187 @@
+"""Preprocessing and embedding extraction for retrieval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from visionattn.data.classify.transforms import fit
+from visionattn.errors import CheckpointError, InputError, shorten
+
+__all__ = [
+    "check_config",
+    "check_embedding",
+    "check_finite",
+    "check_task",
+    "conditions_of",
+    "embed",
+    "eval_transform",
+    "finish",
+    "input_config",
+]
+
+LARGEST = 8192  # pixels of a side of the images that a model gets
+
+
+def input_config(model: nn.Module, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What images a model expects, in plain types: size (height, width), mean, std and interpolation.
+
+    They are those of its `pretrained_cfg`, which `visionattn.load` takes from the checkpoint.
+
+    Args:
+        model: A model of timm's registry.
+        size: Another size; None takes the model's.
+
+    Raises:
+        InputError: The size is not two whole numbers from 1 to 8192.
+    """
+    config: dict[str, Any] = resolve_model_data_config(model)
+    return {
+        "size": _checked_size(size or config["input_size"][1:]),
+        "mean": list(config["mean"]),
+        "std": list(config["std"]),
+        "interpolation": config["interpolation"],
+    }
+
+
+def _checked_size(size: Sequence[int]) -> list[int]:
+    if len(size) != 2 or not all(isinstance(side, int) and 1 <= side <= LARGEST for side in size):
+        raise InputError(
+            f"The image size must be height and width, from 1 to {LARGEST} each; got {shorten(list(size))}."
+        )
+    return list(size)
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse a configuration that is not one of `input_config`, such as that of a damaged file.
+
+    Raises:
+        InputError: An entry is missing, or no image can be prepared by it.
+    """
+    try:
+        _checked_size(config["size"])
+        v2.InterpolationMode(config["interpolation"])
+        numbers = [*config["mean"], *config["std"]]
+        fits = len(config["mean"]) == len(config["std"]) == 3 and all(map(math.isfinite, numbers))
+        if not fits or not all(config["std"]):
+            raise ValueError("mean and std must be three finite numbers each")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"Images cannot be prepared by {shorten(config)}: {shorten(error)}.") from error
+
+
+def check_task(model: nn.Module, name: str) -> None:
+    """Refuse a model of a task without embeddings.
+
+    Args:
+        model: The model, which may lie on the meta device.
+        name: What messages call it.
+
+    Raises:
+        InputError: It enlarges images, or matches two.
+    """
+    task = getattr(model, "task", None)
+    if task not in (None, "retrieve", "classify"):
+        raise InputError(
+            f"{shorten(name)} cannot be used here: it is a {task!r} model; a model that embeds images is required, "
+            "such as va_cca_*, or a backbone with num_classes=0."
+        )
+
+
+@torch.inference_mode()
+def check_embedding(model: nn.Module, name: str, config: dict[str, Any]) -> None:
+    """Refuse a model that gives no finite embeddings of images of a size, by one pass.
+
+    Args:
+        model: The model, in evaluation mode.
+        name: What messages call it.
+        config: Of `input_config`.
+
+    Raises:
+        InputError: It has another task, does not take that size, or gives something else.
+        CheckpointError: Its weights are not finite.
+    """
+    check_task(model, name)
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"The weights of {shorten(name)} are damaged: {shorten(key)} is not finite in {dtype}."
+            )
+    height, width = config["size"]
+    parameter = next(model.parameters(), torch.zeros(()))
+    image = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
+    try:
+        found = model(image)
+    # What a network's layers raise for a size or number of images that they are not made for.
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{shorten(name)} cannot embed an image of {height} x {width} pixels: {shorten(error)}. The size must "
+            "be one that the model takes."
+        ) from error
+    shape = tuple(found.shape) if isinstance(found, Tensor) else ()
+    expected = (1, len(conditions_of(model))) if conditions_of(model) else (1,)
+    if len(shape) != len(expected) + 1 or shape[:-1] != expected:
+        raise InputError(
+            f"{shorten(name)} cannot be used here: for one image it gives {shape or type(found).__name__}, not "
+            "embeddings (1, E), or (1, C, E) by C attributes."
+        )
+
+
+def eval_transform(config: dict[str, Any]) -> v2.Compose:
+    """PIL image -> float (3, H, W), by a configuration of `input_config`.
+
+    A square has the middle of the image, up to its shorter sides; another size has the whole image, stretched.
+    """
+    return v2.Compose(
+        [
+            partial(Image.Image.convert, mode="RGB"),
+            *fit(tuple(config["size"]), v2.InterpolationMode(config["interpolation"])),
+            *finish(config),
+        ]
+    )
+
+
+def finish(config: dict[str, Any]) -> list[Any]:
+    """Transforms from a PIL image of the right size to normalised floats."""
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
+
+
+def conditions_of(model: nn.Module) -> tuple[str, ...]:
+    """The attributes that a model embeds by, in order; none for a model with one embedding for all."""
+    return tuple(getattr(model, "attributes", ()))
+
+
+def embed(model: nn.Module, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) -> L2-normalised float32 (B, C, E), one row for each condition of the model.
+
+    A model without conditions gives its features, as timm's models do with `num_classes=0`: (B, 1, E).
+    """
+    features = model(images).float()
+    if features.ndim == 2:
+        features = features[:, None]
+    return nn.functional.normalize(features, dim=-1)
+
+
+def check_finite(embeddings: Tensor, names: Sequence[str], model_name: str) -> None:
+    """Refuse embeddings (B, C, E) that are not finite: no rank follows from them.
+
+    Args:
+        embeddings: Of images.
+        names: The images.
+        model_name: What messages call the model.
+
+    Raises:
+        InputError: Some are not finite; the first is named.
+    """
+    good = embeddings.isfinite().flatten(1).all(dim=1)
+    if not good.all():
+        first = names[int((~good).int().argmax())]
+        raise InputError(f"{shorten(model_name)} gives an embedding of {shorten(first)} that is not finite.")

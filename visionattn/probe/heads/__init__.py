@@ -1,0 +1,1 @@
+"""Probing heads: poolings, banks of heads, their training and results."""

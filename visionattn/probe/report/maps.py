@@ -1,0 +1,92 @@
+"""Where the queries of efficient probing look: their attention laid over a picture, one panel a query."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from visionattn.errors import InputError
+from visionattn.probe.heads.banks import Head, head_tokens
+from visionattn.probe.heads.poolings.learned_query import PatchProbing
+from visionattn.probe.tokens.interface import Tokens
+
+__all__ = ["attention_of", "overlay"]
+
+_PANEL = 112  # pixels of a panel's longer side, at least
+_GAP = 4
+_OPACITY = 0.75  # of the heat map where a query looks most
+
+
+@torch.no_grad()
+def attention_of(head: Head, tokens: Tokens) -> torch.Tensor:
+    """Give the shares that the queries of a head give to the patches.
+
+    Args:
+        head: One whose pooling is efficient probing.
+        tokens: Of B images, at the head's layer.
+
+    Returns:
+        (B, M, N). With a class token among the tokens (`ep_all`), its share is left out, and rows sum to less than 1.
+
+    Raises:
+        InputError: The head has another pooling.
+    """
+    if not isinstance(head.pooling, PatchProbing):
+        raise InputError(f"{type(head.pooling).__name__} has no queries to be shown: take a head of efficient probing.")
+    weight = head.classifier.weight
+    _, attention = head.pooling(
+        head_tokens(tokens, head.pooling.tokens).to(weight.device, weight.dtype), return_attention=True
+    )
+    return attention[:, :, attention.shape[2] - tokens.patches.shape[1] :]
+
+
+def _heat(values: np.ndarray) -> np.ndarray:
+    """Colours from black over red to yellow: (H, W) in [0, 1] -> (H, W, 3) in [0, 255]."""
+    return 255 * np.clip(2 * values[:, :, None] - np.arange(3), 0, 1)
+
+
+def overlay(image: Image.Image, attention: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
+    """Lay each query's attention over a picture.
+
+    Maps are enlarged bilinearly and coloured from their smallest share, where the grey picture shows, over red to their
+    largest, yellow. So that a query that looks nearly everywhere alike is not taken for one that points, each panel
+    says its largest share in units of the uniform share, 1 / N.
+
+    Args:
+        image: What the backbone saw.
+        attention: (M, N), shares of the patches, row by row of the grid.
+        grid: Height and width of the patches, N = H W.
+
+    Returns:
+        An RGB picture of panels, row by row: the image itself, then the queries in their order, counted from 1.
+
+    Raises:
+        InputError: The attention has not the patches of the grid.
+    """
+    if attention.ndim != 2 or attention.shape[1] != grid[0] * grid[1]:
+        raise InputError(
+            f"Attention over {grid[0]} x {grid[1]} patches is (M, {grid[0] * grid[1]}), not {tuple(attention.shape)}."
+        )
+    factor = max(1.0, _PANEL / max(image.size))
+    width, height = (round(side * factor) for side in image.size)
+    picture = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    grey = np.asarray(picture.convert("L"), dtype=np.float32)[:, :, None]
+    panels = [picture]
+    for number, shares in enumerate(attention.detach().float().cpu().numpy(), start=1):
+        low, high = float(shares.min()), float(shares.max())
+        scaled = ((shares - low) / max(high - low, 1e-12)).reshape(grid)
+        heat = np.asarray(Image.fromarray(scaled).resize((width, height), Image.Resampling.BILINEAR))
+        opacity = _OPACITY * heat[:, :, None]
+        panel = Image.fromarray(((1 - opacity) * grey + opacity * _heat(heat)).round().astype(np.uint8))
+        words = f"{number}: {high * shares.size:.1f} x"
+        ImageDraw.Draw(panel).text((3, 1), words, "white", stroke_width=1, stroke_fill="black")
+        panels.append(panel)
+    columns = math.ceil(math.sqrt(2 * len(panels)))  # about twice as wide as high
+    rows = math.ceil(len(panels) / columns)
+    sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP), "white")
+    for number, panel in enumerate(panels):
+        sheet.paste(panel, (number % columns * (width + _GAP), number // columns * (height + _GAP)))
+    return sheet

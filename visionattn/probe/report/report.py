@@ -1,0 +1,426 @@
+"""What a probing run found: its numbers as plain values, and the chosen heads as files.
+
+`heads` has the chosen heads as safetensors, each with its card, which `load_head` opens.
+`visionattn.probe.report.sections` says the rest in words and tables, and `visionattn.probe.report.rendering` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from visionattn.errors import CheckpointError, shorten
+from visionattn.files import atomic_path
+from visionattn.probe.few_shot import FewShotResult
+from visionattn.probe.heads.banks import Head
+from visionattn.probe.heads.poolings import create_pooling
+from visionattn.probe.heads.results import HeadResult, SweepResult
+from visionattn.probe.knn import NeighboursResult
+from visionattn.probe.pixels import SIDE, PixelBaseline, PixelComparison
+from visionattn.probe.statistics import Interval, bootstrap_interval, mcnemar_test, wilson_interval
+from visionattn.probe.tokens.interface import Layer
+from visionattn.weights import mismatches
+
+__all__ = [
+    "LayerNeighbours",
+    "PairedTest",
+    "Report",
+    "Skipped",
+    "head_file",
+    "load_head",
+    "percent",
+    "write_head",
+]
+
+
+class LayerNeighbours(NamedTuple):
+    """k-NN at a layer.
+
+    Attributes:
+        layer: Index into the features' layers.
+        source: `"class"` or `"mean"`.
+        result: What was found.
+        standardized: Whether channels were shifted and scaled to mean 0 and deviation 1.
+    """
+
+    layer: int
+    source: str
+    result: NeighboursResult
+    standardized: bool = False
+
+    @property
+    def method(self) -> str:
+        """What tables call it."""
+        return f"k-NN {self.source}" + (", standardised" if self.standardized else "")
+
+
+class Skipped(NamedTuple):
+    """An image that could not be read: its part of the data, its name there, and what is wrong with it."""
+
+    part: str
+    name: str
+    reason: str
+
+
+class PairedTest(NamedTuple):
+    """A head against another on the same test images.
+
+    Attributes:
+        other: Name of the other head.
+        difference: Accuracy less the other's.
+        interval: Of the difference, bootstrapped over images, 95 %.
+        p: Of McNemar's exact test.
+        p_holm: The same after Holm's correction for the number of tests.
+    """
+
+    other: str
+    difference: float
+    interval: Interval
+    p: float
+    p_holm: float
+
+
+@dataclass
+class Report:
+    """All that is reported.
+
+    Attributes:
+        command: The command line.
+        backbone: Name, origin and hash of the weights, parameters; plain values.
+        data: Data set, parts, numbers of images, transform; plain values.
+        protocol: How heads were trained and chosen; plain values.
+        versions: Of Python and the packages.
+        layers: That were read.
+        indices: Their places among the backbone's layers.
+        classes: Names.
+        held_out: Training images that chose.
+        sweep: The heads.
+        neighbours: k-NN.
+        few_shot: Poolings with a few training images.
+        seconds: Of each part of the work.
+        notes: In words.
+        skipped: Images that could not be read.
+        maps: Files below the folder, with what each shows.
+        pixels: The baseline without a network; None where it was left out.
+        plan: Hash of all that the numbers depend on.
+    """
+
+    command: str
+    backbone: dict[str, Any]
+    data: dict[str, Any]
+    protocol: dict[str, Any]
+    versions: dict[str, str]
+    layers: tuple[Layer, ...]
+    indices: list[int]
+    classes: tuple[str, ...]
+    held_out: int
+    sweep: SweepResult
+    neighbours: list[LayerNeighbours] = field(default_factory=list)
+    few_shot: list[FewShotResult] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    maps: list[tuple[str, str]] = field(default_factory=list)
+    pixels: PixelBaseline | None = None
+    plan: str = ""
+
+    def name(self, result: HeadResult | LayerNeighbours) -> str:
+        """What a head, or a k-NN, is called: its layer is said where several were read."""
+        several = len(self.layers) > 1
+        if isinstance(result, LayerNeighbours):
+            return result.method + (f" at {self.layers[result.layer].name}" if several else "")
+        return result.spec.pooling + (f" at {result.layer}" if several else "")
+
+    def best(self) -> list[HeadResult]:
+        """Of each pooling the chosen head at the layer with the highest held-out accuracy, as poolings were given."""
+        found: dict[str, HeadResult] = {}
+        for result in self.sweep.chosen:
+            other = found.get(result.spec.pooling)
+            if other is None or result.held_out_accuracy > other.held_out_accuracy:
+                found[result.spec.pooling] = result
+        return list(found.values())
+
+    def best_neighbours(self) -> list[LayerNeighbours]:
+        """Of each source of vectors, as it is and standardised, the k-NN at the layer that held-out images prefer."""
+        found: dict[str, LayerNeighbours] = {}
+        for entry in self.neighbours:
+            other = found.get(entry.method)
+            if other is None or entry.result.chosen.held_out_accuracy > other.result.chosen.held_out_accuracy:
+                found[entry.method] = entry
+        return list(found.values())
+
+    def reference(self) -> HeadResult | None:
+        """The head that the others are compared with: the best of efficient probing by the held-out images.
+
+        Without efficient probing the best of all, and None where all heads diverged.
+        """
+        best = self.best()
+        probing = [result for result in best if result.spec.pooling.split("_")[0] == "ep"]
+        return max(probing or best, key=lambda result: result.held_out_accuracy, default=None)
+
+    def tests(self) -> list[PairedTest]:
+        """The reference against the best of each other pooling and of k-NN."""
+        reference = self.reference()
+        if reference is None or reference.best is None:
+            return []
+        correct = reference.best.correct.numpy()
+        others = {self.name(entry): entry.result.chosen.correct for entry in self.best_neighbours()}
+        others |= {self.name(r): r.best.correct for r in self.best() if r is not reference and r.best is not None}
+        raw = {name: mcnemar_test(correct, other.numpy()) for name, other in others.items()}
+        holm, before = {}, 0.0
+        for place, name in enumerate(sorted(raw, key=raw.__getitem__)):
+            before = holm[name] = max(before, min(1.0, (len(raw) - place) * raw[name]))
+        tests = []
+        for name, other in others.items():
+            scores = correct.astype(float) - other.numpy()
+            interval = bootstrap_interval(scores) if len(scores) > 1 else Interval(math.nan, math.nan)
+            tests.append(PairedTest(name, float(scores.mean()), interval, raw[name], holm[name]))
+        return tests
+
+    def pixel_comparisons(self) -> list[PixelComparison]:
+        """The pixels against the backbone: k-NN against its best k-NN, linear against its best linear head.
+
+        Without a linear head among those that were trained, against the best of all heads.
+        """
+        found: list[PixelComparison] = []
+        if self.pixels is None:
+            return found
+
+        def compare(method: str, pixels: Tensor, name: str, backbone: Tensor) -> None:
+            p = mcnemar_test(pixels.numpy(), backbone.numpy())
+            found.append(
+                PixelComparison(method, float(pixels.double().mean()), name, float(backbone.double().mean()), p)
+            )
+
+        best_entry = max(self.best_neighbours(), key=lambda entry: entry.result.chosen.held_out_accuracy, default=None)
+        if best_entry is not None and self.pixels.neighbours:
+            pixels = self.pixels.best_neighbours[1].chosen.correct
+            compare("k-NN", pixels, self.name(best_entry), best_entry.result.chosen.correct)
+        heads = [result for result in self.best() if result.best is not None]
+        heads = [result for result in heads if result.spec.pooling in ("cls", "gap")] or heads
+        best_head = max(heads, key=lambda result: result.held_out_accuracy, default=None)
+        if self.pixels.linear is not None and best_head is not None and best_head.best is not None:
+            compare("linear", self.pixels.linear.score.correct, self.name(best_head), best_head.best.correct)
+        return found
+
+    def summary(self) -> str:
+        """The result in a line: the best by held-out images, and whether pixels alone do better."""
+        reference = max(self.best(), key=lambda result: result.held_out_accuracy, default=None)
+        words = "All heads diverged."
+        if reference is not None and reference.best is not None:
+            score = reference.best
+            words = f"Best head: {self.name(reference)}, {percent(score.accuracy, score.interval)} %."
+        compared = self.pixel_comparisons()
+        wins = [str(one) for one in compared if one.pixels_win]
+        if wins:
+            return f"{words} {SIDE} x {SIDE} pixels beat the backbone: {'; '.join(wins)}."
+        if compared:
+            words += f" {SIDE} x {SIDE} pixels: {'; '.join(map(str, compared))}."
+        return words
+
+    def _pixel_records(self) -> list[dict[str, Any]]:
+        """Rows of the baseline, as those of k-NN and heads."""
+        if self.pixels is None:
+            return []
+        place = {"pooling": "pixels", "layer": f"{SIDE} x {SIDE} pixels", "layer_index": None}
+        rows: list[dict[str, Any]] = []
+        for standardized, result in self.pixels.neighbours.items():
+            for row in result.rows():
+                accuracy = {key.replace("test_accuracy", "test_best"): value for key, value in row.items()}
+                rows.append({"method": "pixels k-NN", **place, "standardized": standardized, **accuracy})
+        if (linear := self.pixels.linear) is not None:
+            score, spec = linear.score, linear.spec
+            settings = {"optimizer": spec.optimizer, "lr": spec.lr, "weight_decay": spec.weight_decay}
+            rows.append(
+                {
+                    "method": "pixels head",
+                    **place,
+                    **settings,
+                    "seed": spec.seed,
+                    "chosen": True,
+                    "pooling_parameters": 0,
+                    "classifier_parameters": linear.parameters,
+                    "epochs": self.sweep.epochs,
+                    "best_epoch": linear.best_epoch,
+                    "held_out_accuracy": linear.held_out_accuracy,
+                    "test_best": score.accuracy,
+                    "test_best_low": score.interval.low,
+                    "test_best_high": score.interval.high,
+                    "calibration_error": score.calibration_error,
+                    "nll": float(score.nll.mean()),
+                }
+            )
+        return rows
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row a head, k-NN first and pixels last; what a row has not is None."""
+        rows: list[dict[str, Any]] = []
+        for entry in self.neighbours:
+            for row in entry.result.rows():
+                accuracy = {key.replace("test_accuracy", "test_best"): value for key, value in row.items()}
+                method = {"method": "k-NN", "pooling": entry.source, "layer": self.layers[entry.layer].name}
+                index = self.indices[entry.layer]
+                rows.append({**method, "layer_index": index, "standardized": entry.standardized, **accuracy})
+        chosen = {id(result) for result in self.sweep.chosen}
+        for result, row in zip(self.sweep.heads, self.sweep.rows()):
+            index = self.indices[result.spec.layer]
+            interval = Interval(math.nan, math.nan)
+            if id(result) in chosen and result.best is not None and len(result.best.nll) > 1:
+                interval = bootstrap_interval(result.best.nll.numpy())
+            del row["refit"]
+            rows.append(
+                {"method": "head", **row, "layer_index": index, "nll_low": interval.low, "nll_high": interval.high}
+            )
+        rows += self._pixel_records()
+        for row in rows:
+            held = row["held_out_accuracy"]
+            missing = Interval(math.nan, math.nan)
+            interval = wilson_interval(round(held * self.held_out), self.held_out) if math.isfinite(held) else missing
+            row["held_out_low"], row["held_out_high"] = interval
+        keys = list(dict.fromkeys(key for row in reversed(rows) for key in row))
+        return [{key: _plain(row.get(key)) for key in keys} for row in rows]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        reference = self.reference()
+        content: dict[str, Any] = {
+            "command": self.command,
+            "plan": self.plan,
+            "versions": self.versions,
+            "backbone": self.backbone,
+            "data": self.data,
+            "protocol": self.protocol,
+            "layers": [{"index": index, **asdict(layer)} for index, layer in zip(self.indices, self.layers)],
+            "classes": list(self.classes),
+            "heads": self.records(),
+            "few_shot": [
+                {**asdict(result), "mean": result.mean, "low": result.interval.low, "high": result.interval.high}
+                for result in self.few_shot
+            ],
+            "pixels": [
+                {**one._asdict(), "pixels_win": one.pixels_win} for one in self.pixel_comparisons()
+            ],
+            "summary": self.summary(),
+            "compared": None if reference is None else self.name(reference),
+            "tests": [
+                {**test._asdict(), "interval": list(test.interval)} for test in self.tests()
+            ],
+            "seconds": self.seconds,
+            "notes": self.notes,
+            "skipped": [entry._asdict() for entry in self.skipped],
+        }  # fmt: skip
+        return _plain(content)
+
+
+def _plain(value: Any) -> Any:
+    """The same with None for numbers that are not finite: JSON has no others, and a table leaves them empty."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def percent(value: float, interval: Sequence[float] | None = None) -> str:
+    """Write a share as every table does: `92.5 [89.1, 94.8]`, in %."""
+    text = f"{100 * value:.1f}" if math.isfinite(value) else "–"
+    if interval is None or not all(map(math.isfinite, interval)):
+        return text
+    return f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def head_file(folder: Path, report: Report, result: HeadResult) -> Path:
+    """Where a chosen head stands."""
+    return folder / f"{result.spec.pooling}-layer{report.indices[result.spec.layer]}.safetensors"
+
+
+def write_head(report: Report, result: HeadResult, folder: Path) -> None:
+    """Write a chosen head and its card, each whole or not at all.
+
+    Raises:
+        StorageError: A file could not be written.
+    """
+    spec, layer, best = result.spec, report.layers[result.spec.layer], result.best
+    path = head_file(folder, report, result)
+    facts = {
+        "pooling": spec.pooling,
+        "layer": {"index": report.indices[spec.layer], **asdict(layer)},
+        "classes": list(report.classes),
+        "backbone": report.backbone,
+        "data": report.data,
+        "command": report.command,
+    }
+    with atomic_path(path) as temporary:
+        # Writing bytes gives the system's words for a full disk.
+        state = {key: value.contiguous() for key, value in result.head.state_dict().items()}
+        temporary.write_bytes(save(state, {"visionattn_head": json.dumps(facts, ensure_ascii=False)}))
+    data, backbone = report.data, report.backbone
+    low, high = best.interval if best else (math.nan, math.nan)
+    accuracy = percent(best.accuracy, (low, high)) if best else "–"
+    card = [
+        f"# {path.stem}",
+        "",
+        f"Pooling `{spec.pooling}`, batch norm and linear classifier for {len(report.classes)} classes, on the frozen "
+        f"layer `{layer.name}` (index {report.indices[spec.layer]}) of `{backbone['name']}`.",
+        "",
+        f"- Backbone's weights: {backbone['weights']}, SHA-256 `{backbone['sha256']}`",
+        f"- Trained on: {data['dataset']}, {data['root'] or 'embedded'}, {data['train_images']:,} images, "
+        f"{report.held_out:,} of which chose learning rate, weight decay and epoch",
+        f"- Images: {data['transform']}",
+        f"- Test accuracy: {accuracy} % (Wilson's 95 % interval), {data['test_images']:,} images",
+        f"- Training: {spec.optimizer}, lr {spec.lr:g}, weight decay {spec.weight_decay:g}, seed {spec.seed}, epoch "
+        f"{result.best_epoch} of {report.sweep.epochs}",
+        f"- Command: `{report.command}`",
+        f'- Opens with: `visionattn.probe.report.report.load_head("{path.name}")`',
+        "",
+    ]
+    with atomic_path(path.with_suffix(".md")) as temporary:
+        temporary.write_text("\n".join(card), encoding="utf-8")
+
+
+def load_head(file: str | Path) -> Head:
+    """Open a head that `visionattn probe` wrote: pooling, batch norm and classifier, in evaluation.
+
+    Its `forward` takes the tokens (B, N, D) that its `pooling.tokens` names and gives logits (B, K).
+
+    Args:
+        file: A .safetensors file of the folder `heads`.
+
+    Raises:
+        CheckpointError: There is no such file, or it is no head.
+    """
+    try:
+        if not Path(file).is_file():
+            raise CheckpointError(f"There is no file {shorten(file)}.")
+        with safe_open(str(file), "pt") as content:
+            facts = json.loads((content.metadata() or {})["visionattn_head"])
+            state: dict[str, Tensor] = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+        layer = facts["layer"]
+
+        def build() -> Head:
+            return Head(create_pooling(facts["pooling"], layer["dim"], tuple(layer["grid"])), len(facts["classes"]))
+
+        with torch.device("meta"):  # sizes that the weights do not have would ask for any memory
+            wrong = mismatches(state, build().state_dict())
+        if wrong:
+            raise ValueError("; ".join(wrong[:3]))
+        with torch.random.fork_rng(devices=[]):
+            head = build().to(state["classifier.weight"].dtype)
+        head.load_state_dict(state)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # A damaged file, and metadata that anybody can write, fail in any way.
+        raise CheckpointError(
+            f"{shorten(file)} is not a head that `visionattn probe` wrote: {shorten(error)}"
+        ) from error
+    return head.eval()

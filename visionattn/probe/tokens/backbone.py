@@ -1,0 +1,189 @@
+"""A frozen backbone whose tokens are read at chosen layers: any model with timm's `forward_intermediates`."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.errors import InputError, shorten
+from visionattn.probe.tokens.interface import Layer, Tokens
+
+__all__ = ["Backbone"]
+
+
+class Backbone:
+    """Reads patches, class token and registers at some layers of a frozen model.
+
+    The model itself is changed: its parameters ask for no gradient any more, it is put into evaluation mode (batch
+    norms and dropout stand still, also where somebody switched to training mode in between), and models that compute
+    on maps (B, C, H, W) keep them channels-last. Tokens carry no gradient; they come without `inference_mode`, whose
+    tensors the heads could not train on.
+
+    Which tokens stand before the patches is the model's own statement (`num_prefix_tokens`, `has_class_token`): first
+    the class token, the others (registers, a distillation token) are registers here. Where the class token joins
+    behind the layers (CaiT, XCiT, VOLO), they have none. A map becomes tokens row by row.
+
+    Args:
+        model: Such as `timm.create_model(name, pretrained=True)`; the head is not used.
+        layers: Which of the model's layers or stages, in the order wanted; -1 is the last. None: the last.
+        norm: Read what the model's own head reads, `forward_features`: the last layer behind the final norm, and behind
+            the final convolution where there is one (EfficientNet); a ViT's other layers behind the final norm too.
+            False: read layers as they are.
+        image_size: Height and width of the images in pixels, or the side of squares.
+        autocast: Compute in bfloat16 or float16; None computes in the dtype of the parameters.
+
+    Attributes:
+        layers: The layers that are read, in the order asked for.
+        indices: Their places in the model, from 0.
+        image_size: Height and width of the images.
+        device: Where the model lies.
+        memory_format: In which the model computes.
+
+    Raises:
+        InputError: The model has no `forward_intermediates`, no such layer, no patch tokens, does not take this image
+            size, or has no final norm that could be applied.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int] | None = None,
+        norm: bool = True,
+        *,
+        image_size: int | tuple[int, int],
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model: Any = model
+        model.eval().requires_grad_(False)
+        self.norm = norm
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.autocast = autocast
+        self._name = type(model).__name__
+        forward: Any = getattr(model, "forward_intermediates", None)
+        if forward is None:
+            raise InputError(
+                f"{self._name} cannot be probed: it has no forward_intermediates. timm's classification models have it."
+            )
+        first = next(model.parameters(), None)
+        if first is None:
+            raise InputError(f"{self._name} cannot be probed: it has no weights.")
+        self.device, self.dtype = first.device, first.dtype
+        accepted = inspect.signature(forward).parameters
+        # Some models fail over prefix tokens that they do not have.
+        self._prefix = getattr(model, "num_prefix_tokens", 0) if "return_prefix_tokens" in accepted else 0
+        self._options = {"return_prefix_tokens": True} if self._prefix else {}
+        self._stops_early = "stop_early" in accepted
+        self._try_out(layers)
+
+    def _try_out(self, layers: Sequence[int] | None) -> None:
+        """Find layers, widths and grids from one black image."""
+        channels = next((m.in_channels for m in self.model.modules() if isinstance(m, nn.Conv2d)), 3)
+        # A stem that folds pixels into channels hides the images' own, which are colours then.
+        channels = channels if channels in (1, 3, 4) else 3
+        try:
+            image = torch.zeros(1, channels, *self.image_size, device=self.device, dtype=self.dtype)
+            everything = self._run(image, None, "NCHW")[1]
+        except Exception as error:
+            hint = " Try norm=False." if self.norm and "norm" in str(error) else ""
+            raise InputError(
+                f"{self._name} gives no layers for images of {self.image_size[0]} x {self.image_size[1]} pixels: "
+                f"{shorten(error, 300).rstrip('.')}.{hint}"
+            ) from error
+        count = len(everything)
+        if layers is None:
+            layers = [-1]
+        if not layers or any(not -count <= index < count for index in layers):
+            raise InputError(f"{self._name} has the layers 0 to {count - 1}; asked for: {list(layers)}.")
+        self.indices = [index % count for index in layers]
+        self._unique = sorted(set(self.indices))
+        self._reads_end = self.norm and count - 1 in self._unique
+        try:
+            self._run(image, self._unique, "NLC")
+            self._format, self.memory_format = "NLC", torch.contiguous_format
+        except AssertionError:  # timm's refusal of a format
+            self._format, self.memory_format = "NCHW", torch.channels_last
+        self.model.to(memory_format=self.memory_format)
+        self.layers = self._describe(image, count)
+
+    def _describe(self, image: Tensor, count: int) -> tuple[Layer, ...]:
+        final, outputs = self._run(image, self._unique, "NCHW")
+        found = {}
+        info = getattr(self.model, "feature_info", None) or []
+        names = [level["module"] for level in info] if len(info) == count else [f"layer {i}" for i in range(count)]
+        has_class = getattr(self.model, "has_class_token", getattr(self.model, "cls_token", None) is not None)
+        has_class = has_class and self._prefix > 0
+        for index, output in zip(self._unique, outputs):
+            maps, prefix = output if self._prefix else (output, None)
+            if index == count - 1 and final is not None:
+                maps = final
+            if maps.ndim != 4:
+                raise InputError(f"{self._name} has no patch tokens at layer {index}, but {tuple(maps.shape)}.")
+            if prefix is not None and prefix.shape[1] != self._prefix:
+                raise InputError(f"{self._name} states {self._prefix} prefix tokens and gives {prefix.shape[1]}.")
+            grid = (maps.shape[2], maps.shape[3])
+            found[index] = Layer(names[index], maps.shape[1], grid, has_class, self._prefix - has_class)
+        self._reads_end = final is not None
+        return tuple(found[index] for index in self.indices)
+
+    def _run(self, images: Tensor, indices: list[int] | None, layout: str) -> tuple[Tensor | None, list[Any]]:
+        """What the layers give, and the map of `forward_features` where that is not what the last layer gives."""
+        reads_end = indices is not None and self._reads_end
+        options = {**self._options, "intermediates_only": not reads_end}
+        if self._stops_early and not reads_end:
+            options["stop_early"] = True
+        precision = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        with torch.no_grad(), precision:
+            result = self.model.forward_intermediates(
+                images, indices=indices, norm=self.norm, output_fmt=layout, **options
+            )
+        if not reads_end:
+            return None, result
+        final, outputs = result
+        # The formats that are not maps with channels first are those whose last layer has the final norm already.
+        is_map = (
+            isinstance(final, Tensor) and final.ndim == 4 and str(getattr(self.model, "output_fmt", "NCHW")) == "NCHW"
+        )
+        return (final if is_map else None), outputs
+
+    def __call__(self, images: Tensor) -> list[Tokens]:
+        """Give the tokens of images, one entry for each of `layers`.
+
+        Args:
+            images: Normalised as the model asks, (B, 3, H, W), on any device.
+
+        Returns:
+            Tokens on the model's device, in the dtype in which it computed.
+
+        Raises:
+            InputError: The images have another size than `image_size`.
+        """
+        if images.ndim != 4 or tuple(images.shape[2:]) != self.image_size:
+            raise InputError(
+                f"The backbone was set up for images (B, C, {self.image_size[0]}, {self.image_size[1]}); "
+                f"got {tuple(images.shape)}."
+            )
+        self.model.eval()
+        images = images.to(self.device, self.dtype, non_blocking=True).contiguous(memory_format=self.memory_format)
+        final, outputs = self._run(images, self._unique, self._format)
+        found = dict(zip(self._unique, outputs))
+        if final is not None:
+            last = self._unique[-1]
+            found[last] = (final, found[last][1]) if self._prefix else final
+        return [self._split(found[index], layer) for index, layer in zip(self.indices, self.layers)]
+
+    def _split(self, output: Any, layer: Layer) -> Tokens:
+        patches, prefix = output if self._prefix else (output, None)
+        if patches.ndim == 4:
+            patches = patches.flatten(2).transpose(1, 2)  # (B, D, H, W) -> (B, N, D)
+        if prefix is None:
+            return Tokens(patches)
+        return Tokens(
+            patches,
+            prefix[:, 0] if layer.has_class else None,
+            prefix[:, int(layer.has_class) :] if layer.num_registers else None,
+        )

@@ -1,0 +1,411 @@
+"""Making an index of a folder of images, and bringing it up to date.
+
+Images whose size and time of change are those of the index, or whose content is, keep their vectors; the others are
+embedded. Blocks and their batches are always cut alike: a run that was stopped goes on behind its finished blocks, and
+ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import nn
+
+from visionattn.data import images
+from visionattn.data.retrieval.embedding import (
+    check_embedding,
+    check_finite,
+    conditions_of,
+    embed,
+    eval_transform,
+    input_config,
+)
+from visionattn.errors import DataError, InputError, VisionAttnError, require, shorten
+from visionattn.files import exclusive
+from visionattn.predict.images import picture
+from visionattn.progress import counted
+from visionattn.search.files import (
+    Block,
+    clear,
+    commit,
+    read_blocks,
+    read_manifest,
+    read_vectors,
+    stage,
+    write_block,
+)
+from visionattn.weights.hashing import hash_state
+
+__all__ = ["Update", "build_index", "digest_of", "find_images", "read_upright", "update_index", "write_index"]
+
+BLOCK, BATCH = 256, 32  # images of a finished block, and of a pass
+LARGE = 2**25  # pixels of images of which one is read at a time
+WHOLE = "image"  # what the one condition of a model without conditions is called
+# Entries of the manifest that vectors follow from, and what an index is whose entry is another one.
+REASONS = {
+    "weights": "of another model",
+    "input": "of images prepared in another way",
+    "conditions": "by other attributes",
+}
+
+
+@dataclass
+class Update:
+    """What `update_index` did.
+
+    Attributes:
+        failures: One line for each image that could not be read; the index is without it.
+        added: Names of the images that are new in the index.
+        removed: Names of those that are no longer in it.
+        refreshed: Names of those whose content changed.
+    """
+
+    failures: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    refreshed: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Known:
+    """An image of which the vectors are known.
+
+    Attributes:
+        status: Size and time of change.
+        digest: Of its content; None in an index that was written before digests were kept.
+        vectors: float32 (C, E).
+    """
+
+    status: tuple[int, int] | None
+    digest: str | None
+    vectors: np.ndarray
+
+
+def find_images(folder: str | Path) -> list[str]:
+    """The images of a folder and its sub-folders, as sorted names relative to it; hidden ones are left out.
+
+    Raises:
+        DataError: There is no such folder, or no image in it.
+    """
+    return sorted(path.relative_to(folder).as_posix() for path in images.find_images(folder, recursive=True))
+
+
+def read_upright(path: str | Path) -> Image.Image:
+    """Read an image as RGB of 8 bits: upright by its EXIF, alpha on white.
+
+    Raises:
+        DataError: It is not there, no image, or damaged.
+        InputError: Its pixels have no known range.
+    """
+    pixels = picture.read(Path(path)).pixels
+    if pixels.dtype == np.uint16:
+        pixels = np.rint(pixels / np.float32(257)).astype(np.uint8)
+    if pixels.shape[2] in (2, 4):
+        pixels = picture.on_white(pixels)
+    return Image.fromarray(pixels[:, :, [0, 0, 0]] if pixels.shape[2] == 1 else pixels)
+
+
+def digest_of(path: Path) -> str:
+    """32 hexadecimal digits of the content of a file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def build_index(
+    folder: str | Path,
+    output: str | Path,
+    model: nn.Module,
+    model_name: str,
+    *,
+    image_size: tuple[int, int] | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> list[str]:
+    """Embed the images of a folder by all conditions of a model, and write their index or bring it up to date.
+
+    Args:
+        folder: Images, also in sub-folders.
+        output: Folder of the index. One of the same folder and model is brought up to date: images are added, removed
+            and refreshed. An unfinished one is continued.
+        model: Gives (B, C, E) for its `attributes`, or features (B, E), which make one condition `"image"`.
+        model_name: Name or weight file of the model, for the manifest.
+        image_size: Height and width of the images; None takes the model's.
+        overwrite: Replace an index of another folder or another model, or a damaged one; and compare images by their
+            content, not by size and time of change.
+        console: Shows the progress; None shows none.
+
+    Returns:
+        One line for each image that could not be read; the index is without it.
+
+    Raises:
+        CheckpointError: The model's weights are not finite.
+        DataError: There are no images, or none or more than 10 % of them cannot be read.
+        InputError: The model gives no finite embeddings of that size, or there is another index.
+        MissingPackageError: faiss is not installed.
+        StorageError: The index could not be written, or another run is writing to it.
+    """
+    return update_index(
+        folder, output, model, model_name, image_size=image_size, overwrite=overwrite, console=console
+    ).failures
+
+
+def update_index(
+    folder: str | Path,
+    output: str | Path,
+    model: nn.Module,
+    model_name: str,
+    *,
+    image_size: tuple[int, int] | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Update:
+    """As `build_index`; says what changed."""
+    require("faiss", "search")
+    folder, output = Path(folder), Path(output)
+    names = find_images(folder)
+    plan = _plan(folder, model.eval(), model_name, image_size)
+    with exclusive(output):
+        commit(output)
+        before = _before(output, plan, overwrite)
+        maker = _Maker(folder, model, plan, _statuses(folder, names))
+        if before is not None and not maker.reuse(before, output, trust_times=not overwrite):
+            before = None
+        maker.resume(output)
+        with counted("images", len(names), console) as advance:
+            advance(len(maker.found))
+            # Images that could not be read then come first: whether they can now changes no later block.
+            retried = set(maker.failures)
+            fresh = [name for name in maker.statuses if name not in maker.found and name not in retried]
+            for chosen in (sorted(retried), fresh):
+                maker.embed(chosen, output, advance)
+        failures = [maker.failures[name][2] for name in sorted(maker.failures)]
+        images.check_unreadable(failures, len(maker.statuses))
+        kept = [name for name in names if name in maker.found]
+        old = {} if before is None else {name: row for row, name in enumerate(before["images"])}
+        update = Update(failures, [n for n in kept if n not in old], [n for n in old if n not in maker.found])
+        update.refreshed = [name for name in kept if name in old and name in maker.embedded]
+        manifest = {
+            **plan,
+            "images": kept,
+            "digests": [maker.found[name].digest for name in kept],
+            "files": [[name, *maker.statuses[name]] for name in names if name in maker.statuses],
+            "unreadable": failures,
+        }
+        if before is None or any(before.get(key) != value for key, value in manifest.items()):
+            stage(output, np.stack([maker.found[name].vectors for name in kept]), manifest)
+            commit(output)
+        clear(output)
+    return update
+
+
+def write_index(output: Path, vectors: np.ndarray, manifest: dict[str, Any]) -> None:
+    """Write the files of an index, in place of those that are there.
+
+    Args:
+        output: Its folder.
+        vectors: float32 (N, C, E), L2-normalised.
+        manifest: model, weights, input, conditions, folder and images.
+
+    Raises:
+        StorageError: A file could not be written.
+    """
+    with exclusive(output):
+        stage(output, vectors, manifest)
+        commit(output)
+        clear(output)
+
+
+def _plan(folder: Path, model: nn.Module, model_name: str, image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """What vectors follow from, in plain types, and where the images are."""
+    conditions = conditions_of(model)
+    if not conditions and getattr(model, "num_classes", 0) != 0:
+        raise InputError(
+            f"{shorten(model_name)} names classes and gives no embeddings: models va_cca_* and re-identification do."
+        )
+    config = input_config(model, image_size)
+    check_embedding(model, model_name, config)
+    return {
+        "model": model_name,
+        "weights": hash_state(model.state_dict()),
+        "input": config,
+        "conditions": list(conditions) or [WHOLE],
+        "folder": str(folder.resolve()),
+    }
+
+
+def _statuses(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
+    """Size and time of change of each image that is still there."""
+    found = {}
+    for name in names:
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            continue
+        found[name] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+def _before(output: Path, plan: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The manifest of the index that is to be brought up to date; None for none.
+
+    Raises:
+        InputError: It is damaged, of another model or of another folder, and may not be replaced.
+    """
+    if not os.path.lexists(output / "manifest.json"):
+        return None
+    try:
+        before = read_manifest(output)
+    except DataError as error:
+        if overwrite:
+            return None
+        raise InputError(f"{error} To replace what is there, give --overwrite.") from error
+    changed = [words for key, words in REASONS.items() if before[key] != plan[key]]
+    if changed and not overwrite:
+        raise InputError(f"{shorten(output)} holds an index {' and '.join(changed)}: give --overwrite to replace it.")
+    # A folder that is gone was moved; its images are told by their content.
+    if before["folder"] != plan["folder"] and os.path.isdir(before["folder"]) and not overwrite:
+        raise InputError(
+            f"{shorten(output)} holds an index of the folder {shorten(before['folder'])}: give --overwrite to replace "
+            "it."
+        )
+    return None if changed else before
+
+
+class _Maker:
+    """Finds the vectors of images: known ones, those of finished blocks, and by the model."""
+
+    def __init__(
+        self, folder: Path, model: nn.Module, plan: dict[str, Any], statuses: dict[str, tuple[int, int]]
+    ) -> None:
+        self.folder = folder
+        self.model = model
+        self.model_name = plan["model"]
+        self.identity = repr([plan[key] for key in REASONS])
+        self.transform = eval_transform(plan["input"])
+        self.statuses = statuses
+        self.found: dict[str, _Known] = {}
+        self.failures: dict[str, list[Any]] = {}  # size, time of change, message
+        self.embedded: set[str] = set()
+        self.blocks = 0
+        self._one_large = threading.Lock()
+
+    def reuse(self, before: dict[str, Any], output: Path, trust_times: bool) -> bool:
+        """Take the vectors of images that are as they were, by size and time of change or by content.
+
+        Returns:
+            False where the vectors are damaged and may be replaced.
+
+        Raises:
+            InputError: The vectors are damaged.
+        """
+        statuses = {name: (size, time) for name, size, time in before.get("files", [])}
+        digests = before.get("digests", [None] * len(before["images"]))
+        try:
+            columns = [read_vectors(output, before, number) for number in range(len(before["conditions"]))]
+        except DataError as error:
+            if not trust_times:
+                return False
+            raise InputError(f"{error} To replace what is there, give --overwrite.") from error
+        known = [
+            _Known(statuses.get(name), digest, np.stack([column[row] for column in columns]))
+            for row, (name, digest) in enumerate(zip(before["images"], digests))
+        ]
+        by_name = dict(zip(before["images"], known))
+        by_digest = {one.digest: one for one in known if one.digest is not None}
+
+        def find(name: str) -> _Known | None:
+            own = by_name.get(name)
+            as_it_was = trust_times and own is not None and own.status == self.statuses[name]
+            if as_it_was and own is not None and own.digest is not None:
+                return own
+            try:
+                digest = digest_of(self.folder / name)
+            except OSError:
+                return None
+            same = own if as_it_was else by_digest.get(digest)
+            return None if same is None else _Known(self.statuses[name], digest, same.vectors)
+
+        with ThreadPoolExecutor() as pool:
+            for name, one in zip(self.statuses, pool.map(find, self.statuses)):
+                if one is not None:
+                    self.found[name] = one
+        return True
+
+    def resume(self, output: Path) -> None:
+        """Take the finished blocks of a run that was stopped."""
+        for number, block in read_blocks(output, self.identity):
+            self.blocks = number + 1
+            for (name, size, time, digest), vectors in zip(block.files, block.vectors):
+                if self.statuses.get(name) == (size, time) and name not in self.found:
+                    self.found[name] = _Known((size, time), digest, vectors)
+                    self.embedded.add(name)
+            for name, size, time, message in block.failures:
+                if self.statuses.get(name) == (size, time) and name not in self.found:
+                    self.failures[name] = [size, time, message]
+
+    def embed(self, names: list[str], output: Path, advance: Callable[[int], None]) -> None:
+        """Embed images in blocks, each written when it is finished."""
+        with ThreadPoolExecutor() as pool, torch.inference_mode():
+            for start in range(0, len(names), BLOCK):
+                block = self._block(names[start : start + BLOCK], pool, advance)
+                write_block(output, self.blocks, self.identity, block)
+                self.blocks += 1
+                for (name, size, time, digest), vectors in zip(block.files, block.vectors):
+                    self.failures.pop(name, None)
+                    self.found[name] = _Known((size, time), digest, vectors)
+                    self.embedded.add(name)
+                self.failures |= {name: rest for name, *rest in block.failures}
+
+    def _block(self, names: list[str], pool: ThreadPoolExecutor, advance: Callable[[int], None]) -> Block:
+        parameter = next(self.model.parameters(), torch.zeros(()))
+        files, vectors, failures = [], [], []
+        for first in range(0, len(names), BATCH):
+            chosen = names[first : first + BATCH]
+            tensors: dict[str, torch.Tensor] = {}
+            for name, found in zip(chosen, pool.map(self._read, chosen)):
+                if isinstance(found, str):
+                    failures.append([name, *self.statuses[name], found])
+                else:
+                    tensors[name] = found[0]
+                    files.append([name, *self.statuses[name], found[1]])
+            if tensors:
+                batch = torch.stack(list(tensors.values())).to(parameter.device, parameter.dtype)
+                embeddings = embed(self.model, batch).cpu()
+                check_finite(embeddings, list(tensors), self.model_name)
+                vectors.append(embeddings.numpy())
+            advance(len(chosen))
+        return Block(files, np.concatenate(vectors) if vectors else np.zeros((0, 0, 0), np.float32), failures)
+
+    def _read(self, name: str) -> tuple[torch.Tensor, str] | str:
+        """An image as the model gets it and the digest of its file, or why it cannot be read."""
+        path = self.folder / name
+        try:
+            height, width = picture.size_of(path)
+            if height * width > LARGE:
+                with self._one_large:
+                    return self.transform(read_upright(path)), digest_of(path)
+            return self.transform(read_upright(path)), digest_of(path)
+        except VisionAttnError as error:
+            return str(error)
+        except OSError as error:
+            return f"Could not read the image {shorten(path)}: {error.strerror or error}."
+        except MemoryError:
+            return f"Could not read the image {shorten(path)}: there is not enough memory for it."
