@@ -6,7 +6,7 @@ from pathlib import Path
 
 import visionattn.probe
 
-TESTS = str(Path(__file__).parents[1])
+TESTS = str(Path(__file__).parents[2])
 ABSENT = ["lightning", "torchmetrics", "sklearn", "scipy", "onnx", "onnxruntime", "onnxscript"]
 
 

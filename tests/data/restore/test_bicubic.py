@@ -12,7 +12,7 @@ from visionattn.data.images import find_images, read_rgb
 from visionattn.data.restore.bicubic import crop_to_multiple, downscale, upscale
 from visionattn.errors import InputError
 
-SHARED = Path(__file__).parents[3] / "shared/data/sr"
+SHARED = Path(__file__).parents[4] / "shared/data/sr"
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
