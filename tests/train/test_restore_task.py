@@ -214,7 +214,7 @@ def test_the_command_fits_resumes_and_tests(tmp_path, pictures, monkeypatch, cap
     assert main(["test", "--ckpt_path", f"{run}/checkpoints/best.ckpt", *data, "--trainer.accelerator=cpu"]) == 0
     assert f"{float(before['test/psnr_y'][0][1]):.4f}" in capsys.readouterr().out
     restore = RestoreTask("va_span_ch28_x2", model_args=TINY)
-    with pytest.raises(CheckpointError, match=r"is of the model 'va_span_ch26_x2'; asked for was 'va_span_ch28_x2'"):
+    with pytest.raises(CheckpointError, match=r"is of the model 'va_span_ch26_x2'; asked for was the model 'va_"):
         restore.on_load_checkpoint(best)
     with pytest.raises(CheckpointError, match=r"does not fit the model 'va_span_ch26_x2': .* and \d+ more"):
         task().on_load_checkpoint(best)
