@@ -62,6 +62,14 @@ def test_index_says_what_it_did(commands, tmp_path):
     assert "1 added, 0 refreshed, 0 removed" in out
 
 
+def test_index_says_what_it_left_out(commands, tmp_path):
+    for name in ("a.heic", "note.txt", ".hidden.png"):
+        (tmp_path / "pictures" / name).touch()
+    code, _, err = commands("index", "pictures", "index", "--model", "toy")
+    assert code == 0
+    assert err.endswith("left out 1 hidden (.hidden.png), 1 of ending .heic (a.heic), 1 of ending .txt (note.txt).")
+
+
 def test_search_leaves_out_the_query(indexed):
     code, _, err = indexed(*SEARCH[:-1], "colour=1,kind=0.5", "--top", 7)
     assert code == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from visionattn.arguments import number, whole_number
-from visionattn.data.images import SUFFIXES
+from visionattn.data.images import SUFFIXES, list_images
 from visionattn.data.matching.stereo import LAYOUTS
 from visionattn.data.retrieval import catalogue_files
 from visionattn.data.retrieval.embedding import LARGEST as LARGEST_SIDE
@@ -139,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
             console=console,
             output=args.output,
         )
+        if left_out := list_images(args.data).describe_left_out():
+            print(f"visionattn: note: {shorten(args.data)}: left out {left_out}.", file=sys.stderr)
         title = f"PSNR / SSIM on Y, {found.folder}, scale {found.rows[0].scale}" if found.rows else ""
     else:
         found = stereo_matching(

@@ -17,6 +17,7 @@ from torch import nn
 
 from visionattn.arguments import whole_number
 from visionattn.checkpoints import load
+from visionattn.data.images import list_images
 from visionattn.data.retrieval.embedding import LARGEST, check_task, input_config
 from visionattn.errors import InputError, VisionAttnError, shorten
 from visionattn.files import atomic_path, check_output
@@ -97,6 +98,8 @@ def run_index(args: argparse.Namespace) -> int:
     console.print(f"{shorten(args.output)}: {len(index.images)} images, to be searched by {attributes}")
     changes = {"added": update.added, "refreshed": update.refreshed, "removed": update.removed}
     console.print(", ".join(f"{len(names)} {what}" for what, names in changes.items()))
+    if left_out := list_images(args.folder, recursive=True).describe_left_out():
+        print(f"visionattn: note: {shorten(args.folder)}: left out {left_out}.", file=sys.stderr)
     for failure in update.failures:
         print(f"visionattn: {shorten(failure, 300)}", file=sys.stderr)
     if update.failures:

@@ -125,6 +125,12 @@ def test_whole_pictures_are_shown_once(folders):
         assert np.array_equal(batches[0][0][0].permute(1, 2, 0), downscale(picture, 2))
 
 
+def test_what_is_no_picture_is_told(folders):
+    (folders / "train" / "a.heic").touch()
+    (folders / "train" / "sub").mkdir()
+    assert opened(folders).left_out() == [f"{folders / 'train'}: 1 in sub-folders (sub), 1 of ending .heic (a.heic)"]
+
+
 def test_given_small_pictures(folders):
     (folders / "small").mkdir()
     for number, path in enumerate(find_images(folders / "train")):

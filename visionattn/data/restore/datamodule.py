@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from visionattn.data.images import FORMATS, check_unreadable, find_images, pair_by_name, read_rgb
+from visionattn.data.images import FORMATS, check_unreadable, find_images, list_images, pair_by_name, read_rgb
 from visionattn.data.module import DataModule
 from visionattn.data.restore.bicubic import crop_to_multiple, downscale
 from visionattn.data.samplers import EpochSampler, ResumableLoader, SampleKey, SeededDataset
@@ -403,6 +403,12 @@ class RestoreData(DataModule):
             self._pairs[split] = self._open(split)
         words = f"{len(self._pairs[split]):,} pictures"
         return f"{words}, {self.hparams.epoch_crops:,} patches per epoch" if split == "train" else words
+
+    def left_out(self) -> list[str]:
+        """What lies in the folders of the opened splits and is no picture."""
+        folders = dict.fromkeys(folder for split in self._pairs for folder in self._folders[split])
+        described = {folder: list_images(folder).describe_left_out() for folder in folders}
+        return [f"{shorten(folder)}: {words}" for folder, words in described.items() if words]
 
     def _warn(self, large: list[Path], kept: list[bool]) -> None:
         small = [path.name for path, is_kept in zip(large, kept) if not is_kept]
