@@ -37,7 +37,7 @@ from visionattn.probe.work import HOLDOUT, WARMUP, ProbingRun
 
 __all__ = ["add_arguments", "run"]
 
-LARGEST = 8192  # pixels of an image's side
+LARGEST = 2048  # pixels of an image's side
 HEADS = ("cls", "gap", "ep_8", "ep_16", "ep_32")
 # Of AdamW, whose steps have one size whatever the scale is; of LARS, the paper's range.
 LRS = {"adamw": (0.001, 0.003, 0.01, 0.03, 0.1), "lars": (0.1, 0.3, 1.0)}
@@ -260,6 +260,8 @@ def _report(
 
 def _complete(args: argparse.Namespace) -> None:
     """Check what needs no model, and fill in defaults that depend on other options."""
+    if not args.dataset:
+        raise InputError("--dataset must name a data set, such as folder or digits; got ''.")
     for folder in (args.output, args.cache):
         if folder is not None:
             check_folder(folder)

@@ -167,8 +167,10 @@ def read_images(args: argparse.Namespace, config: dict[str, Any]) -> Images:
         )
         data.setup("fit")
         classes = data.class_names or [str(number) for number in range(data.num_classes)]
-        if len(classes) != data.num_classes or data.num_classes < 2:
-            raise DataError(f"{args.dataset} has {len(classes)} classes, and probing tells two or more apart.")
+        if len(classes) != data.num_classes:
+            raise ConfigError(f"{args.dataset} has {len(classes)} classes, but --num-classes is {data.num_classes}.")
+        if data.num_classes < 2:
+            raise DataError(f"{args.dataset} has one class only, and probing tells two or more apart.")
         loaders = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader()]
     except ConfigError as error:
         text = re.sub(r"data\.(\w+)", lambda found: "--" + found[1].replace("_", "-"), str(error))
