@@ -13,6 +13,7 @@ import yaml
 
 pytest.importorskip("lightning")
 
+from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -21,7 +22,7 @@ from visionattn.data.classify.transforms import fit
 from visionattn.errors import CheckpointError, ConfigError
 from visionattn.export.spec import ExportSpec
 from visionattn.train.cli import main
-from visionattn.train.from_checkpoint import expand_positionals, said_by_checkpoint, without_sources
+from visionattn.train.from_checkpoint import expand_positionals, said_by_checkpoint, trusted_class, without_sources
 
 MEAN, STD, SIDE, NAMES = [0.31, 0.42, 0.23], [0.2, 0.3, 0.4], 42, ("cat", "dog", "emu")
 RECIPE = f"""
@@ -227,3 +228,17 @@ def test_recipes_and_options_come_first(checkpoint):
         pass
     with pytest.raises(ConfigError), said_by_checkpoint(["fit", "--ckpt_path", checkpoint]):
         pass
+
+
+@pytest.mark.parametrize(
+    ("class_path", "name"),
+    [
+        ("visionattn.data.classify.ClassifyData", "ClassifyData"),
+        ("visionattn.data.retrieval.RetrieveData", "RetrieveData"),
+        ("visionattn.data.restore.RestoreData", "RestoreData"),
+        ("visionattn.data.match.MatchData", "MatchData"),
+        ("visionattn.data.triplets.TripletData", "TripletData"),
+    ],
+)
+def test_classes_by_the_names_that_old_checkpoints_have(class_path, name):
+    assert trusted_class("x.ckpt", class_path, LightningDataModule).__name__ == name

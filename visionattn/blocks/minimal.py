@@ -104,7 +104,8 @@ class MinimalAttention(nn.Module):
         # Places are in no file: after `to_empty` or on the meta device they hold nothing.
         if self.place is not None:
             if self.place.is_meta and state_dict:
-                self.place = torch.empty_like(self.place, device=next(iter(state_dict.values())).device)
+                device = next(iter(state_dict.values())).device
+                self.register_buffer("place", torch.empty_like(self.place, device=device), persistent=False)
             self.init_non_persistent_buffers()
 
     @torch.jit.ignore

@@ -73,10 +73,12 @@ def _fault(checkpoint: dict[str, Any]) -> str | None:
     if not all(isinstance(key, str) for key in checkpoint):
         return "one of its keys is not a text"
     for key, kind in _ENTRIES.items():
-        value = checkpoint.get(key)
-        if key in checkpoint and not isinstance(value, kind):
+        if key not in checkpoint:
+            continue
+        value = checkpoint[key]
+        if not isinstance(value, kind):
             return f"its {key} must be a {kind.__name__}, but is a {type(value).__name__}"
-        if kind is int and key in checkpoint and value < 0:
+        if kind is int and value < 0:
             return f"its {key} is {value}"
     if not re.fullmatch(r"\d+\.\d+[\w.+-]*", str(checkpoint["pytorch-lightning_version"])):
         return "it names no version of Lightning"

@@ -25,7 +25,7 @@ from visionattn.card import WEIGHT_SOURCES, Card, plain_fault
 from visionattn.errors import CheckpointError, ConfigError, shorten
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
 
-__all__ = ["expand_positionals", "said_by_checkpoint", "without_sources"]
+__all__ = ["expand_positionals", "said_by_checkpoint", "trusted_class", "without_sources"]
 
 EVALUATIONS = ("validate", "test", "predict")
 _CLASSIFICATION = "visionattn.data.classify.ClassifyData"
@@ -40,7 +40,7 @@ def expand_positionals(args: Sequence[str]) -> list[str]:
     args = list(args)
     if not args or args[0] not in EVALUATIONS:
         return args
-    named = []
+    named: list[str] = []
     while len(args) > 1 + len(named) and len(named) < 2 and not args[1 + len(named)].startswith("-"):
         named.append(args[1 + len(named)])
     options = [f"--{option}={value}" for option, value in zip(("ckpt_path", "data.root"), named)]
@@ -109,7 +109,7 @@ def _model(path: str, content: Mapping[str, Any], card: Card | None) -> dict[str
         raise CheckpointError(
             f"{shorten(path)} does not say its task: give the run's configuration with --config RUN/config.yaml."
         )
-    task = _trusted(path, given["_class_path"], LightningModule)
+    task = trusted_class(path, given["_class_path"], LightningModule)
     values = {key: value for key, value in _arguments(path, task, given).items() if key not in _FROM_DATA}
     return {"class_path": given["_class_path"], "init_args": without_sources(values, card)}
 
@@ -117,9 +117,11 @@ def _model(path: str, content: Mapping[str, Any], card: Card | None) -> dict[str
 def _data(path: str, content: Mapping[str, Any], card: Card | None, args: Sequence[str]) -> dict[str, Any]:
     given = content.get("datamodule_hyper_parameters") or {}
     class_path = given.get("_class_path", _CLASSIFICATION)
-    values = _arguments(path, _trusted(path, class_path, LightningDataModule), given)
+    kind = trusted_class(path, class_path, LightningDataModule)
+    values = _arguments(path, kind, given)
+    classification = kind is trusted_class(path, _CLASSIFICATION, LightningDataModule)
     root = _find_option(args, "data.root")
-    if class_path == _CLASSIFICATION and _find_option(args, "data.dataset") is None:
+    if classification and _find_option(args, "data.dataset") is None:
         if root is None and "dataset" not in values:
             raise CheckpointError(f"{shorten(path)} does not say its data: give a folder of images with --data.root.")
         # New images to predict lie in a folder, whatever kind of data the model was trained on.
@@ -132,7 +134,7 @@ def _data(path: str, content: Mapping[str, Any], card: Card | None, args: Sequen
             f"{shorten(path)} names data that are not on this machine, {shorten(place)!r}: give the run's "
             "configuration with --config RUN/config.yaml, or a folder with --data.root."
         )
-    if card is not None and "num_classes" in card.model_args and class_path == _CLASSIFICATION:
+    if card is not None and "num_classes" in card.model_args and classification:
         # New images need not lie in folders of their classes.
         values["num_classes"] = values.get("num_classes") or card.model_args["num_classes"] or None
     return {"class_path": class_path, "init_args": values}
@@ -151,7 +153,7 @@ def _arguments(path: str, kind: type, given: Mapping[str, Any]) -> dict[str, Any
     return values | {key: value for key, value in _FOR_TRAINING.items() if key in values}
 
 
-def _trusted(path: str, class_path: Any, base: type) -> type:
+def trusted_class(path: str, class_path: Any, base: type) -> type:
     """A class that a checkpoint names, of this package or already imported.
 
     Raises:
