@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tests.kernels.contract import OperatorContract
 from tests.kernels.tensors import differentiate
 from visionattn.errors import InputError
-from visionattn.kernels import halo_attention as kernel
-from visionattn.kernels.halo_attention import halo_attention_definition
+from visionattn.kernels._plain import halo_attention as plain
+from visionattn.kernels.halo_attention import BORDERS, INDICES, halo_attention_definition
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 operator = torch.ops.visionattn.halo_attention
@@ -115,7 +115,7 @@ def test_several_chunks_are_as_one(monkeypatch):
     args = arguments(images=3, size=(18, 21), dim_v=3)
     whole = differentiate(operator, args)
     for wanted in (1, 2000, 9000, 40000):  # a block at a time; some columns; some rows; some images
-        monkeypatch.setattr(kernel, "_CHUNK_ON_CPU", wanted)
+        monkeypatch.setattr(plain, "_CHUNK_ON_CPU", wanted)
         torch.testing.assert_close(differentiate(operator, args), whole)
 
 
@@ -147,8 +147,8 @@ def dense(q, k, v, height_rel, width_rel, block, halo, stride, border, index):
     return out
 
 
-@pytest.mark.parametrize("index", kernel.INDICES)
-@pytest.mark.parametrize("border", kernel.BORDERS)
+@pytest.mark.parametrize("index", INDICES)
+@pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize(
     "form",
     [
@@ -171,8 +171,8 @@ def test_equals_the_dense_formula(form, border, index):
     block=st.integers(1, 5),
     halo=st.integers(0, 4),
     subsample=st.integers(1, 2),
-    border=st.sampled_from(kernel.BORDERS),
-    index=st.sampled_from(kernel.INDICES),
+    border=st.sampled_from(BORDERS),
+    index=st.sampled_from(INDICES),
     seed=st.integers(0, 99),
 )
 def test_any_size_block_and_halo(size, block, halo, subsample, border, index, seed):

@@ -11,8 +11,8 @@ from tests.kernels.contract import OperatorContract, poisoned_memory
 from tests.kernels.tensors import differentiate
 from visionattn.errors import InputError
 from visionattn.kernels import decompositions
-from visionattn.kernels import match_attention as kernel
-from visionattn.kernels.match_attention import bilinear_softmax, match_attention_definition
+from visionattn.kernels._plain import match_attention as plain
+from visionattn.kernels.match_attention import SIMILARITIES, bilinear_softmax, match_attention_definition
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 operator = torch.ops.visionattn.match_attention
@@ -182,7 +182,7 @@ def test_gradcheck_of_every_input(form):
     heads=st.sampled_from([1, 4]),
     dim=st.sampled_from([1, 5, 8, 40]),
     shared=st.booleans(),
-    similarity=st.sampled_from(kernel.SIMILARITIES),
+    similarity=st.sampled_from(SIMILARITIES),
     reach=st.sampled_from([0.0, 1.0, 30.0]),
     seed=st.integers(0, 99),
 )
@@ -203,7 +203,7 @@ def test_several_chunks_are_as_one(monkeypatch):
     args = arguments(size=(6, 8), dim_v=6)
     whole = differentiate(operator, args)
     for wanted in (1, 16 * 6 * 7, 16 * 6 * 50):  # one query; some; some of the next image too
-        monkeypatch.setattr(kernel, "_CHUNK_ON_CPU", wanted)
+        monkeypatch.setattr(plain, "_CHUNK_ON_CPU", wanted)
         torch.testing.assert_close(differentiate(operator, args), whole, rtol=1e-13, atol=1e-13)
 
 
@@ -293,11 +293,11 @@ def test_nothing_of_the_size_of_the_gathered_keys_is_made(monkeypatch):
     """The largest tensor is the attention, which is a result; the gathered keys would be D times as large."""
     args = arguments(2, (16, 16), 4, 40, dtype=torch.float32)
     k = args[1]
-    monkeypatch.setattr(kernel, "_CHUNK_ON_CPU", 2**14)
+    monkeypatch.setattr(plain, "_CHUNK_ON_CPU", 2**14)
     cotangents = torch.ones_like(k), torch.ones(2, 16, 16, 4, 16)
     with Largest() as largest:
-        kernel._Matched(*args).forward()
-        kernel._Matched(*args).backward(*cotangents)
+        plain.Matched(*args).forward()
+        plain.Matched(*args).backward(*cotangents)
     assert largest.bytes == k.numel() * 4
     with Largest() as textbook:
         match_attention_definition(*args)

@@ -12,7 +12,7 @@ from tests.kernels.contract import OperatorContract, poisoned_memory
 from tests.kernels.tensors import differentiate
 from visionattn.errors import InputError
 from visionattn.kernels import decompositions
-from visionattn.kernels import multi_query_pool as kernel
+from visionattn.kernels._plain import multi_query_pool as plain
 from visionattn.kernels.multi_query_pool import multi_query_pool_definition
 
 INT8 = torch.zeros(2, 7, 5, dtype=torch.int8)
@@ -293,7 +293,7 @@ def test_stacked_heads_are_as_single_ones():
 def test_several_chunks_are_as_one(chunk, test, monkeypatch):
     args = test.arguments(5, 7, 4, 3)
     whole = differentiate(test.operator, args)
-    monkeypatch.setattr(kernel, "_CHUNK_ON_CPU", chunk)
+    monkeypatch.setattr(plain, "_CHUNK_ON_CPU", chunk)
     torch.testing.assert_close(differentiate(test.operator, args), whole)
 
 
@@ -344,18 +344,18 @@ def test_nothing_of_the_size_of_the_tokens_is_made(dtype, monkeypatch):
     int8 = dtype == torch.int8
     x, q = int8_arguments(16, 40, 64, 4, dtype=torch.float32) if int8 else arguments(16, 40, 64, 4, dtype=dtype)
     scales = scales_of(x) if int8 else None
-    monkeypatch.setattr(kernel, "_CHUNK_ON_CPU", 2 * 40 * 64)
+    monkeypatch.setattr(plain, "_CHUNK_ON_CPU", 2 * 40 * 64)
     grad = torch.ones(16, 4, 64, dtype=q.dtype)
     with Largest(x, q, grad) as largest:
-        z, attention = kernel._plain(x, q, None, scales)
-        grad_x, _ = kernel._plain_backward(grad, None, x, q, scales, attention, needs_x=False)
+        z, attention = plain.forward(x, q, None, scales)
+        grad_x, _ = plain.backward(grad, None, x, q, scales, attention, needs_x=False)
     outputs = max(z.numel(), attention.numel())
     assert largest.numbers == (outputs if dtype == torch.float32 else max(outputs, 2 * 40 * 64))
     assert largest.numbers < x.numel() / 5
     assert grad_x.numel() == 0
     if not int8:
         with Largest(x, q, grad) as largest:
-            kernel._plain_backward(grad, None, x, q, None, attention, needs_x=True)
+            plain.backward(grad, None, x, q, None, attention, needs_x=True)
         assert largest.numbers == x.numel()
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.kernels.contract import OperatorContract, count_flops
 from tests.kernels.tensors import differentiate
 from visionattn.errors import InputError
-from visionattn.kernels import subspace_attention as kernel
+from visionattn.kernels._plain import subspace_attention as plain
 from visionattn.kernels.subspace_attention import subspace_attention_definition
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -150,7 +150,7 @@ def test_ties_go_to_the_first_as_in_max_pool2d(sizes, form, seed):
 def test_chunks_change_nothing(form, wanted, monkeypatch):
     args = arguments(5, 3, 2, 4, 5, form)
     expected = differentiate(operator, args)
-    monkeypatch.setattr(kernel, "_CHUNK_ON_CPU", wanted)
+    monkeypatch.setattr(plain, "_CHUNK_ON_CPU", wanted)
     torch.testing.assert_close(differentiate(operator, args), expected, rtol=0, atol=1e-13)
 
 

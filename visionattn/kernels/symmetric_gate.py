@@ -29,6 +29,7 @@ from torch import Tensor
 
 from visionattn.errors import InputError
 from visionattn.kernels._operator import check_alike, kernels_enabled, register, register_flop_formula
+from visionattn.kernels._plain import symmetric_gate as plain
 
 __all__ = ["symmetric_gate_definition"]
 
@@ -36,22 +37,6 @@ __all__ = ["symmetric_gate_definition"]
 def symmetric_gate_definition(h: Tensor, x: Tensor) -> Tensor:
     """The definition, in plain PyTorch."""
     return (h + x) * (torch.sigmoid(h) - 0.5)
-
-
-# Plain form. Fresh memory is most of the cost on a CPU, so steps work in place: one buffer beside the result in the
-# forward, none beside the two results in the backward.
-
-
-def _plain(h: Tensor, x: Tensor) -> Tensor:
-    return torch.sigmoid(h, out=torch.empty_like(h)).sub_(0.5).mul_(h + x)
-
-
-def _plain_backward(grad: Tensor, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    s = torch.sigmoid(h, out=torch.empty_like(h))
-    slope = torch.add(h, x, out=torch.empty_like(h))
-    torch.ops.aten.sigmoid_backward.grad_input(slope, s, grad_input=slope)  # (h + x) * s * (1 - s)
-    grad_x = s.sub_(0.5).mul_(grad)
-    return torch.addcmul(grad_x, grad, slope, out=slope), grad_x
 
 
 def _check(**tensors: Tensor) -> None:
@@ -69,14 +54,14 @@ def _use_triton(h: Tensor) -> bool:
 @torch.library.custom_op("visionattn::symmetric_gate", mutates_args=())
 def symmetric_gate(h: Tensor, x: Tensor) -> Tensor:
     _check(h=h, x=x)
-    return _plain(h, x)
+    return plain.forward(h, x)
 
 
 @symmetric_gate.register_kernel("cuda")
 def _(h: Tensor, x: Tensor) -> Tensor:
     _check(h=h, x=x)
     if not _use_triton(h):
-        return _plain(h, x)
+        return plain.forward(h, x)
     from visionattn.kernels._triton import symmetric_gate as triton_kernels
 
     return triton_kernels.forward(h, x)
@@ -91,14 +76,14 @@ def _(h: Tensor, x: Tensor) -> Tensor:
 @torch.library.custom_op("visionattn::symmetric_gate_backward", mutates_args=())
 def symmetric_gate_backward(grad: Tensor, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     _check(grad=grad, h=h, x=x)
-    return _plain_backward(grad, h, x)
+    return plain.backward(grad, h, x)
 
 
 @symmetric_gate_backward.register_kernel("cuda")
 def _(grad: Tensor, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     _check(grad=grad, h=h, x=x)
     if not _use_triton(h):
-        return _plain_backward(grad, h, x)
+        return plain.backward(grad, h, x)
     from visionattn.kernels._triton import symmetric_gate as triton_kernels
 
     return triton_kernels.backward(grad, h, x)

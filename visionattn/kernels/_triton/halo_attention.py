@@ -13,13 +13,13 @@ import torch
 import triton
 from torch import Tensor
 
+from visionattn.kernels._plain.halo_attention import cropped
 from visionattn.kernels._triton import ALL_REGISTERS
 from visionattn.kernels._triton.halo_attention_kernels import (
     halo_attention_bwd_kv_kernel,
     halo_attention_bwd_q_kernel,
     halo_attention_fwd_kernel,
 )
-from visionattn.kernels.halo_attention import _cropped
 
 __all__ = [
     "OPTIONS",
@@ -245,7 +245,7 @@ def forward(
 ) -> Tensor:
     """Launch the forward kernel. Any strides; the result is laid out like q."""
     out = _Call(q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index).forward()
-    return _cropped(out.permute(0, 3, 4, 1, 2), q)
+    return cropped(out.permute(0, 3, 4, 1, 2), q)
 
 
 def backward(
@@ -264,5 +264,5 @@ def backward(
     """Launch the forward kernel again, then the backward kernels. Any strides; the results are laid out as given."""
     call = _Call(q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index)
     *dmaps, dheight, dwidth = call.backward(do)
-    dq, dk, dv = (_cropped(gradient, x) for gradient, x in zip(dmaps, (q, k, v)))
+    dq, dk, dv = (cropped(gradient, x) for gradient, x in zip(dmaps, (q, k, v)))
     return dq, dk, dv, dheight, dwidth

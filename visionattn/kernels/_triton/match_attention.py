@@ -8,12 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
+from visionattn.kernels._plain.match_attention import MARGIN, empty_outputs
 from visionattn.kernels._triton.match_attention_kernels import (
     match_attention_bwd_kv_kernel,
     match_attention_bwd_q_kernel,
     match_attention_fwd_kernel,
 )
-from visionattn.kernels.match_attention import _MARGIN, _outputs
 
 __all__ = [
     "Launch",
@@ -74,8 +74,8 @@ def _sizes(q: Tensor, v: Tensor, radius: int) -> dict[str, Any]:
         "count": q.shape[:4].numel(),
         "H": H,
         "W": W,
-        "last_y": H - 1 - radius - _MARGIN,
-        "last_x": W - 1 - radius - _MARGIN,
+        "last_y": H - 1 - radius - MARGIN,
+        "last_x": W - 1 - radius - MARGIN,
         "channels": D,
         "value_channels": v.shape[4],
         "scale": D**-0.5,
@@ -84,7 +84,7 @@ def _sizes(q: Tensor, v: Tensor, radius: int) -> dict[str, Any]:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, field: Tensor, radius: int, similarity: str) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel. Any strides; the results are contiguous."""
-    out, attention = _outputs(q, v, radius)
+    out, attention = empty_outputs(q, v, radius)
     sizes, launched = _sizes(q, v, radius), _launch(q, v, radius, similarity)
     with torch.cuda.device_of(q):
         match_attention_fwd_kernel[(triton.cdiv(sizes["count"], launched.block),)](

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels.subspace_attention import _Attention, _computed, _empty_logits
+from visionattn.kernels._plain.subspace_attention import Attention, computed, empty_logits
 
 __all__ = [
     "OPTIONS",
@@ -312,7 +312,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernels. Any strides; the maps are laid out like `torch.empty_like(x)`."""
     (B, _, H, W), (g, G) = x.shape, point.shape
-    dense, handed_out = x.contiguous(), _empty_logits(x, point)
+    dense, handed_out = x.contiguous(), empty_logits(x, point)
     scale, shift, weight, offset, gain = _dense(scale, shift, weight, offset, gain)
     logits = _logits(dense, scale, shift, point, rectify)
     mean = factor = None
@@ -364,8 +364,8 @@ def backward(
         l = logits.contiguous().flatten(2)
     else:
         l = _logits(dense, scale, shift, point, rectify)
-    weight, offset, gain = _computed(weight, offset, gain)
-    attention = _Attention(l, weight, offset, gain, rectify, scaled, eps)
+    weight, offset, gain = computed(weight, offset, gain)
+    attention = Attention(l, weight, offset, gain, rectify, scaled, eps)
     dgate = torch.empty_like(l)
     by_positions = B * g, triton.cdiv(H * W, TILE["BLOCK_P"])
     by_channels = B * g, triton.cdiv(G, TILE["BLOCK_C"])

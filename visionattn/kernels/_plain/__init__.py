@@ -1,0 +1,1 @@
+"""The form of each operator in plain PyTorch that CPUs run: `forward` and `backward`, arguments as of the operator."""
