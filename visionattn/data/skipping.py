@@ -112,7 +112,8 @@ class SkippingCollate:
     """
 
     def __init__(self, collate: Callable[[list[Any]], Any] | None) -> None:
-        self.collate = collate.collate if isinstance(collate, SkippingCollate) else collate or default_collate
+        inner = collate.collate if isinstance(collate, SkippingCollate) else collate
+        self.collate: Callable[[list[Any]], Any] = inner or default_collate
 
     def __call__(self, samples: list[Any]) -> tuple[Any, dict[int, str]]:
         """A batch."""

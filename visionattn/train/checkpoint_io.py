@@ -78,7 +78,7 @@ def _fault(checkpoint: dict[str, Any]) -> str | None:
         value = checkpoint[key]
         if not isinstance(value, kind):
             return f"its {key} must be a {kind.__name__}, but is a {type(value).__name__}"
-        if kind is int and value < 0:
+        if isinstance(value, int) and value < 0:
             return f"its {key} is {value}"
     if not re.fullmatch(r"\d+\.\d+[\w.+-]*", str(checkpoint["pytorch-lightning_version"])):
         return "it names no version of Lightning"

@@ -200,7 +200,7 @@ class TrainCLI(LightningCLI):
             with said_by_checkpoint(args) as before:
                 self.config = parser.parse_args([*args[:1], *before, *args[1:]])
         except Exception as error:  # jsonargparse and the classes that a configuration names raise nearly anything
-            settings = self._parser(command).get_defaults().keys(branches=True) if command else []
+            settings = list(self._parser(command).get_defaults().keys(branches=True)) if command else []
             raise ConfigError(explain_option(error, args, settings, command)) from error
         check_numbers(self.config.get(self.config.subcommand))
         given = self.config.get(self.config.subcommand)
@@ -265,8 +265,8 @@ class TrainCLI(LightningCLI):
                 checkpoint = AtomicCheckpointIO().load_checkpoint(ckpt_path, weights_only=True)
                 return ResumedLogger(folder, checkpoint["global_step"])
         name = self._run_name or getattr(self.model.hparams, "name", type(self.model).__name__)
-        folder = self._get(self.config_init, "trainer").default_root_dir or "runs"
-        return CSVLogger(folder if "://" in str(folder) else str(Path(folder).resolve()), name=name)
+        runs = str(self._get(self.config_init, "trainer").default_root_dir or "runs")
+        return CSVLogger(runs if "://" in runs else str(Path(runs).resolve()), name=name)
 
     def before_fit(self) -> None:
         """Refuse what Lightning would only warn about."""

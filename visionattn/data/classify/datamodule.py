@@ -238,14 +238,15 @@ class ClassifyData(DataModule):
 
     def unpredicted(self) -> set[int]:
         """Indices of the images in `predicted_names` that could not be read."""
-        return {index for dataset in self._watched if dataset.dataset is self._predicted for index in dataset.skipped}
+        watched: list[Any] = self._watched
+        return {index for dataset in watched if dataset.dataset is self._predicted for index in dataset.skipped}
 
     @cached_property
     def _predicted(self) -> Any:
         if self.hparams.dataset != "folder":
             return self._source("test")
         found = self._folders
-        folder = found["test"] or found["val"] or found["train"]
+        folder = found["test"] or found["val"] or found["train"] or Path(self.hparams.root)
         return ReaderImages(FolderReader(folder, labelled=False))
 
     def _loader(self, part: str) -> DataLoader:

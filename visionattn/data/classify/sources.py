@@ -65,7 +65,8 @@ class FolderReader(Reader):
             for reason, paths in listing.left_out.items():
                 self.left_out.left_out.setdefault(reason, []).extend(paths)
         self._check(found, like)
-        self.class_to_idx = {name: label for label, name in enumerate(found)} if like is None else like.class_to_idx
+        numbered = {name: label for label, name in enumerate(found)}
+        self.class_to_idx: dict[str, int] = numbered if like is None else like.class_to_idx
         samples = [(str(path), self.class_to_idx[name]) for name, listing in found.items() for path in listing.files]
         self.samples = sorted(samples, key=lambda sample: _natural(sample[0]))
 
