@@ -97,8 +97,8 @@ def _show(args: argparse.Namespace, console: Console) -> None:
     multiple = getattr(model, "size_multiple", None)
     sizes = "not stated" if multiple is None else f"any multiple of {multiple}"
     table.add_row("image sizes", "fixed" if config.get("fixed_input_size") else sizes)
-    if config.get("paper_name") or config.get("paper_ids"):
-        table.add_row("paper", f"{config.get('paper_name')} ({config.get('paper_ids')})")
+    if papers := [str(config[key]) for key in ("paper_name", "paper_ids") if config.get(key)]:
+        table.add_row("paper", ", ".join(papers))
     table.add_row("licence", str(config.get("license") or "not stated"))
     table.add_row("in Python", f'import timm, visionattn; timm.create_model("{args.name}")')
     table.add_row("to ONNX", f"visionattn export {args.name} --output model.onnx")

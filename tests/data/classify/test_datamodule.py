@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 
@@ -249,6 +250,12 @@ def test_settings_out_of_range(settings, message):
     with pytest.raises(ConfigError) as raised:
         opened(**settings)
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("wrong", [{"std": [0.0, 1.0, 1.0]}, {"std": [-1.0, 1.0, 1.0]}, {"mean": [math.inf, 0.0, 0.0]}])
+def test_statistics_that_no_image_has(wrong):
+    with pytest.raises(ConfigError, match=r"data.mean must be finite and data.std more than 0"):
+        opened(**wrong).val_dataloader()
 
 
 def test_images_without_a_model_need_their_settings():

@@ -182,6 +182,8 @@ class ClassifyData(DataModule):
             raise ConfigError(
                 f"The model takes {channels} channels, but data.mean has {len(mean)} numbers and data.std {len(std)}."
             )
+        if not (all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)):
+            raise ConfigError(f"data.mean must be finite and data.std more than 0; got {list(mean)} and {list(std)}.")
         size = tuple(size) if given.image_size is None else (given.image_size, given.image_size)
         self.image_shape = (channels, *size)
         interpolation = v2.InterpolationMode(model.get("interpolation", "bicubic"))
