@@ -1,0 +1,315 @@
+"""What the fuzzer feeds: kinds of outside input, good examples of each, and the call that reads a damaged one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import onnx
+import timm
+import torch
+import yaml
+from onnx import TensorProto, helper
+from PIL import Image
+from safetensors.torch import save_file
+
+from fuzz.mutate import WORDS, damaged_bytes, damaged_text, damaged_value
+from visionattn import load
+from visionattn.cli import main
+from visionattn.data.disparity import read_disparity, read_flow, write_disparity, write_flow
+from visionattn.export import OnnxModel
+from visionattn.export.spec import ExportSpec
+from visionattn.train.cli import find_recipe
+
+SR, STEREO, VIT = "va_span_ch26_x2", "va_match_stereo_nano", "va_minimal_vit_micro_patch4_32"
+NANO = "va_minimal_vit_nano_patch7_28_minimum"
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A kind of outside input.
+
+    Attributes:
+        name: For messages and `--surface`.
+        cases: How many `make test` runs.
+        prepare: Write good examples into a folder.
+        damage: Given a random generator, the folder of examples and the case's own, write a damaged one there and give
+            the call that reads it: an exit code, or None for a good result.
+    """
+
+    name: str
+    cases: int
+    prepare: Callable[[Path], Any]
+    damage: Callable[[Random, Path, Path], Call]
+
+
+def _damaged_file(rng: Random, source: Path, case: Path) -> Path:
+    """A copy of a file with damaged bytes; of JSON and YAML, more often with damaged values."""
+    target = case / source.name
+    if source.suffix in (".json", ".yaml") and rng.random() < 0.7:
+        value = damaged_value(rng, yaml.safe_load(source.read_text()))
+        text = json.dumps(value) if source.suffix == ".json" else yaml.safe_dump(value, allow_unicode=True)
+        target.write_text(text if rng.random() < 0.8 else damaged_text(rng, text, "\n"))
+    else:
+        target.write_bytes(damaged_bytes(rng, source.read_bytes()))
+    return target
+
+
+def _damaged_folder(rng: Random, source: Path, case: Path) -> Path:
+    """A copy of a folder in which one file is damaged, cut or gone."""
+    target = case / source.name
+    shutil.copytree(source, target)
+    files = sorted(path for path in target.rglob("*") if path.is_file() and path.stat().st_size)
+    chosen = rng.choice(files)
+    original = source / chosen.relative_to(target)
+    chosen.unlink()
+    if rng.random() < 0.95:
+        _damaged_file(rng, original, chosen.parent)
+    return target
+
+
+def _pick(rng: Random, folder: Path) -> Path:
+    return rng.choice(sorted(path for path in folder.iterdir() if path.is_file()))
+
+
+def _pixels(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def _photos(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for number in range(6):
+        Image.fromarray(_pixels(24, 32, 3) + np.uint8(number)).save(folder / f"{number}.png")
+
+
+def _images(folder: Path) -> None:
+    image = Image.fromarray(_pixels(12, 16, 3))
+    exif = image.getexif()
+    exif[274], exif[282], exif[305] = 6, 72.0, "a camera"
+    for suffix in ("png", "jpg", "webp", "tif", "gif", "bmp", "ppm"):
+        more = {"exif": exif} if suffix in ("png", "jpg", "webp", "tif") else {}
+        image.save(folder / f"a.{suffix}", **more)
+    Image.fromarray(_pixels(12, 16).astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(_pixels(12, 16).astype(np.uint16) * 257).save(folder / "deep.tif", compression="tiff_deflate")
+    Image.fromarray(_pixels(12, 16, 4)).save(folder / "alpha.png")
+
+
+def _upscale(rng: Random, seeds: Path, case: Path) -> Call:
+    path = _damaged_file(rng, _pick(rng, seeds), case)
+
+    def call() -> int:
+        code = main(["upscale", str(path), "out.png", "--model", SR, "--engine", "torch"])
+        assert (code == 0) == Path("out.png").exists()
+        if code == 0:
+            Image.open("out.png").load()
+        return code
+
+    return call
+
+
+def _checkpoint() -> dict[str, Any]:
+    state = timm.create_model(NANO).state_dict()
+    hyper_parameters = {"name": NANO, "num_classes": 10, "in_chans": 1, "model_args": {}, "lr": 0.1}
+    lightning = {"pytorch-lightning_version": "2.6.4", "epoch": 1, "global_step": 9, "loops": {}, "callbacks": {}}
+    return {
+        **lightning,
+        "state_dict": {f"net.{key}": tensor for key, tensor in state.items()},
+        "hyper_parameters": hyper_parameters,
+        "optimizer_states": [],
+    }
+
+
+def _checkpoints(folder: Path) -> None:
+    state = timm.create_model(NANO).state_dict()
+    torch.save(_checkpoint(), folder / "training.ckpt")
+    torch.save(state, folder / "bare.pth")
+    torch.save({"state_dict_ema": state, "epoch": 3}, folder / "wrapped.pth")
+    save_file(state, folder / "bare.safetensors")
+
+
+def _load(rng: Random, seeds: Path, case: Path) -> Call:
+    source = _pick(rng, seeds)
+    if source.suffix == ".safetensors" or rng.random() < 0.3:
+        path = _damaged_file(rng, source, case)
+    else:
+        path = case / source.name
+        torch.save(damaged_value(rng, torch.load(source, weights_only=True)), path)
+    name = None if source.suffix == ".ckpt" else NANO
+
+    def call() -> None:
+        images = torch.zeros(1, 1, 28, 28)
+        model = load(path, name)
+        assert model.pretrained_cfg["input_size"][0] != 1 or model(images).isfinite().all()
+
+    return call
+
+
+def _tables(folder: Path) -> None:
+    rows = [f"{n}.png,{'train' if n > 3 else 'test'},,{'red' if n % 2 else 'blue'},{n % 3}" for n in range(6)]
+    (folder / "table.csv").write_text("\n".join(["id,split,role,colour,kind", *rows]))
+    _photos(folder / "photos")
+
+
+def _retrieve(rng: Random, seeds: Path, case: Path) -> Call:
+    path, text = case / "table.csv", (seeds / "table.csv").read_text()
+    if rng.random() < 0.3:
+        path.write_bytes(damaged_bytes(rng, text.encode()))
+    else:
+        path.write_text(damaged_text(rng, text, rng.choice(",\n")))
+    return lambda: main(["evaluate", "retrieval", "--data", str(path), "--images", str(seeds / "photos")])
+
+
+def _recipes(folder: Path) -> None:
+    shutil.copy(find_recipe("minimal_vit_digits"), folder / "recipe.yaml")
+
+
+def _fit(rng: Random, seeds: Path, case: Path) -> Call:
+    path = _damaged_file(rng, seeds / "recipe.yaml", case)
+    if rng.random() < 0.1:
+        path.write_bytes(path.read_text(errors="replace").encode("utf-16"))
+    return lambda: main(["fit", "--config", str(path), "--trainer.fast_dev_run", "1"])
+
+
+def _truth(folder: Path) -> None:
+    disparity = np.random.default_rng(0).uniform(0, 50, (12, 16)).astype(np.float32)
+    for suffix in ("pfm", "png", "npy", "npz"):
+        write_disparity(folder / f"a.{suffix}", disparity)
+    flow = np.stack([disparity, -disparity])
+    for layout in (flow, np.moveaxis(flow, 0, -1)):
+        try:
+            write_flow(folder / "flow.flo", layout)
+            write_flow(folder / "flow.png", layout)
+            return
+        except Exception:  # whichever layout the writer takes
+            continue
+
+
+def _read_truth(rng: Random, seeds: Path, case: Path) -> Call:
+    path = _damaged_file(rng, _pick(rng, seeds), case)
+    read, axes = (read_flow, 3) if path.name.startswith("flow") else (read_disparity, 2)
+
+    def call() -> None:
+        found = read(path)
+        assert found.dtype == np.float32
+        assert found.ndim == axes
+
+    return call
+
+
+def _onnx(folder: Path) -> None:
+    model = torch.nn.Identity()
+    model.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    model.num_classes = 3
+    spec = ExportSpec.of(model, None, True, 20, "none", None)
+    axes = ["batch", 3, "height", "width"]
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["image", "w"], ["y"]), helper.make_node("GlobalAveragePool", ["y"], ["logits"])],
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, axes)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3, 1, 1])],
+        [onnx.numpy_helper.from_array(np.ones((3, 3, 3, 3), np.float32), "w")],
+    )
+    file = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    helper.set_model_props(file, spec.to_metadata())
+    onnx.save(file, folder / "a.onnx")
+
+
+def _run_onnx(rng: Random, seeds: Path, case: Path) -> Call:
+    path = case / "a.onnx"
+    if rng.random() < 0.5:
+        path = _damaged_file(rng, seeds / "a.onnx", case)
+    else:
+        file = onnx.load(seeds / "a.onnx")
+        properties = {entry.key: entry.value for entry in file.metadata_props}
+        damaged = damaged_value(rng, properties)
+        del file.metadata_props[:]
+        props = damaged.items() if isinstance(damaged, dict) else ()
+        helper.set_model_props(file, {str(key): str(value) for key, value in props})
+        onnx.save(file, path)
+
+    def call() -> None:
+        model = OnnxModel(path)
+        channels, height, width = model.spec.input_size
+        if channels * height * width < 2**20:
+            model(
+                *[np.zeros((model.spec.batch or 1, channels, height, width), np.float32)] * len(model.spec.input_names)
+            )
+
+    return call
+
+
+def _indexes(folder: Path) -> None:
+    _photos(folder / "photos")
+    assert main(["index", str(folder / "photos"), str(folder / "index"), "--model", VIT]) == 0
+
+
+def _search(rng: Random, seeds: Path, case: Path) -> Call:
+    index = _damaged_folder(rng, seeds / "index", case)
+    query = str(seeds / "photos" / "1.png")
+    return lambda: main(["search", str(index), query, "--attribute", "image", "--output", "found.png"])
+
+
+def _stores(folder: Path) -> None:
+    from probe.stores import store
+
+    store(folder / "store")
+
+
+def _open_store(rng: Random, seeds: Path, case: Path) -> Call:
+    path = _damaged_folder(rng, next(seeds.rglob("meta.json")).parent, case)
+
+    def call() -> None:
+        from visionattn.probe.features import StoredFeatures
+
+        store = StoredFeatures(path)
+        rows = torch.arange(len(store))
+        assert sum(len(some) for some, _ in store.batches(rows, 8)) == len(store)
+
+    return call
+
+
+LINES = [
+    f"show {SR}",
+    f"export {SR} --output a.txt --opset 20 --batch 1 --input-size 8 8 --num-classes 3",
+    f"upscale good.png out.png --model {SR} --memory 100 --overlap 4 --scale 2 --engine torch --precision fp32",
+    "stereo good.png good.png out.pfm --focal 100 --baseline 0.1 --doffs 0 --enlarge 1 --principal-point 8 8",
+    f"evaluate sr {SR} --data photos --scale 2 --dtype float32 --device cpu --output rows.csv",
+    f"evaluate stereo {STEREO} --data photos --layout pairs --enlarge 1 --dtype float32",
+    f"index photos index --model {VIT} --image-size 32 32",
+    "search photos good.png --attribute image=1 --top 3 --output found.png",
+    f"probe {VIT} --dataset lost --layers last --lrs 0.1 --epochs 3 --draws 5 --few-shot 1,5",
+    "quickstart moon --output tour",
+    "test --ckpt_path absent.ckpt --data.root photos",
+]
+
+
+def _command(rng: Random, seeds: Path, case: Path) -> Call:
+    _photos(case / "photos")
+    shutil.copy(case / "photos" / "1.png", case / "good.png")
+    words = rng.choice(LINES).split()
+    for _ in range(rng.choice((1, 1, 2))):
+        # Rarely the name of an option: the parser alone would see it.
+        values = [at for at, word in enumerate(words) if at and not word.startswith("--")]
+        at = rng.choice(values) if values and rng.random() < 0.9 else rng.randrange(1, len(words))
+        words[at] = rng.choice([*WORDS, "n\0ul", "n" * 300, "\udcff", "good.png", "photos", "/dev/full", "é.png"])
+    return lambda: main(words)
+
+
+SURFACES = [
+    Surface("images", 60, _images, _upscale),
+    Surface("checkpoints", 60, _checkpoints, _load),
+    Surface("tables", 60, _tables, _retrieve),
+    Surface("recipes", 12, _recipes, _fit),
+    Surface("ground-truth", 200, _truth, _read_truth),
+    Surface("onnx", 80, _onnx, _run_onnx),
+    Surface("indexes", 30, _indexes, _search),
+    Surface("stores", 80, _stores, _open_store),
+    Surface("arguments", 60, lambda folder: None, _command),
+]
