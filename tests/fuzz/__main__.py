@@ -1,4 +1,4 @@
-"""Feed damaged input to everything that reads it: `python -m fuzz --seconds 3600 --seed 7 [--surface NAME]`.
+"""Feed damaged input to everything that reads it: `python -m tests.fuzz --seconds 3600 --seed 7 [--surface NAME]`.
 
 A case's damage is drawn from seed, surface and number: `--surface NAME --case NUMBER` repeats it.
 """
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from fuzz.running import cases, surface_named
-from fuzz.surfaces import SURFACES
+from tests.fuzz.running import cases, surface_named
+from tests.fuzz.surfaces import SURFACES
 
 
 def main() -> int:
     """Run until the time is over; the exit code is 1 if a fault was found."""
-    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--surface", choices=[surface.name for surface in SURFACES], help="default: all, in turn")

@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from fuzz.surfaces import SURFACES, Surface
+from tests.fuzz.surfaces import SURFACES, Surface
 from visionattn.errors import VisionAttnError
 from visionattn.files import TEMPORARY
 

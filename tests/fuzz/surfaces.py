@@ -19,10 +19,10 @@ from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.torch import save_file
 
-from fuzz.mutate import WORDS, damaged_bytes, damaged_text, damaged_value
+from tests.fuzz.mutate import WORDS, damaged_bytes, damaged_text, damaged_value
 from visionattn import load
 from visionattn.cli import main
-from visionattn.data.disparity import read_disparity, read_flow, write_disparity, write_flow
+from visionattn.data.matching.disparity import read_disparity, read_flow, write_disparity, write_flow
 from visionattn.export import OnnxModel
 from visionattn.export.spec import ExportSpec
 from visionattn.train.cli import find_recipe
@@ -257,7 +257,7 @@ def _search(rng: Random, seeds: Path, case: Path) -> Call:
 
 
 def _stores(folder: Path) -> None:
-    from probe.stores import store
+    from tests.probe.stores import store
 
     store(folder / "store")
 
@@ -266,7 +266,7 @@ def _open_store(rng: Random, seeds: Path, case: Path) -> Call:
     path = _damaged_folder(rng, next(seeds.rglob("meta.json")).parent, case)
 
     def call() -> None:
-        from visionattn.probe.features import StoredFeatures
+        from visionattn.probe.tokens.features import StoredFeatures
 
         store = StoredFeatures(path)
         rows = torch.arange(len(store))
@@ -303,13 +303,13 @@ def _command(rng: Random, seeds: Path, case: Path) -> Call:
 
 
 SURFACES = [
-    Surface("images", 60, _images, _upscale),
-    Surface("checkpoints", 60, _checkpoints, _load),
-    Surface("tables", 60, _tables, _retrieve),
-    Surface("recipes", 12, _recipes, _fit),
-    Surface("ground-truth", 200, _truth, _read_truth),
-    Surface("onnx", 80, _onnx, _run_onnx),
-    Surface("indexes", 30, _indexes, _search),
-    Surface("stores", 80, _stores, _open_store),
-    Surface("arguments", 60, lambda folder: None, _command),
+    Surface("images", 16, _images, _upscale),
+    Surface("checkpoints", 25, _checkpoints, _load),
+    Surface("tables", 16, _tables, _retrieve),
+    Surface("recipes", 5, _recipes, _fit),
+    Surface("ground-truth", 60, _truth, _read_truth),
+    Surface("onnx", 25, _onnx, _run_onnx),
+    Surface("indexes", 8, _indexes, _search),
+    Surface("stores", 25, _stores, _open_store),
+    Surface("arguments", 16, lambda folder: None, _command),
 ]

@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 
-from fuzz.mutate import damaged_bytes, damaged_text, damaged_value
-from fuzz.running import _fault, _in_child, cases
-from fuzz.surfaces import SURFACES
+from tests.fuzz.mutate import damaged_bytes, damaged_text, damaged_value
+from tests.fuzz.running import _fault, _in_child, cases
+from tests.fuzz.surfaces import SURFACES
 from visionattn.errors import DataError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cases run in forked processes")
@@ -24,8 +24,8 @@ def test_surface(surface, tmp_path):
 @pytest.mark.parametrize("surface", SURFACES[:-1], ids=lambda surface: surface.name)
 def test_good_examples_are_read(surface, tmp_path, monkeypatch):
     for name in ("damaged_bytes", "damaged_value"):
-        monkeypatch.setattr(f"fuzz.surfaces.{name}", lambda rng, value: value)
-    monkeypatch.setattr("fuzz.surfaces.damaged_text", lambda rng, text, separator: text)
+        monkeypatch.setattr(f"tests.fuzz.surfaces.{name}", lambda rng, value: value)
+    monkeypatch.setattr("tests.fuzz.surfaces.damaged_text", lambda rng, text, separator: text)
     assert [result.code for result in cases(surface, tmp_path, 0, range(3))] == [0, 0, 0]
 
 
