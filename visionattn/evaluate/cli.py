@@ -24,6 +24,7 @@ from visionattn.models.enlarged import LARGEST
 __all__ = ["add_arguments", "add_factor", "factors", "run"]
 
 ZAPPOS = "zappos"
+MOST_FACTOR = 65535  # with more, no PNG holds a pixel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +93,7 @@ def add_factor(parser: argparse.ArgumentParser) -> None:
 def _factor(text: str) -> tuple[str | None, float]:
     """`4` is for all scenes (None), `teddy=4` for one."""
     name, _, value = text.rpartition("=")
-    return name or None, number(0, above=True)(value)
+    return name or None, number(0, MOST_FACTOR, above=True)(value)
 
 
 def factors(given: list[tuple[str | None, float]] | None) -> float | dict[str, float] | None:

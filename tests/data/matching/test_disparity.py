@@ -78,6 +78,19 @@ def test_png_is_kittis(tmp_path):
         np.testing.assert_array_equal(np.asarray(image), [[256, 576, 0]])
 
 
+def test_png_of_8_bits_without_a_divisor(tmp_path):
+    Image.fromarray(np.full((2, 3), 24, np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="8 bits times a factor that it does not say: give divisor"):
+        read_disparity(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("end", [b"\n", b" \n", b"\r\n", b" \r\n", b"\t "])
+def test_white_space_behind_the_header_of_a_pfm(tmp_path, end):
+    values = np.arange(6, dtype="<f4").reshape(2, 3) + 1
+    (tmp_path / "a.pfm").write_bytes(b"Pf\n3 2\n-1.0" + end + values[::-1].tobytes())
+    np.testing.assert_array_equal(read_disparity(tmp_path / "a.pfm"), values)
+
+
 def test_png_of_8_bits_by_its_divisor(tmp_path):
     Image.fromarray(np.array([[0, 4, 255]], np.uint8)).save(tmp_path / "a.png")
     np.testing.assert_array_equal(read_disparity(tmp_path / "a.png", 4), [[np.nan, 1, 63.75]])

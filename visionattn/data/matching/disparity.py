@@ -57,13 +57,14 @@ LONGEST_HEADER = 1000  # bytes of a PFM's, which comments may lengthen
 DEFLATE = 1100  # more than the largest ratio of size that deflate reaches, 1032
 
 
-def read_disparity(path: str | Path, divisor: float | Callable[[np.ndarray], float] = 256.0) -> np.ndarray:
+def read_disparity(path: str | Path, divisor: float | Callable[[np.ndarray], float] | None = None) -> np.ndarray:
     """Read a disparity: (H, W) of float32 in pixels, NaN where there is none.
 
     Args:
         path: A .pfm, .png, .npy or .npz (with one array).
-        divisor: What the numbers of a PNG are divided by: 256 of KITTI, 4 of Middlebury 2003 at quarter size. Or a
-            function that gives it for the numbers (H, W), which are of uint8 in a PNG of 8 bits.
+        divisor: What the numbers of a PNG are divided by, such as 4 of Middlebury 2003 at quarter size. Or a function
+            that gives it for the numbers (H, W), which are of uint8 in a PNG of 8 bits. None: 256 in 16 bits, as
+            KITTI's; 8 bits need a number.
 
     Raises:
         DataError: The file is missing, damaged, too large, or holds something else.
@@ -237,9 +238,10 @@ def _read_pfm(path: Path, file: IO[bytes], size: int) -> np.ndarray:
     if not math.isfinite(scale) or scale == 0:
         raise DataError(f"{shorten(path)} is no PFM: its scale is {scale}; a number below or above 0 is needed.")
     end = header.end()
-    # One white space ends the header. Where it is a carriage return, a line feed may belong to it or to the values.
-    if start[end - 1 : end + 1] == b"\r\n" and size - end - 1 == 4 * height * width:
-        end += 1
+    # One white space ends the header. Further ones may belong to it or to the values: the size of the file tells.
+    behind = size - end - 4 * height * width
+    if behind > 0 and start[end : end + behind].isspace():
+        end += behind
     _check_size(path, (height, width), 4, size - end)
     file.seek(end)
     values = np.fromfile(file, "<f4" if scale < 0 else ">f4", height * width)
@@ -257,14 +259,18 @@ def _read_flo(path: Path, file: IO[bytes], size: int) -> np.ndarray:
     return np.fromfile(file, "<f4", height * width * 2).reshape(height, width, 2)
 
 
-def _read_disparity_png(path: Path, divisor: float | Callable[[np.ndarray], float]) -> np.ndarray:
+def _read_disparity_png(path: Path, divisor: float | Callable[[np.ndarray], float] | None) -> np.ndarray:
     image = open_image(path, ["PNG"])
     if image.mode in ("1", "P"):
         raise DataError(f"{shorten(path)} is a PNG of a palette or of 1 bit; disparities are grey of 8 or 16 bits.")
     numbers = np.asarray(image)
     if image.mode not in GREY:
         return numbers  # whose shape tells
-    by = divisor(numbers) if callable(divisor) else divisor
+    if divisor is None and numbers.dtype == np.uint8:
+        raise DataError(
+            f"{shorten(path)} holds disparities in 8 bits times a factor that it does not say: give divisor."
+        )
+    by = divisor(numbers) if callable(divisor) else 256.0 if divisor is None else divisor
     if not 0 < by < math.inf:
         raise InputError(f"The numbers of {shorten(path)} cannot be divided by {by}: the factor must be above 0.")
     with np.errstate(over="ignore"):
