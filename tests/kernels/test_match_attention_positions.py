@@ -132,3 +132,22 @@ def test_nan_in_the_field_stays_in_its_pixel():
         assert out[0, 2, 3].isnan().all()
         out[0, 2, 3] = expected[0, 2, 3]
         torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pixel", "step"),
+    [
+        (torch.float16, 1000, 0.5),
+        (torch.float16, 512, 0.5),
+        (torch.float16, 1024, 1),
+        (torch.bfloat16, 1000, 4),
+        (torch.float32, 1000, 2**-14),
+    ],
+)
+def test_steps_of_half_precisions_are_those_of_the_documentation(dtype, pixel, step):
+    """Why fields stay in float32: the distance to the next position that a dtype holds."""
+    exponent = torch.tensor(float(pixel)).log2().floor()
+    assert (torch.finfo(dtype).eps * 2**exponent).item() == step
+    at = torch.tensor(float(pixel), dtype=dtype)
+    assert (at + step).item() == pixel + step
+    assert at + step / 4 == at
