@@ -27,7 +27,7 @@ MISTAKES = [
     ("list a b", r"unrecognized arguments: b"),
     ("show", r"required: name\. See visionattn show --help"),
     ("show va_span_ch99_x2", r"There is no model 'va_span_ch99_x2'\. Did you mean va_span"),
-    ("show good.png", r"There is no model 'good\.png'"),
+    ("show good.png", r"good\.png is a file: show takes the name of a model"),
     (f"show {LONG}", r"There is no model"),
     # export
     ("export", r"required: NAME\|CKPT, --output"),
@@ -139,7 +139,7 @@ MISTAKES = [
     (f"probe {VIT} --dataset folder --root absent", r"absent"),
     (f"probe {VIT} --dataset folder --root empty", r"empty"),
     (f"probe {VIT} --dataset digits --epochs 0", r"[Ee]pochs"),
-    (f"probe {VIT} --dataset digits --lrs nan", r"learning rate a finite number above 0"),
+    (f"probe {VIT} --dataset digits --lrs nan", r"--lrs: must be a finite number above 0; got 'nan'"),
     (f"probe {VIT} --dataset digits --heads lost", r"lost"),
     (f"probe {VIT} --dataset digits --layers 99", r"99"),
     (f"probe {VIT} --dataset digits --checkpoint broken.pth", r"broken\.pth"),

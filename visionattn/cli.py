@@ -79,7 +79,7 @@ def _list(args: argparse.Namespace, console: Console) -> None:
 
 
 def _show(args: argparse.Namespace, console: Console) -> None:
-    if Path(args.name).is_file():
+    if os.path.isfile(args.name):
         raise InputError(f"{shorten(args.name)} is a file: show takes the name of a model.")
     model: Any = _outline(args.name)
     config = model.pretrained_cfg
