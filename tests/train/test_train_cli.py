@@ -269,6 +269,10 @@ def test_wrong_checkpoint(small, tmp_path, capsys):
         "The model has no trained weights: give --ckpt_path FILE, or set model.pretrained."
     )
     weights = torch.load("runs/small/version_0/checkpoints/last.ckpt", weights_only=True)
+    torch.save({**weights, "optimizer_states": []}, "partial.ckpt")
+    assert "has the states of 0 optimizers and 1 schedules, and the training has 1 and 1" in fails(
+        capsys, "fit", "--config", small, "--ckpt_path=partial.ckpt", "--trainer.max_steps=2"
+    )
     del weights["optimizer_states"]
     torch.save(weights, "weights_only.ckpt")
     assert "holds weights only, so training cannot go on" in fails(

@@ -74,6 +74,7 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self._loader: Any = None
         self._to_restore: dict[str, Any] = {}
+        self._states: tuple[int, int] | None = None  # of optimizers and schedules in the checkpoint
         self._updates = 0
         self._signum = 0
         self._saved: Path | None = None
@@ -112,6 +113,7 @@ class ExactResume(Callback):
                 "The checkpoint holds weights only, so training cannot go on from it. To begin a new training with "
                 "these weights, give the file as model.model_args.checkpoint_path instead."
             )
+        self._states = len(checkpoint["optimizer_states"]), len(checkpoint.get("lr_schedulers", ()))
         try:
             loops = checkpoint["loops"]["fit_loop"]
             epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
@@ -131,6 +133,13 @@ class ExactResume(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Go to the place in the data, and listen to signals."""
+        # Lightning restores as many as there are states, and begins the others anew without a word.
+        if self._states not in (None, (len(trainer.optimizers), len(trainer.lr_scheduler_configs))):
+            raise CheckpointError(
+                f"Training cannot go on from the checkpoint: it has the states of {self._states[0]} optimizers and "
+                f"{self._states[1]} schedules, and the training has {len(trainer.optimizers)} and "
+                f"{len(trainer.lr_scheduler_configs)}."
+            )
         self._loader = trainer.train_dataloader if hasattr(trainer.train_dataloader, "load_state_dict") else None
         if self._loader is not None and self._to_restore.get("loader"):
             self._loader.load_state_dict(self._to_restore["loader"])
