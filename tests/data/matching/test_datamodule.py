@@ -370,7 +370,7 @@ def scaled_pairs(root, factors):
     return str(root)
 
 
-def test_factors_reach_the_pairs(tmp_path, caplog):
+def test_factors_reach_the_pairs(tmp_path):
     train = scaled_pairs(tmp_path / "train", {"a": (np.uint16, 64), "b": (np.uint8, 2)})
     val = scaled_pairs(tmp_path / "val", {"c": (np.uint16, 256)})
     settings = {"crop_size": (192, 192), "epoch_pairs": 4, "max_disparity": 30}
@@ -380,9 +380,8 @@ def test_factors_reach_the_pairs(tmp_path, caplog):
         for scene in data._pairs[part].scenes:
             np.testing.assert_array_equal(read_stereo(scene).fields[0, ..., 0], np.full((220, 260), -7))
     data = MatchData(train, val, factor={"a": 64.0, "b": 2.0}, **settings)
-    with caplog.at_level("INFO"):
+    with pytest.warns(UserWarning, match="c: disparities of 16 bits are divided by 256, as KITTI's are"):
         data.setup("fit")
-    assert "c: disparities of 16 bits are divided by 256, as KITTI's are" in caplog.text
     with pytest.raises(DataError, match="a factor that it does not say"):
         MatchData(train, factor={"a": 64.0}, **settings).setup("fit")
     with pytest.raises(ConfigError, match=r"data\.factor is of disparities"):

@@ -240,7 +240,7 @@ class MatchData(DataModule):
             return find_flow_scenes(folders, given.layout)
         scenes = with_factors(find_scenes(folders, given.layout), given.factor)  # names may be of another split's
         for note in summarize((scene.name, note) for scene in scenes for note in scene.assumed()):
-            require("lightning.pytorch.utilities", "train").rank_zero_info(note)
+            require("lightning.pytorch.utilities", "train").rank_zero_warn(note)
         return scenes
 
     @property
