@@ -54,7 +54,7 @@ def test_ctrl_c_is_told_in_words(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("visionattn.cli._list", interrupt)
+    monkeypatch.setattr("visionattn.zoo.run_list", interrupt)
     assert main(["list"]) == 130
     assert capsys.readouterr().err == "visionattn: stopped.\n"
 
@@ -91,7 +91,7 @@ def test_faults_of_the_machine_are_one_line(capsys, monkeypatch, error, message)
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("visionattn.cli._list", fail)
+    monkeypatch.setattr("visionattn.zoo.run_list", fail)
     assert main(["list"]) == 2
     assert capsys.readouterr().err == f"visionattn: {message}\n"
 
@@ -103,8 +103,8 @@ for descriptor in map(int, sys.argv[1].split()):
 sys.stdout = None if "1" in sys.argv[1] else sys.stdout
 if sys.argv[2]:
     os.dup2(os.open(sys.argv[2], os.O_WRONLY), 1)
-from visionattn import cli
-cli._list = lambda args, console: console.print("naïve " + "x" * 10_000)
+from visionattn import cli, zoo
+zoo.run_list = lambda args: print("naïve " + "x" * 10_000) or 0
 code = cli.main(["list"])
 first = os.open(os.devnull, os.O_RDONLY)  # no file gets the number of a standard stream
 os.write(2, f"code {code}, number {first > 2}".encode())

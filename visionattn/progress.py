@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a log."""
+"""Consoles, and progress of long work: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["counted"]
+__all__ = ["counted", "new_console"]
 
 EVERY = 30.0  # seconds between lines of a log
+
+
+def new_console() -> Console:
+    """A console of the width of the terminal; a pipe has none, and rows must not be cut there."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 @contextmanager

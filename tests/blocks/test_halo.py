@@ -101,17 +101,17 @@ def test_channels_last_in_is_channels_last_out():
     torch.testing.assert_close(y, layer(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_and_autocast(dtype):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-2), (torch.float16, 5e-3)], ids=str)
+def test_half_precision_and_autocast(dtype, tolerance):
     layer = randomise(HaloAttention(16, num_heads=4, block_size=4, halo_size=1))
     x = torch.randn(2, 16, 8, 8)
     with torch.autocast("cpu", dtype=dtype):
         y = layer(x)
     assert y.dtype == dtype
-    torch.testing.assert_close(y.float(), layer(x), rtol=0, atol=5e-2)
+    torch.testing.assert_close(y.float(), layer(x), rtol=0, atol=tolerance)
     half = layer.to(dtype)(x.to(dtype))
     assert half.dtype == dtype
-    torch.testing.assert_close(half, y, rtol=0, atol=5e-2)
+    torch.testing.assert_close(half, y, rtol=0, atol=tolerance)
 
 
 def test_macs_are_those_of_the_arithmetic():

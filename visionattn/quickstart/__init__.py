@@ -6,6 +6,7 @@ writes into `folder`, where a README.md says what is what. Stations are found by
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 import shutil
@@ -15,10 +16,23 @@ from pathlib import Path
 from rich.console import Console
 
 from visionattn.errors import InputError, StorageError, UnknownNameError, require, shorten
+from visionattn.progress import new_console
 
-__all__ = ["run", "stations"]
+__all__ = ["add_arguments", "run", "run_command", "stations"]
 
 TITLE = "# What `visionattn quickstart` left here\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `visionattn quickstart`."""
+    parser.add_argument("stations", nargs="*", help="stations to visit (default: all)")
+    parser.add_argument("--output", type=Path, default=Path("visionattn-quickstart"), help="folder for the results")
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run `visionattn quickstart`."""
+    run(args.output, args.stations, new_console())
+    return 0
 
 
 def stations() -> list[str]:
