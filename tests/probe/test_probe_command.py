@@ -5,11 +5,9 @@ import csv
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
-import zipfile
 
 import numpy as np
 import pytest
@@ -18,19 +16,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
+from tests.probe.runs import NAME, TINY, pictures, table
 from visionattn.card import KEY, Card
 from visionattn.checkpoints import create
 from visionattn.cli import main
 from visionattn.data.classify.datamodule import ClassifyData
 from visionattn.export import OnnxModel
-from visionattn.files import exclusive
 from visionattn.probe import cli, inputs, work
 from visionattn.probe.heads.banks import head_tokens
 from visionattn.probe.heads.training import HeadTraining
 from visionattn.probe.report.report import load_head
 from visionattn.probe.tokens.backbone import Backbone
 
-NAME = "va_minimal_vit_nano_patch7_28"
 FEW = ["--heads", "cls,gap,ep_8", "--lrs", "0.01,0.1", "--epochs", "3"]
 
 
@@ -56,11 +53,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder):
     return json.loads((folder / "results.json").read_text())
-
-
-def table(folder):
-    with (folder / "results.csv").open() as file:
-        return [{key: value for key, value in row.items() if key != "sweep_seconds"} for row in csv.DictReader(file)]
 
 
 def test_every_file_is_there(folder, results):
@@ -164,24 +156,6 @@ def test_the_onnx_file_is_backbone_and_head(folder, results):
         row for row in results["heads"] if (row["pooling"], row["layer_index"], row["chosen"]) == ("ep_8", index, True)
     )
     assert float((expected.argmax(1) == labels).float().mean()) == pytest.approx(row["test_best"], abs=1 / 359)
-
-
-def pictures(root, parts, broken=()):
-    """Folders of small pictures, bright for class 1; `parts` says how many of each class."""
-    random = np.random.default_rng(0)
-    for part, counts in parts.items():
-        for label, count in counts.items():
-            (root / part / label).mkdir(parents=True)
-            for number in range(count):
-                low = 128 if label == "one" else 0
-                pixels = random.integers(low, low + 128, (28, 28), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / label / f"{number}.png")
-    for name in broken:
-        (root / name).write_bytes(b"no picture")
-    return ["--dataset", "folder", "--root", str(root)]
-
-
-TINY = ["--heads", "gap", "--lrs", "0.1", "--epochs", "2", "--few-shot", "", "--maps", "0", "--device", "cpu"]
 
 
 @pytest.mark.parametrize("live", [[], ["--live"]])
@@ -312,133 +286,6 @@ def test_counters_of_batch_norms_may_be_missing(tmp_path):
     assert len(state) < len(net.state_dict())
     assert all(torch.equal(read[key], value) for key, value in state.items() if key in read)
     assert len(read) == len(net.state_dict()) - 2  # less the classifier's
-
-
-def tiny(root, out, *more, weights="--random"):
-    """The words of a quick run."""
-    return ["probe", NAME, *([weights] if weights == "--random" else ["--checkpoint", weights]), "--dataset", "folder",
-            "--root", str(root), *TINY, *(["--output", str(out)] if out else []), *more]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    pictures(root, {"train": {"none": 8, "one": 8}, "test": {"none": 4, "one": 4}})
-    return root
-
-
-@pytest.fixture(scope="module")
-def done(images, tmp_path_factory):
-    path = tmp_path_factory.mktemp("done")
-    assert main(tiny(images, path)) == 0
-    return path
-
-
-def test_a_report_of_another_run_is_not_replaced(images, done, tmp_path, capsys):
-    out = shutil.copytree(done, tmp_path / "out")
-    before = (out / "results.json").read_bytes()
-    assert main(tiny(images, out, "--lrs", "0.2")) == 2
-    told = capsys.readouterr().err
-    assert "holds the report of another run" in told
-    assert "--overwrite" in told
-    assert (out / "results.json").read_bytes() == before
-    assert main(tiny(images, out, "--lrs", "0.2", "--overwrite")) == 0
-    content = json.loads((out / "results.json").read_text())
-    assert [row["lr"] for row in content["heads"] if row["method"] == "head"] == [0.2]
-    assert "--overwrite" not in content["command"]
-    assert main(shlex.split(content["command"])[1:]) == 0  # the same plan
-    (out / "results.json").write_text("{")
-    assert main(tiny(images, out, "--lrs", "0.2")) == 2
-    assert "a report that cannot be read" in capsys.readouterr().err
-    own = tmp_path / "own"
-    own.mkdir()
-    (own / "report.md").write_text("mine")
-    assert main(tiny(images, own)) == 2
-    assert "holds a file report.md" in capsys.readouterr().err
-    assert (own / "report.md").read_text() == "mine"
-
-
-def test_by_default_each_pair_of_weights_and_images_has_its_folder(images, done, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_file(create(NAME, num_classes=0).state_dict(), "best.safetensors")
-    other = shutil.copytree(images, tmp_path / "other")
-    for root, weights in ((images, "--random"), (other, "--random"), (images, "best.safetensors")):
-        for _ in range(2):
-            assert main(tiny(root, None, weights=weights)) == 0
-    folders = sorted((tmp_path / "runs/probe").iterdir())
-    assert len(folders) == 3
-    assert all(re.fullmatch(NAME + r"-folder-[0-9a-f]{8}", folder.name) for folder in folders)
-    # A folder named by an earlier version goes on where it is of these weights and images.
-    shutil.rmtree(tmp_path / "runs")
-    old = tmp_path / "runs" / "probe" / f"{NAME}-folder"
-    assert main(tiny(images, old)) == 0
-    shutil.copy(done / "results.json", old / "results.json")
-    assert main(tiny(images, None)) == 0
-    assert [folder.name for folder in old.parent.iterdir()] == [old.name]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("seconds.json", b'{"tokens": 1'),
-        ("seconds.json", b'{"tokens": "long"}'),
-        ("neighbours.pt", b"nothing"),
-        ("neighbours.pt", [1, 2]),
-        ("neighbours.pt", {(0, "class"): [{"k": 5}]}),
-        ("pixels.pt", {"neighbours": {}, "linear": 3}),
-    ],
-)
-def test_damaged_state_is_computed_again(images, done, tmp_path, capsys, name, content):
-    out = shutil.copytree(done, tmp_path / "out")
-    (file,) = out.glob(f"state/*/{name}")
-    if isinstance(content, bytes):
-        file.write_bytes(content)
-    else:
-        torch.save(content, file)
-    assert main(tiny(images, out)) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert f"{name}" in shown
-    assert "It is computed again." in shown
-    assert table(out) == table(done)
-
-
-def test_a_flipped_bit_in_the_heads_is_an_error(images, done, tmp_path, capsys):
-    out = shutil.copytree(done, tmp_path / "out")
-    (file,) = out.glob("state/*/sweep.pt")
-    with zipfile.ZipFile(file) as archive:
-        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-        place = archive.open(largest)._orig_compress_start
-    content = bytearray(file.read_bytes())
-    content[place + 100] ^= 1
-    file.write_bytes(content)
-    assert main(tiny(images, out)) == 2
-    told = capsys.readouterr().err
-    assert "sweep.pt" in told
-    assert "Delete it to start anew" in told
-
-
-def test_a_second_run_in_the_folder_is_refused(images, tmp_path, capsys):
-    with exclusive(tmp_path / "out"):
-        assert main(tiny(images, tmp_path / "out")) == 2
-    assert "Another run is writing to" in capsys.readouterr().err
-
-
-def test_a_full_disk_is_one_line_and_the_run_goes_on(images, done, tmp_path, capsys):
-    out = tmp_path / "out"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert main(tiny(images, out, "--epochs", "1")) == 0
-    (file,) = out.glob("state/*/sweep.pt")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size - 1, limits[1]))
-    capsys.readouterr()
-    try:
-        assert main(tiny(images, out, "--overwrite")) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    told = capsys.readouterr().err
-    assert "Could not write" in told
-    assert told.count("\n") == 1
-    assert main(tiny(images, out, "--overwrite")) == 0
-    assert table(out) == table(done)
 
 
 def test_folders_are_read_as_in_training(tmp_path, capsys):
