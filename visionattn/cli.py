@@ -80,9 +80,7 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         own = commands.add_parser(name, help=command.help)
         if name == wanted:
-            module = importlib.import_module(command.module)
-            getattr(module, command.arguments)(own)
-            own.set_defaults(run=getattr(module, command.run))
+            getattr(importlib.import_module(command.module), command.arguments)(own)
     for name, description in TRAINING.items():
         commands.add_parser(name, help=description, add_help=False)
     return parser
@@ -97,7 +95,8 @@ def _run(argv: list[str]) -> int:
 
         return train_cli.main(argv)
     args = _parser(argv[0] if argv else None).parse_args(argv)
-    return args.run(args)
+    command = COMMANDS[args.command]
+    return getattr(importlib.import_module(command.module), command.run)(args)
 
 
 class _Terminated(BaseException):
