@@ -19,6 +19,7 @@ LAYERS = [
     {"train", "probe", "evaluate", "search"},
     {"predict"},
     {"export", "metrics"},
+    {"opening"},
     {"checkpoints", "data", "surgery"},
     {"models", "cost", "card", "hub"},
     {"weights", "blocks"},

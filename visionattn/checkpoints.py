@@ -20,9 +20,10 @@ from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, Vi
 from visionattn.hub import quick_when_offline
 from visionattn.weights import cca, match_stereo, span
 
-__all__ = ["create", "create_pretrained", "load", "load_weights", "read_card"]
+__all__ = ["HOSTED", "create", "create_pretrained", "load", "load_weights", "read_card"]
 
-_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+HOSTED = ("hf-hub:", "hf_hub:", "local-dir:")
+"""What names of weights, instead of architectures, begin with."""
 
 
 def create(
@@ -43,7 +44,7 @@ def create(
         ConfigError: The model cannot be built with the arguments.
         CheckpointError: Its weights could not be downloaded or read, or do not fit.
     """
-    if not isinstance(name, str) or not name.startswith(_SOURCES):
+    if not isinstance(name, str) or not name.startswith(HOSTED):
         _check_name(name)
     elif not name.partition(":")[2].strip():
         raise UnknownNameError(f"{name!r} names nothing: give {name}OWNER/NAME, or a folder for local-dir.")
@@ -79,7 +80,7 @@ def _explained(name: str, pretrained: bool, model_args: Mapping[str, Any], error
     unknown = re.search(r"unexpected keyword argument '(\w+)'", first)
     if isinstance(error, TypeError) and unknown and unknown[1] in model_args:
         return ConfigError(f"The model {shown!r} does not take one of these arguments: {first}.")
-    if name.startswith(_SOURCES):
+    if name.startswith(HOSTED):
         return CheckpointError(f"The model {shown!r} could not be loaded: {first}.")
     if "pretrained tag" in first:
         return UnknownNameError(f"{first}. Leave out the part after the dot for the default weights.")
@@ -96,18 +97,19 @@ def _explained(name: str, pretrained: bool, model_args: Mapping[str, Any], error
     return ConfigError(f"The model {shown!r} cannot be built with {arguments}: {kind}{first}.")
 
 
-def create_pretrained(name: str, check: Callable[[nn.Module], None] | None = None) -> nn.Module:
+def create_pretrained(name: str, check: Callable[[nn.Module], None] | None = None, **model_args: Any) -> nn.Module:
     """A model with its published weights, ready for inference.
 
     Args:
         name: Name in timm's registry, or `hf-hub:REPOSITORY` or `local-dir:FOLDER`.
         check: Raises an error for a model that does something else; before weights are downloaded, where it can be.
+        **model_args: Further arguments of the model.
 
     Raises:
         UnknownNameError: No model has that name.
         CheckpointError: No weights are published for it, or they could not be downloaded.
     """
-    hosted = name.startswith(_SOURCES)
+    hosted = name.startswith(HOSTED)
     if not hosted:
         _check_name(name)
         try:
@@ -117,10 +119,13 @@ def create_pretrained(name: str, check: Callable[[nn.Module], None] | None = Non
             raise UnknownNameError(f"{shorten(error)} {hint}") from error
         if check is not None:
             with torch.device("meta"):
-                check(create(name))
+                check(create(name, **model_args))
         if config is None or not config.has_weights:
-            raise CheckpointError(f"No weights are published for {shorten(name)}: give a weight file.")
-    model = create(name, pretrained=True)
+            raise CheckpointError(
+                f"No weights are published for {shorten(name)}: give a weight file, or --random where random "
+                "weights will do."
+            )
+    model = create(name, pretrained=True, **model_args)
     if hosted and check is not None:
         check(model)
     return model.eval()

@@ -45,6 +45,7 @@ MOVED = {
     "visionattn.predict.index_files": "visionattn.search.files",
     "visionattn.predict.matroska": "visionattn.predict.videos.matroska",
     "visionattn.predict.metadata": "visionattn.predict.images.metadata",
+    "visionattn.predict.opening": "visionattn.opening",
     "visionattn.predict.picture": "visionattn.predict.images.picture",
     "visionattn.predict.png": "visionattn.predict.images.png",
     "visionattn.predict.search_cli": "visionattn.search.cli",
@@ -65,7 +66,10 @@ MOVED = {
 }
 """Old name of a module -> its name now."""
 
-_RENAMED = {"visionattn.data.pictures": {"find_pictures": "find_images"}}
+_RENAMED = {
+    "visionattn.data.pictures": {"find_pictures": "find_images"},
+    "visionattn.predict.opening": {"pretrained": "create_pretrained"},
+}
 
 
 class _Finder(MetaPathFinder, Loader):

@@ -97,7 +97,7 @@ def test_a_folder(scenes):
 
 def test_command(scenes, tmp_path, capsys, monkeypatch):
     (tmp_path / "net.pth").touch()
-    monkeypatch.setattr("visionattn.evaluate.opening.load", lambda path: Red())
+    monkeypatch.setattr("visionattn.opening.load", lambda path: Red())
     monkeypatch.setitem(BASELINES, "sgbm", lambda left, right, largest: np.full(left.shape[:2], largest))
     arguments = ["evaluate", "stereo", str(tmp_path / "net.pth"), "--data", str(scenes), "--baseline", "sgbm"]
     assert cli.main([*arguments, "--output", str(tmp_path / "out.csv")]) == 0
@@ -138,11 +138,11 @@ def test_wrong_input(scenes, monkeypatch):
         (lambda: stereo_matching([], scenes), ConfigError, "nothing to measure: name a model, or the baseline sgbm"),
         (lambda: stereo_matching([], scenes, baseline="bm"), ConfigError, "There is no baseline 'bm'"),
         (lambda: stereo_matching(Red(), scenes, dtype="int8"), ConfigError, "There is no dtype 'int8'"),
-        (lambda: stereo_matching(nn.Linear(1, 1), scenes), ConfigError, "Linear does not match stereo pairs: its task"),
+        (lambda: stereo_matching(nn.Linear(1, 1), scenes), InputError, "Linear cannot be used here: it states no task"),
         (
             lambda: stereo_matching("va_span_ch48_x4", scenes),
-            ConfigError,
-            "va_span_ch48_x4 does not match stereo pairs",
+            InputError,
+            "va_span_ch48_x4 cannot be used here: it is a 'restore' model",
         ),
         (lambda: stereo_matching(Red(), scenes / "none"), DataError, "There is no folder"),
         (lambda: stereo_matching(Red(), scenes, layout="pairs"), DataError, "in the layout pairs"),
@@ -206,7 +206,7 @@ def test_disparities_that_semi_global_matching_cannot_look_through(largest):
 
 def test_the_factor_counts_for_png_of_16_bits(tmp_path, monkeypatch, capsys):
     """The same truth as a PNG of 64 times the disparity and as a PFM: the same errors, and what is assumed is told."""
-    monkeypatch.setattr("visionattn.evaluate.opening.load", lambda path: Red())
+    monkeypatch.setattr("visionattn.opening.load", lambda path: Red())
     (tmp_path / "net.pth").touch()
     truth = np.array([[8.0, 10.0], [20.0, 40.0]])
     for name in ("png", "pfm"):
@@ -250,7 +250,7 @@ def test_results_that_are_not_finite_are_failures(scenes, capsys, monkeypatch):
     assert found.rows == []
     assert len(found.failures) == 2
     assert all("The result of Red is not finite: its weights are broken" in failure for failure in found.failures)
-    monkeypatch.setattr("visionattn.evaluate.opening.load", lambda path: broken)
+    monkeypatch.setattr("visionattn.opening.load", lambda path: broken)
     (scenes.parent / "net.pth").touch()
     assert cli.main(["evaluate", "stereo", str(scenes.parent / "net.pth"), "--data", str(scenes)]) == 1
     told = capsys.readouterr()
@@ -263,8 +263,8 @@ def test_results_that_are_not_finite_are_failures(scenes, capsys, monkeypatch):
     [
         ("va_match_stereo_nano.nothing", "Leave out the part after the dot"),
         ("va_match_stereo_nan", "There is no model 'va_match_stereo_nan'"),
-        ("va_span_ch26_x4", "its task is 'restore'"),
-        ("resnet18", "its task is None"),
+        ("va_span_ch26_x4", "it is a 'restore' model"),
+        ("resnet18", "it states no task"),
     ],
 )
 def test_names_that_cannot_be_measured(scenes, capsys, name, message):

@@ -16,7 +16,7 @@ from torch import nn
 from visionattn import cli
 from visionattn.data.images import find_images, read_rgb
 from visionattn.data.restore.bicubic import downscale, upscale
-from visionattn.errors import CheckpointError, ConfigError, DataError, MissingPackageError
+from visionattn.errors import CheckpointError, ConfigError, DataError, InputError, MissingPackageError
 from visionattn.metrics.luma import luma
 
 pytest.importorskip("skimage")
@@ -284,10 +284,18 @@ def test_wrong_input(pictures, tmp_path, monkeypatch):
         (lambda: super_resolution([], pictures), ConfigError, "Bicubic alone needs a scale"),
         (lambda: super_resolution(Nearest(2), pictures, scale=3), ConfigError, "Nearest 2 and 3 was asked for"),
         (lambda: super_resolution([Nearest(2), Nearest(4)], pictures), ConfigError, r"Nearest 2, Nearest \(2\) 4"),
-        (lambda: super_resolution(nn.Conv2d(3, 3, 1), pictures), ConfigError, "Conv2d does not enlarge pictures"),
+        (
+            lambda: super_resolution(nn.Conv2d(3, 3, 1), pictures),
+            ConfigError,
+            "Conv2d does not enlarge pictures: it states no scale",
+        ),
         (lambda: super_resolution([], pictures, scale=0), ConfigError, "at least 1; got 0"),
         (lambda: super_resolution([], pictures, scale=-2), ConfigError, "at least 1; got -2"),
-        (lambda: super_resolution("va_match_stereo_nano", pictures), ConfigError, "its task is 'stereo'"),
+        (
+            lambda: super_resolution("va_match_stereo_nano", pictures),
+            InputError,
+            "it is a 'stereo' model; a 'restore' model is required",
+        ),
         (
             lambda: super_resolution("va_span_ch48_x4", pictures),
             CheckpointError,

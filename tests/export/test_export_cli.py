@@ -74,7 +74,7 @@ def test_weights_from_a_folder(tmp_path, capsys):
         ([NANO + ".mnist"], UnknownNameError, "Invalid pretrained tag.*Leave out"),
         ([NANO, "--checkpoint", "absent.pth"], CheckpointError, "absent.pth"),
         ([NANO, "--checkpoint", __file__], CheckpointError, "test_export_cli.py"),
-        ([__file__, "--num-classes", 3], InputError, "is a file that says what it is"),
+        ([__file__, "--num-classes", 3], InputError, "is a file with weights: leave out"),
         ([NANO, "--opset", 99], InputError, "operator set is 99"),
         ([NANO, "--input-size", 0, 28], InputError, "0 x 28"),
         ([NANO, "--input-size", 10**6, 10**6], InputError, "1000000 x 1000000; height and width must"),
@@ -102,7 +102,7 @@ def test_importing_needs_no_optional_package():
 
 
 def test_output_that_exists_stays(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("visionattn.export.cli._from_name", None)  # nothing is loaded before
+    monkeypatch.setattr("visionattn.export.cli.open_model", None)  # nothing is loaded before
     path = tmp_path / "nano.onnx"
     path.write_text("mine")
     os.mkfifo(tmp_path / "pipe.onnx")

@@ -22,7 +22,9 @@ def folder(tmp_path, monkeypatch):
     """A folder with the file of a model that repeats pixels, to be named by `--model`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.pth").touch()
-    monkeypatch.setattr(upscale_cli, "load", lambda path: Repeat(2).eval() if path.name == "net.pth" else load(path))
+    monkeypatch.setattr(
+        "visionattn.opening.load", lambda path: Repeat(2).eval() if path.name == "net.pth" else load(path)
+    )
     return tmp_path
 
 

@@ -51,9 +51,11 @@ def test_a_model_in_training_is_left_in_it(images):
 
 def test_another_task_is_named():
     classifier = timm.create_model("va_minimal_vit_nano_patch7_28")
-    with pytest.raises(InputError, match="MinimalVisionTransformer does not upscale images: its task is 'classify'"):
+    with pytest.raises(InputError, match="MinimalVisionTransformer cannot be used here: it is a 'classify' model"):
         TorchEngine(classifier)
-    with pytest.raises(InputError, match="Conv2d does not upscale images: it states no task"):
+    with pytest.raises(
+        InputError, match="Conv2d cannot be used here: it states no task; a 'restore' model is required"
+    ):
         TorchEngine(nn.Conv2d(3, 3, 1))
     unfinished = Repeat()
     del unfinished.scale

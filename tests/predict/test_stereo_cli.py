@@ -1,5 +1,6 @@
 """`visionattn stereo` and `visionattn flow`: files, folders, videos, what is written beside, and clear refusals."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ def folder(tmp_path, monkeypatch):
     models = {"stereo.pth": Stereo, "flow.pth": Flow}
     for name in models:
         (tmp_path / name).touch()
-    monkeypatch.setattr(pairs, "load", lambda path, name=None: models[path]().eval())
+    monkeypatch.setattr("visionattn.opening.load", lambda path, name=None: models[path.name]().eval())
     for name in ("left", "right"):
         (tmp_path / name).mkdir()
     return tmp_path
@@ -132,8 +133,11 @@ def test_options_reach_the_matcher(folder):
         (["l.png", "r.png", "o.png", "--format", "pfm"], "leave out --format, which is for folders"),
         (["l.png", "none.png", "o.png"], "There is no file or folder none.png"),
         (["left", "right", "out"], "left holds no image or video"),
-        (["l.png", "r.png", "o.png", "--model", "va_span_ch26_x4"], "its task is 'restore'"),
-        (["l.png", "r.png", "o.png", "--model", "flow.pth"], "Flow is of no use here: its task is 'flow'"),
+        (
+            ["l.png", "r.png", "o.png", "--model", "va_span_ch26_x4"],
+            "it is a 'restore' model; a 'stereo' model is required",
+        ),
+        (["l.png", "r.png", "o.png", "--model", "flow.pth"], "flow.pth cannot be used here: it is a 'flow' model"),
         (["l.png", "r.png", "o.png", "--model", "va_match"], "There is no model 'va_match'"),
     ],
 )
@@ -158,10 +162,10 @@ def test_views_that_do_not_belong_together(folder, pair, capsys):
 
 def test_weights_of_a_named_model(folder, pair, monkeypatch):
     asked = []
-    monkeypatch.setattr(pairs, "load", lambda *arguments: asked.append(arguments) or Stereo().eval())
+    monkeypatch.setattr("visionattn.opening.load", lambda *arguments: asked.append(arguments) or Stereo().eval())
     assert main(["stereo", *pair, "a.pfm", "--model", "va_match_stereo_tiny", "--checkpoint", "w.pth"]) == 0
     assert main(["stereo", *pair, "b.pfm", "--checkpoint", "w.pth"]) == 0
-    assert asked == [("w.pth", "va_match_stereo_tiny"), ("w.pth", None)]
+    assert asked == [("w.pth", "va_match_stereo_tiny"), (Path("w.pth"),)]
 
 
 def test_flow_needs_a_model(pair, capsys):
@@ -300,7 +304,7 @@ def test_an_onnx_file_is_refused_on_one_line(folder, pair, capsys):
     for given in (["--model", "net.onnx"], ["--checkpoint", "net.onnx"], ["--model", "missing.ONNX"]):
         assert main(["stereo", *pair, "o.pfm", *given]) == 2
         told = capsys.readouterr().err
-        assert "is an ONNX file: this takes a weight file of .pth" in told
+        assert "is an ONNX file: a weight file (.pth, " in told
         assert told.count("\n") == 1
 
 

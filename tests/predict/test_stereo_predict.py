@@ -216,9 +216,12 @@ def test_images_that_are_not_accepted(left, right, message):
 
 def test_models_and_arguments_that_are_not_accepted():
     pair = view(8, 12, 0.5), view(8, 12, 0.5)
-    with pytest.raises(InputError, match=r"Flow is of no use here: its task is 'flow'\. Models of the task 'stereo'"):
+    with pytest.raises(
+        InputError,
+        match=r"Flow cannot be used here: it is a 'flow' model; a 'stereo' model is required\. `visionattn list`",
+    ):
         estimate_disparity(*pair, Flow())
-    with pytest.raises(InputError, match="Linear is of no use here: it states no task"):
+    with pytest.raises(InputError, match="Linear cannot be used here: it states no task"):
         estimate_flow(*pair, torch.nn.Linear(1, 1))
     with pytest.raises(InputError, match="The bound is 0 pixels"):
         estimate_disparity(*pair, Stereo(), max_pixels=0)

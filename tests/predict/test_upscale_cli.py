@@ -19,7 +19,9 @@ def folder(tmp_path, monkeypatch):
     """A folder with the file of a model that repeats pixels, to be named by `--model`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.pth").touch()
-    monkeypatch.setattr(upscale_cli, "load", lambda path: Repeat(2).eval() if path.name == "net.pth" else load(path))
+    monkeypatch.setattr(
+        "visionattn.opening.load", lambda path: Repeat(2).eval() if path.name == "net.pth" else load(path)
+    )
     return tmp_path
 
 
@@ -134,7 +136,7 @@ def test_overflow_is_said(folder, capsys, monkeypatch):
         model.spread.weight.data *= 1e6
         return model
 
-    monkeypatch.setattr(upscale_cli, "load", loud)
+    monkeypatch.setattr("visionattn.opening.load", loud)
     save(folder / "in.png", picture())
     assert upscale("in.png", "out.png", "--precision", "fp16") == 0
     assert "float16 overflowed in 1 tiles, which were computed again" in capsys.readouterr().out
@@ -150,7 +152,10 @@ def test_overflow_is_said(folder, capsys, monkeypatch):
         (["in.png", "out.png", "--model", "lost.pth"], "There is no file lost.pth"),
         (["in.png", "out.png", "--model", "lost.onnx"], "There is no file lost.onnx"),
         (["in.png", "out.png", "--model", "va_span_ch52_x3"], "No weights are published for va_span_ch52_x3"),
-        (["in.png", "out.png", "--model", "va_minimal_vit_nano_patch7_28"], "its task is 'classify'"),
+        (
+            ["in.png", "out.png", "--model", "va_minimal_vit_nano_patch7_28"],
+            "it is a 'classify' model; a 'restore' model",
+        ),
         (["in.png", "out.png", "--scale", "3"], "No weights for x3 are shipped, only for x2 and x4"),
         (["in.png", "out.png", "--model", "net.pth", "--scale", "4"], "net.pth enlarges 2 times, not 4"),
         (["in.png", "out.png", "--model", "net.onnx", "--precision", "fp16"], "runs in ONNX Runtime in fp32"),
@@ -177,10 +182,10 @@ def test_targets_that_cannot_be(folder, capsys, target, message):
 
 
 def test_a_checkpoint_of_another_task(folder, monkeypatch, capsys):
-    monkeypatch.setattr(upscale_cli, "load", lambda path: timm.create_model("va_minimal_vit_nano_patch7_28"))
+    monkeypatch.setattr("visionattn.opening.load", lambda path: timm.create_model("va_minimal_vit_nano_patch7_28"))
     save(folder / "in.png", picture())
     assert main(["upscale", "in.png", "out.png", "--model", "net.pth"]) == 2
-    assert "does not upscale images: its task is 'classify'" in capsys.readouterr().err
+    assert "it is a 'classify' model; a 'restore' model is required" in capsys.readouterr().err
 
 
 def test_the_engine_is_chosen_once_and_in_long_runs_only(folder, capsys, monkeypatch):

@@ -22,7 +22,8 @@ from visionattn.checkpoints import create
 from visionattn.cli import main
 from visionattn.data.classify.datamodule import ClassifyData
 from visionattn.export import OnnxModel
-from visionattn.probe import cli, inputs, work
+from visionattn.opening import open_model
+from visionattn.probe import cli, work
 from visionattn.probe.heads.banks import head_tokens
 from visionattn.probe.heads.training import HeadTraining
 from visionattn.probe.report.report import load_head
@@ -229,7 +230,7 @@ def test_absurd_numbers_are_refused(tmp_path, capsys, option, value, message):
         (["va_match_stereo_nano", "--random", "--dataset", "digits"], "cannot be probed"),
         (["va_halonet_nano_32", "--random", "--dataset", "digits", "--heads", "cls"], "reads the class token"),
         (["va_span_ch26_x4", "--random", "--dataset", "digits"], "SPAN cannot be probed"),
-        ([NAME, "--dataset", "digits"], f"No weights of {NAME} are published"),
+        ([NAME, "--dataset", "digits"], f"No weights are published for {NAME}"),
         ([NAME, "--random", "--dataset", "mnist"], "needs a folder: set --root"),
         ([NAME, "--random", "--dataset", "folder", "--root", "nowhere"], "There is no folder nowhere"),
         ([NAME, "--random", "--dataset", "digits", "--layers", "9"], "layers 0 to 5"),
@@ -282,7 +283,8 @@ def test_counters_of_batch_norms_may_be_missing(tmp_path):
     net = create("va_halonet_nano_32")
     state = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
     save_file(state, tmp_path / "net.safetensors")
-    read = inputs._from_checkpoint(str(tmp_path / "net.safetensors"), "va_halonet_nano_32", {}).state_dict()
+    read = open_model("va_halonet_nano_32", tmp_path / "net.safetensors", drop_classifier=True).model
+    read = read.state_dict()
     assert len(state) < len(net.state_dict())
     assert all(torch.equal(read[key], value) for key, value in state.items() if key in read)
     assert len(read) == len(net.state_dict()) - 2  # less the classifier's

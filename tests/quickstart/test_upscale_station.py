@@ -19,7 +19,7 @@ def tour(folder):
 
 
 def test_with_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(upscale, "pretrained", lambda name: timm.create_model(name).eval())
+    monkeypatch.setattr(upscale, "create_pretrained", lambda name: timm.create_model(name).eval())
     told, readme = tour(tmp_path)
     station = tmp_path / "upscale"
     named = set(re.findall(r"^\| `([\w.]+)`", readme, re.MULTILINE))
@@ -37,7 +37,7 @@ def test_without_weights(tmp_path, monkeypatch):
     def absent(name):
         raise CheckpointError(f"No weights of {name} are there.")
 
-    monkeypatch.setattr(upscale, "pretrained", absent)
+    monkeypatch.setattr(upscale, "create_pretrained", absent)
     told, readme = tour(tmp_path)
     sentence = "This station has nothing to show yet. No weights of va_span_ch26_x4 are there."
     assert sentence in told

@@ -328,8 +328,11 @@ def test_weights_and_embeddings_that_are_not_finite_make_no_index(folder, tmp_pa
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (lambda: span.va_span_ch26_x2(), "it is a 'restore' model; a model that embeds images is required"),
-        (lambda: match_stereo.va_match_stereo_nano(), "it is a 'stereo' model; a model that embeds images is required"),
+        (lambda: span.va_span_ch26_x2(), "it is a 'restore' model; a 'retrieve' or 'classify' model is required"),
+        (
+            lambda: match_stereo.va_match_stereo_nano(),
+            "it is a 'stereo' model; a 'retrieve' or 'classify' model is required",
+        ),
         (lambda: torch.nn.Conv2d(3, 4, 3), r"for one image it gives \(1, 4, 22, 22\), not embeddings"),
         (lambda: torch.nn.Conv2d(5, 4, 3), "cannot embed an image of 24 x 24 pixels"),
         (lambda: torch.nn.Bilinear(3, 3, 2), "cannot embed an image of 24 x 24 pixels"),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from visionattn.checkpoints import create_pretrained, load
 from visionattn.errors import ConfigError
+from visionattn.models import check_task
+from visionattn.opening import open_model
 
 __all__ = ["DTYPES", "open_models", "place"]
 
@@ -21,23 +21,23 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def open_models(
     models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
-    check: Callable[[str, nn.Module], None] | None = None,
+    task: str | tuple[str | None, ...],
 ) -> dict[str, Any]:
     """Models by label, each once; modules are copied, for they will change device, dtype and mode.
 
     Args:
         models: Names, weight files or modules.
-        check: Raises `ConfigError` for a model, by its label, that does something else; None takes all.
+        task: Tasks of which each model must be one.
 
     Raises:
         CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
-        ConfigError: A model is for another task.
+        InputError: A model is of another task.
         UnknownNameError: There is no model or file of that name.
     """
     networks: dict[str, Any] = {}
     for model in [models] if isinstance(models, (str, Path, nn.Module)) else models:
         label = _label(model, networks)
-        networks[label] = _open(model, label, check)
+        networks[label] = _open(model, label, task)
     return networks
 
 
@@ -66,10 +66,8 @@ def _label(model: str | Path | nn.Module, taken: dict[str, Any]) -> str:
     return label if number == 1 else f"{label} ({number})"
 
 
-def _open(model: str | Path | nn.Module, label: str, check: Callable[[str, nn.Module], None] | None) -> nn.Module:
-    if isinstance(model, nn.Module) or Path(model).exists():
-        network = copy.deepcopy(model) if isinstance(model, nn.Module) else load(model)
-        if check is not None:
-            check(label, network)
-        return network
-    return create_pretrained(str(model), None if check is None else partial(check, label))
+def _open(model: str | Path | nn.Module, label: str, task: str | tuple[str | None, ...]) -> nn.Module:
+    if isinstance(model, nn.Module):
+        model = copy.deepcopy(model)
+        check_task(model, task, label)
+    return open_model(model, task=task).model

@@ -27,9 +27,9 @@ from visionattn.data.images import check_unreadable
 from visionattn.data.retrieval.catalogue import Catalogue, ImageStore
 from visionattn.data.retrieval.catalogue_files import Triplets, read_catalogue, read_triplets
 from visionattn.data.retrieval.embedding import (
+    EMBEDDING_TASKS,
     check_embedding,
     check_finite,
-    check_task,
     conditions_of,
     embed,
     eval_transform,
@@ -223,7 +223,7 @@ def _opened(
     image_size: tuple[int, int] | None,
 ) -> dict[str, Any]:
     """Networks that embed images of that size, by their labels."""
-    networks = place(open_models(models, lambda label, network: check_task(network, label)), device, dtype)
+    networks = place(open_models(models, EMBEDDING_TASKS), device, dtype)
     for label, network in networks.items():
         check_embedding(network, label, input_config(network, image_size))
     return networks

@@ -152,7 +152,9 @@ def super_resolution(
     """
     require("skimage.metrics", "images")
     files = find_images(folder)
-    networks = open_models(models, _check_task)
+    networks = open_models(models, ("restore", None))  # a module need not state its task
+    for label, network in networks.items():
+        _check_upscaler(label, network)
     scale = _common_scale(networks, scale)
     small_files = pair_by_name(files, small_folder, scale) if small_folder is not None else [None] * len(files)
     networks = place(networks, device, dtype)
@@ -215,12 +217,11 @@ def ssim_y(first: np.ndarray, second: np.ndarray, border: int) -> float:
     return total / (height - WINDOW + 1)
 
 
-def _check_task(label: str, network: nn.Module) -> None:
-    scale, task = getattr(network, "scale", None), getattr(network, "task", "restore")
-    if task != "restore" or not isinstance(scale, int) or scale < 1:
-        why = f"its task is {task!r}" if task != "restore" else "it states no scale"
-        raise ConfigError(f"{shorten(label)} does not enlarge pictures: {why}; a 'restore' model is required.")
-    if (channels := getattr(network, "in_chans", 3)) != 3:
+def _check_upscaler(label: str, network: nn.Module) -> None:
+    scale, channels = getattr(network, "scale", None), getattr(network, "in_chans", 3)
+    if not isinstance(scale, int) or scale < 1:
+        raise ConfigError(f"{shorten(label)} does not enlarge pictures: it states no scale.")
+    if channels != 3:
         raise ConfigError(f"{shorten(label)} takes {channels} channels; RGB is measured here.")
 
 

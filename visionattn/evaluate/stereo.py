@@ -156,7 +156,7 @@ def stereo_matching(
     if baseline is not None:
         require("cv2", "images")
     scenes = find_scenes(folders, layout, factor)
-    networks = open_models(models, _check_task)
+    networks = open_models(models, "stereo")
     if not networks and baseline is None:
         raise ConfigError("There is nothing to measure: name a model, or the baseline sgbm.")
     if enlarge != 1:
@@ -178,14 +178,6 @@ def stereo_matching(
             progress.advance(task)
     found.notes += summarize(notes)
     return found
-
-
-def _check_task(label: str, network: nn.Module) -> None:
-    task = getattr(network, "task", None)
-    if task != "stereo":
-        raise ConfigError(
-            f"{shorten(label)} does not match stereo pairs: its task is {task!r}; a 'stereo' model is required."
-        )
 
 
 def _measure(name: str, pair: StereoPair, baseline: str | None, networks: dict[str, Any]) -> list[MeasuredStereo]:

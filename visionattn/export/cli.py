@@ -7,23 +7,21 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from timm.models import get_model_input_config, get_pretrained_cfg
+from timm.models import get_model_input_config
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from visionattn.arguments import whole_number
-from visionattn.checkpoints import create, load
-from visionattn.errors import InputError, UnknownNameError
 from visionattn.export.check import print_rows
 from visionattn.export.onnx import check_input_size, check_opset, export_onnx
 from visionattn.export.retrieval import export_retrieval, pair_paths
 from visionattn.export.spec import size_text
 from visionattn.files import check_output
+from visionattn.opening import has_weights, is_file, open_model
 
 __all__ = ["add_arguments", "run"]
 
@@ -70,13 +68,15 @@ def run(args: argparse.Namespace) -> int:
         check_input_size(*size)
     check_opset(args.opset)
     check_output(args.output, args.overwrite, (".onnx",))
-    if Path(args.model).exists():
-        model, weights, licence = _from_file(args)
-    else:
-        model, weights, licence = _from_name(args, size)
+    # An untrained model of an architecture is worth a file: it shows size and speed.
+    random = args.checkpoint is None and not is_file(args.model) and not has_weights(args.model)
+    settings: dict[str, Any] = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    model, weights, licence = open_model(args.model, args.checkpoint, random, image_size=size, **settings)
+    if random:
+        draw_random_weights(model, size)
     note = ", none are published for this name: give your own with --checkpoint FILE" if weights == "random" else ""
     console.print(f"Weights: {weights}{note}.")
-    settings: dict[str, Any] = {
+    settings = {
         "input_size": size,
         "dynamic_size": False if args.static_size else None,
         "batch": args.batch,
@@ -126,30 +126,6 @@ def _progress(console: Console) -> Iterator[Callable[[str], None]]:
         return
     with console.status("") as status:
         yield status.update
-
-
-def _from_file(args: argparse.Namespace) -> tuple[nn.Module, str, str | None]:
-    if args.checkpoint or args.num_classes is not None:
-        raise InputError(f"{args.model} is a file that says what it is: leave out --checkpoint and --num-classes.")
-    return load(args.model), f"file {Path(args.model).name}", None
-
-
-def _from_name(args: argparse.Namespace, size: tuple[int, int] | None) -> tuple[nn.Module, str, str | None]:
-    name = args.model
-    hosted = name.startswith(("hf-hub:", "local-dir:"))  # names of weights rather than of architectures
-    try:
-        cfg = None if hosted else get_pretrained_cfg(name)
-    except RuntimeError as error:
-        raise UnknownNameError(f"{error} Leave out the part after the dot for the default weights.") from error
-    settings: dict[str, Any] = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    if size and cfg and cfg.fixed_input_size:
-        settings["img_size"] = size
-    if args.checkpoint:
-        return load(args.checkpoint, name=name, **settings), f"file {Path(args.checkpoint).name}", None
-    if hosted or (cfg and cfg.has_weights):
-        source = (cfg.hf_hub_id or cfg.url or Path(str(cfg.file)).name) if cfg else "as named"
-        return create(name, pretrained=True, **settings), f"{name}, {source}", cfg.license if cfg else None
-    return draw_random_weights(create(name, **settings), size), "random", None
 
 
 def draw_random_weights(model: nn.Module, size: tuple[int, int] | None) -> nn.Module:

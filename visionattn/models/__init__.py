@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 
 import timm
+from torch import nn
 
+from visionattn.errors import InputError, shorten
 from visionattn.models import cca as _cca  # noqa: F401
 from visionattn.models import dcal as _dcal  # noqa: F401
 from visionattn.models import halonet as _halonet  # noqa: F401
@@ -15,7 +17,7 @@ from visionattn.models import mobilenet_ulsam as _mobilenet_ulsam  # noqa: F401
 from visionattn.models import span as _span  # noqa: F401
 from visionattn.models import span_challenge as _span_challenge  # noqa: F401
 
-__all__ = ["names", "suggest"]
+__all__ = ["check_task", "names", "suggest"]
 
 
 def names() -> list[str]:
@@ -26,3 +28,26 @@ def names() -> list[str]:
 def suggest(name: str, count: int = 3) -> list[str]:
     """Names in timm's registry, ours among them, that look most like `name`."""
     return difflib.get_close_matches(name, timm.list_models(), n=count, cutoff=0.5)
+
+
+def check_task(model: nn.Module, task: str | tuple[str | None, ...] | None, name: str | None = None) -> None:
+    """Refuse a model of another task.
+
+    Args:
+        model: The model; its attribute `task` is compared.
+        task: The tasks accepted; None accepts all.
+        name: What the message calls the model. Default: its class.
+
+    Raises:
+        InputError: The model is of another task, or states none.
+    """
+    accepted = (task,) if isinstance(task, str) else task
+    own = getattr(model, "task", None)
+    if accepted is None or own in accepted:
+        return
+    does = f"it is a {own!r} model" if own else "it states no task"
+    wanted = " or ".join(repr(one) for one in accepted if one)
+    raise InputError(
+        f"{shorten(name or type(model).__name__)} cannot be used here: {does}; a {wanted} model is required. "
+        "`visionattn list` shows them."
+    )

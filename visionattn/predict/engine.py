@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from visionattn.checkpoints import create
 from visionattn.errors import InputError, MissingPackageError, VisionAttnError
 from visionattn.export import OnnxModel, export_onnx
+from visionattn.models import check_task
 from visionattn.predict.network import Network, weight_of
 from visionattn.predict.tiles import bytes_per_pixel
 
-__all__ = ["Engine", "OnnxEngine", "TorchEngine", "check_task", "faster"]
+__all__ = ["Engine", "OnnxEngine", "TorchEngine", "check_upscaler", "faster"]
 
 # Nearer than half an 8-bit level: the two engines give the same picture.
 AGREEMENT = 1e-3
@@ -30,16 +31,10 @@ AGREEMENT = 1e-3
 ARENA = 1.25
 
 
-def check_task(model: nn.Module) -> None:
-    """Raise `InputError` for a model that does something else than upscaling."""
+def check_upscaler(model: nn.Module) -> None:
+    """Raise `InputError` for a model that cannot upscale images."""
     facts: Any = model
-    task = getattr(model, "task", None)
-    if task != "restore":
-        does = f"its task is {task!r}" if task else "it states no task"
-        raise InputError(
-            f"{type(model).__name__} does not upscale images: {does}. Models of the task 'restore' do; "
-            "`visionattn list` shows them."
-        )
+    check_task(model, "restore")
     missing = [key for key in ("scale", "in_chans", "radius") if not hasattr(model, key)]
     if missing:
         raise InputError(f"{type(model).__name__} does not state its {', '.join(missing)} as attributes.")
@@ -60,7 +55,7 @@ class Engine(ABC):
     name: str
 
     def __init__(self, model: nn.Module) -> None:
-        check_task(model)
+        check_upscaler(model)
         facts: Any = model
         weight = weight_of(model)
         self.scale: int = facts.scale

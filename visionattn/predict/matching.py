@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.errors import InputError
+from visionattn.models import check_task
 from visionattn.models.enlarged import EnlargedViews
 from visionattn.predict.network import Network
 from visionattn.predict.tiles import bytes_per_pixel, free_memory
 
-__all__ = ["Matcher", "as_tensor", "check_matching_task", "describe_unknown"]
+__all__ = ["Matcher", "as_tensor", "describe_unknown"]
 
 PEAKS = {"u1": 255.0, "u2": 65535.0}
 UNKNOWN_MEMORY = 2**31  # bytes, where the system does not say what is free
@@ -55,7 +56,7 @@ class Matcher:
         low_resolution_start: bool = False,
         enlarge: float = 1.0,
     ) -> None:
-        check_matching_task(model, task)
+        check_task(model, task)
         if max_pixels is not None and max_pixels < 1:
             raise InputError(f"The bound is {max_pixels} pixels; it must be 1 or more.")
         self.task = task
@@ -171,17 +172,6 @@ def describe_unknown(share: float) -> list[str]:
         f"{shown} of the left view have no disparity, since the network found them at 0 or beyond: what is very far "
         "away, or further than where the axes of cameras that converge meet"
     ]
-
-
-def check_matching_task(model: nn.Module, task: str) -> None:
-    """Raise `InputError` for a model of another task than `task`."""
-    own = getattr(model, "task", None)
-    if own != task:
-        does = f"its task is {own!r}" if own else "it states no task"
-        raise InputError(
-            f"{type(model).__name__} is of no use here: {does}. Models of the task {task!r} are; `visionattn list` "
-            "shows them."
-        )
 
 
 def as_tensor(pixels: np.ndarray) -> Tensor:

@@ -11,18 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from visionattn.arguments import number, whole_number
-from visionattn.checkpoints import load
-from visionattn.errors import CheckpointError, DataError, InputError, shorten
+from visionattn.errors import DataError, InputError, shorten
 from visionattn.models.enlarged import LARGEST
+from visionattn.opening import open_model
 from visionattn.predict import batch
 from visionattn.predict.batch import Bar, Job
 from visionattn.predict.images.picture import Picture, read, write
-from visionattn.predict.matching import Matcher, check_matching_task
+from visionattn.predict.matching import Matcher
 from visionattn.predict.network import PRECISIONS
-from visionattn.predict.opening import WEIGHT_FILES, pretrained
 from visionattn.predict.videos.video import VIDEOS, convert_videos, probe
 
 __all__ = [
@@ -176,21 +174,9 @@ def open_matcher(args: argparse.Namespace, task: str, default: str | None) -> Ma
     Raises:
         VisionAttnError: There is no such model or file, it has no weights, or it does something else.
     """
-    name = args.model or default
-    model: nn.Module
-    if any(str(given).lower().endswith(".onnx") for given in (name, args.checkpoint)):
-        raise CheckpointError(
-            f"{shorten(args.checkpoint or name)} is an ONNX file: this takes a weight file of "
-            f"{', '.join(WEIGHT_FILES)}, or a name of the zoo."
-        )
-    if args.checkpoint:
-        model = load(args.checkpoint, args.model)
-    elif name is None:
+    if args.model is None and args.checkpoint is None and default is None:
         raise InputError(f"No weights for {task} are shipped: give a weight file with --model FILE.")
-    elif Path(name).exists() or Path(name).suffix.lower() in WEIGHT_FILES:
-        model = load(name)
-    else:
-        model = pretrained(name, lambda model: check_matching_task(model, task))
+    model = open_model(args.model or (None if args.checkpoint else default), args.checkpoint, task=task).model
     if torch.cuda.is_available():
         model = model.cuda()
     return Matcher(model, task, args.precision, args.max_pixels, args.low_resolution_start, args.enlarge)

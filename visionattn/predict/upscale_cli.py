@@ -9,19 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from visionattn.checkpoints import load
 from visionattn.errors import InputError
 from visionattn.export import OnnxModel
 from visionattn.models.span import TRAINED_HERE
+from visionattn.opening import open_model
 from visionattn.predict import batch
 from visionattn.predict.batch import Bar, Job
 from visionattn.predict.compare import side_by_side
-from visionattn.predict.engine import Engine, OnnxEngine, TorchEngine, check_task, faster
+from visionattn.predict.engine import Engine, OnnxEngine, TorchEngine, faster
 from visionattn.predict.images import picture
 from visionattn.predict.network import PRECISIONS
-from visionattn.predict.opening import WEIGHT_FILES, pretrained
 from visionattn.predict.restore import restore, tiles_of
 from visionattn.predict.videos.video import VIDEOS, upscale_video
 
@@ -115,8 +113,7 @@ def _engine(args: argparse.Namespace) -> Engine:
             raise InputError(f"{name} runs in ONNX Runtime in fp32: leave out --engine and --precision.")
         engine = OnnxEngine(OnnxModel(path))
     else:
-        is_file = path.exists() or path.suffix.lower() in WEIGHT_FILES
-        model: nn.Module = load(path) if is_file else pretrained(name, check_task)
+        model = open_model(name, task="restore").model
         if torch.cuda.is_available() and args.engine != "onnxruntime":
             model = model.cuda()
         engine = TorchEngine(model, args.precision)

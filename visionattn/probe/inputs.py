@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
-from visionattn.checkpoints import create, load, load_weights, read_card
 from visionattn.data.samplers import StreamLoader
-from visionattn.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    InputError,
-    UnknownNameError,
-    VisionAttnError,
-    shorten,
-)
+from visionattn.errors import ConfigError, DataError, InputError, shorten
+from visionattn.opening import Opened, open_model
 from visionattn.probe.tokens.backbone import Backbone
 
 __all__ = ["Images", "Part", "make_backbone", "read_images", "read_model"]
@@ -59,59 +49,13 @@ class Images:
         return f"resized and cropped to {self.size} x {self.size} pixels, mean {mean}, deviation {std}"
 
 
-def read_model(args: argparse.Namespace) -> tuple[nn.Module, str, str | None]:
+def read_model(args: argparse.Namespace) -> Opened:
     """Give the backbone with its weights, where they come from, and their licence if it is known.
 
     Raises:
-        VisionAttnError: There is no such backbone, or its weights cannot be had; the message says what to give.
+        VisionAttnError: There is no such backbone, or its weights cannot be loaded; the message says what to give.
     """
-    name = args.backbone
-    if os.path.exists(name):
-        if args.random or args.checkpoint:
-            raise InputError(f"{name} is a file with weights: leave out --random and --checkpoint.")
-        return load(name), f"file {Path(name).name}", None
-    hosted = name.startswith(("hf-hub:", "local-dir:"))  # names of weights rather than of architectures
-    try:
-        cfg: Any = None if hosted else get_pretrained_cfg(name)
-    except RuntimeError as error:
-        raise UnknownNameError(f"{shorten(error)} Leave out the part after the dot for the default weights.") from error
-    settings = {"img_size": args.image_size} if args.image_size and cfg and cfg.fixed_input_size else {}
-    if args.checkpoint:
-        if args.random:
-            raise InputError("Weights are random or those of a file: leave out --random or --checkpoint.")
-        return _from_checkpoint(args.checkpoint, name, settings), f"file {Path(args.checkpoint).name}", None
-    if args.random:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the tokens' cache knows weights by their values
-            return create(name, **settings), "random", None
-    if cfg and not cfg.has_weights:
-        raise CheckpointError(
-            f"No weights of {name} are published: give a file by --checkpoint, or --random for untrained ones."
-        )
-    source = (cfg.hf_hub_id or cfg.url or Path(str(cfg.file)).name) if cfg else "as named"
-    try:
-        return create(name, pretrained=True, **settings), f"{name}, {source}", cfg.license if cfg else None
-    except VisionAttnError:
-        raise
-    # Fetching weights fails in as many ways as there are servers.
-    except Exception as error:
-        raise CheckpointError(
-            f"The weights of {name} ({source}) could not be read: {shorten(error)} If this machine is offline, give "
-            "them by --checkpoint FILE, or --random for untrained ones."
-        ) from error
-
-
-def _from_checkpoint(file: str, name: str, settings: dict[str, Any]) -> nn.Module:
-    """Weights of a file without its classifier, of which there may be none or one of other classes.
-
-    What a checkpoint of `visionattn fit` says of its model and images holds.
-    """
-    card = read_card(file)
-    if card is not None and card.name == name.split(".")[0]:
-        settings = {**card.model_args, **settings}
-    model = create(name, **{**settings, "num_classes": 0})
-    load_weights(model, file, drop_classifier=True)
-    return model
+    return open_model(args.backbone, args.checkpoint, args.random, image_size=args.image_size, drop_classifier=True)
 
 
 def make_backbone(args: argparse.Namespace, model: nn.Module, size: int) -> Backbone:

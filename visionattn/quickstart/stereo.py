@@ -12,13 +12,13 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
+from visionattn.checkpoints import create_pretrained
 from visionattn.data.matching.disparity import write_disparity
 from visionattn.errors import require
 from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.metrics.matching import disparity_errors
 from visionattn.predict import estimate_disparity
 from visionattn.predict.colours import disparity_colours, usual_top
-from visionattn.predict.opening import pretrained
 from visionattn.predict.stereo_cli import DEFAULT
 from visionattn.quickstart import TITLE
 
@@ -63,7 +63,7 @@ def visit(folder: Path, console: Console) -> None:
     truth = np.where(np.isfinite(truth), truth, np.nan)
     largest = float(np.nanmax(truth))
     found = {
-        "network": estimate_disparity(left, right, pretrained(DEFAULT), enlarge=ENLARGED)[0],
+        "network": estimate_disparity(left, right, create_pretrained(DEFAULT), enlarge=ENLARGED)[0],
         "semi-global matching": sgbm(left, right, largest),
     }
     found["filled semi-global matching"] = fill(found["semi-global matching"])

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
+from visionattn.checkpoints import create_pretrained
 from visionattn.errors import CheckpointError, require
 from visionattn.predict import upscale
 from visionattn.predict.compare import side_by_side
 from visionattn.predict.images.picture import Picture, write
-from visionattn.predict.opening import pretrained
 from visionattn.predict.upscale_cli import default_name
 from visionattn.quickstart import TITLE
 
@@ -58,7 +58,7 @@ def visit(folder: Path, console: Console) -> None:
     data = require("skimage.data", "images")
     name = default_name(SCALE)
     try:
-        model = pretrained(name)
+        model = create_pretrained(name)
     except CheckpointError as error:
         told = f"This station has nothing to show yet. {error}"
         console.print(told)

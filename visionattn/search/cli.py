@@ -16,13 +16,12 @@ from rich.table import Table
 from torch import nn
 
 from visionattn.arguments import whole_number
-from visionattn.checkpoints import load
 from visionattn.data.images import list_images
-from visionattn.data.retrieval.embedding import LARGEST, check_task, input_config
+from visionattn.data.retrieval.embedding import EMBEDDING_TASKS, LARGEST, input_config
 from visionattn.errors import InputError, VisionAttnError, shorten
 from visionattn.files import atomic_path, check_output
+from visionattn.opening import open_model
 from visionattn.predict.images.picture import WRITABLE
-from visionattn.predict.opening import WEIGHT_FILES, pretrained
 from visionattn.search.building import read_upright, update_index
 from visionattn.search.image_index import Hit, ImageIndex
 
@@ -150,12 +149,8 @@ def run_search(args: argparse.Namespace) -> int:
 
 
 def _open(name: str) -> nn.Module:
-    path = Path(name)
-    if path.exists() or path.suffix.lower() in WEIGHT_FILES:
-        model = load(path)
-    else:
-        model = pretrained(name, lambda model: check_task(model, name))
-    check_task(model, name)
+    """The model that embeds images, on a GPU where there is one."""
+    model = open_model(name, task=EMBEDDING_TASKS).model
     return model.cuda() if torch.cuda.is_available() else model
 
 

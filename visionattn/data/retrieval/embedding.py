@@ -15,12 +15,13 @@ from torchvision.transforms import v2
 
 from visionattn.data.classify.transforms import fit
 from visionattn.errors import CheckpointError, InputError, shorten
+from visionattn.models import check_task
 
 __all__ = [
+    "EMBEDDING_TASKS",
     "check_config",
     "check_embedding",
     "check_finite",
-    "check_task",
     "conditions_of",
     "embed",
     "eval_transform",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 LARGEST = 8192  # pixels of a side of the images that a model gets
+EMBEDDING_TASKS = ("retrieve", "classify", None)  # None: backbones of timm state no task
 
 
 def input_config(model: nn.Module, size: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -77,24 +79,6 @@ def check_config(config: dict[str, Any]) -> None:
         raise InputError(f"Images cannot be prepared by {shorten(config)}: {shorten(error)}.") from error
 
 
-def check_task(model: nn.Module, name: str) -> None:
-    """Refuse a model of a task without embeddings.
-
-    Args:
-        model: The model, which may lie on the meta device.
-        name: What messages call it.
-
-    Raises:
-        InputError: It enlarges images, or matches two.
-    """
-    task = getattr(model, "task", None)
-    if task not in (None, "retrieve", "classify"):
-        raise InputError(
-            f"{shorten(name)} cannot be used here: it is a {task!r} model; a model that embeds images is required, "
-            "such as va_cca_*, or a backbone with num_classes=0."
-        )
-
-
 @torch.inference_mode()
 def check_embedding(model: nn.Module, name: str, config: dict[str, Any]) -> None:
     """Refuse a model that gives no finite embeddings of images of a size, by one pass.
@@ -108,7 +92,7 @@ def check_embedding(model: nn.Module, name: str, config: dict[str, Any]) -> None
         InputError: It has another task, does not take that size, or gives something else.
         CheckpointError: Its weights are not finite.
     """
-    check_task(model, name)
+    check_task(model, EMBEDDING_TASKS, name)
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             dtype = str(tensor.dtype).removeprefix("torch.")
