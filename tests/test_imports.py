@@ -25,7 +25,7 @@ LAYERS = [
     {"weights", "blocks"},
     {"kernels"},
 ]
-EVERYBODY = {"arguments", "errors", "files", "lazy", "moved", "progress"}
+EVERYBODY = {"arguments", "devices", "errors", "files", "lazy", "moved", "progress"}
 FROM_ROOT = {"__version__", "accelerate", "insert", "load"}  # names of the package itself
 HEAVY = [
     "lightning",
