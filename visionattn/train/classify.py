@@ -27,21 +27,12 @@ class ClassifyTask(OptimizedTask):
         num_classes: Number of classes.
         in_chans: Channels of the images; None takes the model's own.
         pretrained: Begin with the published weights.
-        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
-        lr: Peak learning rate.
-        weight_decay: Weight decay; norms, biases and what the model exempts have none.
-        opt_args: Further arguments of the optimizer, such as `betas`.
         layer_decay: Factor by which the learning rate falls from each layer to the one below; None for one rate.
-        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
-        warmup_epochs: Epochs of linear warm-up, part of the whole.
-        min_lr: Learning rate at the end.
-        sched_args: Further arguments of timm's `create_scheduler_v2`.
         label_smoothing: Share of the target that is spread over all classes.
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of cutmix; 0 for none.
         grad_checkpointing: Compute activations again in the backward pass instead of keeping them.
-        channels_last: Keep maps in memory with their channels side by side, which convolutions on GPUs prefer.
-        compile: Compile the model.
+        **optimization: Those of `OptimizedTask`.
     """
 
     told: ClassVar[dict[str, str]] = {
@@ -57,25 +48,14 @@ class ClassifyTask(OptimizedTask):
         num_classes: int = 10,
         in_chans: int | None = None,
         pretrained: bool = False,
-        opt: str = "adamw",
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        opt_args: dict[str, Any] | None = None,
         layer_decay: float | None = None,
-        sched: str = "cosine",
-        warmup_epochs: float = 0.0,
-        min_lr: float = 1e-6,
-        sched_args: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         grad_checkpointing: bool = False,
-        channels_last: bool = False,
-        compile: bool = False,
+        **optimization: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.check_names()
+        super().__init__(**optimization)
         if min(mixup, cutmix) < 0 or not 0 <= label_smoothing < 1:
             raise ConfigError(
                 f"model.mixup and model.cutmix must be 0 or more, model.label_smoothing from 0 to below 1; got "
@@ -88,8 +68,6 @@ class ClassifyTask(OptimizedTask):
                 self.net.set_grad_checkpointing(True)  # type: ignore[operator]
             except (AttributeError, AssertionError) as error:
                 raise ConfigError(f"The model {name!r} has no gradient checkpointing.") from error
-        if channels_last:
-            self.net.to(memory_format=torch.channels_last)  # a convolution's output has the order of its weights
         self.mix = None
         if mixup or cutmix:
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
@@ -120,9 +98,7 @@ class ClassifyTask(OptimizedTask):
         if self.mix is not None and stage == "fit" and getattr(datamodule, "hparams", {}).get("batch_size", 2) % 2:
             raise ConfigError("mixup and cutmix mix pairs of images: set data.batch_size to an even number.")
         self._check_input(shape)
-        if self.hparams.compile:
-            # In place: torch.compile(net) would put its own prefix before every key of the checkpoint.
-            self.net.compile()
+        super().setup(stage)
 
     def _check_input(self, shape: tuple[int, int, int]) -> None:
         parameter = next(self.net.parameters())
@@ -150,7 +126,6 @@ class ClassifyTask(OptimizedTask):
             label_smoothing = 0.0  # mixed targets are smooth
         loss = self.training_loss(images, targets, label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 
     def training_loss(self, images: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:

@@ -23,6 +23,7 @@ from visionattn.errors import ConfigError, VisionAttnError, shorten
 
 __all__ = [
     "DEFAULT_RECIPE",
+    "argument_names",
     "check_numbers",
     "check_text",
     "explain",
@@ -146,6 +147,12 @@ def with_recipe(args: Sequence[str]) -> list[str]:
     return ["fit", "--config", DEFAULT_RECIPE, *args[1:]]
 
 
+def argument_names(kind: type) -> list[str]:
+    """What a task or a data module takes, with what it passes on to its bases by `**`."""
+    names = (name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters)  # type: ignore[misc]
+    return list(dict.fromkeys(names))
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -215,7 +222,7 @@ def explain_option(error: Exception, args: Sequence[str], settings: Collection[s
     known, prefix = list(settings), ""
     if section and class_path:
         module, _, name = class_path.group(1).rpartition(".")
-        known = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+        known = argument_names(getattr(importlib.import_module(module), name))
         prefix = f"{section.group(1)}."
     nearest = [prefix + name for name in difflib.get_close_matches(unknown[:100], known, cutoff=0.5)]
     hint = f"Did you mean {', '.join(nearest)}?" if nearest else f"visionattn {command} --help lists the settings."

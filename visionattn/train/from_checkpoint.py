@@ -9,7 +9,6 @@ data on a server.
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from visionattn.card import WEIGHT_SOURCES, Card, plain_fault
 from visionattn.errors import CheckpointError, ConfigError, shorten
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
+from visionattn.train.configuration import argument_names
 
 __all__ = ["expand_positionals", "said_by_checkpoint", "trusted_class", "without_sources"]
 
@@ -145,7 +145,7 @@ def _arguments(path: str, kind: type, given: Mapping[str, Any]) -> dict[str, Any
     if wrong := plain_fault(given):
         raise CheckpointError(f"The hyper-parameters in {shorten(path)} are damaged: {wrong}.")
     values = {key: value for key, value in given.items() if not key.startswith("_")}
-    known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
+    known = argument_names(kind)
     if unknown := [key for key in values if key not in known]:
         raise CheckpointError(
             f"{shorten(path)} has hyper-parameters that {kind.__name__} does not take: {shorten(', '.join(unknown))}."

@@ -87,15 +87,7 @@ class MaskedTask(OptimizedTask):
         decoder_dim: Width of the decoder.
         decoder_depth: Blocks of the decoder.
         decoder_heads: Heads of the decoder.
-        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
-        lr: Peak learning rate.
-        weight_decay: Weight decay; norms and biases have none.
-        opt_args: Further arguments of the optimizer, such as `betas`.
-        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
-        warmup_epochs: Epochs of linear warm-up, part of the whole.
-        min_lr: Learning rate at the end.
-        sched_args: Further arguments of timm's `create_scheduler_v2`.
-        compile: Compile encoder and decoder.
+        **optimization: Those of `OptimizedTask`; `compile` compiles encoder and decoder.
     """
 
     net: Any
@@ -110,24 +102,14 @@ class MaskedTask(OptimizedTask):
         decoder_dim: int = 64,
         decoder_depth: int = 2,
         decoder_heads: int = 4,
-        opt: str = "adamw",
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        opt_args: dict[str, Any] | None = None,
-        sched: str = "cosine",
-        warmup_epochs: float = 0.0,
-        min_lr: float = 1e-6,
-        sched_args: dict[str, Any] | None = None,
-        compile: bool = False,
+        **optimization: Any,
     ) -> None:
-        super().__init__()
         # Without a classifier; `visionattn.load` reads here how the network was made.
         model_args = {**(model_args or {}), "num_classes": 0}
-        self.save_hyperparameters()
+        super().__init__(**optimization)
         # Under the command line these are what the recipe says and the data have.
         self.hparams["model_args"] = model_args
         self.hparams.pop("num_classes", None)
-        self.check_names()
         encoder: Any = create(name, **model_args)
         if not isinstance(encoder, VisionTransformer) or encoder.pos_embed is None:
             raise ConfigError(f"{name!r} is no VisionTransformer with learned positions, whose patches can be hidden.")
@@ -162,12 +144,10 @@ class MaskedTask(OptimizedTask):
         """What images the model expects: input_size, mean, std, interpolation, crop_pct."""
         return resolve_model_data_config(self.net)
 
-    def setup(self, stage: str) -> None:
-        """Compile."""
-        if self.hparams.compile:
-            # In place: torch.compile(net) would put its own prefix before every key of the checkpoint.
-            self.net.blocks.compile()
-            self.decoder.compile()
+    @property
+    def compiled(self) -> list[nn.Module]:
+        """The encoder's blocks and the decoder; the encoder as a whole is not called."""
+        return [self.net.blocks, self.decoder]
 
     def encode(self, images: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) and the places of the patches shown (B, |V|) -> tokens (B, prefix + |V|, C)."""
@@ -201,7 +181,6 @@ class MaskedTask(OptimizedTask):
         images = batch[0]
         loss = self.losses(images, self._orders(images, None)).mean()
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:

@@ -7,6 +7,7 @@ import math
 from typing import Any, ClassVar
 
 import timm.optim
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.scheduler import create_scheduler_v2
@@ -23,10 +24,25 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "con
 
 
 class OptimizedTask(LightningModule):
-    """A task whose network is `net` and whose hyper-parameters name its optimizer and schedule.
+    """A task whose network is `net`, and how it is optimized.
 
-    They are opt, lr, weight_decay, opt_args, sched, warmup_epochs, min_lr, sched_args and, where a task has it,
-    layer_decay, as `ClassifyTask` describes them.
+    A task takes these settings behind its own, as `**optimization`, and names those whose default it changes.
+
+    Args:
+        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
+        lr: Peak learning rate.
+        weight_decay: Weight decay; norms, biases and what the model exempts have none.
+        opt_args: Further arguments of the optimizer, such as `betas`.
+        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
+        warmup_epochs: Epochs of linear warm-up, part of the whole.
+        min_lr: Learning rate at the end.
+        sched_args: Further arguments of timm's `create_scheduler_v2`; halving at epochs 50 and 80 is sched multistep
+            with `{decay_milestones: [50, 80], decay_rate: 0.5}`.
+        channels_last: Keep maps in memory with their channels side by side, which convolutions on GPUs prefer.
+        compile: Compile the model.
+
+    Raises:
+        ConfigError: There is no such optimizer or schedule, or a number is out of range.
     """
 
     hparams: Any
@@ -34,6 +50,23 @@ class OptimizedTask(LightningModule):
     net: nn.Module
     told: ClassVar[dict[str, str]] = {"name": "the model {!r}"}
     """Hyper-parameters that a checkpoint must share with the task, and how messages tell their values."""
+
+    def __init__(
+        self,
+        opt: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        opt_args: dict[str, Any] | None = None,
+        sched: str = "cosine",
+        warmup_epochs: float = 0.0,
+        min_lr: float = 1e-6,
+        sched_args: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()  # those of the task too: Lightning reads the frames of all constructors
+        self.check_names()
 
     def check_names(self) -> None:
         """Refuse names that timm would only refuse when training begins.
@@ -56,6 +89,25 @@ class OptimizedTask(LightningModule):
     def trained(self) -> nn.Module:
         """What the optimizer trains: the network."""
         return self.net
+
+    @property
+    def compiled(self) -> list[nn.Module]:
+        """The modules that `compile` compiles: the network."""
+        return [self.net]
+
+    def setup(self, stage: str) -> None:
+        """Order the network's memory, and compile."""
+        if self.hparams.channels_last:
+            self.net.to(memory_format=torch.channels_last)  # a convolution's output has the order of its weights
+        if self.hparams.compile:
+            for module in self.compiled:
+                # In place: torch.compile(module) would put its own prefix before every key of the checkpoint.
+                module.compile()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Log the learning rate, the highest of all layers."""
+        # Lightning's LearningRateMonitor has a column for each group of parameters, and needs a logger.
+        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what the network needs to be used (`visionattn.card`): how it is built, its images and its classes."""

@@ -30,14 +30,7 @@ class ReidentifyTask(RankedTask):
         attributes: The one attribute, the identity -> its values; follows from the data.
         pretrained: Begin with the published weights.
         label_smoothing: Share of the target that is spread over all identities.
-        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
-        lr: Peak learning rate.
-        weight_decay: Weight decay; norms, biases and what the model exempts have none.
-        opt_args: Further arguments of the optimizer, such as `betas`.
-        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
-        warmup_epochs: Epochs of linear warm-up, part of the whole.
-        min_lr: Learning rate at the end.
-        sched_args: Further arguments of timm's `create_scheduler_v2`.
+        **optimization: Those of `OptimizedTask`.
     """
 
     def __init__(
@@ -50,18 +43,13 @@ class ReidentifyTask(RankedTask):
         opt: str = "sgd",
         lr: float = 0.008,
         weight_decay: float = 1e-4,
-        opt_args: dict[str, Any] | None = None,
-        sched: str = "cosine",
         warmup_epochs: float = 5.0,
-        min_lr: float = 1e-6,
-        sched_args: dict[str, Any] | None = None,
+        **optimization: Any,
     ) -> None:
-        super().__init__()
         if not attributes or len(attributes) != 1:
             raise ConfigError("Re-identification has one attribute, the identity: set data.attributes to it.")
         model_args = {**(model_args or {}), "num_classes": 0}
-        self.save_hyperparameters()
-        self.check_names()
+        super().__init__(opt=opt, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **optimization)
         self.net = create(name, pretrained=pretrained, **model_args)
         features: Any = self.net.num_features
         identities = len(next(iter(attributes.values())))
@@ -77,7 +65,6 @@ class ReidentifyTask(RankedTask):
         """Loss of one batch."""
         loss = self.losses(self.net(batch[0]), batch[1][:, 0])
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 
     def losses(self, features: Tensor, labels: Tensor) -> Tensor:

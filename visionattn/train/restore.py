@@ -39,17 +39,7 @@ class RestoreTask(OptimizedTask):
         eps: Where Charbonnier's loss turns from square to absolute, in units of the 0..1 range.
         teacher: Checkpoint of a model of the same scale, read by `visionattn.load`, whose output is a second target.
         teacher_weight: Share w of the teacher in the loss, above 0, at most 1.
-        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
-        lr: Peak learning rate.
-        weight_decay: Weight decay; biases have none.
-        opt_args: Further arguments of the optimizer, such as `betas`.
-        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
-        warmup_epochs: Epochs of linear warm-up, part of the whole.
-        min_lr: Learning rate at the end.
-        sched_args: Further arguments of timm's `create_scheduler_v2`; halving at epochs 50 and 80 is sched multistep
-            with `{decay_milestones: [50, 80], decay_rate: 0.5}`.
-        channels_last: Keep maps in memory with their channels side by side, which convolutions on GPUs prefer.
-        compile: Compile the model.
+        **optimization: Those of `OptimizedTask`.
     """
 
     monitor: ClassVar[str] = "val/psnr_y"
@@ -64,20 +54,12 @@ class RestoreTask(OptimizedTask):
         eps: float = 1e-3,
         teacher: str | None = None,
         teacher_weight: float = 0.5,
-        opt: str = "adamw",
         lr: float = 5e-4,
         weight_decay: float = 0.0,
-        opt_args: dict[str, Any] | None = None,
-        sched: str = "cosine",
-        warmup_epochs: float = 0.0,
         min_lr: float = 1e-7,
-        sched_args: dict[str, Any] | None = None,
-        channels_last: bool = False,
-        compile: bool = False,
+        **optimization: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.check_names()
+        super().__init__(lr=lr, weight_decay=weight_decay, min_lr=min_lr, **optimization)
         if loss not in LOSSES:
             raise ConfigError(f"There is no loss {loss!r}. Choose from {', '.join(LOSSES)}.")
         if not 0 < teacher_weight <= 1:
@@ -87,15 +69,14 @@ class RestoreTask(OptimizedTask):
         if getattr(net, "task", None) != "restore" or net.in_chans != 3:
             raise ConfigError(f"{name!r} does not enlarge colour pictures; models of the task 'restore' do.")
         self.scale: int = net.scale
-        if channels_last:
-            self.net.to(memory_format=torch.channels_last)  # a convolution's output has the order of its weights
         # In tuples, torch does not see the networks: they belong neither to the checkpoint nor to the optimizer.
         self._teacher: tuple[torch.nn.Module, ...] = ()
         self._measured: tuple[torch.nn.Module, ...] = ()
         self.val_psnr, self.test_psnr = MeanMetric(), MeanMetric()
 
     def setup(self, stage: str) -> None:
-        """Read the teacher, and compile."""
+        """Read the teacher too."""
+        super().setup(stage)
         given = self.hparams
         if stage == "fit" and given.teacher is not None and not self._teacher:
             teacher: Any = load(Path(given.teacher))
@@ -105,9 +86,6 @@ class RestoreTask(OptimizedTask):
                     f"{self.scale} times."
                 )
             self._teacher = (teacher.requires_grad_(False),)
-        if given.compile:
-            # In place: torch.compile(net) would put its own prefix before every key of the checkpoint.
-            self.net.compile()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """RGB in 0..1, (B, 3, H, W) -> (B, 3, rH, rW), not clamped."""
@@ -129,7 +107,6 @@ class RestoreTask(OptimizedTask):
             share = self.hparams.teacher_weight
             loss = (1 - share) * loss + share * self._distance(found, taught)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 
     def _distance(self, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -42,8 +42,8 @@ class EmbeddingTask(OptimizedTask, ABC):
     monitor: ClassVar[str]
     """The measure whose highest value makes the best checkpoint."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **optimization: Any) -> None:
+        super().__init__(**optimization)
         self._found: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -203,16 +203,7 @@ class RetrieveTask(RankedTask):
         loss: triplet, multi_similarity or proxy_anchor.
         miner: Which triplets or pairs count: none (all), semihard, hard or multi_similarity.
         margin: m of the triplet loss.
-        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
-        lr: Peak learning rate.
-        weight_decay: Weight decay; norms, biases and what the model exempts have none.
-        opt_args: Further arguments of the optimizer, such as `betas`.
-        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
-        warmup_epochs: Epochs of linear warm-up, part of the whole.
-        min_lr: Learning rate at the end.
-        sched_args: Further arguments of timm's `create_scheduler_v2`.
-        channels_last: Keep maps in memory with their channels side by side, which convolutions on GPUs prefer.
-        compile: Compile the model.
+        **optimization: Those of `OptimizedTask`.
     """
 
     def __init__(
@@ -224,43 +215,23 @@ class RetrieveTask(RankedTask):
         loss: str = "triplet",
         miner: str = "none",
         margin: float = 0.2,
-        opt: str = "adamw",
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        opt_args: dict[str, Any] | None = None,
-        sched: str = "cosine",
-        warmup_epochs: float = 0.0,
-        min_lr: float = 1e-6,
-        sched_args: dict[str, Any] | None = None,
-        channels_last: bool = False,
-        compile: bool = False,
+        **optimization: Any,
     ) -> None:
-        super().__init__()
         if not attributes:
             raise ConfigError("Retrieval needs attributes with values: they follow from RetrieveData.")
         settings = {**(model_args or {}), "attributes": list(attributes)}
         # `visionattn.load` reads here how the network was made, and needs no weights that training began with.
         model_args = {key: value for key, value in settings.items() if key not in BEGINNING}
-        self.save_hyperparameters()
-        self.check_names()
+        super().__init__(**optimization)
         self.net = create_conditional(name, pretrained, settings)
-        if channels_last:
-            self.net.to(memory_format=torch.channels_last)  # a convolution's output has the order of its weights
         with torch.no_grad():
             empty = torch.zeros(1, 3, *self.input_config["size"])
             embed_dim = embed(self.net.eval(), empty).shape[-1]
         self.net.train()
         self.loss = AttributeLoss(loss, miner, margin, [len(values) for values in attributes.values()], embed_dim)
 
-    def setup(self, stage: str) -> None:
-        """Compile."""
-        if self.hparams.compile:
-            # In place: torch.compile(net) would put its own prefix before every key of the checkpoint.
-            self.net.compile()
-
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""
         loss = self.loss(self(batch[0]), batch[1])
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss

@@ -140,16 +140,8 @@ class MatchTask(OptimizedTask):
         mask_occluded: Leave the pixels that one view alone sees out of the loss of fields after cross attention.
         consistency: c, weight of the consistency between the views.
         start: s, weight of the start's cross entropy.
-        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
-        lr: Peak learning rate.
-        weight_decay: Weight decay; norms and biases have none.
-        opt_args: Further arguments of the optimizer, such as `betas`.
-        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
-        warmup_epochs: Epochs of linear warm-up, part of the whole.
-        min_lr: Learning rate at the end.
-        sched_args: Further arguments of timm's `create_scheduler_v2`.
         grad_checkpointing: Compute each decoder layer again for gradients instead of keeping what it computed.
-        compile: Compile the model.
+        **optimization: Those of `OptimizedTask`.
     """
 
     monitor: ClassVar[str] = "val/within_2"
@@ -163,20 +155,12 @@ class MatchTask(OptimizedTask):
         mask_occluded: bool = True,
         consistency: float = 0.1,
         start: float = 1.0,
-        opt: str = "adamw",
         lr: float = 4e-4,
         weight_decay: float = 1e-4,
-        opt_args: dict[str, Any] | None = None,
-        sched: str = "cosine",
-        warmup_epochs: float = 0.0,
-        min_lr: float = 1e-6,
-        sched_args: dict[str, Any] | None = None,
         grad_checkpointing: bool = False,
-        compile: bool = False,
+        **optimization: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.check_names()
+        super().__init__(lr=lr, weight_decay=weight_decay, **optimization)
         if consistency < 0 or start < 0:
             raise ConfigError("model.consistency and model.start are weights in the loss, 0 or more.")
         self.net = create(name, pretrained=pretrained, **(model_args or {}))
@@ -190,12 +174,6 @@ class MatchTask(OptimizedTask):
             nn.ModuleDict({f"{region}_{measure}": MeanMetric() for region in REGIONS for measure in MEASURES})
             for _ in range(2)
         )
-
-    def setup(self, stage: str) -> None:
-        """Compile."""
-        if self.hparams.compile:
-            # In place: torch.compile(net) would put its own prefix before every key of the checkpoint.
-            self.net.compile()
 
     def forward(self, views: torch.Tensor) -> MatchFields:
         """Both views, RGB in 0..1, (B, 2, 3, H, W) -> all fields."""
@@ -251,7 +229,6 @@ class MatchTask(OptimizedTask):
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/epe", epe, prog_bar=True)
         self.log_dict({f"train/{term}": value for term, value in terms.items()})
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -37,14 +37,7 @@ class TripletTask(EmbeddingTask):
         attributes: Each condition, without values; follows from the data.
         pretrained: Begin with the published weights.
         margin: m.
-        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
-        lr: Peak learning rate.
-        weight_decay: Weight decay; norms, biases and what the model exempts have none.
-        opt_args: Further arguments of the optimizer, such as `betas`.
-        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
-        warmup_epochs: Epochs of linear warm-up, part of the whole.
-        min_lr: Learning rate at the end.
-        sched_args: Further arguments of timm's `create_scheduler_v2`.
+        **optimization: Those of `OptimizedTask`.
 
     Raises:
         ConfigError: There are no conditions, the model does not embed by them, or the margin is not above 0.
@@ -59,16 +52,8 @@ class TripletTask(EmbeddingTask):
         attributes: dict[str, list[str]] | None = None,
         pretrained: bool = False,
         margin: float = 0.2,
-        opt: str = "adamw",
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        opt_args: dict[str, Any] | None = None,
-        sched: str = "cosine",
-        warmup_epochs: float = 0.0,
-        min_lr: float = 1e-6,
-        sched_args: dict[str, Any] | None = None,
+        **optimization: Any,
     ) -> None:
-        super().__init__()
         if not attributes:
             raise ConfigError("Triplets need conditions to embed by: they follow from TripletData.")
         if margin <= 0:
@@ -76,8 +61,7 @@ class TripletTask(EmbeddingTask):
         settings = {**(model_args or {}), "attributes": list(attributes)}
         # `visionattn.load` reads here how the network was made, and needs no weights that training began with.
         model_args = {key: value for key, value in settings.items() if key not in BEGINNING}
-        self.save_hyperparameters()
-        self.check_names()
+        super().__init__(**optimization)
         self.net = create_conditional(name, pretrained, settings)
         self.loss = nn.TripletMarginWithDistanceLoss(distance_function=cosine_distance, margin=margin)
 
@@ -89,7 +73,6 @@ class TripletTask(EmbeddingTask):
         anchors, far, near = spaces[torch.arange(len(conditions)), :, conditions].unbind(dim=1)  # (B, E)
         loss = self.loss(anchors, near, far)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 
     def judge(self, name: str, embeddings: Tensor, part: Triplets) -> None:
