@@ -32,6 +32,7 @@ from visionattn.evaluate import attribute_retrieval
 from visionattn.metrics.ranking import means, score_part
 from visionattn.predict import ImageIndex
 from visionattn.train.cli import main, recipes
+from visionattn.train.configuration import argument_names
 from visionattn.train.reidentify import ReidentifyTask
 from visionattn.train.retrieve import AttributeLoss, RetrieveTask
 from visionattn.train.triplets import TripletTask
@@ -333,7 +334,7 @@ def test_recipes_say_what_their_classes_take(name):
     tasks, sets = (RetrieveTask, ReidentifyTask, TripletTask), (RetrieveData, TripletData)
     for part, known in (("model", tasks), ("data", sets)):
         (made,) = [one for one in known if recipe[part]["class_path"].endswith(f".{one.__name__}")]
-        arguments = made.__init__.__code__.co_varnames
+        arguments = argument_names(made)
         assert set(recipe[part]["init_args"]) <= set(arguments)
 
 
