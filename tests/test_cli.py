@@ -1,12 +1,14 @@
 """The command: what it prints, and one clear message for a user's mistake."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import visionattn
 from visionattn import models
 from visionattn.cli import main
 
@@ -135,3 +137,33 @@ def test_show_takes_names_of_timm(capsys):
     shown = capsys.readouterr().out
     for fact in ("test_resnet", "classify", "3 x 160 x 160", "not stated"):
         assert fact in shown
+
+
+def completed(folder, *words):
+    """What bash offers for the last of some words."""
+    script = subprocess.run(
+        [sys.executable, "-c", "import visionattn.cli as c; c.main(['--print-completion', 'bash'])"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    (folder / "completion.sh").write_text(script)
+    line = f"""
+        source completion.sh
+        COMP_WORDS=({" ".join(map(repr, words))}); COMP_CWORD={len(words) - 1}; COMP_LINE={" ".join(words)!r}
+        _shtab_visionattn 2>/dev/null; printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=folder).stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_commands_options_and_files(tmp_path):
+    (tmp_path / "photo.png").touch()
+    assert completed(tmp_path, "visionattn", "ev") == ["evaluate"]
+    assert completed(tmp_path, "visionattn", "upscale", "--engine", "on") == ["onnxruntime"]
+    assert completed(tmp_path, "visionattn", "upscale", "pho") == ["photo.png"]
+
+
+def test_the_version_is_told_at_once():
+    code = "import sys; sys.argv[1:] = ['--version']; import visionattn_command; code = visionattn_command.main(); "
+    code += "assert 'torch' not in sys.modules; sys.exit(code)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, f"visionattn {visionattn.__version__}\n")

@@ -12,9 +12,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, NoReturn, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO
 
+import shtab
 import torch
 
 import visionattn
@@ -72,14 +74,41 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{shorten(message, LONGEST_MESSAGE // 2).rstrip('.')}. See {self.prog} --help.")
 
 
-def _parser(wanted: str | None) -> argparse.ArgumentParser:
-    """The parser of all commands; only the wanted one is imported, which knows its own arguments."""
+class _PrintCompletion(argparse.Action):
+    """Print a script that completes commands, options and files in a shell, and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        whole = _parser(*COMMANDS)
+        _complete_files(whole)
+        print(shtab.complete(whole, values))
+        parser.exit()
+
+
+def _complete_files(parser: argparse.ArgumentParser) -> None:
+    """Let arguments that are neither numbers nor choices be completed by names of files, or of folders."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for own in action.choices.values():
+                _complete_files(own)
+        elif action.choices is None and action.nargs != 0 and action.type in (None, Path):
+            completed: Any = action
+            completed.complete = shtab.DIRECTORY if action.metavar == "FOLDER" else shtab.FILE
+
+
+def _parser(*wanted: str) -> argparse.ArgumentParser:
+    """The parser of all commands; only the wanted ones are imported, which know their own arguments."""
     parser = _Parser(prog="visionattn", description="Vision models built from efficient attention.")
     parser.add_argument("--version", action="version", version=f"visionattn {visionattn.__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=shtab.SUPPORTED_SHELLS,
+        help="print a completion script for a shell",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         own = commands.add_parser(name, help=command.help)
-        if name == wanted:
+        if name in wanted:
             getattr(importlib.import_module(command.module), command.arguments)(own)
     for name, description in TRAINING.items():
         commands.add_parser(name, help=description, add_help=False)
@@ -94,7 +123,7 @@ def _run(argv: list[str]) -> int:
         from visionattn.train import cli as train_cli
 
         return train_cli.main(argv)
-    args = _parser(argv[0] if argv else None).parse_args(argv)
+    args = _parser(*argv[:1]).parse_args(argv)
     command = COMMANDS[args.command]
     return getattr(importlib.import_module(command.module), command.run)(args)
 
