@@ -15,7 +15,7 @@ from rich.console import Console
 from visionattn.data.module import DataModule
 from visionattn.errors import DataError, shorten
 
-__all__ = ["Announcement", "EpochLines", "say"]
+__all__ = ["Announcement", "EpochLines", "run_title", "say"]
 
 _SPLITS = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 
@@ -24,6 +24,11 @@ def say(trainer: Any, what: Any) -> None:
     """Print, on the first rank alone."""
     if trainer.is_global_zero:
         Console(soft_wrap=True, highlight=False).print(what, markup=False)
+
+
+def run_title(model: Any) -> str:
+    """What a run is called: the name of its network, or of its task."""
+    return getattr(model.hparams, "name", type(model).__name__)
 
 
 class Announcement(Callback):
@@ -52,7 +57,7 @@ class Announcement(Callback):
         say(trainer, "\n".join(lines))
 
     def _lines(self, trainer: Any, pl_module: Any) -> list[str]:
-        lines = [f"{getattr(pl_module.hparams, 'name', type(pl_module).__name__)} on {_device(trainer)}"]
+        lines = [f"{run_title(pl_module)} on {_device(trainer)}"]
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             lines[0] += f", {_length(trainer)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,7 @@ class ClassifyTask(OptimizedTask):
         **optimization: Those of `OptimizedTask`.
     """
 
+    prediction_columns = ("label", "class", "probability")
     told: ClassVar[dict[str, str]] = {
         **OptimizedTask.told,
         "num_classes": "{} classes",
@@ -158,3 +160,9 @@ class ClassifyTask(OptimizedTask):
         """Probability of each class, and the likeliest class."""
         probabilities = self(batch[0]).float().softmax(dim=-1)
         return {"probabilities": probabilities, "labels": probabilities.argmax(dim=-1)}
+
+    def prediction_rows(self, output: dict[str, torch.Tensor], class_names: list[str] | None) -> Iterator[list[Any]]:
+        """Number, name and probability of each image's likeliest class."""
+        for probabilities, label in zip(output["probabilities"], output["labels"].tolist()):
+            named = class_names and label < len(class_names)
+            yield [label, class_names[label] if named else label, f"{probabilities[label].item():.6f}"]

@@ -33,9 +33,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from visionattn.checkpoints import read_card
 from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, require, shorten
 from visionattn.files import check_output
-from visionattn.train.announce import Announcement, EpochLines, say
+from visionattn.train.announce import Announcement, EpochLines, run_title, say
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
-from visionattn.train.classify import ClassifyTask
 from visionattn.train.configuration import (
     DEFAULT_RECIPE,
     check_numbers,
@@ -47,6 +46,7 @@ from visionattn.train.configuration import (
     with_recipe,
 )
 from visionattn.train.from_checkpoint import expand_positionals, said_by_checkpoint, without_sources
+from visionattn.train.optimization import FROM_DATA, OptimizedTask
 from visionattn.train.outputs import predictions_path, tell_skipped, write_predictions, write_summary
 from visionattn.train.resume import ExactResume, Interrupted
 from visionattn.train.run_logger import ResumedLogger
@@ -175,8 +175,8 @@ class TrainCLI(LightningCLI):
                 "data": {"class_path": "visionattn.data.classify.ClassifyData"},
             }
         )
-        for source, target in (("num_classes", "num_classes"), ("attribute_values", "attributes")):
-            parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
+        for argument, source in FROM_DATA.items():
+            parser.link_arguments(f"data.{source}", f"model.init_args.{argument}", apply_on="instantiate")
         # Lightning's save_last saves the last best one, not the last: a second callback does.
         for name, settings in {
             "best": {"filename": "best", "mode": "max"},
@@ -207,7 +207,7 @@ class TrainCLI(LightningCLI):
         if given is not None and given.best.monitor is None:
             module, _, name = given.model.class_path.rpartition(".")
             task = getattr(importlib.import_module(module), name)
-            given.best.monitor = getattr(task, "monitor", "val/accuracy")
+            given.best.monitor = getattr(task, "monitor", OptimizedTask.monitor)
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would put the checkpoint's model in the place of the one that was asked for.
@@ -264,7 +264,7 @@ class TrainCLI(LightningCLI):
             if (folder / "config.yaml").is_file():
                 checkpoint = AtomicCheckpointIO().load_checkpoint(ckpt_path, weights_only=True)
                 return ResumedLogger(folder, checkpoint["global_step"])
-        name = self._run_name or getattr(self.model.hparams, "name", type(self.model).__name__)
+        name = self._run_name or run_title(self.model)
         runs = str(self._get(self.config_init, "trainer").default_root_dir or "runs")
         return CSVLogger(runs if "://" in runs else str(Path(runs).resolve()), name=name)
 
@@ -314,7 +314,7 @@ class TrainCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Predict, and write predictions.csv."""
         self._check_weights()
-        writes = isinstance(self.model, ClassifyTask)
+        writes = bool(getattr(self.model, "prediction_columns", ()))
         path = predictions_path(self.trainer, self._get(self.config_init, "output"))
         if writes:
             check_output(path, self._get(self.config_init, "overwrite"), (".csv",))
@@ -342,10 +342,8 @@ class TrainCLI(LightningCLI):
 
     def _check_weights(self) -> None:
         """Refuse to measure what nobody trained."""
-        given = self.model.hparams
-        pretrained = given.get("pretrained", True) or "checkpoint_path" in (given.get("model_args") or {})
-        if self._get(self.config_init, "ckpt_path") is None and not pretrained:
-            raise ConfigError("The model has no trained weights: give --ckpt_path FILE, or set model.pretrained.")
+        if self._get(self.config_init, "ckpt_path") is None and not getattr(self.model, "starts_trained", True):
+            raise ConfigError("The model has no trained weights: give --checkpoint FILE, or set model.pretrained.")
 
 
 def check_averaging(trainer: Any) -> None:

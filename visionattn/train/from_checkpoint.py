@@ -24,20 +24,24 @@ from visionattn.card import WEIGHT_SOURCES, Card, plain_fault
 from visionattn.errors import CheckpointError, ConfigError, shorten
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
 from visionattn.train.configuration import argument_names
+from visionattn.train.optimization import FROM_DATA
 
 __all__ = ["expand_positionals", "said_by_checkpoint", "trusted_class", "without_sources"]
 
 EVALUATIONS = ("validate", "test", "predict")
+_CHECKPOINT = re.compile(r"--checkpoint(?==|$)")
 _CLASSIFICATION = "visionattn.data.classify.ClassifyData"
-# What the data tell the task, and what only training uses.
-_FROM_DATA = ("num_classes", "attributes")
+# What only training uses.
 _FOR_TRAINING = {"augmentation": "none", "download": False, "teacher": None}
 _SERVERS = re.compile(r"://|^\s*pipe:|^(hfds|hfids|tfds)/", re.IGNORECASE)
 
 
 def expand_positionals(args: Sequence[str]) -> list[str]:
-    """`predict FILE FOLDER` -> `predict --ckpt_path FILE --data.root FOLDER`, likewise for validate and test."""
-    args = list(args)
+    """`predict FILE FOLDER` -> `predict --ckpt_path FILE --data.root FOLDER`, likewise for validate and test.
+
+    Lightning's name of the option `--checkpoint`, of all four commands, is `--ckpt_path`.
+    """
+    args = [_CHECKPOINT.sub("--ckpt_path", arg) for arg in args]
     if not args or args[0] not in EVALUATIONS:
         return args
     named: list[str] = []
@@ -110,7 +114,7 @@ def _model(path: str, content: Mapping[str, Any], card: Card | None) -> dict[str
             f"{shorten(path)} does not say its task: give the run's configuration with --config RUN/config.yaml."
         )
     task = trusted_class(path, given["_class_path"], LightningModule)
-    values = {key: value for key, value in _arguments(path, task, given).items() if key not in _FROM_DATA}
+    values = {key: value for key, value in _arguments(path, task, given).items() if key not in FROM_DATA}
     return {"class_path": given["_class_path"], "init_args": without_sources(values, card)}
 
 
@@ -193,7 +197,7 @@ def without_sources(values: Mapping[str, Any], card: Card | None) -> dict[str, A
     if card is not None and str(values.get("name", card.name)).partition(":")[2]:
         values["name"] = card.name
         args = {
-            **{key: value for key, value in card.model_args.items() if key not in (*_FROM_DATA, "in_chans")},
+            **{key: value for key, value in card.model_args.items() if key not in (*FROM_DATA, "in_chans")},
             **args,
         }
     if "model_args" in values:

@@ -16,7 +16,7 @@ Source: Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
@@ -91,8 +91,7 @@ class MaskedTask(OptimizedTask):
     """
 
     net: Any
-    monitor: ClassVar[str] = "val/explained_variance"
-    """The measure whose highest value makes the best checkpoint."""
+    monitor = "val/explained_variance"
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import timm.optim
@@ -18,9 +19,12 @@ from visionattn import weights
 from visionattn.card import KEY, Card, base_name
 from visionattn.errors import CheckpointError, ConfigError, shorten
 
-__all__ = ["SCHEDULES", "OptimizedTask"]
+__all__ = ["FROM_DATA", "SCHEDULES", "OptimizedTask"]
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
+
+FROM_DATA = {"num_classes": "num_classes", "attributes": "attribute_values"}
+"""Arguments that a task which has them gets from the data module: argument -> attribute of the data module."""
 
 
 class OptimizedTask(LightningModule):
@@ -48,6 +52,10 @@ class OptimizedTask(LightningModule):
     hparams: Any
     trainer: Any
     net: nn.Module
+    monitor: ClassVar[str] = "val/accuracy"
+    """The measure whose highest value makes the best checkpoint."""
+    prediction_columns: ClassVar[tuple[str, ...]] = ()
+    """What a prediction says of an image, a column each; empty where `visionattn predict` writes no file."""
     told: ClassVar[dict[str, str]] = {"name": "the model {!r}"}
     """Hyper-parameters that a checkpoint must share with the task, and how messages tell their values."""
 
@@ -84,6 +92,20 @@ class OptimizedTask(LightningModule):
             known = [str(known) for known in timm.optim.list_optimizers()]
             nearest = difflib.get_close_matches(opt, known, cutoff=0.4)
             raise ConfigError(f"There is no optimizer {opt!r}. Near it: {', '.join(nearest) or 'none'}.")
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether the network began with weights that somebody trained."""
+        # A task without `pretrained` does not ask.
+        return self.hparams.get("pretrained", True) or "checkpoint_path" in (self.hparams.get("model_args") or {})
+
+    def for_use(self) -> nn.Module:
+        """The network as it is used after training."""
+        return self.net
+
+    def prediction_rows(self, output: Any, class_names: list[str] | None) -> Iterator[list[Any]]:
+        """The values of `prediction_columns` for each image of a batch, from what `predict_step` gave."""
+        raise NotImplementedError
 
     @property
     def trained(self) -> nn.Module:

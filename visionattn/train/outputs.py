@@ -14,8 +14,7 @@ from rich.table import Table
 from visionattn.cost import count_macs, count_parameters
 from visionattn.data.module import DataModule, list_skipped
 from visionattn.files import atomic_path
-from visionattn.train.announce import say
-from visionattn.train.restore import RestoreTask
+from visionattn.train.announce import run_title, say
 
 __all__ = ["tell_skipped", "write_predictions", "write_summary"]
 
@@ -30,7 +29,7 @@ def write_summary(cli: Any, measured: Mapping[str, Mapping[str, torch.Tensor]]) 
             if prefix == part and not (part == "train" and measure != "images_per_second"):
                 shown = f"{value:,.0f}" if measure == "images_per_second" else f"{value:.4f}"
                 rows.setdefault(measure.replace("_per_", "/").replace("_", " "), {})[part] = shown
-    table = Table(title=getattr(model.hparams, "name", type(model).__name__))
+    table = Table(title=run_title(model))
     table.add_column("measure")
     names = {"train": "training", "val": "validation", "test": "test"}
     if isinstance(data, DataModule) and "test" in measured and data.tests_on_validation:
@@ -39,7 +38,7 @@ def write_summary(cli: Any, measured: Mapping[str, Mapping[str, torch.Tensor]]) 
         table.add_column(names[part], justify="right")
     for measure, values in rows.items():
         table.add_row(measure, *(values.get(part, "") for part in measured))
-    net = model.for_use() if isinstance(model, RestoreTask) else getattr(model, "net", None)
+    net = model.for_use() if hasattr(model, "for_use") else getattr(model, "net", None)
     shape = getattr(data, "image_shape", None)
     if net is not None and shape is not None:
         empty = [""] * (len(measured) - 1)
@@ -56,8 +55,8 @@ def predictions_path(trainer: Any, output: str | None) -> Path:
     return path.with_stem(f"{path.stem}-rank{trainer.global_rank}") if trainer.world_size > 1 else path
 
 
-def write_predictions(cli: Any, outputs: list[dict[str, torch.Tensor]], path: Path) -> None:
-    """A row for each image that could be read: its name, label, class and probability."""
+def write_predictions(cli: Any, outputs: list[Any], path: Path) -> None:
+    """A row for each image that could be read: its name, and what the task predicts."""
     trainer, data = cli.trainer, cli.datamodule
     names = data.predicted_names() if hasattr(data, "predicted_names") else itertools.count()
     unread = data.unpredicted() if hasattr(data, "unpredicted") else set()
@@ -69,13 +68,12 @@ def write_predictions(cli: Any, outputs: list[dict[str, torch.Tensor]], path: Pa
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(["image", "label", "class", "probability"])
+        writer.writerow(["image", *cli.model.prediction_columns])
         for output in outputs:
-            for probabilities, label in zip(output["probabilities"], output["labels"].tolist()):
+            for row in cli.model.prediction_rows(output, classes):
                 index, name = next(named)
                 if index not in unread:
-                    shown = classes[label] if classes and label < len(classes) else label
-                    writer.writerow([name, label, shown, f"{probabilities[label].item():.6f}"])
+                    writer.writerow([name, *row])
     say(trainer, f"The predictions are in {path}.")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torchmetrics import MeanMetric
@@ -42,8 +42,7 @@ class RestoreTask(OptimizedTask):
         **optimization: Those of `OptimizedTask`.
     """
 
-    monitor: ClassVar[str] = "val/psnr_y"
-    """The measure whose highest value makes the best checkpoint."""
+    monitor = "val/psnr_y"
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ An attribute of which a batch has one value gives 0. Losses and miners are pytor
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,6 @@ class EmbeddingTask(OptimizedTask, ABC):
     The network is `net`; `attributes` of the hyper-parameters names each attribute and its values. A batch of an
     evaluation begins with images and ends with their places in their part.
     """
-
-    monitor: ClassVar[str]
-    """The measure whose highest value makes the best checkpoint."""
 
     def __init__(self, **optimization: Any) -> None:
         super().__init__(**optimization)
