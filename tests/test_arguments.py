@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from visionattn.arguments import number, whole_number
+from visionattn.arguments import add_old_spelling, number, whole_number
 
 
 def test_what_is_taken():
@@ -47,3 +47,21 @@ def test_the_parser_names_the_option(capsys):
         parser.parse_args(["--focal", "nan"])
     assert stop.value.code == 2
     assert "argument --focal: must be a finite number above 0; got 'nan'" in capsys.readouterr().err
+
+
+def test_old_spellings_are_answered_with_the_new_ones(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--image-size", type=int, nargs=2, required=True)
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    add_old_spelling(parser, "--input-size", "--image-size")
+    add_old_spelling(parser, "--precision", "--dtype", {"fp16": "float16"})
+    assert vars(parser.parse_args(["--image-size", "1", "2"])) == {"image_size": [1, 2], "dtype": "float32"}
+    assert capsys.readouterr().err == ""
+    found = vars(parser.parse_args(["--input-size", "3", "4", "--precision", "fp16"]))
+    assert found == {"image_size": [3, 4], "dtype": "float16"}
+    assert capsys.readouterr().err == (
+        "visionattn: note: --input-size is now --image-size.\nvisionattn: note: --precision is now --dtype float16.\n"
+    )
+    assert "--precision" not in parser.format_help()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--image-size", "1", "2", "--precision", "fp8"])

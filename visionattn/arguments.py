@@ -1,14 +1,16 @@
-"""Types of command-line arguments: numbers that are finite and in a range."""
+"""Command-line arguments: numbers that are finite and in a range, and old spellings of options."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from visionattn.errors import shorten
 
-__all__ = ["number", "whole_number"]
+__all__ = ["add_old_spelling", "number", "whole_number"]
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
@@ -56,3 +58,43 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def add_old_spelling(
+    parser: argparse.ArgumentParser, old: str, new: str, values: Mapping[str, str] | None = None
+) -> None:
+    """Accept the old spelling of an option, with a line that says the new one.
+
+    Args:
+        parser: The parser, which has the option `new`.
+        old: Such as "--input-size". The help does not show it.
+        new: Such as "--image-size".
+        values: Old values of the option -> new ones.
+    """
+    now = parser._option_string_actions[new]
+    choices = now.choices and [*(values or {}), *now.choices]
+    parser.add_argument(
+        old,
+        action=_OldSpelling,
+        dest=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+        nargs=now.nargs,
+        type=now.type,
+        choices=choices,
+        now=now,
+        values=values or {},
+    )
+
+
+class _OldSpelling(argparse.Action):
+    def __init__(self, *args: Any, now: argparse.Action, values: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.now = now
+        self.values_now = values
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        given = self.values_now.get(values, values) if isinstance(values, str) else values
+        value = f" {given}" if given != values else ""
+        print(f"visionattn: note: {option} is now {self.now.option_strings[0]}{value}.", file=sys.stderr)
+        self.now.required = False  # it has its value
+        self.now(parser, namespace, given, option)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
-__all__ = ["lazily"]
+__all__ = ["lazily", "make_callable"]
 
 
 def lazily(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
@@ -14,7 +16,7 @@ def lazily(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         package: Its `__name__`.
-        modules: Name that the package offers -> the module that defines it.
+        modules: Name that the package offers -> the module that defines it, or that it is itself.
 
     Returns:
         The function; it raises `AttributeError` for other names.
@@ -23,6 +25,23 @@ def lazily(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
     def __getattr__(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(modules[name]), name)
+        module = importlib.import_module(modules[name])
+        return module if modules[name] == f"{package}.{name}" else getattr(module, name)
 
     return __getattr__
+
+
+def make_callable(package: str, module: str) -> None:
+    """Let a package be called as the function of its own name, such as `visionattn.export(...)`.
+
+    Args:
+        package: Its `__name__`, while it is imported.
+        module: The module that defines the function, imported at the first call.
+    """
+    name = package.rpartition(".")[2]
+
+    class CallablePackage(ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    sys.modules[package].__class__ = CallablePackage
