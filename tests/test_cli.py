@@ -13,10 +13,24 @@ from visionattn import models
 from visionattn.cli import main
 
 
-def test_list_shows_every_name(capsys):
+def test_list_shows_every_name(capsys, monkeypatch):
+    monkeypatch.setattr("visionattn.zoo.create", None)  # no model is built
     assert main(["list"]) == 0
-    shown = capsys.readouterr().out
-    assert [name for name in models.names() if name not in shown] == []
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if "va_" in line}
+    assert list(rows) == models.names()
+    assert {name: row[-1] for name, row in rows.items() if row[-1] != "none"} == WEIGHTS
+
+
+WEIGHTS = {
+    "va_match_flow_base": "download",
+    "va_match_stereo_base": "download",
+    "va_match_stereo_nano": "shipped",
+    "va_match_stereo_small": "download",
+    "va_match_stereo_tiny": "download",
+    "va_minimal_vit_micro_patch4_32": "shipped",
+    "va_span_ch26_x2": "shipped",
+    "va_span_ch26_x4": "shipped",
+}
 
 
 def test_list_takes_a_part_of_a_name(capsys):

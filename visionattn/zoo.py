@@ -1,18 +1,23 @@
-"""`visionattn list` and `visionattn show`: the models by name, and one model's card."""
+"""`visionattn list` and `visionattn show`: the models by name, and one model's card.
+
+What the models cost stands in `costs.csv`, which `python -m tools.count_costs` writes: counting takes half a minute.
+"""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import fnmatch
 import inspect
 import os
 import sys
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import timm
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 
@@ -22,7 +27,17 @@ from visionattn.cost import count_macs, count_parameters
 from visionattn.errors import InputError, UnknownNameError, shorten
 from visionattn.progress import new_console
 
-__all__ = ["add_list_arguments", "add_show_arguments", "run_list", "run_show"]
+__all__ = ["COSTS", "Cost", "add_list_arguments", "add_show_arguments", "count", "read_costs", "run_list", "run_show"]
+
+COSTS = Path(__file__).parent / "costs.csv"
+
+
+class Cost(NamedTuple):
+    """A model's task, parameters, and multiply-accumulates for its input size."""
+
+    task: str
+    parameters: int
+    macs: int
 
 
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,20 +58,32 @@ def _outline(name: str) -> nn.Module:
         return create(name)
 
 
-def _facts(name: str) -> dict[str, str]:
-    """What the zoo's table says of a model."""
-    model: Any = _outline(name)
-    config = model.pretrained_cfg
-    size = tuple(config["input_size"])
-    images = [size] * len(getattr(model, "input_names", ("image",)))
+def count(name: str) -> Cost:
+    """Build a model on the meta device and count what it costs."""
+    return _count(_outline(name))
+
+
+def _count(model: Any) -> Cost:
+    images = [tuple(model.pretrained_cfg["input_size"])] * len(getattr(model, "input_names", ("image",)))
+    task = getattr(model, "task", "classify" if model.num_classes else "features")
+    return Cost(task, count_parameters(model), count_macs(model, *images))
+
+
+def read_costs() -> dict[str, Cost]:
+    """The costs of all names of this package, as counted when it was made."""
+    with COSTS.open(newline="") as file:
+        return {row["name"]: Cost(row["task"], int(row["parameters"]), int(row["macs"])) for row in csv.DictReader(file)}
+
+
+def _facts(cost: Cost, config: Mapping[str, Any]) -> dict[str, str]:
+    """What the zoo's table says of a model with timm's configuration `config`."""
+    weights = "shipped" if config.get("file") else "download" if config.get("url") or config.get("hf_hub_id") else "none"
     return {
-        "task": getattr(model, "task", "classify" if model.num_classes else "features"),
-        "parameters": f"{count_parameters(model) / 1e6:.2f} M",
-        "MACs": f"{count_macs(model, *images) / 1e6:,.1f} M",
-        "input": " x ".join(map(str, size)),
-        "weights": config.get("tag", "published")
-        if config.get("url") or config.get("file") or config.get("hf_hub_id")
-        else "none",
+        "task": cost.task,
+        "parameters": f"{cost.parameters / 1e6:.2f} M",
+        "MACs": f"{cost.macs / 1e6:,.1f} M",
+        "input": " x ".join(map(str, config["input_size"])),
+        "weights": weights,
     }
 
 
@@ -65,12 +92,13 @@ def run_list(args: argparse.Namespace) -> int:
     names = fnmatch.filter(models.names(), f"*{args.pattern}*")
     if not names:
         raise UnknownNameError(f"No model name fits {args.pattern!r}. `visionattn list` shows all.")
+    costs = read_costs()
+    rows = {name: _facts(costs[name], timm.get_pretrained_cfg(name).to_dict()) for name in names}
     table = Table("name", box=SIMPLE_HEAD, pad_edge=False)
-    for key in _facts(names[0]):
+    for key in rows[names[0]]:
         table.add_column(key, justify="right" if key in ("parameters", "MACs") else "left", no_wrap=True)
-    stderr = Console(stderr=True)
-    for name in track(names, "Counting", console=stderr, transient=True, disable=not stderr.is_terminal):
-        table.add_row(name, *_facts(name).values())
+    for name, row in rows.items():
+        table.add_row(name, *row.values())
     new_console().print(table)
     return 0
 
@@ -89,8 +117,11 @@ def run_show(args: argparse.Namespace) -> int:
     name = args.name.split(".")[0]
     if variant := getattr(sys.modules[type(model).__module__], name, None):
         table.add_row("variant", inspect.getdoc(variant) or "")
-    for key, value in _facts(args.name).items():
-        table.add_row(key, value)
+    facts = _facts(read_costs().get(name) or _count(model), config)
+    if facts["weights"] != "none" and config.get("tag"):
+        facts["weights"] += f" ({config['tag']})"
+    for row in facts.items():
+        table.add_row(*row)
     table.add_row("mean, std", f"{tuple(config['mean'])}, {tuple(config['std'])}")
     multiple = getattr(model, "size_multiple", None)
     sizes = "not stated" if multiple is None else f"any multiple of {multiple}"

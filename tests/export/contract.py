@@ -18,15 +18,15 @@ import visionattn
 from visionattn.export import OnnxFile, OnnxModel, export_onnx
 from visionattn.export.cli import draw_random_weights
 from visionattn.models import names
+from visionattn.zoo import read_costs
 
 
 def smallest_names() -> list[str]:
     """The name with the fewest parameters of each family (a family is a file in `visionattn/models`)."""
     smallest: dict[str, tuple[int, str]] = {}
-    for name in names():
-        count = sum(parameter.numel() for parameter in timm.create_model(name, device="meta").parameters())
+    for name, cost in read_costs().items():
         family = model_entrypoint(name).__module__
-        smallest[family] = min(smallest.get(family, (count, name)), (count, name))
+        smallest[family] = min(smallest.get(family, (cost.parameters, name)), (cost.parameters, name))
     return [name for _, name in smallest.values()]
 
 
@@ -44,13 +44,21 @@ def draw_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def export_by_name(name: str, folder: Path) -> OnnxFile:
+# The symbolic shapes of each further layer of a kind cost seconds and take no new branch.
+ONE_LAYER_OF_A_KIND: dict[str, dict[str, object]] = {
+    "va_match_stereo_nano": {"encoder_depths": (1, 1, 1, 1), "depths": (0, 1, 1, 1)},
+    "va_halonet_nano_32": {"depths": (1, 1, 1)},
+    "va_cca_halonet_nano_32": {"backbone_args": {"depths": (1, 1, 1)}},
+}
+
+
+def export_by_name(name: str, folder: Path, **settings: object) -> OnnxFile:
     """Export a model name with drawn weights.
 
     Those that match two images decide: by the largest of many scores, by a distance below 2 pixels. Where weights are
     loud, some decision is always so close that rounding makes it; where a start is untrained, all its scores are.
     """
-    model = timm.create_model(name)
+    model = timm.create_model(name, **settings)
     if model.task in ("stereo", "flow"):
         draw_random_weights(model, None)
         start = model.start

@@ -24,7 +24,7 @@ from visionattn.errors import ExportError, InputError, require, shorten
 from visionattn.export.check import CheckRow, check_onnx, check_sizes, frozen, outputs_of, random_images, scaled_size
 from visionattn.export.spec import ExportSpec, size_text
 from visionattn.files import atomic_path
-from visionattn.kernels import decompositions
+from visionattn.kernels import PlainForms
 
 __all__ = ["OnnxFile", "check_input_size", "check_opset", "export_onnx"]
 
@@ -172,8 +172,8 @@ def _trace(model: nn.Module, spec: ExportSpec) -> ExportedProgram:
         least = max(1, (spec.size_minimum or 1) // spec.size_multiple)
         dims |= {axis: spec.size_multiple * Dim(f"{AXES[axis]}_units", min=least) for axis in (2, 3)}
     try:
-        program = torch.export.export(model, tuple(images), dynamic_shapes=tuple(dims for _ in images))
-        return program.run_decompositions(decompositions())
+        with PlainForms():
+            return torch.export.export(model, tuple(images), dynamic_shapes=tuple(dims for _ in images))
     # The tracer raises what the traced code raises, and many kinds of its own.
     except Exception as error:
         raise refusal("torch.export", spec, error) from error

@@ -24,7 +24,7 @@ from visionattn.export.onnx import OnnxFile, export_onnx, refusal, translate
 from visionattn.export.runtime import OnnxModel
 from visionattn.export.spec import ExportSpec
 from visionattn.files import atomic_path
-from visionattn.kernels import decompositions
+from visionattn.kernels import PlainForms
 
 __all__ = ["OnnxRetrieval", "check_retrieval", "export_retrieval", "pair_paths"]
 
@@ -208,8 +208,8 @@ def _trace_head(model: Any, spec: ExportSpec, axes: Sequence[dict[int, str]]) ->
     tokens = torch.randn(spec.batch or 2, count, model.num_features, dtype=weight.dtype)
     dims = tuple(dict.fromkeys(names, Dim.DYNAMIC) for names in axes)
     try:
-        program = torch.export.export(model.head, (tokens, torch.zeros(3, dtype=torch.long)), dynamic_shapes=dims)
-        return program.run_decompositions(decompositions())
+        with PlainForms():
+            return torch.export.export(model.head, (tokens, torch.zeros(3, dtype=torch.long)), dynamic_shapes=dims)
     # The tracer raises what the traced code raises, and many kinds of its own.
     except Exception as error:
         raise refusal("torch.export", spec, error) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 
 # One line an operator: importing the file registers it.
 from visionattn.kernels import (  # noqa: F401
@@ -22,7 +23,7 @@ from visionattn.kernels import (  # noqa: F401
 )
 from visionattn.kernels._operator import DEFINITIONS, kernels_enabled
 
-__all__ = ["decompositions", "kernels_enabled"]
+__all__ = ["PlainForms", "decompositions", "kernels_enabled"]
 
 
 def decompositions() -> dict[OpOverload, Callable]:
@@ -31,3 +32,17 @@ def decompositions() -> dict[OpOverload, Callable]:
     It holds our operators alone, so the core ATen operators of a program stay as they are.
     """
     return dict(DEFINITIONS)
+
+
+class PlainForms(TorchFunctionMode):
+    """Within this context every operator is traced as its plain definition.
+
+    A program traced so needs no `run_decompositions(decompositions())`, a second pass over its graph that takes longer
+    than tracing where sizes are symbolic.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Call the definition in place of an operator, and all else as it is."""
+        operator = getattr(func, "default", func)  # `torch.ops.visionattn.<operator>` has one overload
+        function = DEFINITIONS.get(operator, func) if isinstance(operator, OpOverload) else func
+        return function(*args, **(kwargs or {}))
