@@ -1,6 +1,6 @@
 """Count what every model costs, for `visionattn list`, after a model was added or changed.
 
-    python -m tools.count_costs
+python -m tools.count_costs
 """
 
 from __future__ import annotations

@@ -72,12 +72,16 @@ def _count(model: Any) -> Cost:
 def read_costs() -> dict[str, Cost]:
     """The costs of all names of this package, as counted when it was made."""
     with COSTS.open(newline="") as file:
-        return {row["name"]: Cost(row["task"], int(row["parameters"]), int(row["macs"])) for row in csv.DictReader(file)}
+        return {
+            row["name"]: Cost(row["task"], int(row["parameters"]), int(row["macs"])) for row in csv.DictReader(file)
+        }
 
 
 def _facts(cost: Cost, config: Mapping[str, Any]) -> dict[str, str]:
     """What the zoo's table says of a model with timm's configuration `config`."""
-    weights = "shipped" if config.get("file") else "download" if config.get("url") or config.get("hf_hub_id") else "none"
+    weights = (
+        "shipped" if config.get("file") else "download" if config.get("url") or config.get("hf_hub_id") else "none"
+    )
     return {
         "task": cost.task,
         "parameters": f"{cost.parameters / 1e6:.2f} M",
