@@ -176,3 +176,18 @@ def test_model_without_gradient_checkpointing(monkeypatch):
     monkeypatch.setattr("timm.models.vision_transformer.VisionTransformer.set_grad_checkpointing", refuse)
     with pytest.raises(ConfigError, match=r"has no gradient checkpointing"):
         ClassifyTask(grad_checkpointing=True)
+
+
+def test_a_file_is_no_name(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    with pytest.raises(ConfigError, match=r"must be a name, got the file .*--model.model_args.checkpoint_path"):
+        ClassifyTask(str(file))
+
+
+def test_the_task_says_what_its_predictions_are():
+    task = ClassifyTask(model_args={"depth": 1}, num_classes=3)
+    output = {"probabilities": torch.tensor([[0.25, 0.75, 0.0]]), "labels": torch.tensor([1])}
+    assert task.prediction_columns == ("label", "class", "probability")
+    assert list(task.prediction_rows(output, ["a", "b", "c"])) == [[1, "b", "0.750000"]]
+    assert list(task.prediction_rows(output, None)) == [[1, 1, "0.750000"]]
+    assert not task.starts_trained

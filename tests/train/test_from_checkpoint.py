@@ -145,6 +145,8 @@ def test_positionals():
         "--data.root=b",
         "--x=1",
     ]
+    assert expand_positionals(["fit", "--checkpoint", "a.ckpt"]) == ["fit", "--ckpt_path", "a.ckpt"]
+    assert expand_positionals(["test", "--checkpoint=a.ckpt"]) == ["test", "--ckpt_path=a.ckpt"]
     assert expand_positionals(["test", "a.ckpt"]) == ["test", "--ckpt_path=a.ckpt"]
     assert expand_positionals(["fit", "a.ckpt"]) == ["fit", "a.ckpt"]
     assert expand_positionals(["test", "--config", "a.yaml"]) == ["test", "--config", "a.yaml"]

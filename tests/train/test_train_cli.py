@@ -85,7 +85,7 @@ def test_fit_leaves_a_run_that_the_other_commands_read(small, capsys):
         assert main(["test", *settings, "--ckpt_path", str(run / "checkpoints/best.ckpt")]) == 0
         assert shown(capsys.readouterr().out, "loss") == shown(output, "loss")
 
-    assert main(["predict", "--ckpt_path", str(run / "checkpoints/best.ckpt")]) == 0
+    assert main(["predict", "--checkpoint", str(run / "checkpoints/best.ckpt")]) == 0
     with open("predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 360
@@ -148,7 +148,7 @@ def test_ctrl_c_gives_the_command_to_go_on_with(small, tmp_path):
     assert "Traceback" not in message
     command = message.strip().splitlines()[-1].split()
     assert command == [
-        "visionattn", "fit", "--config", str(last.parent.parent / "config.yaml"), "--ckpt_path", str(last)
+        "visionattn", "fit", "--config", str(last.parent.parent / "config.yaml"), "--checkpoint", str(last)
     ]  # fmt: skip
     steps = torch.load(last, weights_only=True)["global_step"]
     assert main([*command[1:], f"--trainer.max_steps={steps + 2}"]) == 0
@@ -266,7 +266,7 @@ def test_wrong_checkpoint(small, tmp_path, capsys):
         capsys, "test", *other, "--data.num_classes=4"
     )
     assert fails(capsys, "test", "--config", small) == (
-        "The model has no trained weights: give --ckpt_path FILE, or set model.pretrained."
+        "The model has no trained weights: give --checkpoint FILE, or set model.pretrained."
     )
     weights = torch.load("runs/small/version_0/checkpoints/last.ckpt", weights_only=True)
     torch.save({**weights, "optimizer_states": []}, "partial.ckpt")

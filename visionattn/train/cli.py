@@ -129,10 +129,11 @@ class TrainCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self._running = False
         self._announcement = Announcement()
-        args, asked = with_recipe(args), args
-        if args != list(asked) and getattr(rank_zero_only, "rank", 0) == 0:
+        asked = expand_positionals(args)
+        args = with_recipe(asked)
+        if args != asked and getattr(rank_zero_only, "rank", 0) == 0:
             print(f"No recipe is named: {DEFAULT_RECIPE} is used, for images in folders of their classes.")
-        resolved, configs = _resolve_configs(expand_positionals(args))
+        resolved, configs = _resolve_configs(args)
         self._run_name = configs[-1].stem if configs else None
         if self._run_name == "config":
             self._run_name = configs[-1].resolve().parent.parent.name
@@ -188,6 +189,9 @@ class TrainCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for action in parser._actions:
+            if action.dest == "ckpt_path":
+                action.help = "checkpoint to take weights, and in fit the state, from; --checkpoint FILE is the same"
         if subcommand == "predict":
             parser.add_argument("--output", type=str | None, help="CSV file of the predictions (predictions.csv)")
             parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
@@ -365,8 +369,8 @@ def _resume_command(args: Sequence[str], checkpoint: Path) -> str:
     """What to type in order to go on."""
     config = checkpoint.parent.parent / "config.yaml"
     if config.is_file():
-        return shlex.join(["visionattn", "fit", "--config", str(config), "--ckpt_path", str(checkpoint)])
-    return shlex.join(["visionattn", *args, "--ckpt_path", str(checkpoint)])
+        return shlex.join(["visionattn", "fit", "--config", str(config), "--checkpoint", str(checkpoint)])
+    return shlex.join(["visionattn", *args, "--checkpoint", str(checkpoint)])
 
 
 def _remove_unused(trainer: Any) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import timm
 import timm.optim
 import torch
 from lightning.pytorch import LightningModule
@@ -18,6 +19,7 @@ from torch import nn
 from visionattn import weights
 from visionattn.card import KEY, Card, base_name
 from visionattn.errors import CheckpointError, ConfigError, shorten
+from visionattn.opening import is_file
 
 __all__ = ["FROM_DATA", "SCHEDULES", "OptimizedTask"]
 
@@ -82,7 +84,12 @@ class OptimizedTask(LightningModule):
         Raises:
             ConfigError: There is no such schedule or optimizer; near names are suggested.
         """
-        sched, opt = self.hparams.sched, self.hparams.opt
+        sched, opt, name = self.hparams.sched, self.hparams.opt, self.hparams.get("name")
+        if isinstance(name, str) and not timm.is_model(name.split(".")[0]) and is_file(name):
+            raise ConfigError(
+                f"model.name must be a name, got the file {shorten(name)}: name the model that its weights are of, and "
+                f"give the file by --model.model_args.checkpoint_path {shorten(name)}."
+            )
         for name in ("lr", "weight_decay", "warmup_epochs", "min_lr"):
             if not 0 <= self.hparams[name] < math.inf:
                 raise ConfigError(f"model.{name} must be a finite number, 0 or more; got {self.hparams[name]}.")
