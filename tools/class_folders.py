@@ -1,9 +1,12 @@
 """Lay data sets out as folders of one sub-folder a class, which every reader of image folders takes.
 
     python -m tools.class_folders mnist --root FOLDER_OF_IDX_FILES --images 10000 --output FOLDER
+    python -m tools.class_folders cifar10 --root FOLDER_OF_SHEETS --output FOLDER
     python -m tools.class_folders products --root FOLDER --attribute articleType --output FOLDER
 
-`mnist` writes the first images of the training part, and the test part. `products` reads `attributes.csv` (columns id,
+`mnist` writes the first images of the training part, and the test part. `cifar10` reads the sheets that
+`benchmarks.models.cifar_sheets` describes, of which the last one is held out; torchvision's reader would refuse them as
+files of its own, of which it knows the checksums. `products` reads `attributes.csv` (columns id,
 split and attributes) and `images.zip` (ID.webp), keeps values that at least 40 training images have, and writes PNG.
 """
 
@@ -18,6 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.models.cifar_sheets import CLASSES, SPLITS, load_cifar10_sheets
 from visionattn.data.classify.mnist import load_mnist
 
 LEAST = 40
@@ -29,6 +33,14 @@ def mnist(args: argparse.Namespace) -> None:
             folder = args.output / split / str(label)
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.squeeze()).save(folder / f"{index:05d}.png")
+
+
+def cifar10(args: argparse.Namespace) -> None:
+    for split in SPLITS:
+        for index, (image, label) in enumerate(zip(*load_cifar10_sheets(args.root, split))):
+            folder = args.output / split / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{index:05d}.png")
 
 
 def products(args: argparse.Namespace) -> None:
@@ -46,13 +58,13 @@ def products(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=["mnist", "products"])
+    parser.add_argument("data", choices=["mnist", "cifar10", "products"])
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--images", type=int, help="of the training part of mnist; all by default")
     parser.add_argument("--attribute", default="articleType", help="of products")
     args = parser.parse_args()
-    {"mnist": mnist, "products": products}[args.data](args)
+    {"mnist": mnist, "cifar10": cifar10, "products": products}[args.data](args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ MOVED = {
     "visionattn.data.bicubic": "visionattn.data.restore.bicubic",
     "visionattn.data.catalogue": "visionattn.data.retrieval.catalogue",
     "visionattn.data.catalogue_files": "visionattn.data.retrieval.catalogue_files",
-    "visionattn.data.cifar": "visionattn.data.classify.cifar",
     "visionattn.data.digits": "visionattn.data.classify.digits",
     "visionattn.data.disparity": "visionattn.data.matching.disparity",
     "visionattn.data.embedding": "visionattn.data.retrieval.embedding",

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import visionattn  # noqa: F401  registers the names in CONFIG
+from benchmarks.models.cifar_sheets import load_cifar10_sheets
 from benchmarks.report import RESULTS, environment, read_rows, write_rows
 from visionattn.cost import count_macs, count_parameters
-from visionattn.data.classify.cifar import load_cifar10_sheets
 from visionattn.data.classify.mnist import load_mnist
 
 BATCH = 64

@@ -44,11 +44,11 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import visionattn
+from benchmarks.models.cifar_sheets import load_cifar10_sheets
 from benchmarks.models.small_images import BATCH, PEAK
 from benchmarks.report import RESULTS, environment, paired_milliseconds, read_rows, summarize, write_rows
 from visionattn.blocks import SubspaceAttention
 from visionattn.cost import count_macs, count_parameters
-from visionattn.data.classify.cifar import load_cifar10_sheets
 
 NETWORK = "va_mobilenetv2_ulsam_050_32"
 PLACES = ("blocks.4.2", "blocks.5.2")

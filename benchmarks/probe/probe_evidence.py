@@ -1,11 +1,12 @@
 """Frozen backbones judged by `visionattn probe`: every pooling, k-NN and few-shot, with what each costs.
 
-    python -m benchmarks.probe.probe_evidence --cifar10 FOLDER_OF_SHEETS --mnist FOLDER --products FOLDER
+    python -m benchmarks.probe.probe_evidence --cifar10 FOLDER --mnist FOLDER --products FOLDER
         --weights FOLDER
-    python -m benchmarks.probe.probe_evidence --cifar10 FOLDER_OF_SHEETS --only micro
+    python -m benchmarks.probe.probe_evidence --cifar10 FOLDER --only micro
 
-`--mnist` and `--products` are folders that `class_folders.py` laid out: MNIST with its first 10,000 training images,
-the articleType of fashion products. `--weights` holds EfficientNet-Lite0 (ImageNet-1k) and the CIFAR ResNets as
+The data are folders that `tools/class_folders.py` laid out: CIFAR-10 from sheets, MNIST with its first 10,000 training
+images, the articleType of fashion products. In the rows of EfficientNet-Lite0 on CIFAR-10 images were shown whole; from
+a folder its centre crop of 0.875 is taken, so that these rows would change. `--weights` holds EfficientNet-Lite0 (ImageNet-1k) and the CIFAR ResNets as
 safetensors. Data and backbones that are not given are left out.
 
 Each case is one `visionattn probe` in `--runs`, which an interrupted run continues; then its rows are written anew,
@@ -59,7 +60,7 @@ class Case:
 
     def command(self, folders: dict[str, Path], weights: Path | None, runs: Path) -> list[str]:
         """The words of `visionattn probe`."""
-        words = [self.model, "--dataset", "cifar10-sheets" if self.data == "cifar10" else "folder"]
+        words = [self.model, "--dataset", "folder"]
         words += ["--root", str(folders[self.data]), "--heads", ",".join(self.heads), "--epochs", str(self.epochs)]
         words += [
             "--lrs",

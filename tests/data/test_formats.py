@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionattn.data.classify.cifar import CLASSES, load_cifar10_sheets
+from benchmarks.models.cifar_sheets import CLASSES, load_cifar10_sheets
+from tools import class_folders
+from visionattn.data.classify.datamodule import ClassifyData
 from visionattn.data.classify.digits import load_digits
 from visionattn.data.classify.mnist import load_mnist, read_idx
-from visionattn.errors import DataError
+from visionattn.errors import ConfigError, DataError
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 
@@ -149,6 +151,25 @@ def test_wrong_cifar_sheets(tmp_path):
     np.savez(tmp_path / "labels.npz", train=np.zeros(50000, np.uint8))
     with pytest.raises(DataError, match=r"train_00.webp has 64 x 64 pixels; a sheet has 1280 x 800"):
         load_cifar10_sheets(tmp_path, "train")
+
+
+def test_sheets_become_a_folder_of_images(tmp_path, monkeypatch):
+    (tmp_path / "sheets").mkdir()
+    tiles, labels = write_cifar(tmp_path / "sheets")
+    output = tmp_path / "images"
+    words = ["class_folders", "cifar10", "--root", str(tmp_path / "sheets"), "--output", str(output)]
+    monkeypatch.setattr("sys.argv", words)
+    class_folders.main()
+    assert len(list(output.rglob("*.png"))) == 2004
+    written = np.asarray(Image.open(output / "val" / CLASSES[labels[1007]] / "00007.png"))
+    assert np.array_equal(written, tiles[1007])
+    data = ClassifyData("folder", str(output))
+    assert (data.class_names, data.describe("val")[:25]) == (sorted(CLASSES), "1,000 images in 10 classe")
+
+
+def test_the_old_name_of_the_sheets_says_what_to_use(tmp_path):
+    with pytest.raises(ConfigError, match="use 'torch/cifar10' with torchvision's files"):
+        ClassifyData("cifar10-sheets", str(tmp_path))
 
 
 def test_shared_cifar():

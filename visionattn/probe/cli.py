@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME; a classifier in it is not needed")
     parser.add_argument("--random", action="store_true", help="untrained weights for NAME")
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, help="digits, mnist, cifar10-sheets, folder, torch/..., hfds/...")
+    data.add_argument("--dataset", required=True, help="digits, mnist, folder, torch/..., hfds/...")
     data.add_argument("--root", metavar="FOLDER", help="where the files are")
     data.add_argument(
         "--train-split", default="train", metavar="NAME", help="training split, of readers with named splits"

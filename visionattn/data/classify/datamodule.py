@@ -18,8 +18,6 @@ from timm.data.dataset import IterableImageDataset
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
-from visionattn.data.classify.cifar import CLASSES as CIFAR10_CLASSES
-from visionattn.data.classify.cifar import load_cifar10_sheets
 from visionattn.data.classify.digits import load_digits
 from visionattn.data.classify.mnist import load_mnist
 from visionattn.data.classify.sources import ArrayImages, FolderReader, ReaderImages, TorchvisionImages, first_names
@@ -31,7 +29,7 @@ from visionattn.errors import ConfigError, DataError, MissingPackageError, requi
 
 __all__ = ["ClassifyData"]
 
-_ARRAYS = ("digits", "mnist", "cifar10-sheets")
+_ARRAYS = ("digits", "mnist")
 # torchvision's sets that have a training and a test part only; their images are small and shown whole.
 _TWO_PARTS = tuple(f"torch/{name}" for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"))
 # What timm's users call the sub-folders with the parts of a folder dataset.
@@ -49,7 +47,7 @@ class ClassifyData(DataModule):
     Sizes, channels and normalisation that are not given follow from the model.
 
     Args:
-        dataset: `"digits"` (embedded in scikit-learn), `"mnist"` (IDX files), `"cifar10-sheets"`, `"folder"`, or a name
+        dataset: `"digits"` (embedded in scikit-learn), `"mnist"` (IDX files), `"folder"`, or a name
             that timm's `create_dataset` reads: `"torch/..."`, `"hfds/..."`, `"wds/..."`, `"tfds/..."`. A folder holds a
             sub-folder for each class, below `train`, `val` and `test` or without these; an image belongs to the first
             of these sub-folders, however deep it lies. None is `"folder"` where `root` is given, else `"digits"`.
@@ -105,7 +103,13 @@ class ClassifyData(DataModule):
                 f"There is no augmentation {augmentation!r}. Choose from {', '.join(AUGMENTATIONS)}, or give the path "
                 "of a pipeline saved by albumentations (.json, .yaml)."
             )
-        on_disk = dataset in ("mnist", "cifar10-sheets", "folder")
+        if dataset == "cifar10-sheets":
+            raise ConfigError(
+                "The dataset 'cifar10-sheets' is not read any more: use 'torch/cifar10' with torchvision's files in "
+                "data.root (data.download gets them), or write the sheets as a folder of images with "
+                "tools/class_folders.py and use 'folder'."
+            )
+        on_disk = dataset in ("mnist", "folder")
         if root is None and (on_disk or dataset.startswith("torch/")):
             raise ConfigError(f"The dataset {dataset!r} needs a folder: set data.root.")
         if root is not None and dataset == "digits":
@@ -121,8 +125,6 @@ class ClassifyData(DataModule):
     @cached_property
     def class_names(self) -> list[str] | None:
         """Name of each class, where the dataset says it."""
-        if self.hparams.dataset == "cifar10-sheets":
-            return list(CIFAR10_CLASSES)
         if self.hparams.dataset in _ARRAYS:
             return [str(digit) for digit in range(10)]
         source = self._part("train")
@@ -351,8 +353,6 @@ class ClassifyData(DataModule):
             return ArrayImages(*load_digits(part))
         if name == "mnist":
             return ArrayImages(*load_mnist(root, part))
-        if name == "cifar10-sheets":
-            return ArrayImages(*load_cifar10_sheets(root, part))
         if name == "folder":
             return self._open_folder(part)
         if name in _TWO_PARTS:
