@@ -6,8 +6,9 @@
 
 The data are folders that `tools/class_folders.py` laid out: CIFAR-10 from sheets, MNIST with its first 10,000 training
 images, the articleType of fashion products. In the rows of EfficientNet-Lite0 on CIFAR-10 images were shown whole; from
-a folder its centre crop of 0.875 is taken, so that these rows would change. `--weights` holds EfficientNet-Lite0 (ImageNet-1k) and the CIFAR ResNets as
-safetensors. Data and backbones that are not given are left out.
+a folder its centre crop of 0.875 is taken, so that these rows would change. `--weights` holds EfficientNet-Lite0
+(ImageNet-1k) and the CIFAR ResNets as safetensors. Data and backbones that are
+not given are left out.
 
 Each case is one `visionattn probe` in `--runs`, which an interrupted run continues; then its rows are written anew,
 those of other cases stay. `accuracy` is of the test images at the epoch that a tenth of the training images chose, with
