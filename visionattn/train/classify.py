@@ -164,5 +164,5 @@ class ClassifyTask(OptimizedTask):
     def prediction_rows(self, output: dict[str, torch.Tensor], class_names: list[str] | None) -> Iterator[list[Any]]:
         """Number, name and probability of each image's likeliest class."""
         for probabilities, label in zip(output["probabilities"], output["labels"].tolist()):
-            named = class_names and label < len(class_names)
-            yield [label, class_names[label] if named else label, f"{probabilities[label].item():.6f}"]
+            shown = class_names[label] if class_names and label < len(class_names) else label
+            yield [label, shown, f"{probabilities[label].item():.6f}"]
