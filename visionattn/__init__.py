@@ -10,8 +10,16 @@ __version__ = "0.1.0"
 
 from visionattn import blocks, kernels, models, moved
 from visionattn.checkpoints import load
+from visionattn.lazy import lazily
 from visionattn.surgery import accelerate, insert
 
 moved.install()
 
-__all__ = ["accelerate", "blocks", "insert", "kernels", "load", "models"]
+# A function beside each command. What it needs is imported when it is used.
+_COMMANDS = {
+    "index": "visionattn.search.api",
+    "search": "visionattn.search",
+}
+__getattr__ = lazily(__name__, _COMMANDS)
+
+__all__ = ["accelerate", "blocks", "insert", "kernels", "load", "models", *_COMMANDS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["counted", "new_console"]
+__all__ = ["counted", "draws_bars", "new_console"]
 
 EVERY = 30.0  # seconds between lines of a log
 
@@ -20,6 +21,11 @@ def new_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
+def draws_bars(console: Console) -> bool:
+    """Whether a console shows progress bars: a terminal does, and a notebook with ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+
+
 @contextmanager
 def counted(what: str, total: int, console: Console | None) -> Iterator[Callable[[int], None]]:
     """Show how much is done.
@@ -27,13 +33,13 @@ def counted(what: str, total: int, console: Console | None) -> Iterator[Callable
     Args:
         what: What is counted, such as `"images"`.
         total: How many there are.
-        console: A terminal shows a bar, which goes at the end. Elsewhere the error output gets a line every 30 seconds.
-            None shows nothing.
+        console: A terminal or notebook shows a bar, which goes at the end. Elsewhere the error output gets a line every
+            30 seconds. None shows nothing.
 
     Yields:
         A function to call with how many more are done.
     """
-    if console is not None and console.is_terminal:
+    if console is not None and draws_bars(console):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(what, total=total)

@@ -13,8 +13,9 @@ pytest.importorskip("faiss")
 from tests.retrieval_toys import picture, toy, write_pictures
 from visionattn import cli
 from visionattn.errors import CheckpointError, InputError, UnknownNameError
-from visionattn.search import cli as search_cli
+from visionattn.search import api, sheet
 from visionattn.search.image_index import Hit
+from visionattn.search.sheet import contact_sheet
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def commands(tmp_path, monkeypatch, capsys):
     """Runs a command in a folder with pictures; gives its exit code, output and error output."""
     write_pictures(tmp_path / "pictures")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(search_cli, "_open", lambda name: toy(int(name == "other")))
+    monkeypatch.setattr(api, "_open", lambda name, device: toy(int(name == "other")))
 
     def run(*words):
         code = cli.main([str(word) for word in words])
@@ -80,8 +81,8 @@ def test_search_leaves_out_the_query(indexed):
     assert len(first["hits"]) == 7
     mixed = [(hit["cosines"]["colour"] + 0.5 * hit["cosines"]["kind"]) / 1.5 for hit in first["hits"]]
     assert [hit["score"] for hit in first["hits"]] == pytest.approx(mixed)
-    with Image.open("search.png") as sheet:
-        assert sheet.size == (6 * 188 + 8, 2 * 216 + 8)
+    with Image.open("search.png") as drawn:
+        assert drawn.size == (6 * 188 + 8, 2 * 216 + 8)
     code, _, err = indexed(*SEARCH[:-1], "colour=1,kind=0.5", "--top", 8, "--include-query", "--overwrite")
     assert (code, err) == (0, "")
     names = [hit["image"] for hit in found()["hits"]]
@@ -89,13 +90,13 @@ def test_search_leaves_out_the_query(indexed):
 
 
 def test_an_absurd_number_of_hits_ends_with_all_images(indexed, monkeypatch):
-    monkeypatch.setattr(search_cli, "SHOWN", 5)
+    monkeypatch.setattr(sheet, "SHOWN", 5)
     code, _, err = indexed(*SEARCH, "--top", 10**9)
     assert code == 0
     assert len(found()["hits"]) == 17
     assert "the picture shows the first 5 of 17 images" in err
-    with Image.open("search.png") as sheet:
-        assert sheet.size == (6 * 188 + 8, 216 + 8)
+    with Image.open("search.png") as drawn:
+        assert drawn.size == (6 * 188 + 8, 216 + 8)
 
 
 def test_a_moved_folder_and_changed_images_are_noticed(indexed, tmp_path):
@@ -106,8 +107,8 @@ def test_a_moved_folder_and_changed_images_are_noticed(indexed, tmp_path):
     assert f"the folder of the images, {tmp_path}/pictures, is gone. Say where they are now by --images FOLDER" in err
     code, _, err = indexed(*search, "--images", "moved")
     assert "gone" not in err
-    with Image.open("search.png") as sheet:
-        assert sheet.getpixel((8 + 188 + 90, 8 + 90)) != (128, 128, 128)
+    with Image.open("search.png") as drawn:
+        assert drawn.getpixel((8 + 188 + 90, 8 + 90)) != (128, 128, 128)
     for hit in found()["hits"][:2]:
         (tmp_path / "moved" / hit["image"]).unlink()
     picture("red", "disc", 60).save(tmp_path / "moved" / found()["hits"][2]["image"])
@@ -199,17 +200,17 @@ def test_an_index_of_the_first_version_made_at_another_size(indexed, tmp_path):
 
 def test_command_takes_names_and_weight_files():
     with pytest.raises(CheckpointError, match=r"There is no file other\.safetensors"):
-        search_cli._open("other.safetensors")
+        api._open("other.safetensors", "cpu")
     with pytest.raises(UnknownNameError, match="There is no model 'va_ca'"):
-        search_cli._open("va_ca")
+        api._open("va_ca", "cpu")
     for name in ("va_span_ch26_x2", "va_match_stereo_nano"):
         with pytest.raises(InputError, match=f"{name} cannot be used here: it is a '(restore|stereo)' model"):
-            search_cli._open(name)
+            api._open(name, "cpu")
 
 
 def test_contact_sheet_of_images_that_are_gone_or_of_extreme_aspect(tmp_path):
     Image.new("RGB", (40_000, 1), "red").save(tmp_path / "wide.png")
     hits = [Hit("gone.png", 0.5, {"colour": 0.5}), Hit("wide.png", 0.5, {"colour": 0.5})]
-    sheet = search_cli.contact_sheet(picture("red", "disc"), hits, tmp_path)
-    assert sheet.getpixel((8 + 188 + 90, 8 + 90)) == (128, 128, 128)
-    assert sheet.getpixel((8 + 2 * 188 + 90, 8 + 89)) == (255, 0, 0)
+    drawn = contact_sheet(picture("red", "disc"), hits, tmp_path)
+    assert drawn.getpixel((8 + 188 + 90, 8 + 90)) == (128, 128, 128)
+    assert drawn.getpixel((8 + 2 * 188 + 90, 8 + 89)) == (255, 0, 0)

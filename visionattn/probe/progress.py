@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 
+from visionattn.progress import draws_bars
+
 __all__ = ["EVERY", "LoggedProgress", "show_progress"]
 
 EVERY = 30.0
@@ -62,8 +64,8 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[Progress]:
-    """Bars that disappear when they are done; lines where the output is not a terminal."""
-    if not console.is_terminal:
+    """Bars that disappear when they are done; lines where the output is no terminal or notebook."""
+    if not draws_bars(console):
         yield LoggedProgress(console)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

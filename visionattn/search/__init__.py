@@ -1,7 +1,16 @@
-"""An index of a folder of images, searched by attributes."""
+"""An index of a folder of images, searched by attributes; the package is called as the function of its name.
 
-from visionattn.lazy import lazily
+index = visionattn.index("photos", "photos.index", "best.ckpt")
+hits = visionattn.search(index, "query.jpg", "colour")
+"""
 
-__all__ = ["ImageIndex", "build_index"]
+from visionattn.lazy import lazily, make_callable
 
-__getattr__ = lazily(__name__, {name: "visionattn.search.image_index" for name in __all__})
+make_callable(__name__, "visionattn.search.api")
+
+__all__ = ["Hit", "Hits", "ImageIndex", "build_index"]
+
+_INDEX = "visionattn.search.image_index"
+__getattr__ = lazily(
+    __name__, {"Hit": _INDEX, "Hits": "visionattn.search.api", "ImageIndex": _INDEX, "build_index": _INDEX}
+)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from torch import nn
 
@@ -47,7 +47,16 @@ from visionattn.search.files import (
 )
 from visionattn.weights.hashing import hash_state
 
-__all__ = ["Update", "build_index", "digest_of", "find_images", "read_upright", "update_index", "write_index"]
+__all__ = [
+    "Update",
+    "as_upright",
+    "build_index",
+    "digest_of",
+    "find_images",
+    "read_upright",
+    "update_index",
+    "write_index",
+]
 
 BLOCK, BATCH = 256, 32  # images of a finished block, and of a pass
 LARGE = 2**25  # pixels of images of which one is read at a time
@@ -75,6 +84,9 @@ class Update:
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     refreshed: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{len(self.added)} added, {len(self.refreshed)} refreshed, {len(self.removed)} removed"
 
 
 @dataclass
@@ -108,7 +120,30 @@ def read_upright(path: str | Path) -> Image.Image:
         DataError: It is not there, no image, or damaged.
         InputError: Its pixels have no known range.
     """
-    pixels = picture.read(Path(path)).pixels
+    return _rgb(picture.read(Path(path)).pixels)
+
+
+def as_upright(image: Image.Image | np.ndarray) -> Image.Image:
+    """As `read_upright`, of a PIL image, or of an array (H, W) or (H, W, C) of uint8 or uint16.
+
+    Raises:
+        InputError: It is neither, or its pixels have no known range.
+    """
+    if isinstance(image, Image.Image):
+        return _rgb(picture.Picture.of(ImageOps.exif_transpose(image)).pixels)
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"An image must be a file, a PIL image or an array; got {shorten(type(image).__name__)}.")
+    pixels = image[:, :, None] if image.ndim == 2 else image
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4) or pixels.dtype not in (np.uint8, np.uint16):
+        raise InputError(
+            "An array of pixels must be (H, W) or (H, W, C) of uint8 or uint16, with 1 to 4 channels; got "
+            f"{image.shape} of {image.dtype}."
+        )
+    return _rgb(pixels)
+
+
+def _rgb(pixels: np.ndarray) -> Image.Image:
+    """(H, W, C) of uint8 or uint16 -> RGB of 8 bits, alpha on white."""
     if pixels.dtype == np.uint16:
         pixels = np.rint(pixels / np.float32(257)).astype(np.uint8)
     if pixels.shape[2] in (2, 4):

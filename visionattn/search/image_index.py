@@ -20,7 +20,7 @@ from torch import nn
 
 from visionattn.data.retrieval.embedding import check_config, embed, eval_transform
 from visionattn.errors import CheckpointError, DataError, InputError, UnknownNameError, require, shorten
-from visionattn.search.building import build_index, digest_of, find_images, read_upright, write_index
+from visionattn.search.building import Update, build_index, digest_of, find_images, read_upright, write_index
 from visionattn.search.files import UNIT, read_manifest, read_vectors
 from visionattn.weights.hashing import hash_state
 
@@ -35,6 +35,10 @@ class Hit:
     score: float
     cosines: dict[str, float]
 
+    def __repr__(self) -> str:
+        cosines = ", ".join(f"{name} {value:.3f}" for name, value in self.cosines.items())
+        return f"Hit({self.image!r}, {self.score:.3f}: {cosines})"
+
 
 class ImageIndex:
     """An index that `build_index` wrote.
@@ -44,6 +48,8 @@ class ImageIndex:
 
     Attributes:
         manifest: What it says of itself: model, weights, input, conditions, folder, images.
+        model: The model that embeds queries, as soon as there was one.
+        update: What the `visionattn.index` that gave this index changed.
 
     Raises:
         DataError: There is none, it is unfinished, damaged, or of another format.
@@ -54,7 +60,12 @@ class ImageIndex:
         self._faiss: Any = require("faiss", "search")
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        self.model: nn.Module | None = None
+        self.update: Update | None = None
         self._opened: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"ImageIndex({str(self.folder)!r}: {len(self.images)} images, attributes {', '.join(self.conditions)})"
 
     @cached_property
     def images(self) -> list[str]:

@@ -1,0 +1,258 @@
+"""`visionattn.index` and `visionattn.search`: the commands of these names as functions."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from visionattn.data.retrieval.embedding import EMBEDDING_TASKS, input_config
+from visionattn.devices import find_device
+from visionattn.errors import InputError, shorten
+from visionattn.files import atomic_path, check_output
+from visionattn.opening import open_model
+from visionattn.predict.images.picture import WRITABLE
+from visionattn.progress import new_console
+from visionattn.search import sheet
+from visionattn.search.building import as_upright, read_upright, update_index
+from visionattn.search.image_index import Hit, ImageIndex
+
+__all__ = ["Hits", "index", "search"]
+
+
+def index(
+    folder: str | Path,
+    output: str | Path,
+    model: str | Path | nn.Module,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    device: str | torch.device = "auto",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ImageIndex:
+    """Embed the images of a folder by all attributes of a model, and write their index or bring it up to date.
+
+    Args:
+        folder: Images, also in sub-folders.
+        output: Folder of the index. One of the same folder and model is brought up to date: images are added, removed
+            and refreshed. An unfinished one is continued.
+        model: Name with weights, weight file or folder, or a module (see `visionattn.opening.open_model`).
+        image_size: Side of the images in pixels, or height and width; None takes the model's.
+        device: "auto" (a GPU where there is one), or a device of PyTorch.
+        overwrite: Replace an index of another folder or model, and compare images by content, not by size and time.
+        progress: Show the progress in a terminal or notebook.
+
+    Returns:
+        The index. Its `update` says what changed, and which images could not be read.
+
+    Raises:
+        CheckpointError: The model's weights could not be read, or are not finite.
+        DataError: There are no images, or none or more than 10 % of them can be read.
+        InputError: The model gives no finite embeddings of that size, there is another index, or no such device.
+        MissingPackageError: faiss is not installed.
+        StorageError: The index could not be written, or another run is writing to it.
+        UnknownNameError: No model has that name.
+    """
+    network = _open(model, device)
+    update = update_index(
+        folder,
+        output,
+        network,
+        _name(model),
+        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size and tuple(image_size),
+        overwrite=overwrite,
+        console=new_console() if progress else None,
+    )
+    found = ImageIndex(output)
+    found.model, found.update = network, update
+    return found
+
+
+class Hits(list[Hit]):
+    """What a search found, best first; a notebook shows it as a contact sheet.
+
+    Attributes:
+        attributes: Weight of each attribute that was searched by.
+        query: The query image.
+        folder: Where the indexed images are.
+        left_out: Indexed images that are the query itself or copies of it, and so no hits.
+        notes: What else is worth knowing, such as images that have changed since they were indexed.
+    """
+
+    def __init__(
+        self, hits: Iterable[Hit], attributes: dict[str, float], query: Image.Image, folder: Path, left_out: list[str]
+    ) -> None:
+        super().__init__(hits)
+        self.attributes, self.query, self.folder, self.left_out = attributes, query, folder, left_out
+        self.notes: list[str] = []
+
+    def contact_sheet(self) -> Image.Image:
+        """A picture of the query, framed, and the hits, best first; grey stands for an image that is gone."""
+        return sheet.contact_sheet(self.query, self, self.folder)
+
+    def to_json(self) -> dict[str, Any]:
+        """The search and its hits as plain values."""
+        return {
+            "folder": str(self.folder),
+            "attributes": self.attributes,
+            "left_out": self.left_out,
+            "hits": [{"image": hit.image, "score": hit.score, "cosines": hit.cosines} for hit in self],
+        }
+
+    def _repr_png_(self) -> bytes:
+        with io.BytesIO() as file:
+            self.contact_sheet().save(file, "PNG")
+            return file.getvalue()
+
+
+def search(
+    index: str | Path | ImageIndex,
+    image: str | Path | Image.Image | np.ndarray,
+    attributes: str | Sequence[str] | Mapping[str, float],
+    *,
+    top: int = 12,
+    include_query: bool = False,
+    images: str | Path | None = None,
+    model: str | Path | nn.Module | None = None,
+    device: str | torch.device = "auto",
+    output: str | Path | None = None,
+    overwrite: bool = False,
+) -> Hits:
+    """Find the images of an index that are like one, by attributes such as colour.
+
+    Args:
+        index: Folder that `visionattn.index` wrote, or the index itself, which keeps the model for the next search.
+        image: Query image: a file, a PIL image, or an array (H, W) or (H, W, C) of uint8 or uint16, of 1 to 4 channels.
+        attributes: An attribute, several of equal weight, or the weight of each.
+        top: Most hits.
+        include_query: Also find the query image itself and copies of it in the index. A query without a file has no
+            copies.
+        images: Where the indexed images are now; None is where they were.
+        model: The model that made the index; None is where it was then.
+        device: "auto" (a GPU where there is one), or a device of PyTorch.
+        output: Contact sheet to write, with a JSON file of the same name; None writes nothing.
+        overwrite: Replace outputs that exist.
+
+    Returns:
+        Best first; equal scores in the order of the images.
+
+    Raises:
+        CheckpointError: The model is not the one that made the index, or could not be read.
+        DataError: There is no index, it is damaged, or the query image cannot be read.
+        InputError: An argument is not accepted, or an output exists.
+        MissingPackageError: faiss is not installed.
+        StorageError: An output could not be written.
+        UnknownNameError: There is no such attribute, or no such model.
+    """
+    opened = index if isinstance(index, ImageIndex) else ImageIndex(index)
+    weights = _weights(attributes)
+    opened.check_attributes(weights)
+    file = image if isinstance(image, (str, Path)) else None
+    if output is not None:
+        _check_outputs(Path(output), file, overwrite)
+    query = as_upright(image) if file is None else read_upright(file)
+    network = _model_of(opened, model, device)
+    copies = [] if include_query or file is None else opened.copies_of(file)
+    hits = Hits(
+        opened.search(opened.embed(network, query), weights, top, copies),
+        weights,
+        query,
+        Path(images or opened.manifest["folder"]),
+        [opened.images[position] for position in copies],
+    )
+    hits.notes = _notes(opened, network, hits)
+    if output is not None:
+        with atomic_path(output) as temporary:
+            hits.contact_sheet().save(temporary)
+        named = {"query": None if file is None else str(file), "index": str(opened.folder)}
+        with atomic_path(Path(output).with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps({**named, **hits.to_json()}, indent=1))
+    return hits
+
+
+def _open(model: str | Path | nn.Module, device: str | torch.device) -> nn.Module:
+    """The model that embeds images."""
+    return open_model(model, task=EMBEDDING_TASKS).model.to(find_device(device))
+
+
+def _name(model: str | Path | nn.Module) -> str:
+    """What a manifest calls a model: a file by its whole path."""
+    if isinstance(model, nn.Module):
+        return type(model).__name__
+    return str(Path(model).resolve()) if Path(model).exists() else str(model)
+
+
+def _model_of(index: ImageIndex, model: str | Path | nn.Module | None, device: str | torch.device) -> nn.Module:
+    """The model of an index, which keeps it.
+
+    Raises:
+        CheckpointError: It is another one.
+    """
+    if model is not None or index.model is None:
+        named = index.manifest["model"] if model is None else model
+        opened = _open(named, device)
+        index.check(opened, named if isinstance(named, str) else _name(named))
+        index.model = opened
+    elif device != "auto":
+        index.model.to(find_device(device))
+    return index.model
+
+
+def _weights(attributes: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    if isinstance(attributes, Mapping):
+        return dict(attributes)
+    names = [attributes] if isinstance(attributes, str) else list(attributes)
+    return dict.fromkeys(names, 1.0)
+
+
+def _check_outputs(output: Path, image: str | Path | None, overwrite: bool) -> None:
+    described = output.with_suffix(".json")
+    check_output(output, overwrite, tuple(WRITABLE))
+    check_output(described, overwrite)
+    if image is not None and os.path.realpath(image) in map(os.path.realpath, (output, described)):
+        raise InputError(f"The output would replace the query image {shorten(image)}. Name another --output.")
+
+
+def _notes(index: ImageIndex, model: nn.Module, hits: Hits) -> list[str]:
+    """What is worth knowing of a search next to its hits."""
+    notes, folder = [], hits.folder
+    if hits.left_out:
+        first = shorten(hits.left_out[0])
+        more = f" and {len(hits.left_out) - 1} copies" if len(hits.left_out) > 1 else ""
+        notes.append(f"the query itself is in the index ({first}{more}) and left out; --include-query finds it too.")
+    known = {name: (size, time) for name, size, time in index.manifest.get("files", [])}
+    found: list[tuple[int, int] | None] = []
+    for hit in hits:
+        try:
+            status = (folder / hit.image).stat()
+            found.append((status.st_size, status.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    if hits and not os.path.isdir(folder):
+        notes.append(
+            f"the folder of the images, {shorten(folder)}, is gone. Say where they are now by --images FOLDER, or run "
+            "visionattn index on that folder again."
+        )
+    elif gone := found.count(None):
+        notes.append(f"{gone} of the images found are no longer in {shorten(folder)}: run visionattn index again.")
+    changed = sum(now is not None and now != known.get(hit.image, now) for hit, now in zip(hits, found))
+    if changed:
+        notes.append(f"{changed} of the images found have changed since they were indexed: run visionattn index again.")
+    if len(hits) > sheet.SHOWN:
+        notes.append(f"the picture shows the first {sheet.SHOWN} of {len(hits)} images; the JSON file names all.")
+    own, prepared = input_config(model), index.manifest["input"]
+    # Indexes with checksums were made by versions that take the image size from the checkpoint, or were told another.
+    if "checksums" not in index.manifest and own != prepared:
+        notes.append(
+            f"the images were indexed at {prepared.get('size')} pixels, the model is made for {own['size']}: index "
+            "them again with --overwrite."
+        )
+    return notes
