@@ -22,6 +22,7 @@ LAYERS = [
     {"opening"},
     {"checkpoints", "data", "surgery"},
     {"models", "cost", "card", "hub"},
+    {"mixers"},
     {"weights", "blocks"},
     {"kernels"},
 ]

@@ -1,0 +1,58 @@
+"""Interchangeable insides of a transformer layer: one contract, one mechanism a file.
+
+`MIXERS` maps names to classes. Contract and shared code: `visionattn.mixers.core`.
+"""
+
+from visionattn.mixers.adapters import CollapsedMixer, GateMixer, HaloMixer, SymmetricMixer, TiedMixer
+from visionattn.mixers.agent import AgentMixer
+from visionattn.mixers.controls import IdentityMixer, MeanMixer, Pool3x3Mixer, SoftmaxConvMixer, SoftmaxMixer
+from visionattn.mixers.core import FEATURES, Mixer
+from visionattn.mixers.deconstruct import (
+    FixedQKMixer,
+    KeyOnlyMixer,
+    MlpMixer,
+    RandomQKMixer,
+    StaticQKMixer,
+    TaylorMixer,
+)
+from visionattn.mixers.dma import DynamicMaskMixer
+from visionattn.mixers.hsa import HierarchicalMixer
+from visionattn.mixers.local_linear import LocalLinearMixer, ParallaxMixer
+from visionattn.mixers.moh import GatedHeadsMixer, MixtureOfHeadsMixer
+from visionattn.mixers.reread import RereadMixer
+from visionattn.mixers.silu_cross import SiluCrossMixer
+from visionattn.mixers.softplus import ReweightedSoftplusMixer, SoftplusMixer
+from visionattn.mixers.window import WindowMixer
+
+MIXERS: dict[str, type[Mixer]] = {
+    "softmax": SoftmaxMixer,
+    "identity": IdentityMixer,
+    "mean": MeanMixer,
+    "pool3x3": Pool3x3Mixer,
+    "softmax_conv": SoftmaxConvMixer,
+    "window": WindowMixer,
+    "hsa": HierarchicalMixer,
+    "dma": DynamicMaskMixer,
+    "lssa": SoftplusMixer,
+    "lssar": ReweightedSoftplusMixer,
+    "parallax": ParallaxMixer,
+    "local_linear": LocalLinearMixer,
+    "agent": AgentMixer,
+    "moh": MixtureOfHeadsMixer,
+    "gated_heads": GatedHeadsMixer,
+    "mlp": MlpMixer,
+    "taylor": TaylorMixer,
+    "key_only": KeyOnlyMixer,
+    "random_qk": RandomQKMixer,
+    "fixed_qk": FixedQKMixer,
+    "static_qk": StaticQKMixer,
+    "silu_cross": SiluCrossMixer,
+    "reread": RereadMixer,
+    "halo": HaloMixer,
+    "tied": TiedMixer,
+    "collapsed": CollapsedMixer,
+    "symmetric": SymmetricMixer,
+    "gate": GateMixer,
+}
+
+__all__ = ["FEATURES", "MIXERS", "Mixer", *sorted(mixer.__name__ for mixer in MIXERS.values())]
