@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.kernels import tables as kernels
+from benchmarks.mixers import tables as mixers
 from benchmarks.models import tables as models
 from benchmarks.probe import tables as probe
 from benchmarks.report import RESULTS
@@ -24,7 +25,7 @@ from benchmarks.super_resolution import tables as super_resolution
 
 DOCS = RESULTS.parent / "docs"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
-ROOMS = (kernels, models, super_resolution, stereo, probe, retrieval)
+ROOMS = (kernels, mixers, models, super_resolution, stereo, probe, retrieval)
 TABLES: dict[str, Callable[[], str]] = {name: table for room in ROOMS for name, table in room.TABLES.items()}
 
 

@@ -11,8 +11,8 @@ r"""Blocks of this package as mixers, so that they can be compared and exchanged
 Sources: those of `visionattn.blocks.halo`, `minimal` and `span`.
 
 Deviations. `halo` starts with relative tables of zero, which makes it softmax attention over its window. In SPAN full
-convolutions precede the gate; here a depthwise one does the mixing, so that the gate has no more parameters than a 3 x 3
-kernel for each channel.
+convolutions precede the gate; here a depthwise one does the mixing, so that the gate has no more parameters than a 3 x
+3 kernel for each channel.
 """
 
 import torch

@@ -4,14 +4,15 @@ r"""Agent attention: few agent tokens ask all keys, and all queries ask the agen
     V_A = softmax(A K^T / sqrt(D) + B_1) V                                          (n, D)
     Y   = softmax(Q A^T / sqrt(D) + B_2) V_A + conv3x3(V)                           (N, D)
 
-The biases are sums of a 7 x 7 table, resized to the grid, and of one table along rows and one along columns; each prefix
-token has the bias of one entry. Prefix tokens are queries, keys and values, but no part of agents and convolution.
+The biases are sums of a 7 x 7 table, resized to the grid, and of one table along rows and one along columns; each
+prefix token has the bias of one entry. Prefix tokens are queries, keys and values, but no part of agents and
+convolution.
 
 Source: Agent Attention, arXiv 2312.08874; the DeiT form. Parameters have the names and the layout of the authors' code
 with square grids and one class token.
 
-Deviations, and why. Grids other than `grid_size`, which the authors' code refuses, resize the tables of rows and columns
-linearly. All prefix tokens share the entries of the class token.
+Deviations, and why. Grids other than `grid_size`, which the authors' code refuses, resize the tables of rows and
+columns linearly. All prefix tokens share the entries of the class token.
 
 Cost: 4 n N C multiply-accumulates, 9 N C for the convolution and N sqrt(n) C for the pooling.
 """
@@ -83,7 +84,7 @@ class AgentMixer(Mixer):
             trunc_normal_(table, std=0.02)
 
     def table(self, cells: Tensor, rows: Tensor, columns: Tensor, first: Tensor, grid: Grid, prefix: int) -> Tensor:
-        """Bias (1, heads, n, P + H W) of cells (heads, n, 7, 7), rows (heads, n, H'), columns and first (heads, n, 1)."""
+        """Bias (1, heads, n, P + H W) of cells (heads, n, 7, 7), and rows, columns and first (heads, n, length)."""
         size = [grid[0], grid[1]]
         table = F.interpolate(cells, size=size, mode="bilinear", align_corners=False)
         table = table + F.interpolate(rows, size=size[:1], mode="linear", align_corners=False)[..., None]

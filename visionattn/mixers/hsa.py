@@ -13,13 +13,13 @@ One level of windows (`windows=(g,)`) thus computes softmax attention inside eac
 attention of window means. Among all row-stochastic matrices whose entries are tied so (one number for each ordered pair
 of siblings), this one is nearest to softmax attention: it minimises sum_i KL(tied row i || softmax row i).
 
-Prefix tokens are leaves beside the groups of the last level, as keys with the logit q_B . k_0 / sqrt(D); as queries they
-see everything. There are no parameters: weights of a plain ViT load.
+Prefix tokens are leaves beside the groups of the last level, as keys with the logit q_B . k_0 / sqrt(D); as queries
+they see everything. There are no parameters: weights of a plain ViT load.
 
 Source: Hierarchical Self-Attention, arXiv 2509.15448 (Theorem 3.2).
 
-Deviations, and why. Logits are those of scaled dot-product attention rather than distances; grids that g does not divide
-have smaller windows at their right and lower border.
+Deviations, and why. Logits are those of scaled dot-product attention rather than distances; grids that g does not
+divide have smaller windows at their right and lower border.
 
 Cost with one level: 2 N g^2 C + 2 (N / g^2)^2 C multiply-accumulates; no N x N matrix is built.
 """
@@ -54,9 +54,12 @@ def log(counts: Tensor) -> Tensor:
 
 
 def siblings(q: Tensor, k: Tensor, v: Tensor, own: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of S siblings to S or more nodes, the siblings first: q (..., S, D), k and v (..., S + P, D).
+    """Attention of S siblings to S + P nodes, of which they are the first.
 
     Args:
+        q: Mean queries (..., S, D).
+        k: Mean keys (..., S + P, D).
+        v: Mean values (..., S + P, D).
         own: The siblings' own logits (..., S, 1), which stand on the diagonal.
         counts: Valid keys in each node (..., S + P, 1).
 

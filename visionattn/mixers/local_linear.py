@@ -6,8 +6,8 @@ Softmax attention fits a constant to the values near q_i. A local linear fit, wi
     Sigma_i = sum_j w_ij (k_j - q_i)(k_j - q_i)^T + lambda omega_i I,      rho_i = Sigma_i^-1 mu_i
     y_i = sum_j w_ij (1 - rho_i . (k_j - q_i)) v_j / (omega_i - rho_i . mu_i)                            exact form
 
-gives affine values v_j = M k_j + b back exactly for lambda -> 0; weights sum to 1, and may be negative. Parallax learns a
-second query in place of the solution of N linear systems:
+gives affine values v_j = M k_j + b back exactly for lambda -> 0; weights sum to 1, and may be negative. Parallax learns
+a second query in place of the solution of N linear systems:
 
     r_i = W_R x_i,   A = softmax(s),   R_ij = r_i . k_j                                          (not scaled)
     y_i = (A V)_i (1 + sum_j A_ij R_ij) - ((A o R) V)_i = (A V)_i - r_i^T Cov_A(k, v)_i          Parallax
@@ -55,7 +55,7 @@ def parallax_attention(q: Tensor, r: Tensor, k: Tensor, v: Tensor, mask: Maybe =
     """
     weights = softmax_weights(q, k, mask)
     slopes = weights * (r @ k.transpose(-2, -1))
-    return (weights @ v) * (1 + slopes.sum(dim=-1, keepdim=True)) - slopes @ v
+    return (weights * (1 + slopes.sum(dim=-1, keepdim=True)) - slopes) @ v
 
 
 def local_linear_attention(q: Tensor, k: Tensor, v: Tensor, regularisation: float = 10.0, mask: Maybe = None) -> Tensor:
@@ -110,8 +110,8 @@ class ParallaxMixer(Mixer):
 
     @torch.jit.ignore
     def core_macs(self, n: int, m: int) -> int:
-        """Two products of scores, two of values, less than one of them element by element; and W_R."""
-        return 4 * n * m * self.dim + n * self.dim**2
+        """Two products of scores and one of values; and W_R."""
+        return 3 * n * m * self.dim + n * self.dim**2
 
 
 class LocalLinearMixer(Mixer):

@@ -10,8 +10,8 @@ many.
 
 Source: ADEM-VL, arXiv 2410.17779, and its authors' code (alpha 0.1, beta 0.01, ratio 0.1).
 
-Deviations. The source has one head, the default; with more, each mixes its channels. Without a context the tokens attend
-to themselves. There are no projections, so that no weights of a transformer are used.
+Deviations. The source has one head, the default; with more, each mixes its channels. Without a context the tokens
+attend to themselves. There are no projections, so that no weights of a transformer are used.
 
 Cost: 2 N M C multiply-accumulates; the N x M matrix is built.
 """
@@ -114,7 +114,7 @@ class SiluCrossMixer(Mixer):
 
     @torch.jit.ignore
     def extra_parameters(self) -> int:
-        """All that there are."""
+        """All that there are: this mixer has no projections."""
         return sum(p.numel() for p in self.parameters())
 
     @torch.jit.ignore

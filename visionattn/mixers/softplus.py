@@ -3,15 +3,15 @@ r"""Softplus attention: scores without a temperature, normalised by their sum, s
     a_ij = softplus(log D log n q_i . k_j / (|q_i| |k_j|)),   rows divided by their sum                LSSA
     a_ij <- max(n a_ij - o, 0)^p,                             rows divided by their sum again          LSSAR
 
-n is the number of valid keys, D the width of a head, the offset o is 1: keys below the average weight get exactly 0. The
-factor log n takes the place of a learned or fixed temperature and follows the resolution. Powers of 3 at the trained
-size and of 15 for larger inputs are the source's choice.
+n is the number of valid keys, D the width of a head, the offset o is 1: keys below the average weight get exactly 0.
+The factor log n takes the place of a learned or fixed temperature and follows the resolution. Powers of 3 at the
+trained size and of 15 for larger inputs are the source's choice.
 
 Source: arXiv 2501.13428.
 
-Deviations, and why. There is no causal mask. Re-weighted rows are divided by their maximum before the power and computed
-in float32 at least: (n a - 1)^15 overflows half precision for a weight of 3.1 times the mean. A row whose weights are
-all equal would become zero and stays as it is.
+Deviations, and why. There is no causal mask. Re-weighted rows are divided by their maximum before the power and
+computed in float32 at least: (n a - 1)^15 overflows half precision for a weight of 3.1 times the mean. A row whose
+weights are all equal would become zero and stays as it is.
 
 Cost: that of softmax attention; the N x N matrix is built.
 """
