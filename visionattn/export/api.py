@@ -1,0 +1,102 @@
+"""`visionattn.export(MODEL, FILE)`: the function beside the command `visionattn export`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import get_model_input_config
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from visionattn.export.onnx import OnnxFile, check_input_size, check_opset, export_onnx
+from visionattn.export.retrieval import export_retrieval, pair_paths
+from visionattn.files import check_output
+from visionattn.opening import has_weights, is_file, open_model
+
+__all__ = ["draw_random_weights", "export"]
+
+
+def export(
+    model: str | Path | nn.Module,
+    output: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    static_size: bool = False,
+    batch: int | None = None,
+    opset: int = 20,
+    check: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[OnnxFile, ...]:
+    """Write a model as ONNX and check the file against PyTorch.
+
+    A name without published weights is exported with random ones.
+
+    Args:
+        model: Name in timm's registry, weight file, folder or module (see `visionattn.opening.open_model`).
+        output: ONNX file to write.
+        checkpoint: Weight file for a name.
+        num_classes: Number of classes for a name, if not its own.
+        image_size: Side, or height and width, of a file of fixed size, and the first size of the check. Default: the
+            model's.
+        static_size: Fix height and width in the file.
+        batch: Fix the number of images at a time. Default: dynamic.
+        opset: Version of the ONNX operator set.
+        check: Compare the file with the model before it appears.
+        overwrite: Replace an output that exists.
+        progress: Called with a line at the beginning of each step.
+
+    Returns:
+        The file, or the tower and the head of an attribute-retrieval model (see `export_retrieval`).
+
+    Raises:
+        ExportError: The model cannot be exported in this form, or the file computes something else.
+        InputError: The model does not accept the size, or the operator set does not exist.
+        StorageError: The output exists or could not be written.
+        VisionAttnError: The model could not be opened.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size:
+        check_input_size(*size)
+    check_opset(opset)
+    check_output(output, overwrite, (".onnx",))
+    random = isinstance(model, str) and checkpoint is None and not is_file(model) and not has_weights(model)
+    model_args = {} if num_classes is None else {"num_classes": num_classes}
+    network, weights, licence = open_model(model, checkpoint, random, image_size=size, **model_args)
+    if random:
+        draw_random_weights(network, size)
+    note = ", none are published for this name: give a weight file with --checkpoint (checkpoint=)" if random else ""
+    if progress is not None:
+        progress(f"Weights: {weights}{note}.")
+    settings: dict[str, Any] = {
+        "input_size": size,
+        "dynamic_size": False if static_size else None,
+        "batch": batch,
+        "opset": opset,
+        "weights": weights,
+        "license": licence,
+        "check": check,
+        "progress": progress,
+    }
+    if getattr(network, "task", "") != "retrieve":
+        return (export_onnx(network, output, **settings),)
+    for path in pair_paths(output):
+        check_output(path, overwrite)
+    return export_retrieval(network, output, **settings)
+
+
+def draw_random_weights(model: nn.Module, size: tuple[int, int] | None) -> None:
+    """Let the output of an untrained model depend on its image, or the check would prove nothing."""
+    # A layer that starts at zero, as classifiers do, would hide everything before it. Branches that end in batch norm
+    # stay small: with larger ones, deep networks of random weights amplify rounding beyond what the check allows.
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02 if parameter.ndim > 1 else 0.01)
+    # Untrained batch norm does not normalise: over many layers the signal would vanish.
+    channels, *default = get_model_input_config(model)["input_size"]
+    update_bn([torch.randn(2, channels, *(size or default))], model)
