@@ -56,7 +56,7 @@ def test_show_is_a_card(capsys):
         (["show", "va_minimal_vit_nano"], "There is no model 'va_minimal_vit_nano'. Did you mean va_minimal_vit_nano_"),
         (["list", "resnet"], "No model name fits 'resnet'"),
         (["quickstart", "moon"], "There is no station 'moon'; there are classify"),
-        (["export", "none.ckpt", "--output", "a.onnx"], "There is no model 'none.ckpt'."),
+        (["export", "none.ckpt", "--output", "a.onnx"], "There is no file none.ckpt."),
     ],
 )
 def test_mistakes_are_one_message(capsys, arguments, message):

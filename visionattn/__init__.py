@@ -17,6 +17,11 @@ moved.install()
 
 # A function beside each command. What it needs is imported when it is used.
 _COMMANDS = {
+    "evaluate_retrieval": "visionattn.evaluate.retrieval",
+    "evaluate_sr": "visionattn.evaluate.sr",
+    "evaluate_stereo": "visionattn.evaluate.stereo",
+    "evaluate_triplets": "visionattn.evaluate.retrieval",
+    "export": "visionattn.export",
     "index": "visionattn.search.api",
     "search": "visionattn.search",
 }

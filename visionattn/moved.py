@@ -1,16 +1,20 @@
-"""Modules that have another name now: the old one still imports, and says the new one."""
+"""Modules and arguments that have another name now: the old one still works, and says the new one."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, TypeVar, cast
 
-__all__ = ["MOVED", "install"]
+__all__ = ["MOVED", "install", "renamed_keywords"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 MOVED = {
     "visionattn.data.albumentations_adapter": "visionattn.data.classify.albumentations_adapter",
@@ -85,6 +89,22 @@ class _Finder(MetaPathFinder, Loader):
         names = vars(importlib.import_module(new))
         vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})
         vars(module).update({name: names[renamed] for name, renamed in _RENAMED.get(old, {}).items()})
+
+
+def renamed_keywords(**names: str) -> Callable[[_Function], _Function]:
+    """Let a function take arguments by their old names: `@renamed_keywords(part="split")`."""
+
+    def decorate(function: _Function) -> _Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                warnings.warn(f"The argument {old} is now {names[old]}.", FutureWarning, stacklevel=2)
+                kwargs[names[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(_Function, call)
+
+    return decorate
 
 
 def install() -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.report import RESULTS, environment, write_rows
 from visionattn.data.matching.stereo import StereoPair, find_scenes
-from visionattn.evaluate import stereo_matching
+from visionattn.evaluate import evaluate_stereo
 from visionattn.evaluate.cli import add_factor, factors
 from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.predict import estimate_disparity
@@ -49,8 +49,8 @@ def main() -> None:
     add_factor(parser)
     args = parser.parse_args()
     folder, factor = args.folder, factors(args.factor)
-    found = stereo_matching(NETWORK, folder, factor=factor, baseline="sgbm")
-    enlarged = stereo_matching(NETWORK, folder, factor=factor, enlarge=ENLARGED)
+    found = evaluate_stereo(NETWORK, folder, factor=factor, baseline="sgbm")
+    enlarged = evaluate_stereo(NETWORK, folder, factor=factor, enlarge=ENLARGED)
     if found.failures:
         raise SystemExit("\n".join(found.failures))
     measured = [(row, 1) for row in found.rows] + [(row, ENLARGED) for row in enlarged.rows]

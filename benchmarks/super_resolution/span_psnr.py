@@ -18,7 +18,7 @@ import torch
 import visionattn
 from benchmarks.report import RESULTS, environment, write_rows
 from visionattn.cost import count_macs, count_parameters
-from visionattn.evaluate import super_resolution
+from visionattn.evaluate import evaluate_sr
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     for scale in sorted({model.scale for model in models.values()}):
         own = {label: model for label, model in models.items() if model.scale == scale}
         for folder in ("Set5", "Set14"):
-            found = super_resolution(list(own.values()), args.data / folder / "HR", scale=scale)
+            found = evaluate_sr(list(own.values()), args.data / folder / "HR", scale=scale)
             if found.failures:
                 raise SystemExit(f"Not measured: {found.failures}")
             for label, mean in zip(["bicubic", *own], found.means(), strict=True):

@@ -13,7 +13,7 @@ from torch import nn
 from visionattn import cli
 from visionattn.data.matching.disparity import write_disparity
 from visionattn.errors import ConfigError, DataError, InputError, MissingPackageError
-from visionattn.evaluate import disparity_errors, stereo_matching
+from visionattn.evaluate import disparity_errors, evaluate_stereo
 from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.evaluate.stereo import BASELINES
 
@@ -82,7 +82,7 @@ def test_errors_of_a_region():
 
 
 def test_a_folder(scenes):
-    found = stereo_matching(Red(), scenes)
+    found = evaluate_stereo(Red(), scenes)
     assert found.failures == []
     assert [(row.scene, row.region) for row in found.rows] == [("one", "all"), ("one", "nonocc"), ("two", "all")]
     one, seen, two = (row.errors for row in found.rows)
@@ -102,7 +102,7 @@ def test_command(scenes, tmp_path, capsys, monkeypatch):
     arguments = ["evaluate", "stereo", str(tmp_path / "net.pth"), "--data", str(scenes), "--baseline", "sgbm"]
     assert cli.main([*arguments, "--output", str(tmp_path / "out.csv")]) == 0
     shown = capsys.readouterr().out
-    expected = stereo_matching(Red(), scenes)
+    expected = evaluate_stereo(Red(), scenes)
     with open(tmp_path / "out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(Path(row["model"]).name, row["scene"], row["region"]) for row in rows[:6]] == [
@@ -135,24 +135,24 @@ def test_bad_scenes_are_named_and_the_rest_goes_on(scenes, capsys, monkeypatch):
 
 def test_wrong_input(scenes, monkeypatch):
     cases = [
-        (lambda: stereo_matching([], scenes), ConfigError, "nothing to measure: name a model, or the baseline sgbm"),
-        (lambda: stereo_matching([], scenes, baseline="bm"), ConfigError, "There is no baseline 'bm'"),
-        (lambda: stereo_matching(Red(), scenes, dtype="int8"), ConfigError, "There is no dtype 'int8'"),
-        (lambda: stereo_matching(nn.Linear(1, 1), scenes), InputError, "Linear cannot be used here: it states no task"),
+        (lambda: evaluate_stereo([], scenes), ConfigError, "nothing to measure: name a model, or the baseline sgbm"),
+        (lambda: evaluate_stereo([], scenes, baseline="bm"), ConfigError, "There is no baseline 'bm'"),
+        (lambda: evaluate_stereo(Red(), scenes, dtype="int8"), ConfigError, "There is no dtype 'int8'"),
+        (lambda: evaluate_stereo(nn.Linear(1, 1), scenes), InputError, "Linear cannot be used here: it states no task"),
         (
-            lambda: stereo_matching("va_span_ch48_x4", scenes),
+            lambda: evaluate_stereo("va_span_ch48_x4", scenes),
             InputError,
             "va_span_ch48_x4 cannot be used here: it is a 'restore' model",
         ),
-        (lambda: stereo_matching(Red(), scenes / "none"), DataError, "There is no folder"),
-        (lambda: stereo_matching(Red(), scenes, layout="pairs"), DataError, "in the layout pairs"),
+        (lambda: evaluate_stereo(Red(), scenes / "none"), DataError, "There is no folder"),
+        (lambda: evaluate_stereo(Red(), scenes, layout="pairs"), DataError, "in the layout pairs"),
     ]
     for call, error, message in cases:
         with pytest.raises(error, match=message):
             call()
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'visionattn\[images\]'"):
-        stereo_matching([], scenes, baseline="sgbm")
+        evaluate_stereo([], scenes, baseline="sgbm")
 
 
 def test_sgbm_finds_a_shift():
@@ -169,7 +169,7 @@ def test_sgbm_has_its_measured_numbers_on_middlebury():
     folder = SHARED / "data/stereo"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not on this machine")
-    found = stereo_matching(
+    found = evaluate_stereo(
         [], [folder / "teddy", folder / "tsukuba"], factor={"teddy": 4, "tsukuba": 16}, baseline="sgbm"
     )
     bad = {(row.scene, row.region): row.errors.bad_2 for row in found.rows if row.model == "sgbm"}
@@ -216,7 +216,7 @@ def test_the_factor_counts_for_png_of_16_bits(tmp_path, monkeypatch, capsys):
         (tmp_path / name / "disp0.pfm").rename(tmp_path / name / "disp_left.pfm")
     (tmp_path / "png" / "disp_left.pfm").unlink()
     Image.fromarray((64 * truth).astype(np.uint16)).save(tmp_path / "png" / "disp_left.png")
-    by_png, by_pfm = (stereo_matching(Red(), tmp_path / name, factor=64).rows[0].errors for name in ("png", "pfm"))
+    by_png, by_pfm = (evaluate_stereo(Red(), tmp_path / name, factor=64).rows[0].errors for name in ("png", "pfm"))
     assert by_png == by_pfm
     assert by_png.bad_0_5 == 0
     arguments = ["evaluate", "stereo", str(tmp_path / "net.pth"), "--data", str(tmp_path / "png")]
@@ -246,7 +246,7 @@ def test_numbers_that_make_no_sense(scenes, option, capsys):
 def test_results_that_are_not_finite_are_failures(scenes, capsys, monkeypatch):
     broken = Red()
     broken.gain.data.fill_(math.nan)
-    found = stereo_matching([broken, Red()], scenes)
+    found = evaluate_stereo([broken, Red()], scenes)
     assert found.rows == []
     assert len(found.failures) == 2
     assert all("The result of Red is not finite: its weights are broken" in failure for failure in found.failures)
@@ -297,5 +297,5 @@ def test_memory_that_ends_is_told(scenes, monkeypatch):
 
     monkeypatch.setattr(Red, "forward", full)
     assert all(
-        "pixels do not fit the memory: leave out --enlarge" in one for one in stereo_matching(Red(), scenes).failures
+        "pixels do not fit the memory: leave out --enlarge" in one for one in evaluate_stereo(Red(), scenes).failures
     )

@@ -22,7 +22,7 @@ from visionattn.metrics.luma import luma
 pytest.importorskip("skimage")
 
 from visionattn.data.restore import bicubic as bicubic_file
-from visionattn.evaluate import sr, super_resolution
+from visionattn.evaluate import evaluate_sr, sr
 from visionattn.evaluate.sr import ssim_y
 from visionattn.metrics import luma as luma_file
 
@@ -61,7 +61,7 @@ def test_bicubic_has_its_published_numbers(name, psnr, ssim):
         pytest.skip(f"{folder} is not on this machine")
     # The published means were computed without rounding between rows and columns.
     for small in (None, folder / "LRbicx4"):
-        found = super_resolution([], folder / "HR", scale=4, small_folder=small)
+        found = evaluate_sr([], folder / "HR", scale=4, low_resolution=small)
         (mean,) = found.means()
         assert mean.psnr_y == pytest.approx(psnr, abs=0.005)
         assert mean.ssim_y == pytest.approx(ssim, abs=0.0005)
@@ -72,7 +72,7 @@ def test_a_published_network_has_its_measured_numbers():
     for path in (weights, folder):
         if not path.exists():
             pytest.skip(f"{path} is not on this machine")
-    mean = super_resolution(weights, folder).means()[1]
+    mean = evaluate_sr(weights, folder).means()[1]
     assert mean.psnr_y == pytest.approx(31.746, abs=0.001)
     assert mean.ssim_y == pytest.approx(0.8898, abs=0.0001)
 
@@ -99,7 +99,7 @@ def by_loops(first, second, border):
 
 @pytest.mark.parametrize("scale", [2, 3])
 def test_equals_the_definition(pictures, scale):
-    found = super_resolution(Nearest(scale), pictures)
+    found = evaluate_sr(Nearest(scale), pictures)
     assert found.failures == []
     assert [(row.model, row.picture) for row in found.rows] == [
         (model, name) for name in ("a.png", "b.jpg", "c.bmp") for model in ("bicubic", "Nearest")
@@ -123,7 +123,7 @@ def test_equal_pictures_have_ssim_one(pictures):
 
 def test_dtypes_and_the_callers_model(pictures):
     model = Nearest(2).train()
-    found = {dtype: super_resolution(model, pictures, dtype=dtype).rows for dtype in ("float32", "float64", "bfloat16")}
+    found = {dtype: evaluate_sr(model, pictures, dtype=dtype).rows for dtype in ("float32", "float64", "bfloat16")}
     assert found["float32"] == found["float64"]
     assert found["bfloat16"][1].psnr_y == pytest.approx(found["float32"][1].psnr_y, abs=0.3)
     assert model.gain.dtype == torch.float32
@@ -131,7 +131,7 @@ def test_dtypes_and_the_callers_model(pictures):
 
 
 def test_several_models_have_several_names(pictures):
-    found = super_resolution([Nearest(2), Nearest(2)], pictures)
+    found = evaluate_sr([Nearest(2), Nearest(2)], pictures)
     assert [mean.model for mean in found.means()] == ["bicubic", "Nearest", "Nearest (2)"]
 
 
@@ -140,10 +140,10 @@ def test_small_pictures_of_ones_own(pictures, tmp_path):
     for path in find_images(pictures):
         small = downscale(read_rgb(path)[:46, :40], 2)
         Image.fromarray(small).save(tmp_path / "small" / f"{path.stem}x2.png")
-    expected = super_resolution(Nearest(2), pictures).rows
-    assert super_resolution(Nearest(2), pictures, small_folder=tmp_path / "small").rows == expected
+    expected = evaluate_sr(Nearest(2), pictures).rows
+    assert evaluate_sr(Nearest(2), pictures, low_resolution=tmp_path / "small").rows == expected
     Image.new("RGB", (5, 5)).save(tmp_path / "small/ax2.png")
-    (failure,) = super_resolution(Nearest(2), pictures, small_folder=tmp_path / "small").failures
+    (failure,) = evaluate_sr(Nearest(2), pictures, low_resolution=tmp_path / "small").failures
     assert "ax2.png of 5 x 5 is not" in failure
     assert "a.png of 46 x 40 made 2 times smaller" in failure
 
@@ -152,7 +152,7 @@ def test_command(pictures, tmp_path, capsys):
     arguments = ["evaluate", "sr", "--data", str(pictures), "--scale", "2", "--output", str(tmp_path / "sr.csv")]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
-    expected = super_resolution([], pictures, scale=2)
+    expected = evaluate_sr([], pictures, scale=2)
     with open(tmp_path / "sr.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["picture"] for row in rows] == ["a.png", "b.jpg", "c.bmp", "mean of 3"]
@@ -185,7 +185,7 @@ def test_what_is_no_picture_is_told(pictures, capsys):
 def test_a_model_that_fails_is_told(pictures):
     broken = Nearest(2)
     broken.gain.data.fill_(math.nan)
-    found = super_resolution(broken, pictures)
+    found = evaluate_sr(broken, pictures)
     assert found.rows == []
     assert [failure.endswith("holds values that are not finite.") for failure in found.failures] == [True] * 3
 
@@ -204,7 +204,7 @@ class Blur(nn.Module):
 
 
 def test_tiles_and_strips_change_nothing(pictures, monkeypatch):
-    whole = super_resolution(Blur(2), pictures).rows
+    whole = evaluate_sr(Blur(2), pictures).rows
     sizes = []
     forward = Blur.forward
     monkeypatch.setattr(Blur, "forward", lambda self, x: sizes.append(tuple(x.shape[2:])) or forward(self, x))
@@ -212,7 +212,7 @@ def test_tiles_and_strips_change_nothing(pictures, monkeypatch):
     monkeypatch.setattr(sr, "STRIP", 40 * 7)
     monkeypatch.setattr(luma_file, "STRIP", 40 * 5)
     monkeypatch.setattr(bicubic_file, "BLOCK", 100)
-    tiled = super_resolution(Blur(2), pictures).rows
+    tiled = evaluate_sr(Blur(2), pictures).rows
     assert max(max(size) for size in sizes) == 11
     assert len(sizes) == 3 * 9
     for one, other in zip(whole, tiled, strict=True):
@@ -231,7 +231,7 @@ def test_rows_that_are_finished_are_kept_when_the_run_ends(pictures, tmp_path, m
             return super().forward(x)
 
     with pytest.raises(KeyboardInterrupt):
-        super_resolution(Fails(2), pictures, output=tmp_path / "sr.csv")
+        evaluate_sr(Fails(2), pictures, output=tmp_path / "sr.csv")
     with open(tmp_path / "sr.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["model"], row["picture"]) for row in rows][:4] == [
@@ -249,7 +249,7 @@ def test_lack_of_memory_costs_one_picture(pictures, error):
             return super().forward(x)
 
     done = []
-    found = super_resolution(Fails(2), pictures)
+    found = evaluate_sr(Fails(2), pictures)
     assert len(found.failures) == 1
     assert found.failures[0].startswith(f"{pictures / 'a.png'}: ")
     assert [row.picture for row in found.rows] == ["b.jpg", "b.jpg", "c.bmp", "c.bmp"]
@@ -279,35 +279,39 @@ def test_names_that_are_no_utf_8(pictures, tmp_path):
 def test_wrong_input(pictures, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     cases = [
-        (lambda: super_resolution([], tmp_path / "empty", scale=2), DataError, "There are no images in"),
-        (lambda: super_resolution([], tmp_path / "none", scale=2), DataError, "There is no folder"),
-        (lambda: super_resolution([], pictures), ConfigError, "Bicubic alone needs a scale"),
-        (lambda: super_resolution(Nearest(2), pictures, scale=3), ConfigError, "Nearest 2 and 3 was asked for"),
-        (lambda: super_resolution([Nearest(2), Nearest(4)], pictures), ConfigError, r"Nearest 2, Nearest \(2\) 4"),
+        (lambda: evaluate_sr([], tmp_path / "empty", scale=2), DataError, "There are no images in"),
+        (lambda: evaluate_sr([], tmp_path / "none", scale=2), DataError, "There is no folder"),
+        (lambda: evaluate_sr([], pictures), ConfigError, "Bicubic alone needs a scale"),
+        (lambda: evaluate_sr(Nearest(2), pictures, scale=3), ConfigError, "Nearest 2 and 3 was asked for"),
+        (lambda: evaluate_sr([Nearest(2), Nearest(4)], pictures), ConfigError, r"Nearest 2, Nearest \(2\) 4"),
         (
-            lambda: super_resolution(nn.Conv2d(3, 3, 1), pictures),
+            lambda: evaluate_sr(nn.Conv2d(3, 3, 1), pictures),
             ConfigError,
             "Conv2d does not enlarge pictures: it states no scale",
         ),
-        (lambda: super_resolution([], pictures, scale=0), ConfigError, "at least 1; got 0"),
-        (lambda: super_resolution([], pictures, scale=-2), ConfigError, "at least 1; got -2"),
+        (lambda: evaluate_sr([], pictures, scale=0), ConfigError, "at least 1; got 0"),
+        (lambda: evaluate_sr([], pictures, scale=-2), ConfigError, "at least 1; got -2"),
         (
-            lambda: super_resolution("va_match_stereo_nano", pictures),
+            lambda: evaluate_sr("va_match_stereo_nano", pictures),
             InputError,
             "it is a 'stereo' model; a 'restore' model is required",
         ),
         (
-            lambda: super_resolution("va_span_ch48_x4", pictures),
+            lambda: evaluate_sr("va_span_ch48_x4", pictures),
             CheckpointError,
             "No weights are published for va_span",
         ),
-        (lambda: super_resolution(Nearest(2), pictures, dtype="int8"), ConfigError, "There is no dtype 'int8'"),
-        (lambda: super_resolution(Nearest(2), pictures, device="toaster"), ConfigError, "on the device 'toaster'"),
-        (lambda: super_resolution(Nearest(2), pictures, small_folder=pictures.parent), DataError, "no images in"),
+        (lambda: evaluate_sr(Nearest(2), pictures, dtype="int8"), ConfigError, "There is no dtype 'int8'"),
+        (
+            lambda: evaluate_sr(Nearest(2), pictures, device="toaster"),
+            InputError,
+            "device 'toaster' cannot be used",
+        ),
+        (lambda: evaluate_sr(Nearest(2), pictures, low_resolution=pictures.parent), DataError, "no images in"),
     ]
     for call, error, message in cases:
         with pytest.raises(error, match=message):
             call()
     monkeypatch.setitem(__import__("sys").modules, "skimage.metrics", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'visionattn\[images\]'"):
-        super_resolution([], pictures, scale=2)
+        evaluate_sr([], pictures, scale=2)

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
 
+import visionattn
 from visionattn.cli import main
 from visionattn.errors import CheckpointError, InputError, MissingPackageError, UnknownNameError
-from visionattn.export import OnnxModel, onnx
+from visionattn.export import OnnxModel, api, cli, onnx
 from visionattn.export.cli import add_arguments, run
 
 NANO = "va_minimal_vit_nano_patch7_28_minimum"
@@ -26,7 +29,7 @@ def export(*words):
 
 def test_name_without_weights(tmp_path, capsys):
     path = tmp_path / "new folder" / "nano [7].onnx"
-    assert export(NANO, "--output", path, "--num-classes", 7, "--input-size", 28, 56, "--static-size") == 0
+    assert export(NANO, "--output", path, "--num-classes", 7, "--image-size", 28, 56, "--static-size") == 0
     printed = capsys.readouterr().out
     assert "Weights: random" in printed
     assert printed.count("pass") == 2
@@ -76,8 +79,8 @@ def test_weights_from_a_folder(tmp_path, capsys):
         ([NANO, "--checkpoint", __file__], CheckpointError, "test_export_cli.py"),
         ([__file__, "--num-classes", 3], InputError, "is a file with weights: leave out"),
         ([NANO, "--opset", 99], InputError, "operator set is 99"),
-        ([NANO, "--input-size", 0, 28], InputError, "0 x 28"),
-        ([NANO, "--input-size", 10**6, 10**6], InputError, "1000000 x 1000000; height and width must"),
+        ([NANO, "--image-size", 0, 28], InputError, "0 x 28"),
+        ([NANO, "--image-size", 10**6, 10**6], InputError, "1000000 x 1000000; height and width must"),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing(words, error, message, tmp_path):
@@ -102,7 +105,7 @@ def test_importing_needs_no_optional_package():
 
 
 def test_output_that_exists_stays(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("visionattn.export.cli.open_model", None)  # nothing is loaded before
+    monkeypatch.setattr("visionattn.export.api.open_model", None)  # nothing is loaded before
     path = tmp_path / "nano.onnx"
     path.write_text("mine")
     os.mkfifo(tmp_path / "pipe.onnx")
@@ -146,3 +149,26 @@ def test_sigterm_leaves_no_file(tmp_path, capsys, monkeypatch):
     assert main(["export", NANO, "--output", str(tmp_path / "nano.onnx")]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "visionattn: stopped by SIGTERM.\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_function_is_the_command(tmp_path):
+    (file,) = visionattn.export(NANO, tmp_path / "net.onnx", num_classes=7, image_size=28, check=False)
+    assert export(NANO, "--output", tmp_path / "command.onnx", "--num-classes", 7, "--input-size", 28, 28,
+                  "--no-check") == 0  # fmt: skip
+    images = np.random.default_rng(0).random((2, 1, 28, 28), dtype=np.float32)
+    results = [OnnxModel(tmp_path / name)(images)[0] for name in ("net.onnx", "command.onnx")]
+    assert file.path == tmp_path / "net.onnx"
+    assert results[0].shape == (2, 7)
+    np.testing.assert_array_equal(*results)
+
+
+def test_defaults_are_those_of_the_command():
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    options = {action.dest: action.default for action in parser._actions if action.help != argparse.SUPPRESS}
+    parameters = {name: one.default for name, one in inspect.signature(api.export).parameters.items()}
+    assert parameters.pop("check") is not options.pop("no_check")
+    assert {name for name in options if name != "help"} == parameters.keys() - {"progress"}
+    assert {name: options[name] for name in options.keys() & parameters.keys() - {"model", "output"}} == {
+        name: value for name, value in parameters.items() if name in options.keys() - {"model", "output"}
+    }

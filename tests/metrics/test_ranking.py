@@ -18,7 +18,7 @@ from visionattn import cli
 from visionattn.data.retrieval.catalogue import MISSING, Part
 from visionattn.data.retrieval.catalogue_files import Triplets, read_catalogue, read_triplets
 from visionattn.errors import CheckpointError, ConfigError, DataError, InputError
-from visionattn.evaluate.retrieval import attribute_retrieval, draw_matrix, embed_images, triplets
+from visionattn.evaluate.retrieval import draw_matrix, embed_images, evaluate_retrieval, evaluate_triplets
 from visionattn.metrics import ranking
 from visionattn.metrics.ranking import AttributeScore, means, rank, score, score_part, score_triplets, triplet_accuracy
 
@@ -150,7 +150,7 @@ def test_triplets_and_their_models(tmp_path):
     rows = torch.tensor([[0, 1, 9], [0, 3, 10], [4, 0, 13]])
     given = Triplets(store, store.names, ("colour", "kind"), *rows.T, torch.tensor([0, 1, 1]))
     model = ToyConditional(("kind", "colour"), 8).eval()
-    found = triplets(model, given)["toy_conditional"]
+    found = evaluate_triplets(model, given)["toy_conditional"]
     assert set(found) == {"colour", "kind", "all"}
     assert found["all"] == pytest.approx((found["colour"] + 2 * found["kind"]) / 3)
     # Each triplet in the space of its condition, or in the only one that there is.
@@ -167,7 +167,7 @@ def test_triplets_and_their_models(tmp_path):
         }
         assert score_triplets(vectors, given) == pytest.approx(expected)
     with pytest.raises(ConfigError, match="does not embed by kind"):
-        triplets(ToyConditional(("colour",), 8), given)
+        evaluate_triplets(ToyConditional(("colour",), 8), given)
 
 
 def test_models_of_one_and_of_many_spaces(tmp_path):
@@ -184,7 +184,7 @@ def test_models_of_one_and_of_many_spaces(tmp_path):
         def forward(self, x):
             return self.gain * x.mean(dim=(2, 3))
 
-    found = attribute_retrieval([MeanColour(), ToyConditional(("kind", "colour"), 8)], table)
+    found = evaluate_retrieval([MeanColour(), ToyConditional(("kind", "colour"), 8)], table)
     assert [row.model for row in found.rows] == ["random"] * 2 + ["mean_colour"] * 2 + ["toy_conditional"] * 4
     scores = {row.attribute: row.map for row in found.own("mean_colour")}
     assert scores["colour"] == 1.0
@@ -194,7 +194,7 @@ def test_models_of_one_and_of_many_spaces(tmp_path):
     assert matrix.diagonal().tolist() == pytest.approx([row.map for row in found.own("toy_conditional")])
     assert matrix.shape == (2, 2)
     with pytest.raises(ConfigError, match="does not embed by kind, only by colour"):
-        attribute_retrieval(ToyConditional(("colour",), 8), table)
+        evaluate_retrieval(ToyConditional(("colour",), 8), table)
     draw_matrix(tmp_path / "matrix.png", matrix, found.attributes)
     with Image.open(tmp_path / "matrix.png") as drawn:
         assert drawn.size == (150 + 2 * 72, 150 + 2 * 72)
@@ -216,13 +216,13 @@ def test_command(tmp_path, capsys):
 
 def test_unreadable_images_are_left_out_and_named(tmp_path, capsys):
     table = write_table(tmp_path, copies=6)
-    whole = attribute_retrieval(ToyConditional(("colour", "kind"), 8), table)
+    whole = evaluate_retrieval(ToyConditional(("colour", "kind"), 8), table)
     test = read_catalogue("table", table).part("test")
     first = test.images[0]
     (tmp_path / "images" / first).write_bytes(b"no image")
     torch.manual_seed(1)
     model = ToyConditional(("colour", "kind"), 8)
-    found = attribute_retrieval([model, model], table)
+    found = evaluate_retrieval([model, model], table)
     assert [first in line for line in found.failures] == [True]
     spaces = embed_images(model.eval(), read_catalogue("table", table).images, test.images[1:])
     expected = score_part(spaces, test.take(torch.arange(1, 9)), ("colour", "kind"))
@@ -233,7 +233,7 @@ def test_unreadable_images_are_left_out_and_named(tmp_path, capsys):
     for name in test.images[:6]:
         (tmp_path / "images" / name).write_bytes(b"no image")
     with pytest.raises(DataError, match=r"6 of the 9 images cannot be read"):
-        attribute_retrieval(model, table)
+        evaluate_retrieval(model, table)
 
 
 def test_unreadable_images_of_triplets(tmp_path):
@@ -243,7 +243,7 @@ def test_unreadable_images_of_triplets(tmp_path):
     gone = given.names[3]
     (root / "ut-zap50k-images" / gone).write_bytes(b"no image")
     failures = []
-    found = triplets(model, root, part="test", failures=failures)["toy_conditional"]
+    found = evaluate_triplets(model, root, part="test", failures=failures)["toy_conditional"]
     assert [gone in line for line in failures] == [True]
     own = given.take(torch.tensor([place for place, name in enumerate(given.names) if name != gone]))
     assert found == score_triplets(embed_images(model, own.images, own.names), own)
@@ -262,11 +262,11 @@ def test_models_that_embed_nothing_are_refused(tmp_path, capsys):
     broken = ToyConditional(("colour", "kind"), 8)
     broken.heads[0].bias.data[0] = torch.inf
     with pytest.raises(CheckpointError, match=r"heads\.0\.bias is not finite"):
-        attribute_retrieval(broken, table)
+        evaluate_retrieval(broken, table)
     with pytest.raises(InputError, match="image size must be"):
-        attribute_retrieval(ToyConditional(("colour", "kind"), 8), table, image_size=(0, 0))
+        evaluate_retrieval(ToyConditional(("colour", "kind"), 8), table, image_size=(0, 0))
     with pytest.raises(ConfigError, match="colour is asked for twice"):
-        attribute_retrieval([], table, attributes=["colour", "colour"])
+        evaluate_retrieval([], table, attributes=["colour", "colour"])
 
 
 def test_outputs_stay_and_names_may_be_markup(tmp_path, capsys, monkeypatch):

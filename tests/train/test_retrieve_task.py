@@ -28,7 +28,7 @@ from visionattn.data.retrieval.embedding import input_config
 from visionattn.data.retrieval.triplets import TripletData
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError
-from visionattn.evaluate import attribute_retrieval
+from visionattn.evaluate import evaluate_retrieval
 from visionattn.metrics.ranking import means, score_part
 from visionattn.predict import ImageIndex
 from visionattn.train.cli import main, recipes
@@ -313,7 +313,7 @@ def test_evaluate_index_and_search_prepare_images_as_training_did(tmp_path, monk
     loaded = visionattn.load("last.ckpt")
     config = {"size": [16, 16], "mean": [0.1, 0.2, 0.3], "std": made.input_config["std"], "interpolation": "nearest"}
     assert input_config(loaded) == config
-    rows = attribute_retrieval("last.ckpt", "table.csv", part="val").own("last.ckpt")
+    rows = evaluate_retrieval("last.ckpt", "table.csv", split="val").own("last.ckpt")
     assert [row.map for row in rows] == pytest.approx([measured[f"val/map_{name}"].item() for name in VALUES], abs=1e-6)
     assert cli.main(["index", "images", "index", "--model", "last.ckpt"]) == 0
     assert cli.main(["search", "index", "images/003.png", "--attribute", "kind", "--include-query"]) == 0

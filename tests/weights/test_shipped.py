@@ -62,7 +62,7 @@ class TestUpscaler:
     @pytest.mark.skipif(not SET5.is_dir(), reason="Set5 is not there")
     def test_reaches_what_its_card_says(self, file):
         stated = float(re.search(r"Set5 ([\d.]+) dB", file.with_suffix(".md").read_text())[1])
-        bicubic, network = visionattn.evaluate.super_resolution([file], SET5).means()
+        bicubic, network = visionattn.evaluate.evaluate_sr([file], SET5).means()
         assert network.psnr_y == pytest.approx(stated, abs=0.005)
         assert network.psnr_y > bicubic.psnr_y + 1.5
 
@@ -70,6 +70,6 @@ class TestUpscaler:
 @pytest.mark.skipif(not TEDDY.is_dir(), reason="Middlebury's Teddy is not there")
 def test_stereo_reaches_what_its_card_says():
     stated = float(re.search(r"teddy ([\d.]+)", (SHIPPED / "va_match_stereo_nano.md").read_text())[1])
-    evaluation = visionattn.evaluate.stereo_matching(["va_match_stereo_nano"], [TEDDY], factor=4)
+    evaluation = visionattn.evaluate.evaluate_stereo(["va_match_stereo_nano"], [TEDDY], factor=4)
     rows = {(row.scene, row.region): row for row in evaluation.rows}
     assert rows["teddy", "all"].errors.bad_2 == pytest.approx(stated, abs=0.1)

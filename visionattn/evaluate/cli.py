@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from visionattn.arguments import number, whole_number
+from visionattn.arguments import add_old_spelling, number, whole_number
 from visionattn.data.images import SUFFIXES, list_images
 from visionattn.data.matching.stereo import LAYOUTS
 from visionattn.data.retrieval import catalogue_files
@@ -16,8 +16,8 @@ from visionattn.data.retrieval.embedding import LARGEST as LARGEST_SIDE
 from visionattn.errors import ConfigError, shorten
 from visionattn.evaluate import retrieval
 from visionattn.evaluate.opening import DTYPES
-from visionattn.evaluate.sr import Measurements, super_resolution
-from visionattn.evaluate.stereo import BASELINES, StereoMeasurements, stereo_matching
+from visionattn.evaluate.sr import Measurements, evaluate_sr
+from visionattn.evaluate.stereo import BASELINES, StereoMeasurements, evaluate_stereo
 from visionattn.files import check_output
 from visionattn.models.enlarged import LARGEST
 
@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models", nargs="*", metavar="MODEL_OR_CHECKPOINT", help="names with weights, or weight files; none: bicubic"
     )
     sr.add_argument("--data", required=True, metavar="FOLDER", help="large pictures")
-    sr.add_argument("--lr", metavar="FOLDER", help="small pictures of the same names (default: MATLAB's bicubic)")
+    sr.add_argument(
+        "--low-resolution", metavar="FOLDER", help="images of the same names (default: MATLAB's bicubic of the data)"
+    )
+    add_old_spelling(sr, "--lr", "--low-resolution")
     sr.add_argument("--scale", type=whole_number(1, 64), metavar="R", help="factor (default: the models')")
     pairs = protocols.add_parser("stereo", help="stereo: end-point error, bad pixels and D1, on all and non-occluded")
     pairs.add_argument(
@@ -63,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranked.add_argument(
         "--min-count", type=whole_number(0), default=0, help="training items that a value needs (default: 0)"
     )
-    ranked.add_argument("--part", default="test", help="train, val or test (default: test)")
+    ranked.add_argument("--split", default="test", help="train, val or test (default: test)")
+    add_old_spelling(ranked, "--part", "--split")
     ranked.add_argument(
         "--image-size",
         type=whole_number(1, LARGEST_SIDE),
@@ -75,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for protocol in (sr, pairs, ranked):
         protocol.add_argument("--output", type=Path, metavar="CSV", help="file for every row")
         protocol.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-        protocol.add_argument("--device", default="cpu", help="where models run, such as cuda (default: cpu)")
+        protocol.add_argument(
+            "--device", default="auto", help="such as cpu or cuda:1 (default: a GPU where there is one)"
+        )
         protocol.add_argument("--dtype", default="float32", choices=DTYPES, help="precision (default: float32)")
 
 
@@ -130,10 +136,10 @@ def run(args: argparse.Namespace) -> int:
         return _retrieval(args, console)
     found: Measurements | StereoMeasurements
     if args.protocol == "sr":
-        found = super_resolution(
+        found = evaluate_sr(
             args.models,
             args.data,
-            small_folder=args.lr,
+            low_resolution=args.low_resolution,
             scale=args.scale,
             device=args.device,
             dtype=args.dtype,
@@ -144,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"visionattn: note: {shorten(args.data)}: left out {left_out}.", file=sys.stderr)
         title = f"PSNR / SSIM on Y, {found.folder}, scale {found.rows[0].scale}" if found.rows else ""
     else:
-        found = stereo_matching(
+        found = evaluate_stereo(
             args.models,
             args.data,
             layout=args.layout,
@@ -175,7 +181,7 @@ def _retrieval(args: argparse.Namespace, console: Console) -> int:
         check_output(args.matrix, args.overwrite, SUFFIXES)
     common = {
         "images": args.images,
-        "part": args.part,
+        "split": args.split,
         "image_size": args.image_size and tuple(args.image_size),
         "device": args.device,
         "dtype": args.dtype,
@@ -185,10 +191,10 @@ def _retrieval(args: argparse.Namespace, console: Console) -> int:
         if args.output or args.matrix:
             raise ConfigError("Triplets have one table: leave out --output and --matrix.")
         failures: list[str] = []
-        found = retrieval.triplets(args.models, args.data, **common, failures=failures)
+        found = retrieval.evaluate_triplets(args.models, args.data, **common, failures=failures)
         console.print(retrieval.triplet_table(found))
         return _name_failures(failures)
-    measured = retrieval.attribute_retrieval(
+    measured = retrieval.evaluate_retrieval(
         args.models,
         args.data,
         layout=args.layout,

@@ -35,19 +35,21 @@ from visionattn.data.retrieval.embedding import (
     eval_transform,
     input_config,
 )
+from visionattn.devices import find_device
 from visionattn.errors import ConfigError, DataError, shorten
 from visionattn.evaluate.opening import open_models, place
 from visionattn.files import atomic_path
 from visionattn.metrics.ranking import AttributeScore, means, score, score_triplets
+from visionattn.moved import renamed_keywords
 from visionattn.progress import counted
 
 __all__ = [
     "MeasuredRetrieval",
     "RetrievalMeasurements",
-    "attribute_retrieval",
     "draw_matrix",
     "embed_images",
-    "triplets",
+    "evaluate_retrieval",
+    "evaluate_triplets",
 ]
 
 RANDOM = "random"
@@ -67,7 +69,7 @@ class MeasuredRetrieval:
 
 @dataclass
 class RetrievalMeasurements:
-    """What `attribute_retrieval` found.
+    """What `evaluate_retrieval` found.
 
     Attributes:
         data: Where the items are.
@@ -143,7 +145,8 @@ class RetrievalMeasurements:
                     writer.writerow([model, condition, *score[:3], *shares, *origin.values()])
 
 
-def attribute_retrieval(
+@renamed_keywords(part="split")
+def evaluate_retrieval(
     models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
     data: Catalogue | str | Path,
     *,
@@ -151,10 +154,10 @@ def attribute_retrieval(
     images: str | Path | None = None,
     attributes: Sequence[str] | None = None,
     min_count: int = 0,
-    part: str = "test",
+    split: str = "test",
     image_size: tuple[int, int] | None = None,
     batch_size: int = 64,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
     console: Console | None = None,
 ) -> RetrievalMeasurements:
@@ -168,10 +171,10 @@ def attribute_retrieval(
         images: Folder or zip file of its images; None for where the layout has them.
         attributes: By which attributes; None takes all.
         min_count: Values with fewer training items count as unknown.
-        part: Which part.
+        split: "train", "val" or "test".
         image_size: Height and width of the images; None takes each model's.
         batch_size: Images a pass.
-        device: Where the models run, such as `"cuda"`.
+        device: Where the models run: "auto" (a GPU where there is one), "cpu" or "cuda:1".
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
         console: Shows the progress; None shows none.
 
@@ -186,6 +189,7 @@ def attribute_retrieval(
         catalogue, origin = data, str(data.images.path)
     else:
         catalogue, origin = read_catalogue(layout, data, images, attributes, min_count), str(data)
+    device = str(find_device(device))
     networks = _opened(models, device, dtype, image_size)
     for label, network in networks.items():
         known = conditions_of(network)
@@ -193,7 +197,7 @@ def attribute_retrieval(
             raise ConfigError(
                 f"{label} does not embed by {', '.join(lacking)}, only by {', '.join(known)}: say which attributes."
             )
-    items = catalogue.part(part)
+    items = catalogue.part(split)
     count = len(items.images)
     unreadable: dict[str, str] = {}
     spaces = {
@@ -202,7 +206,9 @@ def attribute_retrieval(
     }
     kept = torch.tensor([place for place, name in enumerate(items.images) if name not in unreadable])
     items = items.take(kept)
-    found = RetrievalMeasurements(origin, part, catalogue.attributes, device, dtype, failures=list(unreadable.values()))
+    found = RetrievalMeasurements(
+        origin, split, catalogue.attributes, device, dtype, failures=list(unreadable.values())
+    )
     directions = torch.randn(count, RANDOM_DIMENSIONS, generator=torch.Generator().manual_seed(0))
     directions = nn.functional.normalize(directions, dim=1)[kept]
     for column, name in enumerate(catalogue.attributes):
@@ -288,15 +294,16 @@ def _embed(
     return every
 
 
-def triplets(
+@renamed_keywords(part="split")
+def evaluate_triplets(
     models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
     data: Triplets | str | Path,
     *,
     images: str | Path | None = None,
-    part: str = "test",
+    split: str = "test",
     image_size: tuple[int, int] | None = None,
     batch_size: int = 64,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
     console: Console | None = None,
     failures: list[str] | None = None,
@@ -304,13 +311,13 @@ def triplets(
     """Measure models on triplets: for each model, the share of each condition's triplets that is right, and of all.
 
     Args:
-        models: As in `attribute_retrieval`; one with conditions names those of the triplets.
+        models: As in `evaluate_retrieval`; one with conditions names those of the triplets.
         data: Triplets, or the folder of Zappos' (see `visionattn.data.retrieval.catalogue_files`).
         images: Folder or zip file of the images; None for where the layout has them.
-        part: train, val or test.
+        split: "train", "val" or "test".
         image_size: Height and width of the images; None takes each model's.
         batch_size: Images a pass.
-        device: Where the models run, such as `"cuda"`.
+        device: Where the models run: "auto" (a GPU where there is one), "cpu" or "cuda:1".
         dtype: Precision of weights and activations.
         console: Shows the progress; None shows none.
         failures: Gains one line for each image that could not be read, and whose triplets are left out.
@@ -321,9 +328,10 @@ def triplets(
         DataError: A file is missing or damaged, or more than 10 % of the images are.
         InputError: A model gives no finite embeddings of images of that size.
     """
-    given = data if isinstance(data, Triplets) else read_triplets(data, part, images)
+    given = data if isinstance(data, Triplets) else read_triplets(data, split, images)
     found: dict[str, dict[str, float]] = {}
     unreadable: dict[str, str] = {}
+    device = str(find_device(device))
     for label, network in _opened(models, device, dtype, image_size).items():
         known = conditions_of(network)
         if known and (lacking := [name for name in given.conditions if name not in known]):

@@ -25,13 +25,15 @@ from torch import nn
 from visionattn import __version__
 from visionattn.data.images import find_images, pair_by_name, read_rgb
 from visionattn.data.restore.bicubic import crop_to_multiple, downscale, upscale
+from visionattn.devices import find_device
 from visionattn.errors import ConfigError, DataError, InputError, VisionAttnError, require, shorten
 from visionattn.evaluate.opening import open_models, place
 from visionattn.files import atomic_path
 from visionattn.metrics.luma import STRIP, cut_border, luma, psnr_y, to_uint8
+from visionattn.moved import renamed_keywords
 from visionattn.progress import counted
 
-__all__ = ["Measured", "Measurements", "ssim_y", "super_resolution"]
+__all__ = ["Measured", "Measurements", "evaluate_sr", "ssim_y"]
 
 BICUBIC = "bicubic"
 SIDE = 512  # pixels of a low-resolution picture that go through a network at a time, each way
@@ -52,7 +54,7 @@ class Measured:
 
 @dataclass
 class Measurements:
-    """What `super_resolution` found.
+    """What `evaluate_sr` found.
 
     Attributes:
         rows: Each model on each picture, bicubic first.
@@ -114,13 +116,14 @@ class Measurements:
                 writer.writerow({**asdict(row), **rounded, **origin})
 
 
-def super_resolution(
+@renamed_keywords(low_resolution="low_resolution")
+def evaluate_sr(
     models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
     folder: str | Path,
     *,
-    small_folder: str | Path | None = None,
+    low_resolution: str | Path | None = None,
     scale: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
     console: Console | None = None,
     output: str | Path | None = None,
@@ -131,9 +134,9 @@ def super_resolution(
         models: One or several, each a name whose weights are published, a weight file, or a module that takes RGB
             (B, 3, H, W) in 0..1 and states its `scale`. None at all measures bicubic alone.
         folder: Large pictures (png, jpg, webp, bmp, tiff).
-        small_folder: Small pictures of the same names; None makes them by MATLAB's bicubic.
+        low_resolution: Folder of low-resolution images of the same names; None makes them by MATLAB's bicubic.
         scale: Factor r; None takes the models'.
-        device: Where the models run, such as `"cuda"`.
+        device: Where the models run: "auto" (a GPU where there is one), "cpu" or "cuda:1".
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
         console: Shows the progress; None shows none.
         output: CSV file for the rows. It is written while the run goes on, so that a run that is stopped keeps what is
@@ -156,7 +159,8 @@ def super_resolution(
     for label, network in networks.items():
         _check_upscaler(label, network)
     scale = _common_scale(networks, scale)
-    small_files = pair_by_name(files, small_folder, scale) if small_folder is not None else [None] * len(files)
+    small_files = pair_by_name(files, low_resolution, scale) if low_resolution is not None else [None] * len(files)
+    device = str(find_device(device))
     networks = place(networks, device, dtype)
     found = Measurements(str(folder), device, dtype)
     saved = time.monotonic()

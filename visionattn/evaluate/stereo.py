@@ -24,6 +24,7 @@ from torch import nn
 
 from visionattn import __version__
 from visionattn.data.matching.stereo import StereoPair, find_scenes, summarize
+from visionattn.devices import find_device
 from visionattn.errors import ConfigError, InputError, VisionAttnError, explaining_memory, require, shorten
 from visionattn.evaluate.opening import open_models, place
 from visionattn.evaluate.sgbm import fill, sgbm
@@ -31,7 +32,7 @@ from visionattn.files import atomic_path
 from visionattn.metrics.matching import Errors, disparity_errors
 from visionattn.models.enlarged import EnlargedViews
 
-__all__ = ["BASELINES", "Errors", "MeasuredStereo", "StereoMeasurements", "disparity_errors", "stereo_matching"]
+__all__ = ["BASELINES", "Errors", "MeasuredStereo", "StereoMeasurements", "disparity_errors", "evaluate_stereo"]
 
 BASELINES = {"sgbm": sgbm}
 REGIONS = ("all", "nonocc")
@@ -49,7 +50,7 @@ class MeasuredStereo:
 
 @dataclass
 class StereoMeasurements:
-    """What `stereo_matching` found.
+    """What `evaluate_stereo` found.
 
     Attributes:
         device: Where the models ran.
@@ -112,7 +113,7 @@ class StereoMeasurements:
                 writer.writerow({"model": row.model, "scene": row.scene, "region": row.region, **errors, **origin})
 
 
-def stereo_matching(
+def evaluate_stereo(
     models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
     folders: str | Path | Sequence[str | Path],
     *,
@@ -120,7 +121,7 @@ def stereo_matching(
     factor: float | Mapping[str, float] | None = None,
     baseline: str | None = None,
     enlarge: float = 1.0,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
     console: Console | None = None,
 ) -> StereoMeasurements:
@@ -136,7 +137,7 @@ def stereo_matching(
         baseline: "sgbm" adds OpenCV's semi-global matching, as it is and filled ("sgbm_filled"); it is told the largest
             disparity of the truth.
         enlarge: Let the models see views so many times as high and wide (`visionattn.models.enlarged`).
-        device: Where the models run, such as `"cuda"`.
+        device: Where the models run: "auto" (a GPU where there is one), "cpu" or "cuda:1".
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
         console: Shows the progress; None shows none.
 
@@ -161,6 +162,7 @@ def stereo_matching(
         raise ConfigError("There is nothing to measure: name a model, or the baseline sgbm.")
     if enlarge != 1:
         networks = {label: EnlargedViews(network, enlarge) for label, network in networks.items()}
+    device = str(find_device(device))
     networks = place(networks, device, dtype)
     found = StereoMeasurements(device, dtype)
     notes: list[tuple[str, str]] = []

@@ -94,9 +94,11 @@ def draw_random_weights(model: nn.Module, size: tuple[int, int] | None) -> None:
     """Let the output of an untrained model depend on its image, or the check would prove nothing."""
     # A layer that starts at zero, as classifiers do, would hide everything before it. Branches that end in batch norm
     # stay small: with larger ones, deep networks of random weights amplify rounding beyond what the check allows.
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02 if parameter.ndim > 1 else 0.01)
-    # Untrained batch norm does not normalise: over many layers the signal would vanish.
-    channels, *default = get_model_input_config(model)["input_size"]
-    update_bn([torch.randn(2, channels, *(size or default))], model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02 if parameter.ndim > 1 else 0.01)
+        # Untrained batch norm does not normalise: over many layers the signal would vanish.
+        channels, *default = get_model_input_config(model)["input_size"]
+        update_bn([torch.randn(2, channels, *(size or default))], model)

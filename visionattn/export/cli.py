@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 from rich.console import Console
 
-from visionattn.arguments import whole_number
+from visionattn.arguments import add_old_spelling, whole_number
 from visionattn.export.api import export
 from visionattn.export.check import print_rows
 from visionattn.export.spec import size_text
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="height and width of a file of fixed size, and the first that is checked",
     )
+    add_old_spelling(parser, "--input-size", "--image-size")
     parser.add_argument("--static-size", action="store_true", help="fix height and width in the file")
     parser.add_argument(
         "--batch",
