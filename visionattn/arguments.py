@@ -71,7 +71,7 @@ def add_old_spelling(
         new: Such as "--image-size".
         values: Old values of the option -> new ones.
     """
-    now = parser._option_string_actions[new]
+    now: Any = parser._option_string_actions[new]
     choices = now.choices and [*(values or {}), *now.choices]
     parser.add_argument(
         old,

@@ -67,10 +67,10 @@ def open_model(
         _refuse(type(model).__name__, "is a model with its weights", checkpoint, random, model_args)
         models.check_task(model, task)
         return Opened(model, "as given", None)
-    if model is None and checkpoint is None:
-        raise InputError("A model is required: its name, or a weight file.")
     if model is None:
         model, checkpoint = checkpoint, None
+    if model is None:
+        raise InputError("A model is required: its name, or a weight file.")
     name = os.fspath(model)
     for given in (name, checkpoint and os.fspath(checkpoint)):
         if str(given).lower().endswith(".onnx"):

@@ -66,7 +66,7 @@ def export(
     check_opset(opset)
     check_output(output, overwrite, (".onnx",))
     random = isinstance(model, str) and checkpoint is None and not is_file(model) and not has_weights(model)
-    model_args = {} if num_classes is None else {"num_classes": num_classes}
+    model_args: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     network, weights, licence = open_model(model, checkpoint, random, image_size=size, **model_args)
     if random:
         draw_random_weights(network, size)
