@@ -17,7 +17,8 @@ def test_every_name_has_a_row():
     assert list(COSTS) == models.names(), HINT
 
 
-@pytest.mark.parametrize("name", models.names())
+# The contract of classifiers holds the parameters of all others against the table.
+@pytest.mark.parametrize("name", [name for name, cost in COSTS.items() if cost.task != "classify"])
 def test_parameters(name):
     model = timm.create_model(name, device="meta")
     assert COSTS[name].parameters == count_parameters(model), HINT
