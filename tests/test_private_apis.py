@@ -25,8 +25,9 @@ IMPORTED = {
     "torch.utils._pytree.tree_leaves": "the memory that a tile takes (predict/tiles.py)",
 }
 
-# Attributes that only other packages define, and what depends on them. Those of named tuples and `os._exit` are documented.
+# Attributes that only other packages define. Those of named tuples, and `os._exit`, are documented ones.
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace"}
+# What depends on the others.
 ATTRIBUTES = {
     "_SubParsersAction": "completion of the command line (cli.py)",
     "_actions": "completion of the command line (cli.py)",
