@@ -22,8 +22,14 @@ _COMMANDS = {
     "evaluate_stereo": "visionattn.evaluate.stereo",
     "evaluate_triplets": "visionattn.evaluate.retrieval",
     "export": "visionattn.export",
+    "flow": "visionattn.predict.flow",
+    "flow_files": "visionattn.predict.flow_files",
     "index": "visionattn.search.api",
     "search": "visionattn.search",
+    "stereo": "visionattn.predict.stereo",
+    "stereo_files": "visionattn.predict.stereo_files",
+    "upscale": "visionattn.predict.restore",
+    "upscale_files": "visionattn.predict.restore_files",
 }
 __getattr__ = lazily(__name__, _COMMANDS)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from visionattn.errors import shorten
 
-__all__ = ["add_old_spelling", "number", "whole_number"]
+__all__ = ["add_old_spelling", "call_with", "number", "whole_number"]
+
+Result = TypeVar("Result")
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
@@ -84,6 +87,11 @@ def add_old_spelling(
         now=now,
         values=values or {},
     )
+
+
+def call_with(function: Callable[..., Result], args: argparse.Namespace) -> Result:
+    """Call a function with those parsed arguments that have the names of its parameters; each must have one."""
+    return function(**{name: getattr(args, name) for name in inspect.signature(function).parameters})
 
 
 class _OldSpelling(argparse.Action):

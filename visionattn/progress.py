@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["counted", "draws_bars", "new_console"]
+__all__ = ["counted", "draws_bars", "new_console", "session_console"]
 
 EVERY = 30.0  # seconds between lines of a log
 
@@ -19,6 +19,11 @@ EVERY = 30.0  # seconds between lines of a log
 def new_console() -> Console:
     """A console of the width of the terminal; a pipe has none, and rows must not be cut there."""
     return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def session_console() -> Console | None:
+    """The console of functions that take long: of a notebook or an interactive session; None in a program."""
+    return Console(stderr=True) if hasattr(sys, "ps1") else None
 
 
 def draws_bars(console: Console) -> bool:

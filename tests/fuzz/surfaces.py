@@ -278,7 +278,7 @@ def _open_store(rng: Random, seeds: Path, case: Path) -> Call:
 LINES = [
     f"show {SR}",
     f"export {SR} --output a.txt --opset 20 --batch 1 --image-size 8 8 --num-classes 3",
-    f"upscale good.png out.png --model {SR} --memory 100 --overlap 4 --scale 2 --engine torch --precision fp32",
+    f"upscale good.png out.png --model {SR} --memory 100 --overlap 4 --scale 2 --engine torch --dtype float32",
     "stereo good.png good.png out.pfm --focal 100 --baseline 0.1 --doffs 0 --enlarge 1 --principal-point 8 8",
     f"evaluate sr {SR} --data photos --scale 2 --dtype float32 --device cpu --output rows.csv",
     f"evaluate stereo {STEREO} --data photos --layout pairs --enlarge 1 --dtype float32",

@@ -1,6 +1,5 @@
 """Folders: what is read, what is named as not read, and that no failure ends the whole run."""
 
-import argparse
 import os
 import time
 
@@ -13,8 +12,8 @@ from visionattn.checkpoints import load
 from visionattn.cli import main
 from visionattn.errors import DataError, StorageError
 from visionattn.files import TEMPORARY
-from visionattn.predict import batch, upscale_cli
-from visionattn.predict.batch import Job, files_of, target_folder
+from visionattn.predict import batch, restore_files
+from visionattn.predict.batch import Job, Outcome, files_of, target_folder
 
 
 @pytest.fixture
@@ -132,14 +131,14 @@ def test_outputs_inside_the_input_folder_are_no_inputs(folder, capsys):
 def test_any_failure_costs_one_line(folder, capsys, monkeypatch, error):
     for name in "abc":
         save(folder / f"in/{name}.png")
-    work = upscale_cli._Work.do
+    work = restore_files._Work.__call__
 
     def fail(self, job, bar, remaining):
         if job.source.name == "b.png":
             raise error
         return work(self, job, bar, remaining)
 
-    monkeypatch.setattr(upscale_cli._Work, "do", fail)
+    monkeypatch.setattr(restore_files._Work, "__call__", fail)
     assert upscale("in", "out") == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(" ")[0] for line in lines] == ["wrote", "failed:", "wrote", "1"]
@@ -222,8 +221,9 @@ def test_progress_is_told_without_a_terminal(folder, capsys, monkeypatch):
         return []
 
     (folder / "a.png").touch()
-    arguments = argparse.Namespace(overwrite=False, skip_existing=False)
-    assert batch.run([Job((folder / "a.png",), folder / "b.png")], work, (".png",), arguments) == 0
+    outcome = batch.run([Job((folder / "a.png",), folder / "b.png")], work, (".png",))
+    assert outcome == Outcome(written=[folder / "b.png"])
+    assert outcome.exit_code == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("a.png: 1 of 3, about 1 min left")
     assert len(lines) == 4

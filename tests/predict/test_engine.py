@@ -11,7 +11,7 @@ from tests.predict.upscalers import Blur, Repeat
 from visionattn.errors import InputError
 from visionattn.export import OnnxModel, export_onnx
 from visionattn.predict import engine as engines
-from visionattn.predict.engine import OnnxEngine, TorchEngine, faster
+from visionattn.predict.engine import OnnxEngine, TorchEngine, default_name, faster
 
 
 @pytest.fixture
@@ -19,9 +19,9 @@ def images():
     return torch.rand(1, 3, 12, 14)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_computes_in_it(images, precision):
-    engine = TorchEngine(Blur(), precision)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_computes_in_it(images, dtype):
+    engine = TorchEngine(Blur(), dtype)
     result, exact = engine(images), Blur()(images)
     assert result.dtype == torch.float32
     assert 0 < (result - exact).abs().max() < 0.01
@@ -120,3 +120,9 @@ def test_an_export_that_fails_leaves_torch(images, monkeypatch):
 def test_a_model_is_exported_for_the_run(images):
     engine = OnnxEngine.of(Blur().eval())
     torch.testing.assert_close(engine(images), Blur()(images).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_default_names():
+    assert [default_name(scale) for scale in (2, 4)] == ["va_span_ch26_x2", "va_span_ch26_x4"]
+    with pytest.raises(InputError):
+        default_name(3)

@@ -155,7 +155,7 @@ def test_bleed_takes_the_nearest_block_and_leaves_what_is_visible():
         (np.full((4, 4), 200.0), "floats are 0..1"),
         (np.full((4, 4), np.nan), "floats are 0..1"),
         (torch.zeros(3, 4, 4, dtype=torch.uint8), "this takes floats"),
-        ("cat.png", "neither an array"),
+        (b"cat.png", "neither an array"),
         (Image.fromarray(np.zeros((4, 4), np.float32)), "32 bits"),
     ],
 )
@@ -168,7 +168,7 @@ def test_arguments_that_are_not_taken():
     for arguments, message in [
         ({"overlap": -1}, "overlap is -1"),
         ({"memory": 0}, "more than 0"),
-        ({"precision": "fp8"}, "fp16"),
+        ({"dtype": "float8"}, "must be one of 'auto', 'float32', 'float16', 'bfloat16'; got 'float8'"),
     ]:
         with pytest.raises(InputError, match=message):
             upscale(picture(), Repeat(), **arguments)

@@ -50,9 +50,9 @@ def test_disparity_and_flow():
     np.testing.assert_allclose(flow[:, 3, 3], np.array([0.4, 0.4, 0.2, 0.2]) * GAIN, rtol=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_computes_in_it(precision):
-    found = estimate_disparity(view(8, 12, 0.3), view(8, 12, 0.3), Stereo(), precision=precision)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_computes_in_it(dtype):
+    found = estimate_disparity(view(8, 12, 0.3), view(8, 12, 0.3), Stereo(), dtype=dtype)
     assert found.dtype == np.float32
     exact = estimate_disparity(view(8, 12, 0.3), view(8, 12, 0.3), Stereo())
     assert 0 < np.abs(found - exact).max() < 0.05

@@ -8,8 +8,6 @@ from PIL import Image
 from tests.predict.upscalers import Repeat, picture, repeated
 from visionattn.checkpoints import load
 from visionattn.cli import main
-from visionattn.errors import InputError
-from visionattn.predict import upscale_cli
 from visionattn.predict.engine import TorchEngine
 from visionattn.predict.tiles import MIB
 
@@ -138,8 +136,15 @@ def test_overflow_is_said(folder, capsys, monkeypatch):
 
     monkeypatch.setattr("visionattn.opening.load", loud)
     save(folder / "in.png", picture())
-    assert upscale("in.png", "out.png", "--precision", "fp16") == 0
+    assert upscale("in.png", "out.png", "--dtype", "float16") == 0
     assert "float16 overflowed in 1 tiles, which were computed again" in capsys.readouterr().out
+
+
+def test_the_old_spelling_of_the_type_works(folder, capsys):
+    pixels = save(folder / "in.png", picture())
+    assert upscale("in.png", "out.png", "--precision", "bf16") == 0
+    assert capsys.readouterr().err == "visionattn: note: --precision is now --dtype bfloat16.\n"
+    np.testing.assert_array_equal(pixels_of(folder / "out.png"), repeated(pixels))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +163,7 @@ def test_overflow_is_said(folder, capsys, monkeypatch):
         ),
         (["in.png", "out.png", "--scale", "3"], "No weights for x3 are shipped, only for x2 and x4"),
         (["in.png", "out.png", "--model", "net.pth", "--scale", "4"], "net.pth enlarges 2 times, not 4"),
-        (["in.png", "out.png", "--model", "net.onnx", "--precision", "fp16"], "runs in ONNX Runtime in fp32"),
+        (["in.png", "out.png", "--model", "net.onnx", "--dtype", "float16"], "runs in ONNX Runtime in float32"),
     ],
 )
 def test_mistakes_are_one_message(folder, capsys, arguments, message):
@@ -195,12 +200,12 @@ def test_the_engine_is_chosen_once_and_in_long_runs_only(folder, capsys, monkeyp
         calls.append(images.shape)
         return engine, "PyTorch: for a reason"
 
-    monkeypatch.setattr(upscale_cli, "faster", choose)
+    monkeypatch.setattr("visionattn.predict.engine.faster", choose)
     for name in ("a.png", "b.png"):
         save(folder / "in" / name, picture(300, 300))
     assert upscale("in", "one") == 0
     assert calls == []
-    monkeypatch.setattr(upscale_cli, "WORTH_TIMING", 0)
+    monkeypatch.setattr("visionattn.predict.engine.WORTH_TIMING", 0)
     assert upscale("in", "two") == 0
     assert calls == [(1, 3, 192, 192)]
     assert "engine: PyTorch: for a reason" in capsys.readouterr().out
@@ -230,15 +235,9 @@ def test_video_frame_by_frame(folder, monkeypatch, capsys):
         results.extend((enlarge(frame), advance()) for frame in frames)
         return ["its alpha was left out"]
 
-    monkeypatch.setattr(upscale_cli, "upscale_video", video)
+    monkeypatch.setattr("visionattn.predict.restore_files.upscale_video", video)
     (folder / "in.mp4").touch()
     assert upscale("in.mp4", "out.mp4") == 0
     assert "note: in.mp4: its alpha was left out." in capsys.readouterr().out
     for frame, (result, _) in zip(frames, results, strict=True):
         np.testing.assert_array_equal(result, repeated(frame))
-
-
-def test_default_names():
-    assert [upscale_cli.default_name(scale) for scale in (2, 4)] == ["va_span_ch26_x2", "va_span_ch26_x4"]
-    with pytest.raises(InputError):
-        upscale_cli.default_name(3)

@@ -1,7 +1,8 @@
 """Pictures in, pictures out: any size, alpha, 16 bit and grey, within the memory.
 
-`upscale`, `estimate_disparity` and `estimate_flow` take what a program holds; the commands `visionattn upscale`,
-`visionattn stereo` and `visionattn flow` take files, folders and videos. `build_index` and `ImageIndex`, the commands
+`visionattn.upscale`, `stereo` and `flow` take an image, or two: arrays, PIL images, tensors or paths. `upscale_files`,
+`stereo_files` and `flow_files`, which the commands call, take files, folders and videos. `estimate_disparity` and
+`estimate_flow` give what a network gives. `build_index` and `ImageIndex`, the commands
 `visionattn index` and `visionattn search`, find images by attributes.
 """
 

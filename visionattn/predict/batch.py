@@ -1,11 +1,10 @@
 """Files one after the other: what exists stays, a bad file costs one line, a stopped run can go on.
 
-A command makes `Job`s of its arguments and gives `run` what does one of them.
+`upscale_files`, `stereo_files` and `flow_files` make `Job`s of their arguments and give `run` what does one of them.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import glob
 import os
@@ -14,7 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -24,8 +23,9 @@ from visionattn.data.images import SUFFIXES, is_hidden, list_images
 from visionattn.errors import DataError, InputError, StorageError, VisionAttnError, shorten
 from visionattn.files import check_output
 from visionattn.predict.videos.video import VIDEOS
+from visionattn.progress import draws_bars
 
-__all__ = ["Bar", "Job", "add_arguments", "files_of", "keep_freed_memory", "run", "target_folder"]
+__all__ = ["Bar", "Job", "Outcome", "files_of", "keep_freed_memory", "run", "target_folder"]
 
 TAKEN = (*SUFFIXES, *VIDEOS)
 # Images and videos of formats that are not read. They are named as failed: leaving them out would look like success.
@@ -55,6 +55,29 @@ class Job:
     def is_video(self) -> bool:
         """Whether the files are videos, by their suffix."""
         return self.source.suffix.lower() in VIDEOS
+
+
+@dataclass(frozen=True, repr=False)
+class Outcome:
+    """What became of the jobs.
+
+    Attributes:
+        written: The outputs.
+        skipped: Outputs that existed and stayed, as asked.
+        failed: Each input, and what went wrong, on one line.
+    """
+
+    written: list[Path] = field(default_factory=list)
+    skipped: list[Path] = field(default_factory=list)
+    failed: list[tuple[Path, str]] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 when every output was written or skipped as asked, 1 when some were not."""
+        return 1 if self.failed else 0
+
+    def __repr__(self) -> str:
+        return f"Outcome({len(self.written)} written, {len(self.skipped)} skipped, {len(self.failed)} failed)"
 
 
 class Bar:
@@ -97,12 +120,6 @@ class Bar:
         self.progress.console.print(text)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that `run` reads."""
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-    parser.add_argument("--skip-existing", action="store_true", help="leave outputs that exist: resumes a stopped run")
-
-
 def keep_freed_memory() -> None:
     """Let this process keep what it frees, where its C library is glibc.
 
@@ -117,20 +134,21 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def files_of(text: str, recursive: bool = False, without: Path | None = None) -> tuple[list[Path], bool]:
+def files_of(given: str | Path, recursive: bool = False, without: Path | None = None) -> tuple[list[Path], bool]:
     """The images and videos that an argument names, in order, and whether it may name several.
 
     What lies in a folder and is neither is told on one line. Images that cannot be read are among the files, so that
     `run` names them.
 
     Args:
-        text: A file, a folder or a pattern.
+        given: A file, a folder or a pattern.
         recursive: Look into the sub-folders of a folder too.
         without: A folder that is left out, such as that of the outputs.
 
     Raises:
         DataError: There are none.
     """
+    text = os.fspath(given)
     if not text:  # an empty variable of a shell must not stand for the working folder
         raise DataError("The name of an input is empty.")
     path, several = Path(text), True
@@ -160,12 +178,13 @@ def files_of(text: str, recursive: bool = False, without: Path | None = None) ->
     return found, several
 
 
-def target_folder(output: str, several: bool) -> tuple[Path, bool]:
+def target_folder(output: str | Path, several: bool) -> tuple[Path, bool]:
     """The folder that results go to, which is made and can be written to, and whether the argument names it itself.
 
     Raises:
         StorageError: Nothing can be written there.
     """
+    output = os.fspath(output)
     target = Path(output)
     try:
         if not output or "\0" in output:
@@ -187,8 +206,10 @@ def run(
     jobs: list[Job],
     work: Callable[[Job, Bar, int], list[str]],
     writable: tuple[str, ...],
-    args: argparse.Namespace,
-) -> int:
+    *,
+    overwrite: bool = False,
+    skip_existing: bool = False,
+) -> Outcome:
     """Do all jobs.
 
     Args:
@@ -196,12 +217,10 @@ def run(
         work: Does a job and gives notes of what is worth knowing; its third argument says how many jobs are left.
             Whatever it raises costs one line, and the other jobs are done.
         writable: Suffixes of outputs that are not videos.
-        args: With those of `add_arguments`.
-
-    Returns:
-        0 when every output was written or skipped as asked, 1 when some were not.
+        overwrite: Replace outputs that exist.
+        skip_existing: Leave outputs that exist.
     """
-    failed: list[str] = []
+    outcome = Outcome()
     written: set[str] = set()
     inputs = {os.path.realpath(path) for job in jobs for path in job.sources if "\0" not in str(path)}
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -211,32 +230,37 @@ def run(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=not draws_bars(console)) as progress:
         total = progress.add_task("files", total=len(jobs), visible=len(jobs) > 1)
         for number, job in enumerate(jobs):
             bar = Bar(progress, progress.add_task(shorten(job.source.name, 40), total=None), _shown(job.source))
+            notes: list[str] = []
             try:
-                notes = None
-                if not _is_done(job, VIDEOS if job.is_video else writable, inputs, written, args):
+                _check_job(job, VIDEOS if job.is_video else writable, inputs)
+                if job.target.exists() and skip_existing and not overwrite:
+                    outcome.skipped.append(job.target)
+                    told = f"skipped: {_shown(job.target)} exists"
+                else:
+                    _check_outputs(job, written, overwrite or skip_existing)
                     notes = work(job, bar, len(jobs) - number)
                     written |= {os.path.realpath(path) for path in (job.target, *job.also)}
+                    outcome.written.append(job.target)
+                    told = f"wrote {_shown(job.target)}"
             except Exception as error:
                 # A fault of ours must not end the folder either.
-                failed.append(_shown(job.source))
-                told = f"failed: {_reason(job, error)}"
-            else:
-                told = f"wrote {_shown(job.target)}"
-                if notes is None:
-                    told = f"skipped: {_shown(job.target)} exists"
-                for note in notes or ():
-                    console.print(f"note: {_shown(job.source)}: {note}.")
+                outcome.failed.append((job.source, _reason(job, error)))
+                told = f"failed: {outcome.failed[-1][1]}"
             finally:
                 progress.remove_task(bar.task)
+            for note in notes:
+                console.print(f"note: {_shown(job.source)}: {note}.")
             console.print(told)
             progress.advance(total)
-    if failed and len(jobs) > 1:
-        console.print(f"{len(failed)} of {len(jobs)} failed: {', '.join(failed)}")
-    return 1 if failed else 0
+    if outcome.failed and len(jobs) > 1:
+        console.print(
+            f"{len(outcome.failed)} of {len(jobs)} failed: {', '.join(_shown(path) for path, _ in outcome.failed)}"
+        )
+    return outcome
 
 
 def _shown(path: Path) -> str:
@@ -258,11 +282,8 @@ def _reason(job: Job, error: Exception) -> str:
     return f"{source}: unexpected {type(error).__name__} at {where}, please report it: {shorten(error, 300)}"
 
 
-def _is_done(job: Job, known: tuple[str, ...], inputs: set[str], written: set[str], args: argparse.Namespace) -> bool:
-    """Whether the result exists and shall stay; raises where the job cannot be done.
-
-    `inputs` and `written` are the files of all jobs, without symbolic links.
-    """
+def _check_job(job: Job, known: tuple[str, ...], inputs: set[str]) -> None:
+    """Raise where a job cannot be done; `inputs` are the files of all jobs, without symbolic links."""
     for path in job.sources:
         _check_source(path)
     source, target = _shown(job.source), _shown(job.target)
@@ -273,18 +294,20 @@ def _is_done(job: Job, known: tuple[str, ...], inputs: set[str], written: set[st
             own = os.path.realpath(path) in {os.path.realpath(own) for own in job.sources}
             replaced = "the input" if own else f"another input, {_shown(path)}"
             raise InputError(f"{source}: the output would replace {replaced}: name another.")
-    if job.target.exists() and args.skip_existing and not args.overwrite:
-        return True
+
+
+def _check_outputs(job: Job, written: set[str], replace: bool) -> None:
+    """Raise where an output must stay; `written` are those of the jobs before, without symbolic links."""
+    source = _shown(job.source)
     for path in (job.target, *job.also):
         if os.path.realpath(path) in written:
             raise InputError(f"{source}: {_shown(path)} was written already, from another input of that name.")
         # What stands next to a missing target is left from a run that was stopped.
-        if path.is_file() and not (args.overwrite or args.skip_existing):
+        if path.is_file() and not replace:
             raise InputError(
                 f"{source}: {_shown(path)} exists: give --overwrite to replace it or --skip-existing to leave it."
             )
         check_output(path, overwrite=True)
-    return False
 
 
 def _check_source(path: Path) -> None:

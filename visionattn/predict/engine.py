@@ -1,4 +1,4 @@
-"""What computes a tile: PyTorch, or an exported file in ONNX Runtime.
+"""What computes a tile: PyTorch, or an exported file in ONNX Runtime; `open_engine` opens what a user names.
 
 An engine is called with a float tensor (B, C, h, w) in 0..1 on the CPU and gives (B, C, r h, r w), same type, not
 clamped. It states `scale`, `channels`, `radius` (pixels of the input that reach one of the result), `dtype` of its
@@ -13,17 +13,35 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from visionattn.checkpoints import create
-from visionattn.errors import InputError, MissingPackageError, VisionAttnError
+from visionattn.devices import find_device
+from visionattn.errors import InputError, MissingPackageError, VisionAttnError, shorten
 from visionattn.export import OnnxModel, export_onnx
 from visionattn.models import check_task
-from visionattn.predict.network import Network, weight_of
+from visionattn.models.span import TRAINED_HERE
+from visionattn.predict.network import Network, open_network, weight_of
 from visionattn.predict.tiles import bytes_per_pixel
 
-__all__ = ["Engine", "OnnxEngine", "TorchEngine", "check_upscaler", "faster"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "OnnxEngine",
+    "TorchEngine",
+    "check_upscaler",
+    "choose_engine",
+    "default_name",
+    "faster",
+    "open_engine",
+]
+
+ENGINES = ("auto", "torch", "onnxruntime")
+# Exporting for ONNX Runtime takes about ten seconds; a run shorter than this does not earn them back.
+WORTH_TIMING = 60.0
+SAMPLE = 192  # pixels a side of what is timed
 
 # Nearer than half an 8-bit level: the two engines give the same picture.
 AGREEMENT = 1e-3
@@ -76,13 +94,13 @@ class TorchEngine(Engine):
 
     Args:
         model: A model of the task "restore". Not changed.
-        precision: "fp32", "fp16", "bf16" or "auto", as `Network` says; what is computed again is a tile.
+        dtype: As `Network` takes it; what is computed again is a tile.
     """
 
     name = "torch"
 
-    def __init__(self, model: nn.Module, precision: str = "auto") -> None:
-        network = Network(model, precision, "lower --memory (memory=)")
+    def __init__(self, model: nn.Module, dtype: str | torch.dtype = "auto") -> None:
+        network = Network(model, dtype, "lower --memory (memory=)")
         super().__init__(network.model)
         self.network = network
         self.model = network.model
@@ -135,6 +153,77 @@ class OnnxEngine(Engine):
             # Its outputs are compared on the picture itself, which says more than random images.
             file = export_onnx(model, Path(folder) / "model.onnx", check=False)
             return cls(OnnxModel(file.path), model)
+
+
+def default_name(scale: int) -> str:
+    """The model that is shipped for a scale.
+
+    Raises:
+        InputError: None is.
+    """
+    name = f"va_span_ch26_x{scale}"
+    if name not in TRAINED_HERE:
+        scales = " and ".join(shipped.rpartition("_")[2] for shipped in TRAINED_HERE)
+        raise InputError(f"No weights for x{scale} are shipped, only for {scales}: give your own with --model FILE.")
+    return name
+
+
+def open_engine(
+    model: str | Path | nn.Module | None = None,
+    checkpoint: str | Path | None = None,
+    *,
+    scale: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    engine: str = "auto",
+) -> Engine:
+    """Open what upscales (arguments: see `visionattn.upscale`).
+
+    Raises:
+        VisionAttnError: There is no such model or file, or it does something else; or arguments contradict each other.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"engine must be one of {', '.join(map(repr, ENGINES))}; got {shorten(engine)!r}.")
+    if model is None and checkpoint is None:
+        model = default_name(scale or 4)
+    name = type(model).__name__ if isinstance(model, nn.Module) else str(model or checkpoint)
+    is_onnx = name.lower().endswith(".onnx")
+    if is_onnx and (engine == "torch" or dtype != "auto" or (model and checkpoint)):
+        raise InputError(f"{name} runs in ONNX Runtime in float32: leave out --engine, --dtype and --checkpoint.")
+    if is_onnx or engine == "onnxruntime":
+        if device != "auto" and find_device(device).type != "cpu":
+            raise InputError(f"ONNX Runtime computes on the CPU here: leave out --device {shorten(device)} (device=).")
+        if str(dtype).removeprefix("torch.") not in ("auto", "float32", "fp32"):
+            raise InputError("ONNX Runtime computes in float32 here: leave out --dtype (dtype=).")
+    found: Engine
+    if is_onnx:
+        found = OnnxEngine(OnnxModel(Path(name)))
+    elif engine == "onnxruntime":
+        found = OnnxEngine.of(TorchEngine(open_network(model, checkpoint, "restore", "cpu")).model)
+    else:
+        found = TorchEngine(open_network(model, checkpoint, "restore", device), dtype)
+    if scale and found.scale != scale:
+        raise InputError(f"{name} enlarges {found.scale} times, not {scale}: leave out --scale.")
+    return found
+
+
+def choose_engine(engine: Engine, pixels: np.ndarray, pictures: int) -> tuple[Engine, str | None]:
+    """Where `pictures` such pictures take long on the CPU, the faster of two engines, and a line that says why.
+
+    Args:
+        engine: What computes them so far.
+        pixels: One of them, (H, W, C) of uint8, uint16 or floats in 0..1.
+        pictures: How many there are.
+    """
+    if not isinstance(engine, TorchEngine) or engine.device.type != "cpu" or engine.compute_dtype != torch.float32:
+        return engine, None
+    peak = np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else 1
+    sample = torch.from_numpy(pixels[:SAMPLE, :SAMPLE, :1].astype(np.float32) / peak)
+    sample = sample.movedim(-1, 0)[None].repeat(1, engine.channels, 1, 1)
+    start = time.perf_counter()
+    engine(sample)
+    seconds = (time.perf_counter() - start) * pictures * pixels[..., 0].size / sample[0, 0].numel()
+    return faster(engine, sample) if seconds > WORTH_TIMING else (engine, None)
 
 
 def faster(engine: TorchEngine, images: Tensor) -> tuple[Engine, str]:

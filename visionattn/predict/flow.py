@@ -2,14 +2,101 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
-from visionattn.predict.matching import Matcher
+from visionattn.predict.matching import Matcher, open_matcher, pixels_of
 
-__all__ = ["estimate_flow", "flow_seen_in_both"]
+__all__ = ["FlowMatch", "estimate_flow", "flow", "flow_seen_in_both", "match_images"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FlowMatch:
+    """How two images move.
+
+    Attributes:
+        flow: (H, W, 2) of float32: x and y in pixels, from the first image to the second.
+        backward: Likewise, from the second image to the first.
+        nonocc: (H, W) of bool: which pixels of the first image the second one shows too (see `flow_seen_in_both`).
+        notes: What is worth knowing, in words.
+    """
+
+    flow: np.ndarray
+    backward: np.ndarray
+    nonocc: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        height, width, _ = self.flow.shape
+        length = np.hypot(self.flow[..., 0], self.flow[..., 1])
+        parts = [f"{height} x {width} pixels", f"lengths {length.min():.4g} to {length.max():.4g}"]
+        parts += [f"{self.nonocc.mean():.1%} seen in both images"]
+        parts += [f"{len(self.notes)} notes"] if self.notes else []
+        return f"FlowMatch({', '.join(parts)})"
+
+
+def flow(
+    first: np.ndarray | Tensor | Image.Image | str | Path,
+    second: np.ndarray | Tensor | Image.Image | str | Path,
+    model: str | Path | nn.Module | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    max_pixels: int | None = None,
+    low_resolution_start: bool = False,
+    enlarge: float = 1.0,
+) -> FlowMatch:
+    """Find the optical flow between two images, both ways.
+
+    Args:
+        first: An array (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; a PIL image; a float tensor (C, H, W) in
+            0..1; or the path of an image file, which is read upright. Grey or RGB, alpha is laid on white.
+        second: Likewise, of the same size.
+        model: A model of the task "flow": its name, a weight file, or the module. No weights are shipped.
+        checkpoint: Weight file for a name.
+        device: "auto" (a GPU where there is one; a module stays where it is), "cpu", "cuda:1".
+        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
+        max_pixels: Larger images are reduced to this many pixels, and the result enlarged. Default: what half of the
+            free memory holds.
+        low_resolution_start: Start from what the model finds at half the size, as its authors do from 2K on.
+        enlarge: Let the model see images so many times as high and wide, which makes its result finer.
+
+    Returns:
+        The flow both ways, and what both images show.
+
+    Raises:
+        InputError: Sizes, type or values of the images, the model or an argument are not accepted.
+        DataError: There is no such image file, or it is damaged.
+        VisionAttnError: There is no such model, or it has no weights.
+    """
+    images = [pixels_of(image) for image in (first, second)]
+    matcher = open_matcher(
+        "flow",
+        model,
+        checkpoint,
+        device,
+        dtype=dtype,
+        max_pixels=max_pixels,
+        low_resolution_start=low_resolution_start,
+        enlarge=enlarge,
+    )
+    found = match_images(matcher, images[0][0], images[1][0])
+    found.notes[:0] = [note for _, notes in images for note in notes]
+    return found
+
+
+def match_images(matcher: Matcher, first: np.ndarray, second: np.ndarray) -> FlowMatch:
+    """Match two images by an open network (errors: see `flow`)."""
+    found = matcher(first, second)
+    forward, backward = (way.transpose(1, 2, 0) for way in (found[:2], found[2:]))
+    return FlowMatch(forward, backward, flow_seen_in_both(found), matcher.notes)
 
 
 def estimate_flow(
@@ -17,10 +104,11 @@ def estimate_flow(
     second: np.ndarray,
     model: nn.Module,
     *,
-    precision: str = "auto",
+    dtype: str | torch.dtype = "auto",
     max_pixels: int | None = None,
     low_resolution_start: bool = False,
     enlarge: float = 1.0,
+    precision: str | None = None,
 ) -> np.ndarray:
     """Estimate the optical flow between two images, both ways.
 
@@ -28,11 +116,12 @@ def estimate_flow(
         first: (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; grey or RGB, alpha is laid on white.
         second: Likewise, of the same size.
         model: Of the task "flow"; its device computes.
-        precision: "fp32", "fp16", "bf16" or "auto" (fp16 on a GPU, else the weights' type).
+        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
         max_pixels: Larger images are reduced to this many pixels, and the result enlarged. Default: what half of the
             free memory holds.
         low_resolution_start: Start from what the model finds at half the size, as its authors do from 2K on.
         enlarge: Let the model see images so many times as high and wide, which makes its result finer.
+        precision: Old spelling of `dtype`: "fp32", "fp16" or "bf16".
 
     Returns:
         (4, H, W) of float32: x and y from the first image to the second, then from the second to the first, in pixels.
@@ -40,7 +129,7 @@ def estimate_flow(
     Raises:
         InputError: Sizes, type or values of the images, the model or an argument are not accepted.
     """
-    return Matcher(model, "flow", precision, max_pixels, low_resolution_start, enlarge)(first, second)
+    return Matcher(model, "flow", precision or dtype, max_pixels, low_resolution_start, enlarge)(first, second)
 
 
 def flow_seen_in_both(flow: np.ndarray, tolerance: float = 1.0) -> np.ndarray:

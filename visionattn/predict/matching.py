@@ -7,33 +7,38 @@ along the whole width cannot be cut into tiles as an upscaler can.
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from visionattn.errors import InputError
 from visionattn.models import check_task
 from visionattn.models.enlarged import EnlargedViews
-from visionattn.predict.network import Network
+from visionattn.predict.images.picture import Picture, read
+from visionattn.predict.network import Network, open_network
 from visionattn.predict.tiles import bytes_per_pixel, free_memory
 
-__all__ = ["Matcher", "as_tensor", "describe_unknown"]
+__all__ = ["SHIPPED", "Matcher", "as_tensor", "describe_unknown", "open_matcher", "pixels_of"]
 
+SHIPPED = {"stereo": "va_match_stereo_nano"}  # the default model of a task
 PEAKS = {"u1": 255.0, "u2": 65535.0}
 UNKNOWN_MEMORY = 2**31  # bytes, where the system does not say what is free
 
 
 class Matcher:
-    """A matching network with a precision and a bound of memory.
+    """A matching network with a type of numbers and a bound of memory.
 
     Args:
         model: Takes two images (B, 3, H, W), RGB in 0..1, gives (B, C, H, W) in pixels, and states its `task`. Its
             device computes.
         task: "stereo" or "flow".
-        precision: "fp32", "fp16", "bf16" or "auto" (fp16 on a GPU, else the weights' type).
+        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
         max_pixels: Largest height times width that is computed. Default: what half of the free memory holds, by the
             tensors that a small pass keeps alive.
         low_resolution_start: Let the model find a start at half the size first, as its authors do from 2K on.
@@ -51,7 +56,7 @@ class Matcher:
         self,
         model: nn.Module,
         task: str,
-        precision: str = "auto",
+        dtype: str | torch.dtype = "auto",
         max_pixels: int | None = None,
         low_resolution_start: bool = False,
         enlarge: float = 1.0,
@@ -68,7 +73,7 @@ class Matcher:
         if enlarge != 1:
             model = EnlargedViews(model, enlarge)
         self.minimum: int = getattr(model, "size_minimum", 1)
-        self.network = Network(model, precision, "lower --max-pixels (max_pixels=)")
+        self.network = Network(model, dtype, "lower --max-pixels (max_pixels=)")
         self.max_pixels = max_pixels or self._default_pixels()
         self.notes: list[str] = []
         self.unknown = 0.0
@@ -148,6 +153,32 @@ class Matcher:
         return int((UNKNOWN_MEMORY if free is None else free // 2) / bytes_each)
 
 
+def open_matcher(
+    task: str,
+    model: str | Path | nn.Module | None,
+    checkpoint: str | Path | None,
+    device: str | torch.device,
+    **matching: Any,
+) -> Matcher:
+    """Open a matching network.
+
+    Args:
+        task: "stereo" or "flow".
+        model: As `open_network` takes it; None is the one that is shipped, unless there is a checkpoint.
+        checkpoint: Likewise.
+        device: Likewise.
+        **matching: Further arguments of `Matcher`.
+
+    Raises:
+        VisionAttnError: There is no such model, file or device, it has no weights, or it does something else.
+    """
+    if model is None and checkpoint is None:
+        model = SHIPPED.get(task)
+        if model is None:
+            raise InputError(f"No weights for {task} are shipped: give a weight file with --model FILE.")
+    return Matcher(open_network(model, checkpoint, task, device), task, **matching)
+
+
 class _FromHalfSize(nn.Module):
     """A matching network that starts from what it finds at half the size."""
 
@@ -172,6 +203,31 @@ def describe_unknown(share: float) -> list[str]:
         f"{shown} of the left view have no disparity, since the network found them at 0 or beyond: what is very far "
         "away, or further than where the axes of cameras that converge meet"
     ]
+
+
+def pixels_of(image: object) -> tuple[np.ndarray, list[str]]:
+    """The pixels (H, W) or (H, W, C) of what a user gives, and notes of what a file lost.
+
+    Args:
+        image: An array, which stays as it is; a PIL image; a float tensor (C, H, W) in 0..1; or the path of an image
+            file, which is read upright.
+
+    Raises:
+        DataError: There is no such image file, or it is damaged.
+        InputError: It is none of these.
+    """
+    if isinstance(image, np.ndarray):
+        return image, []
+    if isinstance(image, (str, os.PathLike)):
+        picture = read(Path(image))
+        return picture.pixels, picture.notes
+    if isinstance(image, Image.Image):
+        return Picture.of(image).pixels, []
+    if not isinstance(image, Tensor):
+        raise InputError("The image is neither an array (H, W) or (H, W, C), a PIL image, a tensor nor a path.")
+    if not image.is_floating_point() or image.ndim != 3:
+        raise InputError(f"The tensor is {tuple(image.shape)} of {image.dtype}; this takes floats (C, H, W).")
+    return image.detach().float().cpu().movedim(0, -1).numpy(), []
 
 
 def as_tensor(pixels: np.ndarray) -> Tensor:

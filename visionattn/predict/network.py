@@ -1,17 +1,21 @@
-"""A model in a chosen precision, with words for what does not fit the memory."""
+"""A model in a chosen type of numbers, with words for what does not fit the memory."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from visionattn.errors import InputError, explaining_memory
+from visionattn.devices import find_device
+from visionattn.errors import InputError, explaining_memory, shorten
+from visionattn.opening import open_model
 
-__all__ = ["PRECISIONS", "Network", "weight_of"]
+__all__ = ["DTYPES", "PRECISIONS", "Network", "open_network", "weight_of"]
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # old spellings
 
 
 def weight_of(model: nn.Module) -> Tensor:
@@ -19,13 +23,36 @@ def weight_of(model: nn.Module) -> Tensor:
     return next(model.parameters(), torch.zeros(()))
 
 
+def open_network(
+    model: str | Path | nn.Module | None, checkpoint: str | Path | None, task: str, device: str | torch.device
+) -> nn.Module:
+    """Open a model on the device that computes.
+
+    Args:
+        model: As `open_model` takes it. A module is not changed.
+        checkpoint: Likewise.
+        task: What it must be for.
+        device: As `find_device` takes it; "auto" leaves a module where it is.
+
+    Raises:
+        VisionAttnError: There is no such model, file or device, it has no weights, or it does something else.
+    """
+    found = open_model(model, checkpoint, task=task).model
+    if not isinstance(model, nn.Module):
+        return found.to(find_device(device))
+    if device == "auto" or weight_of(model).device == find_device(device):
+        return found
+    return copy.deepcopy(found).to(find_device(device))
+
+
 class Network:
-    """Runs a model on its own device in a chosen precision.
+    """Runs a model on its own device in a chosen type.
 
     Args:
         model: Not changed.
-        precision: "fp32", "fp16", "bf16", or "auto": fp16 on a GPU, the weights' own type on a CPU. Where the result of
-            fp16 or bf16 is not finite, it is computed again with the model's own weights, and a note is left.
+        dtype: "float32", "float16", "bfloat16" or such a type of PyTorch, or "auto": float16 on a GPU, the weights' own
+            type on a CPU. Where the result of a half precision is not finite, it is computed again with the model's
+            own weights, and a note is left.
         remedy: What to do where the memory ends, for the message.
 
     Attributes:
@@ -35,20 +62,23 @@ class Network:
         notes: One for each result that was computed again.
 
     Raises:
-        InputError: There is no such precision.
+        InputError: There is no such type.
     """
 
-    def __init__(self, model: nn.Module, precision: str, remedy: str) -> None:
-        if precision not in ("auto", *PRECISIONS):
-            raise InputError(f"The precision is {precision!r}; there are auto, {', '.join(PRECISIONS)}.")
+    def __init__(self, model: nn.Module, dtype: str | torch.dtype, remedy: str) -> None:
+        name = str(dtype).removeprefix("torch.")
+        name = PRECISIONS.get(name, name)
+        if name not in ("auto", *DTYPES):
+            allowed = ", ".join(map(repr, ("auto", *DTYPES)))
+            raise InputError(f"dtype must be one of {allowed}; got {shorten(dtype)!r}.")
         if model.training:
             model = copy.deepcopy(model).eval()
         weight = weight_of(model)
         self.device, own = weight.device, weight.dtype
-        if precision == "auto":
+        if name == "auto":
             chosen = torch.float16 if self.device.type == "cuda" and own == torch.float32 else own
         else:
-            chosen = PRECISIONS[precision]
+            chosen = DTYPES[name]
         self.model = model
         self.compute_dtype = chosen
         self.notes: list[str] = []

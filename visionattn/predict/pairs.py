@@ -1,8 +1,7 @@
-"""What `visionattn stereo` and `visionattn flow` share: their arguments, pairs of files, the model, the loop."""
+"""What `stereo_files` and `flow_files` share: pairs of files, their jobs, what is written beside, and videos."""
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,74 +9,34 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from visionattn.arguments import number, whole_number
 from visionattn.errors import DataError, InputError, shorten
-from visionattn.models.enlarged import LARGEST
-from visionattn.opening import open_model
 from visionattn.predict import batch
 from visionattn.predict.batch import Bar, Job
 from visionattn.predict.images.picture import Picture, read, write
-from visionattn.predict.matching import Matcher
-from visionattn.predict.network import PRECISIONS
 from visionattn.predict.videos.video import VIDEOS, convert_videos, probe
 
 __all__ = [
-    "add_arguments",
+    "Found",
     "beside",
-    "cloud_file",
     "consecutive",
     "convert_pair",
-    "depth_file",
+    "image_beside",
+    "jobs_of",
     "naming",
-    "open_matcher",
     "pair_up",
     "read_pair",
 ]
 
-
-def add_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:
-    """Add the arguments that both commands have; `formats` are suffixes, the first one being the default."""
-    names = [suffix[1:] for suffix in formats]
-    parser.add_argument("--model", metavar="NAME|FILE", help="name of the zoo, or weight file")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weight file of the model named, where it says too little")
-    parser.add_argument("--format", choices=names, help=f"of the files in a folder (default: {names[0]})")
-    parser.add_argument("--color", "--colour", action="store_true", help="also write NAME_color.png, for the eye")
-    parser.add_argument("--nonocc", action="store_true", help="also write NAME_nonocc.png: white where both see it")
-    batch.add_arguments(parser)
-    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: fp16 on a GPU")
-    parser.add_argument(
-        "--max-pixels",
-        type=whole_number(0),
-        metavar="N",
-        help="larger images are reduced to N (default: by the free memory)",
-    )
-    parser.add_argument(
-        "--low-resolution-start", action="store_true", help="start from half the size: for images of 2K and more"
-    )
-    parser.add_argument(
-        "--enlarge",
-        type=number(1, LARGEST),
-        default=1.0,
-        metavar="S",
-        help="match images S times as large: finer, slower",
-    )
+Found = tuple[Sequence[tuple[Path, ...]], bool]
+"""Files that belong together, and whether there may be several of them."""
 
 
-def pair_up(first: str, second: str, args: argparse.Namespace, default: str) -> list[Job]:
-    """The jobs of two files, or of two folders or patterns, whose files belong together by their names.
-
-    Args:
-        first: File, folder or pattern.
-        second: Likewise.
-        args: With `output` and `format`.
-        default: Suffix of what is written into a folder where no format is given; videos keep their names.
+def pair_up(first: str | Path, second: str | Path) -> Found:
+    """Two files, or those of two folders or patterns that belong together by their names.
 
     Raises:
         DataError: There are no files, some lack their other one, or two have the same name but for the suffix.
-        InputError: There is a format beside an output whose suffix says it.
-        StorageError: Nothing can be written to the output.
     """
     (ones, several), (others, _) = batch.files_of(first), batch.files_of(second)
     found: list[tuple[Path, ...]]
@@ -96,16 +55,14 @@ def pair_up(first: str, second: str, args: argparse.Namespace, default: str) -> 
         found = [(path, by_name[path.stem]) for path in ones]
         if unused := len(by_name.keys() - {path.stem for path in ones}):
             print(f"note: {shorten(second)}: {unused} without another image in {shorten(first)} left out.")
-    return _jobs(found, several, args, default)
+    return found, several
 
 
-def consecutive(source: str, args: argparse.Namespace, default: str) -> list[Job]:
-    """The jobs of one video, or of a folder or pattern of images, each with the next one (arguments: see `pair_up`).
+def consecutive(source: str | Path) -> Found:
+    """One video, or the images of a folder or pattern, each with the next one.
 
     Raises:
         DataError: There are no files, or a single image.
-        InputError: There is a format beside an output whose suffix says it.
-        StorageError: Nothing can be written to the output.
     """
     files, several = batch.files_of(source)
     files.sort(key=_frame_order)
@@ -114,8 +71,8 @@ def consecutive(source: str, args: argparse.Namespace, default: str) -> list[Job
             raise DataError(
                 f"{shorten(source)} is one image; flow is between two images, or along a video or a folder."
             )
-        return _jobs([(files[0],)], several, args, default)
-    return _jobs([*pairwise(files)], True, args, default)
+        return [(files[0],)], several
+    return [*pairwise(files)], True
 
 
 def _frame_order(path: Path) -> list[tuple[int, str]]:
@@ -125,61 +82,40 @@ def _frame_order(path: Path) -> list[tuple[int, str]]:
     ]
 
 
-def _jobs(found: Sequence[tuple[Path, ...]], several: bool, args: argparse.Namespace, default: str) -> list[Job]:
-    folder, named = batch.target_folder(args.output, several)
-    if not named:
-        if args.format:
-            raise InputError(f"The suffix of {args.output} says the format: leave out --format, which is for folders.")
-        return [_job(sources, Path(args.output), args) for sources in found]
-    form = f".{args.format}" if args.format else default
-    names = [source.name if source.suffix.lower() in VIDEOS else source.stem + form for source, *_ in found]
-    return [_job(sources, folder / name, args) for sources, name in zip(found, names)]
+def jobs_of(
+    found: Found, output: str | Path, form: str | None, default: str, also: Callable[[Path], list[Path]]
+) -> list[Job]:
+    """The jobs of files that belong together.
 
+    Args:
+        found: The files.
+        output: File or folder.
+        form: Suffix of what is written into a folder, without its dot; videos keep their names.
+        default: Suffix where no form is given.
+        also: Gives the files that stand beside an output.
 
-def _job(sources: tuple[Path, ...], target: Path, args: argparse.Namespace) -> Job:
-    """A job with all that it writes."""
-    if sources[0].suffix.lower() in VIDEOS:
-        return Job(sources, target)
-    also = [image_beside(target, name) for name in ("color", "nonocc") if getattr(args, name)]
-    if getattr(args, "focal", None):
-        also.append(depth_file(target))
-    if getattr(args, "ply", False):
-        also.append(cloud_file(target))
-    return Job(sources, target, tuple(also))
+    Raises:
+        InputError: There is a form beside an output whose suffix says it.
+        StorageError: Nothing can be written to the output.
+    """
+    files, several = found
+    folder, named = batch.target_folder(output, several)
+    if form and not named:
+        raise InputError(f"The suffix of {output} says the format: leave out --format, which is for folders.")
+    suffix = f".{form}" if form else default
+    jobs = []
+    for sources in files:
+        job = Job(sources, Path(output))
+        if named:
+            name = sources[0].name if job.is_video else sources[0].stem + suffix
+            job = Job(sources, folder / name)
+        jobs.append(job if job.is_video else Job(sources, job.target, tuple(also(job.target))))
+    return jobs
 
 
 def image_beside(target: Path, name: str) -> Path:
     """Where a picture next to an output stands."""
     return target.with_name(f"{target.stem}_{name}.png")
-
-
-def depth_file(target: Path) -> Path:
-    """Where the depth next to a disparity stands."""
-    return target.with_stem(f"{target.stem}_depth")
-
-
-def cloud_file(target: Path) -> Path:
-    """Where the point cloud next to a disparity stands."""
-    return target.with_suffix(".ply")
-
-
-def open_matcher(args: argparse.Namespace, task: str, default: str | None) -> Matcher:
-    """The model of the arguments, on a GPU where there is one.
-
-    Args:
-        args: With those of `add_arguments`.
-        task: "stereo" or "flow".
-        default: Name of the model where none is given; None where one must be.
-
-    Raises:
-        VisionAttnError: There is no such model or file, it has no weights, or it does something else.
-    """
-    if args.model is None and args.checkpoint is None and default is None:
-        raise InputError(f"No weights for {task} are shipped: give a weight file with --model FILE.")
-    model = open_model(args.model or (None if args.checkpoint else default), args.checkpoint, task=task).model
-    if torch.cuda.is_available():
-        model = model.cuda()
-    return Matcher(model, task, args.precision, args.max_pixels, args.low_resolution_start, args.enlarge)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
-"""The loop over tiles, and `upscale` for what a program holds: array, PIL image or tensor.
+"""`upscale` for what a program holds, an array, PIL image, tensor or path, and the loop over tiles.
 
 The loop writes each tile straight into the result, so that beside the two pictures only one tile is in memory.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -14,12 +16,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from visionattn.errors import InputError
-from visionattn.predict.engine import Engine, TorchEngine
-from visionattn.predict.images.picture import Picture
+from visionattn.errors import InputError, shorten
+from visionattn.predict.engine import Engine, choose_engine, open_engine
+from visionattn.predict.images.picture import Picture, read
 from visionattn.predict.tiles import MIB, Tile, default_memory, plan, total_memory
+from visionattn.progress import counted, session_console
 
-__all__ = ["bleed", "restore", "tiles_of", "upscale"]
+__all__ = ["bleed", "restore", "steps_of", "tiles_of", "upscale"]
 
 Image_ = TypeVar("Image_", np.ndarray, Tensor, Image.Image)
 PEAKS = {"u1": 255.0, "u2": 65535.0}
@@ -29,58 +32,103 @@ MOST_MEMORY = 2**30  # MiB, which is a pebibyte
 
 
 def upscale(
-    image: Image_,
-    model: nn.Module,
+    image: Image_ | str | Path,
+    model: str | Path | nn.Module | None = None,
     *,
-    overlap: int | None = None,
+    scale: int | None = None,
+    checkpoint: str | Path | None = None,
     memory: float | None = None,
-    precision: str = "auto",
-) -> Image_:
-    """Upscale an image by a model of the task "restore".
+    overlap: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    engine: str = "auto",
+    precision: str | None = None,
+) -> Image_ | Image.Image:
+    """Upscale an image.
 
     A colour model is applied to a grey image by replicating its channel and averaging the result; a one-channel model
     to each channel of a colour image. A second or fourth channel that the model does not know is alpha: it is upscaled
     apart, and colours are continued below transparent pixels first, so that no dark fringe appears.
 
     Args:
-        image: An array (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; a PIL image; or a float tensor (C, H, W)
-            or (B, C, H, W) in 0..1. RGB order.
-        model: Its device computes; the image may lie elsewhere.
-        overlap: Pixels by which tiles overlap on each side. Default: the model's radius, which is exact.
+        image: An array (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; a PIL image; a float tensor (C, H, W) or
+            (B, C, H, W) in 0..1; or the path of an image file, which is read upright. RGB order.
+        model: A model of the task "restore": its name, a weight file, an exported .onnx file, or the module. Default:
+            the one that is shipped for `scale`.
+        scale: How many times as high and wide: 2, 3 or 4, default 4. Another model states its own.
+        checkpoint: Weight file for a name.
         memory: MiB that a pass of the network may take; larger images are cut into tiles. Default: half of what is
             free, on a CPU at most 256.
-        precision: "fp32", "fp16", "bf16" or "auto" (fp16 on a GPU, else the weights' type).
+        overlap: Pixels by which tiles overlap on each side. Default: the model's radius, which is exact.
+        device: "auto" (a GPU where there is one; a module stays where it is), "cpu", "cuda:1". The image may lie
+            elsewhere.
+        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
+        engine: "torch", "onnxruntime", or "auto": the faster one where an image in tiles takes a CPU over a minute.
+        precision: Old spelling of `dtype`: "fp32", "fp16" or "bf16".
 
     Returns:
-        The same kind, type and channels, r times as high and wide, clamped, and rounded where the type is an integer.
-        PIL images of other modes than L, LA, RGB, RGBA and I;16 become RGB or RGBA.
+        The same kind, type and channels as the image, r times as high and wide, clamped, and rounded where the type is
+        an integer. PIL images of other modes than L, LA, RGB, RGBA and I;16 become RGB or RGBA. A path gives a PIL
+        image.
 
     Raises:
-        InputError: Shape, type or values of the image, the model or an argument are not accepted.
+        InputError: Shape, type or values of the image, the model or an argument are not accepted, or a file has 16-bit
+            colours, which PIL images cannot hold.
+        DataError: There is no such image file, or it is damaged.
+        VisionAttnError: There is no such model, or it has no weights.
     """
-    engine = TorchEngine(model, precision)
+    picture = _picture_of(image)
+    computes = open_engine(model, checkpoint, scale=scale, device=device, dtype=precision or dtype, engine=engine)
 
     def enlarge(pixels: np.ndarray) -> np.ndarray:
-        return restore(engine, pixels, overlap, memory)
+        return _with_progress(computes, pixels, overlap, memory, engine == "auto")
 
-    if isinstance(image, Image.Image):
-        picture = Picture.of(image)
+    if picture is not None:
         return Picture(enlarge(picture.pixels), icc=picture.icc, exif=picture.exif, dpi=picture.dpi).image()
     if isinstance(image, Tensor):
-        if not image.is_floating_point() or image.ndim not in (3, 4):
-            raise InputError(
-                f"The tensor is {tuple(image.shape)} of {image.dtype}; this takes floats (C, H, W) or (B, C, H, W)."
-            )
         batch = image.detach().cpu()[(None,) * (4 - image.ndim)].movedim(1, -1)  # (B, H, W, C)
         # numpy knows no bfloat16.
         batch = batch if batch.dtype == torch.float64 else batch.float()
         result = torch.stack([torch.from_numpy(enlarge(one.numpy())) for one in batch]).movedim(-1, 1)
         return result.reshape(*image.shape[:-2], *result.shape[-2:]).to(image)
-    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
-        raise InputError("The image is neither an array (H, W) or (H, W, C), a PIL image nor a tensor.")
-    if image.ndim == 2:
-        return enlarge(image[:, :, None])[:, :, 0]
-    return enlarge(image)
+    pixels = np.asarray(image)
+    return enlarge(pixels[:, :, None])[:, :, 0] if pixels.ndim == 2 else enlarge(pixels)
+
+
+def _picture_of(image: object) -> Picture | None:
+    """The picture of a file or a PIL image; None for an array or a tensor. Raises for what is not taken."""
+    if isinstance(image, (str, os.PathLike)):
+        picture = read(Path(image))
+        if picture.pixels.dtype == np.uint16 and picture.pixels.shape[2] > 1:
+            raise InputError(
+                f"{shorten(image)} has colours of 16 bits, which a PIL image cannot hold: write the result to a file "
+                "with visionattn.upscale_files, or give an array."
+            )
+        return picture
+    if isinstance(image, Image.Image):
+        return Picture.of(image)
+    if isinstance(image, Tensor):
+        if not image.is_floating_point() or image.ndim not in (3, 4):
+            raise InputError(
+                f"The tensor is {tuple(image.shape)} of {image.dtype}; this takes floats (C, H, W) or (B, C, H, W)."
+            )
+    elif not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
+        raise InputError("The image is neither an array (H, W) or (H, W, C), a PIL image, a tensor nor a path.")
+    return None
+
+
+def _with_progress(
+    engine: Engine, pixels: np.ndarray, overlap: int | None, memory: float | None, choose: bool
+) -> np.ndarray:
+    """`restore`; an image in tiles shows its progress in a session, and may be given to a faster engine."""
+    _check(pixels)
+    steps = steps_of(engine, pixels.shape, overlap, memory)
+    if steps <= 2:
+        return restore(engine, pixels, overlap, memory)
+    if choose:
+        engine, _ = choose_engine(engine, pixels, 1)
+    with counted("tiles", steps_of(engine, pixels.shape, overlap, memory), session_console()) as advance:
+        return restore(engine, pixels, overlap, memory, lambda: advance(1))
 
 
 def restore(
@@ -119,7 +167,7 @@ def restore(
 
 
 def tiles_of(engine: Engine, height: int, width: int, overlap: int | None, memory: float | None) -> list[Tile]:
-    """The tiles of a picture; `restore` runs through them twice where there is alpha.
+    """The tiles of a picture.
 
     Raises:
         InputError: Overlap or memory is negative, no number, or too small for a tile.
@@ -132,6 +180,12 @@ def tiles_of(engine: Engine, height: int, width: int, overlap: int | None, memor
     budget = default_memory(engine.device) if memory is None else memory * MIB
     each = engine.bytes_per_pixel + COPIES * engine.scale**2 * engine.channels * 4
     return plan(height, width, int(budget / each), overlap)
+
+
+def steps_of(engine: Engine, shape: tuple[int, ...], overlap: int | None, memory: float | None) -> int:
+    """How many tiles `restore` computes of a picture (H, W, C): with alpha, each twice."""
+    height, width, channels = shape
+    return len(tiles_of(engine, height, width, overlap, memory)) * (2 if channels in (2, 4) else 1)
 
 
 def bleed(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:

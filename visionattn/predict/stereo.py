@@ -7,16 +7,33 @@ principal point of the right view lies further right than the left's (`doffs` of
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from visionattn.errors import InputError
-from visionattn.predict.matching import Matcher, as_tensor
+from visionattn.predict.matching import Matcher, as_tensor, describe_unknown, open_matcher, pixels_of
 
-__all__ = ["depth", "estimate_disparity", "looks_exchanged", "seen_in_both"]
+__all__ = [
+    "EXCHANGED",
+    "StereoMatch",
+    "check_calibration",
+    "depth",
+    "estimate_disparity",
+    "looks_exchanged",
+    "match_views",
+    "seen_in_both",
+    "stereo",
+]
 
+EXCHANGED = (
+    "its matches lie to the right, so that left and right seem to be exchanged: the result is of no use if they are"
+)
 ABSURD = 1e9  # of a calibration, in pixels or metres
 # Of the search for exchanged views: width that they are reduced to, side of the windows that are compared, how much of
 # the usual difference a match may have, shift in reduced pixels from which on its sign counts, and the share of the
@@ -24,15 +41,142 @@ ABSURD = 1e9  # of a calibration, in pixels or metres
 WIDTH, WINDOW, MATCHING, SHIFT, ENOUGH, VERDICT = 192, 7, 0.5, 2, 0.05, 0.75
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class StereoMatch:
+    """What a stereo pair shows.
+
+    Attributes:
+        disparity: (H, W) of float32: the disparities of the left view in pixels, above 0; NaN is not known.
+        right: Likewise, of the right view.
+        nonocc: (H, W) of bool: which pixels of the left view the right one sees too (see `seen_in_both`).
+        depth: (H, W) of float32 in metres, NaN where it is infinite; None without a calibration.
+        notes: What is worth knowing, in words.
+    """
+
+    disparity: np.ndarray
+    right: np.ndarray
+    nonocc: np.ndarray
+    depth: np.ndarray | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        height, width = self.disparity.shape
+        parts = [f"{height} x {width} pixels", f"disparity {_range(self.disparity)}"]
+        parts += [f"{self.nonocc.mean():.1%} seen in both views"]
+        parts += [] if self.depth is None else [f"depth {_range(self.depth)} m"]
+        parts += [f"{len(self.notes)} notes"] if self.notes else []
+        return f"StereoMatch({', '.join(parts)})"
+
+
+def _range(values: np.ndarray) -> str:
+    if np.isnan(values).all():
+        return "unknown"
+    return f"{np.nanmin(values):.4g} to {np.nanmax(values):.4g}"
+
+
+def stereo(
+    left: np.ndarray | Tensor | Image.Image | str | Path,
+    right: np.ndarray | Tensor | Image.Image | str | Path,
+    model: str | Path | nn.Module | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    focal: float | None = None,
+    baseline: float | None = None,
+    doffs: float = 0.0,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    max_pixels: int | None = None,
+    low_resolution_start: bool = False,
+    enlarge: float = 1.0,
+) -> StereoMatch:
+    """Match the views of a rectified stereo pair.
+
+    Args:
+        left: An array (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; a PIL image; a float tensor (C, H, W) in
+            0..1; or the path of an image file, which is read upright. Grey or RGB, alpha is laid on white.
+        right: Likewise, of the same size.
+        model: A model of the task "stereo": its name, a weight file, or the module. Default: the one that is shipped.
+        checkpoint: Weight file for a name.
+        focal: Focal length in pixels, for `depth`.
+        baseline: Distance of the cameras in metres, with `focal`.
+        doffs: Column of the right view's principal point minus the left's, in pixels.
+        device: "auto" (a GPU where there is one; a module stays where it is), "cpu", "cuda:1".
+        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
+        max_pixels: Larger pairs are reduced to this many pixels, and the result enlarged. Default: what half of the
+            free memory holds.
+        low_resolution_start: Start from what the model finds at half the size, as its authors do from 2K on.
+        enlarge: Let the model see images so many times as high and wide, which makes its result finer.
+
+    Returns:
+        Disparities, what both views see, and depth where focal length and baseline are given.
+
+    Raises:
+        InputError: Sizes, type or values of the images, the model or an argument are not accepted.
+        DataError: There is no such image file, or it is damaged.
+        VisionAttnError: There is no such model, or it has no weights.
+    """
+    check_calibration(focal, baseline, doffs=doffs)
+    views = [pixels_of(image) for image in (left, right)]
+    matcher = open_matcher(
+        "stereo",
+        model,
+        checkpoint,
+        device,
+        dtype=dtype,
+        max_pixels=max_pixels,
+        low_resolution_start=low_resolution_start,
+        enlarge=enlarge,
+    )
+    found = match_views(matcher, views[0][0], views[1][0], focal, baseline, doffs)
+    found.notes[:0] = [note for _, notes in views for note in notes]
+    return found
+
+
+def match_views(
+    matcher: Matcher, left: np.ndarray, right: np.ndarray, focal: float | None, baseline: float | None, doffs: float
+) -> StereoMatch:
+    """Match two views by an open network (arguments and errors: see `stereo`)."""
+    found = matcher(left, right)
+    notes = [EXCHANGED] if looks_exchanged(left, right) else []
+    notes += describe_unknown(matcher.unknown)
+    metres = None
+    if focal is not None and baseline is not None:
+        metres = depth(found[0], focal, baseline, doffs)
+        behind = (np.isfinite(found[0]) & ~np.isfinite(metres)).mean()
+        if behind:
+            notes.append(f"{behind:.1%} have a disparity and no depth: disparity and --doffs together are not above 0")
+    return StereoMatch(found[0], found[1], seen_in_both(found), metres, notes + matcher.notes)
+
+
+def check_calibration(focal: float | None, baseline: float | None, **needing: object) -> None:
+    """Raise `InputError` for a calibration with a gap, or without sense.
+
+    Args:
+        focal: Focal length in pixels.
+        baseline: Distance of the cameras in metres.
+        **needing: Arguments that say nothing without the two.
+    """
+    if focal is not None and baseline is not None:
+        depth(np.ones((1, 1)), focal, baseline)  # which says what is wrong with their values
+        return
+    if (focal is None) != (baseline is None):
+        given, lacking = ("--focal", "--baseline") if baseline is None else ("--baseline", "--focal")
+        raise InputError(f"{given} without {lacking}: depth is focal length times baseline by disparity. Give both.")
+    for name, value in needing.items():
+        if value:
+            raise InputError(f"--{name.replace('_', '-')} needs --focal and --baseline.")
+
+
 def estimate_disparity(
     left: np.ndarray,
     right: np.ndarray,
     model: nn.Module,
     *,
-    precision: str = "auto",
+    dtype: str | torch.dtype = "auto",
     max_pixels: int | None = None,
     low_resolution_start: bool = False,
     enlarge: float = 1.0,
+    precision: str | None = None,
 ) -> np.ndarray:
     """Estimate the disparities of a rectified stereo pair.
 
@@ -40,11 +184,12 @@ def estimate_disparity(
         left: (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; grey or RGB, alpha is laid on white.
         right: Likewise, of the same size.
         model: Of the task "stereo"; its device computes.
-        precision: "fp32", "fp16", "bf16" or "auto" (fp16 on a GPU, else the weights' type).
+        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
         max_pixels: Larger pairs are reduced to this many pixels, and the result enlarged. Default: what half of the
             free memory holds.
         low_resolution_start: Start from what the model finds at half the size, as its authors do from 2K on.
         enlarge: Let the model see images so many times as high and wide, which makes its result finer.
+        precision: Old spelling of `dtype`: "fp32", "fp16" or "bf16".
 
     Returns:
         (2, H, W) of float32: the disparities of the left and of the right view, in pixels, above 0. NaN is where the
@@ -54,7 +199,7 @@ def estimate_disparity(
     Raises:
         InputError: Sizes, type or values of the images, the model or an argument are not accepted.
     """
-    return Matcher(model, "stereo", precision, max_pixels, low_resolution_start, enlarge)(left, right)
+    return Matcher(model, "stereo", precision or dtype, max_pixels, low_resolution_start, enlarge)(left, right)
 
 
 def seen_in_both(disparity: np.ndarray, tolerance: float = 1.0) -> np.ndarray:

@@ -19,7 +19,7 @@ from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.metrics.matching import disparity_errors
 from visionattn.predict import estimate_disparity
 from visionattn.predict.colours import disparity_colours, usual_top
-from visionattn.predict.stereo_cli import DEFAULT
+from visionattn.predict.matching import SHIPPED
 from visionattn.quickstart import TITLE
 
 STRIP = 28
@@ -63,7 +63,7 @@ def visit(folder: Path, console: Console) -> None:
     truth = np.where(np.isfinite(truth), truth, np.nan)
     largest = float(np.nanmax(truth))
     found = {
-        "network": estimate_disparity(left, right, create_pretrained(DEFAULT), enlarge=ENLARGED)[0],
+        "network": estimate_disparity(left, right, create_pretrained(SHIPPED["stereo"]), enlarge=ENLARGED)[0],
         "semi-global matching": sgbm(left, right, largest),
     }
     found["filled semi-global matching"] = fill(found["semi-global matching"])
@@ -85,7 +85,7 @@ def visit(folder: Path, console: Console) -> None:
     _panels({"left view": left, "truth": truth, **found}).save(folder / "compare.png")
     console.print(f"Truth, network and filled semi-global matching as colours: {folder / 'compare.png'}")
     best = min(bad, key=lambda name: bad[name])
-    readme = README.format(name=DEFAULT, table="\n".join(rows), best=best, largest=largest, enlarged=ENLARGED)
+    readme = README.format(name=SHIPPED["stereo"], table="\n".join(rows), best=best, largest=largest, enlarged=ENLARGED)
     (folder / "README.md").write_text(TITLE + readme)
 
 

@@ -15,8 +15,8 @@ from visionattn.checkpoints import create_pretrained
 from visionattn.errors import CheckpointError, require
 from visionattn.predict import upscale
 from visionattn.predict.compare import side_by_side
+from visionattn.predict.engine import default_name
 from visionattn.predict.images.picture import Picture, write
-from visionattn.predict.upscale_cli import default_name
 from visionattn.quickstart import TITLE
 
 SCALE = 4

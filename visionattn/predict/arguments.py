@@ -1,0 +1,59 @@
+"""The options that `visionattn upscale`, `visionattn stereo` and `visionattn flow` share."""
+
+from __future__ import annotations
+
+import argparse
+
+from visionattn.arguments import add_old_spelling, number, whole_number
+from visionattn.models.enlarged import LARGEST
+from visionattn.predict.network import DTYPES, PRECISIONS
+
+__all__ = ["add_computing_arguments", "add_matching_arguments", "add_model_arguments", "add_output_arguments"]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, files: str) -> None:
+    """Add `--model` and `--checkpoint`; `files` says what a model may be beside a name."""
+    parser.add_argument("--model", metavar="NAME|FILE", help=f"name of the zoo, or {files}")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weight file of the model named, where it says too little")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what becomes of outputs that exist."""
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    parser.add_argument("--skip-existing", action="store_true", help="leave outputs that exist: resumes a stopped run")
+
+
+def add_computing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--device` and `--dtype`."""
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1 (default: auto)")
+    parser.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float16 on a GPU, else that of the weights"
+    )
+    add_old_spelling(parser, "--precision", "--dtype", PRECISIONS)
+
+
+def add_matching_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:
+    """Add what stereo and flow share; `formats` are suffixes, the first one being the default."""
+    names = [suffix[1:] for suffix in formats]
+    add_model_arguments(parser, "weight file")
+    parser.add_argument("--format", choices=names, help=f"of the files in a folder (default: {names[0]})")
+    parser.add_argument("--color", "--colour", action="store_true", help="also write NAME_color.png, for the eye")
+    parser.add_argument("--nonocc", action="store_true", help="also write NAME_nonocc.png: white where both see it")
+    add_output_arguments(parser)
+    add_computing_arguments(parser)
+    parser.add_argument(
+        "--max-pixels",
+        type=whole_number(0),
+        metavar="N",
+        help="larger images are reduced to N (default: by the free memory)",
+    )
+    parser.add_argument(
+        "--low-resolution-start", action="store_true", help="start from half the size: for images of 2K and more"
+    )
+    parser.add_argument(
+        "--enlarge",
+        type=number(1, LARGEST),
+        default=1.0,
+        metavar="S",
+        help="match images S times as large: finer, slower",
+    )
