@@ -45,14 +45,14 @@ BORDERS = ("inward", "shrink", "zero")
 
 def axis_tables(
     n: int, kernel: int, dilation: int, stride: int, border: str, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which keys the queries of an axis see, by tiles of t queries that share L keys.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Which keys the queries of an axis see, by T tiles of t queries that share L keys.
 
     Returns:
-        Positions of the queries (T, t) and keys (T, L) of T tiles, n standing for a key outside; which keys a query
-        sees (T, t, L) bool; and the index of each position among the T t queries, (n,).
+        Positions of the queries (T, t) and of the keys (T, L); whether a key is inside the grid (T, L) and whether a
+        query sees it (T, t, L), bool; and the index of each position among the T t queries, (n,).
     """
-    tile = stride * max(1, (3 * kernel + 2 * stride) // (5 * stride))  # about 0.6 kernels: few wasted products
+    tile = stride * ((7 + stride) // stride)  # 8 queries or somewhat more: rectangles of keys are then not much larger
     tiles = ((n + dilation - 1) // dilation + tile - 1) // tile
     residue = torch.arange(dilation, device=device)[:, None, None]  # (d, 1, 1)
     members = (n - residue + dilation - 1) // dilation
@@ -64,20 +64,21 @@ def axis_tables(
     keys = first[..., :1] + torch.arange(tile - stride + kernel, device=device)  # (d, tiles, L)
     seen = (keys[:, :, None] >= first[..., None]) & (keys[:, :, None] < first[..., None] + kernel)
     inside = (keys >= 0) & (keys < members)
-    if border != "zero":
-        seen = seen & inside[:, :, None]
-    keys = torch.where(inside, keys * dilation + residue, n)
+    keys = (keys * dilation + residue).clamp(min=0, max=n - 1)
     queries = (p * dilation + residue).clamp(max=n - 1)
     i = torch.arange(n, device=device)
     index = (i % dilation * tiles + i // dilation // tile) * tile + i // dilation % tile
-    return queries.flatten(0, 1), keys.flatten(0, 1), seen.flatten(0, 1), index
+    return queries.flatten(0, 1), keys.flatten(0, 1), inside.flatten(0, 1), seen.flatten(0, 1), index
 
 
-def rectangles(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Cut rectangles of cells: (B, H, W, D), (Ty, a), (Tx, b) -> (B, Ty Tx, a b, D)."""
-    x = x.index_select(1, rows.flatten()).index_select(2, columns.flatten())
-    x = x.unflatten(2, (columns.shape[0], columns.shape[1])).unflatten(1, (rows.shape[0], rows.shape[1]))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+def by_pairs(x: Tensor) -> Tensor:
+    """Tables of all pairs of tiles as one: (Ty, Tx, a, b) -> (Ty Tx, a b)."""
+    return x.flatten(2, 3).flatten(0, 1)
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens by a table: (B, N, ...), (T, K) -> (B, T, K, ...)."""
+    return x.index_select(1, index.flatten()).unflatten(1, (index.shape[0], index.shape[1]))
 
 
 def window_attention(
@@ -109,33 +110,34 @@ def window_attention(
     """
     height, width = grid
     prefix = q.shape[2] - height * width
-    row_q, row_k, row_seen, row_index = axis_tables(height, kernel[0], dilation[0], stride[0], border, q.device)
-    col_q, col_k, col_seen, col_index = axis_tables(width, kernel[1], dilation[1], stride[1], border, q.device)
+    row_q, row_k, row_in, row_seen, row_i = axis_tables(height, kernel[0], dilation[0], stride[0], border, q.device)
+    col_q, col_k, col_in, col_seen, col_i = axis_tables(width, kernel[1], dilation[1], stride[1], border, q.device)
+    queries = prefix + by_pairs(row_q[:, None, :, None] * width + col_q[None, :, None, :])  # (T, t t')
+    keys = prefix + by_pairs(row_k[:, None, :, None] * width + col_k[None, :, None, :])  # (T, L L')
+    inside = by_pairs(row_in[:, None, :, None] & col_in[None, :, None, :])
     seen = row_seen[:, None, :, None, :, None] & col_seen[None, :, None, :, None, :]  # (Ty, Tx, t, t', L, L')
-    seen = seen.flatten(4, 5).flatten(2, 3).flatten(0, 1)[None]  # (1, T, t t', L L')
-    if mask is not None:
-        cells = mask[:, prefix:].unflatten(1, (height, width))[..., None]
-        cells = F.pad(cells, (0, 0, 0, 1, 0, 1), value=border == "zero")
-        valid = rectangles(cells, row_k, col_k).transpose(2, 3)  # (B, T, 1, L L')
-        seen = (seen & valid).repeat_interleave(q.shape[1], dim=0)
-        to_prefix = mask[:, None, None, :prefix].repeat_interleave(q.shape[1], dim=0)
-        seen = torch.cat([to_prefix.expand(-1, seen.shape[1], seen.shape[2], -1), seen], dim=-1)
+    seen = by_pairs(seen.flatten(4, 5))  # (T, t t', L L')
+    if border == "zero":
+        keys = torch.where(inside, keys, q.shape[2])  # one token of zeros behind all others
     else:
-        seen = F.pad(seen, (prefix, 0), value=True)
+        seen = seen & inside[:, None]
+    first = torch.arange(prefix, device=q.device).expand(keys.shape[0], prefix)
+    keys, seen = torch.cat([first, keys], dim=1), F.pad(seen, (prefix, 0), value=True)[None]
+    if mask is not None:
+        valid = gather(F.pad(mask, (0, 1), value=True), keys)[:, :, None]  # (B, T, 1, P + L L')
+        seen = (seen & valid).repeat_interleave(q.shape[1], dim=0)
 
-    heads_q, heads_k, heads_v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B heads, N, D)
-    tiles = rectangles(heads_q[:, prefix:].unflatten(1, (height, width)), row_q, col_q)
-    around: list[Tensor] = []
-    for x in (heads_k, heads_v):
-        cells = F.pad(x[:, prefix:].unflatten(1, (height, width)), (0, 0, 0, 1, 0, 1))
-        near = rectangles(cells, row_k, col_k)  # (B heads, T, L L', D)
-        around.append(torch.cat([x[:, None, :prefix].expand(-1, near.shape[1], -1, -1), near], dim=2))
-    y = F.scaled_dot_product_attention(tiles, around[0], around[1], attn_mask=seen)  # (B heads, T, t t', D)
-    y = y.unflatten(2, (row_q.shape[1], col_q.shape[1])).unflatten(1, (row_q.shape[0], col_q.shape[0]))
-    y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B heads, Ty t, Tx t', D)
-    y = y.index_select(1, row_index).index_select(2, col_index).flatten(1, 2).unflatten(0, (q.shape[0], q.shape[1]))
-    first = softmax_attention(q[:, :, :prefix], k, v, mask)
-    return torch.cat([first, y], dim=2)
+    around_k, around_v = k.flatten(0, 1), v.flatten(0, 1)  # (B heads, N, D)
+    if border == "zero":
+        around_k, around_v = F.pad(around_k, (0, 0, 0, 1)), F.pad(around_v, (0, 0, 0, 1))
+    tiles = gather(q.flatten(0, 1), queries)  # (B heads, T, t t', D)
+    tiles = F.scaled_dot_product_attention(tiles, gather(around_k, keys), gather(around_v, keys), attn_mask=seen)
+    # Position (y, x) is query a of tile y' and query b of tile x'.
+    t, t_x = row_q.shape[1], col_q.shape[1]
+    tile = row_i[:, None] // t * col_q.shape[0] + col_i // t_x
+    index = (tile * t + row_i[:, None] % t) * t_x + col_i % t_x  # (H, W)
+    out = tiles.flatten(1, 2).index_select(1, index.flatten()).unflatten(0, (q.shape[0], q.shape[1]))
+    return torch.cat([softmax_attention(q[:, :, :prefix], k, v, mask), out], dim=2)
 
 
 class WindowMixer(Mixer):
