@@ -18,7 +18,7 @@ quickstart: $(LINKED)
 	$(VENV)/bin/visionattn quickstart
 
 test: lint types
-	$(RUN) pytest --numprocesses 2 --dist loadscope
+	$(RUN) pytest --numprocesses 2 --dist worksteal
 
 # The suite with the lowest versions that pyproject.toml allows, in an environment of its own (several GB).
 test-lowest: $(LINKED)
@@ -27,7 +27,7 @@ test-lowest: $(LINKED)
 	$(RUN) uv pip compile --quiet --resolution lowest-direct --extra all --group dev pyproject.toml -o $(LOWEST)/versions.txt
 	$(RUN) uv pip install --quiet --python $(LOWEST) --requirement $(LOWEST)/versions.txt
 	$(RUN) uv pip install --quiet --python $(LOWEST) --no-deps --editable .
-	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadscope
+	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(LINKED)
 	$(RUN) ruff check .

@@ -1,6 +1,8 @@
 """Every test starts from the same random state, on one thread: the suite shares two cores."""
 
+import functools
 import os
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,15 @@ import torch
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _exporter_reads_its_translations_once():
+    """PyTorch's ONNX exporter parses 500 functions of onnxscript anew in every export: half the time of a small one."""
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    scripts = getattr(registration, "onnxscript_apis", None)
+    if scripts is not None and "get_torchlib_ops" not in vars(scripts):
+        scripts.get_torchlib_ops = functools.cache(scripts.get_torchlib_ops)
 
 
 def pytest_configure():

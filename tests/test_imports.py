@@ -150,4 +150,7 @@ assert cli.main(["quickstart"]) == 2
 
 def test_the_package_adds_little_to_timm():
     code = "import time, timm; start = time.process_time(); import visionattn; print(time.process_time() - start)"
-    assert statistics.median(float(python(code)) for _ in range(3)) < 0.5
+    # The median of three: two of them decide.
+    first, second = (float(python(code)) for _ in range(2))
+    times = [first, second] if (first < 0.5) == (second < 0.5) else [first, second, float(python(code))]
+    assert statistics.median(times) < 0.5

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 
 import visionattn
 from visionattn.export import OnnxFile, OnnxModel, export_onnx
-from visionattn.export.cli import draw_random_weights
+from visionattn.export.api import draw_random_weights
 from visionattn.models import names
 from visionattn.zoo import read_costs
 

@@ -20,7 +20,7 @@ from tests.export.contract import (
 from tests.export.toys import Gated, OneSize, Pair, SpecialisedWidth, Toy
 from visionattn.errors import ExportError, InputError, StorageError
 from visionattn.export import OnnxModel, export_onnx, run
-from visionattn.export.cli import draw_random_weights
+from visionattn.export.api import draw_random_weights
 
 
 @pytest.fixture(scope="module", params=smallest_names())
@@ -56,7 +56,8 @@ def test_networks_with_all_their_layers(name, tmp_path):
 def test_halo_attention_is_open_in_every_size(name, tmp_path):
     """Stem, strides and a width of values of their own, one block in two stages; 14 divides none of h5's maps here."""
     two = {"depths": (1, 1), "widths": (64, 128), "heads": (4, 8), "stages": ("halo", "halo")}
-    model = draw_random_weights(timm.create_model(name, **two), (96, 96))
+    model = timm.create_model(name, **two)
+    draw_random_weights(model, (96, 96))
     file = export_onnx(model, tmp_path / "model.onnx", input_size=(96, 96))
     assert file.spec.dynamic_axes == ["batch", "height", "width"]
     assert len({(row.height, row.width) for row in file.rows}) == 3
