@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -149,7 +150,9 @@ def _register_autograd(operator: OpOverload, formula: Info, define: Callable) ->
         return differentiate(keyset, *args)
 
     name = operator._schema.name.removeprefix("visionattn::")
-    _LIBRARY.impl(name, call, "Autograd", with_keyset=True, allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.11 warns of the override that is asked for
+        _LIBRARY.impl(name, call, "Autograd", with_keyset=True, allow_override=True)
     # Where a transform of torch.func is active, an operator comes here first; its plain form then meets the transform.
     _LIBRARY.impl(name, define, "FuncTorchDynamicLayerFrontMode")
 
