@@ -85,10 +85,9 @@ class AgentMixer(Mixer):
 
     def table(self, cells: Tensor, rows: Tensor, columns: Tensor, first: Tensor, grid: Grid, prefix: int) -> Tensor:
         """Bias (1, heads, n, P + H W) of cells (heads, n, 7, 7), and rows, columns and first (heads, n, length)."""
-        size = [grid[0], grid[1]]
-        table = F.interpolate(cells, size=size, mode="bilinear", align_corners=False)
-        table = table + F.interpolate(rows, size=size[:1], mode="linear", align_corners=False)[..., None]
-        table = table + F.interpolate(columns, size=size[1:], mode="linear", align_corners=False)[:, :, None]
+        table = F.interpolate(cells, size=[grid[0], grid[1]], mode="bilinear", align_corners=False)
+        table = table + F.interpolate(rows[..., None], size=[grid[0], 1], mode="bilinear", align_corners=False)
+        table = table + F.interpolate(columns[:, :, None], size=[1, grid[1]], mode="bilinear", align_corners=False)
         return torch.cat([first.expand(-1, -1, prefix), table.flatten(2)], dim=2)[None]
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor, mask: Maybe, bias: Maybe) -> Tensor:

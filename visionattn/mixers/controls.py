@@ -109,8 +109,8 @@ class SoftmaxConvMixer(Mixer):
     ) -> None:
         super().__init__(dim, num_heads, qkv_bias, num_prefix_tokens, device=device, dtype=dtype)
         self.dwc = GridConvolution(dim, device=device, dtype=dtype)
-        nn.init.zeros_(self.dwc.weight)
-        nn.init.zeros_(self.dwc.bias)
+        for parameter in self.dwc.parameters():
+            nn.init.zeros_(parameter)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor, mask: Maybe, bias: Maybe) -> Tensor:
         """Attend, and add the convolved values."""

@@ -96,7 +96,11 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Maybe = None, bias:
     if mask is not None:
         valid = mask[:, None, None]  # (B, 1, 1, M)
         bias = valid if bias is None else bias.masked_fill(~valid, float("-inf"))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    # The fused form has other strides than what an exporter replaces it by: views behind it would fail there.
+    return torch.stack(y.unbind(1), dim=1)
 
 
 def masked_mean(x: Tensor, mask: Maybe) -> Tensor:

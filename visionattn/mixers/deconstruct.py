@@ -130,6 +130,8 @@ class FixedQKMixer(Mixer):
 
     supports = frozenset({"prefix", "mask", "any_grid", "script", "onnx"})
     limit = "the input as its own reference"
+    source: Tensor
+    prefix_source: Tensor
 
     def __init__(
         self,

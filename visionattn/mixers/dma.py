@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.errors import InputError
-from visionattn.mixers.core import Grid, Maybe, Mixer
+from visionattn.mixers.core import Grid, Maybe, Mixer, softmax_attention
 
 __all__ = ["DynamicMaskMixer", "dynamic_mask_attention"]
 
@@ -45,9 +45,7 @@ def dynamic_mask_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: 
         bias = bias.masked_fill(~mask[:, None], float("-inf"))
     kept = bias.detach().topk(keep, dim=-1).indices.sort(dim=-1).values  # (B, heads, w), in the order of the tokens
     index = kept[..., None].expand(-1, -1, -1, k.shape[-1])
-    return F.scaled_dot_product_attention(
-        q, k.gather(2, index), v.gather(2, index), attn_mask=bias.gather(2, kept)[:, :, None]
-    )
+    return softmax_attention(q, k.gather(2, index), v.gather(2, index), bias=bias.gather(2, kept)[:, :, None])
 
 
 class DynamicMaskMixer(Mixer):
