@@ -97,7 +97,10 @@ def run_list(args: argparse.Namespace) -> int:
     if not names:
         raise UnknownNameError(f"No model name fits {args.pattern!r}. `visionattn list` shows all.")
     costs = read_costs()
-    rows = {name: _facts(costs[name], timm.get_pretrained_cfg(name).to_dict()) for name in names}
+    rows = {}
+    for name in names:
+        config: Any = timm.get_pretrained_cfg(name)
+        rows[name] = _facts(costs[name], config.to_dict())
     table = Table("name", box=SIMPLE_HEAD, pad_edge=False)
     for key in rows[names[0]]:
         table.add_column(key, justify="right" if key in ("parameters", "MACs") else "left", no_wrap=True)
