@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from visionattn.arguments import add_old_spelling, number, whole_number
+from visionattn.arguments import add_old_spelling, call_with, number, whole_number
 
 
 def test_what_is_taken():
@@ -65,3 +65,10 @@ def test_old_spellings_are_answered_with_the_new_ones(capsys):
     assert "--precision" not in parser.format_help()
     with pytest.raises(SystemExit):
         parser.parse_args(["--image-size", "1", "2", "--precision", "fp8"])
+
+
+def test_a_function_is_called_with_the_arguments_of_its_names():
+    args = argparse.Namespace(command="go", left=1, right=2)
+    assert call_with(lambda right, *, left=0: (left, right), args) == (1, 2)
+    with pytest.raises(AttributeError, match="scale"):
+        call_with(lambda scale=1: scale, args)

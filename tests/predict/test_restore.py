@@ -1,5 +1,6 @@
 """`upscale`: every kind of image, exact seams, alpha without fringes."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +8,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 
 import visionattn
 from tests.predict.upscalers import Blur, Repeat, picture, repeated
-from visionattn.errors import InputError
+from visionattn.errors import DataError, InputError
 from visionattn.predict import upscale
 from visionattn.predict.engine import TorchEngine
-from visionattn.predict.restore import bleed, tiles_of
+from visionattn.predict.restore import bleed, steps_of, tiles_of
 from visionattn.predict.tiles import MIB
 
 WEIGHTS = Path(visionattn.__file__).parents[2] / "shared" / "weights" / "span"
@@ -213,3 +215,87 @@ def test_a_model_without_weights():
 
     pixels = picture()
     np.testing.assert_array_equal(upscale(pixels, Nearest()), repeated(pixels))
+
+
+def test_a_path_is_read_upright_and_gives_a_pil_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    pixels = picture(8, 12)
+    Image.fromarray(pixels).save(tmp_path / "in.png", exif=exif, dpi=(300, 300))
+    for path in (tmp_path / "in.png", str(tmp_path / "in.png")):
+        result = upscale(path, Repeat(2))
+        assert (result.mode, result.size) == ("RGB", (16, 24))
+        np.testing.assert_array_equal(np.asarray(result), repeated(np.rot90(pixels, -1)))
+        assert result.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+    with pytest.raises(DataError, match=r"no.*lost"):
+        upscale("lost.png", Repeat(2))
+
+
+def test_16_bits_of_a_path(tmp_path):
+    grey = picture(channels=1, dtype=np.uint16)[:, :, 0]
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(np.asarray(upscale(tmp_path / "grey.png", Repeat(2))), repeated(grey))
+    pytest.importorskip("cv2").imwrite(str(tmp_path / "colour.png"), picture(dtype=np.uint16))
+    with pytest.raises(InputError, match="which a PIL image cannot hold: write the result to a file"):
+        upscale(tmp_path / "colour.png", Repeat(2))
+
+
+def test_models_by_name_file_and_default(tmp_path):
+    pixels = picture(6, 7)
+    model = timm.create_model("va_span_ch26_x2", pretrained=True).eval()
+    expected = upscale(pixels, model)
+    np.testing.assert_array_equal(upscale(pixels, scale=2, device="cpu"), expected)
+    np.testing.assert_array_equal(upscale(pixels, "va_span_ch26_x2", device="cpu"), expected)
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    given = {"model": "va_span_ch26_x2", "checkpoint": tmp_path / "net.pth"}
+    np.testing.assert_array_equal(upscale(pixels, **given, device="cpu"), expected)
+    assert upscale(pixels, device="cpu").shape == (24, 28, 3)
+    with pytest.raises(InputError, match="va_span_ch26_x2 enlarges 2 times, not 3"):
+        upscale(pixels, "va_span_ch26_x2", scale=3)
+
+
+def test_the_type_by_either_spelling():
+    pixels = picture(dtype=np.float32)
+    half = upscale(pixels, Blur(), dtype="bfloat16")
+    assert (half != upscale(pixels, Blur())).any()
+    np.testing.assert_array_equal(upscale(pixels, Blur(), dtype=torch.bfloat16), half)
+    np.testing.assert_array_equal(upscale(pixels, Blur(), precision="bf16"), half)
+
+
+def test_a_module_stays_as_it_is():
+    model = Repeat(2).double()
+    upscale(picture(), model, device="cpu", dtype="float32")
+    assert model.spread.weight.dtype == torch.float64
+    assert model.training
+    with pytest.raises(InputError, match="The device 'toaster' cannot be used"):
+        upscale(picture(), model, device="toaster")
+
+
+def test_tiles_show_their_progress_in_a_session(monkeypatch):
+    model, pixels, screen = Blur(layers=1), picture(40, 50, 4), io.StringIO()
+    memory = 300 * TorchEngine(model).bytes_per_pixel / MIB
+    console = Console(file=screen, force_terminal=True, width=80)
+    monkeypatch.setattr("visionattn.predict.restore.session_console", lambda: console)
+    upscale(pixels, model, memory=memory)
+    steps = steps_of(TorchEngine(model), pixels.shape, None, memory)
+    assert steps > 10
+    assert f"{steps}/{steps}" in screen.getvalue()
+    screen.seek(0)
+    screen.truncate()
+    upscale(pixels, model)
+    assert screen.getvalue() == ""
+
+
+def test_long_work_may_be_given_to_a_faster_engine(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "visionattn.predict.engine.faster", lambda engine, tile: asked.append(tile.shape) or (engine, "")
+    )
+    monkeypatch.setattr("visionattn.predict.engine.WORTH_TIMING", 0)
+    model, pixels = Repeat(2), picture(300, 200)
+    memory = 9000 * TorchEngine(model).bytes_per_pixel / MIB
+    for arguments in ({}, {"memory": memory, "engine": "torch"}, {"memory": memory, "dtype": "float16"}):
+        upscale(pixels, model, **arguments)
+    assert asked == []
+    np.testing.assert_array_equal(upscale(pixels, model, memory=memory), repeated(pixels))
+    assert asked == [(1, 3, 192, 192)]

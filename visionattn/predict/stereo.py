@@ -64,7 +64,7 @@ class StereoMatch:
         parts = [f"{height} x {width} pixels", f"disparity {_range(self.disparity)}"]
         parts += [f"{self.nonocc.mean():.1%} seen in both views"]
         parts += [] if self.depth is None else [f"depth {_range(self.depth)} m"]
-        parts += [f"{len(self.notes)} notes"] if self.notes else []
+        parts += [f"notes: {len(self.notes)}"] if self.notes else []
         return f"StereoMatch({', '.join(parts)})"
 
 
