@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from visionattn.progress import counted, session_console
 
 __all__ = ["bleed", "restore", "steps_of", "tiles_of", "upscale"]
 
-Image_ = TypeVar("Image_", np.ndarray, Tensor, Image.Image)
 PEAKS = {"u1": 255.0, "u2": 65535.0}
 # Float tensors that rounding makes of a tile's result: the clamped one, the rounded one, the one in its final type.
 COPIES = 3
@@ -32,7 +31,7 @@ MOST_MEMORY = 2**30  # MiB, which is a pebibyte
 
 
 def upscale(
-    image: Image_ | str | Path,
+    image: np.ndarray | Tensor | Image.Image | str | Path,
     model: str | Path | nn.Module | None = None,
     *,
     scale: int | None = None,
@@ -43,7 +42,7 @@ def upscale(
     dtype: str | torch.dtype = "auto",
     engine: str = "auto",
     precision: str | None = None,
-) -> Image_ | Image.Image:
+) -> Any:
     """Upscale an image.
 
     A colour model is applied to a grey image by replicating its channel and averaging the result; a one-channel model

@@ -47,13 +47,9 @@ large, and was trained on generated scenes alone.
 
 ## In Python
 
-    import numpy as np, timm, visionattn
-    from PIL import Image
-    from visionattn.predict import estimate_disparity
+    import visionattn
 
-    model = timm.create_model("{name}", pretrained=True).eval()
-    left, right = (np.asarray(Image.open(f"{{side}}.png")) for side in ("left", "right"))
-    disparity = estimate_disparity(left, right, model, enlarge={enlarged})[0]
+    disparity = visionattn.stereo("left.png", "right.png", "{name}", enlarge={enlarged}).disparity
 """
 
 

@@ -38,12 +38,9 @@ dB: peak signal-to-noise ratio (PSNR) against `original.png` over all RGB values
 
 ## In Python
 
-    import timm, visionattn
-    from PIL import Image
-    from visionattn.predict import upscale
+    import visionattn
 
-    model = timm.create_model("{name}", pretrained=True)
-    upscale(Image.open("small.png"), model).save("large.png")
+    visionattn.upscale("small.png", "{name}").save("large.png")
 """
 
 
