@@ -11,9 +11,9 @@ from visionattn.predict.network import DTYPES, PRECISIONS
 __all__ = ["add_computing_arguments", "add_matching_arguments", "add_model_arguments", "add_output_arguments"]
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, files: str) -> None:
-    """Add `--model` and `--checkpoint`; `files` says what a model may be beside a name."""
-    parser.add_argument("--model", metavar="NAME|FILE", help=f"name of the zoo, or {files}")
+def add_model_arguments(parser: argparse.ArgumentParser, kinds: str) -> None:
+    """Add `--model` and `--checkpoint`; `kinds` says what a model may be."""
+    parser.add_argument("--model", metavar="NAME|FILE", help=kinds)
     parser.add_argument("--checkpoint", metavar="FILE", help="weight file of the model named, where it says too little")
 
 
@@ -35,7 +35,7 @@ def add_computing_arguments(parser: argparse.ArgumentParser) -> None:
 def add_matching_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:
     """Add what stereo and flow share; `formats` are suffixes, the first one being the default."""
     names = [suffix[1:] for suffix in formats]
-    add_model_arguments(parser, "weight file")
+    add_model_arguments(parser, "name of the zoo, or weight file")
     parser.add_argument("--format", choices=names, help=f"of the files in a folder (default: {names[0]})")
     parser.add_argument("--color", "--colour", action="store_true", help="also write NAME_color.png, for the eye")
     parser.add_argument("--nonocc", action="store_true", help="also write NAME_nonocc.png: white where both see it")

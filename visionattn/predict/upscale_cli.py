@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = ", ".join(suffix[1:] for suffix in (*READABLE, *VIDEOS))
     parser.add_argument("inputs", metavar="input", nargs="+", help=f"files, folders or patterns ({formats})")
     parser.add_argument("output", help="file, or folder for several inputs; the suffix says the format")
-    add_model_arguments(parser, "weight file or exported .onnx")
+    add_model_arguments(parser, "name of the zoo, weight file or exported .onnx")
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), help="pick our model of that factor (default: 4)")
     add_output_arguments(parser)
     parser.add_argument("--compare", action="store_true", help="also write bicubic and network side by side")
