@@ -20,6 +20,7 @@ LAYERS = [
     {"predict"},
     {"export", "metrics"},
     {"opening"},
+    {"swapping"},
     {"checkpoints", "data", "surgery"},
     {"models", "cost", "card", "hub"},
     {"mixers"},
@@ -27,7 +28,7 @@ LAYERS = [
     {"kernels"},
 ]
 EVERYBODY = {"arguments", "devices", "errors", "files", "lazy", "moved", "progress"}
-FROM_ROOT = {"__version__", "accelerate", "insert", "load"}  # names of the package itself
+FROM_ROOT = {"__version__", "accelerate", "insert", "load", "swap"}  # names of the package itself
 HEAVY = [
     "lightning",
     "torchmetrics",

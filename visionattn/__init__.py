@@ -8,10 +8,11 @@ Importing the package registers every model name (all begin with `va_`) in timm'
 
 __version__ = "0.1.0"
 
-from visionattn import blocks, kernels, models, moved
+from visionattn import blocks, kernels, mixers, models, moved
 from visionattn.checkpoints import load
 from visionattn.lazy import lazily
 from visionattn.surgery import accelerate, insert
+from visionattn.swapping import swap
 
 moved.install()
 
@@ -33,4 +34,4 @@ _COMMANDS = {
 }
 __getattr__ = lazily(__name__, _COMMANDS)
 
-__all__ = ["accelerate", "blocks", "insert", "kernels", "load", "models", *_COMMANDS]
+__all__ = ["accelerate", "blocks", "insert", "kernels", "load", "mixers", "models", "swap", *_COMMANDS]

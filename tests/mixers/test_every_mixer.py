@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.mixers.contract import CASES, DIM, GRID, HEADS, LIMITS, MixerContract, OnMaps, make, tokens
-from visionattn.export.onnx import PlainForms
+from visionattn.kernels import PlainForms
 from visionattn.mixers import MIXERS
 
 

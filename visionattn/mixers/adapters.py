@@ -91,6 +91,7 @@ class TiedMixer(Mixer):
     """Attention whose queries are its keys (see the module; arguments: see `Mixer`)."""
 
     supports = frozenset({"prefix", "mask", "any_grid", "script", "onnx"})
+    swappable = False
     equivariant = True
     similarity = "shared"
 

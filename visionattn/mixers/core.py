@@ -150,6 +150,7 @@ class Mixer(nn.Module):
       `script`: TorchScript; `onnx`: export with open sizes.
     - `limit`: the setting in which they equal softmax attention.
     - `equivariant`: permuted tokens give permuted outputs.
+    - `swappable`: the core needs only its arguments, so that `visionattn.swap` can put it into another layer.
 
     Args:
         dim: Channels C.
@@ -168,6 +169,7 @@ class Mixer(nn.Module):
     supports: ClassVar[frozenset[str]] = frozenset()
     limit: ClassVar[str] = "none"
     equivariant: ClassVar[bool] = False
+    swappable: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ class MlpMixer(Mixer):
     """A gated MLP in place of attention: no mixing (equations: see the module; arguments: see `Mixer`)."""
 
     supports = frozenset({"prefix", "any_grid", "script", "onnx"})
+    swappable = False
     equivariant = True
 
     def make_projections(self, dd: dict, qkv_bias: bool) -> None:
@@ -129,6 +130,7 @@ class FixedQKMixer(Mixer):
     """
 
     supports = frozenset({"prefix", "mask", "any_grid", "script", "onnx"})
+    swappable = False
     limit = "the input as its own reference"
     source: Tensor
     prefix_source: Tensor
@@ -208,6 +210,7 @@ class StaticQKMixer(Mixer):
     """
 
     supports = frozenset({"prefix", "mask", "any_grid", "onnx"})
+    swappable = False
     limit = "source None: the first layer"
     equivariant = True
     source: Maybe = None

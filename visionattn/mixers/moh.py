@@ -10,6 +10,8 @@ p = softmax(W_r x). With [a_1, a_2] = softmax(W_h x):
     form "paper"   g_i = a_1 softmax(W_s x)_i              shared
                    g_i = a_2 p_i                           chosen, 0 for the rest
 
+For K = 1 the code's gate of the chosen head is 2 a_2 whatever p is: only the balance loss then trains W_r.
+
 Without routed heads (E = 0 or K = 0) g = S softmax(W_s x), or softmax(W_s x) in the paper's form: dense gates, the
 control that shows what routing adds (`GatedHeadsMixer`). Without shared heads a_1, a_2 are left out.
 

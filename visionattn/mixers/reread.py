@@ -40,6 +40,7 @@ class RereadMixer(Mixer):
     """
 
     supports = frozenset({"cross", "prefix", "mask", "any_grid", "script", "onnx"})
+    swappable = False
 
     def __init__(
         self,

@@ -69,6 +69,7 @@ class SiluCrossMixer(Mixer):
     """
 
     supports = frozenset({"cross", "prefix", "mask", "any_grid", "script", "onnx"})
+    swappable = False
     equivariant = True
 
     def __init__(
