@@ -84,6 +84,8 @@ def test_hybrids_and_patterns():
     model = create("vit_tiny_patch16_224", depth=5)
     visionattn.swap(model, "mean", every=2)
     assert [isinstance(block.attn, Swapped) for block in model.blocks] == [True, False, True, False, True]
+    visionattn.swap(model, "hsa", where="blocks.1.attn")
+    assert len(model.patch_embed._forward_hooks) == 1
     model = create("vit_tiny_patch16_224", depth=5)
     visionattn.swap(model, "mean", where="blocks.[34].attn")
     assert [isinstance(block.attn, Swapped) for block in model.blocks] == [False, False, False, True, True]
@@ -195,6 +197,7 @@ def test_failures_leave_the_model_as_it_was():
     assert not any(isinstance(module, Swapped) for module in model.modules())
     assert list(model.state_dict()) == keys
     assert not model.patch_embed._forward_hooks
+    model.load_state_dict(model.state_dict())
     assert torch.equal(model(x), before)
 
 

@@ -143,23 +143,36 @@ def swap(model: nn.Module, mixer: str, where: str = "*", every: int = 1, **setti
     grid = grid_of(model)
     size = image_size(model)
     before = count_parameters(model), count_macs(model, size)
-    old = [(layer, layer.__class__, vars(layer).copy(), layer._modules.copy()) for layer in layers.values()]
-    hook = model.get_submodule("patch_embed").register_forward_hook(grid)
+    embedding = model.get_submodule("patch_embed")
+    old = [_state(module) for module in (*layers.values(), embedding)]
+    if grid not in embedding._forward_hooks.values():
+        embedding.register_forward_hook(grid)
     try:
         for name, layer in layers.items():
             _convert(layer, _core(mixer, layer, name, grid.trained, settings), grid, model)
         return Savings(before[0], count_parameters(model), before[1], count_macs(model, size))
     except Exception as error:
-        hook.remove()
-        for layer, kind, attributes, modules in old:
-            layer.__class__ = kind
-            vars(layer).clear()
-            vars(layer).update(attributes)
-            layer._modules.clear()
-            layer._modules.update(modules)
+        for state in old:
+            _restore(*state)
         if isinstance(error, InputError):
             raise
         raise InputError(f"The model does not run with the mixer {mixer!r}: {error}") from error
+
+
+def _state(module: nn.Module) -> tuple[nn.Module, type, dict[str, Any], dict[str, dict]]:
+    """A module with its class, its attributes, and what the dictionaries among them hold."""
+    attributes = vars(module).copy()
+    return module, type(module), attributes, {n: d.copy() for n, d in attributes.items() if isinstance(d, dict)}
+
+
+def _restore(module: nn.Module, kind: type, attributes: dict[str, Any], contents: dict[str, dict]) -> None:
+    """Undo what happened since `_state`; handles of hooks know the dictionaries, which stay the same objects."""
+    module.__class__ = kind
+    vars(module).clear()
+    vars(module).update(attributes)
+    for name, content in contents.items():
+        attributes[name].clear()
+        attributes[name].update(content)
 
 
 def attention_layers(model: nn.Module, where: str, every: int) -> dict[str, nn.Module]:
@@ -177,8 +190,12 @@ def attention_layers(model: nn.Module, where: str, every: int) -> dict[str, nn.M
 
 
 def grid_of(model: nn.Module) -> TokenGrid:
-    """The grid that a model was made for."""
-    size = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    """The grid that a model was made for, the same object at each call after a swap."""
+    embedding: Any = getattr(model, "patch_embed", None)
+    for hook in getattr(embedding, "_forward_hooks", {}).values():
+        if isinstance(hook, TokenGrid):
+            return hook
+    size = getattr(embedding, "grid_size", None)
     if size is None:
         raise InputError(f"{type(model).__name__} has no patch_embed with a grid_size: swap does not know its grid.")
     return TokenGrid((int(size[0]), int(size[1])))
