@@ -26,6 +26,7 @@ _COMMANDS = {
     "flow": "visionattn.predict.flow",
     "flow_files": "visionattn.predict.flow_files",
     "index": "visionattn.search.api",
+    "probe": "visionattn.probe",
     "search": "visionattn.search",
     "stereo": "visionattn.predict.stereo",
     "stereo_files": "visionattn.predict.stereo_files",

@@ -61,8 +61,8 @@ class Case:
 
     def command(self, folders: dict[str, Path], weights: Path | None, runs: Path) -> list[str]:
         """The words of `visionattn probe`."""
-        words = [self.model, "--dataset", "folder"]
-        words += ["--root", str(folders[self.data]), "--heads", ",".join(self.heads), "--epochs", str(self.epochs)]
+        words = [self.model, "--data", str(folders[self.data])]
+        words += ["--heads", ",".join(self.heads), "--epochs", str(self.epochs)]
         words += [
             "--lrs",
             "0.001,0.003,0.01,0.03",

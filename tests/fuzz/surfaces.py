@@ -284,7 +284,7 @@ LINES = [
     f"evaluate stereo {STEREO} --data photos --layout pairs --enlarge 1 --dtype float32",
     f"index photos index --model {VIT} --image-size 32 32",
     "search photos good.png --attribute image=1 --top 3 --output found.png",
-    f"probe {VIT} --dataset lost --layers last --lrs 0.1 --epochs 3 --draws 5 --few-shot 1,5",
+    f"probe {VIT} --data lost --layers last --lrs 0.1 --epochs 3 --draws 5 --few-shot 1,5",
     "quickstart moon --output tour",
     "test --ckpt_path absent.ckpt --data.root photos",
 ]

@@ -25,7 +25,7 @@ def pictures(root, parts, broken=()):
                 Image.fromarray(pixels).save(root / part / label / f"{number}.png")
     for name in broken:
         (root / name).write_bytes(b"no picture")
-    return ["--dataset", "folder", "--root", str(root)]
+    return ["--data", str(root)]
 
 
 TINY = ["--heads", "gap", "--lrs", "0.1", "--epochs", "2", "--few-shot", "", "--maps", "0", "--device", "cpu"]
@@ -33,5 +33,5 @@ TINY = ["--heads", "gap", "--lrs", "0.1", "--epochs", "2", "--few-shot", "", "--
 
 def tiny(root, out, *more, weights="--random"):
     """The words of a quick run."""
-    return ["probe", NAME, *([weights] if weights == "--random" else ["--checkpoint", weights]), "--dataset", "folder",
-            "--root", str(root), *TINY, *(["--output", str(out)] if out else []), *more]  # fmt: skip
+    weighted = [weights] if weights == "--random" else ["--checkpoint", weights]
+    return ["probe", NAME, *weighted, "--data", str(root), *TINY, *(["--output", str(out)] if out else []), *more]

@@ -1,6 +1,5 @@
 """`visionattn probe` on real digits, from the command line to its files."""
 
-import argparse
 import csv
 import json
 import os
@@ -23,7 +22,7 @@ from visionattn.cli import main
 from visionattn.data.classify.datamodule import ClassifyData
 from visionattn.export import OnnxModel
 from visionattn.opening import open_model
-from visionattn.probe import cli, work
+from visionattn.probe import ProbeSettings, work
 from visionattn.probe.heads.banks import head_tokens
 from visionattn.probe.heads.training import HeadTraining
 from visionattn.probe.report.report import load_head
@@ -33,7 +32,7 @@ FEW = ["--heads", "cls,gap,ep_8", "--lrs", "0.01,0.1", "--epochs", "3"]
 
 
 def command(folder, *more):
-    return ["probe", NAME, "--random", "--dataset", "digits", "--output", str(folder), "--device", "cpu", *more]
+    return ["probe", NAME, "--random", "--data", "digits", "--output", str(folder), "--device", "cpu", *more]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -186,7 +185,7 @@ def test_broken_weights_are_refused(tmp_path, capsys):
     state = create(NAME).state_dict()
     state["norm.weight"].fill_(float("nan"))
     save_file(state, tmp_path / "net.safetensors")
-    arguments = ["probe", str(tmp_path / "net.safetensors"), "--dataset", "digits", "--output", str(tmp_path), *TINY]
+    arguments = ["probe", str(tmp_path / "net.safetensors"), "--data", "digits", "--output", str(tmp_path), *TINY]
     assert main(arguments) == 2
     told = capsys.readouterr().err
     assert "holds NaN or infinite values" in told
@@ -220,24 +219,27 @@ def test_absurd_numbers_are_refused(tmp_path, capsys, option, value, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([NAME, "--random", "--dataset", "digits", "--devices", "1000000"], "--devices must be at most"),
-        ([NAME, "--random", "--dataset", ""], "--dataset must name a data set"),
-        ([NAME, "--random", "--dataset", "digits", "--num-classes", "3"], "10 classes, but --num-classes is 3"),
-        ([NAME, "--random", "--dataset", "digits", "--seeds", ""], "--seeds must each give a number"),
-        ([NAME, "--random", "--dataset", "digits", "--device", "meta"], "The device meta cannot be used"),
-        ([NAME, "--random", "--dataset", "digits", "--cache", "a" * 300], "File name too long"),
-        ([NAME, "--random", "--dataset", "digits", "--cache", "a\0b"], "null byte"),
-        (["va_match_stereo_nano", "--random", "--dataset", "digits"], "cannot be probed"),
-        (["va_halonet_nano_32", "--random", "--dataset", "digits", "--heads", "cls"], "reads the class token"),
-        (["va_span_ch26_x4", "--random", "--dataset", "digits"], "SPAN cannot be probed"),
-        ([NAME, "--dataset", "digits"], f"No weights are published for {NAME}"),
-        ([NAME, "--random", "--dataset", "mnist"], "needs a folder: set --root"),
-        ([NAME, "--random", "--dataset", "folder", "--root", "nowhere"], "There is no folder nowhere"),
-        ([NAME, "--random", "--dataset", "digits", "--layers", "9"], "layers 0 to 5"),
-        ([NAME, "--random", "--dataset", "digits", "--heads", "gap", "--export", "ep_8"], "none of the heads gap"),
-        ([NAME, "--random", "--dataset", "digits", "--heads", "wave"], "There is no pooling 'wave'"),
-        ([NAME, "--random", "--dataset", "digits", "--heads", "ep_7"], "queries divide the output's width"),
-        ([NAME, "--random", "--dataset", "digits", "--device", "moon"], "The device moon cannot be used"),
+        ([NAME, "--random", "--data", "digits", "--devices", "1000000"], "--devices must be at most"),
+        ([NAME, "--random", "--data", ""], "--data must name a folder or a dataset"),
+        ([NAME, "--random", "--data", "digits", "--num-classes", "3"], "10 classes, but --num-classes is 3"),
+        (
+            [NAME, "--random", "--data", "digits", "--seeds", ""],
+            "weight_decays and seeds must each have at least one number",
+        ),
+        ([NAME, "--random", "--data", "digits", "--device", "meta"], "The device 'meta' cannot be used"),
+        ([NAME, "--random", "--data", "digits", "--cache", "a" * 300], "File name too long"),
+        ([NAME, "--random", "--data", "digits", "--cache", "a\0b"], "null byte"),
+        (["va_match_stereo_nano", "--random", "--data", "digits"], "cannot be probed"),
+        (["va_halonet_nano_32", "--random", "--data", "digits", "--heads", "cls"], "reads the class token"),
+        (["va_span_ch26_x4", "--random", "--data", "digits"], "SPAN cannot be probed"),
+        ([NAME, "--data", "digits"], f"No weights are published for {NAME}"),
+        ([NAME, "--random", "--data", "mnist"], "needs a folder: set --root"),
+        ([NAME, "--random", "--data", "nowhere"], "There is no folder nowhere"),
+        ([NAME, "--random", "--data", "digits", "--layers", "9"], "layers 0 to 5"),
+        ([NAME, "--random", "--data", "digits", "--heads", "gap", "--export", "ep_8"], "none of the heads gap"),
+        ([NAME, "--random", "--data", "digits", "--heads", "wave"], "There is no pooling 'wave'"),
+        ([NAME, "--random", "--data", "digits", "--heads", "ep_7"], "queries divide the output's width"),
+        ([NAME, "--random", "--data", "digits", "--device", "moon"], "The device 'moon' cannot be used"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, arguments, message):
@@ -265,7 +267,7 @@ def test_a_weight_file_without_a_classifier_is_read(tmp_path):
     save_file(create(NAME, num_classes=0).state_dict(), tmp_path / "bare.safetensors")
     save_file(net.state_dict(), tmp_path / "whole.safetensors")
     for file in ("bare", "whole"):
-        arguments = [NAME, "--checkpoint", str(tmp_path / f"{file}.safetensors"), "--dataset", "digits"]
+        arguments = [NAME, "--checkpoint", str(tmp_path / f"{file}.safetensors"), "--data", "digits"]
         assert main(["probe", *arguments, "--output", str(tmp_path / file), *TINY]) == 0
         rows = json.loads((tmp_path / file / "results.json").read_text())["heads"]
         assert [row["method"] for row in rows].count("head") == 1
@@ -274,7 +276,7 @@ def test_a_weight_file_without_a_classifier_is_read(tmp_path):
 def test_a_weight_file_of_another_model_is_refused(tmp_path, capsys):
     file = tmp_path / "other.safetensors"
     save_file(create("va_minimal_vit_nano_patch4_32").state_dict(), file)
-    arguments = ["probe", NAME, "--checkpoint", str(file), "--dataset", "digits", "--output", str(tmp_path / "out")]
+    arguments = ["probe", NAME, "--checkpoint", str(file), "--data", "digits", "--output", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert re.search(r"other.safetensors does not fit \S+: pos_embed is \(1, 65, 64\), not", capsys.readouterr().err)
 
@@ -300,7 +302,7 @@ def test_folders_are_read_as_in_training(tmp_path, capsys):
         Image.open(root / f"train/one/{number}.png").save(root / f"train/one/night/{number}.webp")
         (root / f"train/one/{number}.png").rename(root / f"train/one/{number}.PNG")
     (root / "train/one/notes.txt").write_text("no image")
-    assert main(["probe", NAME, "--random", "--dataset", "folder", "--root", str(root), *TINY, "--output",
+    assert main(["probe", NAME, "--random", "--data", str(root), *TINY, "--output",
                  str(tmp_path / "out")]) == 0  # fmt: skip
     shown = " ".join(capsys.readouterr().out.split())
     assert "Training images: 18 images in 2 classes (none 7, one 11)." in shown
@@ -310,7 +312,7 @@ def test_folders_are_read_as_in_training(tmp_path, capsys):
     assert content["classes"] == ["none", "one"]
     assert any("notes.txt" in note for note in content["notes"])
     (root / "train/empty").mkdir()
-    assert main(["probe", NAME, "--random", "--dataset", "folder", "--root", str(root), *TINY, "--output",
+    assert main(["probe", NAME, "--random", "--data", str(root), *TINY, "--output",
                  str(tmp_path / "more")]) == 2  # fmt: skip
     assert "no images of the class empty" in capsys.readouterr().err
 
@@ -323,7 +325,7 @@ def test_a_checkpoint_of_fit_brings_its_images(images, tmp_path):
     for words in (["best.ckpt"], ["va_halonet_nano_32", "--checkpoint", "best.ckpt"]):
         words[-1] = str(tmp_path / words[-1])
         out = tmp_path / str(len(words))
-        assert main(["probe", *words, "--dataset", "folder", "--root", str(images), *TINY, "--output", str(out)]) == 0
+        assert main(["probe", *words, "--data", str(images), *TINY, "--output", str(out)]) == 0
         content = json.loads((out / "results.json").read_text())
         expected = "resized and cropped to 64 x 64 pixels, mean 0.1, 0.2, 0.3, deviation 0.5, 0.5, 0.6"
         assert content["data"]["transform"] == expected
@@ -343,14 +345,11 @@ def test_pixels_that_beat_the_backbone_are_said(done, results):
 
 
 def test_heads_are_made_where_they_fit():
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    args = parser.parse_args(["tf_efficientnet_lite0", "--dataset", "digits", "--lrs", "0.1"])
-    cli._complete(args)
-    backbone, notes = Backbone(create("tf_efficientnet_lite0"), range(5), image_size=64), []
+    backbone = Backbone(create("tf_efficientnet_lite0"), range(5), image_size=64)
     widths = [layer.dim for layer in backbone.layers]
     assert widths == [16, 24, 40, 112, 1280]
-    found = {(spec.pooling, spec.layer) for spec in cli._specs(args, backbone, 10, notes)}
+    specs, notes = ProbeSettings(lrs=[0.1]).specs(backbone.layers, 10)
+    found = {(spec.pooling, spec.layer) for spec in specs}
     fitting = {"gap": range(5), "ep_8": range(5), "ep_16": (0, 3, 4), "ep_32": (4,)}
     assert found == {(pooling, place) for pooling, places in fitting.items() for place in places}
     assert [note.split(" was left out at ")[0] for note in notes] == ["ep_16", "ep_32"]

@@ -1,18 +1,22 @@
 """Judging a frozen backbone: its tokens are pooled into one vector a picture, and a small head reads that.
 
 `Backbone` reads the tokens; `extract` stores them, or `LiveFeatures` computes them at each pass; `sweep`, `few_shot`
-and `nearest_neighbours` judge them. The command `visionattn probe` does all of it and writes a report. Intervals and
-calibration need `pip install 'visionattn[train]'`.
+and `nearest_neighbours` judge them. The package is called as the function of its name: `visionattn.probe(backbone,
+data)` does all of it and gives a report. Intervals and calibration need `pip install 'visionattn[train]'`.
 """
 
+from visionattn.lazy import make_callable
 from visionattn.probe.few_shot import few_shot
 from visionattn.probe.heads.banks import HeadSpec, grid
 from visionattn.probe.heads.poolings import POOLINGS, create_pooling
 from visionattn.probe.knn import nearest_neighbours
 from visionattn.probe.report.report import load_head
+from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.sweep import sweep
 from visionattn.probe.tokens.backbone import Backbone
 from visionattn.probe.tokens.features import LiveFeatures, StoredFeatures, extract
+
+make_callable(__name__, "visionattn.probe.api")
 
 # `sweep` and `few_shot` are the functions: what else is in the modules of these names is had by `from ... import`.
 __all__ = [
@@ -20,6 +24,7 @@ __all__ = [
     "Backbone",
     "HeadSpec",
     "LiveFeatures",
+    "ProbeSettings",
     "StoredFeatures",
     "create_pooling",
     "extract",

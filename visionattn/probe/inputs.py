@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 from dataclasses import dataclass, field
@@ -13,12 +12,17 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
+from visionattn.data.module import count_classes
 from visionattn.data.samplers import StreamLoader
 from visionattn.errors import ConfigError, DataError, InputError, shorten
-from visionattn.opening import Opened, open_model
+from visionattn.probe.given import GivenImages, class_names, eval_transform
+from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.tokens.backbone import Backbone
 
-__all__ = ["Images", "Part", "make_backbone", "read_images", "read_model"]
+__all__ = ["Images", "Part", "make_backbone", "read_images"]
+
+NAMED = ("digits", "mnist", "cifar10-sheets", "folder")
+READERS = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
 
 
 class Part(NamedTuple):
@@ -33,6 +37,8 @@ class Part(NamedTuple):
 class Images:
     """The data set as the backbone shall see it."""
 
+    dataset: str  # its name; "folder" for a folder
+    root: str | None
     train: Part
     test: Part
     classes: tuple[str, ...]
@@ -43,89 +49,110 @@ class Images:
     left_out: list[str] = field(default_factory=list)  # what lies in folders and is not read
 
     @property
+    def data(self) -> str:
+        """What `--data` says."""
+        return self.root if self.dataset == "folder" and self.root else self.dataset
+
+    @property
     def transform(self) -> str:
         """In words."""
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         return f"resized and cropped to {self.size} x {self.size} pixels, mean {mean}, deviation {std}"
 
 
-def read_model(args: argparse.Namespace) -> Opened:
-    """Give the backbone with its weights, where they come from, and their licence if it is known.
-
-    Raises:
-        VisionAttnError: There is no such backbone, or its weights cannot be loaded; the message says what to give.
-    """
-    return open_model(args.backbone, args.checkpoint, args.random, image_size=args.image_size, drop_classifier=True)
-
-
-def make_backbone(args: argparse.Namespace, model: nn.Module, size: int) -> Backbone:
+def make_backbone(settings: ProbeSettings, model: nn.Module, size: int) -> Backbone:
     """Put the model on its device, and read the layers that were asked for.
 
     Raises:
-        InputError: The device cannot be used, or the model cannot be probed there or at this image size.
+        InputError: The model cannot be probed at this image size.
     """
-    try:
-        model = model.to(args.device)
-        if torch.device(args.device).type == "meta":
-            raise RuntimeError("it holds no values.")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = shorten(str(error).partition("\n")[0])
-        raise InputError(f"The device {shorten(args.device)} cannot be used: {reason}") from error
-    on_gpu = torch.device(args.device).type == "cuda"
-    options: dict[str, Any] = {"image_size": size, "autocast": torch.bfloat16 if on_gpu else None}
-    if args.layers == "last":
+    device = torch.device(settings.device)
+    model = model.to(device)
+    options: dict[str, Any] = {"image_size": size, "autocast": torch.bfloat16 if device.type == "cuda" else None}
+    if settings.layers == "last":
         return Backbone(model, None, **options)
-    if args.layers == "all":
+    if settings.layers == "all":
         return Backbone(model, range(Backbone(model, None, **options).indices[0] + 1), **options)
-    return Backbone(model, args.layers, **options)
+    return Backbone(model, [int(index) for index in settings.layers], **options)
 
 
-def read_images(args: argparse.Namespace, config: dict[str, Any]) -> Images:
+def read_images(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> Images:
     """Give the images that train and test, each as the backbone takes it.
 
     Args:
-        args: Of the command.
+        data: Folder, name of a dataset, or the training and the test images (see `visionattn.probe`).
+        settings: Of the run.
         config: The model's data configuration, as timm resolves it.
 
     Raises:
-        ConfigError: The options do not fit the data set.
+        ConfigError: The options do not fit the dataset.
         DataError: It is a stream, or has not two classes.
+        InputError: It is none of these.
     """
+    if isinstance(data, (str, Path)):
+        return _read_named(str(data), settings, config)
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        raise InputError(
+            "data must be a folder, the name of a dataset, or the training and the test images (train, test); got "
+            f"{shorten(type(data).__name__)}."
+        )
+    if settings.root is not None:
+        raise InputError("root is for named datasets: leave it out where images are given.")
+    size, mean, std = _image_config(settings, config)
+    transform = eval_transform(config["input_size"][0], size, mean, std)
+    given = [GivenImages(one, transform, f"{what} {{}}") for one, what in zip(data, ("training image", "test image"))]
+    names = class_names(given, settings.num_classes)
+    train, test = (Part(one, one.names, one.digest) for one in given)
+    told = [f"{what} images: {count_classes(one.labels, names)}." for one, what in zip(given, ("Training", "Test"))]
+    return Images("images given in Python", None, train, test, names, size, mean, std, told)
+
+
+def _image_config(settings: ProbeSettings, config: dict[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Side, mean and standard deviation of the images."""
+    return settings.image_size or config["input_size"][1], config["mean"], config["std"]
+
+
+def _read_named(name: str, settings: ProbeSettings, config: dict[str, Any]) -> Images:
+    """Images of a folder or a named dataset."""
     from visionattn.data.classify.datamodule import ClassifyData  # needs Lightning
 
-    size = args.image_size or config["input_size"][1]
-    mean, std = config["mean"], config["std"]
+    if not name:
+        raise InputError("--data must name a folder or a dataset, such as digits; got ''.")
+    size, mean, std = _image_config(settings, config)
+    dataset, root = name, settings.root and str(settings.root)
+    if root is None and not (name in NAMED or name.startswith(READERS)):
+        dataset, root = "folder", name
     try:
         data = ClassifyData(
-            dataset=args.dataset,
-            root=args.root,
-            num_classes=args.num_classes,
+            dataset=dataset,
+            root=root,
+            num_classes=settings.num_classes,
             image_size=size,
             in_chans=config["input_size"][0],
             mean=list(mean),
             std=list(std),
             batch_size=1,  # no image is dropped with an incomplete batch
-            train_split=args.train_split,
-            val_split=args.val_split,
-            test_split=args.test_split,
+            train_split=settings.train_split,
+            val_split=settings.val_split,
+            test_split=settings.test_split,
         )
         data.setup("fit")
         classes = data.class_names or [str(number) for number in range(data.num_classes)]
         if len(classes) != data.num_classes:
-            raise ConfigError(f"{args.dataset} has {len(classes)} classes, but --num-classes is {data.num_classes}.")
+            raise ConfigError(f"{dataset} has {len(classes)} classes, but --num-classes is {data.num_classes}.")
         if data.num_classes < 2:
-            raise DataError(f"{args.dataset} has one class only, and probing tells two or more apart.")
+            raise DataError(f"{dataset} has one class only, and probing tells two or more apart.")
         loaders = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader()]
     except ConfigError as error:
-        text = re.sub(r"data\.(\w+)", lambda found: "--" + found[1].replace("_", "-"), str(error))
+        text = str(error).replace("data.dataset", "--data")
+        text = re.sub(r"data\.(\w+)", lambda found: "--" + found[1].replace("_", "-"), text)
         raise ConfigError(text) from error
     if any(isinstance(loader, StreamLoader) for loader in loaders):
         raise DataError(
-            f"{args.dataset} is a stream, and probing reads images in any order: take a folder, or a reader such as "
+            f"{dataset} is a stream, and probing reads images in any order: take a folder, or a reader such as "
             "torch/ or hfds/."
         )
-    datasets: list[Any] = [loader.dataset for loader in loaders]
-    train, val, test = (_part(dataset) for dataset in datasets)
+    train, val, test = (_part(loader.dataset) for loader in loaders)
     told = [f"Training images: {data.describe('train')}.", f"Test images: {data.describe('test')}."]
     if val.digest != test.digest:
         told.insert(1, f"Validation images, which train too: {data.describe('val')}.")
@@ -134,7 +161,7 @@ def read_images(args: argparse.Namespace, config: dict[str, Any]) -> Images:
     if val.digest != test.digest:
         digest = hashlib.sha256((train.digest + val.digest).encode()).hexdigest()
         train = Part(ConcatDataset([train.dataset, val.dataset]), train.names + val.names, digest)
-    return Images(train, test, tuple(classes), size, mean, std, told, left_out)
+    return Images(dataset, root, train, test, tuple(classes), size, mean, std, told, left_out)
 
 
 def _part(dataset: Any) -> Part:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Any
 from visionattn.errors import DataError, InputError, shorten
 from visionattn.files import check_folder, read_json
 from visionattn.probe.inputs import Images
+from visionattn.probe.settings import ProbeSettings
 
 __all__ = ["check_report", "default_output"]
 
@@ -21,22 +21,24 @@ _FILES = ("report.html", "report.md", "results.csv", "layers.svg", "few_shot.svg
 _LONGEST = 150  # letters of a folder's name before its hash
 
 
-def default_output(args: argparse.Namespace, weights: str, images: Images) -> Path:
+def default_output(settings: ProbeSettings, name: str, weights: str, images: Images) -> Path:
     """Give `runs/probe/BACKBONE-DATASET-HASH`, whose hash is of the weights and of where the data lie.
 
     A folder of that name without the hash, as earlier versions wrote it, goes on where it has these weights and images.
 
     Args:
-        args: Of the command.
+        settings: Of the run.
+        name: Of the backbone, or its file.
         weights: Hash of the backbone's weights.
         images: The data set.
     """
-    backbone = Path(args.backbone).stem if os.path.exists(args.backbone) else args.backbone
-    name = re.sub(r"[^\w.-]+", "-", f"{backbone}-{args.dataset}")[:_LONGEST]
+    backbone = Path(name).stem if os.path.exists(name) else name
+    name = re.sub(r"[^\w.-]+", "-", f"{backbone}-{images.dataset}")[:_LONGEST]
     if _belongs(_ROOT / name, weights, images):
         return _ROOT / name
-    root = args.root and os.path.realpath(args.root)
-    distinguished = [weights, args.dataset, root, args.train_split, args.val_split, args.test_split]
+    root = images.root and os.path.realpath(images.root)
+    splits = [settings.train_split, settings.val_split, settings.test_split]
+    distinguished = [weights, images.dataset, root, *splits]
     return _ROOT / f"{name}-{hashlib.sha256(json.dumps(distinguished).encode()).hexdigest()[:8]}"
 
 
@@ -68,13 +70,12 @@ def _describes(report: dict[str, Any], weights: str, images: Images) -> bool:
     return known == (weights, images.train.digest, images.test.digest)
 
 
-def check_report(folder: Path, plan: str, command: str, weights: str, images: Images, overwrite: bool) -> None:
+def check_report(folder: Path, plan: str, weights: str, images: Images, overwrite: bool) -> None:
     """Refuse to replace the report of another plan.
 
     Args:
         folder: Of the run.
         plan: Hash of all that the numbers of the report depend on.
-        command: The command line, by which a report without a plan is known.
         weights: Hash of the backbone's weights.
         images: The data set.
         overwrite: Whether a report may be replaced.
@@ -95,6 +96,5 @@ def check_report(folder: Path, plan: str, command: str, weights: str, images: Im
         found = _read_report(folder)
     except DataError as error:
         raise InputError(f"{shorten(folder)} holds a report that cannot be read: {error} {way}") from error
-    same = found["plan"] == plan if "plan" in found else found["command"] == command
-    if not same or not _describes(found, weights, images):
+    if found.get("plan") != plan or not _describes(found, weights, images):
         raise InputError(f"{shorten(folder)} holds the report of another run, `{shorten(found['command'])}`. {way}")

@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
 import math
+import platform
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Subset
 
+import visionattn
 from visionattn.errors import InputError, StorageError
 from visionattn.export import export_onnx
 from visionattn.files import atomic_path
+from visionattn.opening import Opened
+from visionattn.probe.classifier import ProbedClassifier
 from visionattn.probe.few_shot import few_shot
-from visionattn.probe.heads.banks import Head, HeadSpec, grid, head_tokens
+from visionattn.probe.heads.banks import HeadSpec
 from visionattn.probe.heads.results import SweepResult
 from visionattn.probe.inputs import Images, Part
 from visionattn.probe.knn import ChannelStatistics, channel_statistics, nearest_neighbours
 from visionattn.probe.pixels import PixelBaseline, PixelHead, read_pixels
+from visionattn.probe.processes import rank_and_size
 from visionattn.probe.progress import show_progress
 from visionattn.probe.report.maps import attention_of, overlay
 from visionattn.probe.report.report import LayerNeighbours, Report, Skipped, head_file
+from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.state import RunState
 from visionattn.probe.sweep import hold_out, sweep
 from visionattn.probe.tokens.backbone import Backbone
@@ -50,76 +54,112 @@ FEW_SHOT_STEPS = 200
 EXTRACTION_BATCH = 64
 
 
-class ProbedClassifier(nn.Module):
-    """A backbone and a head as one model, of one input size.
-
-    Args:
-        backbone: On the CPU, computing in float32.
-        position: Which of the backbone's layers the head reads.
-        head: In evaluation.
-        classes: Names.
-        mean: Of the images' normalisation.
-        std: Likewise.
-
-    Shape:
-        (B, C, H, W), normalised -> (B, K), logits.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        position: int,
-        head: Head,
-        classes: Sequence[str],
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
-        super().__init__()
-        self.model: Any = backbone.model
-        self.head = head
-        self.num_classes = len(classes)
-        self._read = backbone
-        self._position = position
-        cfg = dict(getattr(self.model, "pretrained_cfg", None) or {})
-        channels = len(mean)
-        self.pretrained_cfg = {
-            "architecture": f"{cfg.get('architecture') or type(self.model).__name__} probed",
-            "input_size": (channels, *backbone.image_size),
-            "fixed_input_size": True,
-            "mean": tuple(mean),
-            "std": tuple(std),
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "label_names": list(classes),
-        }
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K)."""
-        tokens = self._read(images)[self._position]
-        return self.head(head_tokens(tokens, self.head.pooling.tokens))
-
-
 class ProbingRun:
     """The parts of a run, each of which goes on where an earlier run of the same settings ended."""
 
-    def __init__(self, args: argparse.Namespace, backbone: Backbone, images: Images, console: Console) -> None:
-        self.args, self.backbone, self.images, self.console = args, backbone, images, console
+    def __init__(
+        self,
+        settings: ProbeSettings,
+        name: str,
+        opened: Opened,
+        backbone: Backbone,
+        images: Images,
+        console: Console,
+    ) -> None:
+        self.settings, self.name, self.opened = settings, name, opened
+        self.backbone, self.images, self.console = backbone, images, console
         self.weights = hash_state(backbone.model.state_dict())
+        self.specs, self.notes = settings.specs(backbone.layers, len(images.classes))
         self.skipped: list[Skipped] = []
         self.readable: list[Tensor] = []  # rows of the training and of the test images
         self.batch_size = 0
 
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.settings.output or "")
+
+    def report(self, command: str | None = None) -> Report:
+        """All parts of the work but the export.
+
+        Args:
+            command: What was called; None is the command line.
+        """
+        settings, images = self.settings, self.images
+        start = time.perf_counter()
+        train, test = self.features()
+        extracting = time.perf_counter() - start
+        found = self.sweep(train, test)
+        if "tokens" not in self.state.seconds:  # later runs only look whether they are there
+            self.state.spend("tokens", extracting)
+        report = Report(
+            command=command or settings.command(self.name, images.data),
+            backbone={
+                "name": self.name,
+                "weights": self.opened.source,
+                "license": self.opened.licence or "not stated",
+                "sha256": self.weights,
+                "parameters": sum(parameter.numel() for parameter in self.backbone.model.parameters()),
+            },
+            data={
+                "dataset": images.dataset,
+                "root": images.root,
+                "train_images": len(train),
+                "test_images": len(test),
+                "train_digest": images.train.digest,
+                "test_digest": images.test.digest,
+                "transform": images.transform,
+            },
+            protocol={
+                "optimizer": settings.optimizer,
+                "epochs": settings.epochs,
+                "warm-up epochs": WARMUP * settings.epochs,
+                "batch": self.batch_size,
+                "held-out share": HOLDOUT,
+                "tokens in": "float32, not stored" if settings.live else settings.precision,
+            },
+            versions={"visionattn": visionattn.__version__, "python": platform.python_version()}
+            | {name: version(name) for name in ("torch", "timm", "numpy")},
+            layers=self.backbone.layers,
+            indices=self.backbone.indices,
+            classes=images.classes,
+            held_out=len(hold_out(train.labels, torch.arange(len(train)), HOLDOUT, 0)[1]),
+            sweep=found,
+            seconds={"tokens": self.state.seconds["tokens"], "heads": found.seconds},
+            notes=[*self.notes, *images.left_out, *found.notes],
+            skipped=self.skipped,
+            plan=self.plan,
+        )
+        self._note_ends(report)
+        if not settings.no_knn:
+            self.neighbours(report, train, test)
+        if not settings.no_pixels:
+            self.pixels(report)
+        if settings.few_shot:
+            self.few_shot(report, train, test)
+        if rank_and_size()[0] == 0:
+            self.maps(report, test)
+        return report
+
+    def _note_ends(self, report: Report) -> None:
+        """Note where the chosen learning rate is the least or the largest of several."""
+        rates = self.settings.learning_rates
+        at_end = [result for result in report.best() if result.spec.lr in (min(rates), max(rates))]
+        if at_end and len(rates) > 1:
+            names = ", ".join(f"{report.name(result)} ({result.spec.lr:g})" for result in at_end)
+            report.notes.append(f"The chosen learning rate is an end of those tried for {names}: --lrs can take more.")
+
     def features(self) -> list[Features]:
         """Tokens of the training and the test images."""
-        args, parts = self.args, {"train": self.images.train, "test": self.images.test}
+        settings, parts = self.settings, {"train": self.images.train, "test": self.images.test}
         count = sum(len(part.names) for part in parts.values())
-        if args.live:
+        if settings.live:
             self.console.print(f"Tokens of {count:,} images are computed at each pass (--live): nothing is stored.")
         else:
-            self.console.print(space_line(self.backbone, count, args.precision, args.cache))
+            self.console.print(space_line(self.backbone, count, settings.precision, Path(settings.cache or "")))
         found: list[Features] = []
         for name, part in parts.items():
-            features = self._live(part) if args.live else self._stored(name, part)
+            features = self._live(part) if settings.live else self._stored(name, part)
             skipped = dict(features[1])
             self.skipped += [Skipped(name, part.names[row], reason) for row, reason in skipped.items()]
             self.readable.append(torch.tensor([row for row in range(len(part.names)) if row not in skipped]))
@@ -128,18 +168,20 @@ class ProbingRun:
 
     def _live(self, part: Part) -> tuple[Features, list[tuple[int, str]]]:
         with show_progress(self.console) as progress:
-            readable = find_readable(part.dataset, self.args.workers, progress)
+            readable = find_readable(part.dataset, self.settings.workers, progress)
         dataset = Subset(part.dataset, readable.rows.tolist())
         names = [part.names[row] for row in readable.rows.tolist()]
-        features = LiveFeatures(self.backbone, dataset, readable.labels, self.images.classes, self.args.workers, names)
+        features = LiveFeatures(
+            self.backbone, dataset, readable.labels, self.images.classes, self.settings.workers, names
+        )
         return features, readable.skipped
 
     def _stored(self, name: str, part: Part) -> tuple[Features, list[tuple[int, str]]]:
-        args = self.args
+        settings = self.settings
         identity = {
-            "model": args.backbone,
+            "model": self.name,
             "transform": self.images.transform,
-            "dataset": f"{args.dataset}, {args.root}, {name}, {part.digest}",
+            "dataset": f"{self.images.dataset}, {self.images.root}, {name}, {part.digest}",
         }
         try:
             with warnings.catch_warnings(record=True) as told, show_progress(self.console) as progress:
@@ -147,71 +189,72 @@ class ProbingRun:
                 features = extract(
                     self.backbone,
                     part.dataset,
-                    args.cache,
+                    Path(settings.cache or ""),
                     identity=identity,
                     classes=self.images.classes,
-                    precision=args.precision,
+                    precision=settings.precision,
                     batch_size=EXTRACTION_BATCH,
-                    num_workers=args.workers,
+                    num_workers=settings.workers,
                     names=part.names,
                     progress=progress,
                 )
         except StorageError as error:
-            raise StorageError(f"{error} The options are --live and --precision int8.") from error
+            raise StorageError(f"{error} The options are --live and --dtype int8.") from error
         ours = [str(warning.message) for warning in told if warning.category is UserWarning]
         for words in dict.fromkeys(ours):  # others are of the reader's files left open, and such
             self._note(words)
         return features, features.skipped
 
-    def plan(self, specs: list[HeadSpec]) -> str:
+    @property
+    def plan(self) -> str:
         """Hash of all that the numbers of the report depend on."""
-        args = self.args
-        settings = {
+        settings = self.settings
+        content = {
             "weights": self.weights,
             "images": [self.images.train.digest, self.images.test.digest, self.images.transform],
             "layers": self.backbone.indices,
             "computed in": str(self.backbone.autocast),
-            "tokens": "live" if args.live else args.precision,
-            "heads": [asdict(spec) for spec in specs],
-            "training": [args.epochs, args.batch_size],
-            "few-shot": [args.few_shot, args.draws],
-            "left out": [args.no_knn, args.no_pixels],
+            "tokens": "live" if settings.live else settings.precision,
+            "heads": [asdict(spec) for spec in self.specs],
+            "training": [settings.epochs, settings.batch_size],
+            "few-shot": [settings.few_shot, settings.draws],
+            "left out": [settings.no_knn, settings.no_pixels],
         }
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def sweep(self, train: Features, test: Features, specs: list[HeadSpec]) -> SweepResult:
+    def sweep(self, train: Features, test: Features) -> SweepResult:
         """Train the heads."""
-        args = self.args
+        settings = self.settings
         fitting = len(hold_out(train.labels, torch.arange(len(train)), HOLDOUT, 0)[0])
-        self.batch_size = min(args.batch_size, fitting)
-        settings = {
+        self.batch_size = min(settings.batch_size, fitting)
+        content = {
             "weights": self.weights,
-            "model": args.backbone,
+            "model": self.name,
             "images": [self.images.train.digest, self.images.test.digest, self.images.transform, len(train), len(test)],
             "layers": self.backbone.indices,
             "computed in": str(self.backbone.autocast),
-            "tokens": "live" if args.live else args.precision,
-            "heads": [asdict(spec) for spec in specs],
-            "training": [args.epochs, self.batch_size],
+            "tokens": "live" if settings.live else settings.precision,
+            "heads": [asdict(spec) for spec in self.specs],
+            "training": [settings.epochs, self.batch_size],
         }
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        self.state = RunState(args.output / "state" / key, len(test), self._note)
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        self.state = RunState(self.folder / "state" / key, len(test), self._note)
         with show_progress(self.console) as progress:
-            return self._train(train, test, specs, progress, self.state.folder / "sweep.pt")
+            return self._train(train, test, self.specs, progress, self.state.folder / "sweep.pt")
 
     def _train(
         self, train: Features, test: Features, specs: list[HeadSpec], progress: Progress, state: Path | None = None
     ) -> SweepResult:
-        args = self.args
+        settings = self.settings
         return sweep(
             train,
             test,
             specs,
-            epochs=args.epochs,
+            epochs=settings.epochs,
             batch_size=self.batch_size,
-            warmup_epochs=WARMUP * args.epochs,
+            warmup_epochs=WARMUP * settings.epochs,
             holdout=HOLDOUT,
-            device=args.device,
+            device=settings.device,
             state=state,
             progress=progress,
         )
@@ -243,7 +286,7 @@ class ProbingRun:
                         position,
                         source,
                         holdout=HOLDOUT,
-                        device=self.args.device,
+                        device=self.settings.device,
                         standardize=statistics[position, source] if standardized else False,
                         progress=progress,
                     )
@@ -254,8 +297,8 @@ class ProbingRun:
 
     def pixels(self, report: Report) -> None:
         """The baseline without a network, with the settings of the heads."""
-        args = self.args
-        name = "pixels.pt" if not args.no_knn else "pixels-linear.pt"
+        settings = self.settings
+        name = "pixels.pt" if not settings.no_knn else "pixels-linear.pt"
         report.pixels = self.state.pixels(name)
         if report.pixels is None:
             start = time.perf_counter()
@@ -267,17 +310,17 @@ class ProbingRun:
                         self.images.mean,
                         self.images.std,
                         self.images.classes,
-                        args.workers,
+                        settings.workers,
                         progress,
                     )
                     for part, rows in zip((self.images.train, self.images.test), self.readable, strict=True)
                 )
                 report.pixels = PixelBaseline(
                     {}
-                    if args.no_knn
+                    if settings.no_knn
                     else {
                         standardize: nearest_neighbours(
-                            train, test, 0, "mean", holdout=HOLDOUT, device=args.device, standardize=standardize
+                            train, test, 0, "mean", holdout=HOLDOUT, device=settings.device, standardize=standardize
                         )
                         for standardize in (False, True)
                     },
@@ -288,10 +331,8 @@ class ProbingRun:
         report.seconds["pixels"] = self.state.seconds.get("pixels", 0.0)
 
     def _pixel_head(self, train: Features, test: Features, progress: Progress) -> PixelHead | None:
-        args = self.args
-        found = self._train(
-            train, test, grid(["gap"], [0], [args.optimizer], args.lrs, args.weight_decays, args.seeds), progress
-        )
+        settings = self.settings
+        found = self._train(train, test, settings.grid("gap", [0]), progress)
         if not found.chosen or found.chosen[0].best is None:
             return None
         chosen = found.chosen[0]
@@ -301,36 +342,36 @@ class ProbingRun:
 
     def few_shot(self, report: Report, train: Features, test: Features) -> None:
         """The best of each pooling with a few training images."""
-        args = self.args
+        settings = self.settings
         specs = [result.spec for result in report.best()]
         counts = train.labels.bincount(minlength=len(report.classes))
         present = counts[counts > 0]
-        for size in args.few_shot if specs else []:
+        for size in settings.few_shot if specs else []:
             if size > int(present.min()):
                 rarest = report.classes[int(torch.where(counts > 0, counts, len(train) + 1).argmin())]
                 report.notes.append(
                     f"No head was trained on {size} images a class: {rarest} has {int(present.min())} training images."
                 )
                 continue
-            name = f"few-shot-{size}-{args.draws}.pt"
+            name = f"few-shot-{size}-{settings.draws}.pt"
             results = self.state.few_shot(name)
             if results is None:
                 start = time.perf_counter()
                 images = size * (int(present.sum()) if isinstance(size, float) else len(present))
                 steps = max(1, int(images) // self.batch_size)
-                epochs = max(args.epochs, math.ceil(FEW_SHOT_STEPS / steps))
+                epochs = max(settings.epochs, math.ceil(FEW_SHOT_STEPS / steps))
                 with show_progress(self.console) as progress:
                     results = few_shot(
                         train,
                         test,
                         specs,
                         [size],
-                        args.draws,
+                        settings.draws,
                         batch_size=self.batch_size,
                         epochs=epochs,
                         warmup_epochs=WARMUP * epochs,
                         holdout=0.0,
-                        device=args.device,
+                        device=settings.device,
                         progress=progress,
                     )
                 self.state.keep_few_shot(name, results)
@@ -341,10 +382,10 @@ class ProbingRun:
     def maps(self, report: Report, test: Features) -> None:
         """Attention maps of the reference head on test images of different classes."""
         result = report.reference()
-        if result is None or result.best is None or not result.spec.pooling.startswith("ep") or not self.args.maps:
+        if result is None or result.best is None or not result.spec.pooling.startswith("ep") or not self.settings.maps:
             return
         firsts = [int((test.labels == label).nonzero()[0]) for label in test.labels.unique()]
-        rows = firsts[:: max(1, len(firsts) // self.args.maps)][: self.args.maps]
+        rows = firsts[:: max(1, len(firsts) // self.settings.maps)][: self.settings.maps]
         dataset, places = self.images.test.dataset, self.readable[1]
         images = torch.stack([dataset[int(places[row])][0] for row in rows])
         tokens = self.backbone(images)[result.spec.layer]
@@ -353,7 +394,7 @@ class ProbingRun:
             sheet = overlay(_picture(image, self.images), shares, report.layers[result.spec.layer].grid)
             name = self.images.test.names[int(places[row])]
             file = f"maps/{row:06d}.jpg"
-            with atomic_path(self.args.output / file) as temporary:
+            with atomic_path(self.folder / file) as temporary:
                 sheet.save(temporary, quality=90)
             truth, said = (report.classes[int(label)] for label in (test.labels[row], result.best.predictions[row]))
             verdict = "right" if truth == said else f"taken for {said}"
@@ -361,9 +402,9 @@ class ProbingRun:
 
     def export(self, report: Report) -> None:
         """Backbone and head as one ONNX file."""
-        result = next((result for result in report.best() if result.spec.pooling == self.args.export), None)
+        result = next((result for result in report.best() if result.spec.pooling == self.settings.export), None)
         if result is None:
-            raise InputError(f"No head of {self.args.export} was chosen, so that none can be exported.")
+            raise InputError(f"No head of {self.settings.export} was chosen, so that none can be exported.")
         model = copy.deepcopy(self.backbone.model).to("cpu", torch.float32)
         index = self.backbone.indices[result.spec.layer]
         backbone = Backbone(model, [index], self.backbone.norm, image_size=self.backbone.image_size)
@@ -373,7 +414,7 @@ class ProbingRun:
         with self.console.status("Exporting; a large network takes minutes."):
             file = export_onnx(
                 probed,
-                self.args.output / f"{self.args.export}.onnx",
+                self.folder / f"{self.settings.export}.onnx",
                 weights=f"{report.backbone['weights']}; {head_file(Path('heads'), report, result)}",
                 license=report.backbone["license"],
             )

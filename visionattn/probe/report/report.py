@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ class PairedTest(NamedTuple):
     p_holm: float
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """All that is reported.
 
@@ -112,6 +113,7 @@ class Report:
         maps: Files below the folder, with what each shows.
         pixels: The baseline without a network; None where it was left out.
         plan: Hash of all that the numbers depend on.
+        folder: Where the report was written; None where it was not.
     """
 
     command: str
@@ -132,6 +134,21 @@ class Report:
     maps: list[tuple[str, str]] = field(default_factory=list)
     pixels: PixelBaseline | None = None
     plan: str = ""
+    folder: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"Report({self.backbone['name']} on {self.data['dataset']}: {self.summary()})"
+
+    def _scores(self) -> list[tuple[str, str]]:
+        """The best of each pooling and of k-NN: its name, and its test accuracy in per cent with the interval."""
+        entries = [(self.name(entry), entry.result.chosen) for entry in self.best_neighbours()]
+        heads = [(self.name(result), result.best) for result in self.best()]
+        return [(name, percent(score.accuracy, score.interval) if score else "–") for name, score in [*entries, *heads]]
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td>{escape(name)}</td><td>{score}</td></tr>" for name, score in self._scores())
+        head = "<tr><th>head</th><th>test accuracy, % [95 %]</th></tr>"
+        return f"<table>{head}{rows}</table><p>{escape(self.summary())}</p>"
 
     def name(self, result: HeadResult | LayerNeighbours) -> str:
         """What a head, or a k-NN, is called: its layer is said where several were read."""

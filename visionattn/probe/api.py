@@ -1,0 +1,163 @@
+"""`visionattn.probe`: a frozen backbone judged from one pass over the images."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from visionattn.devices import find_device
+from visionattn.errors import InputError, VisionAttnError, require
+from visionattn.files import check_folder
+from visionattn.opening import open_model
+from visionattn.probe.inputs import make_backbone, read_images
+from visionattn.probe.output import check_report, default_output
+from visionattn.probe.processes import one_writer, rank_and_size
+from visionattn.probe.report.rendering import write_report
+from visionattn.probe.report.report import Report
+from visionattn.probe.settings import ProbeSettings
+from visionattn.probe.work import ProbingRun
+
+__all__ = ["probe", "run_probe"]
+
+
+def probe(
+    backbone: str | Path | nn.Module,
+    data: Any,
+    *,
+    settings: ProbeSettings | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Report:
+    """Judge a frozen backbone by k-NN and by heads that are trained on its tokens.
+
+    Args:
+        backbone: Name in timm's registry, weight file or folder, or a module, which is copied.
+        data: Folder of images by class; a dataset: "digits", or "mnist", "torch/...", "hfds/..." with `root`; or the
+            training and the test images, (train, test). Each of these is an array (N, H, W) or (N, H, W, C) of uint8
+            with its labels, (images, labels), or a dataset of (image, label), where an image is a PIL image, a uint8
+            array (H, W) or (H, W, C), a uint8 tensor (C, H, W), or a float tensor (C, H, W) as the backbone takes it,
+            and labels are whole numbers from 0.
+        settings: Settings; None is the defaults.
+        progress: Show what is read and how far the work is, in a terminal, a notebook or a log.
+        **options: Fields of `ProbeSettings`, in place of those of `settings`: `epochs=10`, `device="cpu"` ...
+
+    Returns:
+        The report. It is also written, with heads, maps and ONNX file, where `output` names a folder; the same call
+        then goes on where an earlier one was stopped.
+
+    Raises:
+        CheckpointError: The weights could not be read, or do not fit.
+        DataError: The images cannot be read, or have not two classes.
+        InputError: A setting is not accepted, or the backbone cannot be probed.
+        MissingPackageError: `pip install 'visionattn[train]'` is needed.
+        StorageError: The tokens have no room, or a file could not be written.
+        UnknownNameError: There is no such model.
+    """
+    return run_probe(backbone, data, replace(settings or ProbeSettings(), **options), progress=progress)
+
+
+def run_probe(
+    backbone: str | Path | nn.Module,
+    data: Any,
+    settings: ProbeSettings,
+    *,
+    progress: bool = True,
+    always_write: bool = False,
+) -> Report:
+    """As `probe`; with `always_write`, to runs/probe/BACKBONE-DATASET-HASH where the settings name no folder."""
+    _check(settings)
+    settings = replace(settings, device=str(find_device(settings.device)))
+    if settings.output is not None or always_write:
+        return _launch(backbone, data, settings, None, progress)
+    if settings.export:
+        raise InputError("An ONNX file needs a folder: set output.")
+    with tempfile.TemporaryDirectory(prefix="visionattn-") as folder:
+        return _launch(backbone, data, settings, Path(folder), progress)
+
+
+def _check(settings: ProbeSettings) -> None:
+    """Refuse what cannot be done here, before a model is opened."""
+    for folder in (settings.output, settings.cache):
+        if folder is not None:
+            check_folder(folder)
+    available = torch.cuda.device_count() if settings.device.startswith("cuda") else max(8, os.cpu_count() or 1)
+    if settings.device == "auto":
+        available = torch.cuda.device_count() or available
+    if settings.devices > max(1, available):
+        raise InputError(f"--devices must be at most {max(1, available)} here; got {settings.devices}.")
+
+
+def _launch(backbone: Any, data: Any, settings: ProbeSettings, temporary: Path | None, progress: bool) -> Report:
+    """Probe in this process, or in one for each device."""
+    if settings.devices == 1:
+        return _probe(backbone, data, settings, temporary, progress)
+    fabric = require("lightning.fabric", "train").Fabric(
+        accelerator="cuda" if settings.device.startswith("cuda") else "cpu",
+        devices=settings.devices,
+        strategy="ddp_spawn",
+    )
+    # Pickled here: Lightning takes apart what it sends, and refuses frozen dataclasses.
+    job = pickle.dumps((backbone, data, settings, temporary, progress))
+    with tempfile.TemporaryDirectory(prefix="visionattn-") as folder:
+        # Not returned: Lightning's pipe, read after the processes have ended, holds 64 kB.
+        answer = Path(folder) / "report"
+        fabric.launch(_probe_in_process, job, str(answer))
+        found = pickle.loads(answer.read_bytes())
+    if isinstance(found, VisionAttnError):
+        raise found
+    return found
+
+
+def _probe_in_process(fabric: Any, job: bytes, answer: str) -> None:
+    """What each of several processes does; the first one writes its report, or error, to a file."""
+    backbone, data, settings, temporary, progress = pickle.loads(job)
+    try:
+        found: Any = _probe(backbone, data, replace(settings, device=str(fabric.device)), temporary, progress)
+    except VisionAttnError as error:  # raised there it would come back as a stack trace
+        found = error
+    if rank_and_size()[0] == 0:
+        Path(answer).write_bytes(pickle.dumps(found))
+
+
+def _probe(backbone: Any, data: Any, settings: ProbeSettings, temporary: Path | None, progress: bool) -> Report:
+    """Probe, alone or as one of several processes, of which the first writes."""
+    quiet = not progress or rank_and_size()[0] > 0
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, quiet=quiet)
+    if isinstance(backbone, nn.Module):
+        backbone = copy.deepcopy(backbone)
+    opened = open_model(
+        backbone, settings.checkpoint, settings.random, image_size=settings.image_size, drop_classifier=True
+    )
+    name = type(backbone).__name__ if isinstance(backbone, nn.Module) else str(backbone)
+    images = read_images(data, settings, resolve_model_data_config(opened.model))
+    read = make_backbone(settings, opened.model, images.size)
+    run = ProbingRun(settings, name, opened, read, images, console)
+    if temporary is None:
+        output = Path(settings.output or default_output(settings, name, run.weights, images))
+        run.settings = replace(settings, output=output, cache=settings.cache or output / "features")
+        check_report(output, run.plan, run.weights, images, settings.overwrite)
+    else:
+        run.settings = replace(settings, output=temporary, cache=settings.cache or temporary / "features", maps=0)
+    for words in (*images.told, *images.left_out):
+        console.print(words)
+    with one_writer(run.folder):
+        report = run.report(
+            f"visionattn.probe({name}, ...)" if temporary or not isinstance(data, (str, Path)) else None
+        )
+        if temporary is None and rank_and_size()[0] == 0:
+            write_report(report, run.folder)
+            report.folder = run.folder
+            if settings.export:
+                run.export(report)
+    return report

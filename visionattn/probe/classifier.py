@@ -1,0 +1,62 @@
+"""A backbone and a head as one model, for export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from visionattn.probe.heads.banks import Head, head_tokens
+from visionattn.probe.tokens.backbone import Backbone
+
+__all__ = ["ProbedClassifier"]
+
+
+class ProbedClassifier(nn.Module):
+    """A backbone and a head as one model, of one input size.
+
+    Args:
+        backbone: On the CPU, computing in float32.
+        position: Which of the backbone's layers the head reads.
+        head: In evaluation.
+        classes: Names.
+        mean: Of the images' normalisation.
+        std: Likewise.
+
+    Shape:
+        (B, C, H, W), normalised -> (B, K), logits.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        position: int,
+        head: Head,
+        classes: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.model: Any = backbone.model
+        self.head = head
+        self.num_classes = len(classes)
+        self._read = backbone
+        self._position = position
+        cfg = dict(getattr(self.model, "pretrained_cfg", None) or {})
+        channels = len(mean)
+        self.pretrained_cfg = {
+            "architecture": f"{cfg.get('architecture') or type(self.model).__name__} probed",
+            "input_size": (channels, *backbone.image_size),
+            "fixed_input_size": True,
+            "mean": tuple(mean),
+            "std": tuple(std),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "label_names": list(classes),
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K)."""
+        tokens = self._read(images)[self._position]
+        return self.head(head_tokens(tokens, self.head.pooling.tokens))

@@ -1,0 +1,219 @@
+"""The settings of a probing run, which are the options of `visionattn probe`."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from visionattn.errors import InputError, shorten
+from visionattn.probe.heads.banks import HeadSpec, create_head, grid
+from visionattn.probe.tokens.interface import Layer
+
+__all__ = ["DTYPES", "HEADS", "LARGEST", "LRS", "SEEDS", "ProbeSettings"]
+
+LARGEST = 2048  # pixels of an image's side
+HEADS = ("cls", "gap", "ep_8", "ep_16", "ep_32")
+# Of AdamW, whose steps have one size whatever the scale is; of LARS, the paper's range.
+LRS = {"adamw": (0.001, 0.003, 0.01, 0.03, 0.1), "lars": (0.1, 0.3, 1.0)}
+DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "int8"}  # -> as stores call them
+SEEDS = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What `visionattn.probe` and the command do, where it is not the default.
+
+    Attributes:
+        checkpoint: Weight file for the name of a backbone; a classifier in it is not needed.
+        random: Random weights for a name.
+
+        root: Folder of the files of a named dataset, such as "mnist" or "torch/cifar10".
+        train_split: Training split, of datasets with named splits.
+        val_split: Validation split; also used for testing if there is no test split.
+        test_split: Test split.
+        num_classes: Number of classes, where the data do not say it.
+        image_size: Side of the images in pixels; None takes the model's.
+        workers: Loading processes.
+
+        layers: "last", "all", or indices.
+        dtype: Of the stored tokens: "float16", "bfloat16", "float32" or "int8".
+        cache: Folder of the stored tokens; None is `features` in the output.
+        live: Store no tokens; run the backbone at each pass.
+
+        heads: Poolings; None tries "cls", "gap", "ep_8", "ep_16" and "ep_32".
+        optimizer: "adamw", or "lars", the paper's.
+        lrs: Learning rates, for lars multiplied by batch size / 256; None takes those of `LRS`.
+        weight_decays: Weight decays. Each combination of the lists is a head.
+        seeds: Seeds of initial weights.
+        epochs: Epochs of training; the paper's are 90.
+        batch_size: Images per step; the paper's are 4096.
+        no_knn: Leave out nearest neighbours.
+        no_pixels: Leave out the baseline of 16 x 16 pixels.
+        few_shot: Images per class as whole numbers, or fractions such as 0.01.
+        draws: Random few-shot subsets per size.
+        device: "auto" (a GPU where there is one), or a device of PyTorch.
+        devices: Number of devices, each with a process.
+
+        output: Folder of the report. None writes none in Python; the command writes to
+            runs/probe/BACKBONE-DATASET-HASH.
+        overwrite: Replace the report of another run in that folder.
+        maps: Test images with attention maps in the report.
+        export: Pooling whose best head is written with the backbone as ONNX.
+
+    Raises:
+        InputError: A value is not accepted.
+    """
+
+    checkpoint: str | Path | None = None
+    random: bool = False
+
+    root: str | Path | None = None
+    train_split: str = "train"
+    val_split: str = "validation"
+    test_split: str | None = None
+    num_classes: int | None = None
+    image_size: int | None = None
+    workers: int = 0
+
+    layers: str | Sequence[int] = "last"
+    dtype: str = "float16"
+    cache: str | Path | None = None
+    live: bool = False
+
+    heads: Sequence[str] | None = None
+    optimizer: str = "adamw"
+    lrs: Sequence[float] | None = None
+    weight_decays: Sequence[float] = (0.0,)
+    seeds: Sequence[int] = (0,)
+    epochs: int = 30
+    batch_size: int = 256
+    no_knn: bool = False
+    no_pixels: bool = False
+    few_shot: Sequence[float] = (1, 5, 10)
+    draws: int = 5
+    device: str = "auto"
+    devices: int = 1
+
+    output: str | Path | None = None
+    overwrite: bool = False
+    maps: int = 4
+    export: str | None = None
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, list):
+                object.__setattr__(self, entry.name, tuple(value))
+        for name in ("lrs", "weight_decays"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(map(float, values)))
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and low <= value <= high):
+                wanted = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+                raise InputError(f"{name} must be a whole number {wanted}; got {shorten(value)}.")
+        for name, choices in {"dtype": DTYPES, "optimizer": LRS}.items():
+            if getattr(self, name) not in choices:
+                names = ", ".join(map(repr, choices))
+                raise InputError(f"{name} must be one of {names}; got {shorten(getattr(self, name))!r}.")
+        for name, (fits, wanted) in _MEMBERS.items():
+            for value in getattr(self, name) or ():
+                if not fits(value):
+                    raise InputError(f"{name} must be {wanted}; got {shorten(value)}.")
+        if not (self.weight_decays and self.seeds):
+            raise InputError("weight_decays and seeds must each have at least one number.")
+        if isinstance(self.layers, str) and self.layers not in ("last", "all"):
+            raise InputError(f"layers must be 'last', 'all' or indices; got {shorten(self.layers)!r}.")
+        if self.export and self.heads and self.export not in self.heads:
+            raise InputError(f"--export {shorten(self.export)} is none of the heads {shorten(', '.join(self.heads))}.")
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """Those to try."""
+        return tuple(self.lrs or LRS[self.optimizer])
+
+    @property
+    def precision(self) -> str:
+        """The data type of stored tokens, as stores call it."""
+        return DTYPES[self.dtype]
+
+    def specs(self, layers: Sequence[Layer], classes: int) -> tuple[list[HeadSpec], list[str]]:
+        """The heads to train, each pooling at each layer that it fits, and notes of where one was left out.
+
+        Args:
+            layers: The backbone's layers that are read.
+            classes: Number of classes.
+
+        Raises:
+            InputError: A pooling that was asked for fits nowhere.
+        """
+        poolings = list(dict.fromkeys(self.heads or HEADS))
+        specs: list[HeadSpec] = []
+        notes = []
+        for pooling in poolings:
+            fitting, refused = [], None
+            for position, layer in enumerate(layers):
+                try:
+                    create_head(HeadSpec(pooling), layer, classes)
+                    fitting.append(position)
+                except InputError as error:
+                    refused = error
+            if refused is not None:
+                if self.heads and not fitting:
+                    raise refused
+                # Without a class token there is no such head to be expected.
+                if pooling != "cls" or self.heads:
+                    names = [layer.name for position, layer in enumerate(layers) if position not in fitting]
+                    notes.append(f"{pooling} was left out at {', '.join(names)}: {refused}")
+            specs += self.grid(pooling, fitting)
+        if self.export and self.export not in {spec.pooling for spec in specs}:
+            raise InputError(f"--export {self.export} is none of the heads {', '.join(poolings)} of this backbone.")
+        return specs, notes
+
+    def grid(self, pooling: str, positions: list[int]) -> list[HeadSpec]:
+        """The heads of a pooling at some layers: every combination of learning rate, weight decay and seed."""
+        rates = list(self.learning_rates)
+        return grid([pooling], positions, [self.optimizer], rates, list(self.weight_decays), list(self.seeds))
+
+    def command(self, backbone: str, data: str) -> str:
+        """The command line with every option as it was used, so that other defaults of a later version change nothing.
+
+        Args:
+            backbone: Name or file.
+            data: Folder or dataset.
+        """
+        words = ["visionattn", "probe", backbone, f"--data={data}"]
+        for entry in fields(self):
+            value = self.learning_rates if entry.name == "lrs" else getattr(self, entry.name)
+            if entry.name == "overwrite" or value is None or value is False:
+                continue
+            words.append(f"--{entry.name.replace('_', '-')}")
+            if value is not True:
+                # Joined by "=", a value may begin with a minus.
+                words[-1] += "=" + (",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+        return shlex.join(words)
+
+
+_RANGES = {
+    "num_classes": (2, math.inf),
+    "image_size": (1, LARGEST),
+    "workers": (0, 1024),
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "draws": (1, math.inf),
+    "devices": (1, math.inf),
+    "maps": (0, math.inf),
+}
+_MEMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lrs": (lambda value: 0 < value < math.inf, "finite numbers above 0"),
+    "weight_decays": (lambda value: 0 <= value < math.inf, "finite numbers of at least 0"),
+    "seeds": (lambda value: isinstance(value, int) and 0 <= value <= SEEDS, f"whole numbers from 0 to {SEEDS}"),
+    "few_shot": (
+        lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1,
+        "whole numbers of at least 1, or fractions above 0 and at most 1",
+    ),
+}
