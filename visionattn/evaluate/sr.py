@@ -116,7 +116,7 @@ class Measurements:
                 writer.writerow({**asdict(row), **rounded, **origin})
 
 
-@renamed_keywords(low_resolution="low_resolution")
+@renamed_keywords(small_folder="low_resolution")
 def evaluate_sr(
     models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
     folder: str | Path,
