@@ -119,7 +119,7 @@ def _read_named(name: str, settings: ProbeSettings, config: dict[str, Any]) -> I
     if not name:
         raise InputError("--data must name a folder or a dataset, such as digits; got ''.")
     size, mean, std = _image_config(settings, config)
-    dataset, root = name, settings.root and str(settings.root)
+    dataset, root = name, None if settings.root is None else str(settings.root)
     if root is None and not (name in NAMED or name.startswith(READERS)):
         dataset, root = "folder", name
     try:

@@ -116,7 +116,7 @@ class ProbeSettings:
             if value is not None and not (isinstance(value, int) and low <= value <= high):
                 wanted = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
                 raise InputError(f"{name} must be a whole number {wanted}; got {shorten(value)}.")
-        for name, choices in {"dtype": DTYPES, "optimizer": LRS}.items():
+        for name, choices in (("dtype", tuple(DTYPES)), ("optimizer", tuple(LRS))):
             if getattr(self, name) not in choices:
                 names = ", ".join(map(repr, choices))
                 raise InputError(f"{name} must be one of {names}; got {shorten(getattr(self, name))!r}.")

@@ -67,7 +67,7 @@ def index(
         output,
         network,
         _name(model),
-        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size and tuple(image_size),
+        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
         overwrite=overwrite,
         console=new_console() if progress else None,
     )
@@ -158,7 +158,7 @@ def search(
     file = image if isinstance(image, (str, Path)) else None
     if output is not None:
         _check_outputs(Path(output), file, overwrite)
-    query = as_upright(image) if file is None else read_upright(file)
+    query = read_upright(image) if isinstance(image, (str, Path)) else as_upright(image)
     network = _model_of(opened, model, device)
     copies = [] if include_query or file is None else opened.copies_of(file)
     hits = Hits(
