@@ -155,11 +155,6 @@ def test_show_takes_names_of_timm(capsys):
 
 def completed(folder, *words):
     """What bash offers for the last of some words."""
-    script = subprocess.run(
-        [sys.executable, "-c", "import visionattn.cli as c; c.main(['--print-completion', 'bash'])"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    (folder / "completion.sh").write_text(script)
     line = f"""
         source completion.sh
         COMP_WORDS=({" ".join(map(repr, words))}); COMP_CWORD={len(words) - 1}; COMP_LINE={" ".join(words)!r}
@@ -169,7 +164,10 @@ def completed(folder, *words):
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_bash_completes_commands_options_and_files(tmp_path):
+def test_bash_completes_commands_options_and_files(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    (tmp_path / "completion.sh").write_text(capsys.readouterr().out)
     (tmp_path / "photo.png").touch()
     assert completed(tmp_path, "visionattn", "ev") == ["evaluate"]
     assert completed(tmp_path, "visionattn", "upscale", "--engine", "on") == ["onnxruntime"]

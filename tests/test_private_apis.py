@@ -30,6 +30,7 @@ DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace"}
 # What depends on the others.
 ATTRIBUTES = {
     "_SubParsersAction": "completion of the command line (cli.py)",
+    "_forward_hooks": "the image grid of swapped layers, by one hook on the patch embedding (swapping.py)",
     "_actions": "completion of the command line (cli.py)",
     "_option_string_actions": "old spellings of options (arguments.py)",
     "_cdata": "the memory that a tile takes (predict/tiles.py)",
@@ -101,6 +102,8 @@ def owner_of(name: str) -> object:
         return torch.autograd.forward_ad
     if name == "_foreach_zero_":
         return torch
+    if name == "_forward_hooks":
+        return torch.nn.Identity()
     if name == "_schema":
         return torch.ops.aten.add.Tensor
     if name == "_softmax_backward_data":
