@@ -1,9 +1,9 @@
 """Files of MatchStereo and MatchFlow: which network they are, and that every number gets to its place."""
 
+import csv
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -15,7 +15,8 @@ from visionattn.errors import CheckpointError
 from visionattn.models.match_stereo import MatchFlow, MatchStereo
 from visionattn.weights import match_stereo
 
-KEYS = Path(__file__).resolve().parents[2].parent / "shared" / "dossiers" / "matchstereo_state_dict_keys.npz"
+# Keys and shapes of the authors' files: a line a key, a column a size.
+KEYS = Path(__file__).parent / "published" / "match_stereo.tsv"
 FEW = (1, 1, 2, 1)
 # The authors' name of each of our layers; blocks of the encoder, layers of the decoder and what is in them keep theirs.
 THEIRS = {
@@ -74,13 +75,11 @@ def made(network=MatchStereo, widths=(32, 64, 128, 160), depths=FEW):
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 @pytest.mark.parametrize("task", ["stereo", "flow"])
 def test_keys_and_shapes_are_the_published_ones(size, task):
-    if not KEYS.is_file():
-        pytest.skip(f"there is no {KEYS}")
     if (size, task) == ("small", "flow"):
         pytest.skip("there is no such model")
-    listed = np.load(KEYS)
-    shapes = [tuple(map(int, text.split("x"))) for text in listed[f"{size}_shapes"]]
-    state = {str(key): torch.empty(shape, device="meta") for key, shape in zip(listed[f"{size}_keys"], shapes)}
+    with KEYS.open(newline="") as file:
+        listed = {row["key"]: row[size].split("x") for row in csv.DictReader(file, delimiter="\t")}
+    state = {key: torch.empty([int(length) for length in shape], device="meta") for key, shape in listed.items()}
     assert len(state) == 646
     own = match_stereo.convert(state)
     name = f"va_match_{task}_{size}"
@@ -113,7 +112,13 @@ def test_full_tiny_file_and_its_first_layers(tmp_path):
     own, content = made(depths=(8, 8, 8, 2))
     assert len(content["model"]) == 646
     torch.save(content, tmp_path / "net.pth")
-    assert_loaded(visionattn.load(tmp_path / "net.pth"), own)
+    loaded = visionattn.load(tmp_path / "net.pth")
+    assert_loaded(loaded, own)
+    direct = timm.create_model("va_match_stereo_tiny").eval()
+    direct.load_state_dict(own)
+    views = torch.rand(2, 1, 3, 161, 170)
+    with torch.no_grad():
+        assert torch.equal(loaded(*views), direct(*views))
     first = {key: value for key, value in own.items() if not re.match(r"decoder\.(\d\.[4-7]|3\.1)\.", key)}
     assert_loaded(visionattn.load(tmp_path / "net.pth", depths=(4, 4, 4, 1)), first)
     model = timm.create_model("va_match_stereo_tiny", depths=(4, 4, 4, 1), checkpoint_path=str(tmp_path / "net.pth"))

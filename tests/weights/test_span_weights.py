@@ -1,5 +1,6 @@
 """SPAN files of every layout: which network they are, and what it computes from them."""
 
+import math
 import struct
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from visionattn.export import export_onnx
 from visionattn.models.span import SPAN
 from visionattn.weights import span
 
+KEYS = Path(__file__).parent / "published" / "span.tsv"
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 MEAN = torch.tensor([0.4488, 0.4371, 0.4040], dtype=torch.float64).view(3, 1, 1)
 # File, name, arguments, mean PSNR of Set5 x4 as measured from the published code.
@@ -123,13 +125,15 @@ def official(width=4, scale=2, in_chans=3, gain=2, seed=0, **extra):
 
 
 def by_the_keys(state, x, scale=2):
-    """The network computed from the authors' keys, in float64, branch by branch."""
+    """The network computed from the authors' keys, in float64, branch by branch where there are branches."""
     state = {key: value.double() for key, value in state.items()}
 
     def plain(name, x, **kwargs):
         return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **kwargs)
 
     def conv(name, x):
+        if f"{name}.sk.weight" not in state:
+            return plain(f"{name}.eval_conv", x, padding=1)
         wide = plain(f"{name}.conv.0", F.pad(x, (1, 1, 1, 1)))
         return plain(f"{name}.conv.2", plain(f"{name}.conv.1", wide)) + plain(f"{name}.sk", x)
 
@@ -142,6 +146,36 @@ def by_the_keys(state, x, scale=2):
         f1 = f if block == 1 else f1
     z = plain("conv_cat", torch.cat([f0, conv("conv_2", f), f1, s], dim=1))
     return F.pixel_shuffle(plain("upsampler.0", z, padding=1), scale)
+
+
+def drawn(file):
+    """Random weights of the keys and shapes of a published file, for whoever has none of the files."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for line in KEYS.read_text().splitlines()[1:]:
+        of, key, shape = line.split("\t")
+        if of == file:
+            shape = [int(size) for size in shape.split("x")]
+            fan_in = math.prod(shape[1:])
+            state[key] = torch.randn(shape, generator=generator) / fan_in**0.5 if fan_in > 1 else torch.randn(shape) / 4
+    return state
+
+
+@pytest.mark.parametrize(("file", "name", "settings", "bar"), PUBLISHED)
+def test_published_keys_and_shapes(file, name, settings, bar, tmp_path):
+    state, x = drawn(file), torch.rand(2, 3, 9, 8)
+    assert span.identify(state) == (name, settings)
+    torch.save({"params_ema": state}, tmp_path / file)
+    model = visionattn.load(tmp_path / file)
+    assert model.pretrained_cfg["architecture"] == name
+    stored = sorted(value.double().sum().item() for value in state.values())
+    assert sorted(value.double().sum().item() for value in model.state_dict().values()) == stored
+    direct = timm.create_model(name, **settings).eval()
+    direct.load_state_dict(span.convert(state, branches=False), strict=True)
+    assert torch.equal(model(x), direct(x))
+    if "span_ch" in name:
+        exact = timm.create_model(name, dtype=torch.float64, **settings).eval()
+        exact.load_state_dict(model.state_dict())
+        assert_near(exact(x.double()), by_the_keys(state, x, scale=4))
 
 
 def assert_near(found, expected, tolerance=1e-12):
