@@ -228,8 +228,9 @@ def _from_hyper_parameters(content: Mapping[str, Any]) -> dict[str, Any] | None:
         state = content.get("ClassifyData")
         config["label_names"] = state.get("class_names") if isinstance(state, dict) else None
     if isinstance(side, (list, tuple)) and isinstance(given["name"], str):
-        cfg: Any = timm.get_pretrained_cfg(_architecture(given["name"]))
-        config["input_size"] = [args.get("in_chans") or cfg.input_size[0], *side]
+        cfg: Any = timm.get_pretrained_cfg(_architecture(given["name"]))  # None for a model registered without one
+        channels = args.get("in_chans") or (cfg.input_size[0] if cfg else 3)
+        config["input_size"] = [channels, *side]
     return {"name": given["name"], "model_args": args, "config": config, "attributes": attributes}
 
 
