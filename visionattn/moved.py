@@ -62,6 +62,9 @@ MOVED = {
     "visionattn.probe.loading": "visionattn.probe.tokens.loading",
     "visionattn.probe.maps": "visionattn.probe.report.maps",
     "visionattn.probe.poolings": "visionattn.probe.heads.poolings",
+    "visionattn.probe.poolings.base": "visionattn.probe.heads.poolings.base",
+    "visionattn.probe.poolings.learned_query": "visionattn.probe.heads.poolings.learned_query",
+    "visionattn.probe.poolings.own_weights": "visionattn.probe.heads.poolings.own_weights",
     "visionattn.probe.rendering": "visionattn.probe.report.rendering",
     "visionattn.probe.results": "visionattn.probe.heads.results",
     "visionattn.probe.sections": "visionattn.probe.report.sections",
@@ -81,7 +84,9 @@ class _Finder(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in MOVED else None
+        if fullname not in MOVED:
+            return None
+        return ModuleSpec(fullname, self, is_package=any(old.startswith(f"{fullname}.") for old in MOVED))
 
     def exec_module(self, module: ModuleType) -> None:
         old, new = module.__name__, MOVED[module.__name__]
