@@ -1,0 +1,132 @@
+"""The command `python -m visionattn_runtime`, which is `run.py` in a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from visionattn_runtime.errors import RunError, short
+from visionattn_runtime.model import Model, Pair, load
+from visionattn_runtime.verify import verify
+
+__all__ = ["main"]
+
+DISPARITY_STEPS = 256  # of a pixel, in a PNG of 16 bits as KITTI writes it; 0 is not known
+CLASSES = (".json", ".npy")
+SUFFIXES = {"restore": (".png", ".jpg", ".webp"), "stereo": (".npy", ".png")}
+
+
+def main(argv: list[str] | None = None, folder: str = ".") -> int:
+    """Run the command.
+
+    Args:
+        argv: The arguments. Default: those of the process.
+        folder: The bundle that `--verify` without a value means.
+
+    Returns:
+        0; 1 where a bundle is not as its card says; 2 for a mistake, told on one line.
+    """
+    parser = argparse.ArgumentParser(prog="visionattn_runtime", description="Run an exported file without PyTorch.")
+    parser.add_argument("model", nargs="?", metavar="MODEL.onnx", help="file that `visionattn export` wrote")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="one image or more; left and right in stereo")
+    parser.add_argument("--output", metavar="F", help="where the result goes: .png, .npy or .json")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to name (default: 5)")
+    parser.add_argument("--tile", type=int, default=256, metavar="N", help="pixels a side at once (default: 256)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads (default: ONNX Runtime's choice)")
+    parser.add_argument("--verify", nargs="?", const=folder, metavar="FOLDER", help="verify a bundle and end")
+    args = parser.parse_args(argv)
+    try:
+        if args.verify is not None:
+            return _verify(args.verify)
+        if args.model is None:
+            raise RunError("Give a model and an image, or --verify FOLDER. See --help.")
+        _predict(args)
+    except RunError as error:
+        message = str(error)
+    except MemoryError:
+        message = "There is not enough memory for this."
+    except OSError as error:
+        message = f"{short(error.filename or args.output or args.model)}: {error.strerror or short(error)}."
+    else:
+        return 0
+    print(f"visionattn_runtime: {message}", file=sys.stderr)
+    return 2
+
+
+def _verify(folder: str) -> int:
+    rows = verify(folder)
+    for row in rows:
+        print(f"{'pass' if row.passed else 'FAIL'}  {row.file} {row.finding}")
+    failed = sum(not row.passed for row in rows)
+    print(f"{len(rows) - failed} of {len(rows)} checks passed.")
+    return 1 if failed else 0
+
+
+def _predict(args: argparse.Namespace) -> None:
+    model = load(args.model, args.threads)
+    output = _checked_output(args, model)
+    if not args.images:
+        raise RunError("No image was given.")
+    if isinstance(model, Pair):
+        _write(output, model.embed(*args.images))
+    elif model.spec["task"] == "restore":
+        if len(args.images) != 1:
+            raise RunError(f"{short(args.model)} takes 1 image; {len(args.images)} were given.")
+        _write(output, model.upscale(args.images[0], args.tile))
+    elif model.has_classes:
+        if output is not None and output.suffix.lower() == ".npy":
+            _write(output, model.probabilities(*args.images))
+            return
+        found = model.classify(*args.images, top=args.top)
+        for image, classes in zip(args.images, found):
+            print(f"{image}: {', '.join(f'{label} {probability:.1%}' for label, probability in classes)}")
+        if output is not None:
+            _write(output, dict(zip(args.images, found)))
+    else:
+        _write(output, model.predict(*args.images))
+
+
+def _checked_output(args: argparse.Namespace, model: Model | Pair) -> Path | None:
+    """Where the result goes; raises for what cannot be written, before anything is computed."""
+    classes = isinstance(model, Model) and model.has_classes
+    suffixes = CLASSES if classes else SUFFIXES.get(model.spec["task"], (".npy",))
+    if args.output is None:
+        if not classes:
+            raise RunError(f"Say where the result goes: --output F{suffixes[0]}.")
+        return None
+    output = Path(args.output)
+    if output.suffix.lower() not in suffixes:
+        raise RunError(f"Cannot write {short(output)}: the file name must end in {' or '.join(suffixes)}.")
+    if output.exists() and not output.is_file():
+        raise RunError(f"Cannot write {short(output)}: it is not a regular file.")
+    if output.exists() and not args.overwrite:
+        raise RunError(f"{short(output)} exists. Give --overwrite to replace it, or name another output.")
+    return output
+
+
+def _write(output: Path | None, result: Any) -> None:
+    """Write a result whole or not at all."""
+    assert output is not None
+    temporary = output.with_name(f".{output.stem[:50]}.{os.getpid()}{output.suffix}")
+    try:
+        if isinstance(result, dict):
+            temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+        elif output.suffix.lower() == ".npy":
+            np.save(temporary, result)
+        elif result.dtype == np.uint8:
+            Image.fromarray(result.squeeze(2) if result.shape[2] == 1 else result).save(temporary)
+        else:
+            steps = np.nan_to_num(np.rint(result * DISPARITY_STEPS)).clip(0, 65535).astype(np.uint16)
+            Image.fromarray(steps).save(temporary)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"Wrote {output}.")

@@ -1,0 +1,315 @@
+"""An exported file, ready to predict from images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from visionattn_runtime.errors import RunError, short
+from visionattn_runtime.images import cut, eight_bits, fit_image, pad, read_image, unit
+from visionattn_runtime.metadata import read_metadata
+
+__all__ = ["Model", "Pair", "load"]
+
+MOST_AT_ONCE = 32  # images in one pass of a file with a free batch
+OVERLAP = 32  # pixels, where a file does not state its radius
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+
+
+def load(path: str | Path, threads: int = 0) -> Model | Pair:
+    """Open an exported file, or the two files of a model for attribute retrieval by their common name.
+
+    Args:
+        path: `model.onnx`, of any precision, with or without the preparation of images inside.
+        threads: Threads that compute; 0 leaves it to ONNX Runtime.
+
+    Raises:
+        RunError: There is no such file, it cannot be loaded, or `visionattn export` did not write it.
+    """
+    path = Path(path)
+    tower, head = path.with_suffix(".tower.onnx"), path.with_suffix(".head.onnx")
+    if not path.exists() and tower.exists():
+        return Pair(Model(tower, threads), Model(head, threads))
+    return Model(path, threads)
+
+
+class Model:
+    """One exported file.
+
+    Args:
+        path: The file.
+        threads: Threads that compute; 0 leaves it to ONNX Runtime.
+
+    Attributes:
+        spec: Its metadata, as `visionattn_runtime.metadata.read_metadata` gives them.
+        texts: All its metadata as they stand in the file.
+
+    Raises:
+        RunError: There is no such file, it cannot be loaded, or `visionattn export` did not write it.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 0) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise RunError(f"There is no file {short(path)}.")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only: they are raised as well
+        options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # ONNX Runtime's exceptions share no base class but Exception.
+        except Exception as error:
+            reason = short(error).rstrip(".")
+            raise RunError(f"ONNX Runtime {onnxruntime.__version__} cannot load {short(path)}: {reason}.") from error
+        self.texts: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
+        try:
+            self.spec = read_metadata(self.texts)
+        except RunError as error:
+            raise RunError(f"{short(path)} does not carry the metadata of `visionattn export`: {error}.") from error
+        self._types = {value.name: value.type for value in self.session.get_inputs()}
+        outputs = {value.name for value in self.session.get_outputs()}
+        if set(self.spec["input_names"]) != set(self._types) or not outputs.issuperset(self.spec["output_names"]):
+            names = short(", ".join([*self._types, *outputs]))
+            raise RunError(f"{short(path)} has other inputs or outputs than its metadata say: {names}.")
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image: 3 is RGB, 1 is grey."""
+        return self.spec["input_size"][0]
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the file takes more than one height and width."""
+        return "height" in self.spec["dynamic_axes"]
+
+    @property
+    def output_kind(self) -> str:
+        """What the first output is: "logits", "probabilities", "features", "image", "disparity" or "flow"."""
+        return self.spec["output_kind"] or self.spec["output_names"][0]
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether it classifies."""
+        return self.spec["task"] == "classify" and self.output_kind in ("logits", "probabilities")
+
+    def predict(self, *images: Any) -> np.ndarray:
+        """Compute what the file is for, of one image or more: whichever method below fits its task.
+
+        Returns:
+            Probabilities where it has classes, else features; an image in 0..1; disparity; or flow.
+        """
+        task = self.spec["task"]
+        if task in ("restore", "stereo", "flow"):
+            count = len(self.spec["input_names"])
+            if len(images) != count:
+                raise RunError(
+                    f"{self.spec['model']} takes {count} image{'s' * (count > 1)}; {len(images)} were given."
+                )
+            return {"restore": self.enlarge, "stereo": self.stereo, "flow": self.flow}[task](*images)
+        return (
+            self.probabilities(*images) if self.output_kind in ("logits", "probabilities") else self.features(*images)
+        )
+
+    def features(self, *images: Any) -> np.ndarray:
+        """Compute the output as the file gives it: (B, D) features or logits, or (B, N, D) tokens."""
+        self._expect("classify", "features", "retrieve")
+        return self.compute([fit_image(read_image(image, self.channels), self.spec) for image in images])
+
+    def probabilities(self, *images: Any) -> np.ndarray:
+        """Compute the probabilities (B, K) of K classes."""
+        self._expect("classify")
+        if not self.has_classes:
+            raise RunError(f"{self.spec['model']} has no classes: ask it for features.")
+        found = self.features(*images)
+        if self.output_kind == "logits":
+            found = np.exp(found.astype(np.float64) - found.max(axis=1, keepdims=True))
+            found /= found.sum(axis=1, keepdims=True)
+        return found.astype(np.float32)
+
+    def classify(self, *images: Any, top: int = 5) -> list[list[tuple[str, float]]]:
+        """Name the `top` most probable classes of each image, with their probabilities."""
+        found, labels = self.probabilities(*images), self.spec["labels"]
+        names = labels if labels and len(labels) == found.shape[1] else list(map(str, range(found.shape[1])))
+        orders = np.argsort(-found, axis=1, kind="stable")[:, :top]
+        return [[(names[k], float(row[k])) for k in order] for row, order in zip(found, orders)]
+
+    def upscale(self, image: Any, tile: int = 256) -> np.ndarray:
+        """Enlarge an image of any size.
+
+        Tiles overlap by the network's radius, so that no seam shows, and none is there.
+
+        Args:
+            image: The image.
+            tile: Height and width that are computed at once; a file of fixed size computes that.
+
+        Returns:
+            (r H, r W, C) of uint8.
+        """
+        return np.floor(self.enlarge(image, tile) * 255 + np.float32(0.5)).astype(np.uint8)
+
+    def enlarge(self, image: Any, tile: int = 256) -> np.ndarray:
+        """Compute `upscale` before it is rounded: float32 in 0..1."""
+        self._expect("restore")
+        if tile < 1:
+            raise RunError(f"The tile must be at least 1 pixel; got {tile}.")
+        pixels, scale = read_image(image, self.channels), self.spec["scale"] or 1
+        overlap = OVERLAP if self.spec["radius"] is None else self.spec["radius"]
+        window = (tile + 2 * overlap,) * 2 if self.dynamic else self.spec["input_size"][1:]
+        sides = [side if self.dynamic else max(side, own) for side, own in zip(pixels.shape, window)]
+        padded = pad(pixels, *sides)
+        rows, columns = (cut(side, own, overlap, not self.dynamic) for side, own in zip(sides, window))
+        result = np.empty((scale * sides[0], scale * sides[1], self.channels), np.float32)
+        for read_rows, kept_rows in rows:
+            for read_columns, kept_columns in columns:
+                part = self._image(self.compute([padded[read_rows, read_columns]]))
+                inside = _moved(kept_rows, read_rows, scale), _moved(kept_columns, read_columns, scale)
+                result[_moved(kept_rows, slice(0, 0), scale), _moved(kept_columns, slice(0, 0), scale)] = part[inside]
+        return result[: scale * pixels.shape[0], : scale * pixels.shape[1]]
+
+    def stereo(self, left: Any, right: Any) -> np.ndarray:
+        """Compute the left view's disparity (H, W) in pixels; NaN where it is not above 0, which is not known."""
+        self._expect("stereo")
+        found = self._match(left, right)[0]
+        return np.where(found > 0, found, np.float32(np.nan))
+
+    def flow(self, first: Any, second: Any) -> np.ndarray:
+        """Compute the flow (H, W, 2) from the first image to the second: x and y in pixels."""
+        self._expect("flow")
+        return np.moveaxis(self._match(first, second)[:2], 0, -1)
+
+    def _match(self, *images: Any) -> np.ndarray:
+        """(C, H, W) of two images of one size; smaller ones than the file takes are padded below and on the right."""
+        views = [read_image(image, self.channels) for image in images]
+        (height, width), other = (view.shape[:2] for view in views)
+        if (height, width) != other:
+            raise RunError(
+                f"The images are {height} x {width} and {other[0]} x {other[1]}; both must have one size: crop one."
+            )
+        multiple, least = self.spec["size_multiple"] or 1, self.spec["size_minimum"] or 1
+        wanted = [-(-max(side, least) // multiple) * multiple for side in (height, width)]
+        if not self.dynamic:
+            wanted = self.spec["input_size"][1:]
+            if height > wanted[0] or width > wanted[1]:
+                raise RunError(
+                    f"The images are {height} x {width}; this file takes at most {wanted[0]} x {wanted[1]}: reduce "
+                    "them, or export it without --static-size."
+                )
+        found = self.compute(*([pad(view, *wanted)] for view in views))[0]
+        return (found if found.ndim == 3 else found[None])[:, :height, :width].astype(np.float32)
+
+    def _image(self, output: np.ndarray) -> np.ndarray:
+        """The first of a batch of images, as (H, W, C) of float32 in 0..1."""
+        image = output[0] if self.spec["input_layout"] == "NHWC" else np.moveaxis(output[0], 0, -1)
+        return np.clip(unit(image), 0, 1)
+
+    def compute(self, *batches: Sequence[np.ndarray]) -> np.ndarray:
+        """Compute the first output of pixels of one size.
+
+        Args:
+            batches: A list of images an input: (H, W, C) of uint8, uint16 or floats in 0..1.
+
+        Returns:
+            The output; half precision comes as float32.
+
+        Raises:
+            RunError: The file does not take the size, or the result is not finite.
+        """
+        if not batches[0]:
+            raise RunError("No image was given.")
+        count, step, found = len(batches[0]), self.spec["batch"] or MOST_AT_ONCE, []
+        for start in range(0, count, step):
+            parts = [list(images[start : start + step]) for images in batches]
+            taken = len(parts[0])
+            if self.spec["batch"]:  # it takes no fewer
+                parts = [part + part[-1:] * (step - taken) for part in parts]
+            feeds = {name: self._array(part, name) for name, part in zip(self.spec["input_names"], parts)}
+            found.append(self.run(feeds)[:taken])
+        return np.concatenate(found)
+
+    def run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        """Compute the first output of arrays that are as the file takes them (see `compute`)."""
+        try:
+            found = self.session.run(self.spec["output_names"][:1], feeds)[0]
+        # ONNX Runtime's exceptions share no base class but Exception.
+        except Exception as error:
+            raise RunError(f"ONNX Runtime cannot run {self.spec['model']}: {short(error).rstrip('.')}.") from error
+        if found.dtype.kind == "f" and not np.isfinite(found).all():
+            raise RunError(f"The result of {self.spec['model']} is not finite: the file is broken.")
+        return found.astype(np.float32) if found.dtype == np.float16 else found
+
+    def _array(self, images: Sequence[np.ndarray], name: str) -> np.ndarray:
+        """Images -> the batch that an input takes."""
+        spec, (height, width) = self.spec, images[0].shape[:2]
+        own, least = spec["input_size"][1:], spec["size_minimum"] or 1
+        if not self.dynamic and [height, width] != own:
+            raise RunError(f"The image is {height} x {width}; this file takes {own[0]} x {own[1]} only: resize it.")
+        if min(height, width) < least:
+            raise RunError(f"The image is {height} x {width}; this file takes sides of at least {least}: enlarge it.")
+        dtype = TYPES.get(self._types[name], np.float32)
+        if dtype == np.uint8:
+            batch = np.stack([eight_bits(image) for image in images])
+        else:
+            low, high = spec["input_range"]
+            batch = np.stack([unit(image) for image in images]) * np.float32(high - low) + np.float32(low)
+            batch = (batch - np.float32(spec["mean"] or 0)) / np.float32(spec["std"] or 1)
+        return np.ascontiguousarray(batch if spec["input_layout"] == "NHWC" else np.moveaxis(batch, 3, 1), dtype)
+
+    def _expect(self, *tasks: str) -> None:
+        if self.spec["task"] not in tasks:
+            raise RunError(f"{self.spec['model']} is for the task {short(self.spec['task'], 40)!r}, not {tasks[0]!r}.")
+
+
+def _moved(part: slice, window: slice, scale: int) -> slice:
+    """Where a part of an image lies in the result of a window."""
+    return slice(scale * (part.start - window.start), scale * (part.stop - window.start))
+
+
+class Pair:
+    """The two files of a model for attribute retrieval: a tower, image to tokens, and a head, tokens to embeddings.
+
+    Attributes:
+        tower: The one.
+        head: The other.
+        attributes: Names of the attributes.
+
+    Raises:
+        RunError: The two do not belong together.
+    """
+
+    def __init__(self, tower: Model, head: Model) -> None:
+        self.tower, self.head = tower, head
+        self.spec, self.texts = tower.spec, tower.texts
+        self.attributes: list[str] = list(tower.spec["attributes"] or [])
+        if not tower.spec["pair"] or tower.spec["pair"] != head.spec["pair"]:
+            raise RunError("Tower and head are of different models: export both again.")
+
+    def embed(self, *images: Any, attributes: Sequence[str] | None = None) -> np.ndarray:
+        """Compute an embedding of length 1 an image and attribute: (B, A, E).
+
+        Args:
+            images: The images.
+            attributes: Names of attributes. Default: all.
+
+        Raises:
+            RunError: An attribute does not exist.
+        """
+        names = self.attributes if attributes is None else list(attributes)
+        unknown = [name for name in names if name not in self.attributes]
+        if unknown:
+            known = ", ".join(map(repr, self.attributes))
+            raise RunError(f"There is no attribute {short(unknown[0], 40)!r}; it must be one of {short(known)}.")
+        ids = np.array([self.attributes.index(name) for name in names], np.int64)
+        tokens = self.tower.features(*images)
+        step, found = self.head.spec["batch"] or MOST_AT_ONCE, []
+        for start in range(0, len(tokens), step):
+            part = tokens[start : start + step]
+            missing = (self.head.spec["batch"] or 0) - len(part)
+            filled = np.concatenate([part, np.repeat(part[-1:], max(missing, 0), axis=0)])
+            found.append(self.head.run({"tokens": filled, "conditions": ids})[: len(part)])
+        return np.concatenate(found)
+
+    predict = embed
