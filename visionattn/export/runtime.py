@@ -14,6 +14,7 @@ from visionattn.export.spec import ExportSpec
 __all__ = ["OnnxModel", "run"]
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+SLACK = 8.0  # how far values may leave the range of images, in widths of that range
 _REASON = 300  # characters of what ONNX Runtime says
 _LARGEST = 2**31  # bytes of a protobuf message
 
@@ -65,7 +66,8 @@ class OnnxModel:
             arrays: One array (B, C, H, W) of floats an input, in the order of `spec.input_names`.
 
         Raises:
-            InputError: Number, shape or type of the arrays is not what the file accepts.
+            InputError: Number, shape, type or values of the arrays are not what the file accepts: NaN, or images of
+                0..255 that were not scaled.
         """
         spec = self.spec
         channels = spec.input_size[0]
@@ -87,7 +89,26 @@ class OnnxModel:
                 raise InputError(f"The inputs differ in shape: {', '.join(str(a.shape) for a in feeds.values())}.")
             spec.check_size(*array.shape[2:])
             spec.check_batch(array.shape[0])
+            self._check_values(name, array)
         return self.compute(feeds)
+
+    def _check_values(self, name: str, array: np.ndarray) -> None:
+        """Raise `InputError` for what no prepared image holds."""
+        spec, (low, high) = self.spec, self.spec.input_range
+        least, most = float(array.min(initial=np.inf)), float(array.max(initial=-np.inf))
+        if not np.isfinite([least, most]).all() and array.size:
+            raise InputError(f"{name} holds NaN or infinite values: replace them.")
+        means, stds = spec.mean or [0.0], spec.std or [1.0]
+        lowest = min((low - mean) / std for mean, std in zip(means, stds))
+        highest = max((high - mean) / std for mean, std in zip(means, stds))
+        # Interpolation leaves the range by a little, noise by more; images of 0..255 by far.
+        room = SLACK * (highest - lowest)
+        if least < lowest - room or most > highest + room:
+            raise InputError(
+                f"{name} holds values from {least:g} to {most:g}; prepared images of this file are in {lowest:.3g} to "
+                f"{highest:.3g}: scale them to {low:g}..{high:g}, then subtract mean {spec.mean} and divide by std "
+                f"{spec.std}."
+            )
 
     def compute(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Compute the outputs from inputs by name; floats are given in the type that the file asks for.
