@@ -40,6 +40,12 @@ _JSON = {
     "list[int]": [int],
     "list[float]": [(int, float)],
 }
+_CHOICES = {
+    "input_layout": ("NCHW", "NHWC"),
+    "input_type": ("float32", "uint8"),
+    "precision": ("fp32", "fp16", "int8"),
+    "output_kind": ("logits", "features", "probabilities", "image", "disparity", "flow"),
+}
 _LARGEST = 2**31  # of a size, a number of pixels or of images
 
 
@@ -82,6 +88,9 @@ class ExportSpec:
     license: str
     opset: int
     visionattn: str
+    input_type: str | None = None  # "float32" or "uint8"; left out, the graph says which floats
+    precision: str | None = None  # "fp32", "fp16" or "int8", in variants
+    output_kind: str | None = None  # what a graph with its preparation inside gives: "image", "probabilities" ...
 
     @classmethod
     def of(
@@ -210,6 +219,9 @@ class ExportSpec:
             return "the radius must be at least 0"
         if not self.input_names or not self.output_names:
             return "there must be an input and an output"
+        for key, allowed in _CHOICES.items():
+            if (value := getattr(self, key)) is not None and value not in allowed:
+                return f"{key} must be one of {', '.join(map(repr, allowed))}; got {shorten(value)!r}"
         for name, numbers, count in (
             ("input_range", self.input_range, 2),
             ("mean", self.mean, channels),

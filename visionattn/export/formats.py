@@ -1,0 +1,128 @@
+"""Files beside ONNX: ONNX Runtime's own format, which loads faster, and programs of torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from visionattn.errors import ExportError, InputError, require, shorten
+from visionattn.export import onnx as onnx_files
+from visionattn.export.check import TOLERANCE, CheckRow, check_sizes, frozen, outputs_of, random_images
+from visionattn.export.onnx import OnnxFile
+from visionattn.export.spec import ExportSpec
+from visionattn.files import atomic_path
+
+__all__ = ["FORMATS", "find_format", "write_ort", "write_program"]
+
+FORMATS = ("onnx", "ort", "pt2")
+
+
+def find_format(output: str | Path, format: str | None = None) -> str:
+    """The format that an output has by its suffix.
+
+    Raises:
+        InputError: The suffix is none of a format, or of another than is asked for.
+    """
+    suffix = Path(output).suffix.lower().removeprefix(".")
+    if format is not None and format not in FORMATS:
+        raise InputError(f"format must be one of {', '.join(map(repr, FORMATS))}; got {shorten(format)!r}.")
+    if suffix not in FORMATS:
+        endings = [f".{format}"] if format else [f".{name}" for name in FORMATS]
+        raise InputError(f"Cannot write {shorten(output)}: the file name must end in {' or '.join(endings)}.")
+    if format not in (None, suffix):
+        raise InputError(f"{shorten(output)} does not end in .{format}: name it so, or leave out --format (format=).")
+    return suffix
+
+
+def write_ort(model: Any, path: Path) -> None:
+    """Write an `onnx.ModelProto` in ONNX Runtime's format, optimised for no processor in particular.
+
+    Raises:
+        ExportError: ONNX Runtime refuses it.
+    """
+    tools = require("onnxruntime.tools.convert_onnx_models_to_ort", "export")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "model.onnx"
+        source.write_bytes(model.SerializeToString())
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                tools.convert_onnx_models_to_ort(source, optimization_styles=[tools.OptimizationStyle.Fixed])
+        # ONNX Runtime's exceptions share no base class but Exception.
+        except Exception as error:
+            raise ExportError(f"ONNX Runtime refuses to convert to its format: {shorten(error, 300)}") from error
+        path.write_bytes(source.with_suffix(".ort").read_bytes())
+
+
+def write_program(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    input_size: tuple[int, int] | None = None,
+    dynamic_size: bool | None = None,
+    batch: int | None = None,
+    weights: str = "not stated",
+    license: str | None = None,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> OnnxFile:
+    """Write a program of torch.export without operators of this package, and check it against the model.
+
+    `torch.export.load` opens it without this package, and AOTInductor, ExecuTorch and LiteRT compile it. Its metadata
+    is JSON in the file `visionattn.json` inside (`extra_files`).
+
+    Args:
+        model: See `export_onnx`, as for all that follow.
+        path: Where the file shall stand.
+        input_size: Height and width of a file of fixed size.
+        dynamic_size: Whether height and width are dynamic.
+        batch: Fix the number of images at a time.
+        weights: Where the weights come from.
+        license: Licence of the weights.
+        check: Compare the program with the model before the file appears.
+        progress: Called with a line at the beginning of each step.
+
+    Raises:
+        ExportError: The model cannot be traced in this form, or the program computes something else.
+        InputError: The model does not accept the size.
+        StorageError: The file could not be written.
+    """
+    tell, start = progress or (lambda line: None), time.perf_counter()
+    model = frozen(model)
+    spec = ExportSpec.of(model, input_size, dynamic_size, 20, weights, license, batch)
+    tell(f"Exporting {spec.model}, step 1 of {2 if check else 1}: tracing; large networks take minutes.")
+    program = onnx_files._trace(model, spec)
+    with atomic_path(path) as temporary:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the format's age
+            torch.export.save(program, temporary, extra_files={"visionattn.json": json.dumps(spec.to_metadata())})
+            loaded = torch.export.load(temporary).module()
+        if check:
+            tell(f"Step 2 of 2: comparing the program with the model at {len(check_sizes(spec))} sizes.")
+        rows = _check(model, loaded, spec) if check else []
+        size = temporary.stat().st_size
+    return OnnxFile(Path(path), spec, len(program.graph.nodes), size, time.perf_counter() - start, rows)
+
+
+def _check(model: nn.Module, program: nn.Module, spec: ExportSpec) -> list[CheckRow]:
+    rows = []
+    for size in check_sizes(spec):
+        batch = spec.batch or 3
+        images = random_images(spec, batch, size, seed=0)
+        for name, expected, output in zip(spec.output_names, outputs_of(model, images), outputs_of(program, images)):
+            spread = (expected - expected[:1]).abs().max().item() if batch > 1 else expected.abs().max().item()
+            errors = (output - expected).abs().flatten(1).amax(1).tolist()
+            rows.append(CheckRow(name, batch, *size, tuple(errors), spread, TOLERANCE[0] + TOLERANCE[1] * spread))
+    failed = [str(row) for row in rows if not row.passed]
+    if failed:
+        raise ExportError(f"The program does not compute what the model computes: {'; '.join(failed)}.")
+    return rows

@@ -1,0 +1,244 @@
+"""Int8: unsigned activations of 8 bits, signed weights of 8 bits with a scale for each output channel.
+
+Static where most weights are those of convolutions, and for matching: ranges of activations come from calibration
+pictures, and convolutions and products with weights compute in int8. Dynamic elsewhere, as in vision transformers: ranges
+are those of each input, and products with weights compute in int8. Everything else stays in float, such as the
+positions of a bilinear softmax, products of two activations, normalisation.
+
+Nodes whose quantisation costs most are left in float one after the other, until the loss on the calibration examples is
+half of what is allowed: the other half is for pictures that the choice has not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visionattn.errors import ExportError, require
+from visionattn.export.examples import Example, feeds
+from visionattn.export.quality import Quality, Runner, measure_quality
+from visionattn.export.spec import ExportSpec
+
+__all__ = ["Quantized", "quantize"]
+
+_PROBES = 4  # examples by which nodes are ranked
+_MOST_KEPT = 0.5  # share of the nodes that may stay in float before the attempt ends
+_GROWTH = 1.5  # of the number of nodes that stay in float, from one attempt to the next
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An int8 graph.
+
+    Attributes:
+        model: The graph, an `onnx.ModelProto`.
+        kept: Names of the weights that stay in float.
+        quality: On the calibration examples.
+    """
+
+    model: Any
+    kept: tuple[str, ...]
+    quality: Quality
+
+
+def quantize(
+    source: Path,
+    spec: ExportSpec,
+    examples: Sequence[Example],
+    folder: Path,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Quantized:
+    """Quantise a float32 file and leave in float what costs too much.
+
+    Args:
+        source: The file.
+        spec: Its metadata.
+        examples: What it is calibrated by, and what nodes are chosen by.
+        folder: Where attempts are written to.
+        progress: Called with a line at the beginning of each step.
+
+    Raises:
+        ExportError: There is nothing to quantise, or ONNX Runtime refuses the graph.
+    """
+    builder = _Static if _is_static(source, spec) else _Dynamic
+    with _quiet():
+        made = builder(source, spec, examples, folder)
+        return _choose(made, source, spec, examples, folder, progress)
+
+
+def _choose(
+    made: _Static | _Dynamic,
+    source: Path,
+    spec: ExportSpec,
+    examples: Sequence[Example],
+    folder: Path,
+    progress: Callable[[str], None],
+) -> Quantized:
+    attempt = folder / "attempt.onnx"
+
+    def outputs(path: Path, chosen: Sequence[Example]) -> list[np.ndarray]:
+        runner = Runner(path, spec)
+        return [runner(example) for example in chosen]
+
+    def built(nodes: Sequence[str]) -> Any:
+        model = made.build(nodes)
+        attempt.write_bytes(model.SerializeToString())
+        return model
+
+    names = list(made.nodes)
+    reference = outputs(source, examples)
+    ranked: list[str] = []
+    count = 0
+    while True:
+        kept = ranked[:count]
+        model = built([name for name in names if name not in kept])
+        quality = measure_quality(spec, examples, reference, outputs(attempt, examples))
+        weights = tuple(made.nodes[name] for name in kept)
+        progress(f"Int8 with {count} of {len(names)} nodes in float: {quality}.")
+        if quality.loss <= quality.allowed / 2:
+            return Quantized(model, weights, quality)
+        count = max(count + 1, int(count * _GROWTH))
+        if count > _MOST_KEPT * len(names):
+            return Quantized(model, weights, quality)
+        if not ranked:
+            progress(f"Measuring what each of {len(names)} nodes costs.")
+            damage = {}
+            for name in names:
+                built([name])
+                damage[name] = _distance(reference, outputs(attempt, examples[:_PROBES]))
+            ranked = sorted(names, key=lambda name: -damage[name])
+
+
+def _distance(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> float:
+    """Mean squared difference; pairs have one match each, so that a few lost pixels do not outweigh all others."""
+    differences = [np.square(one.astype(np.float64) - other).mean() for one, other in zip(reference, outputs)]
+    return float(np.nan_to_num(np.mean(differences), nan=np.inf))
+
+
+def _weights(model: Any) -> dict[str, dict[str, tuple[str, int]]]:
+    """For convolutions and products with weights: node name -> name of the weight and its number of values."""
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
+    found: dict[str, dict[str, tuple[str, int]]] = {"Conv": {}, "MatMul": {}, "Gemm": {}}
+    for node in model.graph.node:
+        if node.op_type in found and node.input[1] in sizes:
+            found[node.op_type][node.name] = node.input[1], sizes[node.input[1]]
+    return found
+
+
+def _is_static(source: Path, spec: ExportSpec) -> bool:
+    if spec.task == "stereo":
+        return True
+    found = _weights(require("onnx", "export").load(source))
+    convolutions, products = (
+        sum(size for kind in kinds for _, size in found[kind].values()) for kinds in (("Conv",), ("MatMul", "Gemm"))
+    )
+    return convolutions >= products
+
+
+class _Dynamic:
+    """Builds graphs whose products with weights are int8, with the ranges of each input.
+
+    Attributes:
+        nodes: What can be quantised: node name -> name of its weight.
+    """
+
+    kinds = ("MatMul", "Gemm")
+
+    def __init__(self, source: Path, spec: ExportSpec, examples: Sequence[Example], folder: Path) -> None:
+        onnx = require("onnx", "export")
+        self.source = source
+        self.target = folder / "dynamic.onnx"
+        found = _weights(onnx.load(source))
+        self.nodes = {name: weight for kind in self.kinds for name, (weight, _) in found[kind].items()}
+        if not self.nodes:
+            raise ExportError(f"{spec.model} has no products with weights: there is nothing to compute in int8.")
+
+    def build(self, nodes: Sequence[str]) -> Any:
+        """The graph in which these nodes are int8."""
+        onnx, quantization = require("onnx", "export"), require("onnxruntime.quantization", "export")
+        quantization.quantize_dynamic(
+            self.source,
+            self.target,
+            op_types_to_quantize=list(self.kinds),
+            nodes_to_quantize=list(nodes),
+            per_channel=True,
+            weight_type=quantization.QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        return onnx.load(self.target)
+
+
+class _Static:
+    """Builds graphs whose convolutions, and in matching products with weights, are int8 with ranges of examples.
+
+    Attributes:
+        nodes: What can be quantised: node name -> name of its weight.
+    """
+
+    def __init__(self, source: Path, spec: ExportSpec, examples: Sequence[Example], folder: Path) -> None:
+        calibrate = require("onnxruntime.quantization.calibrate", "export")
+        utilities = require("onnxruntime.quantization.quant_utils", "export")
+        self.kinds = ("Conv", "MatMul") if spec.task == "stereo" else ("Conv",)
+        self.model = utilities.load_model_with_shape_infer(source)
+        found = _weights(self.model)
+        self.nodes = {name: weight for kind in self.kinds for name, (weight, _) in found[kind].items()}
+        if not self.nodes:
+            raise ExportError(f"{spec.model} has no convolutions: there is nothing to compute in int8.")
+        calibrator = calibrate.create_calibrator(
+            source, list(self.kinds), str(folder / "augmented.onnx"), calibrate.CalibrationMethod.MinMax
+        )
+        # One at a time: the calibrator would keep every activation of all.
+        for example in examples:
+            calibrator.collect_data(_reader(feeds(spec, example)))
+        self.ranges = calibrator.compute_data()
+
+    def build(self, nodes: Sequence[str]) -> Any:
+        """The graph in which these nodes are int8."""
+        onnx, quantization = require("onnx", "export"), require("onnxruntime.quantization", "export")
+        quantizer = require("onnxruntime.quantization.qdq_quantizer", "export").QDQQuantizer
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        made = quantizer(
+            model,
+            per_channel=True,
+            reduce_range=False,
+            weight_qType=quantization.QuantType.QInt8,
+            activation_qType=quantization.QuantType.QUInt8,
+            tensors_range=self.ranges,
+            nodes_to_quantize=list(nodes),
+            nodes_to_exclude=[],
+            op_types_to_quantize=list(self.kinds),
+            extra_options={},
+        )
+        made.quantize_model()
+        return made.model.model
+
+
+def _reader(inputs: dict[str, np.ndarray]) -> Any:
+    base = require("onnxruntime.quantization", "export").CalibrationDataReader
+
+    class Reader(base):
+        def __init__(self) -> None:
+            self.left = [inputs]
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return self.left.pop() if self.left else None
+
+    return Reader()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ONNX Runtime's quantisation advises through the root logger, at each attempt, what is done here already."""
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(level)

@@ -1,0 +1,180 @@
+"""Variants of an exported file: smaller or faster numbers, uint8 pictures in, other formats.
+
+    F.onnx -> F.int8.onnx, F.fp16.onnx            --format ort: F.ort, F.int8.ort, F.fp16.ort
+
+Each is compared with the float32 file on real data by its task's metric (`visionattn.export.quality`) before it appears.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from visionattn.errors import InputError, require, shorten
+from visionattn.export.examples import LEAST, Example, check_task, load_examples
+from visionattn.export.formats import find_format, write_ort
+from visionattn.export.half import to_half
+from visionattn.export.preprocess import with_preprocessing
+from visionattn.export.quality import Quality, Runner, measure_quality, measure_speed
+from visionattn.export.quantize import quantize
+from visionattn.export.runtime import OnnxModel
+from visionattn.export.spec import ExportSpec
+from visionattn.files import atomic_path, check_output
+
+__all__ = ["Variant", "variant_path", "write_variants"]
+
+GAIN = 1.05  # times the speed from which on a variant is worth having
+SMALLER = 0.75  # of the size, from which on float16 is
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A file of one model, and what it costs against the float32 file.
+
+    Attributes:
+        path: The file.
+        spec: The metadata in it.
+        bytes: Its size; 0 if it was refused.
+        quality: The metric of the float32 file and of this one; None where nothing was measured.
+        speed: How many times as fast as the float32 file, one thread of this processor: median of paired runs.
+        spread: Half the distance between the quartiles of `speed`.
+        kept: Nodes that were left in float, since their quantisation costs too much.
+        recommended: Whether it gains something.
+        refused: Why it was not written; empty where the file stands.
+    """
+
+    path: Path
+    spec: ExportSpec
+    bytes: int
+    quality: Quality | None = None
+    speed: float = 1.0
+    spread: float = 0.0
+    kept: tuple[str, ...] = ()
+    recommended: bool = True
+    refused: str = ""
+
+
+def variant_path(path: str | Path, precision: str) -> Path:
+    """The file of a variant of `F.onnx`: `F.int8.onnx`; "fp32" is the file itself."""
+    path = Path(path)
+    return path if precision == "fp32" else path.with_suffix(f".{precision}{path.suffix}")
+
+
+def write_variants(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    int8: bool | str | Path = False,
+    fp16: bool = False,
+    preprocess: bool = False,
+    test_data: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Variant, ...]:
+    """Write variants of an exported float32 file; each is measured on real data before it appears.
+
+    Args:
+        source: A float32 file that `visionattn export` wrote.
+        output: Name that the variants' names follow from, ending in .onnx or .ort; it gets the float32 file, in that
+            format, with its preparation inside if `preprocess`. Default: `source`, which then stays.
+        int8: Write int8: True calibrates by pictures of installed packages, a path by those in this folder.
+        fp16: Write float16 with float32 inputs and outputs.
+        preprocess: Let all files take uint8 pictures (B, H, W, C), and give pictures, probabilities or disparities.
+        test_data: Folder of real data to measure on: high-resolution pictures, class folders or stereo scenes.
+            Default: the calibration's.
+        overwrite: Replace files that exist.
+        progress: Called with a line at the beginning of each step.
+
+    Returns:
+        One for each file, the float32 file first; those that lose more than their budget say so and are not written.
+
+    Raises:
+        InputError: The source is no float32 file of this package, or an output exists.
+        DataError: There are too few calibration pictures.
+        StorageError: A file could not be written.
+    """
+    source = Path(source)
+    output = source if output is None else Path(output)
+    suffix = find_format(output)
+    if suffix == "pt2":
+        raise InputError("Programs of torch.export have no variants: end the name in .onnx or .ort.")
+    spec = OnnxModel(source).spec
+    if spec.precision not in (None, "fp32") or spec.input_type == "uint8":
+        raise InputError(f"{shorten(source)} is a variant itself: give the float32 file that it was made of.")
+    check_task(spec)
+    precisions = ["fp32", *(name for name, asked in (("int8", int8), ("fp16", fp16)) if asked)]
+    writes_first = output != source or preprocess
+    for precision in precisions[0 if writes_first else 1 :]:
+        check_output(variant_path(output, precision), overwrite)
+    calibration = None if isinstance(int8, bool) else Path(int8)
+    examples = load_examples(spec, calibration if test_data is None else test_data)
+    tell = progress or (lambda line: None)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = _Writer(source, spec, examples, preprocess, Path(folder), tell)
+        first = writer.write(require("onnx", "export").load(source), "fp32", output if writes_first else None)
+        rows = [first]
+        for precision in precisions[1:]:
+            path = variant_path(output, precision)
+            kept: tuple[str, ...] = ()
+            if precision == "int8":
+                tell("Quantising to int8.")
+                calibrating = load_examples(spec, calibration, LEAST[spec.task])
+                made = quantize(source, spec, calibrating, Path(folder), tell)
+                model, kept = made.model, made.kept
+            else:
+                tell("Converting to float16.")
+                model = to_half(source)
+            rows.append(replace(writer.write(model, precision, path), kept=kept))
+    return tuple(rows)
+
+
+class _Writer:
+    """Writes graphs of one file, each after it was measured."""
+
+    def __init__(
+        self,
+        source: Path,
+        spec: ExportSpec,
+        examples: Sequence[Example],
+        preprocess: bool,
+        folder: Path,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.source, self.spec, self.examples = source, spec, examples
+        self.preprocess, self.folder, self.tell = preprocess, folder, tell
+        self.runner = Runner(source, spec)
+        self.reference = [self.runner(example) for example in examples]
+
+    def write(self, model: Any, precision: str, path: Path | None) -> Variant:
+        """Finish a graph, measure it and write it; without a path it stands already and is the measure."""
+        if path is None:
+            quality = measure_quality(self.spec, self.examples, self.reference, self.reference)
+            return Variant(self.source, self.spec, self.source.stat().st_size, quality)
+        model, spec = with_preprocessing(model, self.spec) if self.preprocess else (model, self.spec)
+        spec = replace(spec, precision=precision)
+        del model.graph.value_info[:]  # shapes inside the graph, which quantisation adds
+        del model.metadata_props[:]
+        require("onnx", "export").helper.set_model_props(model, spec.to_metadata())
+        file = self.folder / f"finished{path.suffix}"
+        if path.suffix.lower() == ".ort":
+            write_ort(model, file)
+        else:
+            file.write_bytes(model.SerializeToString())
+        self.tell(f"Measuring {path.name} on {len(self.examples)} examples.")
+        runner = Runner(file, spec)
+        outputs = [runner(example) for example in self.examples]
+        quality = measure_quality(spec, self.examples, self.reference, outputs)
+        size = file.stat().st_size
+        if not quality.passed:
+            return Variant(path, spec, 0, quality, recommended=False, refused=f"not written: {quality}")
+        speed, spread = measure_speed(self.runner, runner, self.examples[0])
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(file.read_bytes())
+        gains = precision == "fp32" or speed >= GAIN or (precision == "fp16" and size < SMALLER * self._size())
+        return Variant(path, spec, size, quality, speed, spread, recommended=gains)
+
+    def _size(self) -> int:
+        return self.source.stat().st_size
