@@ -6,8 +6,8 @@
 | classify, retrieve | pictures, or a folder for each class | the class's number, where there are classes |
 | stereo | scenes of `visionattn.data.matching.stereo` | disparity of the left view |
 
-Without a folder there are photographs inside the scikit-image wheel, cut into quarters, its stereo pair beside generated
-scenes, and for grey images scikit-learn's digits.
+Without a folder there are photographs inside the scikit-image wheel, cut into quarters, its stereo pair beside
+generated scenes, and for grey images scikit-learn's digits.
 """
 
 from __future__ import annotations

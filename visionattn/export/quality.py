@@ -60,8 +60,8 @@ class Quality:
 
     def __str__(self) -> str:
         return (
-            f"{self.metric} {self.reference:.5g} -> {self.value:.5g}, loss {self.loss:.2g} of {self.allowed:.2g} allowed, "
-            f"{self.count} examples"
+            f"{self.metric} {self.reference:.5g} -> {self.value:.5g}, loss {self.loss:.2g} of {self.allowed:.2g} "
+            f"allowed, {self.count} examples"
         )
 
 

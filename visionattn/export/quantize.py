@@ -1,9 +1,9 @@
 """Int8: unsigned activations of 8 bits, signed weights of 8 bits with a scale for each output channel.
 
-Static where most weights are those of convolutions, and for matching: ranges of activations come from calibration
-pictures, and convolutions and products with weights compute in int8. Dynamic elsewhere, as in vision transformers: ranges
-are those of each input, and products with weights compute in int8. Everything else stays in float, such as the
-positions of a bilinear softmax, products of two activations, normalisation.
+Static where most weights are those of convolutions, and for stereo: ranges of activations come from calibration
+pictures, and convolutions, in stereo also products with weights, compute in int8. Dynamic elsewhere, as in vision
+transformers: ranges are those of each input, and products with weights compute in int8. Everything else stays in
+float, such as the positions of a bilinear softmax, products of two activations, normalisation.
 
 Nodes whose quantisation costs most are left in float one after the other, until the loss on the calibration examples is
 half of what is allowed: the other half is for pictures that the choice has not seen.

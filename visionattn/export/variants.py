@@ -2,7 +2,8 @@
 
     F.onnx -> F.int8.onnx, F.fp16.onnx            --format ort: F.ort, F.int8.ort, F.fp16.ort
 
-Each is compared with the float32 file on real data by its task's metric (`visionattn.export.quality`) before it appears.
+Each is compared with the float32 file on real data by its task's metric (`visionattn.export.quality`) before it
+appears.
 """
 
 from __future__ import annotations
