@@ -21,11 +21,11 @@ LAYERS = [
     {"export"},
     {"metrics"},
     {"opening"},
-    {"swapping"},
     {"checkpoints", "data", "surgery"},
-    {"models", "cost", "card", "hub"},
+    {"models", "card", "hub"},
+    {"swapping"},
     {"mixers"},
-    {"weights", "blocks"},
+    {"weights", "blocks", "cost"},
     {"kernels"},
 ]
 EVERYBODY = {"arguments", "devices", "errors", "files", "lazy", "moved", "progress"}

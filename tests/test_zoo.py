@@ -5,7 +5,7 @@ import random
 import pytest
 import timm
 
-from visionattn import models
+from visionattn import cli, models
 from visionattn.cost import count_parameters
 from visionattn.zoo import count, read_costs
 
@@ -27,3 +27,9 @@ def test_parameters(name):
 @pytest.mark.parametrize("name", random.Random(0).sample(models.names(), 6))
 def test_costs(name):
     assert COSTS[name] == count(name), HINT
+
+
+def test_a_name_that_a_user_registers(capsys, monkeypatch):
+    monkeypatch.setattr("visionattn.zoo.read_costs", dict)
+    assert cli.main(["list", "vit_nano_patch7_28_minimum"]) == 0
+    assert "0.03 M" in capsys.readouterr().out

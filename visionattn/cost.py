@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["count_macs", "count_parameters"]
+__all__ = ["Savings", "count_macs", "count_parameters"]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -32,3 +33,24 @@ def count_macs(model: nn.Module, *input_size: tuple[int, ...]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
     return counter.get_total_flops() // 2
+
+
+class Savings(NamedTuple):
+    """Parameters and multiply-accumulates (of one image) of a model before and after a change."""
+
+    parameters_before: int
+    parameters_after: int
+    macs_before: int
+    macs_after: int
+
+    def __repr__(self) -> str:
+        parameters = _difference(self.parameters_before, self.parameters_after, 1, "parameters")
+        return f"{parameters}; {_difference(self.macs_before, self.macs_after, 1e6, 'M multiply-accumulates')}"
+
+
+def _difference(before: int, after: int, unit: float, name: str) -> str:
+    digits = 0 if unit == 1 else 2
+    return (
+        f"{before / unit:,.{digits}f} -> {after / unit:,.{digits}f} {name} "
+        f"({(after - before) / unit:+,.{digits}f}, {(after - before) / before:+.1%})"
+    )

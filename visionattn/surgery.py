@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from itertools import permutations
-from typing import NamedTuple
 
 import torch
 from timm.layers.halo_attn import HaloAttn
 from torch import nn
 
 from visionattn.blocks import HaloAttention
-from visionattn.cost import count_macs, count_parameters
+from visionattn.cost import Savings, count_macs, count_parameters
 from visionattn.errors import InputError
 
 __all__ = ["Residual", "Savings", "accelerate", "insert"]
@@ -69,27 +68,6 @@ def _convert(layer: HaloAttn) -> None:
     vars(layer).update({name: value for name, value in vars(ours).items() if name not in kept})
     # A new object would have to be put wherever the old one is known: parents, hooks bound to it, variables of others.
     layer.__class__ = HaloAttention  # type: ignore[assignment]
-
-
-class Savings(NamedTuple):
-    """Parameters and multiply-accumulates (of one image) of a model before and after a change."""
-
-    parameters_before: int
-    parameters_after: int
-    macs_before: int
-    macs_after: int
-
-    def __repr__(self) -> str:
-        parameters = _difference(self.parameters_before, self.parameters_after, 1, "parameters")
-        return f"{parameters}; {_difference(self.macs_before, self.macs_after, 1e6, 'M multiply-accumulates')}"
-
-
-def _difference(before: int, after: int, unit: float, name: str) -> str:
-    digits = 0 if unit == 1 else 2
-    return (
-        f"{before / unit:,.{digits}f} -> {after / unit:,.{digits}f} {name} "
-        f"({(after - before) / unit:+,.{digits}f}, {(after - before) / before:+.1%})"
-    )
 
 
 class Residual(nn.Module):

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from visionattn.blocks import MinimalAttention
-from visionattn.cost import count_macs, count_parameters
+from visionattn.cost import Savings, count_macs, count_parameters
 from visionattn.errors import InputError, UnknownNameError
 from visionattn.mixers import MIXERS, Mixer
-from visionattn.surgery import Savings
 
 __all__ = ["Swapped", "swap"]
 

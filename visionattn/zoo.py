@@ -100,7 +100,7 @@ def run_list(args: argparse.Namespace) -> int:
     rows = {}
     for name in names:
         config: Any = timm.get_pretrained_cfg(name)
-        rows[name] = _facts(costs[name], config.to_dict())
+        rows[name] = _facts(costs.get(name) or count(name), config.to_dict())  # a user's own name is not in the table
     table = Table("name", box=SIMPLE_HEAD, pad_edge=False)
     for key in rows[names[0]]:
         table.add_column(key, justify="right" if key in ("parameters", "MACs") else "left", no_wrap=True)

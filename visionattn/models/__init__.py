@@ -13,6 +13,7 @@ from visionattn.models import dcal as _dcal  # noqa: F401
 from visionattn.models import halonet as _halonet  # noqa: F401
 from visionattn.models import match_stereo as _match_stereo  # noqa: F401
 from visionattn.models import minimal_vit as _minimal_vit  # noqa: F401
+from visionattn.models import mixer_vit as _mixer_vit  # noqa: F401
 from visionattn.models import mobilenet_ulsam as _mobilenet_ulsam  # noqa: F401
 from visionattn.models import span as _span  # noqa: F401
 from visionattn.models import span_challenge as _span_challenge  # noqa: F401

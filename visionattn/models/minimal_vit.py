@@ -178,7 +178,7 @@ TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
 SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "input_size": (3, 224, 224),
         "num_classes": 1000,
@@ -196,9 +196,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-_mnist = partial(_cfg, input_size=(1, 28, 28), num_classes=10, crop_pct=1.0, mean=(0.1307,), std=(0.3081,))
-_cifar = partial(
-    _cfg,
+mnist_cfg = partial(imagenet_cfg, input_size=(1, 28, 28), num_classes=10, crop_pct=1.0, mean=(0.1307,), std=(0.3081,))
+cifar_cfg = partial(
+    imagenet_cfg,
     input_size=(3, 32, 32),
     num_classes=10,
     crop_pct=1.0,
@@ -209,16 +209,18 @@ _cifar = partial(
 default_cfgs = generate_default_cfgs(
     {
         **{
-            "va_minimal_vit_tiny_patch16_224" + ("" if name == "baseline" else f"_{name}") + ".untrained": _cfg()
+            "va_minimal_vit_tiny_patch16_224"
+            + ("" if name == "baseline" else f"_{name}")
+            + ".untrained": imagenet_cfg()
             for name in VARIANTS
         },
-        "va_minimal_vit_small_patch16_224.untrained": _cfg(),
-        "va_minimal_vit_small_patch16_224_minimum.untrained": _cfg(),
-        "va_minimal_vit_nano_patch7_28.untrained": _mnist(),
-        "va_minimal_vit_nano_patch7_28_minimum.untrained": _mnist(),
-        "va_minimal_vit_nano_patch4_32.untrained": _cifar(),
-        "va_minimal_vit_nano_patch4_32_minimum.untrained": _cifar(),
-        "va_minimal_vit_micro_patch4_32.masked_cifar10": _cifar(
+        "va_minimal_vit_small_patch16_224.untrained": imagenet_cfg(),
+        "va_minimal_vit_small_patch16_224_minimum.untrained": imagenet_cfg(),
+        "va_minimal_vit_nano_patch7_28.untrained": mnist_cfg(),
+        "va_minimal_vit_nano_patch7_28_minimum.untrained": mnist_cfg(),
+        "va_minimal_vit_nano_patch4_32.untrained": cifar_cfg(),
+        "va_minimal_vit_nano_patch4_32_minimum.untrained": cifar_cfg(),
+        "va_minimal_vit_micro_patch4_32.masked_cifar10": cifar_cfg(
             num_classes=0, file=str(SHIPPED / "va_minimal_vit_micro_patch4_32.safetensors")
         ),
     }
