@@ -42,6 +42,9 @@ COMMANDS = {
     "list": Command("show the models", "visionattn.zoo", "add_list_arguments", "run_list"),
     "show": Command("show one model's card", "visionattn.zoo", "add_show_arguments", "run_show"),
     "export": Command("write a checked ONNX file", "visionattn.export.cli"),
+    "check": Command(
+        "check any ONNX file: structure, sizes, phones and browsers, cost", "visionattn.export.inspect.cli"
+    ),
     "upscale": Command("enlarge pictures and videos", "visionattn.predict.upscale_cli"),
     "stereo": Command("disparity, depth and point clouds of stereo pairs", "visionattn.predict.stereo_cli"),
     "flow": Command("optical flow between images, or along a video", "visionattn.predict.flow_cli"),

@@ -11,7 +11,7 @@ import numpy as np
 from visionattn.errors import InputError, require, shorten
 from visionattn.export.spec import ExportSpec
 
-__all__ = ["OnnxModel", "run"]
+__all__ = ["OnnxModel", "checked_path", "run"]
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 SLACK = 8.0  # how far values may leave the range of images, in widths of that range
@@ -34,7 +34,7 @@ class OnnxModel:
 
     def __init__(self, path: str | Path) -> None:
         onnxruntime = require("onnxruntime", "export")
-        self.path = _checked(Path(path))
+        self.path = checked_path(Path(path))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: they are raised as well
         try:
@@ -131,7 +131,7 @@ class OnnxModel:
         return [array.astype(np.float32) if array.dtype == np.float16 else array for array in outputs]
 
 
-def _checked(path: Path) -> Path:
+def checked_path(path: Path) -> Path:
     """A path that may be opened: ONNX Runtime would wait for a pipe, or read a huge file whole."""
     try:
         if not path.is_file():

@@ -1,0 +1,108 @@
+"""Which operators of a file phones and browsers compute themselves, as far as their runtimes' own tables say.
+
+Phones: ONNX Runtime's usability checker, by type of operator and by whether shapes are fixed. Every change from and to
+the processor costs time, so that one partition with all nodes is what a phone wants. Browsers: WASM has the operators
+of the CPU; WebGPU and WebNN have fewer, and WebNN takes fixed shapes alone.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from visionattn.errors import require, shorten
+
+__all__ = ["Target", "find_targets"]
+
+# The tables of ONNX Runtime Web of that version: names of operators, parted by blanks.
+WEB_OPERATORS = json.loads(Path(__file__).with_name("web_operators.json").read_text())
+_REASON = 200
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime's share of a file, after ONNX Runtime's basic optimisation.
+
+    Attributes:
+        name: The runtime.
+        nodes: Operators in the graph.
+        supported: How many it computes.
+        partitions: Runs of operators that it computes, between which the processor does.
+        unsupported: Types that it does not compute.
+        dynamic: Operators that it would compute if their shapes were fixed.
+        fault: Why nothing was found out; empty if something was.
+    """
+
+    name: str
+    nodes: int = 0
+    supported: int = 0
+    partitions: int = 0
+    unsupported: tuple[str, ...] = ()
+    dynamic: int = 0
+    fault: str = ""
+
+    def __str__(self) -> str:
+        if self.fault:
+            return f"{self.name}: not known, {self.fault}"
+        text = f"{self.name}: {self.supported} of {self.nodes} nodes"
+        if self.partitions:
+            text += f" in {self.partitions} partition{'s' * (self.partitions > 1)}"
+        if self.dynamic:
+            text += f"; {self.dynamic} more with fixed shapes (--batch 1 --static-size)"
+        if self.unsupported:
+            shown = ", ".join(self.unsupported[:8]) + (", ..." if len(self.unsupported) > 8 else "")
+            text += f"; not {shown}"
+        return text
+
+
+def find_targets(path: Path, loads: bool) -> list[Target]:
+    """What each runtime computes of a file.
+
+    Args:
+        path: The file.
+        loads: Whether it runs on the CPU, and with it in WASM.
+    """
+    names = ("NNAPI", "Core ML NeuralNetwork", "Core ML MLProgram", "WASM", "WebGPU", "WebNN")
+    checker: Any = require("onnxruntime.tools.mobile_helpers.usability_checker", "export")
+    tools: Any = require("onnxruntime.tools.onnx_model_utils", "export")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            optimised = Path(folder) / "model.onnx"
+            tools.optimize_model(path.resolve(), optimised, use_external_initializers=True)
+            model = tools.ModelProtoWithShapeInfo(optimised).model_with_shape_info
+            coreml = checker.check_coreml_partitions
+            phones: dict[str, Callable[..., Any]] = {
+                "NNAPI": checker.check_nnapi_partitions,
+                "Core ML NeuralNetwork": partial(coreml, config_filename="coreml_supported_neuralnetwork_ops.md"),
+                "Core ML MLProgram": partial(coreml, config_filename="coreml_supported_mlprogram_ops.md"),
+            }
+            found = [_on_phone(name, model, check) for name, check in phones.items()]
+    # The tools raise what ONNX, its shape inference and ONNX Runtime raise.
+    except Exception as error:
+        return [Target(name, fault=shorten(error, _REASON)) for name in names]
+    kinds = [
+        node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}" for node in model.graph.node
+    ]
+    wasm = Target("WASM", len(kinds), len(kinds)) if loads else Target("WASM", fault="it does not run on the CPU")
+    browsers = [_in_browser(name, kinds, set(WEB_OPERATORS[name].split())) for name in ("WebGPU", "WebNN")]
+    return [*found, wasm, *browsers]
+
+
+def _on_phone(name: str, model: Any, check: Callable[..., Any]) -> Target:
+    fixed, any_shape = check(model, require_fixed_input_sizes=True), check(model, require_fixed_input_sizes=False)
+    unsupported = {kind.removeprefix("ai.onnx:") for kind in any_shape.unsupported_ops | fixed.unsupported_ops}
+    unsupported |= {f"{kind.removeprefix('ai.onnx:')} of this rank" for kind in fixed.ops_with_unsupported_rank}
+    more = max(any_shape.num_supported_nodes - fixed.num_supported_nodes, 0)
+    return Target(
+        name, fixed.num_nodes, fixed.num_supported_nodes, fixed.num_partitions, tuple(sorted(unsupported)), more
+    )
+
+
+def _in_browser(name: str, kinds: list[str], known: set[str]) -> Target:
+    unsupported = tuple(sorted(set(kinds) - known))
+    return Target(name, len(kinds), sum(kind in known for kind in kinds), unsupported=unsupported)

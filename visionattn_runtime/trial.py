@@ -1,0 +1,119 @@
+"""Try a file in a process of its own: does it run with inputs of these shapes, how long does it take, how much memory?
+
+    python -m visionattn_runtime.trial '{"file": "model.onnx", "threads": 1, "seconds": 1.0, "trials": [...]}'
+
+A trial has for each input its type of numpy and its shape, and for floats their range. A line of JSON comes out of
+each, then one of the memory. What kills the process, such as lack of memory, does not kill its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from visionattn_runtime.errors import short
+
+__all__ = ["make_inputs", "try_file"]
+
+MOST_RUNS = 200
+MIB = 2**20
+SHARE = 0.9  # of the values: where a network decides between close scores, rounding turns some
+
+
+def make_inputs(inputs: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Draw inputs from a fixed seed; the first of a batch does not depend on its size.
+
+    Args:
+        inputs: By name: `type`, `shape` and, for floats, `range`. Integers other than uint8 are 0, which is an index
+            that exists.
+    """
+    arrays = {}
+    for name, value in inputs.items():
+        dtype, shape = np.dtype(value["type"]), value["shape"]
+        rng = np.random.default_rng(0)
+        if dtype == np.uint8:
+            arrays[name] = rng.integers(0, 256, shape, np.uint8)
+        elif dtype.kind == "f":
+            low, high = value.get("range", (0, 1))
+            arrays[name] = (low + (high - low) * rng.random(shape)).astype(dtype)
+        else:
+            arrays[name] = np.zeros(shape, dtype)
+    return arrays
+
+
+def try_file(plan: dict[str, Any]) -> None:
+    """Print what each trial of a plan finds (see the module)."""
+    before = _peak()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = plan["threads"]
+    try:
+        session = onnxruntime.InferenceSession(plan["file"], options, providers=["CPUExecutionProvider"])
+    # ONNX Runtime's exceptions share no base class but Exception.
+    except Exception as error:
+        _print(error=short(error, 300))
+        return
+    loaded, alone = _peak(), None
+    for inputs in plan["trials"]:
+        try:
+            feeds = make_inputs(inputs)
+            outputs = session.run(None, feeds)
+            seconds = _time(session, feeds, plan["seconds"])
+        except Exception as error:
+            _print(error=short(error, 300))
+            continue
+        numbers = [array for array in outputs if isinstance(array, np.ndarray) and array.dtype.kind == "f"]
+        batch = next(iter(feeds.values())).shape[0]
+        # The first image of a batch has to give what it gives alone.
+        differs = None
+        if alone is not None and batch > 1:
+            differs = max((_difference(one, many) for one, many in zip(alone, numbers)), default=0.0)
+        elif batch == 1:
+            alone = numbers
+        _print(
+            shapes=[list(np.shape(array)) for array in outputs],
+            finite=all(bool(np.isfinite(array).all()) for array in numbers),
+            largest=max((float(np.abs(array).max(initial=0)) for array in numbers), default=0.0),
+            differs=differs,
+            seconds=seconds,
+        )
+    _print(memory={"loaded": max(loaded - before, 0) * MIB, "peak": max(_peak() - before, 0) * MIB})
+
+
+def _difference(one: np.ndarray, many: np.ndarray) -> float:
+    if one.shape[1:] != many.shape[1:]:
+        return float("inf")
+    difference = np.abs(one[:1].astype(np.float64) - many[:1])
+    return float(np.quantile(difference, SHARE, method="higher")) if difference.size else 0.0
+
+
+def _time(session: Any, feeds: dict[str, np.ndarray], budget: float) -> list[float]:
+    seconds: list[float] = []
+    while sum(seconds) < budget and len(seconds) < MOST_RUNS:
+        start = time.perf_counter()
+        session.run(None, feeds)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _peak() -> float:
+    """The most memory that this process has had so far, in MiB; 0 where the system does not say."""
+    try:
+        # The system's resource usage would count what the parent had before this program was started.
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0.0
+
+
+def _print(**found: Any) -> None:
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    try_file(json.loads(sys.argv[1]))
