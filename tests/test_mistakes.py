@@ -55,6 +55,17 @@ MISTAKES = [
     ("export other.pth --output a.onnx", r"other\.pth fits no model"),
     ("export photos --output a.onnx", r"photos holds no config\.json"),
     ("export other.pth --num-classes 3 --output a.onnx", r"leave out --num-classes"),
+    # check
+    ("check", r"required: FILE"),
+    ("check absent.onnx", r"There is no file absent\.onnx"),
+    ("check broken.onnx", r"broken\.onnx is not ONNX, or is cut short"),
+    ("check good.png", r"good\.png is not ONNX"),
+    ("check photos", r"There is no file photos"),
+    ("check pipe.onnx", r"There is no file pipe\.onnx"),
+    ("check broken.onnx --json taken.onnx", r"taken\.onnx: the file name must end in \.json"),
+    ("check broken.onnx --image-size 0 3", r"argument --image-size: must be a whole number from 1"),
+    ("check broken.onnx --model va_lost", r"There is no model 'va_lost'"),
+    ("check broken.onnx --checkpoint absent.pth", r"absent\.pth"),
     # upscale
     ("upscale good.png", r"required: .*output"),
     ("upscale absent.png a.png", r"absent\.png"),

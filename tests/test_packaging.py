@@ -31,7 +31,7 @@ def names(requirements):
 def imported():
     """Modules that the package imports, also by `require`."""
     found = set()
-    for path in ROOT.rglob("*.py"):
+    for path in [*ROOT.rglob("*.py"), *(ROOT.parent / "visionattn_runtime").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module)
@@ -47,7 +47,7 @@ def test_every_direct_import_is_declared():
     declared = names(project["dependencies"])
     for requirements in project["optional-dependencies"].values():
         declared |= names(requirements)
-    needed = imported() - set(sys.stdlib_module_names) - {"visionattn", "__future__"} - COMES_WITH_TORCH
+    needed = imported() - set(sys.stdlib_module_names) - {"visionattn", "visionattn_runtime", "__future__"} - COMES_WITH_TORCH
     assert {name for name in needed if PACKAGES.get(name, name.replace("_", "-")).lower() not in declared} == set()
 
 

@@ -110,7 +110,7 @@ def own_size(
     Raises:
         InputError: No guess runs, or the file is not asked for a size that it can have.
     """
-    _, *fixed = _axes(image_inputs(structure)[0])
+    batch, *fixed = _axes(image_inputs(structure)[0])
     stated = asked or (spec and tuple(spec.input_size[1:])) or (None, None)
     sides = [own if isinstance(own, int) else side for own, side in zip(fixed, stated)]
     if asked and list(asked) != sides:
@@ -118,7 +118,7 @@ def own_size(
     if None not in sides:
         return sides[0], sides[1]  # type: ignore[return-value]
     guesses = [tuple(side or guess for side in sides) for guess in GUESSES]
-    found = _try(path, structure, spec, [(*guess, 1) for guess in guesses])
+    found = _try(path, structure, spec, [(*guess, batch if isinstance(batch, int) else 1) for guess in guesses])
     for guess, result in zip(guesses, found):
         if "error" not in result:
             return guess  # type: ignore[return-value]
