@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ from timm.models import get_model_input_config
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from visionattn.export.formats import find_format, write_program
 from visionattn.export.onnx import OnnxFile, check_input_size, check_opset, export_onnx
 from visionattn.export.retrieval import export_retrieval, pair_paths
+from visionattn.export.spec import ExportSpec
+from visionattn.export.variants import check_data, check_outputs, write_variants
 from visionattn.files import check_output
 from visionattn.opening import has_weights, is_file, open_model
 
@@ -29,17 +34,22 @@ def export(
     static_size: bool = False,
     batch: int | None = None,
     opset: int = 20,
+    int8: bool | str | Path = False,
+    fp16: bool = False,
+    preprocess: bool = False,
+    test_data: str | Path | None = None,
+    format: str | None = None,
     check: bool = True,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[OnnxFile, ...]:
-    """Write a model as ONNX and check the file against PyTorch.
+    """Write a model as ONNX and check the file against PyTorch; write variants and measure them on real data.
 
     A name without published weights is exported with random ones.
 
     Args:
         model: Name in timm's registry, weight file, folder or module (see `visionattn.opening.open_model`).
-        output: ONNX file to write.
+        output: File to write. Its variants are named after it (see `visionattn.export.variants`).
         checkpoint: Weight file for a name.
         num_classes: Number of classes for a name, if not its own.
         image_size: Side, or height and width, of a file of fixed size, and the first size of the check. Default: the
@@ -47,16 +57,24 @@ def export(
         static_size: Fix height and width in the file.
         batch: Fix the number of images at a time. Default: dynamic.
         opset: Version of the ONNX operator set.
+        int8: Write `F.int8.onnx` too: True calibrates by what installed packages hold, a path by the pictures, or
+            stereo scenes, in this folder.
+        fp16: Write `F.fp16.onnx` too.
+        preprocess: All files take uint8 pictures (B, H, W, C), and give pictures, probabilities or disparities.
+        test_data: Folder of real data that variants are measured on. Default: the calibration's.
+        format: "onnx", "ort" (of ONNX Runtime, for small builds) or "pt2" (a program of torch.export). Default: by the
+            suffix of `output`.
         check: Compare the file with the model before it appears.
         overwrite: Replace an output that exists.
         progress: Called with a line at the beginning of each step.
 
     Returns:
-        The file, or the tower and the head of an attribute-retrieval model (see `export_retrieval`).
+        The file with its variants, or the tower and the head of an attribute-retrieval model (see `export_retrieval`).
 
     Raises:
         ExportError: The model cannot be exported in this form, or the file computes something else.
         InputError: The model does not accept the size, or the operator set does not exist.
+        DataError: There are too few calibration images, or no real data to measure on.
         StorageError: The output exists or could not be written.
         VisionAttnError: The model could not be opened.
     """
@@ -64,7 +82,11 @@ def export(
     if size:
         check_input_size(*size)
     check_opset(opset)
-    check_output(output, overwrite, (".onnx",))
+    kind = find_format(output, format)
+    check_output(output, overwrite)
+    varies = bool(int8 or fp16 or preprocess or kind == "ort")
+    if varies:
+        check_outputs(output, int8=int8, fp16=fp16, overwrite=overwrite)
     random = isinstance(model, str) and checkpoint is None and not is_file(model) and not has_weights(model)
     model_args: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     network, weights, licence = open_model(model, checkpoint, random, image_size=size, **model_args)
@@ -77,12 +99,31 @@ def export(
         "input_size": size,
         "dynamic_size": False if static_size else None,
         "batch": batch,
-        "opset": opset,
         "weights": weights,
         "license": licence,
         "check": check,
         "progress": progress,
     }
+    if kind == "pt2":
+        return (write_program(network, output, **settings),)
+    settings["opset"] = opset
+    if varies:
+        spec = ExportSpec.of(network, size, settings["dynamic_size"], opset, weights, licence, batch)
+        check_data(spec, int8=int8, test_data=test_data)
+        with tempfile.TemporaryDirectory() as folder:
+            file = export_onnx(network, Path(folder) / "model.onnx", **settings)
+            variants = write_variants(
+                file.path,
+                output,
+                int8=int8,
+                fp16=fp16,
+                preprocess=preprocess,
+                test_data=test_data,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        first = variants[0]
+        return (replace(file, path=first.path, spec=first.spec, bytes=first.bytes, variants=variants),)
     if getattr(network, "task", "") != "retrieve":
         return (export_onnx(network, output, **settings),)
     for path in pair_paths(output):

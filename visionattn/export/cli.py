@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from rich.console import Console
@@ -12,7 +13,10 @@ from rich.console import Console
 from visionattn.arguments import add_old_spelling, whole_number
 from visionattn.export.api import export
 from visionattn.export.check import print_rows
+from visionattn.export.formats import FORMATS
+from visionattn.export.onnx import OnnxFile
 from visionattn.export.spec import size_text
+from visionattn.export.variants import print_variants
 
 __all__ = ["add_arguments", "run"]
 
@@ -20,7 +24,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("model", metavar="NAME|CKPT", help="name in timm's registry, or a weight file or folder")
-    parser.add_argument("--output", required=True, metavar="F.onnx", help="ONNX file to write")
+    parser.add_argument("--output", required=True, metavar="F.onnx", help="file to write: .onnx, .ort or .pt2")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME")
     parser.add_argument(
@@ -42,6 +46,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fix the number of images at a time, which is dynamic otherwise, also with --static-size",
     )
     parser.add_argument("--opset", type=int, default=20, metavar="N", help="ONNX operator set (default: 20)")
+    parser.add_argument(
+        "--int8",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FOLDER",
+        help="write F.int8.onnx too, calibrated by the pictures, or stereo scenes, in FOLDER (default: those of "
+        "installed packages)",
+    )
+    parser.add_argument("--fp16", action="store_true", help="write F.fp16.onnx too")
+    parser.add_argument(
+        "--preprocess", action="store_true", help="uint8 pictures in; pictures, probabilities or disparities out"
+    )
+    parser.add_argument(
+        "--test-data",
+        metavar="FOLDER",
+        help="real data that variants are measured on: high-resolution pictures, a folder for each class, or stereo "
+        "scenes (default: the calibration's)",
+    )
+    parser.add_argument("--format", choices=FORMATS, help="format of the files (default: by the suffix of --output)")
     parser.add_argument("--no-check", action="store_true", help="do not compare the file with the model")
 
 
@@ -49,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        0: the file stands and, unless `--no-check` was given, has passed its check.
+        0: all files stand and, unless `--no-check` was given, have passed their check; 1: a variant loses too much and
+        was not written.
 
     Raises:
         VisionAttnError: Anything else; no file is left.
@@ -65,6 +90,11 @@ def run(args: argparse.Namespace) -> int:
             static_size=args.static_size,
             batch=args.batch,
             opset=args.opset,
+            int8=args.int8,
+            fp16=args.fp16,
+            preprocess=args.preprocess,
+            test_data=args.test_data,
+            format=args.format,
             check=not args.no_check,
             overwrite=args.overwrite,
             progress=console.print,
@@ -75,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         print_rows(rows, console)
     else:
         console.print("Not checked against PyTorch (--no-check).")
-    channels, height, width = file.spec.input_size
+    _, height, width = file.spec.input_size
     if not file.spec.dynamic_size:
         why = "as asked" if args.static_size else "the model takes no other"
         batch = "dynamic: --batch N fixes it" if args.batch is None else f"fixed to {args.batch}"
@@ -85,10 +115,25 @@ def run(args: argparse.Namespace) -> int:
             f"Wrote {written.path}: {written.bytes / 1e6:.2f} MB, {written.nodes} nodes, opset {written.spec.opset}, "
             f"dynamic {', '.join(written.spec.dynamic_axes) or 'nothing'}, {written.seconds:.0f} s."
         )
-    zeros = ", ".join([f"zeros(({args.batch or 1}, {channels}, {height}, {width}))"] * len(file.spec.input_names))
-    name, call = ("run", f"run({json.dumps(str(file.path))}, {zeros})")
+    if file.variants:
+        print_variants(file.variants, console)
+    console.print(f"Next: python -c {shlex.quote(_example(files, args.output))}")
+    return 1 if any(variant.refused for variant in file.variants) else 0
+
+
+def _example(files: Sequence[OnnxFile], output: str) -> str:
+    """Code that runs what was written."""
+    file, spec = files[0], files[0].spec
+    channels, height, width = spec.input_size
+    shape = f"{spec.batch or 1}, {channels}, {height}, {width}"
+    if spec.input_type == "uint8":
+        shape = f"{spec.batch or 1}, {height}, {width}, {channels}"
+    kind = ", 'uint8'" if spec.input_type == "uint8" else ""
+    zeros = ", ".join([f"zeros(({shape}){kind})"] * len(spec.input_names))
     if len(files) > 1:
-        name, call = ("OnnxRetrieval", f"OnnxRetrieval({json.dumps(args.output)})({zeros}).shape")
-    code = f"from numpy import zeros; from visionattn.export import {name}; print({call})"
-    console.print(f"Next: python -c {shlex.quote(code)}")
-    return 0
+        call = f"OnnxRetrieval({json.dumps(output)})({zeros}).shape"
+        return f"from numpy import zeros; from visionattn.export import OnnxRetrieval; print({call})"
+    if file.path.suffix.lower() == ".pt2":
+        return f"from torch import export, zeros; print(export.load({json.dumps(str(file.path))}).module()({zeros}))"
+    call = f"run({json.dumps(str(file.path))}, {zeros})"
+    return f"from numpy import zeros; from visionattn.export import run; print({call})"

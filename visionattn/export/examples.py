@@ -3,7 +3,7 @@
 | task | folder | truth |
 | --- | --- | --- |
 | restore | high-resolution pictures | these; the network gets MATLAB's bicubic of them |
-| classify, retrieve | pictures, or a folder for each class | the class's number, where there are classes |
+| classify | pictures, or a folder for each class | the class's number, where there are classes |
 | stereo | scenes of `visionattn.data.matching.stereo` | disparity of the left view |
 
 Without a folder there are photographs inside the scikit-image wheel, cut into quarters, its stereo pair beside
@@ -33,10 +33,10 @@ from visionattn.export.spec import ExportSpec
 
 __all__ = ["LEAST", "Example", "check_task", "feeds", "load_examples"]
 
-LEAST = {"restore": 8, "classify": 8, "retrieve": 8, "stereo": 4}
+LEAST = {"restore": 8, "classify": 8, "stereo": 4}
 """How many pictures, or pairs, a calibration needs, by the tasks that have examples."""
 
-_MOST = {"restore": 16, "classify": 256, "retrieve": 256, "stereo": 5}
+_MOST = {"restore": 16, "classify": 256, "stereo": 5}
 _SIDE = 512  # of a high-resolution picture, whose middle is taken
 _STEREO_SIDE = 768  # of a view, which is reduced to it
 _GENERATED = (6, (256, 384), 64.0)  # scenes, their size, their largest disparity
@@ -60,10 +60,10 @@ class Example:
 
 def check_task(spec: ExportSpec) -> None:
     """Raise `InputError` for a file that there are no examples for."""
-    if spec.task not in LEAST or spec.pair:
+    if spec.task not in LEAST:
         raise InputError(
-            f"{spec.model} has the task {spec.task!r}{' in two files' if spec.pair else ''}; variants are measured for "
-            f"the tasks {', '.join(LEAST)} in one file: leave out int8, fp16 and preprocess."
+            f"{spec.model} has the task {spec.task!r}; variants are measured for {', '.join(LEAST)} only: leave out "
+            "--int8, --fp16 and --preprocess, and name a file that ends in .onnx."
         )
     if spec.input_size[0] not in (1, 3):
         raise InputError(f"{spec.model} takes {spec.input_size[0]} channels; variants are measured on 1 or 3.")

@@ -47,6 +47,8 @@ class OnnxFile:
         bytes: Its size.
         seconds: Time that the export took, the check included.
         rows: The rows of the check; empty if none was asked for.
+        variants: The files that `visionattn.export` wrote, this one first, each with its quality and speed (see
+            `visionattn.export.variants.Variant`); empty if none was asked for.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class OnnxFile:
     bytes: int
     seconds: float
     rows: list[CheckRow]
+    variants: tuple[Any, ...] = ()
 
 
 def export_onnx(

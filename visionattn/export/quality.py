@@ -5,7 +5,7 @@
 | restore | PSNR on Y | 0.06 dB |
 | classify with classes | accuracy | 0.5 points |
 | classify without | share of equal first classes | 1 point |
-| retrieve with classes | mAP, each image against all others | 0.2 points |
+| features, with classes | mAP, each image against all others | 0.2 points |
 | features | mean cosine with the float32 file's | 0.0002 |
 | stereo | bad-2 of the left view | 0.1 points |
 """
@@ -128,14 +128,14 @@ def measure_quality(
     elif spec.task == "stereo":
         metric, allowed, higher = "bad-2 in %", 0.1, False
         before, after = (_bad_2(results, truths) for results in (reference, outputs))
-    elif spec.task == "classify" and spec.num_classes:
+    elif spec.num_classes:
         metric, allowed = ("accuracy in %", 0.5) if labelled else ("equal first classes in %", 1.0)
         targets = truths if labelled else [output.argmax() for output in reference]
         before, after = (
             100 * float(np.mean([output.argmax() == target for output, target in zip(results, targets)]))
             for results in (reference, outputs)
         )
-    elif spec.task == "retrieve" and labelled:
+    elif labelled:
         metric, allowed = "mAP in %", 0.2
         before, after = (_map(results, truths) for results in (reference, outputs))
     else:

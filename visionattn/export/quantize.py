@@ -5,15 +5,14 @@ pictures, and convolutions, in stereo also products with weights, compute in int
 transformers: ranges are those of each input, and products with weights compute in int8. Everything else stays in
 float, such as the positions of a bilinear softmax, products of two activations, normalisation.
 
-Nodes whose quantisation costs most are left in float one after the other, until the loss on the calibration examples is
-half of what is allowed: the other half is for pictures that the choice has not seen.
+Nodes whose quantisation costs most for what it saves (the squared change of the result for each weight) are left in
+float one after the other, until the loss on the calibration examples is half of what is allowed: the other half is for
+pictures that the choice has not seen.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 
 from visionattn.errors import ExportError, require
 from visionattn.export.examples import Example, feeds
+from visionattn.export.formats import quiet
 from visionattn.export.quality import Quality, Runner, measure_quality
 from visionattn.export.spec import ExportSpec
 
@@ -67,9 +67,9 @@ def quantize(
         ExportError: There is nothing to quantise, or ONNX Runtime refuses the graph.
     """
     builder = _Static if _is_static(source, spec) else _Dynamic
-    with _quiet():
+    with quiet():
         made = builder(source, spec, examples, folder)
-        return _choose(made, source, spec, examples, folder, progress)
+    return _choose(made, source, spec, examples, folder, progress)
 
 
 def _choose(
@@ -87,7 +87,8 @@ def _choose(
         return [runner(example) for example in chosen]
 
     def built(nodes: Sequence[str]) -> Any:
-        model = made.build(nodes)
+        with quiet():
+            model = made.build(nodes)
         attempt.write_bytes(model.SerializeToString())
         return model
 
@@ -99,7 +100,8 @@ def _choose(
         kept = ranked[:count]
         model = built([name for name in names if name not in kept])
         quality = measure_quality(spec, examples, reference, outputs(attempt, examples))
-        weights = tuple(made.nodes[name] for name in kept)
+        # The exporter gives weights that it transposed names of its own.
+        weights = tuple(weight if "." in (weight := made.nodes[name][0]) else name for name in kept)
         progress(f"Int8 with {count} of {len(names)} nodes in float: {quality}.")
         if quality.loss <= quality.allowed / 2:
             return Quantized(model, weights, quality)
@@ -111,7 +113,8 @@ def _choose(
             damage = {}
             for name in names:
                 built([name])
-                damage[name] = _distance(reference, outputs(attempt, examples[:_PROBES]))
+                distance = _distance(reference, outputs(attempt, examples[:_PROBES]))
+                damage[name] = distance / made.nodes[name][1]
             ranked = sorted(names, key=lambda name: -damage[name])
 
 
@@ -145,7 +148,7 @@ class _Dynamic:
     """Builds graphs whose products with weights are int8, with the ranges of each input.
 
     Attributes:
-        nodes: What can be quantised: node name -> name of its weight.
+        nodes: What can be quantised: node name -> name of its weight, number of its values.
     """
 
     kinds = ("MatMul", "Gemm")
@@ -155,7 +158,7 @@ class _Dynamic:
         self.source = source
         self.target = folder / "dynamic.onnx"
         found = _weights(onnx.load(source))
-        self.nodes = {name: weight for kind in self.kinds for name, (weight, _) in found[kind].items()}
+        self.nodes = {name: weight for kind in self.kinds for name, weight in found[kind].items()}
         if not self.nodes:
             raise ExportError(f"{spec.model} has no products with weights: there is nothing to compute in int8.")
 
@@ -178,7 +181,7 @@ class _Static:
     """Builds graphs whose convolutions, and in matching products with weights, are int8 with ranges of examples.
 
     Attributes:
-        nodes: What can be quantised: node name -> name of its weight.
+        nodes: What can be quantised: node name -> name of its weight, number of its values.
     """
 
     def __init__(self, source: Path, spec: ExportSpec, examples: Sequence[Example], folder: Path) -> None:
@@ -187,7 +190,7 @@ class _Static:
         self.kinds = ("Conv", "MatMul") if spec.task == "stereo" else ("Conv",)
         self.model = utilities.load_model_with_shape_infer(source)
         found = _weights(self.model)
-        self.nodes = {name: weight for kind in self.kinds for name, (weight, _) in found[kind].items()}
+        self.nodes = {name: weight for kind in self.kinds for name, weight in found[kind].items()}
         if not self.nodes:
             raise ExportError(f"{spec.model} has no convolutions: there is nothing to compute in int8.")
         calibrator = calibrate.create_calibrator(
@@ -231,14 +234,3 @@ def _reader(inputs: dict[str, np.ndarray]) -> Any:
             return self.left.pop() if self.left else None
 
     return Reader()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """ONNX Runtime's quantisation advises through the root logger, at each attempt, what is done here already."""
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.root.setLevel(level)

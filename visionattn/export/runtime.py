@@ -63,7 +63,8 @@ class OnnxModel:
         """Compute the outputs, in the order of `spec.output_names`; those of half precision come as float32.
 
         Args:
-            arrays: One array (B, C, H, W) of floats an input, in the order of `spec.input_names`.
+            arrays: One array (B, C, H, W) of floats an input, in the order of `spec.input_names`; of a file that was
+                exported with `preprocess`, (B, H, W, C) of uint8.
 
         Raises:
             InputError: Number, shape, type or values of the arrays are not what the file accepts: NaN, or images of
@@ -75,21 +76,28 @@ class OnnxModel:
             raise InputError(f"This file has the inputs {', '.join(spec.input_names)}; {len(arrays)} were given.")
         feeds = {name: np.asarray(array) for name, array in zip(spec.input_names, arrays)}
         for name, array in feeds.items():
-            if array.dtype.kind != "f":
+            if spec.input_type == "uint8":
+                if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != channels:
+                    raise InputError(
+                        f"{name} is {array.shape} of {array.dtype}; this file takes pictures (batch, height, width, "
+                        f"{channels}) of uint8, channels in {spec.input_order} order."
+                    )
+            elif array.dtype.kind != "f":
                 raise InputError(
                     f"{name} has the type {array.dtype}; this file takes floats: the image in {spec.input_order} "
                     f"order, scaled to {spec.input_range}, minus mean {spec.mean}, divided by std {spec.std}."
                 )
-            if array.ndim != 4 or array.shape[1] != channels:
+            elif array.ndim != 4 or array.shape[1] != channels:
                 raise InputError(
                     f"{name} has the shape {array.shape}; this file takes (batch, {channels}, height, width), "
                     f"channels in {spec.input_order} order."
                 )
             if array.shape != feeds[spec.input_names[0]].shape:
                 raise InputError(f"The inputs differ in shape: {', '.join(str(a.shape) for a in feeds.values())}.")
-            spec.check_size(*array.shape[2:])
+            spec.check_size(*(array.shape[1:3] if spec.input_type == "uint8" else array.shape[2:]))
             spec.check_batch(array.shape[0])
-            self._check_values(name, array)
+            if spec.input_type != "uint8":
+                self._check_values(name, array)
         return self.compute(feeds)
 
     def _check_values(self, name: str, array: np.ndarray) -> None:

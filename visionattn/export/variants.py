@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from visionattn.errors import InputError, require, shorten
 from visionattn.export.examples import LEAST, Example, check_task, load_examples
 from visionattn.export.formats import find_format, write_ort
@@ -25,7 +28,7 @@ from visionattn.export.runtime import OnnxModel
 from visionattn.export.spec import ExportSpec
 from visionattn.files import atomic_path, check_output
 
-__all__ = ["Variant", "variant_path", "write_variants"]
+__all__ = ["Variant", "check_data", "check_outputs", "print_variants", "variant_path", "write_variants"]
 
 GAIN = 1.05  # times the speed from which on a variant is worth having
 SMALLER = 0.75  # of the size, from which on float16 is
@@ -57,11 +60,50 @@ class Variant:
     recommended: bool = True
     refused: str = ""
 
+    def describe(self) -> str:
+        """In words: why it was refused, or whether it is worth having."""
+        if self.refused:
+            return f"{self.path.name} is not written: {self.refused}."
+        text = f"{self.path.name}: {self.bytes / 1e6:.2f} MB, {self.speed:.2f} times the speed of float32 here"
+        if self.kept:
+            text += f", {len(self.kept)} layers in float ({shorten(', '.join(self.kept))})"
+        return text + ("." if self.recommended else ": no gain on this processor, not recommended for it.")
+
 
 def variant_path(path: str | Path, precision: str) -> Path:
     """The file of a variant of `F.onnx`: `F.int8.onnx`; "fp32" is the file itself."""
     path = Path(path)
     return path if precision == "fp32" else path.with_suffix(f".{precision}{path.suffix}")
+
+
+def check_outputs(
+    output: str | Path, *, int8: bool | str | Path = False, fp16: bool = False, overwrite: bool = False
+) -> None:
+    """Raise `InputError` where `write_variants` could not write its files (arguments: see there)."""
+    if find_format(output) == "pt2":
+        raise InputError(
+            "A program of torch.export has no variants: leave out --int8, --fp16 and --preprocess, or name a file that "
+            "ends in .onnx or .ort."
+        )
+    for precision in _precisions(int8, fp16)[1:]:
+        check_output(variant_path(output, precision), overwrite)
+
+
+def check_data(spec: ExportSpec, *, int8: bool | str | Path = False, test_data: str | Path | None = None) -> None:
+    """Raise what `write_variants` would for a task or its real data (arguments: see there)."""
+    check_task(spec)
+    if int8:
+        load_examples(spec, _folder(int8), LEAST[spec.task])
+    if test_data is not None:
+        load_examples(spec, test_data)
+
+
+def _precisions(int8: bool | str | Path, fp16: bool) -> list[str]:
+    return ["fp32", *(name for name, asked in (("int8", int8), ("fp16", fp16)) if asked)]
+
+
+def _folder(int8: bool | str | Path) -> Path | None:
+    return None if isinstance(int8, bool) else Path(int8)
 
 
 def write_variants(
@@ -99,30 +141,26 @@ def write_variants(
     """
     source = Path(source)
     output = source if output is None else Path(output)
-    suffix = find_format(output)
-    if suffix == "pt2":
-        raise InputError("Programs of torch.export have no variants: end the name in .onnx or .ort.")
+    check_outputs(output, int8=int8, fp16=fp16, overwrite=overwrite)
     spec = OnnxModel(source).spec
     if spec.precision not in (None, "fp32") or spec.input_type == "uint8":
         raise InputError(f"{shorten(source)} is a variant itself: give the float32 file that it was made of.")
     check_task(spec)
-    precisions = ["fp32", *(name for name, asked in (("int8", int8), ("fp16", fp16)) if asked)]
     writes_first = output != source or preprocess
-    for precision in precisions[0 if writes_first else 1 :]:
-        check_output(variant_path(output, precision), overwrite)
-    calibration = None if isinstance(int8, bool) else Path(int8)
-    examples = load_examples(spec, calibration if test_data is None else test_data)
+    if writes_first:
+        check_output(output, overwrite)
+    examples = load_examples(spec, _folder(int8) if test_data is None else test_data)
     tell = progress or (lambda line: None)
     with tempfile.TemporaryDirectory() as folder:
         writer = _Writer(source, spec, examples, preprocess, Path(folder), tell)
         first = writer.write(require("onnx", "export").load(source), "fp32", output if writes_first else None)
         rows = [first]
-        for precision in precisions[1:]:
+        for precision in _precisions(int8, fp16)[1:]:
             path = variant_path(output, precision)
             kept: tuple[str, ...] = ()
             if precision == "int8":
                 tell("Quantising to int8.")
-                calibrating = load_examples(spec, calibration, LEAST[spec.task])
+                calibrating = load_examples(spec, _folder(int8), LEAST[spec.task])
                 made = quantize(source, spec, calibrating, Path(folder), tell)
                 model, kept = made.model, made.kept
             else:
@@ -170,7 +208,7 @@ class _Writer:
         quality = measure_quality(spec, self.examples, self.reference, outputs)
         size = file.stat().st_size
         if not quality.passed:
-            return Variant(path, spec, 0, quality, recommended=False, refused=f"not written: {quality}")
+            return Variant(path, spec, 0, quality, recommended=False, refused=str(quality))
         speed, spread = measure_speed(self.runner, runner, self.examples[0])
         with atomic_path(path) as temporary:
             temporary.write_bytes(file.read_bytes())
@@ -179,3 +217,24 @@ class _Writer:
 
     def _size(self) -> int:
         return self.source.stat().st_size
+
+
+def print_variants(variants: Sequence[Variant], console: Console) -> None:
+    """Print what was written as a table, and a line for each variant that was refused or gains nothing."""
+    table = Table(title="Variants against the float32 file, on real data")
+    for header in ("file", "kB", "metric", "float32", "this", "loss", "speed", ""):
+        table.add_column(header, justify="left" if header in ("file", "metric", "") else "right")
+    for variant in variants:
+        quality = variant.quality
+        numbers = [f"{quality.reference:.5g}", f"{quality.value:.5g}", f"{quality.loss:.2g}"] if quality else [""] * 3
+        table.add_row(
+            variant.path.name,
+            "" if variant.refused else f"{variant.bytes / 1000:,.0f}",
+            quality.metric if quality else "",
+            *numbers,
+            "" if variant.refused else f"x{variant.speed:.2f}",
+            "REFUSED" if variant.refused else "pass",
+        )
+    console.print(table)
+    for variant in variants:
+        console.print(variant.describe())
