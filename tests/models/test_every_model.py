@@ -22,6 +22,7 @@ SMALLEST = {
     "va_span_ch26_x2": {},
     "va_spanf_x4": {},
     "va_spanv2_x4": {},
+    "va_vit_nano_patch7_28": {"mixer": "agent", "depth": 2},
 }
 
 

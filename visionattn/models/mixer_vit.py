@@ -43,6 +43,8 @@ class MixerVisionTransformer(VisionTransformer):
         InputError: The mixer does not fit the network, or an argument of it is wrong.
     """
 
+    task = "classify"
+
     def __init__(
         self, *, mixer: str = "softmax", mixer_every: int = 1, mixer_args: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
