@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,7 @@ class OperatorContract(DerivativeContract):
         kernels = importlib.import_module(f"visionattn.kernels._triton.{self.name}")
         torch.library.register_kernel(f"visionattn::{self.name}", "cpu", kernels.forward)
         torch.library.register_kernel(f"visionattn::{self.name}_backward", "cpu", kernels.backward)
+        patch_the_language_once()
         with poisoned_memory(), bfloat16_in_the_interpreter():
             self.check_kernels()
         print("interpreted")
@@ -225,6 +227,23 @@ def count_flops(function: Callable, args) -> int:
     with FlopCounterMode(display=False) as counter:
         sum_of(function(*args)).backward()
     return counter.get_total_flops()
+
+
+def patch_the_language_once() -> None:
+    """Let Triton's interpreter patch each language module once and for all: it does at each call of a function."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_what_is_new(fn):
+        seen = {name for name, module in (("tl", tl), ("core", tl.core)) if module in fn.__globals__.values()}
+        if not seen <= patched:
+            patch(fn)
+            patched.update(seen)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patch_what_is_new
 
 
 @contextmanager

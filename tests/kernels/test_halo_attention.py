@@ -105,15 +105,16 @@ class TestHaloAttention(OperatorContract):
             return arguments(**{"images": 1, "heads": 1, "dtype": dtype} | options)
 
         return [
-            case(images=2, heads=2, size=(5, 7), dim_v=6),
-            case(heads=2, border="zero", index="timm", size=(5, 9)),
-            case(images=2, border="zero", size=(5, 6)),
-            case(heads=2, stride=2, size=(8, 11), dim_v=8),
-            case(images=2, stride=2, index="timm", border="zero", size=(4, 6), block=2),
-            case(heads=2, block=2, halo=3, size=(5, 4)),  # a window of four blocks
-            case(heads=2, block=1, halo=1, size=(3, 4)),
+            case(size=(5, 7), dim_v=6),
+            case(border="zero", index="timm", size=(5, 9)),
+            case(stride=2, size=(8, 11), dim_v=8),
+            case(images=2, heads=2, size=(5, 4), dim_v=6),
+            case(border="zero", size=(5, 6)),
+            case(stride=2, index="timm", border="zero", size=(4, 6), block=2),
+            case(block=2, halo=3, size=(5, 4)),  # a window of four blocks
+            case(block=1, halo=1, size=(3, 3)),
             case(dim=2, dim_v=1, size=(1, 1)),
-            case(heads=2, block=8, halo=3, size=(9, 8), dim=6),  # more queries, rows and keys than a tile holds
+            case(block=8, halo=3, size=(9, 8), dim=6),  # more queries, rows and keys than a tile holds
             case(block=6, halo=1, size=(7, 9), stride=2),  # rows of queries numbered by 4, of keys by 8
             case(block=5, halo=2, size=(8, 6)),  # by 5
         ]

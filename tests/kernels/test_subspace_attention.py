@@ -82,6 +82,26 @@ class TestSubspaceAttention(OperatorContract):
             (x[:1].expand(4, -1, -1, -1), *others),
         ]
 
+    def interpreter_samples(self, dtype):
+        # The time is that of the programs, one for each subspace of each image.
+        def case(*sizes, form="all"):
+            return arguments(*sizes, form=form, dtype=dtype)
+
+        x, *others = case(1, 2, 2, 5, 6, form="fixed")
+        return [
+            case(1, 1, 3, 5, 4, form="paper"),
+            case(2, 2, 3, 5, 4),
+            case(2, 1, 5, 3, 7, form="batch"),
+            case(1, 1, 5, 1, 6, form="paper"),
+            case(2, 3, 1, 4, 1, form="batch"),
+            case(2, 1, 2, 1, 1, form="fixed"),
+            (x.to(memory_format=torch.channels_last), *others),
+            (x.transpose(2, 3).contiguous().transpose(2, 3), *others),
+            (x[..., ::2], *others),
+            (x.expand(2, -1, -1, -1), *others),
+            case(1, 1, 1, 17, 16, form="batch"),  # more positions than a tile holds
+        ]
+
     def test_counts_the_flops_of_its_definition(self):
         # Forward alone: PyTorch counts the gradient by a grouped convolution's weight as that of a full one.
         for args in self.samples(torch.float32, "cpu"):
