@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ LEAST = {"restore": 8, "classify": 8, "stereo": 4}
 _MOST = {"restore": 16, "classify": 256, "stereo": 5}
 _SIDE = 512  # of a high-resolution picture, whose middle is taken
 _STEREO_SIDE = 768  # of a view, which is reduced to it
-_GENERATED = (6, (256, 384), 64.0)  # scenes, their size, their largest disparity
+_GENERATED = (4, (256, 384), 64.0)  # scenes, their size, their largest disparity
 
 _T = TypeVar("_T")
 
@@ -122,7 +122,7 @@ def _from_folder(spec: ExportSpec, folder: Path) -> list[Example]:
 
 def _packaged(spec: ExportSpec) -> list[Example]:
     if spec.task == "stereo":
-        return _stereo_pairs(spec)
+        return [_matched(spec, *pair) for pair in _stereo_pairs()]
     if spec.input_size[0] == 1 and spec.task == "classify":
         images, labels = load_digits("val")
         chosen = _spread(range(len(images)), _MOST["classify"])
@@ -138,14 +138,14 @@ def _packaged(spec: ExportSpec) -> list[Example]:
     return [_classified(spec, Image.fromarray(picture), None) for picture in quarters]
 
 
-def _stereo_pairs(spec: ExportSpec) -> list[Example]:
+@cache
+def _stereo_pairs() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Left view, right view and disparity."""
     left, right, truth = require("skimage.data", "images").stereo_motorcycle()
-    examples = [_matched(spec, left, right, np.where(np.isfinite(truth), truth, np.nan))]
     count, size, largest = _GENERATED
     pairs = GeneratedPairs(count, size, largest)
-    for pair in (pairs[index] for index in range(count)):
-        examples.append(_matched(spec, *np.asarray(pair.views), -pair.fields[0, ..., 0]))
-    return examples
+    generated = [(*pair.views, -pair.fields[0, ..., 0]) for pair in (pairs[index] for index in range(count))]
+    return [(left, right, np.where(np.isfinite(truth), truth, np.nan)), *generated]
 
 
 def _quarters(picture: np.ndarray) -> list[np.ndarray]:

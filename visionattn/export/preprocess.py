@@ -48,13 +48,13 @@ def with_preprocessing(model: Any, spec: ExportSpec) -> tuple[Any, ExportSpec]:
     graph = wrapped.graph
     kind = output_kind(spec)
     before, after = _Nodes(onnx), _Nodes(onnx)
-    _rename(graph, {name: f"{name}_prepared" for name in spec.input_names})
+    _rename(graph, {name: f"preprocess.{name}.prepared" for name in spec.input_names})
     for value in graph.input:
         if value.name in spec.input_names:
             _prepare(before, value.name, spec)
             _to_nhwc(value.type.tensor_type, onnx.TensorProto.UINT8)
     if kind in ("image", "probabilities"):
-        _rename(graph, {name: f"{name}_raw" for name in spec.output_names})
+        _rename(graph, {name: f"preprocess.{name}.raw" for name in spec.output_names})
         for value in graph.output:
             _finish(after, value.name, kind)
             if kind == "image":
@@ -86,24 +86,24 @@ class _Nodes:
 def _prepare(nodes: _Nodes, name: str, spec: ExportSpec) -> None:
     low, high = spec.input_range
     mean, std = (np.asarray(x, np.float64) for x in (spec.mean or [0.0], spec.std or [1.0]))
-    scale = nodes.constant(f"{name}_scale", (high - low) / 255 / std)
-    shift = nodes.constant(f"{name}_shift", (low - mean) / std)
-    floats = nodes.add("Cast", [name], f"{name}_floats", to=nodes.onnx.TensorProto.FLOAT)
-    scaled = nodes.add("Mul", [floats, scale], f"{name}_scaled")
-    shifted = nodes.add("Add", [scaled, shift], f"{name}_shifted")
-    nodes.add("Transpose", [shifted], f"{name}_prepared", perm=[0, 3, 1, 2])
+    scale = nodes.constant(f"preprocess.{name}.scale", (high - low) / 255 / std)
+    shift = nodes.constant(f"preprocess.{name}.shift", (low - mean) / std)
+    floats = nodes.add("Cast", [name], f"preprocess.{name}.floats", to=nodes.onnx.TensorProto.FLOAT)
+    scaled = nodes.add("Mul", [floats, scale], f"preprocess.{name}.scaled")
+    shifted = nodes.add("Add", [scaled, shift], f"preprocess.{name}.shifted")
+    nodes.add("Transpose", [shifted], f"preprocess.{name}.prepared", perm=[0, 3, 1, 2])
 
 
 def _finish(nodes: _Nodes, name: str, kind: str) -> None:
-    raw = f"{name}_raw"
+    raw = f"preprocess.{name}.raw"
     if kind == "probabilities":
         nodes.add("Softmax", [raw], name, axis=-1)
         return
-    levels = nodes.add("Mul", [raw, nodes.constant(f"{name}_levels", 255.0)], f"{name}_scaled")
-    above = nodes.add("Add", [levels, nodes.constant(f"{name}_half", 0.5)], f"{name}_above")
-    bounds = [nodes.constant(f"{name}_least", 0.0), nodes.constant(f"{name}_most", 255.0)]
-    clipped = nodes.add("Clip", [above, *bounds], f"{name}_clipped")
-    whole = nodes.add("Cast", [clipped], f"{name}_uint8", to=nodes.onnx.TensorProto.UINT8)  # which cuts off
+    levels = nodes.add("Mul", [raw, nodes.constant(f"preprocess.{name}.levels", 255.0)], f"preprocess.{name}.scaled")
+    above = nodes.add("Add", [levels, nodes.constant(f"preprocess.{name}.half", 0.5)], f"preprocess.{name}.above")
+    bounds = [nodes.constant(f"preprocess.{name}.least", 0.0), nodes.constant(f"preprocess.{name}.most", 255.0)]
+    clipped = nodes.add("Clip", [above, *bounds], f"preprocess.{name}.clipped")
+    whole = nodes.add("Cast", [clipped], f"preprocess.{name}.uint8", to=nodes.onnx.TensorProto.UINT8)  # which cuts off
     nodes.add("Transpose", [whole], name, perm=[0, 2, 3, 1])
 
 
