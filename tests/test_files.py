@@ -10,7 +10,16 @@ import sys
 import pytest
 
 from visionattn.errors import DataError, InputError, MissingPackageError, StorageError, require, shorten
-from visionattn.files import TEMPORARY, atomic_path, check_folder, check_output, exclusive, read_json, read_text
+from visionattn.files import (
+    TEMPORARY,
+    atomic_folder,
+    atomic_path,
+    check_folder,
+    check_output,
+    exclusive,
+    read_json,
+    read_text,
+)
 
 
 def test_the_file_appears_at_the_end(tmp_path):
@@ -228,3 +237,47 @@ def test_folders_that_cannot_be(tmp_path):
             check_folder(tmp_path / wrong)
     with pytest.raises(InputError, match="null byte"):
         check_folder("a\0b")
+
+
+def test_a_folder_appears_whole(tmp_path):
+    path = tmp_path / "new" / "bundle"
+    with atomic_folder(path, mark="card") as folder:
+        (folder / "card").write_text("1")
+        assert not path.exists()
+    assert [p.name for p in path.parent.iterdir()] == ["bundle"]
+    assert (path / "card").read_text() == "1"
+    with pytest.raises(InputError, match=r"exists\. Give --overwrite"), atomic_folder(path, mark="card"):
+        pass
+    with pytest.raises(KeyError), atomic_folder(path, True, "card") as folder:
+        (folder / "card").write_text("2")
+        raise KeyError
+    assert (path / "card").read_text() == "1"
+    with atomic_folder(path, True, "card") as folder:
+        (folder / "other").write_text("3")
+    assert [p.name for p in path.iterdir()] == ["other"]
+    assert [p.name for p in path.parent.iterdir()] == ["bundle"]
+
+
+def test_folders_that_are_not_replaced(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with atomic_folder(tmp_path / "empty") as folder:
+        (folder / "mine").write_text("")
+    with pytest.raises(InputError, match="holds other files"), atomic_folder(tmp_path / "empty", True, "card"):
+        pass
+    with pytest.raises(InputError, match="mine is not a folder"), atomic_folder(tmp_path / "empty" / "mine"):
+        pass
+    with pytest.raises(StorageError, match="No partial folder was left"), atomic_folder(tmp_path / "full"):
+        raise OSError(28, "No space left on device")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
+
+
+def test_folders_of_a_killed_process_are_removed(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    from visionattn.files import _MACHINE
+
+    left = tmp_path / f"{TEMPORARY}{_MACHINE}-{process.pid}-x"
+    (left / "new").mkdir(parents=True)
+    with atomic_folder(tmp_path / "a"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import stat
 import tempfile
 import zlib
@@ -23,6 +24,7 @@ from visionattn.errors import DataError, InputError, StorageError, shorten
 
 __all__ = [
     "TEMPORARY",
+    "atomic_folder",
     "atomic_path",
     "check_folder",
     "check_output",
@@ -142,13 +144,54 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: str | Path, overwrite: bool = False, mark: str = "") -> Iterator[Path]:
+    """Give a temporary folder to fill; it appears under `path` only when the block ends without an error.
+
+    Args:
+        path: Where the finished folder shall stand. Missing parents are made. A folder that is empty is replaced.
+        overwrite: Replace a folder that holds `mark`.
+        mark: Name of a file that only such folders hold, so that no other is replaced.
+
+    Raises:
+        InputError: Something else stands there, or such a folder and `overwrite` was not given.
+        StorageError: The folder could not be written. No partial one is left.
+    """
+    path = check_folder(path)
+    try:
+        taken = path.exists() and any(path.iterdir())
+        if taken and not (mark and (path / mark).is_file()):
+            raise InputError(f"The folder {shorten(path)} holds other files: name an empty one, or a new one.")
+        if taken and not overwrite:
+            raise InputError(f"{shorten(path)} exists. Give --overwrite to replace it, or name another folder.")
+        path = path.resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        prefix = f"{TEMPORARY}{_MACHINE}-{os.getpid()}-"
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix, ignore_cleanup_errors=True) as room:
+            new, old = Path(room) / "new", Path(room) / "old"
+            new.mkdir()
+            yield new
+            if path.exists():
+                os.replace(path, old)
+            os.replace(new, path)
+    except (StorageError, InputError):
+        raise
+    except OSError as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"Could not write {shorten(path)}: {reason}. No partial folder was left.") from error
+
+
 def _sweep(folder: Path) -> None:
-    """Remove temporary files of processes that run no more."""
+    """Remove temporary files and folders of processes that run no more."""
     for name in os.listdir(folder):
         match = _TEMPORARY_NAME.match(name)
         if match and not _runs(int(match.group(1))):
             with contextlib.suppress(OSError):
-                (folder / name).unlink()
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name)
+                else:
+                    (folder / name).unlink()
 
 
 def _runs(process: int) -> bool:
