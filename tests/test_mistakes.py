@@ -30,7 +30,7 @@ MISTAKES = [
     ("show good.png", r"good\.png is a file: show takes the name of a model"),
     (f"show {LONG}", r"There is no model"),
     # export
-    ("export", r"required: NAME\|CKPT, --output"),
+    ("export", r"required: NAME\|CKPT"),
     ("export va_span --output a.onnx", r"There is no model 'va_span'"),
     ("export absent.ckpt --output a.onnx", r"There is no file absent\.ckpt"),
     (f"export {SR}.bogus --output a.onnx", r"[Ii]nvalid pretrained tag"),
@@ -66,6 +66,11 @@ MISTAKES = [
     ("export other.pth --output a.onnx", r"other\.pth fits no model"),
     ("export photos --output a.onnx", r"photos holds no config\.json"),
     ("export other.pth --num-classes 3 --output a.onnx", r"leave out --num-classes"),
+    (f"export {SR}", r"one of the arguments --output --bundle is required"),
+    (f"export {SR} --bundle photos", r"The folder photos holds other files"),
+    (f"export {SR} --bundle notes.txt", r"notes\.txt is not a folder"),
+    (f"export {SR} --bundle new --output a.onnx", r"not allowed with argument"),
+    (f"export {SR} --bundle new --format ort", r"leave out --format and --no-check"),
     # check
     ("check", r"required: FILE"),
     ("check absent.onnx", r"There is no file absent\.onnx"),

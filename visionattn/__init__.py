@@ -24,6 +24,7 @@ _COMMANDS = {
     "evaluate_stereo": "visionattn.evaluate.stereo",
     "evaluate_triplets": "visionattn.evaluate.retrieval",
     "export": "visionattn.export",
+    "export_bundle": "visionattn.export.bundle",
     "flow": "visionattn.predict.flow",
     "flow_files": "visionattn.predict.flow_files",
     "index": "visionattn.search.api",

@@ -1,4 +1,4 @@
-"""`visionattn export NAME|CKPT --output F`: a verified ONNX file of a model name or of a weight file."""
+"""`visionattn export NAME|CKPT --output F`: a verified ONNX file of a name or weight file; `--bundle`: a folder."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import json
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 from rich.console import Console
 
 from visionattn.arguments import add_old_spelling, whole_number
+from visionattn.errors import InputError
 from visionattn.export.api import export
 from visionattn.export.check import print_rows
 from visionattn.export.formats import FORMATS
@@ -24,7 +26,13 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("model", metavar="NAME|CKPT", help="name in timm's registry, or a weight file or folder")
-    parser.add_argument("--output", required=True, metavar="F.onnx", help="file to write: .onnx, .ort or .pt2")
+    written = parser.add_mutually_exclusive_group(required=True)
+    written.add_argument("--output", metavar="F.onnx", help="file to write: .onnx, .ort or .pt2")
+    written.add_argument(
+        "--bundle",
+        metavar="FOLDER",
+        help="folder to write: the files with their card, licence, sample and a runner without PyTorch",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME")
     parser.add_argument(
@@ -80,25 +88,49 @@ def run(args: argparse.Namespace) -> int:
         VisionAttnError: Anything else; no file is left.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    settings: dict[str, Any] = {
+        "checkpoint": args.checkpoint,
+        "num_classes": args.num_classes,
+        "image_size": args.image_size and tuple(args.image_size),
+        "static_size": args.static_size,
+        "batch": args.batch,
+        "opset": args.opset,
+        "int8": args.int8,
+        "fp16": args.fp16,
+        "preprocess": args.preprocess,
+        "test_data": args.test_data,
+        "overwrite": args.overwrite,
+        "progress": console.print,
+    }
     with console.status("Exporting") if console.is_terminal else nullcontext():
-        files = export(
-            args.model,
-            args.output,
-            checkpoint=args.checkpoint,
-            num_classes=args.num_classes,
-            image_size=args.image_size and tuple(args.image_size),
-            static_size=args.static_size,
-            batch=args.batch,
-            opset=args.opset,
-            int8=args.int8,
-            fp16=args.fp16,
-            preprocess=args.preprocess,
-            test_data=args.test_data,
-            format=args.format,
-            check=not args.no_check,
-            overwrite=args.overwrite,
-            progress=console.print,
-        )
+        if args.bundle is not None:
+            return _write_bundle(args, settings, console)
+        files = export(args.model, args.output, format=args.format, check=not args.no_check, **settings)
+    _tell(args, files, console)
+    if files[0].variants:
+        print_variants(files[0].variants, console)
+    console.print(f"Next: python -c {shlex.quote(_example(files, args.output))}")
+    return 1 if any(variant.refused for variant in files[0].variants) else 0
+
+
+def _write_bundle(args: argparse.Namespace, settings: dict[str, Any], console: Console) -> int:
+    if args.format is not None or args.no_check:
+        raise InputError("A bundle holds checked ONNX files: leave out --format and --no-check.")
+    from visionattn.export.bundle import export_bundle  # which needs ONNX Runtime
+
+    bundle = export_bundle(args.model, args.bundle, **settings)
+    _tell(args, bundle.files, console)
+    if bundle.files[0].variants:
+        print_variants(bundle.files[0].variants, console)
+    for row in bundle.rows:
+        console.print(f"pass  {row.file} {row.finding}")
+    console.print(f"Wrote {bundle.folder}: {len(bundle.card['files'])} files and their card.")
+    console.print(f"Next: python {shlex.quote(str(bundle.folder / 'run.py'))} --verify")
+    return 1 if any(variant.refused for variant in bundle.files[0].variants) else 0
+
+
+def _tell(args: argparse.Namespace, files: Sequence[OnnxFile], console: Console) -> None:
+    """Say what was checked and written."""
     file = files[0]
     rows = [row for written in files for row in written.rows]
     if rows:
@@ -115,10 +147,6 @@ def run(args: argparse.Namespace) -> int:
             f"Wrote {written.path}: {written.bytes / 1e6:.2f} MB, {written.nodes} nodes, opset {written.spec.opset}, "
             f"dynamic {', '.join(written.spec.dynamic_axes) or 'nothing'}, {written.seconds:.0f} s."
         )
-    if file.variants:
-        print_variants(file.variants, console)
-    console.print(f"Next: python -c {shlex.quote(_example(files, args.output))}")
-    return 1 if any(variant.refused for variant in file.variants) else 0
 
 
 def _example(files: Sequence[OnnxFile], output: str) -> str:

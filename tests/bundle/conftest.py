@@ -1,0 +1,3 @@
+"""The toys' files, of the runner's tests."""
+
+from tests.runtime.conftest import files  # noqa: F401

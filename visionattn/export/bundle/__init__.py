@@ -1,0 +1,169 @@
+"""A folder that holds all that a model needs elsewhere: `visionattn export NAME --bundle FOLDER`.
+
+    model.onnx, model.int8.onnx, model.fp16.onnx     the file and its variants
+    card.json, README.md                             what they are, lose and cost
+    LICENSE, labels.txt, weights.md                  what applies
+    sample/                                          an image and PyTorch's result of it
+    run.py, visionattn_runtime/                      the runner: numpy, pillow and onnxruntime
+    run.mjs, run.cpp                                 the same, shorter, for browsers and Node, and for C++
+
+`python run.py --verify` verifies it without PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+import visionattn_runtime
+from visionattn.errors import ExportError
+from visionattn.export.api import export
+from visionattn.export.bundle import card as cards
+from visionattn.export.bundle.sample import compute_expected, draw_result, sample_images, write_images
+from visionattn.export.onnx import OnnxFile
+from visionattn.files import atomic_folder
+from visionattn.opening import open_model
+from visionattn_runtime import Row, load, verify
+from visionattn_runtime.verify import CARD
+
+__all__ = ["Bundle", "export_bundle"]
+
+MODEL = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What was written.
+
+    Attributes:
+        folder: The bundle.
+        files: What `visionattn.export` wrote into it.
+        card: The content of `card.json`.
+        rows: What verified it.
+    """
+
+    folder: Path
+    files: tuple[OnnxFile, ...]
+    card: dict[str, Any]
+    rows: list[Row]
+
+
+def export_bundle(
+    model: str | Path | nn.Module,
+    folder: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    static_size: bool = False,
+    batch: int | None = None,
+    opset: int = 20,
+    int8: bool | str | Path = False,
+    fp16: bool = False,
+    preprocess: bool = False,
+    test_data: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Bundle:
+    """Export a model into a folder that needs nothing of PyTorch or of this package; it appears whole or not at all.
+
+    Args:
+        model: As `visionattn.export` takes it, with weights.
+        folder: The folder: new, empty, or with `overwrite` another bundle.
+        checkpoint: See `visionattn.export`, as all that follow.
+        num_classes: Number of classes for a name, if not its own.
+        image_size: Side, or height and width, of a file of fixed size, and the first size of the check.
+        static_size: Fix height and width in the files.
+        batch: Fix the number of images at a time.
+        opset: Version of the ONNX operator set.
+        int8: Add int8: True, or a folder to calibrate by.
+        fp16: Add float16.
+        preprocess: All files take uint8 pictures, and give pictures, probabilities or disparities.
+        test_data: Folder of real data that variants are measured on.
+        overwrite: Replace a bundle that exists.
+        progress: Called with a line at the beginning of each step.
+
+    Raises:
+        ExportError: The model cannot be exported, or the bundle does not verify.
+        InputError: The folder holds something else, or the model does not accept an argument.
+        VisionAttnError: The model could not be opened, or has no weights.
+    """
+    tell = progress or (lambda line: None)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    with atomic_folder(folder, overwrite, CARD) as room:
+        model_args: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+        network = open_model(model, checkpoint, image_size=size, **model_args).model
+        files = export(
+            model,
+            room / MODEL,
+            checkpoint=checkpoint,
+            num_classes=num_classes,
+            image_size=image_size,
+            static_size=static_size,
+            batch=batch,
+            opset=opset,
+            int8=int8,
+            fp16=fp16,
+            preprocess=preprocess,
+            test_data=test_data,
+            progress=progress,
+        )
+        tell("Measuring the files, and writing their card.")
+        card = _fill(room, network, files, str(test_data or (int8 if isinstance(int8, (str, Path)) else "")))
+        tell("Verifying the bundle.")
+        rows = verify(room)
+        failed = [f"{row.file} {row.finding}" for row in rows if not row.passed]
+        if failed:
+            raise ExportError(f"The bundle does not verify: {'; '.join(failed)}.")
+    return Bundle(Path(folder), files, card, rows)
+
+
+def _fill(folder: Path, network: nn.Module, files: tuple[OnnxFile, ...], data: str) -> dict[str, Any]:
+    """Write all that is not a model; give the card."""
+    file, spec = files[0], files[0].spec
+    sample = folder / "sample"
+    sample.mkdir()
+    images, source = sample_images(spec)
+    names = write_images(images, spec, sample)
+    paths = [sample / name for name in names]
+    expected = compute_expected(network.eval(), load(folder / MODEL, threads=1), paths)
+    np.save(sample / "expected.npy", expected)
+    if (picture := draw_result(expected, spec)) is not None:
+        picture.save(sample / "expected.png")
+    standing = [variant for variant in file.variants if not variant.refused]
+    entries = [(variant, folder / variant.path.name) for variant in standing] or [(None, folder / MODEL)]
+    described = [cards.describe_file(file, variant, path, folder, expected, paths) for variant, path in entries]
+    card = cards.make_card(
+        spec,
+        described,
+        {"images": [f"sample/{name}" for name in names], "expected": "sample/expected.npy", "source": source},
+        Path(data).name or "pictures of installed packages",
+    )
+    texts = {
+        "README.md": cards.write_readme(card, spec),
+        "LICENSE": cards.license_text(spec),
+        "labels.txt": "".join(f"{label}\n" for label in spec.labels or []),
+        "weights.md": cards.weights_card(spec),
+    }
+    for name, text in texts.items():
+        if text:
+            (folder / name).write_text(text, encoding="utf-8")
+    _copy_code(folder)
+    card["files"] = cards.list_files(folder)
+    (folder / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return card
+
+
+def _copy_code(folder: Path) -> None:
+    package = Path(visionattn_runtime.__file__).parent
+    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(package / "__main__.py", folder / "run.py")
+    for sample in ("run.mjs", "run.cpp"):
+        shutil.copyfile(Path(__file__).with_name(sample), folder / sample)
