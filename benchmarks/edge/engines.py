@@ -99,9 +99,10 @@ class Mnn(Engine):
     packages = ("MNN",)
 
     def convert(self, folder: Path, case: str) -> list[Path]:
-        command = [str(Path(sys.executable).parent / "mnnconvert"), "-f", "ONNX", "--modelFile", "model.onnx"]
-        command += ["--MNNModel", "model.mnn", "--bizCode", "visionattn"]
-        subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        # The command `mnnconvert` also reports its use to a server, for which it installs packages: call what it calls.
+        convert = "import sys, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
+        options = ["-f", "ONNX", "--modelFile", "model.onnx", "--MNNModel", "model.mnn", "--bizCode", "visionattn"]
+        subprocess.run([sys.executable, "-c", convert, *options], cwd=folder, capture_output=True)
         if not (folder / "model.mnn").exists():
             raise RuntimeError("mnnconvert writes no file")
         return [folder / "model.mnn"]
