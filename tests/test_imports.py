@@ -15,7 +15,7 @@ ROOT = Path(visionattn.__file__).parent
 # A layer may import those to its right and its own; the modules in EVERYBODY belong to all.
 LAYERS = [
     {"cli"},
-    {"quickstart", "zoo"},
+    {"quickstart", "zoo", "demo"},
     {"train", "probe", "evaluate", "search"},
     {"predict"},
     {"export"},

@@ -19,6 +19,7 @@ moved.install()
 # A function beside each command. What it needs is imported when it is used.
 _COMMANDS = {
     "check": "visionattn.export.inspect",
+    "demo": "visionattn.demo",
     "evaluate_retrieval": "visionattn.evaluate.retrieval",
     "evaluate_sr": "visionattn.evaluate.sr",
     "evaluate_stereo": "visionattn.evaluate.stereo",

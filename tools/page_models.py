@@ -1,0 +1,99 @@
+"""Write what the page of `visionattn demo` loads beside its own code: models as checked ONNX files, and examples.
+
+    python -m tools.page_models web/public
+
+`models/models.json` lists the files with their metadata. Everything comes from weights and images of installed packages.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from skimage import data
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import visionattn
+from visionattn.checkpoints import create_pretrained
+from visionattn.demo import DIGITS
+from visionattn.export import export_onnx
+from visionattn.opening import open_model
+
+MODELS = {"span_x2": "va_span_ch26_x2", "span_x4": "va_span_ch26_x4", "stereo": "va_match_stereo_nano"}
+KEPT = ("input_names", "input_size", "labels", "mean", "model", "output_names", "radius", "scale", "size_minimum", "std", "task")
+SMALL = 2  # the cat is shrunk by this, to be enlarged
+
+
+class WithAttention(nn.Module):
+    """A minimal transformer that also gives what the class token looks at in each block.
+
+    Shape:
+        (B, C, H, W) -> logits (B, classes), attention (B, blocks, h, w): the mean of the heads over the h x w patches.
+    """
+
+    output_names = ("logits", "attention")
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.pretrained_cfg = network.pretrained_cfg
+        self.num_classes = network.num_classes
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.network._pos_embed(self.network.patch_embed(images))
+        maps = []
+        for block in self.network.blocks:
+            maps.append(block.attn.attention_weights(block.norm1(x)).mean(dim=1)[:, 0, 1:])
+            x = block(x)
+        logits = self.network.forward_head(self.network.norm(x))
+        return logits, torch.stack(maps, dim=1).unflatten(2, self.network.patch_embed.grid_size)
+
+
+def write_models(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    networks: dict[str, Any] = {file: create_pretrained(name) for file, name in MODELS.items()}
+    digits = open_model("va_minimal_vit_nano_patch7_28_minimum", DIGITS).model
+    networks["digits"] = WithAttention(digits)
+    for file, network in networks.items():
+        still = file == "digits"  # one size is drawn
+        written = export_onnx(network, folder / f"{file}.onnx", dynamic_size=not still, weights="shipped with visionattn")
+        entry = {key: getattr(written.spec, key) for key in KEPT if getattr(written.spec, key) is not None}
+        entry |= {"file": f"models/{file}.onnx", "bytes": written.bytes, "precision": "fp32"}
+        if still:
+            entry |= {"blocks": len(digits.blocks), "model": digits.pretrained_cfg["architecture"]}
+            entry["labels"] = [str(digit) for digit in range(digits.num_classes)]
+        entries.append(entry)
+        print(f"{written.path}: {written.bytes / 1e6:.2f} MB")
+    (folder / "models.json").write_text(json.dumps(entries, indent=1))
+
+
+def write_examples(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    cat = Image.fromarray(data.chelsea())
+    cat.reduce(SMALL).save(folder / "cat.png")
+    for side, view in zip(("left", "right"), data.stereo_motorcycle()):
+        Image.fromarray(view).save(folder / f"{side}.jpg", quality=92)
+    digits = load_digits()
+    strip = Image.new("L", (280, 28))
+    for digit in range(10):
+        image = digits.images[np.flatnonzero(digits.target == digit)[-1]]
+        small = Image.fromarray((image * 255 / 16).astype(np.uint8))
+        strip.paste(small.resize((28, 28), Image.Resampling.BICUBIC), (28 * digit, 0))
+    strip.save(folder / "digits.png")
+
+
+def main() -> None:
+    public = Path(sys.argv[1])
+    write_models(public / "models")
+    write_examples(public / "examples")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+// What the exported files say about themselves: `models.json`, written by tools/page_models.py from their metadata.
+
+export interface Model {
+  /** Address of the file, relative to the page. */
+  file: string;
+  bytes: number;
+  model: string;
+  task: "restore" | "stereo" | "classify";
+  precision: "fp32" | "int8";
+  input_names: string[];
+  output_names: string[];
+  /** Channels, height, width. */
+  input_size: [number, number, number];
+  scale?: number;
+  /** Input pixels around its place that an output pixel depends on. */
+  radius?: number;
+  size_minimum?: number;
+  mean?: number[];
+  std?: number[];
+  labels?: string[];
+  /** Blocks of a transformer that gives its attention. */
+  blocks?: number;
+}
+
+export async function loadModels(): Promise<Model[]> {
+  const response = await fetch("models/models.json");
+  if (!response.ok) throw new Error("The list of models cannot be loaded. Load the page again.");
+  return response.json();
+}
+
+/** "4.3 MB". */
+export function megabytes(bytes: number): string {
+  return `${(bytes / 1e6).toFixed(1)} MB`;
+}

@@ -1,0 +1,33 @@
+// What follows from the disparities of a rectified pair (visionattn/predict/stereo.py).
+
+export interface Camera {
+  /** Focal length in pixels. */
+  focal: number;
+  /** Distance of the views in metres. */
+  baseline: number;
+  /** Column of the right view's principal point minus the left's, in pixels. */
+  doffs: number;
+}
+
+/** Distance of a point in metres. */
+export function metres(disparity: number, { focal, baseline, doffs }: Camera): number {
+  return (focal * baseline) / (disparity + doffs);
+}
+
+/**
+ * Which pixels of the left view the right one sees too: both disparities agree there to about a pixel.
+ *
+ * @param both Disparities of the left view (H, W), then of the right one, in pixels of this very size or finer.
+ */
+export function seenInBoth(both: Float32Array, height: number, width: number, tolerance = 1): Uint8Array {
+  const seen = new Uint8Array(height * width);
+  for (let y = 0, place = 0; y < height; y++) {
+    for (let x = 0; x < width; x++, place++) {
+      const value = both[place];
+      const other = Math.round(x - value);
+      if (!(value > 0) || other < 0) continue;
+      seen[place] = Number(Math.abs(both[height * width + y * width + other] - value) <= tolerance);
+    }
+  }
+  return seen;
+}

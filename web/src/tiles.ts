@@ -1,0 +1,37 @@
+// Tiles that overlap by what an output pixel depends on, so that their seams are exact (visionattn/predict/tiles.py).
+
+export interface Span {
+  start: number;
+  stop: number;
+}
+
+/** A step: the window of the input that is read, and the part of it that is kept. */
+export interface Tile {
+  rows: Span;
+  columns: Span;
+  keptRows: Span;
+  keptColumns: Span;
+}
+
+/** Cut one side into windows of at most `window` pixels, of which `overlap` on each inner side are not kept. */
+function cut(length: number, window: number, overlap: number): { read: Span; kept: Span }[] {
+  if (window >= length) return [{ read: { start: 0, stop: length }, kept: { start: 0, stop: length } }];
+  const most = window - 2 * overlap;
+  if (most < 1) throw new RangeError("A tile must be larger than its overlap.");
+  const step = Math.ceil(length / Math.ceil(length / most));
+  const parts = [];
+  for (let start = 0; start < length; start += step) {
+    const stop = Math.min(start + step, length);
+    const read = { start: Math.max(start - overlap, 0), stop: Math.min(stop + overlap, length) };
+    parts.push({ read, kept: { start, stop } });
+  }
+  return parts;
+}
+
+/** Cut an image into tiles of at most `side` pixels a side. */
+export function planTiles(height: number, width: number, side: number, overlap: number): Tile[] {
+  const lines = cut(width, side, overlap);
+  return cut(height, side, overlap).flatMap((row) =>
+    lines.map((column) => ({ rows: row.read, columns: column.read, keptRows: row.kept, keptColumns: column.kept })),
+  );
+}
