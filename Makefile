@@ -9,10 +9,11 @@ KEY := $(shell $(PYTHON) -c "import hashlib, sys; \
 	recipe = b''.join(open(name, 'rb').read() for name in ('pyproject.toml', 'constraints.txt')); \
 	print(hashlib.sha256(recipe + sys.version.encode()).hexdigest()[:16])")
 READY := $(VENV)/.ready-$(KEY)
+PAGE_MODELS := web/public/models/models.json
 # Which checkout the environment's `visionattn` points to.
 LINKED := $(VENV)/.linked-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-lowest lint types docs wheel clean environment-key ffmpeg
+.PHONY: quickstart test test-lowest lint types docs wheel clean environment-key ffmpeg browser web
 
 quickstart: $(LINKED)
 	$(VENV)/bin/visionattn quickstart
@@ -42,15 +43,35 @@ docs: $(LINKED)
 wheel: $(LINKED)
 	$(RUN) build
 
-# Tests on real videos skip without ffmpeg. Where it cannot be installed, nothing fails.
+# Programs that some tests need: without them these tests skip. Where they cannot be installed, nothing fails.
+define install
+{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && export DEBIAN_FRONTEND=noninteractive && \
+timeout 240 apt-get update -qq && timeout 240 apt-get install -y -qq --no-install-recommends $(1); }
+endef
+
 ffmpeg:
-	@command -v ffmpeg >/dev/null 2>&1 || \
-	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && export DEBIAN_FRONTEND=noninteractive && \
-	timeout 240 apt-get update -qq && timeout 240 apt-get install -y -qq --no-install-recommends ffmpeg; } || \
+	@command -v ffmpeg >/dev/null 2>&1 || $(call install,ffmpeg) || \
 	echo "ffmpeg could not be installed: tests on real videos skip."
 
+browser:
+	@command -v chromium >/dev/null 2>&1 || $(call install,chromium) || \
+	echo "Chromium could not be installed: tests of the page skip."
+	@command -v npm >/dev/null 2>&1 || $(call install,nodejs npm) || \
+	echo "Node could not be installed: the page cannot be built, and its tests skip."
+
+# The page of `visionattn demo`. Node 20 or newer is needed to build it, and nothing but files to use it.
+web: $(PAGE_MODELS) web/node_modules/.package-lock.json
+	cd web && npm run --silent build
+
+$(PAGE_MODELS): tools/page_models.py $(wildcard visionattn/weights/*.safetensors visionattn/demo/*.safetensors) | $(LINKED)
+	$(RUN) tools.page_models web/public
+
+web/node_modules/.package-lock.json: web/package-lock.json
+	cd web && npm ci --silent --no-audit --no-fund
+	touch $@
+
 clean:
-	rm -rf $(VENV) dist site
+	rm -rf $(VENV) dist site visionattn/demo/page web/node_modules web/public/models web/public/examples
 
 environment-key:
 	@echo $(KEY)

@@ -172,6 +172,10 @@ MISTAKES = [
     (f"probe {VIT} --data digits --checkpoint broken.pth", r"broken\.pth"),
     (f"probe {VIT} --data digits --output notes.txt", r"notes\.txt"),
     ("probe broken.pth --data digits", r"broken\.pth"),
+    # demo
+    ("demo --port 70000", r"must be a whole number from 0 to 65535; got '70000'"),
+    ("demo --port web", r"must be a whole number from 0 to 65535; got 'web'"),
+    ("demo page", r"unrecognized arguments: page"),
     # quickstart
     ("quickstart moon", r"There is no station 'moon'"),
     ("quickstart classify --output notes.txt", r"Cannot write to the folder notes\.txt/classify"),

@@ -23,10 +23,24 @@ import visionattn
 from visionattn.checkpoints import create_pretrained
 from visionattn.demo import DIGITS
 from visionattn.export import export_onnx
+from visionattn.export.onnx import OnnxFile
+from visionattn.export.variants import Variant, write_variants
 from visionattn.opening import open_model
 
 MODELS = {"span_x2": "va_span_ch26_x2", "span_x4": "va_span_ch26_x4", "stereo": "va_match_stereo_nano"}
-KEPT = ("input_names", "input_size", "labels", "mean", "model", "output_names", "radius", "scale", "size_minimum", "std", "task")
+KEPT = (
+    "input_names",
+    "input_size",
+    "labels",
+    "mean",
+    "model",
+    "output_names",
+    "radius",
+    "scale",
+    "size_minimum",
+    "std",
+    "task",
+)
 SMALL = 2  # the cat is shrunk by this, to be enlarged
 
 
@@ -56,22 +70,31 @@ class WithAttention(nn.Module):
 
 
 def write_models(folder: Path) -> None:
+    """Write the files, and last the list of them, which says that all are there."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "models.json").unlink(missing_ok=True)
     entries = []
-    networks: dict[str, Any] = {file: create_pretrained(name) for file, name in MODELS.items()}
-    digits = open_model("va_minimal_vit_nano_patch7_28_minimum", DIGITS).model
-    networks["digits"] = WithAttention(digits)
-    for file, network in networks.items():
-        still = file == "digits"  # one size is drawn
-        written = export_onnx(network, folder / f"{file}.onnx", dynamic_size=not still, weights="shipped with visionattn")
-        entry = {key: getattr(written.spec, key) for key in KEPT if getattr(written.spec, key) is not None}
-        entry |= {"file": f"models/{file}.onnx", "bytes": written.bytes, "precision": "fp32"}
-        if still:
-            entry |= {"blocks": len(digits.blocks), "model": digits.pretrained_cfg["architecture"]}
-            entry["labels"] = [str(digit) for digit in range(digits.num_classes)]
-        entries.append(entry)
-        print(f"{written.path}: {written.bytes / 1e6:.2f} MB")
+    for file, name in MODELS.items():
+        written = export_onnx(create_pretrained(name), folder / f"{file}.onnx", weights="shipped with visionattn")
+        entries.append(_entry(written))
+        if written.spec.task == "restore":
+            found = write_variants(written.path, int8=True, overwrite=True)
+            entries += [
+                _entry(variant) for variant in found if variant.spec.precision == "int8" and variant.recommended
+            ]
+    digits = open_model("va_minimal_vit_nano_patch7_28", DIGITS).model
+    written = export_onnx(WithAttention(digits), folder / "digits.onnx", dynamic_size=False, weights="see digits.md")
+    labels = [str(digit) for digit in range(digits.num_classes)]
+    entries.append(_entry(written) | {"blocks": len(digits.blocks), "labels": labels})
     (folder / "models.json").write_text(json.dumps(entries, indent=1))
+
+
+def _entry(written: OnnxFile | Variant) -> dict[str, Any]:
+    """What the page has to know of a file."""
+    print(f"{written.path}: {written.bytes / 1e6:.2f} MB")
+    entry = {key: getattr(written.spec, key) for key in KEPT if getattr(written.spec, key) is not None}
+    precision = written.spec.precision or "fp32"
+    return entry | {"file": f"models/{written.path.name}", "bytes": written.bytes, "precision": precision}
 
 
 def write_examples(folder: Path) -> None:
@@ -83,9 +106,10 @@ def write_examples(folder: Path) -> None:
     digits = load_digits()
     strip = Image.new("L", (280, 28))
     for digit in range(10):
-        image = digits.images[np.flatnonzero(digits.target == digit)[-1]]
-        small = Image.fromarray((image * 255 / 16).astype(np.uint8))
-        strip.paste(small.resize((28, 28), Image.Resampling.BICUBIC), (28 * digit, 0))
+        images = digits.images[digits.target == digit]
+        usual = np.square(images - images.mean(axis=0)).sum(axis=(1, 2)).argmin()  # the one nearest to the mean
+        small = Image.fromarray((images[usual] * 255 / 16).astype(np.uint8))
+        strip.paste(small.resize((20, 20), Image.Resampling.BICUBIC), (28 * digit + 4, 4))
     strip.save(folder / "digits.png")
 
 

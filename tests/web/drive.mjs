@@ -12,6 +12,7 @@ const { chromium } = createRequire(join(modules, "x.js"))("playwright-core");
 const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", ...args] });
 let page;
 let problems = [];
+let requests = [];
 
 const encoded = `(floats) => {
   const bytes = new Uint8Array(floats.data.buffer, floats.data.byteOffset, floats.data.byteLength);
@@ -30,11 +31,13 @@ const actions = {
     });
     page = await context.newPage();
     problems = [];
+    requests = [];
     page.on("console", (message) => {
       if (["error", "warning"].includes(message.type())) problems.push(message.text());
     });
     page.on("pageerror", (error) => problems.push(String(error)));
     page.on("request", (request) => {
+      requests.push(request.url());
       if (!/^(http:\/\/127\.0\.0\.1|blob:|data:)/.test(request.url())) problems.push(`loads ${request.url()}`);
     });
     await actions.load({ url });
@@ -56,6 +59,7 @@ const actions = {
     })()`);
   },
   problems: async () => problems,
+  requests: async () => requests.filter((url) => url.startsWith("http")),
   evaluate: ({ code }) => page.evaluate(code),
   async events() {
     return page.evaluate("window.seen.splice(0)");

@@ -86,7 +86,7 @@ class PageServer(ThreadingHTTPServer):
 
     Args:
         port: 0 takes any that is free.
-        page: Folder of a built page.
+        page: Folder of a built page. Default: the one of this installation.
 
     Attributes:
         url: What to open.
@@ -97,8 +97,8 @@ class PageServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int = 8000, page: str | Path = PAGE) -> None:
-        page = Path(page)
+    def __init__(self, port: int = 8000, page: str | Path | None = None) -> None:
+        page = Path(page or PAGE)
         if not (page / "index.html").is_file():
             raise InputError(
                 "The page is not in this installation: in a checkout, `make web` builds it, with Node 20 or newer."

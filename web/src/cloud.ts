@@ -37,7 +37,7 @@ export class Cloud {
   private asked = false;
 
   constructor(private readonly canvas: HTMLCanvasElement) {
-    this.gl = canvas.getContext("webgl2", { antialias: true });
+    this.gl = canvas.getContext("webgl2", { antialias: true, preserveDrawingBuffer: true });
     if (!this.gl) {
       canvas.setAttribute("aria-label", "The scene in three dimensions needs WebGL 2, which this browser does not offer.");
       return;

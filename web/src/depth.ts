@@ -25,9 +25,13 @@ interface Found {
   width: number;
   /** Pixels of the photograph to one of the disparities. */
   ratio: number;
+  /** Those of both views, the left one first. */
+  both: Float32Array;
+  /** The left view at this size. */
+  view: ImageData;
 }
 
-export function depthPanel(root: HTMLElement, engine: Engine, models: Model[]): void {
+export function depthPanel(root: HTMLElement, engine: Engine, used: Model): void {
   const job = new Job(find(root, ".job"));
   const result = find<HTMLElement>(root, ".result");
   const colours = find<HTMLCanvasElement>(root, ".colours");
@@ -38,7 +42,6 @@ export function depthPanel(root: HTMLElement, engine: Engine, models: Model[]): 
     [...root.querySelectorAll<HTMLInputElement>(".camera input")].map((field) => [field.name, field]),
   );
   let detail: keyof typeof DETAIL = "fine";
-  let precision: string = "fp32";
   let found: Found | undefined;
   let summary = "";
 
@@ -71,7 +74,6 @@ export function depthPanel(root: HTMLElement, engine: Engine, models: Model[]): 
           "Both must have one size, and be rectified for it.",
       );
     }
-    const used = models.find((one) => one.precision === precision) ?? models[0];
     const least = (used.size_minimum ?? 1) / Math.min(width, height);
     const zoom = Math.max(Math.min(1, Math.sqrt(DETAIL[detail] / (width * height))), least);
     const [h, w] = [Math.ceil(zoom * height), Math.ceil(zoom * width)];
@@ -85,15 +87,15 @@ export function depthPanel(root: HTMLElement, engine: Engine, models: Model[]): 
     const { data } = answer.outputs[used.output_names[0]];
     root.dispatchEvent(new CustomEvent("disparity", { detail: answer.outputs[used.output_names[0]] }));
     const both = data.map((value) => (value * width) / w);
-    found = { disparity: both.subarray(0, w * h), height: h, width: w, ratio: width / w };
-    showResult(found, both, resized(left, w, h));
+    found = { disparity: both.subarray(0, w * h), height: h, width: w, ratio: width / w, both, view: resized(left, w, h) };
+    showResult(found);
     const unknown = found.disparity.filter((value) => !(value > 0)).length / (w * h);
     const exchanged = unknown > MUCH ? " Little matches: are left and right exchanged, or not rectified?" : "";
     const size = w === width ? "" : `, at ${w} × ${h} of ${width} × ${height} pixels`;
     return `Matched in ${describeTiming(answer.milliseconds, answer)}${size}.${exchanged}`;
   }
 
-  function showResult({ disparity, height, width, ratio }: Found, both: Float32Array, view: ImageData): void {
+  function showResult({ disparity, height, width, ratio, both, view }: Found): void {
     const top = usualTop(disparity);
     result.hidden = false;
     show(colours, disparityColours(disparity, height, width, top));
@@ -135,13 +137,11 @@ export function depthPanel(root: HTMLElement, engine: Engine, models: Model[]): 
     detail = value;
     again();
   });
-  const names: Record<string, string> = { fp32: "32-bit floats", int8: "8-bit integers" };
-  const kinds = models.map((one) => ({ value: one.precision, label: names[one.precision] }));
-  choose(root, "precision", kinds, "fp32", (value) => {
-    precision = value;
-    again();
-  });
-  for (const field of Object.values(fields)) field.addEventListener("change", again);
+  for (const field of Object.values(fields)) {
+    field.addEventListener("change", () => {
+      if (found) showResult(found);
+    });
+  }
   for (const side of ["left", "right"] as const) {
     onFile(find(root, `.drop.${side}`), (file) => {
       start(async () => take(side, await readImage(file, file.name)));

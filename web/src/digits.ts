@@ -31,10 +31,11 @@ export function digitsPanel(root: HTMLElement, engine: Engine, model: Model): vo
   async function read(digit: Float32Array, signal: AbortSignal): Promise<string> {
     const [mean, std] = [model.mean?.[0] ?? 0, model.std?.[0] ?? 1];
     const data = digit.map((value) => (value - mean) / std);
-    const answer = await engine.run(model, { [model.input_names[0]]: { data, dims: [1, 1, GRID, GRID] } }, signal);
+    const image = { data: data.slice(), dims: [1, 1, GRID, GRID] }; // a copy, since the worker takes it over
+    const answer = await engine.run(model, { [model.input_names[0]]: image }, signal);
     const [logits, attention] = model.output_names.map((name) => answer.outputs[name]);
     shown = { digit, attention };
-    root.dispatchEvent(new CustomEvent("digit", { detail: { input: data, logits, attention } }));
+    root.dispatchEvent(new CustomEvent("digit", { detail: { input: { data, dims: [1, 1, GRID, GRID] }, logits, attention } }));
     const chances = softmax(logits.data);
     bars(chances);
     const best = chances.indexOf(Math.max(...chances));

@@ -41,7 +41,8 @@ export class Engine {
         else if (answer.kind === "result") finish(() => resolve(answer));
         else finish(() => reject(new Error(`The model could not be run: ${answer.message}`)));
       };
-      const fail = () => {
+      const fail = (event: ErrorEvent) => {
+        event.preventDefault();
         this.stop();
         finish(() => reject(new Error("The model could not be run: the browser stopped the computation.")));
       };

@@ -19,7 +19,7 @@ async function start(): Promise<void> {
   const models = await loadModels();
   const of = (task: string) => models.filter((model) => model.task === task);
   enlargePanel(find(document, "#enlarge"), engine, of("restore"));
-  depthPanel(find(document, "#depth"), engine, of("stereo"));
+  depthPanel(find(document, "#depth"), engine, of("stereo")[0]);
   digitsPanel(find(document, "#digits"), engine, of("classify")[0]);
   document.body.dataset.ready = "true";
 }
