@@ -2,7 +2,7 @@
 
     python -m tools.page_models web/public
 
-`models/models.json` lists the files with their metadata. Everything comes from weights and images of installed packages.
+`models/models.json` lists the files with their metadata. All weights and images are those of installed packages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from skimage import data
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-import visionattn
 from visionattn.checkpoints import create_pretrained
 from visionattn.demo import DIGITS
 from visionattn.export import export_onnx

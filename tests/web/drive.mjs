@@ -58,6 +58,7 @@ const actions = {
         });
     })()`);
   },
+  version: async () => browser.version(),
   problems: async () => problems,
   requests: async () => requests.filter((url) => url.startsWith("http")),
   evaluate: ({ code }) => page.evaluate(code),

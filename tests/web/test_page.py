@@ -28,7 +28,8 @@ CONTRAST = """(() => {
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const pairs = [["--ink", "--paper"], ["--ink", "--card"], ["--soft", "--paper"], ["--soft", "--card"],
-    ["--accent", "--paper"], ["--accent", "--card"], ["--accent", "--tint"], ["--on-accent", "--accent"], ["--bad", "--bad-tint"]];
+    ["--accent", "--paper"], ["--accent", "--card"], ["--accent", "--tint"],
+    ["--on-accent", "--accent"], ["--bad", "--bad-tint"]];
   return Math.min(...pairs.map((pair) => {
     const [dark, bright] = pair.map(light).sort((a, b) => a - b);
     return (bright + 0.05) / (dark + 0.05);

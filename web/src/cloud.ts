@@ -20,7 +20,7 @@ void main() {
   colour = vec4(texture(photograph, at).rgb, 1.0);
 }`;
 
-const START = { yaw: 0.3, pitch: 0.1, zoom: 1 };
+const START = { yaw: 0.2, pitch: 0.08, zoom: 1 };
 const STEP = 0.1; // radians of an arrow key
 const MOST = 1.4; // radians up and down
 const NEAR = 0.02;

@@ -15,11 +15,11 @@ export function metres(disparity: number, { focal, baseline, doffs }: Camera): n
 }
 
 /**
- * Which pixels of the left view the right one sees too: both disparities agree there to about a pixel.
+ * Which pixels of the left view the right one sees too: both disparities agree there up to `tolerance`.
  *
  * @param both Disparities of the left view (H, W), then of the right one, in pixels of this very size or finer.
  */
-export function seenInBoth(both: Float32Array, height: number, width: number, tolerance = 1): Uint8Array {
+export function seenInBoth(both: Float32Array, height: number, width: number, tolerance = 2): Uint8Array {
   const seen = new Uint8Array(height * width);
   for (let y = 0, place = 0; y < height; y++) {
     for (let x = 0; x < width; x++, place++) {

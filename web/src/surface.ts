@@ -15,7 +15,7 @@ export interface Surface {
   triangles: Uint32Array;
 }
 
-const TEAR = 0.05; // relative step of depth between neighbours from which on they are no surface
+const TEAR = 0.08; // relative step of depth between neighbours from which on they are no surface
 const FARTHEST = 8; // times the median depth that is shown
 
 export function buildSurface(
