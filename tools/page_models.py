@@ -12,11 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from skimage import data
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from visionattn.checkpoints import create_pretrained
@@ -102,14 +100,6 @@ def write_examples(folder: Path) -> None:
     cat.reduce(SMALL).save(folder / "cat.png")
     for side, view in zip(("left", "right"), data.stereo_motorcycle()):
         Image.fromarray(view).save(folder / f"{side}.jpg", quality=92)
-    digits = load_digits()
-    strip = Image.new("L", (280, 28))
-    for digit in range(10):
-        images = digits.images[digits.target == digit]
-        usual = np.square(images - images.mean(axis=0)).sum(axis=(1, 2)).argmin()  # the one nearest to the mean
-        small = Image.fromarray((images[usual] * 255 / 16).astype(np.uint8))
-        strip.paste(small.resize((20, 20), Image.Resampling.BICUBIC), (28 * digit + 4, 4))
-    strip.save(folder / "digits.png")
 
 
 def main() -> None:

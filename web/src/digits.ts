@@ -1,6 +1,6 @@
 // Reading a digit that was drawn or chosen, with where the model looks.
 
-import { fetchExample, find } from "./dom";
+import { find } from "./dom";
 import { describeTiming, type Engine } from "./engine";
 import { Job } from "./job";
 import type { Model } from "./models";
@@ -120,7 +120,7 @@ function attentionPicture(digit: Float32Array, map: Float32Array, rows: number, 
 
 /** Buttons with the digits of a strip of squares. */
 async function showSamples(group: HTMLElement, take: (image: CanvasImageSource) => void): Promise<void> {
-  const strip = await createImageBitmap(await fetchExample("digits.png"));
+  const strip = await createImageBitmap(await (await fetch("digits.png")).blob());
   const side = strip.height;
   for (let digit = 0; digit * side < strip.width; digit++) {
     const canvas = document.createElement("canvas");
