@@ -70,6 +70,18 @@ def upscaler(path: Path, awkward: bool = False) -> Path:
     return write(path, nodes, weights, facts, ["batch", 3, "h", "w"])
 
 
+def matcher(path: Path) -> Path:
+    """The disparity of a view is 20 times its red, as in `tests.predict.matchers.Stereo`."""
+    weights = {"red.weight": 20 * np.eye(1, 3).reshape(1, 3, 1, 1)}
+    nodes = [
+        helper.make_node("Conv", [name, "red.weight"], [f"{name}_d"], f"node_{name}") for name in ("left", "right")
+    ]
+    nodes.append(helper.make_node("Concat", ["left_d", "right_d"], ["disparity"], "node_both", axis=1))
+    facts = Facts(16, task="stereo", input_names=("left", "right"), output_names=("disparity",), size_minimum=4)
+    facts.pretrained_cfg["architecture"] = "va_match_stereo_nano"
+    return write(path, nodes, weights, facts, ["batch", 2, "height", "width"])
+
+
 def classifier(path: Path, classes: int = 4) -> Path:
     """Patches of 8 x 8 pixels through a product with weights; without classes, its mean over the patches."""
     rng = np.random.default_rng(0)

@@ -7,9 +7,11 @@ import timm
 import torch
 from torch import nn
 
+from tests.export import graphs
 from tests.predict.upscalers import Blur, Repeat
 from visionattn.errors import InputError
 from visionattn.export import OnnxModel, export_onnx
+from visionattn.export.variants import write_variants
 from visionattn.predict import engine as engines
 from visionattn.predict.engine import OnnxEngine, TorchEngine, default_name, faster
 
@@ -70,6 +72,18 @@ def test_an_exported_file_is_the_model(tmp_path):
     assert (engine.scale, engine.channels, engine.radius) == (2, 3, 21)
     smooth = torch.linspace(0.2, 0.8, 25 * 33).view(1, 1, 25, 33).repeat(1, 3, 1, 1)
     torch.testing.assert_close(engine(smooth), model(smooth).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_variants_upscale(tmp_path):
+    source = graphs.upscaler(tmp_path / "toy.onnx")
+    write_variants(source, tmp_path / "net.onnx", int8=True, preprocess=True)
+    outline = timm.create_model("va_span_ch26_x2").eval()
+    pictures = torch.randint(256, (1, 3, 20, 24), generator=torch.Generator().manual_seed(0)) / 255
+    expected = pictures.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    for name, tolerance in (("toy.onnx", 1e-5), ("net.onnx", 1e-6), ("net.int8.onnx", 3 / 255)):
+        engine = OnnxEngine(OnnxModel(tmp_path / name), outline)
+        assert engine.radius == 1
+        torch.testing.assert_close(engine(pictures), expected, atol=tolerance, rtol=0)
 
 
 def test_files_that_do_not_upscale():

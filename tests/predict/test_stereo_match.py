@@ -1,13 +1,18 @@
 """`visionattn.stereo` and `visionattn.flow`: what the commands write, of images of every kind."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import visionattn
+from tests.export import graphs
 from tests.predict.matchers import GAIN, Flow, Stereo, shifted, view
 from visionattn.errors import DataError, InputError
+from visionattn.export import examples
+from visionattn.export.variants import write_variants
 from visionattn.predict import depth, estimate_disparity, estimate_flow, seen_in_both
 
 
@@ -111,3 +116,24 @@ def test_models_that_are_not_accepted():
         visionattn.stereo("lost.png", views[1], Stereo())
     with pytest.raises(InputError, match="dtype must be one of"):
         visionattn.stereo(*views, Stereo(), dtype="int8")
+
+
+def test_exported_files_and_their_variants(tmp_path, monkeypatch):
+    source = graphs.matcher(tmp_path / "toy.onnx")
+    monkeypatch.setattr(examples, "_GENERATED", (3, (48, 64), 16.0))
+    monkeypatch.setattr(examples, "_stereo_pairs", cache(examples._stereo_pairs.__wrapped__))
+    write_variants(source, tmp_path / "net.onnx", fp16=True, preprocess=True)
+    left, right = shifted(24, 32, 5)
+    expected = visionattn.stereo(left, right, Stereo(), max_pixels=10**6).disparity
+    for name in ("toy.onnx", "net.onnx", "net.fp16.onnx"):
+        found = visionattn.stereo(left, right, tmp_path / name, max_pixels=10**6)
+        np.testing.assert_allclose(found.disparity, expected, atol=0.02)
+    assert visionattn.stereo(left, right, tmp_path / "toy.onnx").disparity.shape == (24, 32)
+    with pytest.raises(InputError, match="in its own precision: leave out --dtype"):
+        visionattn.stereo(left, right, tmp_path / "toy.onnx", dtype="float16")
+    with pytest.raises(InputError, match="leave out --checkpoint"):
+        visionattn.stereo(left, right, tmp_path / "toy.onnx", checkpoint="a.pth")
+    with pytest.raises(InputError, match="its task is 'stereo', not 'flow'"):
+        visionattn.flow(left, right, tmp_path / "toy.onnx")
+    with pytest.raises(InputError, match="finds no start at half the size"):
+        visionattn.stereo(left, right, tmp_path / "toy.onnx", low_resolution_start=True)

@@ -35,7 +35,7 @@ def add_computing_arguments(parser: argparse.ArgumentParser) -> None:
 def add_matching_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:
     """Add what stereo and flow share; `formats` are suffixes, the first one being the default."""
     names = [suffix[1:] for suffix in formats]
-    add_model_arguments(parser, "name of the zoo, or weight file")
+    add_model_arguments(parser, "name of the zoo, weight file or exported .onnx")
     parser.add_argument("--format", choices=names, help=f"of the files in a folder (default: {names[0]})")
     parser.add_argument("--color", "--colour", action="store_true", help="also write NAME_color.png, for the eye")
     parser.add_argument("--nonocc", action="store_true", help="also write NAME_nonocc.png: white where both see it")

@@ -23,7 +23,7 @@ from visionattn.errors import InputError, MissingPackageError, VisionAttnError, 
 from visionattn.export import OnnxModel, export_onnx
 from visionattn.models import check_task
 from visionattn.models.span import TRAINED_HERE
-from visionattn.predict.network import Network, open_network, weight_of
+from visionattn.predict.network import Network, is_onnx_file, open_network, to_pictures, weight_of
 from visionattn.predict.tiles import bytes_per_pixel
 
 __all__ = [
@@ -113,7 +113,10 @@ class TorchEngine(Engine):
 
 
 class OnnxEngine(Engine):
-    """An exported file in ONNX Runtime, on the CPU, in float32.
+    """An exported file or variant in ONNX Runtime, on the CPU, in the file's own precision.
+
+    One that takes uint8 pictures gets tiles rounded to 8 bits, and so does its result: nothing is lost of pictures of 8
+    bits, but the lower half of those of 16.
 
     Args:
         file: The file.
@@ -139,7 +142,9 @@ class OnnxEngine(Engine):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Upscale: (B, C, h, w) -> (B, C, r h, r w)."""
-        return torch.from_numpy(self.file(images.numpy())[0]).to(images.dtype)
+        if self.file.spec.input_type != "uint8":
+            return torch.from_numpy(self.file(images.numpy())[0]).to(images.dtype)
+        return torch.from_numpy(self.file(to_pictures(images))[0]).movedim(-1, 1).to(images.dtype) / 255
 
     @classmethod
     def of(cls, model: nn.Module) -> OnnxEngine:
@@ -187,9 +192,11 @@ def open_engine(
     if model is None and checkpoint is None:
         model = default_name(scale or 4)
     name = type(model).__name__ if isinstance(model, nn.Module) else str(model or checkpoint)
-    is_onnx = name.lower().endswith(".onnx")
+    is_onnx = is_onnx_file(name)
     if is_onnx and (engine == "torch" or dtype != "auto" or (model and checkpoint)):
-        raise InputError(f"{name} runs in ONNX Runtime in float32: leave out --engine, --dtype and --checkpoint.")
+        raise InputError(
+            f"{name} runs in ONNX Runtime in its own precision: leave out --engine, --dtype and --checkpoint."
+        )
     if is_onnx or engine == "onnxruntime":
         if device != "auto" and find_device(device).type != "cpu":
             raise InputError(f"ONNX Runtime computes on the CPU here: leave out --device {shorten(device)} (device=).")

@@ -21,7 +21,7 @@ from visionattn.errors import InputError
 from visionattn.models import check_task
 from visionattn.models.enlarged import EnlargedViews
 from visionattn.predict.images.picture import Picture, read
-from visionattn.predict.network import Network, open_network
+from visionattn.predict.network import Network, OnnxNetwork, open_network
 from visionattn.predict.tiles import bytes_per_pixel, free_memory
 
 __all__ = ["SHIPPED", "Matcher", "as_tensor", "describe_unknown", "open_matcher", "pixels_of"]
@@ -147,6 +147,8 @@ class Matcher:
         model = self.network.model
         if isinstance(model, EnlargedViews):
             model = model.network
+        if isinstance(model, OnnxNetwork):
+            model = model.outline
         free = free_memory(self.network.device)
         side = max(192, getattr(model, "size_minimum", 1))
         bytes_each = bytes_per_pixel(model, 3, side, views=2) * self.enlarge**2

@@ -5,14 +5,26 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from visionattn.checkpoints import create
 from visionattn.devices import find_device
 from visionattn.errors import InputError, explaining_memory, shorten
+from visionattn.export import OnnxModel
 from visionattn.opening import open_model
 
-__all__ = ["DTYPES", "PRECISIONS", "Network", "open_network", "weight_of"]
+__all__ = [
+    "DTYPES",
+    "PRECISIONS",
+    "Network",
+    "OnnxNetwork",
+    "is_onnx_file",
+    "open_network",
+    "to_pictures",
+    "weight_of",
+]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # old spellings
@@ -29,7 +41,7 @@ def open_network(
     """Open a model on the device that computes.
 
     Args:
-        model: As `open_model` takes it. A module is not changed.
+        model: As `open_model` takes it, or an exported file. A module is not changed.
         checkpoint: Likewise.
         task: What it must be for.
         device: As `find_device` takes it; "auto" leaves a module where it is.
@@ -37,12 +49,63 @@ def open_network(
     Raises:
         VisionAttnError: There is no such model, file or device, it has no weights, or it does something else.
     """
+    if is_onnx_file(model):
+        if checkpoint is not None or (device != "auto" and find_device(device).type != "cpu"):
+            raise InputError(
+                f"{shorten(model)} has its weights and runs on the CPU here: leave out --checkpoint and --device."
+            )
+        return OnnxNetwork(str(model), task)
     found = open_model(model, checkpoint, task=task).model
     if not isinstance(model, nn.Module):
         return found.to(find_device(device))
     if device == "auto" or weight_of(model).device == find_device(device):
         return found
     return copy.deepcopy(found).to(find_device(device))
+
+
+def is_onnx_file(name: object) -> bool:
+    """Whether what a user names as a model is an exported file, by its suffix."""
+    return isinstance(name, (str, Path)) and str(name).lower().endswith((".onnx", ".ort"))
+
+
+def to_pictures(images: Tensor) -> np.ndarray:
+    """Floats (B, C, H, W) in 0..1 -> pictures (B, H, W, C) of uint8."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).contiguous().numpy()
+
+
+class OnnxNetwork(nn.Module):
+    """An exported file or variant as a module, on the CPU in the file's own precision.
+
+    Args:
+        path: The file.
+        task: What it must be for.
+
+    Attributes:
+        outline: The zoo's model of that name, without its weights: what memory is reckoned by.
+
+    Raises:
+        InputError: The file is not there, cannot be loaded, does something else, or takes one size only.
+        UnknownNameError: It is of no model of the zoo.
+    """
+
+    def __init__(self, path: str | Path, task: str) -> None:
+        super().__init__()
+        self.file = OnnxModel(path)
+        spec = self.file.spec
+        self.task = spec.task
+        if spec.task != task:
+            raise InputError(f"{shorten(path)} cannot be used here: its task is {spec.task!r}, not {task!r}.")
+        if not spec.dynamic_size or spec.batch not in (None, 1):
+            raise InputError(f"{shorten(path)} has one size or batch: export it without --static-size and --batch.")
+        self.size_minimum = spec.size_minimum or 1
+        self.outline = create(spec.model).eval()
+        self.eval()
+
+    def forward(self, *images: Tensor) -> Tensor:
+        """(B, C, H, W) for each input -> the first output."""
+        pictures = self.file.spec.input_type == "uint8"
+        arrays = [to_pictures(image) if pictures else image.numpy() for image in images]
+        return torch.from_numpy(self.file(*arrays)[0])
 
 
 class Network:
@@ -71,6 +134,8 @@ class Network:
         if name not in ("auto", *DTYPES):
             allowed = ", ".join(map(repr, ("auto", *DTYPES)))
             raise InputError(f"dtype must be one of {allowed}; got {shorten(dtype)!r}.")
+        if isinstance(model, OnnxNetwork) and name != "auto":
+            raise InputError(f"{shorten(model.file.path)} runs in its own precision: leave out --dtype (dtype=).")
         if model.training:
             model = copy.deepcopy(model).eval()
         weight = weight_of(model)

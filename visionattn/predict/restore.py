@@ -52,8 +52,8 @@ def upscale(
     Args:
         image: An array (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; a PIL image; a float tensor (C, H, W) or
             (B, C, H, W) in 0..1; or the path of an image file, which is read upright. RGB order.
-        model: A model of the task "restore": its name, a weight file, an exported .onnx file, or the module. Default:
-            the one that is shipped for `scale`.
+        model: A model of the task "restore": its name, a weight file, an exported .onnx or .ort file, or the
+            module. Default: the one that is shipped for `scale`.
         scale: How many times as high and wide: 2, 3 or 4, default 4. Another model states its own.
         checkpoint: Weight file for a name.
         memory: MiB that a pass of the network may take; larger images are cut into tiles. Default: half of what is

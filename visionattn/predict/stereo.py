@@ -95,7 +95,8 @@ def stereo(
         left: An array (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; a PIL image; a float tensor (C, H, W) in
             0..1; or the path of an image file, which is read upright. Grey or RGB, alpha is laid on white.
         right: Likewise, of the same size.
-        model: A model of the task "stereo": its name, a weight file, or the module. Default: the one that is shipped.
+        model: A model of the task "stereo": its name, a weight file, an exported .onnx or .ort file, or the module.
+            Default: the one that is shipped.
         checkpoint: Weight file for a name.
         focal: Focal length in pixels, for `depth`.
         baseline: Distance of the cameras in metres, with `focal`.
