@@ -93,3 +93,9 @@ def test_what_does_not_load(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ExportError, match="does not load the variant"):
         Runner(path, spec)
+
+
+def test_stereo_without_truth_is_compared_with_float32():
+    reference, output = np.full((2, 1, 4), 5.0), np.array([[[5.0, 7.5, 5.0, 5.0]], [[0.0, 0, 0, 0]]])
+    quality = measure_quality(spec_of(task="stereo"), [Example((BLANK, BLANK))], [reference], [output])
+    assert (quality.metric, quality.reference, quality.value) == ("moved by 2 pixels in %", 0, 25)

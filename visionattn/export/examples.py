@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | restore | high-resolution pictures | these; the network gets MATLAB's bicubic of them |
 | classify | pictures, or a folder for each class | the class's number, where there are classes |
-| stereo | scenes of `visionattn.data.matching.stereo` | disparity of the left view |
+| stereo | scenes of `visionattn.data.matching.stereo` | disparity of the left view, where it can be read |
 
 Without a folder there are photographs inside the scikit-image wheel, cut into quarters, its stereo pair beside
 generated scenes, and for grey images scikit-learn's digits.
@@ -24,14 +24,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from visionattn.data.classify.digits import load_digits
-from visionattn.data.images import check_unreadable, class_folders, eight_bits, find_images, open_image
+from visionattn.data.images import check_unreadable, class_folders, eight_bits, find_images, open_image, read_rgb
 from visionattn.data.matching.scenes import GeneratedPairs
 from visionattn.data.matching.stereo import find_scenes
 from visionattn.data.restore.bicubic import crop_to_multiple, downscale
 from visionattn.errors import DataError, InputError, require, shorten
 from visionattn.export.spec import ExportSpec
 
-__all__ = ["LEAST", "Example", "check_task", "feeds", "load_examples"]
+__all__ = ["LEAST", "Example", "check_task", "feeds", "load_examples", "match_example"]
 
 LEAST = {"restore": 8, "classify": 8, "stereo": 4}
 """How many pictures, or pairs, a calibration needs, by the tasks that have examples."""
@@ -69,18 +69,20 @@ def check_task(spec: ExportSpec) -> None:
         raise InputError(f"{spec.model} takes {spec.input_size[0]} channels; variants are measured on 1 or 3.")
 
 
-def load_examples(spec: ExportSpec, folder: str | Path | None, least: int = 1) -> list[Example]:
+def load_examples(spec: ExportSpec, folder: str | Path | Sequence[Example] | None, least: int = 1) -> list[Example]:
     """Read examples, evenly spread over a folder that holds very many.
 
     Args:
         spec: The file's metadata.
-        folder: Real data; None takes what installed packages hold.
+        folder: Real data, or the examples themselves; None takes what installed packages hold.
         least: How many are needed.
 
     Raises:
         DataError: There is no such folder, or there are too few examples in it.
         MissingPackageError: The package with the pictures is not installed.
     """
+    if folder is not None and not isinstance(folder, (str, Path)):
+        return list(folder)
     found = _packaged(spec) if folder is None else _from_folder(spec, Path(folder))
     if len(found) < least:
         what = "stereo scenes" if spec.task == "stereo" else "images"
@@ -122,7 +124,7 @@ def _from_folder(spec: ExportSpec, folder: Path) -> list[Example]:
 
 def _packaged(spec: ExportSpec) -> list[Example]:
     if spec.task == "stereo":
-        return [_matched(spec, *pair) for pair in _stereo_pairs()]
+        return [match_example(spec, *pair) for pair in _stereo_pairs()]
     if spec.input_size[0] == 1 and spec.task == "classify":
         images, labels = load_digits("val")
         chosen = _spread(range(len(images)), _MOST["classify"])
@@ -209,12 +211,22 @@ def _classified(spec: ExportSpec, image: Image.Image, label: int | None) -> Exam
 
 
 def _scene(spec: ExportSpec, scene: Any) -> Example:
-    pair = scene.read()
-    return _matched(spec, pair.left, pair.right, pair.truth)
+    try:
+        pair = scene.read()
+    except DataError:  # of a truth in PNGs whose factor is not stated, among others
+        return match_example(spec, read_rgb(scene.left), read_rgb(scene.right), None)
+    return match_example(spec, pair.left, pair.right, pair.truth)
 
 
-def _matched(spec: ExportSpec, left: np.ndarray, right: np.ndarray, truth: np.ndarray) -> Example:
-    """A pair at a size that the file takes; its disparities grow with its width."""
+def match_example(spec: ExportSpec, left: np.ndarray, right: np.ndarray, truth: np.ndarray | None) -> Example:
+    """A stereo pair at a size that a file takes; its disparities grow with its width.
+
+    Args:
+        spec: The file's metadata.
+        left: (H, W, 3) of uint8.
+        right: Likewise.
+        truth: Disparity of the left view (H, W), NaN where it is not known; None where nothing is.
+    """
     height, width = left.shape[:2]
     if spec.dynamic_size:
         ratio = min(1.0, _STEREO_SIDE / max(height, width))
@@ -225,6 +237,7 @@ def _matched(spec: ExportSpec, left: np.ndarray, right: np.ndarray, truth: np.nd
     if size != [height, width]:
         views = [Image.fromarray(view).resize((size[1], size[0]), Image.Resampling.BICUBIC) for view in (left, right)]
         left, right = (np.asarray(view) for view in views)
+    if truth is not None and truth.shape != left.shape[:2]:
         nearest = F.interpolate(torch.from_numpy(np.ascontiguousarray(truth))[None, None].float(), tuple(size))
         truth = nearest[0, 0].numpy() * (size[1] / width)
     return Example((np.ascontiguousarray(left), np.ascontiguousarray(right)), truth)

@@ -27,7 +27,7 @@ from visionattn.export.spec import ExportSpec
 
 __all__ = ["Quantized", "quantize"]
 
-_PROBES = 4  # examples by which nodes are ranked
+_PROBES = 2  # of the smallest examples, by which nodes are ranked
 _MOST_KEPT = 0.5  # share of the nodes that may stay in float before the attempt ends
 _GROWTH = 1.5  # of the number of nodes that stay in float, from one attempt to the next
 
@@ -111,15 +111,17 @@ def _choose(
         if not ranked:
             progress(f"Measuring what each of {len(names)} nodes costs.")
             damage = {}
+            probes = sorted(range(len(examples)), key=lambda place: examples[place].images[0].size)[:_PROBES]
             for name in names:
                 built([name])
-                distance = _distance(reference, outputs(attempt, examples[:_PROBES]))
+                results = outputs(attempt, [examples[place] for place in probes])
+                distance = _distance([reference[place] for place in probes], results)
                 damage[name] = distance / made.nodes[name][1]
             ranked = sorted(names, key=lambda name: -damage[name])
 
 
 def _distance(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> float:
-    """Mean squared difference; pairs have one match each, so that a few lost pixels do not outweigh all others."""
+    """Mean squared difference, infinite where it is no number."""
     differences = [np.square(one.astype(np.float64) - other).mean() for one, other in zip(reference, outputs)]
     return float(np.nan_to_num(np.mean(differences), nan=np.inf))
 

@@ -113,7 +113,7 @@ def write_variants(
     int8: bool | str | Path = False,
     fp16: bool = False,
     preprocess: bool = False,
-    test_data: str | Path | None = None,
+    test_data: str | Path | Sequence[Example] | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Variant, ...]:
@@ -126,8 +126,8 @@ def write_variants(
         int8: Write int8: True calibrates by pictures of installed packages, a path by those in this folder.
         fp16: Write float16 with float32 inputs and outputs.
         preprocess: Let all files take uint8 pictures (B, H, W, C), and give pictures, probabilities or disparities.
-        test_data: Folder of real data to measure on: high-resolution pictures, class folders or stereo scenes.
-            Default: the calibration's.
+        test_data: Real data to measure on: a folder of high-resolution pictures, class folders or stereo scenes, or
+            the examples themselves. Default: the calibration's.
         overwrite: Replace files that exist.
         progress: Called with a line at the beginning of each step.
 
@@ -185,6 +185,7 @@ class _Writer:
         self.source, self.spec, self.examples = source, spec, examples
         self.preprocess, self.folder, self.tell = preprocess, folder, tell
         self.runner = Runner(source, spec)
+        self.smallest = min(examples, key=lambda example: example.images[0].size)
         self.reference = [self.runner(example) for example in examples]
 
     def write(self, model: Any, precision: str, path: Path | None) -> Variant:
@@ -202,14 +203,17 @@ class _Writer:
             write_ort(model, file)
         else:
             file.write_bytes(model.SerializeToString())
-        self.tell(f"Measuring {path.name} on {len(self.examples)} examples.")
-        runner = Runner(file, spec)
-        outputs = [runner(example) for example in self.examples]
-        quality = measure_quality(spec, self.examples, self.reference, outputs)
         size = file.stat().st_size
-        if not quality.passed:
-            return Variant(path, spec, 0, quality, recommended=False, refused=str(quality))
-        speed, spread = measure_speed(self.runner, runner, self.examples[0])
+        if precision == "fp32" and not self.preprocess and path.suffix.lower() != ".ort":
+            quality = measure_quality(spec, self.examples, self.reference, self.reference)
+            speed, spread = 1.0, 0.0  # the graph is the source's
+        else:
+            self.tell(f"Measuring {path.name} on {len(self.examples)} examples.")
+            runner = Runner(file, spec)
+            quality = measure_quality(spec, self.examples, self.reference, list(map(runner, self.examples)))
+            if not quality.passed:
+                return Variant(path, spec, 0, quality, recommended=False, refused=str(quality))
+            speed, spread = measure_speed(self.runner, runner, self.smallest)
         with atomic_path(path) as temporary:
             temporary.write_bytes(file.read_bytes())
         gains = precision == "fp32" or speed >= GAIN or (precision == "fp16" and size < SMALLER * self._size())
