@@ -21,7 +21,7 @@ from visionattn.kernels import (  # noqa: F401
     subspace_attention,
     symmetric_gate,
 )
-from visionattn.kernels._operator import DEFINITIONS, kernels_enabled
+from visionattn.kernels._operator import DEFINITIONS, EXPORTED, kernels_enabled
 
 __all__ = ["PlainForms", "decompositions", "kernels_enabled"]
 
@@ -35,14 +35,15 @@ def decompositions() -> dict[OpOverload, Callable]:
 
 
 class PlainForms(TorchFunctionMode):
-    """Within this context every operator is traced as its plain definition.
+    """Within this context every operator is traced as its plain definition, or as its plain form for exported graphs.
 
     A program traced so needs no `run_decompositions(decompositions())`, a second pass over its graph that takes longer
     than tracing where sizes are symbolic.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Call the definition in place of an operator, and all else as it is."""
+        """Call the plain form in place of an operator, and all else as it is."""
         operator = getattr(func, "default", func)  # `torch.ops.visionattn.<operator>` has one overload
-        function = DEFINITIONS.get(operator, func) if isinstance(operator, OpOverload) else func
+        forms = DEFINITIONS | EXPORTED
+        function = forms.get(operator, func) if isinstance(operator, OpOverload) else func
         return function(*args, **(kwargs or {}))

@@ -27,10 +27,13 @@ from visionattn.errors import InputError
 logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
 from torch.utils.flop_counter import register_flop_formula  # noqa: E402
 
-__all__ = ["DEFINITIONS", "check_alike", "gradients", "kernels_enabled", "register", "register_flop_formula"]
+__all__ = ["DEFINITIONS", "EXPORTED", "check_alike", "gradients", "kernels_enabled", "register", "register_flop_formula"]
 
 # Forward operator -> plain definition. Every operator file adds its own line.
 DEFINITIONS: dict[OpOverload, Callable] = {}
+
+# Forward operator -> another plain form of it, where there is one that runs faster in the runtimes of exported graphs.
+EXPORTED: dict[OpOverload, Callable] = {}
 
 _LIBRARY = torch.library.Library("visionattn", "FRAGMENT")
 
@@ -86,6 +89,7 @@ def register(
     differentiate: Callable,
     gradient: Callable | None = None,
     kept: tuple[int, ...] = (),
+    exported: Callable | None = None,
 ) -> None:
     """Register how an operator and its backward pass are differentiated, transformed and autocast.
 
@@ -100,10 +104,13 @@ def register(
         gradient: Plain form of `<operator>_backward` that PyTorch can differentiate. None for one that takes the
             cotangents and the operator's arguments, and gives the gradient of each tensor among these.
         kept: Positions of arguments that keep their precision under autocast.
+        exported: Plain form for exported graphs. None for the definition.
     """
     forward = getattr(torch.ops.visionattn, operator).default
     backward = getattr(torch.ops.visionattn, f"{operator}_backward").default
     DEFINITIONS[forward] = definition
+    if exported is not None:
+        EXPORTED[forward] = exported
     gradient = gradient or _gradient_of(definition, len(forward._schema.returns))
 
     def define(*args):

@@ -31,6 +31,7 @@ Form: chunks of blocks whose logits stay in a CPU's cache. Only the arguments ar
 computes the softmax again.
 Kernels: Triton on CUDA, for heads up to 128 wide, 16 for the gradients of float32, and windows up to 32; what is beyond
 that, float64 and other devices take the plain form.
+Exported graphs have another plain form, in `visionattn.kernels._plain.exported_halo_attention`.
 Limits: b must be a multiple of s.
 Second derivatives, forward mode and the transforms of `torch.func` take the definition, and its memory.
 Sources: HaloNet, arXiv 2103.12731; the relative logits are those of arXiv 1904.09925.
@@ -44,6 +45,7 @@ from torch import Tensor
 from visionattn.errors import InputError
 from visionattn.kernels._operator import check_alike, kernels_enabled, register, register_flop_formula
 from visionattn.kernels._plain import halo_attention as plain
+from visionattn.kernels._plain.exported_halo_attention import halo_attention_exported
 from visionattn.kernels._plain.halo_attention import border_bias, empty_map, table_rows
 
 __all__ = ["BORDERS", "INDICES", "halo_attention_definition"]
@@ -64,7 +66,7 @@ def halo_attention_definition(
     border: str,
     index: str,
 ) -> Tensor:
-    """The definition, in plain PyTorch. Windows are gathered as rows of a table of pixels: the fastest form in ONNX."""
+    """The definition, in plain PyTorch. Windows are gathered as rows of a table of pixels."""
     (B, heads, D, H, W), Dv = k.shape, v.shape[2]
     b, h, w, bq = block_size, halo_size, block_size + 2 * halo_size, block_size // stride
     ny, nx = (H + b - 1) // b, (W + b - 1) // b
@@ -224,6 +226,7 @@ register(
     check=_check,
     save=_save,
     differentiate=_differentiate,
+    exported=halo_attention_exported,
 )
 
 

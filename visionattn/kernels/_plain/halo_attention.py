@@ -24,7 +24,7 @@ def table_rows(queries: int, window: int, stride: int, index: str, device: torch
 
 def border_bias(pixel: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """What to add to the logits of a key at each coordinate: 0 inside the map, -inf outside."""
-    outside = (pixel < 0) | (pixel >= size)
+    outside = torch.logical_or(pixel < 0, pixel >= size)
     return torch.zeros(pixel.shape, dtype=dtype, device=pixel.device).masked_fill(outside, float("-inf"))
 
 
