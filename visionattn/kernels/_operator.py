@@ -27,7 +27,15 @@ from visionattn.errors import InputError
 logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
 from torch.utils.flop_counter import register_flop_formula  # noqa: E402
 
-__all__ = ["DEFINITIONS", "EXPORTED", "check_alike", "gradients", "kernels_enabled", "register", "register_flop_formula"]
+__all__ = [
+    "DEFINITIONS",
+    "EXPORTED",
+    "check_alike",
+    "gradients",
+    "kernels_enabled",
+    "register",
+    "register_flop_formula",
+]
 
 # Forward operator -> plain definition. Every operator file adds its own line.
 DEFINITIONS: dict[OpOverload, Callable] = {}
