@@ -1,4 +1,4 @@
-"""The form of halo attention for exported graphs: the definition's values, at any size, and what runtimes cannot take."""
+"""Halo attention in exported graphs: the definition's values at any size, without what some runtimes cannot take."""
 
 from __future__ import annotations
 
