@@ -249,15 +249,21 @@ def measure(runtime: str, folder: Path, case: str, rounds: int) -> dict[str, Any
         return found | {"reason": f"{type(error).__name__}: {lines[0] if lines else ''}"}
 
 
-def paired(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of calls in turn, round after round, two rounds not counted."""
+def paired(
+    calls: dict[str, Call], rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
+    """Milliseconds of calls in turn, round after round, two rounds not counted.
+
+    The default clock is the processor time of all threads of the process: of calls on one thread, what they take on a
+    machine that has nothing else to do, whatever else it does.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 2):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if number >= 2:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (clock() - start))
     return times
 
 

@@ -4,7 +4,8 @@
 
 FOLDER holds an environment for each runtime; `--make` makes those that are missing, by uv or by venv and pip, from
 packages of the index that is set up. A cell is a process of its own: convert, load, compare with PyTorch in float32
-and float64, time against ONNX Runtime in turn, both on one thread. Writes results/runtimes.csv.
+and float64, time against ONNX Runtime in turn, both on one thread, by the
+processor time that they take. Writes results/runtimes.csv.
 
 `status` is "runs", "wrong" (error above 1 % of the largest output in float32), "converted" (Core ML, which runs on
 Apple's systems only), or "fails" with the step in `step` and the reason in `reason`. Errors are the largest difference

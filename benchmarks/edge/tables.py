@@ -1,0 +1,78 @@
+"""The documentation's tables of edge devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.markdown import markdown
+from benchmarks.report import RESULTS, read_rows
+
+
+def runtimes() -> str:
+    """How far each network comes in each runtime, with its error and its speed against ONNX Runtime."""
+    rows = read_rows(RESULTS / "runtimes.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    cells = {(row["runtime"], row["model"]): row for row in rows}
+    names = list(dict.fromkeys(row["runtime"] for row in rows))
+    models = {row["model"]: row for row in rows}
+    body = [
+        [f"`{model}`, {row['input']}, {row['weights']}", *(_cell(cells.get((name, model))) for name in names)]
+        for model, row in models.items()
+    ]
+    versions = "; ".join(_versions(name, rows) for name in names)
+    found = rows[-1]
+    origin = f"{found['device']}, one thread, torch {found['torch']}. {versions}."
+    return markdown(["model, size, weights", *names], body) + f"\n{origin}\n\n" + _failures(rows)
+
+
+def edge() -> str:
+    """Size, memory and time of our networks, each above its peers."""
+    rows = read_rows(RESULTS / "edge.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["network", "image", "parameters", "file", "accuracy", "1 thread", "2 threads", "peer is", "memory", "WASM"]
+    body = []
+    for row in rows:
+        ours = row["model"] == row["compared_with"]
+        times = [f"{float(row[f'median_ms_{n}']):.1f} ± {float(row[f'iqr_ms_{n}']):.1f} ms" for n in (1, 2)]
+        ratio = "" if ours else f"{float(row['ratio_1']):.2f}, {float(row['ratio_2']):.2f} x"
+        size = f"{int(row['bytes']) / 1e6:.2f} MB"
+        name = f"**`{row['model']}`**" if ours else f"{row['model']}"
+        wasm = row["wasm_ms"] and f"{float(row['wasm_ms']):.1f} ms"
+        facts = [f"{int(row['parameters']):,}", size, row["accuracy"], *times, ratio, f"{row['peak_mib']} MiB", wasm]
+        body.append([name, row["input"], *facts])
+    found = rows[-1]
+    origin = f"{found['device']}, ONNX Runtime {found['onnxruntime']}, torch {found['torch']}."
+    return markdown(head, body) + f"\n{origin}\n"
+
+
+def _cell(row: dict[str, str] | None) -> str:
+    if row is None:
+        return ""
+    if row["status"] in ("fails", "wrong"):
+        return row["status"]
+    if row["status"] == "converted":
+        return f"converts, {int(row['bytes']) / 1e6:.2f} MB"
+    speed = f", {float(row['ratio']):.2f} x" if row["ratio"] else ""
+    return f"{row['error_float32']}{speed}, {int(row['bytes']) / 1e6:.2f} MB"
+
+
+def _versions(name: str, rows: list[dict[str, str]]) -> str:
+    return next((row["versions"] for row in rows if row["runtime"] == name and row["versions"]), name)
+
+
+def _failures(rows: list[dict[str, str]]) -> str:
+    """A line for each network that a runtime does not take, with the runtime's reason."""
+    failed = [row for row in rows if row["status"] in ("fails", "wrong")]
+    return "".join(f"- {row['runtime']}, `{row['model']}`, {_reason(row)}\n" for row in failed)
+
+
+def _reason(row: dict[str, str]) -> str:
+    if row["status"] == "wrong":
+        return f"wrong: its error is {row['error_float32']}, the largest output {row['largest_output']}."
+    reason = row["reason"].rstrip(".").replace("|", "/")
+    return f"fails in {row['step']}: `{reason}`."
+
+
+TABLES: dict[str, Callable[[], str]] = {"runtimes": runtimes, "edge": edge}
