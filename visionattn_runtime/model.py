@@ -109,7 +109,8 @@ class Model:
                 raise RunError(
                     f"{self.spec['model']} takes {count} image{'s' * (count > 1)}; {len(images)} were given."
                 )
-            return {"restore": self.enlarge, "stereo": self.stereo, "flow": self.flow}[task](*images)
+            methods: dict[str, Any] = {"restore": self.enlarge, "stereo": self.stereo, "flow": self.flow}
+            return methods[task](*images)
         return (
             self.probabilities(*images) if self.output_kind in ("logits", "probabilities") else self.features(*images)
         )

@@ -123,6 +123,6 @@ def _verify_variant(folder: Path, card: Any, variant: Any) -> list[Row]:
         found = model.predict(*(folder / image for image in card["sample"]["images"]))
     except (RunError, OSError, ValueError) as error:
         return [*rows, Row(name, False, short(error))]
-    error, allowed = sample_error(found, expected), variant["allowed"]
-    finding = f"computes the sample to {error:.2g} of PyTorch's result; {allowed:.2g} is allowed"
-    return [*rows, Row(name, error <= allowed, finding)]
+    distance, allowed = sample_error(found, expected), variant["allowed"]
+    finding = f"computes the sample to {distance:.2g} of PyTorch's result; {allowed:.2g} is allowed"
+    return [*rows, Row(name, distance <= allowed, finding)]

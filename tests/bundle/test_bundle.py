@@ -159,3 +159,32 @@ def test_shipped_model_by_command(tmp_path, capsys):
     assert "CIFAR-10" in (tmp_path / "vit" / "weights.md").read_text()
     assert visionattn.export_bundle is export_bundle
     assert all(row.passed for row in verify(tmp_path / "vit"))
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="Node is not installed")
+def test_the_sample_in_javascript_prepares_images_as_the_runner(written):
+    script = """
+import { readFileSync } from "node:fs";
+import { prepare, readPpm, readSpec, softmax, toPixels } from "./run.mjs";
+const ort = { Tensor: class { constructor(type, data, dims) { Object.assign(this, { type, data, dims }); } } };
+const spec = readSpec(JSON.parse(readFileSync("card.json", "utf8")), "model.onnx");
+const image = readPpm(readFileSync("small.ppm"));
+const tensor = prepare(ort, image, spec);
+const bytes = prepare(ort, image, { ...spec, input_type: "uint8" });
+const pixels = toPixels({ data: Float32Array.from([-1, 0.5, 0.25, 2, 1, 0]), dims: [1, 3, 1, 2] }, { });
+console.log(JSON.stringify({ values: [...tensor.data], dims: tensor.dims, bytes: [...bytes.data], shape: bytes.dims,
+  soft: softmax([1, 2, 3]), pixels: [...pixels.data], height: pixels.height, width: pixels.width }));
+"""
+    photo = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    Image.fromarray(photo).save(written.folder / "small.ppm")
+    command = ["node", "--input-type=module", "--eval", script]
+    found = subprocess.run(command, cwd=written.folder, capture_output=True, text=True)
+    (written.folder / "small.ppm").unlink()
+    assert found.returncode == 0, found.stderr
+    made = json.loads(found.stdout)
+    expected = load(written.folder / "model.onnx")._array([photo], "image")
+    assert made["dims"] == list(expected.shape)
+    np.testing.assert_allclose(np.reshape(made["values"], expected.shape), expected, atol=1e-6)
+    np.testing.assert_array_equal(np.reshape(made["bytes"], made["shape"]), photo[None])
+    np.testing.assert_allclose(made["soft"], torch.tensor([1.0, 2, 3]).softmax(0), atol=1e-6)
+    assert (made["pixels"], made["height"], made["width"]) == ([0, 64, 255, 128, 255, 0], 1, 2)

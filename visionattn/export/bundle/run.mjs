@@ -81,9 +81,14 @@ export function readPpm(bytes) {
 }
 
 async function main([file, ...paths]) {
+  if (!file || !paths.length) throw new Error("usage: node run.mjs MODEL.onnx IMAGE.ppm [IMAGE.ppm]");
   const { readFileSync, writeFileSync } = await import("node:fs");
   const { basename, dirname, join } = await import("node:path");
-  const ort = await import("onnxruntime-node").catch(() => import("onnxruntime-web"));
+  const ort = await import("onnxruntime-node")
+    .catch(() => import("onnxruntime-web"))
+    .catch((error) => {
+      throw new Error(`npm install onnxruntime-node, or onnxruntime-web: ${error.message}`);
+    });
   const card = JSON.parse(readFileSync(join(dirname(file), "card.json"), "utf8"));
   const spec = readSpec(card, basename(file));
   const images = paths.map((path) => readPpm(readFileSync(path)));
@@ -107,5 +112,8 @@ async function main([file, ...paths]) {
 }
 
 if (typeof process !== "undefined" && import.meta.url === `file://${process.argv[1]}`) {
-  await main(process.argv.slice(2));
+  main(process.argv.slice(2)).catch((error) => {
+    console.error(`run: ${error.message}`);
+    process.exitCode = 1;
+  });
 }

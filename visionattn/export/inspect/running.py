@@ -117,11 +117,11 @@ def own_size(
         raise InputError(f"The file takes {' x '.join(map(str, fixed))} only: leave out --image-size.")
     if None not in sides:
         return sides[0], sides[1]  # type: ignore[return-value]
-    guesses = [tuple(side or guess for side in sides) for guess in GUESSES]
+    guesses = [(sides[0] or guess, sides[1] or guess) for guess in GUESSES]
     found = _try(path, structure, spec, [(*guess, batch if isinstance(batch, int) else 1) for guess in guesses])
     for guess, result in zip(guesses, found):
         if "error" not in result:
-            return guess  # type: ignore[return-value]
+            return guess
     reason = found[0]["error"].rstrip(".") if found else "the process ended"
     raise InputError(
         f"It states no size, and runs at none of {', '.join(map(str, GUESSES))} pixels a side: name one with "

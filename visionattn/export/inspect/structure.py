@@ -146,7 +146,7 @@ def _value(onnx: Any, value: Any) -> Value:
 
 
 def _external_data(onnx: Any, model: Any) -> list[str]:
-    found = {}
+    found: dict[str, None] = {}
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             places = {entry.key: entry.value for entry in tensor.external_data}
