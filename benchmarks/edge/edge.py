@@ -9,7 +9,7 @@ change the time. The files of a group run in turn, round after round; `ratio` is
 in the same round, so that above 1 the peer is faster. One thread is timed by the processor time that it takes, two by
 the time that passes. `peak_mib` is what a process with ONNX Runtime alone needs for
 the file above what it has before: weights, plan and one call on one thread. `accuracy` is quoted from the results of
-other scripts, `wasm_ms` from results/edge_web.csv where that has the network. Writes results/edge.csv.
+other scripts. Writes results/edge.csv.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ GROUPS = {
     ),
     "halonet": Group(Case("va_halonet_h0", (256, 256)), ("fastvit_t8", "halonet26t")),
     "span": Group(Case("va_span_ch48_x4", (128, 128)), ("spandrel",)),
-    "span_small": Group(Case("va_span_ch26_x4", (128, 128), pretrained=True), ("spandrel",)),
+    "span_small": Group(Case("va_span_ch26_x4", (180, 240), pretrained=True), ("spandrel",)),
     "micro": Group(Case("va_minimal_vit_micro_patch4_32", (32, 32), pretrained=True)),
     "digits": Group(Case("va_minimal_vit_nano_patch7_28", (28, 28))),
     "halonet_small": Group(Case("va_halonet_nano_32", (32, 32))),
@@ -150,13 +150,6 @@ def accuracy_of(name: str) -> str:
     return words.format(f"{float(rows[-1][column]):.2f}") if rows else ""
 
 
-def wasm_of(name: str, size: tuple[int, int]) -> str:
-    """The median time in the browser, where it was measured at this size."""
-    wanted = (name, f"{size[0]}x{size[1]}")
-    found = [row for row in read_rows(RESULTS / "edge_web.csv") if (row.get("model"), row.get("input")) == wanted]
-    return found[-1].get("median_ms", "") if found else ""
-
-
 def measure(group: Group, rounds: int, folder: Path) -> list[dict]:
     """Export, measure and give the rows of a group, ours first."""
     case = group.ours
@@ -198,7 +191,6 @@ def measure(group: Group, rounds: int, folder: Path) -> list[dict]:
                 "accuracy": accuracy_of(case.name) if ours else "",
                 **times,
                 "peak_mib": f"{peak_mib(path):.1f}",
-                "wasm_ms": wasm_of(case.name, case.size) if ours else "",
                 "rounds": rounds,
                 "onnxruntime": importlib.metadata.version("onnxruntime"),
             }
