@@ -12,7 +12,12 @@ from tests.kernels.tensors import differentiate, doubled, require_grad
 from visionattn.errors import InputError
 from visionattn.kernels import decompositions
 from visionattn.kernels._plain import match_attention as plain
-from visionattn.kernels.match_attention import SIMILARITIES, bilinear_softmax, match_attention_definition
+from visionattn.kernels.match_attention import (
+    SIMILARITIES,
+    bilinear_softmax,
+    match_attention_definition,
+    match_attention_exported,
+)
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 operator = torch.ops.visionattn.match_attention
@@ -252,6 +257,22 @@ def test_a_key_far_above_the_rest_in_one_sub_window(function, column):
     for ours, expected in zip((*found, *gradients), (*exact, *exact_gradients), strict=True):
         torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-5 * max(1, expected.abs().max().item()))
     assert found[1][0, 1, 1, 0].max() < 0.5  # the rest have most
+
+
+@pytest.mark.parametrize(("above", "exact"), [(0.0, True), (60.0, True), (1000.0, False)])
+def test_the_exported_form_by_one_softmax(above, exact):
+    """A sub-window without any key near the highest one keeps its share of the attention."""
+    q = torch.rand(2, 5, 6, 1, 8)
+    k = q + 0.1 * torch.randn_like(q) - above / 8**0.5 * (torch.rand(2, 5, 6, 1, 1) < 0.8)
+    v, field = torch.randn(2, 5, 6, 1, 3), 2 * torch.randn(2, 5, 6, 1, 2)
+    for similarity in SIMILARITIES:
+        out, attention = match_attention_exported(q, k, v, field, 1, similarity)
+        expected = match_attention_definition(q, k, v, field, 1, similarity)
+        assert out.isfinite().all()
+        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 5, 6, 1))
+        assert attention.min() >= 0
+        if exact:
+            torch.testing.assert_close((out, attention), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_by_one_result_alone():

@@ -181,14 +181,16 @@ def convex_upsample(field: torch.Tensor, logits: torch.Tensor, factor: int) -> t
         (B, k H, k W, channels), in pixels of the new scale.
     """
     H, W = field.shape[1:3]
-    padded = F.pad(field * factor, (0, 0, 1, 1, 1, 1)).unsqueeze(-1)
-    weights = logits.unflatten(-1, (9, 1, factor * factor)).to(field.dtype).softmax(-3)
-    # Products and sums, since autocast would round the fields in a matrix product.
-    up = padded[:, :H, :W] * weights[..., 0, :, :]
+    padded = F.pad(field.permute(0, 3, 1, 2) * factor, (1, 1, 1, 1)).unsqueeze(2)  # (B, channels, 1, H + 2, W + 2)
+    logits = logits.permute(0, 3, 1, 2).unflatten(1, (9, factor * factor)).to(field.dtype)  # (B, 9, k k, H, W)
+    # Products and sums of whole maps: autocast would round the fields in a matrix product, and ONNX Runtime computes a
+    # softmax over any axis but the last several times as slowly.
+    weights = (logits - logits.detach().amax(1, keepdim=True)).exp()
+    up = padded[..., :H, :W] * weights[:, :1]
     for n in range(1, 9):
-        up = up + padded[:, n // 3 : n // 3 + H, n % 3 : n % 3 + W] * weights[..., n, :, :]
-    up = up.flatten(-2)  # (B, H, W, channels k k)
-    return F.pixel_shuffle(up.permute(0, 3, 1, 2), factor).permute(0, 2, 3, 1)
+        up = up + padded[..., n // 3 : n // 3 + H, n % 3 : n % 3 + W] * weights[:, n : n + 1]
+    up = up / weights.sum(1).unsqueeze(1)
+    return F.pixel_shuffle(up.flatten(1, 2), factor).permute(0, 2, 3, 1)
 
 
 class ConvexUpsampling(nn.Module):

@@ -18,6 +18,7 @@ from visionattn.export.onnx import OnnxFile, check_input_size, check_opset, expo
 from visionattn.export.retrieval import export_retrieval, pair_paths
 from visionattn.export.spec import ExportSpec
 from visionattn.export.variants import check_data, check_outputs, write_variants
+from visionattn.export.trace import TIME_LIMIT
 from visionattn.files import check_output
 from visionattn.opening import has_weights, is_file, open_model
 
@@ -40,6 +41,8 @@ def export(
     test_data: str | Path | None = None,
     format: str | None = None,
     check: bool = True,
+    random_weights: bool = False,
+    time_limit: float = TIME_LIMIT,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[OnnxFile, ...]:
@@ -65,6 +68,8 @@ def export(
         format: "onnx", "ort" (of ONNX Runtime, for small builds) or "pt2" (a program of torch.export). Default: by the
             suffix of `output`.
         check: Compare the file with the model before it appears.
+        random_weights: Take random weights, always the same ones, for a name, also where some are published.
+        time_limit: Seconds of CPU time after which tracing is given up.
         overwrite: Replace an output that exists.
         progress: Called with a line at the beginning of each step.
 
@@ -72,11 +77,11 @@ def export(
         The file with its variants, or the tower and the head of an attribute-retrieval model (see `export_retrieval`).
 
     Raises:
-        ExportError: The model cannot be exported in this form, or the file computes something else.
+        ExportError: The model cannot be exported in this form or in this time, or the file computes something else.
         InputError: The model does not accept the size, or the operator set does not exist.
         DataError: There are too few calibration images, or no real data to measure on.
         StorageError: The output exists or could not be written.
-        VisionAttnError: The model could not be opened.
+        VisionAttnError: The model could not be opened, or random weights are asked for what has some.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size:
@@ -87,12 +92,13 @@ def export(
     varies = bool(int8 or fp16 or preprocess or kind == "ort")
     if varies:
         check_outputs(output, int8=int8, fp16=fp16, overwrite=overwrite)
-    random = isinstance(model, str) and checkpoint is None and not is_file(model) and not has_weights(model)
+    without = isinstance(model, str) and checkpoint is None and not is_file(model) and not has_weights(model)
+    random = random_weights or without
     model_args: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     network, weights, licence = open_model(model, checkpoint, random, image_size=size, **model_args)
     if random:
         draw_random_weights(network, size)
-    note = ", none are published for this name: give a weight file with --checkpoint (checkpoint=)" if random else ""
+    note = ", none are published for this name: give a weight file with --checkpoint (checkpoint=)" if without else ""
     if progress is not None:
         progress(f"Weights: {weights}{note}.")
     settings: dict[str, Any] = {
@@ -102,6 +108,7 @@ def export(
         "weights": weights,
         "license": licence,
         "check": check,
+        "time_limit": time_limit,
         "progress": progress,
     }
     if kind == "pt2":

@@ -11,13 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
-from visionattn.arguments import add_old_spelling, whole_number
+from visionattn.arguments import add_old_spelling, number, whole_number
 from visionattn.errors import InputError
 from visionattn.export.api import export
 from visionattn.export.check import print_rows
 from visionattn.export.formats import FORMATS
 from visionattn.export.onnx import OnnxFile
 from visionattn.export.spec import size_text
+from visionattn.export.trace import TIME_LIMIT
 from visionattn.export.variants import print_variants
 
 __all__ = ["add_arguments", "run"]
@@ -74,6 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "scenes (default: the calibration's)",
     )
     parser.add_argument("--format", choices=FORMATS, help="format of the files (default: by the suffix of --output)")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="random weights for NAME, also where some are published"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=number(0, above=True),
+        default=TIME_LIMIT,
+        metavar="SECONDS",
+        help=f"CPU time after which tracing is given up (default: {TIME_LIMIT:.0f})",
+    )
     parser.add_argument("--no-check", action="store_true", help="do not compare the file with the model")
 
 
@@ -99,13 +110,15 @@ def run(args: argparse.Namespace) -> int:
         "fp16": args.fp16,
         "preprocess": args.preprocess,
         "test_data": args.test_data,
+        "time_limit": args.time_limit,
         "overwrite": args.overwrite,
         "progress": console.print,
     }
     with console.status("Exporting") if console.is_terminal else nullcontext():
         if args.bundle is not None:
             return _write_bundle(args, settings, console)
-        files = export(args.model, args.output, format=args.format, check=not args.no_check, **settings)
+        settings |= {"format": args.format, "check": not args.no_check, "random_weights": args.random_weights}
+        files = export(args.model, args.output, **settings)
     _tell(args, files, console)
     if files[0].variants:
         print_variants(files[0].variants, console)
@@ -114,8 +127,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_bundle(args: argparse.Namespace, settings: dict[str, Any], console: Console) -> int:
-    if args.format is not None or args.no_check:
-        raise InputError("A bundle holds checked ONNX files: leave out --format and --no-check.")
+    if args.format is not None or args.no_check or args.random_weights:
+        raise InputError(
+            "A bundle holds checked ONNX files with trained weights: leave out --format, --no-check and "
+            "--random-weights."
+        )
     from visionattn.export.bundle import export_bundle  # which needs ONNX Runtime
 
     bundle = export_bundle(args.model, args.bundle, **settings)

@@ -21,6 +21,7 @@ from visionattn.export import onnx as onnx_files
 from visionattn.export.check import TOLERANCE, CheckRow, frozen, outputs_of, random_images, scaled_size
 from visionattn.export.onnx import OnnxFile
 from visionattn.export.spec import ExportSpec
+from visionattn.export.trace import TIME_LIMIT
 from visionattn.files import atomic_path
 
 __all__ = ["FORMATS", "find_format", "quiet", "write_ort", "write_program"]
@@ -85,6 +86,7 @@ def write_program(
     weights: str = "not stated",
     license: str | None = None,
     check: bool = True,
+    time_limit: float = TIME_LIMIT,
     progress: Callable[[str], None] | None = None,
 ) -> OnnxFile:
     """Write a program of torch.export without operators of this package, and check it against the model.
@@ -101,6 +103,7 @@ def write_program(
         weights: Where the weights come from.
         license: Licence of the weights.
         check: Compare the program with the model before the file appears.
+        time_limit: Seconds of CPU time after which tracing is given up.
         progress: Called with a line at the beginning of each step.
 
     Raises:
@@ -112,7 +115,7 @@ def write_program(
     model = frozen(model)
     spec = ExportSpec.of(model, input_size, dynamic_size, 20, weights, license, batch)
     tell(f"Exporting {spec.model}, step 1 of {2 if check else 1}: tracing; large networks take minutes.")
-    program = onnx_files._trace(model, spec)
+    program = onnx_files._trace(model, spec, time_limit)
     with atomic_path(path) as temporary:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the format's age

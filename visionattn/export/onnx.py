@@ -2,7 +2,7 @@
 
 The way of a model:
 
-    torch.export with symbolic axes -> our operators replaced by their definitions -> ONNX exporter -> metadata -> check
+    torch.export with symbolic axes (`visionattn.export.trace`) -> ONNX exporter -> metadata -> check
 
 The file appears under its name only when the check has passed.
 """
@@ -23,8 +23,8 @@ from torch.export import Dim, ExportedProgram
 from visionattn.errors import ExportError, InputError, require, shorten
 from visionattn.export.check import CheckRow, check_onnx, check_sizes, frozen, outputs_of, random_images, scaled_size
 from visionattn.export.spec import ExportSpec, size_text
+from visionattn.export.trace import TIME_LIMIT, trace
 from visionattn.files import atomic_path
-from visionattn.kernels import PlainForms
 
 __all__ = ["OnnxFile", "check_input_size", "check_opset", "export_onnx"]
 
@@ -71,6 +71,7 @@ def export_onnx(
     weights: str = "not stated",
     license: str | None = None,
     check: bool = True,
+    time_limit: float = TIME_LIMIT,
     progress: Callable[[str], None] | None = None,
 ) -> OnnxFile:
     """Write a model as one float32 ONNX file and check it against PyTorch.
@@ -86,14 +87,15 @@ def export_onnx(
         weights: Where the weights come from, as the file's metadata shall say: a model does not know that.
         license: Licence of the weights, for the metadata.
         check: Compare the file with the model before it appears (see `check_onnx`).
+        time_limit: Seconds of CPU time after which tracing is given up.
         progress: Called with a line at the beginning of each step, which estimates the time that remains.
 
     Returns:
         What was written.
 
     Raises:
-        ExportError: The model cannot be exported in this form, its weights are not finite, or the file computes
-            something else.
+        ExportError: The model cannot be exported in this form or in this time, its weights are not finite, or the file
+            computes something else.
         InputError: The model does not accept the size, or the operator set does not exist.
         StorageError: The file could not be written.
     """
@@ -112,8 +114,8 @@ def export_onnx(
     spec = ExportSpec.of(model, input_size, dynamic_size, opset, weights, license, batch)
     with atomic_path(path) as temporary:
         names = {axis: name for axis, name in AXES.items() if name in spec.dynamic_axes}
-        tell(f"Exporting {spec.model}, step 1 of {steps}: tracing; large networks take minutes.")
-        traced = _trace(model, spec)
+        tell(f"Exporting {spec.model}, step 1 of {steps}: tracing, {time_limit:.0f} s at most; most take some seconds.")
+        traced = _trace(model, spec, time_limit)
         seconds = time.perf_counter() - start  # translating takes 0.4 to 1.3 times as long as tracing
         tell(f"Step 2 of {steps}: translating {len(traced.graph.nodes):,} operations, about {1.3 * seconds:.0f} s.")
         program = translate(traced, spec, [names] * len(spec.input_names))
@@ -152,7 +154,7 @@ def _check_finite(model: nn.Module) -> None:
         raise ExportError(f"The weights hold values that are not finite: {shorten(wrong[0])}{more}. Train them again.")
 
 
-def _trace(model: nn.Module, spec: ExportSpec) -> ExportedProgram:
+def _trace(model: nn.Module, spec: ExportSpec, time_limit: float) -> ExportedProgram:
     """Trace at a batch, height and width that are no special case: none is 1, native, square or a multiple of a window.
 
     A traced branch then is the one of the general case, such as padding that is not zero.
@@ -175,8 +177,7 @@ def _trace(model: nn.Module, spec: ExportSpec) -> ExportedProgram:
         least = max(1, (spec.size_minimum or 1) // spec.size_multiple)
         dims |= {axis: spec.size_multiple * Dim(f"{AXES[axis]}_units", min=least) for axis in (2, 3)}
     try:
-        with PlainForms():
-            return torch.export.export(model, tuple(images), dynamic_shapes=tuple(dims for _ in images))
+        return trace(model, images, [dims for _ in images], time_limit)
     # The tracer raises what the traced code raises, and many kinds of its own.
     except Exception as error:
         raise refusal("torch.export", spec, error) from error

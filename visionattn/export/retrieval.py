@@ -23,8 +23,8 @@ from visionattn.export.check import LEAST_SPREAD, CheckRow, check_sizes, frozen,
 from visionattn.export.onnx import OnnxFile, export_onnx, refusal, translate
 from visionattn.export.runtime import OnnxModel
 from visionattn.export.spec import ExportSpec
+from visionattn.export.trace import TIME_LIMIT, trace
 from visionattn.files import atomic_path
-from visionattn.kernels import PlainForms
 
 __all__ = ["OnnxRetrieval", "check_retrieval", "export_retrieval", "pair_paths"]
 
@@ -127,6 +127,7 @@ def export_retrieval(
     weights: str = "not stated",
     license: str | None = None,
     check: bool = True,
+    time_limit: float = TIME_LIMIT,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[OnnxFile, OnnxFile]:
     """Write tower and head of an attribute-retrieval model, with free batch and number of conditions, and check both.
@@ -142,6 +143,7 @@ def export_retrieval(
         weights: Where the weights come from.
         license: Licence of the weights.
         check: Compare the tower's tokens, then the pair's embeddings, with the model's before the files appear.
+        time_limit: Seconds of CPU time after which tracing the tower is given up.
         progress: See `export_onnx`.
 
     Returns:
@@ -168,6 +170,7 @@ def export_retrieval(
             weights=weights,
             license=license,
             check=check,
+            time_limit=time_limit,
             progress=progress,
         )
         start = time.perf_counter()
@@ -208,8 +211,7 @@ def _trace_head(model: Any, spec: ExportSpec, axes: Sequence[dict[int, str]]) ->
     tokens = torch.randn(spec.batch or 2, count, model.num_features, dtype=weight.dtype)
     dims = tuple(dict.fromkeys(names, Dim.DYNAMIC) for names in axes)
     try:
-        with PlainForms():
-            return torch.export.export(model.head, (tokens, torch.zeros(3, dtype=torch.long)), dynamic_shapes=dims)
+        return trace(model.head, (tokens, torch.zeros(3, dtype=torch.long)), dims)
     # The tracer raises what the traced code raises, and many kinds of its own.
     except Exception as error:
         raise refusal("torch.export", spec, error) from error

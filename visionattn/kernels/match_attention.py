@@ -51,6 +51,8 @@ Source: MatchAttention, arXiv 2510.14260.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,31 +68,57 @@ from visionattn.kernels._plain.match_attention import (
     windows,
 )
 
-__all__ = ["SIMILARITIES", "bilinear_softmax", "match_attention_definition"]
+__all__ = ["SIMILARITIES", "bilinear_softmax", "match_attention_definition", "match_attention_exported"]
 
 SIMILARITIES = ("l1", "dot")
+
+# About exp(-80): where all shares of a sub-window underflow, it has no weights of its own.
+_LEAST_SHARE = 1e-35
 
 
 def match_attention_definition(
     q: Tensor, k: Tensor, v: Tensor, field: Tensor, radius: int, similarity: str
 ) -> tuple[Tensor, Tensor]:
-    """The definition, in plain PyTorch. Keys are gathered as rows of a table of heads: the fastest form in ONNX."""
-    dtype = computed_in(q.dtype)
-    first, right, down = windows(field.to(dtype), q.shape[3], radius)
-    rows = first.unsqueeze(-1) + key_offsets(q, radius)  # (B, H, W, heads, M)
-    keys = F.embedding(rows, k.reshape(-1, k.shape[4])).to(dtype)
-    query = q.unsqueeze(-2).to(dtype)
+    """The definition, in plain PyTorch."""
+    return _attend(q, k, v, field, radius, similarity, _bilinear)
+
+
+def match_attention_exported(
+    q: Tensor, k: Tensor, v: Tensor, field: Tensor, radius: int, similarity: str
+) -> tuple[Tensor, Tensor]:
+    """The definition, as it is exported to ONNX: with one softmax for all sub-windows.
+
+    The scores of a sub-window that are all more than 80 below the highest of the extended window then count as equal.
+    """
+    return _attend(q, k, v, field, radius, similarity, _bilinear_by_one_softmax)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    field: Tensor,
+    radius: int,
+    similarity: str,
+    bilinear: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Attend by an interpolation of softmaxes. Keys are gathered as rows of a table of heads: the fastest in ONNX."""
+    # P pixels of all images are one axis: some runtimes take five axes at most.
+    dtype, side, D = computed_in(q.dtype), 2 * radius + 2, q.shape[4]
+    first, right, down = (x.flatten(0, 2) for x in windows(field.to(dtype), q.shape[3], radius))
+    rows = first.unsqueeze(-1) + key_offsets(q, radius)  # (P, heads, M)
+    keys = F.embedding(rows, k.reshape(-1, D)).to(dtype)  # (P, heads, M, D)
+    query = q.flatten(0, 2).unsqueeze(-2).to(dtype)
     if similarity == "l1":
         # A row of the window against the query as many times: ONNX Runtime broadcasts runs of D numbers slowly.
-        side = 2 * radius + 2
-        away = keys.unflatten(-2, (side, side)).flatten(-2) - query.repeat(1, 1, 1, 1, 1, side)
-        scores = -torch.linalg.vector_norm(away.view(keys.shape), 1, -1) * q.shape[4] ** -0.5
+        away = keys.view(*rows.shape[:2], side, side * D) - query.repeat(1, 1, 1, side)
+        scores = -torch.linalg.vector_norm(away.view(keys.shape), 1, -1) * D**-0.5
     else:
-        scores = (query @ keys.transpose(-1, -2)).squeeze(-2) * q.shape[4] ** -0.5
-    attention = _bilinear(scores, right, down)
+        scores = (query @ keys.transpose(-1, -2)).squeeze(-2) * D**-0.5
+    attention = bilinear(scores, right, down)
     values = F.embedding(rows, v.reshape(-1, v.shape[4])).to(dtype)
     out = (attention.unsqueeze(-2) @ values).squeeze(-2)
-    return out.to(q.dtype), attention.to(q.dtype)
+    return out.to(q.dtype).view(v.shape), attention.to(q.dtype).view(*q.shape[:4], side * side)
 
 
 def bilinear_softmax(scores: Tensor, fraction: Tensor) -> Tensor:
@@ -106,13 +134,25 @@ def bilinear_softmax(scores: Tensor, fraction: Tensor) -> Tensor:
     return _bilinear(scores, *fraction.unbind(-1))
 
 
-def _bilinear(scores: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def _within(scores: Tensor) -> Tensor:
+    """Which keys of the extended window each sub-window holds, as 1 and 0: (4, M), nw, ne, sw, se."""
     along = torch.arange(round(scores.shape[-1] ** 0.5), device=scores.device)
-    within = torch.stack([along < along.shape[0] - 1, along > 0])  # first and second sub-window along an axis
-    within = (within[:, None, :, None] & within[:, None]).flatten(2).flatten(0, 1)  # (4, M): nw, ne, sw, se
-    outside = torch.zeros(within.shape, dtype=scores.dtype, device=scores.device).masked_fill(~within, float("-inf"))
+    halves = torch.stack([along < along.shape[0] - 1, along > 0]).to(scores.dtype)
+    return (halves[:, None, :, None] * halves[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def _bilinear(scores: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    within = _within(scores)
+    outside = torch.zeros_like(within).masked_fill(within == 0, float("-inf"))
     alpha = (scores + outside.view(4, *[1] * (scores.ndim - 1), -1)).softmax(-1)
     return (torch.stack(bilinear_weights(u, v)).unsqueeze(-1) * alpha).sum(0)
+
+
+def _bilinear_by_one_softmax(scores: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    within = _within(scores)
+    shares = scores.softmax(-1).clamp(min=_LEAST_SHARE)
+    weights = torch.stack(bilinear_weights(u, v), -1) / (shares @ within.T)  # (..., 4)
+    return shares * (weights @ within)
 
 
 def _check(q, k, v, field, radius, similarity, **others: Tensor) -> None:
@@ -218,6 +258,7 @@ def _differentiate(ctx, grad: Tensor | None, grad_attention: Tensor | None):
 register(
     "match_attention",
     definition=match_attention_definition,
+    exported=match_attention_exported,
     check=_check,
     save=_save,
     differentiate=_differentiate,

@@ -28,6 +28,7 @@ from visionattn.export.api import export
 from visionattn.export.bundle import card as cards
 from visionattn.export.bundle.sample import compute_expected, draw_result, sample_images, write_images
 from visionattn.export.onnx import OnnxFile
+from visionattn.export.trace import TIME_LIMIT
 from visionattn.files import atomic_folder
 from visionattn.opening import open_model
 from visionattn_runtime import Row, load, verify
@@ -69,6 +70,7 @@ def export_bundle(
     fp16: bool = False,
     preprocess: bool = False,
     test_data: str | Path | None = None,
+    time_limit: float = TIME_LIMIT,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Bundle:
@@ -87,6 +89,7 @@ def export_bundle(
         fp16: Add float16.
         preprocess: All files take uint8 pictures, and give pictures, probabilities or disparities.
         test_data: Folder of real data that variants are measured on.
+        time_limit: Seconds of CPU time after which tracing is given up.
         overwrite: Replace a bundle that exists.
         progress: Called with a line at the beginning of each step.
 
@@ -113,6 +116,7 @@ def export_bundle(
             fp16=fp16,
             preprocess=preprocess,
             test_data=test_data,
+            time_limit=time_limit,
             progress=progress,
         )
         tell("Measuring the files, and writing their card.")
