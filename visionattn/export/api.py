@@ -17,8 +17,8 @@ from visionattn.export.formats import find_format, write_program
 from visionattn.export.onnx import OnnxFile, check_input_size, check_opset, export_onnx
 from visionattn.export.retrieval import export_retrieval, pair_paths
 from visionattn.export.spec import ExportSpec
-from visionattn.export.variants import check_data, check_outputs, write_variants
 from visionattn.export.trace import TIME_LIMIT
+from visionattn.export.variants import check_data, check_outputs, write_variants
 from visionattn.files import check_output
 from visionattn.opening import has_weights, is_file, open_model
 

@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 def _write_bundle(args: argparse.Namespace, settings: dict[str, Any], console: Console) -> int:
     if args.format is not None or args.no_check or args.random_weights:
         raise InputError(
-            "A bundle holds checked ONNX files with trained weights: leave out --format, --no-check and "
+            "A bundle holds checked ONNX files of trained weights: leave out --format and --no-check, and "
             "--random-weights."
         )
     from visionattn.export.bundle import export_bundle  # which needs ONNX Runtime

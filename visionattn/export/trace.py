@@ -1,10 +1,12 @@
-"""Tracing by torch.export, with what its symbols or the exporter would make of some layers replaced by better forms.
+"""Tracing by torch.export, with some functions replaced by forms that suit an exported graph.
 
-our operators                    their definitions or forms for exported graphs (`visionattn.kernels.PlainForms`)
-scaled dot product attention     softmax(s Q K^T) V, one Transpose of K: the exporter's own form computes the shape
-                                 of K^T from parts of others, 15 to 20 nodes an attention
-timm's SAME padding              the same numbers without max and ceil: the sizes after it then are as long an
-                                 expression as those before, where they get three to four times as long by timm's
+    our operators        their definitions, or forms for exported graphs (`visionattn.kernels.PlainForms`)
+    attention            softmax(s Q K^T) V with one Transpose of K; the exporter's own form computes its shape part by
+                         part, in 15 to 20 nodes an attention
+    SAME padding         timm's numbers without max and ceil: the expression of a size then grows by a few signs with
+                         each strided convolution, not three to four times
+
+The rest is traced as it is.
 """
 
 from __future__ import annotations
