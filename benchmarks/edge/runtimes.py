@@ -7,7 +7,7 @@ packages of the index that is set up. A cell is a process of its own: convert, l
 and float64, time against ONNX Runtime in turn, both on one thread, by the
 processor time that they take. Writes results/runtimes.csv.
 
-`status` is "runs", "wrong" (error above 1 % of the largest output in float32), "converted" (Core ML, which runs on
+`status` is "runs", "wrong" (error above 5 % of the largest output in float32), "converted" (Core ML, which runs on
 Apple's systems only), or "fails" with the step in `step` and the reason in `reason`. Errors are the largest difference
 to PyTorch; of a network that rounds positions, the one to float64 beside PyTorch's own says which errors are rounding.
 """
@@ -32,7 +32,7 @@ from benchmarks.edge.cases import CASES, SEED, write_case
 from benchmarks.edge.engines import ENGINES
 from benchmarks.report import RESULTS, environment, summarize, write_rows
 
-WRONG = 0.01  # of the largest output
+WRONG = 0.05  # of the largest output: where positions are rounded, single pixels may be off by more than the rest
 ROOT = RESULTS.parent
 SECONDS = 900  # for one cell
 TRACING = (
