@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.edge import tables as edge
+from benchmarks.edge import variant_tables as edge_variants
 from benchmarks.edge import web_tables as edge_web
 from benchmarks.kernels import tables as kernels
 from benchmarks.mixers import tables as mixers
@@ -27,7 +28,7 @@ from benchmarks.super_resolution import tables as super_resolution
 
 DOCS = RESULTS.parent / "docs"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
-ROOMS = (kernels, mixers, models, super_resolution, stereo, probe, retrieval, edge, edge_web)
+ROOMS = (kernels, mixers, models, super_resolution, stereo, probe, retrieval, edge, edge_variants, edge_web)
 TABLES: dict[str, Callable[[], str]] = {name: table for room in ROOMS for name, table in room.TABLES.items()}
 
 

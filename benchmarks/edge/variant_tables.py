@@ -1,0 +1,30 @@
+"""The documentation's table of variants, made of results/edge_variants.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.markdown import markdown
+from benchmarks.report import RESULTS, read_rows
+
+
+def edge_variants() -> str:
+    """A row for each variant: metric of float32 and its own, size, speed."""
+    body = []
+    for row in read_rows(RESULTS / "edge_variants.csv"):
+        written = row["written"] == "True"
+        body.append(
+            [
+                row["model"],
+                row["variant"],
+                f"{row['metric']}, {row['data']}",
+                f"{float(row['float32']):.5g}",
+                f"{float(row['value']):.5g}",
+                f"{int(row['bytes']) / 1000:,.0f}" if written else "not written",
+                f"{float(row['speed']):.2f} ± {float(row['speed_half_iqr']):.2f}" if written else "",
+            ]
+        )
+    return markdown(["model", "variant", "metric", "float32", "variant's", "kB", "times as fast"], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {"edge_variants": edge_variants}
