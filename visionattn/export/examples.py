@@ -97,7 +97,7 @@ def feeds(spec: ExportSpec, example: Example) -> dict[str, np.ndarray]:
         if spec.input_type != "uint8":
             low, high = spec.input_range
             values = image.astype(np.float32) * np.float32((high - low) / 255) + np.float32(low)
-            mean, std = (np.float32(x) for x in (spec.mean or [0.0], spec.std or [1.0]))
+            mean, std = (np.asarray(x, np.float32) for x in (spec.mean or [0.0], spec.std or [1.0]))
             image = np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1))
         result[name] = np.repeat(image[None], spec.batch or 1, axis=0)
     return result

@@ -226,13 +226,7 @@ class _Static:
 
 
 def _reader(inputs: dict[str, np.ndarray]) -> Any:
+    """What the calibrator reads: these inputs, once."""
+    left = [inputs]
     base = require("onnxruntime.quantization", "export").CalibrationDataReader
-
-    class Reader(base):
-        def __init__(self) -> None:
-            self.left = [inputs]
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return self.left.pop() if self.left else None
-
-    return Reader()
+    return type("Reader", (base,), {"get_next": lambda self: left.pop() if left else None})()
