@@ -90,6 +90,12 @@ def pictures(tmp_path_factory):
     Image.fromarray(generator.integers(0, 256, (24, 300, 3), np.uint8)).save(folder / "wide.png")
     scene.crop((0, 0, 80, 60)).save(folder / "small.png")
     scene.resize((900, 700)).save(folder / "large.png")
+    Image.new("1", (17000, 10)).save(folder / "long.png")
+    Image.new("1", (5000, 10)).save(folder / "broad.png")
+    turned = Image.new("RGBA", (12, 8), (255, 0, 0, 0))  # transparent, and to be shown on its side
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(folder / "turned.png", exif=exif)
     (folder / "notes.txt").write_text("no image")
     (folder / "empty.png").touch()
     (folder / "cut.png").write_bytes((folder / "left.png").read_bytes()[:2000])
@@ -119,6 +125,17 @@ def test_a_photograph_is_enlarged_as_onnx_runtime_does(browser, pictures, tmp_pa
     wanted = np.rint(255 * found[0].clip(0, 1)).transpose(1, 2, 0)
     assert np.abs(pixels - wanted).max() <= 1  # halves
     assert (pixels == wanted).mean() > 0.999
+
+
+def test_photographs_are_upright_and_on_white(browser, pictures):
+    browser.events()
+    browser.files(selector="#enlarge input[type=file]", path=str(pictures / "turned.png"))
+    assert browser.told(selector="#enlarge .status").startswith("8 × 12 to 32 × 48 pixels")
+    (event,) = browser.events()
+    expected = OnnxModel(PAGE / "models/span_x4.onnx")(np.ones((1, 3, 12, 8), np.float32))[0]
+    np.testing.assert_allclose(array(event["output"]), expected, rtol=0, atol=1e-6)
+    browser.files(selector="#enlarge input[type=file]", path=str(pictures / "wide.png"))
+    browser.told(selector="#enlarge .status")
 
 
 def test_another_factor_enlarges_again(browser):
@@ -163,6 +180,8 @@ def test_the_boundary_moves_by_keys(browser):
         ("notes.txt", "notes.txt cannot be opened: it is damaged, or no image that this browser reads. PNG, JPEG"),
         ("empty.png", "empty.png cannot be opened: the file is empty."),
         ("cut.png", "cut.png cannot be opened"),
+        ("long.png", "long.png has 17,000 × 10 pixels; a browser holds 16,384 a side, 268 million in all: reduce it"),
+        ("broad.png", "The result has 20,000 × 40 pixels; a browser holds 16,384 a side, 268 million in all: choose a"),
     ],
 )
 def test_what_is_no_image_is_told(browser, pictures, name, message):
@@ -262,6 +281,34 @@ def test_threads_are_chosen_and_shared_memory_is_there(browser, pictures):
     )
     browser.files(selector="#enlarge input[type=file]", path=str(pictures / "wide.png"))
     assert f"in WebAssembly on {min(os.cpu_count(), 8)} thread" in browser.told(selector="#enlarge .status")
+
+
+def test_without_a_graphics_adapter_the_processor_computes(browser, pictures):
+    """WebGPU is not offered then; a choice that fails falls back."""
+    ask = "document.querySelector('#provider')"
+    assert browser.evaluate(code=f"{ask}.options.length") == 1
+    browser.evaluate(code=f"{ask}.add(new Option('graphics', 'webgpu'))")
+    browser.select(selector="#provider", value="webgpu")
+    browser.files(selector="#enlarge input[type=file]", path=str(pictures / "small.png"))
+    assert "in WebAssembly on " in browser.told(selector="#enlarge .status")
+    browser.select(selector="#provider", value="wasm")
+
+
+@pytest.mark.slow
+def test_a_graphics_adapter_computes(served):
+    """On the software adapter of Chromium, which takes seconds for a digit."""
+    software = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
+    with Browser(*software) as browser:
+        browser.open(url=served.url)
+        browser.select(selector="#provider", value="webgpu")
+        browser.click(selector="#tab-digits")
+        browser.click(selector="#digits .samples button:nth-child(4)")
+        told = browser.told(selector="#digits .status", pattern="reads", timeout=120_000)
+        (event,) = browser.events()
+    assert told.endswith("on the graphics card (WebGPU).")
+    logits, attention = OnnxModel(PAGE / "models/digits.onnx")(array(event["input"]))
+    np.testing.assert_allclose(array(event["logits"]), logits, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(array(event["attention"]), attention, rtol=0, atol=1e-4)
 
 
 def test_nothing_failed_and_nothing_came_from_elsewhere(browser):

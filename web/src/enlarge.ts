@@ -32,7 +32,7 @@ export function enlargePanel(root: HTMLElement, engine: Engine, models: Model[])
     const { width, height } = image;
     const used = model();
     const times = used.scale ?? 1;
-    checkSize(times * width, times * height, "The result");
+    checkSize(times * width, times * height, "The result", "choose a smaller factor or photograph");
     view.begin(image, times);
     const tiles = planTiles(height, width, Math.max(SIDE, 4 * (used.radius ?? 0)), used.radius ?? 0);
     let milliseconds = 0;

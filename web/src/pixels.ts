@@ -17,7 +17,7 @@ export async function readImage(file: Blob, name: string): Promise<ImageData> {
     throw new Error(`${name} cannot be opened: ${empty}. PNG, JPEG, WebP, AVIF and GIF can.`);
   }
   try {
-    checkSize(bitmap.width, bitmap.height, name);
+    checkSize(bitmap.width, bitmap.height, name, "reduce it first");
     return drawn(bitmap, bitmap.width, bitmap.height);
   } finally {
     bitmap.close();
@@ -25,10 +25,11 @@ export async function readImage(file: Blob, name: string): Promise<ImageData> {
 }
 
 /** Raise an error, in words, for an image that no canvas holds. */
-export function checkSize(width: number, height: number, name: string): void {
+export function checkSize(width: number, height: number, name: string, remedy: string): void {
   if (Math.max(width, height) <= LONGEST && width * height <= MOST_PIXELS) return;
   const size = `${width.toLocaleString("en")} × ${height.toLocaleString("en")}`;
-  throw new Error(`${name} has ${size} pixels; a browser holds ${LONGEST.toLocaleString("en")} a side, 268 million in all.`);
+  const most = `${LONGEST.toLocaleString("en")} a side, ${Math.floor(MOST_PIXELS / 1e6)} million in all`;
+  throw new Error(`${name} has ${size} pixels; a browser holds ${most}: ${remedy}.`);
 }
 
 function drawn(source: CanvasImageSource, width: number, height: number): ImageData {
