@@ -112,7 +112,8 @@ def _attend(
     if similarity == "l1":
         # A row of the window against the query as many times: ONNX Runtime broadcasts runs of D numbers slowly.
         away = keys.view(*rows.shape[:2], side, side * D) - query.repeat(1, 1, 1, side)
-        scores = -torch.linalg.vector_norm(away.view(keys.shape), 1, -1) * D**-0.5
+        # Not a norm, which becomes ReduceL1: MNN computes another sum for it.
+        scores = -away.view(keys.shape).abs().sum(-1) * D**-0.5
     else:
         scores = (query @ keys.transpose(-1, -2)).squeeze(-2) * D**-0.5
     attention = bilinear(scores, right, down)
