@@ -40,7 +40,7 @@ def test_a_wrong_program_is_not_written(tmp_path, monkeypatch):
     trace = "visionattn.export.onnx._trace"
     wrong = torch.export.export(nn.Sequential(toys.Toy(), nn.ReLU()), (torch.rand(2, 3, 32, 32),),
                                 dynamic_shapes=({0: torch.export.Dim.AUTO},))  # fmt: skip
-    monkeypatch.setattr(trace, lambda model, spec: wrong)
+    monkeypatch.setattr(trace, lambda *_: wrong)
     with pytest.raises(ExportError, match="does not compute what the model computes"):
         write_program(toys.Toy(), tmp_path / "toy.pt2", dynamic_size=False)
     assert not list(tmp_path.iterdir())
