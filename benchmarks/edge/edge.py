@@ -82,6 +82,8 @@ GROUPS = {
     "halonet_small": Group(Case("va_halonet_nano_32", (32, 32))),
     "stereo": Group(Case("va_match_stereo_nano", (192, 256), pretrained=True, inputs=("left", "right"))),
 }
+# What the default of timm's exporter, PyTorch's older one, does not take.
+BY_DYNAMO = ("halonet26t",)
 # Network -> what is quoted: the CSV, the columns that choose the row, the column, the words around the number.
 ACCURACY = {
     "va_span_ch26_x4": (
@@ -119,7 +121,9 @@ def write_timm(name: str, case: Case, folder: Path) -> nn.Module:
     torch.manual_seed(SEED)
     model = timm.create_model(name, exportable=True).eval()
     model = timm.utils.reparameterize_model(model)
-    onnx_export(model, str(folder / f"{name}.onnx"), batch_size=1, input_size=(3, *case.size), check=False)
+    dynamo = name in BY_DYNAMO
+    shape, path = (3, *case.size), str(folder / f"{name}.onnx")
+    onnx_export(model, path, batch_size=1, input_size=shape, check=False, use_dynamo=dynamo)
     np.savez(folder / f"{name}.npz", input0=case.images()[0].numpy())
     return model
 
@@ -162,7 +166,7 @@ def measure(group: Group, rounds: int, folder: Path) -> list[dict]:
                 exporters[peer] = f"torch.onnx, spandrel {importlib.metadata.version('spandrel')}"
             else:
                 networks[peer] = write_timm(peer, case, folder)
-                exporters[peer] = f"timm {importlib.metadata.version('timm')}"
+                exporters[peer] = f"timm {importlib.metadata.version('timm')}{', dynamo' if peer in BY_DYNAMO else ''}"
         except ImportError as error:
             print(f"without {peer}: {error}", flush=True)
     columns: dict[int, dict] = {}

@@ -38,15 +38,16 @@ def edge() -> str:
     rows = read_rows(RESULTS / "edge.csv")
     if not rows:
         return "Not measured yet.\n"
-    head = ["network", "image", "parameters", "file", "accuracy", "1 thread", "2 threads", "peer is", "memory", "WASM"]
+    head = ["network", "image", "parameters", "file", "accuracy", "1 thread", "peer is, 1 thread", "2 threads"]
+    head += ["memory", "WASM"]
     body = []
     for row in rows:
         ours = row["model"] == row["compared_with"]
-        times = [f"{float(row[f'median_ms_{n}']):.1f} ± {float(row[f'iqr_ms_{n}']):.1f} ms" for n in (1, 2)]
-        ratio = "" if ours else f"{float(row['ratio_1']):.2f}, {float(row['ratio_2']):.2f} x"
+        time = f"{float(row['median_ms_1']):.1f} ± {float(row['iqr_ms_1']):.1f} ms"
+        ratios = ["" if ours else f"{float(row[f'ratio_{threads}']):.2f} x" for threads in (1, 2)]
         size = f"{int(row['bytes']) / 1e6:.2f} MB"
         name = f"**`{row['model']}`**" if ours else f"{row['model']}"
-        facts = [f"{int(row['parameters']):,}", size, row["accuracy"], *times, ratio, f"{row['peak_mib']} MiB"]
+        facts = [f"{int(row['parameters']):,}", size, row["accuracy"], time, *ratios, f"{row['peak_mib']} MiB"]
         facts.append(_in_browser(row) if ours else "")
         body.append([name, row["input"], *facts])
     found = rows[-1]
@@ -86,7 +87,8 @@ def _failures(rows: list[dict[str, str]]) -> str:
 
 def _reason(row: dict[str, str]) -> str:
     if row["status"] == "wrong":
-        return f"wrong: its error is {row['error_float32']}, the largest output {row['largest_output']}."
+        error = "NaN" if row["error_float32"] == "nan" else row["error_float32"]
+        return f"wrong: its error is {error}, the largest output {row['largest_output']}."
     reason = row["reason"].rstrip(".").replace("|", "/")
     return f"fails in {row['step']}: `{reason}`."
 
