@@ -86,4 +86,4 @@ def describe(found: FileCheck) -> list[str]:
     lines += ["Phones and browsers", *(f"  {target}" for target in found.targets)]
     lines += ["Cost, one image of the first size", *(f"  {cost}" for cost in found.costs)] if found.costs else []
     lines += [f"Problem: {problem}" for problem in found.problems]
-    return [*lines, "Nothing is wrong." if found.passed else f"{len(found.problems)} problems."]
+    return lines + ["Nothing is wrong."] * found.passed

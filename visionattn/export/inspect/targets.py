@@ -88,7 +88,7 @@ def find_targets(path: Path, loads: bool) -> list[Target]:
     kinds = [
         node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}" for node in model.graph.node
     ]
-    wasm = Target("WASM", len(kinds), len(kinds)) if loads else Target("WASM", fault="it does not run on the CPU")
+    wasm = Target("WASM", len(kinds), len(kinds)) if loads else Target("WASM", fault="it did not run on the CPU")
     browsers = [_in_browser(name, kinds, set(WEB_OPERATORS[name].split())) for name in ("WebGPU", "WebNN")]
     return [*found, wasm, *browsers]
 
