@@ -70,6 +70,8 @@ def find_targets(path: Path, loads: bool) -> list[Target]:
     names = ("NNAPI", "Core ML NeuralNetwork", "Core ML MLProgram", "WASM", "WebGPU", "WebNN")
     checker: Any = require("onnxruntime.tools.mobile_helpers.usability_checker", "export")
     tools: Any = require("onnxruntime.tools.onnx_model_utils", "export")
+    runtime: Any = require("onnxruntime", "export")
+    runtime.set_default_logger_severity(4)  # what goes wrong is raised as well
     try:
         with tempfile.TemporaryDirectory() as folder:
             optimised = Path(folder) / "model.onnx"
@@ -85,6 +87,8 @@ def find_targets(path: Path, loads: bool) -> list[Target]:
     # The tools raise what ONNX, its shape inference and ONNX Runtime raise.
     except Exception as error:
         return [Target(name, fault=shorten(error, _REASON)) for name in names]
+    finally:
+        runtime.set_default_logger_severity(2)
     kinds = [
         node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}" for node in model.graph.node
     ]
