@@ -60,13 +60,14 @@ browser:
 	echo "Node could not be installed: the page cannot be built, and its tests skip."
 
 # The page of `visionattn demo`. Node 20 or newer is needed to build it, and nothing but files to use it.
-web: $(PAGE_MODELS) web/node_modules/.package-lock.json
+web: web/node_modules/.package-lock.json $(PAGE_MODELS)
 	cd web && npm run --silent build
 
 $(PAGE_MODELS): tools/page_models.py $(wildcard visionattn/weights/*.safetensors visionattn/demo/*.safetensors) | $(LINKED)
 	$(RUN) tools.page_models web/public
 
 web/node_modules/.package-lock.json: web/package-lock.json
+	@command -v npm >/dev/null 2>&1 || { echo "make web needs Node 20 or newer, with npm."; exit 1; }
 	cd web && npm ci --silent --no-audit --no-fund
 	touch $@
 
