@@ -100,7 +100,13 @@ ACCURACY = {
     ),
     "va_minimal_vit_micro_patch4_32": (
         "probe_evidence",
-        {"backbone": "micro ViT, masked autoencoder", "head": "gap", "seed": "0"},
+        {
+            "backbone": "micro ViT, masked autoencoder",
+            "data": "cifar10",
+            "train_images": "20000",
+            "head": "gap",
+            "seed": "0",
+        },
         "accuracy",
         "{} % (CIFAR-10, linear probe)",
     ),
