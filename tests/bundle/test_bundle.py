@@ -42,6 +42,7 @@ def test_what_is_in_it(written):
     ]
     assert [path.name for path in written.folder.parent.iterdir()] == ["toy"]
     assert not any("__pycache__" in name for name in written.card["files"])
+    assert [file.path for file in written.files] == [written.folder / "model.onnx"]
 
 
 def test_the_card(written):

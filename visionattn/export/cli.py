@@ -138,7 +138,7 @@ def _write_bundle(args: argparse.Namespace, settings: dict[str, Any], console: C
     _tell(args, bundle.files, console)
     if bundle.files[0].variants:
         print_variants(bundle.files[0].variants, console)
-    for row in bundle.rows:
+    for row in bundle.rows[len(bundle.card["files"]) :]:
         console.print(f"pass  {row.file} {row.finding}")
     console.print(f"Wrote {bundle.folder}: {len(bundle.card['files'])} files and their card.")
     console.print(f"Next: python {shlex.quote(str(bundle.folder / 'run.py'))} --verify")

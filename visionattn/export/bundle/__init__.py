@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,13 @@ def export_bundle(
         failed = [f"{row.file} {row.finding}" for row in rows if not row.passed]
         if failed:
             raise ExportError(f"The bundle does not verify: {'; '.join(failed)}.")
-    return Bundle(Path(folder), files, card, rows)
+    return Bundle(Path(folder), tuple(_moved(file, Path(folder)) for file in files), card, rows)
+
+
+def _moved(file: OnnxFile, folder: Path) -> OnnxFile:
+    """What was written, where it stands now."""
+    variants = tuple(replace(variant, path=folder / variant.path.name) for variant in file.variants)
+    return replace(file, path=folder / file.path.name, variants=variants)
 
 
 def _fill(folder: Path, network: nn.Module, files: tuple[OnnxFile, ...], data: str) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def write_readme(card: dict[str, Any], spec: ExportSpec) -> str:
     """The card in Markdown."""
     size = size_text(*spec.input_size[1:])
     quality = [variant["quality"] for variant in card["variants"] if variant["quality"]]
-    metric = f" {quality[0]['metric']} |" if quality else ""
+    metric = f" {quality[0]['metric']} | speed |" if quality else ""
     head = f"| file | numbers | kB | error |{metric}" + "".join(f" {n} thread{'s' * (n > 1)}, ms |" for n in THREADS)
     rows = [_row(variant, bool(quality)) for variant in card["variants"]]
     dashes = "| --- | --- |" + " ---: |" * (head.count("|") - 3)
@@ -126,7 +126,7 @@ def write_readme(card: dict[str, Any], spec: ExportSpec) -> str:
         + f"; output: {', '.join(spec.output_names)}. The files' metadata say how images are prepared.",
         "\n".join([head, dashes, *rows]),
         "error: how far 99.9 % of the values of the sample's result are from PyTorch's at most."
-        + (f" {quality[0]['metric']}: on {card['measured_on']}." if quality else "")
+        + (f" {quality[0]['metric']}: on {card['measured_on']}; speed: paired runs, one thread." if quality else "")
         + f" Times: one image of {size}, median, on {card['device']}, ONNX Runtime {card['versions']['onnxruntime']}.",
         *([f"Not recommended, since nothing is gained here: {', '.join(weak)}."] if weak else []),
         f"`sample/`: {card['sample']['source']}, and PyTorch's result of it.",
@@ -142,7 +142,7 @@ def write_readme(card: dict[str, Any], spec: ExportSpec) -> str:
 def _row(variant: dict[str, Any], quality: bool) -> str:
     cells = [f"`{variant['file']}`", variant["precision"], f"{variant['bytes'] / 1000:,.0f}", f"{variant['error']:.1g}"]
     if quality:
-        cells.append(f"{variant['quality']['value']:.5g}" if variant["quality"] else "")
+        cells += [f"{variant['quality']['value']:.5g}" if variant["quality"] else "", f"x{variant['speed']:.2f}"]
     times = {cost["threads"]: f"{cost['milliseconds']:.1f}" for cost in variant["cost"]}
     return f"| {' | '.join([*cells, *(times.get(count, '') for count in THREADS)])} |"
 

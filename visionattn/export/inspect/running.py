@@ -61,7 +61,7 @@ class Cost:
 
     Attributes:
         threads: Threads that compute.
-        milliseconds: Median.
+        milliseconds: Median; of one thread the processor's time, which other processes change less.
         spread: Half the distance between the quartiles.
         runs: Passes that were timed.
         peak_bytes: Most memory that loading and running took beyond an empty process; 0 where the system does not say.
