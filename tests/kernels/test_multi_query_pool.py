@@ -250,6 +250,41 @@ def test_huge_logits(dtype):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("test", [TestMultiQueryPool(), TestMasked()], ids=["all", "masked"])
+def test_both_forms_of_bfloat16(test, native, monkeypatch):
+    """Whatever the processor, that with products of bfloat16 and that with chunks of float32 hold, gradients too."""
+    monkeypatch.setattr(plain, "multiplies_bfloat16", lambda x: native and x.dtype == torch.bfloat16)
+    with poisoned_memory():
+        test.check_values(test.samples(torch.bfloat16, "cpu"), TOLERANCE[torch.bfloat16])
+
+
+def test_the_form_depends_on_dtype_and_processor(monkeypatch):
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        assert multiplies_bfloat16(torch.zeros(1, dtype=torch.bfloat16)) == supported
+        assert not multiplies_bfloat16(torch.zeros(1, dtype=torch.float16))
+        assert not multiplies_bfloat16(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
+
+
+def test_what_all_tokens_share_costs_gradients_no_digits_in_bfloat16(monkeypatch):
+    """Rounded with the rest, ten times as large a part as what differs would leave a digit of the slopes."""
+    monkeypatch.setattr(plain, "multiplies_bfloat16", lambda x: x.dtype == torch.bfloat16)
+    x, q = arguments(4, 50, 64, 8)
+    x, q = (x + 10 * arguments(1, 1, 64, 1, seed=1)[0]).bfloat16(), q.bfloat16()
+
+    def errors(function):
+        found, expected = (
+            differentiate(lambda x, q: function(x, q)[0], args)[1] for args in ((x, q), (x.double(), q.double()))
+        )
+        return [((ours - exact).abs().max() / exact.abs().max()).item() for ours, exact in zip(found, expected)]
+
+    ours, plain_errors = errors(operator), errors(multi_query_pool_definition)
+    assert ours[0] < 0.02
+    assert ours[1] < 0.1
+    assert plain_errors[1] > 3 * ours[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precisions_round_no_logits(dtype):
     """A rounded logit of 50 is off by up to 1/8 in bfloat16, and its share by as much of itself."""

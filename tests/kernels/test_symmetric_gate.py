@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tests.kernels.contract import OperatorContract
 from visionattn.errors import InputError
+from visionattn.kernels import _operator
 from visionattn.kernels.symmetric_gate import symmetric_gate_definition
 
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -45,6 +46,21 @@ class TestSymmetricGate(OperatorContract):
             pair(0, 4),
             pair(),
         ]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_both_ways_of_bfloat16_gradients(native, monkeypatch):
+    """On CPUs that multiply bfloat16 autograd differentiates the definition, whose arguments are checked as ever."""
+    monkeypatch.setattr(_operator, "multiplies_bfloat16", lambda x: native and x.dtype == torch.bfloat16)
+    test = TestSymmetricGate()
+    test.check_values(test.samples(torch.bfloat16, "cpu"), TOLERANCE[torch.bfloat16])
+    h, x = (tensor.requires_grad_() for tensor in test.samples(torch.bfloat16, "cpu")[0])
+    out = torch.ops.visionattn.symmetric_gate(h, x)
+    assert ("symmetric_gate" in type(out.grad_fn).__name__) == (not native)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.ops.visionattn.symmetric_gate(h, x), out, rtol=0, atol=0)
+    with pytest.raises(InputError, match="Nothing is broadcast"):
+        torch.ops.visionattn.symmetric_gate(h, x[:1])
 
 
 def gate(h, x=0.0):

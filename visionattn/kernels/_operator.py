@@ -22,6 +22,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from visionattn.errors import InputError
+from visionattn.kernels._plain.processor import multiplies_bfloat16
 
 # torch warns at this import where Triton is absent, which is no fault: `kernels_enabled` takes the plain form there.
 logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
@@ -98,6 +99,7 @@ def register(
     gradient: Callable | None = None,
     kept: tuple[int, ...] = (),
     exported: Callable | None = None,
+    plain_in_bfloat16: bool = False,
 ) -> None:
     """Register how an operator and its backward pass are differentiated, transformed and autocast.
 
@@ -113,6 +115,7 @@ def register(
             cotangents and the operator's arguments, and gives the gradient of each tensor among these.
         kept: Positions of arguments that keep their precision under autocast.
         exported: Plain form for exported graphs. None for the definition.
+        plain_in_bfloat16: Differentiate the definition itself on CPUs that multiply bfloat16, where that is faster.
     """
     forward = getattr(torch.ops.visionattn, operator).default
     backward = getattr(torch.ops.visionattn, f"{operator}_backward").default
@@ -145,12 +148,19 @@ def register(
         args = [setting if arg is None else arg for arg, setting in zip(ctx.saved_tensors, ctx.settings)]
         return gradients(gradient, args, cotangents, ctx.needs_input_grad)
 
-    _register_autograd(forward, Info(differentiate, save), define)
+    def define_in_bfloat16(*args):
+        check(*args)
+        return definition(*args)
+
+    in_bfloat16 = define_in_bfloat16 if plain_in_bfloat16 else None
+    _register_autograd(forward, Info(differentiate, save), define, in_bfloat16)
     _register_autograd(backward, Info(differentiate_again, save_all), define_backward)
     _register_autocast(forward, backward, kept)
 
 
-def _register_autograd(operator: OpOverload, formula: Info, define: Callable) -> None:
+def _register_autograd(
+    operator: OpOverload, formula: Info, define: Callable, in_bfloat16: Callable | None = None
+) -> None:
     """Differentiate by a formula in reverse mode; in any other way, through the plain form.
 
     `CustomOpDef.register_autograd` looks at nothing but `requires_grad`: the kernel would run on the values of dual
@@ -162,6 +172,8 @@ def _register_autograd(operator: OpOverload, formula: Info, define: Callable) ->
         # The level is -1 outside `dual_level`, which is nearly always.
         if forward_ad._current_level >= 0 and any(_has_tangent(arg) for arg in args):
             return define(*args)
+        if in_bfloat16 is not None and multiplies_bfloat16(args[0]) and _needs_gradient(args):
+            return in_bfloat16(*args)
         return differentiate(keyset, *args)
 
     name = operator._schema.name.removeprefix("visionattn::")
@@ -170,6 +182,10 @@ def _register_autograd(operator: OpOverload, formula: Info, define: Callable) ->
         _LIBRARY.impl(name, call, "Autograd", with_keyset=True, allow_override=True)
     # Where a transform of torch.func is active, an operator comes here first; its plain form then meets the transform.
     _LIBRARY.impl(name, define, "FuncTorchDynamicLayerFrontMode")
+
+
+def _needs_gradient(args) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
 def _has_tangent(value) -> bool:

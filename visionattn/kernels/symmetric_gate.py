@@ -11,7 +11,8 @@ With s = sigmoid(h) and a cotangent g, the gradients are
     grad_x = g * (s - 0.5)
     grad_h = g * ((s - 0.5) + (h + x) * s * (1 - s))
 
-They need h and x alone; autograd over the definition keeps three tensors of that size.
+They need h and x alone; autograd over the definition keeps three tensors of that size. On CPUs that multiply bfloat16
+it has the gradients of bfloat16 all the same: to compute the sigmoid again takes longer.
 
 Dtypes: float64, float32, bfloat16, float16; h and x of one dtype (autocast casts them together).
 Tolerance, forward and gradients, as a share of the float64 result's largest magnitude, or of 1 where that is less:
@@ -109,6 +110,7 @@ register(
     check=lambda h, x: _check(h=h, x=x),
     save=_save,
     differentiate=_differentiate,
+    plain_in_bfloat16=True,
 )
 
 
