@@ -52,6 +52,15 @@ def test_a_foreign_file_names_what_does_not_fit(tmp_path):
         visionattn.load(tmp_path / "w.pt", name="va_minimal_vit_nano_patch7_28")
 
 
+def test_a_file_of_no_family_is_compared_with_every_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(visionattn.checkpoints.models, "names", lambda: ["va_span_ch26_x2", "va_halonet_nano_32"])
+    torch.save({"lost.weight": torch.zeros(2, 3)}, tmp_path / "w.pt")
+    with pytest.raises(
+        CheckpointError, match=r"fits no model of this package. Nearest: it does not fit va_span_ch26_x2"
+    ):
+        visionattn.load(tmp_path / "w.pt")
+
+
 def test_a_training_checkpoint_says_what_it_is(tmp_path):
     model, x = build("va_minimal_vit_nano_patch7_28", depth=2, num_classes=4)
     hyper_parameters = {

@@ -211,7 +211,7 @@ def place(tmp_path_factory):
         (folder / name).write_text("these are some notes\n")
     (folder / "table.csv").write_text("id,split,colour\n" + "".join(f"{name}.png,test,red\n" for name in "abcd"))
     (folder / "damaged" / "manifest.json").write_text("{}")
-    torch.save({"lost.weight": torch.zeros(2, 3)}, folder / "other.pth")
+    torch.save({"lost.weight": torch.zeros(2, 3), "stem.conv.weight": torch.zeros(2, 3)}, folder / "other.pth")
     os.mkfifo(folder / "pipe.onnx")
     return folder
 

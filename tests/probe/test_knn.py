@@ -116,7 +116,8 @@ def result():
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(process, (2, str(tmp_path)), nprocs=2)
+    # Forked, which spares them the imports.
+    mp.start_processes(process, (2, str(tmp_path)), nprocs=2, start_method="fork")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     pairs, k = result()

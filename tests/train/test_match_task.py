@@ -227,9 +227,7 @@ def test_validation_is_the_protocol():
 
 def test_40_steps_lower_the_loss(tmp_path):
     match = task(lr=4e-3, sched="none")
-    data = MatchData(
-        crop_size=(192, 192), epoch_pairs=40, val_pairs=4, batch_size=1, max_disparity=32, rectification=0
-    )
+    data = MatchData(crop_size=(192, 192), epoch_pairs=40, val_pairs=4, batch_size=1, max_disparity=32, rectification=0)
     losses, errors = [], []
     log = match.log
 
