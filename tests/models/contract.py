@@ -1,6 +1,7 @@
 """What every classification model promises, run over the names of the zoo: a new name is tested because it exists."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -37,6 +38,12 @@ def build(name: str, **kwargs) -> tuple[nn.Module, torch.Tensor]:
     return model, torch.randn(2, *model.pretrained_cfg["input_size"])
 
 
+@functools.cache
+def on_meta(name: str) -> nn.Module:
+    """A model without numbers, which tests may read only: for the largest, the modules alone take seconds."""
+    return timm.create_model(name, device="meta", dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", classifiers())
 class TestEveryName:
     """Cheap promises, on the meta device."""
@@ -49,7 +56,7 @@ class TestEveryName:
         assert config.first_conv
 
     def test_builds_on_meta_and_refuses_unknown_arguments(self, name):
-        model = timm.create_model(name, device="meta", dtype=torch.bfloat16)
+        model = on_meta(name)
         tensors = [*model.parameters(), *model.buffers()]
         assert {t.device.type for t in tensors} == {"meta"}
         assert model.task == "classify"
@@ -58,7 +65,7 @@ class TestEveryName:
             timm.create_model(name, device="meta", not_an_argument=1)
 
     def test_group_matcher_covers_every_parameter(self, name):
-        model = timm.create_model(name, device="meta")
+        model = on_meta(name)
         groups = timm.models.group_parameters(model, model.group_matcher())
         assert len(groups) > 1
         assert sum(map(len, groups.values())) == len(list(model.parameters()))
