@@ -207,8 +207,12 @@ def traced(case: str) -> Any:
     from benchmarks.edge.cases import CASES
 
     model, images = CASES[case].network(), CASES[case].images()
-    program = torch.export.export(model, images)
-    return program.run_decompositions(visionattn.kernels.decompositions()), images
+    program = torch.export.export(model, images).run_decompositions(visionattn.kernels.decompositions())
+    for node in program.graph.nodes:
+        if node.target == torch.ops.aten.alias.default:  # slices that keep all, which Core ML's converter does not know
+            node.replace_all_uses_with(node.args[0])
+    program.graph_module.graph.eliminate_dead_code()
+    return program, images
 
 
 def onnx_runtime(path: Path, inputs: Arrays, threads: int = 1) -> Call:

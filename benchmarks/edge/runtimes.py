@@ -128,7 +128,7 @@ def row_of(runtime: str, case: str, folder: Path, found: dict[str, Any], origin:
         "weights": "shipped" if CASES[case].pretrained else "random",
         "status": status_of(found),
         "step": found["step"],
-        "reason": found["reason"][:160],
+        "reason": found["reason"].replace(f"{ROOT}/", "").replace(f"{folder}/", "")[:160],
         "bytes": found.get("bytes", ""),
         "onnx_bytes": (folder / "model.onnx").stat().st_size,
         **{key: f"{found[key]:.1e}" if key in found else "" for key in ("error_float32", "error_float64")},
