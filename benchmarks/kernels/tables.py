@@ -59,6 +59,23 @@ def kernel_model() -> str:
     return markdown(head, ([row["shape"], f"`{row['kernel']}`", *(row[key] for key in keys)] for row in rows))
 
 
+def cpu_bfloat16() -> str:
+    """Operators and accelerated models in bfloat16 on a CPU."""
+    rows = read_rows(RESULTS / "cpu_bfloat16.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["operator", "case", "dtype", "pass", "form", "median ms", "spread", "ratio"]
+    body = (
+        [
+            *(f"`{row['part']}`", row["case"], row["dtype"], row["pass"], row["implementation"]),
+            *(f"{float(row[key]):.2f}" for key in ("median_ms", "iqr_ms", "ratio")),
+        ]
+        for row in rows
+        if row["implementation"] != "definition"
+    )
+    return markdown(head, body) + f"\n{rows[0]['device']}, one thread, torch {rows[0]['torch']}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "symmetric_gate": lambda: plain("symmetric_gate"),
     "halo_attention_layer": lambda: calls("halo_attention", "layer"),
@@ -71,6 +88,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "match_attention_operator": lambda: calls("match_attention", "operator"),
     "match_attention_block": lambda: calls("match_attention", "block"),
     "subspace_attention": lambda: calls("subspace_attention", "block"),
+    "cpu_bfloat16": cpu_bfloat16,
     "kernel_resources": kernel_resources,
     "kernel_model": kernel_model,
     "gpu_checks": lambda: plain("gpu_checks"),

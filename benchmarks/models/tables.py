@@ -131,6 +131,21 @@ def ulsam_controls(data: str) -> str:
     return "\n".join(tables)
 
 
+def edge_halonet() -> str:
+    """HaloNet's exported forms and its peers in ONNX Runtime."""
+    rows = read_rows(RESULTS / "edge_halonet.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["network", "threads", "median ms", "spread", "fastest", "times as fast as before", "file"]
+    body = []
+    for row in rows:
+        name = f"`{row['network']}`" + f", {row['form']}" * bool(row["form"])
+        times = (f"{float(row[key]):.1f}" for key in ("median_ms", "iqr_ms", "fastest_ms"))
+        body.append([name, row["threads"], *times, f"{float(row['ratio']):.2f}", f"{int(row['bytes']) / 1e6:.1f} MB"])
+    found = rows[-1]
+    return markdown(head, body) + f"\n{found['device']}, ONNX Runtime {found['onnxruntime']}, torch {found['torch']}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "minimal_vit_mnist_long": lambda: minimal_vit("mnist", long=True),
     "minimal_vit_mnist_grid": lambda: minimal_vit("mnist", long=False),
@@ -140,5 +155,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "ulsam_controls_cifar10": lambda: ulsam_controls("cifar10"),
     "ulsam_controls_others": lambda: ulsam_controls("others"),
     "halonet_cifar10": halonet_cifar10,
+    "edge_halonet": edge_halonet,
     "networks": lambda: plain("networks"),
 }
