@@ -61,11 +61,11 @@ class Model:
         options.intra_op_num_threads = threads
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.texts: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         # ONNX Runtime's exceptions share no base class but Exception.
         except Exception as error:
             reason = short(error).rstrip(".")
             raise RunError(f"ONNX Runtime {onnxruntime.__version__} cannot load {short(path)}: {reason}.") from error
-        self.texts: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         try:
             self.spec = read_metadata(self.texts)
         except RunError as error:

@@ -23,9 +23,14 @@ from tests.fuzz.mutate import WORDS, damaged_bytes, damaged_text, damaged_value
 from visionattn import load
 from visionattn.cli import main
 from visionattn.data.matching.disparity import read_disparity, read_flow, write_disparity, write_flow
+from visionattn.errors import InputError
 from visionattn.export import OnnxModel
+from visionattn.export.inspect.structure import read_structure
+from visionattn.export.inspect.targets import find_targets
 from visionattn.export.spec import ExportSpec
 from visionattn.train.cli import find_recipe
+from visionattn_runtime import Model as OnnxRunner
+from visionattn_runtime import RunError, verify
 
 SR, STEREO, VIT = "va_span_ch26_x2", "va_match_stereo_nano", "va_minimal_vit_micro_patch4_32"
 NANO = "va_minimal_vit_nano_patch7_28_minimum"
@@ -245,6 +250,39 @@ def _run_onnx(rng: Random, seeds: Path, case: Path) -> Call:
     return call
 
 
+def _check_onnx(rng: Random, seeds: Path, case: Path) -> Call:
+    path = _damaged_file(rng, seeds / "a.onnx", case)
+    return lambda: (read_structure(path), find_targets(path, True))
+
+
+def _bundle(folder: Path) -> None:
+    bundle = folder / "bundle"
+    bundle.mkdir()
+    _onnx(bundle)
+    Image.fromarray(np.full((8, 8, 3), 100, np.uint8)).save(bundle / "input.png")
+    model = OnnxRunner(bundle / "a.onnx")
+    np.save(bundle / "expected.npy", np.zeros((1, 3), np.float32))
+    card = {
+        "format": 1,
+        "files": {"a.onnx": {"sha256": "0"}, "input.png": {"sha256": "0"}},
+        "sample": {"images": ["input.png"], "expected": "expected.npy"},
+        "variants": [{"file": "a.onnx", "metadata": model.texts, "allowed": 1.0}],
+    }
+    (bundle / "card.json").write_text(json.dumps(card))
+
+
+def _verify(rng: Random, seeds: Path, case: Path) -> Call:
+    bundle = _damaged_folder(rng, seeds / "bundle", case)
+
+    def call() -> None:
+        try:
+            verify(bundle)
+        except RunError as error:
+            raise InputError(str(error)) from error
+
+    return call
+
+
 def _indexes(folder: Path) -> None:
     _photos(folder / "photos")
     assert main(["index", str(folder / "photos"), str(folder / "index"), "--model", VIT]) == 0
@@ -309,6 +347,8 @@ SURFACES = [
     Surface("recipes", 5, _recipes, _fit),
     Surface("ground-truth", 60, _truth, _read_truth),
     Surface("onnx", 25, _onnx, _run_onnx),
+    Surface("checked-onnx", 8, _onnx, _check_onnx),
+    Surface("bundles", 12, _bundle, _verify),
     Surface("indexes", 8, _indexes, _search),
     Surface("stores", 25, _stores, _open_store),
     Surface("arguments", 16, lambda folder: None, _command),
