@@ -38,6 +38,13 @@ def test_keys_are_transposed_in_one_operator(tmp_path):
     assert max(row.error / row.spread for row in file.rows) < 1e-5
 
 
+def test_relu6_is_one_operator(tmp_path):
+    model = Toy()
+    model.conv = nn.Sequential(model.conv, nn.ReLU6(inplace=True), nn.Hardtanh(0.1, 0.7), nn.ReLU6())
+    kinds = [node.op_type for node in onnx.load(export_onnx(model, tmp_path / "model.onnx").path).graph.node]
+    assert {"Clip": kinds.count("Clip"), "Where": kinds.count("Where")} == {"Clip": 3, "Where": 0}
+
+
 @pytest.mark.parametrize("more", [{"is_causal": True}, {"attn_mask": torch.ones(1, 4, 4, dtype=torch.bool)}], ids=str)
 def test_other_attention_is_left_to_the_exporter(more):
     class Causal(nn.Module):

@@ -5,6 +5,7 @@
                          part, in 15 to 20 nodes an attention
     SAME padding         timm's numbers without max and ceil: the expression of a size then grows by a few signs with
                          each strided convolution, not three to four times
+    ReLU6, hard tanh     clamp, one Clip; the exporter takes them apart, for more than half of its time in a MobileNet
 
 The rest is traced as it is.
 """
@@ -66,7 +67,7 @@ class _Forms(PlainForms):
             raise TimeLimitError(
                 f"tracing took more than {self.time_limit:g} s of CPU time; --time-limit (time_limit=) allows more."
             )
-        func = _attention if func is F.scaled_dot_product_attention else func
+        func = _FORMS.get(func, func)
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -87,6 +88,23 @@ def _attention(
         )
     scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
     return (scores if attn_mask is None else scores + attn_mask).softmax(-1) @ value
+
+
+def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    return x.clamp(min_val, max_val)
+
+
+def _relu6(x: Tensor) -> Tensor:
+    return x.clamp(0, 6)
+
+
+_FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _attention,
+    torch._C._nn.hardtanh: _hardtanh,
+    torch._C._nn.hardtanh_: _hardtanh,
+    torch._C._nn.relu6: _relu6,
+    torch._C._nn.relu6_: _relu6,
+}
 
 
 @contextmanager
