@@ -13,13 +13,17 @@ PAGE_MODELS := web/public/models/models.json
 # Which checkout the environment's `visionattn` points to.
 LINKED := $(VENV)/.linked-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-lowest lint types docs wheel clean environment-key ffmpeg browser web
+.PHONY: quickstart test test-export test-lowest lint types docs wheel clean environment-key ffmpeg browser web
 
 quickstart: $(LINKED)
 	$(VENV)/bin/visionattn quickstart
 
 test: lint types
 	$(RUN) pytest --numprocesses 2 --dist worksteal
+
+# Every name of the zoo as an ONNX file, checked.
+test-export: $(LINKED)
+	$(RUN) pytest -m slow tests/export/test_zoo.py --numprocesses 2 --dist worksteal
 
 # The suite with the lowest versions that pyproject.toml allows, in an environment of its own (several GB).
 test-lowest: $(LINKED)

@@ -78,6 +78,15 @@ def export_by_name(name: str, folder: Path, **settings: object) -> OnnxFile:
     return export_onnx(model, folder / "model.onnx", weights="drawn", input_size=SMALL.get(name) if settings else None)
 
 
+def check_for_mobile(path: Path) -> None:
+    """No tensor of more than five axes, which LiteRT, ncnn and MNN do not take, and no logic that Core ML refuses."""
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    assert {node.op_type for node in graph.node}.isdisjoint({"And", "Or", "Xor"})
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in [*graph.value_info, *graph.output]}
+    assert ranks.keys() >= {name for node in graph.node for name in node.output if name}
+    assert max(ranks.values()) <= 5
+
+
 class ExportContract:
     """Tests of one `export_by_name`, which a fixture `exported` gives."""
 
@@ -104,6 +113,9 @@ class ExportContract:
             assert value.name == key
             assert axes == expected
         assert [value.name for value in graph.output] == exported.spec.output_names
+
+    def test_mobile_runtimes_read_the_graph(self, exported):
+        check_for_mobile(exported.path)
 
     def test_old_runtimes_read_the_file(self, exported):
         assert onnx.load(exported.path).ir_version == 9  # the oldest of operator set 20

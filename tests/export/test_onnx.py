@@ -57,6 +57,16 @@ def test_forms_of_minimal_attention(similarity, values, tmp_path):
     assert len({(row.height, row.width) for row in file.rows}) == 3
 
 
+def test_static_files_are_ready_for_quantisation(tmp_path):
+    quantization = pytest.importorskip("onnxruntime.quantization.shape_inference")
+    model = draw_weights(Mixing("pair", "projected"))
+    file = export_onnx(model, tmp_path / "model.onnx", batch=1, dynamic_size=False)
+    quantization.quant_pre_process(str(file.path), str(tmp_path / "ready.onnx"))
+    values = onnx.load(tmp_path / "ready.onnx").graph.value_info
+    assert len(values) > 10
+    assert all(dim.HasField("dim_value") for value in values for dim in value.type.tensor_type.shape.dim)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ONE_LAYER_OF_A_KIND, "va_match_stereo_tiny", "va_match_flow_tiny"])
 def test_networks_with_all_their_layers(name, tmp_path):

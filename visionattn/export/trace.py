@@ -90,20 +90,18 @@ def _attention(
     return (scores if attn_mask is None else scores + attn_mask).softmax(-1) @ value
 
 
-def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     return x.clamp(min_val, max_val)
 
 
-def _relu6(x: Tensor) -> Tensor:
+def _relu6(x: Tensor, inplace: bool = False) -> Tensor:
     return x.clamp(0, 6)
 
 
 _FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
-    torch._C._nn.hardtanh: _hardtanh,
-    torch._C._nn.hardtanh_: _hardtanh,
-    torch._C._nn.relu6: _relu6,
-    torch._C._nn.relu6_: _relu6,
+    F.hardtanh: _hardtanh,
+    F.relu6: _relu6,
 }
 
 
