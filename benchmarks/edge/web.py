@@ -128,7 +128,7 @@ def main() -> None:
         "threads": "1",
         "onnxruntime": version("onnxruntime"),
         "onnxruntime_web": lock["node_modules/onnxruntime-web"]["version"],
-        **{key: value for key, value in environment("cpu").items() if key not in ("torch", "triton")},
+        **environment("cpu"),
     }
     listed = json.loads((PAGE / "models/models.json").read_text())
     models = {model["file"].removeprefix("models/").removesuffix(".onnx"): model for model in listed}
