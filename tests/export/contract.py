@@ -79,9 +79,8 @@ def export_by_name(name: str, folder: Path, **settings: object) -> OnnxFile:
 
 
 def check_for_mobile(path: Path) -> None:
-    """No tensor of more than five axes, which LiteRT, ncnn and MNN do not take, and no logic that Core ML refuses."""
+    """No tensor has more than five axes, which LiteRT, ncnn and MNN do not take."""
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
-    assert {node.op_type for node in graph.node}.isdisjoint({"And", "Or", "Xor"})
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in [*graph.value_info, *graph.output]}
     assert ranks.keys() >= {name for node in graph.node for name in node.output if name}
     assert max(ranks.values()) <= 5
