@@ -2,7 +2,7 @@
 
     python -m tools.page_models web/public
 
-`models/models.json` lists the files with their metadata. All weights and images are those of installed packages.
+`models/models.json` lists the files with their metadata. Weights and photographs are those of installed packages.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from PIL import Image
 from skimage import data
 from torch import Tensor, nn
 
+from tools.written_digits import digit_strip
 from visionattn.checkpoints import create_pretrained
 from visionattn.demo import DIGITS
 from visionattn.export import export_onnx
@@ -98,6 +99,7 @@ def write_examples(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     cat = Image.fromarray(data.chelsea())
     cat.reduce(SMALL).save(folder / "cat.png")
+    digit_strip().save(folder / "digits.png")
     for side, view in zip(("left", "right"), data.stereo_motorcycle()):
         Image.fromarray(view).save(folder / f"{side}.jpg", quality=92)
 

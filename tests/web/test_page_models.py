@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.web.browser import WEB
 from visionattn.demo import DIGITS
@@ -22,7 +21,7 @@ def network():
 @pytest.fixture(scope="module")
 def digits(network):
     """The page's examples, prepared as the metadata say, (10, 1, 28, 28)."""
-    strip = np.asarray(Image.open(WEB / "public/digits.png"), np.float32) / 255
+    strip = np.asarray(page_models.digit_strip(), np.float32) / 255
     images = torch.from_numpy(strip.reshape(28, 10, 28).transpose(1, 0, 2)[:, None])
     return (images - network.pretrained_cfg["mean"][0]) / network.pretrained_cfg["std"][0]
 

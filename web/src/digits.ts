@@ -120,7 +120,7 @@ function attentionPicture(digit: Float32Array, map: Float32Array, rows: number, 
 
 /** Buttons with the digits of a strip of squares. */
 async function showSamples(group: HTMLElement, take: (image: CanvasImageSource) => void): Promise<void> {
-  const strip = await createImageBitmap(await (await fetch("digits.png")).blob());
+  const strip = await createImageBitmap(await (await fetch("examples/digits.png")).blob());
   const side = strip.height;
   for (let digit = 0; digit * side < strip.width; digit++) {
     const canvas = document.createElement("canvas");

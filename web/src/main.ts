@@ -9,7 +9,7 @@ import { tabs } from "./tabs";
 
 const CREDITS =
   "Computed by ONNX Runtime Web. Examples: the cat Chelsea by S. van der Walt (CC0); the pair Motorcycle by " +
-  "D. Scharstein et al. (GCPR 2014); digits of MNIST by Y. LeCun, C. Cortes and C. Burges.";
+  "D. Scharstein et al. (GCPR 2014).";
 
 async function start(): Promise<void> {
   tabs(document);
