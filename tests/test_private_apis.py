@@ -37,6 +37,7 @@ ATTRIBUTES = {
     "_current_level": "derivatives of dual tensors (kernels/_operator.py)",
     "_experiment": "the files of a run (train/run_logger.py)",
     "_foreach_zero_": "heads that are trained together (probe/heads/banks.py)",
+    "_is_avx512_bf16_supported": "operators in bfloat16 on CPUs (kernels/_plain/processor.py)",
     "_get": "the training commands (train/cli.py)",
     "_schema": "the names of operators (kernels/_operator.py)",
     "_softmax_backward_data": "backward passes on the CPU (kernels/_plain)",
@@ -104,6 +105,8 @@ def owner_of(name: str) -> object:
         return torch
     if name == "_forward_hooks":
         return torch.nn.Identity()
+    if name == "_is_avx512_bf16_supported":
+        return torch.cpu
     if name == "_schema":
         return torch.ops.aten.add.Tensor
     if name == "_softmax_backward_data":

@@ -299,12 +299,16 @@ def test_numbers_that_make_no_sense(pair, option, capsys):
     assert told.count("\n") == 1
 
 
-def test_an_onnx_file_is_refused_on_one_line(folder, pair, capsys):
+def test_wrong_onnx_files_are_refused_on_one_line(folder, pair, capsys):
     (folder / "net.onnx").write_bytes(b"onnx")
-    for given in (["--model", "net.onnx"], ["--checkpoint", "net.onnx"], ["--model", "missing.ONNX"]):
+    for given, message in (
+        (["--model", "net.onnx"], "cannot load net.onnx"),
+        (["--checkpoint", "net.onnx"], "is an ONNX file: a weight file (.pth, "),
+        (["--model", "missing.ONNX"], "There is no file missing.ONNX"),
+    ):
         assert main(["stereo", *pair, "o.pfm", *given]) == 2
         told = capsys.readouterr().err
-        assert "is an ONNX file: a weight file (.pth, " in told
+        assert message in told
         assert told.count("\n") == 1
 
 

@@ -13,8 +13,6 @@ Parameters have timm's names, so that weight files of timm's models of the same 
 | `va_vit_nano_patch7_28` | 64 | 6 | 4 | 4 x 4 of 7 x 7 pixels, one channel |
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -53,13 +51,17 @@ class MixerVisionTransformer(VisionTransformer):
             swap(self, mixer, every=mixer_every, **(mixer_args or {}))
 
 
-_CITED = {"paper_ids": "arXiv:2010.11929", "paper_name": "An Image is Worth 16x16 Words"}
+_CFG = {
+    "fixed_input_size": True,
+    "paper_ids": "arXiv:2010.11929",
+    "paper_name": "An Image is Worth 16x16 Words",
+}
 default_cfgs = generate_default_cfgs(
     {
-        "va_vit_tiny_patch16_224.untrained": imagenet_cfg(**_CITED),
-        "va_vit_micro_patch4_32.untrained": cifar_cfg(**_CITED),
-        "va_vit_nano_patch4_32.untrained": cifar_cfg(**_CITED),
-        "va_vit_nano_patch7_28.untrained": mnist_cfg(**_CITED),
+        "va_vit_tiny_patch16_224.untrained": imagenet_cfg(**_CFG),
+        "va_vit_micro_patch4_32.untrained": cifar_cfg(**_CFG),
+        "va_vit_nano_patch4_32.untrained": cifar_cfg(**_CFG),
+        "va_vit_nano_patch7_28.untrained": mnist_cfg(**_CFG),
     }
 )
 

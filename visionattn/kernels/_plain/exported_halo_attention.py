@@ -46,10 +46,11 @@ def halo_attention_exported(
     y, x = first_y + in_window, first_x + in_window  # (ny, w), (nx, w), in the map
     near_y, near_x = y.clamp(0, H - 1), x.clamp(0, W - 1)
 
-    def table_rows(first: Tensor, keys: Tensor) -> Tensor:
-        """Rows of a relative table for each row or column of queries, (n bq, w)."""
+    def table_rows(table: Tensor, first: Tensor, keys: Tensor) -> Tensor:
+        """Rows of a relative table for each row or column of queries, (n bq, w, D)."""
         i = torch.arange(bq, device=q.device).unsqueeze(1) * (stride if index == "offset" else 1)
-        return (w - 1 + (keys - first).unsqueeze(1) - i).flatten(0, 1)
+        rows = (w - 1 + (keys - first).unsqueeze(1) - i).flatten()
+        return table.index_select(0, rows).view(-1, w, D)
 
     def blocks(rows: Tensor) -> Tensor:
         """Order (N, H', W', C) by blocks, (N ny nx, bq bq, C)."""
@@ -72,8 +73,8 @@ def halo_attention_exported(
 
     q = F.pad(q.flatten(1, 2), (0, nx * bq - q.shape[4], 0, ny * bq - q.shape[3]))
     q = q.reshape(N, D, ny * bq * nx * bq).transpose(1, 2).reshape(N, ny * bq, nx * bq, D)
-    height = height_rel[table_rows(first_y, near_y if masked else y)]  # (H', w, D)
-    width = width_rel[table_rows(first_x, near_x if masked else x)]
+    height = table_rows(height_rel, first_y, near_y if masked else y)  # (H', w, D)
+    width = table_rows(width_rel, first_x, near_x if masked else x)
     height = q @ height.transpose(1, 2)  # (N, H', W', w)
     width = (q.transpose(1, 2) @ width.transpose(1, 2)).transpose(1, 2)
     one = torch.eye(w, dtype=q.dtype, device=q.device)
