@@ -70,7 +70,7 @@ export function enlargePanel(root: HTMLElement, engine: Engine, models: Model[])
     scale = value;
     again();
   });
-  const names: Record<string, string> = { fp32: "32-bit", int8: "8-bit" };
+  const names: Record<string, string> = { fp32: "float32", int8: "int8" };
   const kinds = [...new Set(models.map((one) => one.precision))].map((value) => ({ value, label: names[value] }));
   choose(root, "precision", kinds, "fp32", (value) => {
     precision = value;
