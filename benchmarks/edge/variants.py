@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[str, Callable[[ExportSpec, Path], list[Example]]]] = {
 }
 
 
-def measure(name: str, source: Path, data: Path, folder: Path) -> list[dict]:
+def measure(name: str, source: Path, data: Path, folder: Path, origin: dict[str, str]) -> list[dict]:
     """Rows of a model."""
     label, examples = MODELS[name]
     found = write_variants(
@@ -95,7 +95,7 @@ def measure(name: str, source: Path, data: Path, folder: Path) -> list[dict]:
                 "recommended": variant.recommended,
                 "threads": 1,
                 "onnxruntime": importlib.metadata.version("onnxruntime"),
-                **environment("cpu"),
+                **origin,
             }
         )
         print(*list(rows[-1].values())[:12], flush=True)
@@ -108,9 +108,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME")
     args = parser.parse_args()
+    origin = environment("cpu")  # before rows change the checkout
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
-            rows = measure(name, args.files / f"{name}.onnx", args.data, Path(folder))
+            rows = measure(name, args.files / f"{name}.onnx", args.data, Path(folder), origin)
         write_rows(RESULTS / "edge_variants.csv", rows, key=("model", "variant", "device"))
 
 
