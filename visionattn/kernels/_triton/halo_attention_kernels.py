@@ -17,114 +17,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from visionattn.kernels._triton.halo_attention_tiles import (
+    MASKED,
+    add_relative,
+    add_relative_grad,
+    map_tile,
+    offset,
+    queries,
+    query_block,
+    relative_logits,
+    to_table_rows,
+    window_logits,
+)
+
 __all__ = ["halo_attention_bwd_kv_kernel", "halo_attention_bwd_q_kernel", "halo_attention_fwd_kernel"]
-
-MASKED = tl.constexpr(-1e30)
-
-
-@triton.jit
-def _offset(image, y, x, head, stride_b, stride_y, stride_x, stride_h):
-    """Where a pixel's channels begin: 64 bits for this alone, so that what is counted from there takes 32."""
-    return image * stride_b + tl.cast(y, tl.int64) * stride_y + tl.cast(x, tl.int64) * stride_x + head * stride_h
-
-
-@triton.jit
-def _map_tile(ptr, y, x, inside, stride_y, stride_x, offs_d, n_channels):
-    """Pixels of a map by channels, zeros outside; y and x count from the pixel that `ptr` points to."""
-    mask = inside[:, None] & (offs_d < n_channels)[None, :]
-    return tl.load(ptr + (y * stride_y + x * stride_x)[:, None] + offs_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _relative_logits(
-    q, table_ptr, position, offs_d, D, STEP: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, dot: tl.constexpr
-):
-    """Relative logits along an axis for each query and row or column of its window, times sqrt(D)."""
-    rows = tl.arange(0, 2 * PADDED)
-    mask = (rows < 2 * WINDOW - 1)[:, None] & (offs_d < D)[None, :]
-    table = tl.load(table_ptr + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
-    qk = tl.dot(q, tl.trans(table), input_precision=dot)
-    j = tl.arange(0, PADDED)
-    row = WINDOW - 1 + j[None, :] - STEP * position[:, None]
-    return tl.gather(qk, tl.minimum(tl.maximum(row, 0), 2 * PADDED - 1), 1) * tl.sqrt(D.to(tl.float32))
-
-
-@triton.jit
-def _mask_window(rel, first, size, MASK: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr):
-    """Mask the padding of the window and, with a masked border, the positions outside the map."""
-    j = tl.arange(0, PADDED)
-    inside = j < WINDOW
-    if MASK:
-        inside = inside & (first + j >= 0) & (first + j < size)
-    return tl.where(inside[None, :], rel, MASKED)
-
-
-@triton.jit
-def _window_logits(
-    q,
-    height_ptr,
-    width_ptr,
-    iy,
-    ix,
-    offs_d,
-    D,
-    first_y,
-    first_x,
-    H,
-    W,
-    MASK: tl.constexpr,
-    STEP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PADDED: tl.constexpr,
-    dot: tl.constexpr,
-):
-    """Masked relative logits of each query: one per row and one per column of its window."""
-    rel_h = _relative_logits(q, height_ptr, iy, offs_d, D, STEP, WINDOW, PADDED, dot)
-    rel_h = _mask_window(rel_h, first_y, H, MASK, WINDOW, PADDED)
-    rel_w = _relative_logits(q, width_ptr, ix, offs_d, D, STEP, WINDOW, PADDED, dot)
-    rel_w = _mask_window(rel_w, first_x, W, MASK, WINDOW, PADDED)
-    return rel_h, rel_w
-
-
-@triton.jit
-def _query_block(heads, ny, nx):
-    """Head, row and column of the block, and image of a program over queries."""
-    head = tl.program_id(0) % heads
-    block = tl.program_id(0) // heads
-    bx, by, image = block % nx, (block // nx) % ny, (block // (nx * ny)).to(tl.int64)
-    return head, by, bx, image
-
-
-@triton.jit
-def _queries(offs_m, by, bx, QH, QW, SIDE: tl.constexpr, PITCH: tl.constexpr):
-    """Row and column of each query within its block, and which queries exist."""
-    iy, ix = offs_m // PITCH, offs_m % PITCH
-    return iy, ix, (iy < SIDE) & (ix < SIDE) & (by * SIDE + iy < QH) & (bx * SIDE + ix < QW)
-
-
-@triton.jit
-def _add_relative(qk, rel, onehot, HALF: tl.constexpr, dot: tl.constexpr):
-    """Add to a tile of logits the relative logit of each query for the row or column of each key."""
-    if HALF:
-        high = rel.to(tl.bfloat16)
-        low = (rel - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(low, onehot.to(tl.bfloat16), tl.dot(high, onehot.to(tl.bfloat16), qk))
-    return tl.dot(rel, onehot.to(tl.float32), qk, input_precision=dot)
-
-
-@triton.jit
-def _add_relative_grad(drel, ds, onehot, dot: tl.constexpr):
-    """Add the gradient of `_add_relative` by the relative logits."""
-    return tl.dot(ds, tl.trans(onehot.to(ds.dtype)), drel, input_precision=dot)
-
-
-@triton.jit
-def _to_table_rows(drel, position, STEP: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr):
-    """From rows or columns of a query's window to rows of the table."""
-    rows = tl.arange(0, 2 * PADDED)
-    j = rows[None, :] - (WINDOW - 1) + STEP * position[:, None]
-    found = tl.gather(drel, tl.minimum(tl.maximum(j, 0), PADDED - 1), 1)
-    return tl.where((j >= 0) & (j < WINDOW) & (rows < 2 * WINDOW - 1)[None, :], found, 0.0)
 
 
 @triton.jit
@@ -181,17 +87,17 @@ def halo_attention_fwd_kernel(
     """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     SIDE: tl.constexpr = BLOCK // STRIDE
-    head, by, bx, image = _query_block(heads, ny, nx)
+    head, by, bx, image = query_block(heads, ny, nx)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    iy, ix, q_mask = _queries(offs_m, by, bx, QH, QW, SIDE, PITCH)
+    iy, ix, q_mask = queries(offs_m, by, bx, QH, QW, SIDE, PITCH)
     offs_d, offs_dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
     first_y, first_x = by * BLOCK - HALO, bx * BLOCK - HALO
-    q_ptr += _offset(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
-    k_ptr += _offset(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
-    v_ptr += _offset(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
+    q_ptr += offset(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
+    k_ptr += offset(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
+    v_ptr += offset(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
 
-    q = _map_tile(q_ptr, iy, ix, q_mask, q_sy, q_sx, offs_d, D)
-    rel_h, rel_w = _window_logits(
+    q = map_tile(q_ptr, iy, ix, q_mask, q_sy, q_sx, offs_d, D)
+    rel_h, rel_w = window_logits(
         q, height_ptr, width_ptr, iy, ix, offs_d, D, first_y, first_x, H, W, MASK, STEP, WINDOW, PADDED, PRECISION
     )
 
@@ -204,11 +110,11 @@ def halo_attention_fwd_kernel(
         jy = row + offs_n // PADDED
         ky, kx = first_y + jy, first_x + offs_n % PADDED
         k_mask = (jy < WINDOW) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
-        k = _map_tile(k_ptr, jy, offs_n % PADDED, k_mask, k_sy, k_sx, offs_d, D)
-        v = _map_tile(v_ptr, jy, offs_n % PADDED, k_mask, v_sy, v_sx, offs_dv, DV)
+        k = map_tile(k_ptr, jy, offs_n % PADDED, k_mask, k_sy, k_sx, offs_d, D)
+        v = map_tile(v_ptr, jy, offs_n % PADDED, k_mask, v_sy, v_sx, offs_dv, DV)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        qk = _add_relative(qk, rel_h, j[:, None] == jy[None, :], HALF, PRECISION)
-        qk = _add_relative(qk, rel_w, column_onehot, HALF, PRECISION) * scale
+        qk = add_relative(qk, rel_h, j[:, None] == jy[None, :], HALF, PRECISION)
+        qk = add_relative(qk, rel_w, column_onehot, HALF, PRECISION) * scale
         if WINDOW % ROWS != 0:  # rows beyond the last have no logit that masks them
             qk = tl.where((jy < WINDOW)[None, :], qk, MASKED)
         m_ij = tl.maximum(m_i, tl.max(qk, 1))
@@ -280,16 +186,16 @@ def halo_attention_bwd_q_kernel(
     """Gradient dq, and each program's partial gradients of the two tables."""
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     SIDE: tl.constexpr = BLOCK // STRIDE
-    head, by, bx, image = _query_block(heads, ny, nx)
+    head, by, bx, image = query_block(heads, ny, nx)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    iy, ix, q_mask = _queries(offs_m, by, bx, QH, QW, SIDE, PITCH)
+    iy, ix, q_mask = queries(offs_m, by, bx, QH, QW, SIDE, PITCH)
     offs_d, offs_dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
     first_y, first_x = by * BLOCK - HALO, bx * BLOCK - HALO
-    q_ptr += _offset(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
-    k_ptr += _offset(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
-    v_ptr += _offset(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
+    q_ptr += offset(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
+    k_ptr += offset(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
+    v_ptr += offset(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
 
-    q = _map_tile(q_ptr, iy, ix, q_mask, q_sy, q_sx, offs_d, D)
+    q = map_tile(q_ptr, iy, ix, q_mask, q_sy, q_sx, offs_d, D)
     base = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
     offs_row = (iy * QW + ix) * heads
     inside = q_mask[:, None] & (offs_dv < DV)[None, :]
@@ -299,7 +205,7 @@ def halo_attention_bwd_q_kernel(
         lse_ptr + base + offs_row, mask=q_mask, other=float("inf")
     )  # queries that do not exist get weights of 0
 
-    rel_h, rel_w = _window_logits(
+    rel_h, rel_w = window_logits(
         q, height_ptr, width_ptr, iy, ix, offs_d, D, first_y, first_x, H, W, MASK, STEP, WINDOW, PADDED, PRECISION
     )
 
@@ -313,31 +219,31 @@ def halo_attention_bwd_q_kernel(
         row_onehot = j[:, None] == jy[None, :]
         ky, kx = first_y + jy, first_x + offs_n % PADDED
         k_mask = (jy < WINDOW) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
-        k = _map_tile(k_ptr, jy, offs_n % PADDED, k_mask, k_sy, k_sx, offs_d, D)
-        v = _map_tile(v_ptr, jy, offs_n % PADDED, k_mask, v_sy, v_sx, offs_dv, DV)
+        k = map_tile(k_ptr, jy, offs_n % PADDED, k_mask, k_sy, k_sx, offs_d, D)
+        v = map_tile(v_ptr, jy, offs_n % PADDED, k_mask, v_sy, v_sx, offs_dv, DV)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        qk = _add_relative(qk, rel_h, row_onehot, HALF, PRECISION)
-        qk = _add_relative(qk, rel_w, column_onehot, HALF, PRECISION) * scale
+        qk = add_relative(qk, rel_h, row_onehot, HALF, PRECISION)
+        qk = add_relative(qk, rel_w, column_onehot, HALF, PRECISION) * scale
         if WINDOW % ROWS != 0:
             qk = tl.where((jy < WINDOW)[None, :], qk, MASKED)
         p = tl.exp2(qk - lse[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         ds = ds.to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-        drel_h = _add_relative_grad(drel_h, ds, row_onehot, PRECISION)
-        drel_w = _add_relative_grad(drel_w, ds, column_onehot, PRECISION)
+        drel_h = add_relative_grad(drel_h, ds, row_onehot, PRECISION)
+        drel_w = add_relative_grad(drel_w, ds, column_onehot, PRECISION)
 
     dq = dq * (1 / tl.sqrt(D.to(tl.float32)))
     table = tl.arange(0, 2 * PADDED)
     mask = (table < 2 * WINDOW - 1)[:, None] & (offs_d < D)[None, :]
     part = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (2 * WINDOW - 1) * D
     entries = table[:, None] * D + offs_d[None, :]
-    drel = _to_table_rows(drel_h, iy, STEP, WINDOW, PADDED).to(q.dtype)
+    drel = to_table_rows(drel_h, iy, STEP, WINDOW, PADDED).to(q.dtype)
     rel = tl.load(height_ptr + entries, mask=mask, other=0.0)
     dq = tl.dot(drel, rel, dq, input_precision=PRECISION)
     dtable = tl.dot(tl.trans(drel), q, input_precision=PRECISION)
     tl.store(dheight_ptr + part + entries, dtable, mask=mask)
-    drel = _to_table_rows(drel_w, ix, STEP, WINDOW, PADDED).to(q.dtype)
+    drel = to_table_rows(drel_w, ix, STEP, WINDOW, PADDED).to(q.dtype)
     rel = tl.load(width_ptr + entries, mask=mask, other=0.0)
     dq = tl.dot(drel, rel, dq, input_precision=PRECISION)
     dtable = tl.dot(tl.trans(drel), q, input_precision=PRECISION)
@@ -410,10 +316,10 @@ def halo_attention_bwd_kv_kernel(
     ky, kx = first_y + in_tile_y, first_x + in_tile_x
     k_mask = (in_tile_y < BLOCK) & (in_tile_x < BLOCK) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
     offs_d, offs_dv = tl.arange(0, PAD_D), tl.arange(0, PAD_DV)
-    k_ptr += _offset(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
-    v_ptr += _offset(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
-    k = _map_tile(k_ptr, in_tile_y, in_tile_x, k_mask, k_sy, k_sx, offs_d, D)
-    v = _map_tile(v_ptr, in_tile_y, in_tile_x, k_mask, v_sy, v_sx, offs_dv, DV)
+    k_ptr += offset(image, first_y, first_x, head, k_sb, k_sy, k_sx, k_sh)
+    v_ptr += offset(image, first_y, first_x, head, v_sb, v_sy, v_sx, v_sh)
+    k = map_tile(k_ptr, in_tile_y, in_tile_x, k_mask, k_sy, k_sx, offs_d, D)
+    v = map_tile(v_ptr, in_tile_y, in_tile_x, k_mask, v_sy, v_sx, offs_dv, DV)
 
     j = tl.arange(0, PADDED)
     dk = tl.zeros([BLOCK_N, PAD_D], tl.float32)
@@ -425,22 +331,22 @@ def halo_attention_bwd_kv_kernel(
             jx = (tx - bx) * BLOCK + in_tile_x
             column_onehot = j[:, None] == jx[None, :]
             visible = k_mask & (jy < WINDOW) & (jx < WINDOW)
-            q_block_ptr = q_ptr + _offset(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
+            q_block_ptr = q_ptr + offset(image, by * SIDE, bx * SIDE, head, q_sb, q_sy, q_sx, q_sh)
             base = ((image * QH + by * SIDE) * QW + bx * SIDE) * heads + head
             for start in range(0, SIDE * PITCH, BLOCK_M):
                 offs_m = start + tl.arange(0, BLOCK_M)
-                iy, ix, q_mask = _queries(offs_m, by, bx, QH, QW, SIDE, PITCH)
-                q = _map_tile(q_block_ptr, iy, ix, q_mask, q_sy, q_sx, offs_d, D)
+                iy, ix, q_mask = queries(offs_m, by, bx, QH, QW, SIDE, PITCH)
+                q = map_tile(q_block_ptr, iy, ix, q_mask, q_sy, q_sx, offs_d, D)
                 offs_row = (iy * QW + ix) * heads
                 inside = q_mask[:, None] & (offs_dv < DV)[None, :]
                 do = tl.load(do_ptr + base * DV + offs_row[:, None] * DV + offs_dv[None, :], mask=inside, other=0.0)
                 lse = tl.load(lse_ptr + base + offs_row, mask=q_mask, other=float("inf"))
                 delta = tl.load(delta_ptr + base + offs_row, mask=q_mask, other=0.0)
-                rel_h = _relative_logits(q, height_ptr, iy, offs_d, D, STEP, WINDOW, PADDED, PRECISION)
-                rel_w = _relative_logits(q, width_ptr, ix, offs_d, D, STEP, WINDOW, PADDED, PRECISION)
+                rel_h = relative_logits(q, height_ptr, iy, offs_d, D, STEP, WINDOW, PADDED, PRECISION)
+                rel_w = relative_logits(q, width_ptr, ix, offs_d, D, STEP, WINDOW, PADDED, PRECISION)
                 qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                qk = _add_relative(qk, rel_h, row_onehot, HALF, PRECISION)
-                qk = _add_relative(qk, rel_w, column_onehot, HALF, PRECISION) * scale
+                qk = add_relative(qk, rel_h, row_onehot, HALF, PRECISION)
+                qk = add_relative(qk, rel_w, column_onehot, HALF, PRECISION) * scale
                 p = tl.exp2(tl.where(visible[None, :], qk - lse[:, None], float("-inf")))
                 dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
                 ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
