@@ -13,12 +13,13 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from visionattn.files import atomic_path
 from visionattn.probe.report.report import Report, head_file, write_head
 from visionattn.probe.report.sections import CurvePoint, Section, make_sections
 
-__all__ = ["draw_curves", "write_report"]
+__all__ = ["draw_curves", "write_pages", "write_report", "write_table"]
 
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f")
 _STYLE = """
@@ -43,17 +44,8 @@ def write_report(report: Report, folder: str | Path) -> None:
     for result in report.sweep.chosen:
         write_head(report, result, folder / "heads")
     content, sections = report.to_json(), make_sections(report)
-    curves = [section.curves for section in sections if section.curves is not None]
-    drawn = {file: draw_curves(labels, series, what) for file, labels, series, what in curves}
-    for file, svg in drawn.items():
-        _write(folder / file, svg)
-    _write(folder / "report.md", _markdown(sections))
-    _write(folder / "report.html", _html(sections, drawn, folder))
-    rows = content["heads"]
-    with atomic_path(folder / "results.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as table:
-        writer = csv.DictWriter(table, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    drawn = write_pages(sections, folder)
+    write_table(content["heads"], folder / "results.csv")
     _write(folder / "results.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     heads = [head_file(folder / "heads", report, result) for result in report.sweep.chosen]
     ours = {*heads, *(path.with_suffix(".md") for path in heads), *(folder / file for file, _ in report.maps)}
@@ -62,6 +54,41 @@ def write_report(report: Report, folder: str | Path) -> None:
         for path in folder.glob(pattern):
             if path not in ours:
                 path.unlink()
+
+
+def write_pages(sections: Sequence[Section], folder: str | Path) -> list[str]:
+    """Write sections as `report.md` and `report.html`, with their curves.
+
+    Args:
+        sections: Of the report; their pictures are JPEG files that lie in the folder already.
+        folder: Of the report.
+
+    Returns:
+        The files of the curves.
+
+    Raises:
+        StorageError: A file could not be written.
+    """
+    folder = Path(folder)
+    curves = [section.curves for section in sections if section.curves is not None]
+    drawn = {file: draw_curves(labels, series, what) for file, labels, series, what in curves}
+    for file, svg in drawn.items():
+        _write(folder / file, svg)
+    _write(folder / "report.md", _markdown(sections))
+    _write(folder / "report.html", _html(sections, drawn, folder))
+    return list(drawn)
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write rows of the same columns as CSV.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as table:
+        writer = csv.DictWriter(table, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _write(path: Path, text: str) -> None:
