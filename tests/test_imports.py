@@ -16,7 +16,8 @@ ROOT = Path(visionattn.__file__).parent
 LAYERS = [
     {"cli"},
     {"quickstart", "zoo", "demo"},
-    {"train", "probe", "evaluate", "search"},
+    {"train"},
+    {"probe", "evaluate", "search"},
     {"predict"},
     {"export"},
     {"metrics"},
@@ -28,7 +29,7 @@ LAYERS = [
     {"weights", "blocks", "cost"},
     {"kernels"},
 ]
-EVERYBODY = {"arguments", "devices", "errors", "files", "lazy", "moved", "progress"}
+EVERYBODY = {"arguments", "devices", "errors", "files", "lazy", "moved", "page", "progress"}
 FROM_ROOT = {"__version__", "accelerate", "insert", "load", "swap"}  # names of the package itself
 HEAVY = [
     "lightning",

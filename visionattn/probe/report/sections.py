@@ -3,51 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import NamedTuple
 
+from visionattn.page import CurvePoint, Curves, Section
 from visionattn.probe.heads.results import HeadResult
 from visionattn.probe.knn import Neighbours
 from visionattn.probe.pixels import SIDE, PixelHead
 from visionattn.probe.report.report import Report, percent
-from visionattn.probe.statistics import FEWEST_DRAWS, Interval, bootstrap_interval, share_interval, wilson_interval
+from visionattn.probe.statistics import FEWEST_DRAWS, bootstrap_interval, share_interval, wilson_interval
 
 __all__ = ["CurvePoint", "Curves", "Section", "make_sections"]
-
-
-class CurvePoint(NamedTuple):
-    """A place along x, and a share with its interval."""
-
-    x: int
-    value: float
-    interval: Interval
-
-
-class Curves(NamedTuple):
-    """A picture of shares with their intervals.
-
-    Attributes:
-        file: In which it shall stand.
-        labels: Of the places along x.
-        series: Points of each curve.
-        what: Is drawn, the words beside the vertical axis.
-    """
-
-    file: str
-    labels: Sequence[str]
-    series: Mapping[str, Sequence[CurvePoint]]
-    what: str
-
-
-class Section(NamedTuple):
-    """A heading with what stands below it, in this order."""
-
-    title: str
-    words: list[str] = []  # noqa: RUF012
-    table: list[list[str]] = []  # noqa: RUF012, the first row is the header
-    curves: Curves | None = None
-    pictures: list[tuple[str, str]] = []  # noqa: RUF012, files and captions
 
 
 def make_sections(report: Report) -> list[Section]:
