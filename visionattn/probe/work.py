@@ -8,7 +8,6 @@ import json
 import math
 import platform
 import time
-import warnings
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 import visionattn
-from visionattn.errors import InputError, StorageError
+from visionattn.errors import InputError
 from visionattn.export import export_onnx
 from visionattn.files import atomic_path
 from visionattn.opening import Opened
@@ -29,20 +28,19 @@ from visionattn.probe.classifier import ProbedClassifier
 from visionattn.probe.few_shot import few_shot
 from visionattn.probe.heads.banks import HeadSpec
 from visionattn.probe.heads.results import SweepResult
-from visionattn.probe.inputs import Images, Part
+from visionattn.probe.inputs import Images
 from visionattn.probe.knn import ChannelStatistics, channel_statistics, nearest_neighbours
 from visionattn.probe.pixels import PixelBaseline, PixelHead, read_pixels
 from visionattn.probe.processes import rank_and_size
 from visionattn.probe.progress import show_progress
+from visionattn.probe.reading import TokenReader
 from visionattn.probe.report.maps import attention_of, overlay
-from visionattn.probe.report.report import LayerNeighbours, Report, Skipped, head_file
+from visionattn.probe.report.report import LayerNeighbours, Report, head_file
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.state import RunState
 from visionattn.probe.sweep import hold_out, sweep
 from visionattn.probe.tokens.backbone import Backbone
-from visionattn.probe.tokens.features import LiveFeatures, extract, space_line
 from visionattn.probe.tokens.interface import Features
-from visionattn.probe.tokens.loading import find_readable
 from visionattn.weights.hashing import hash_state
 
 __all__ = ["HOLDOUT", "WARMUP", "ProbedClassifier", "ProbingRun"]
@@ -51,7 +49,6 @@ HOLDOUT = 0.1
 WARMUP = 0.1  # of the epochs
 # A few images make an epoch of one step: a head needs more of these than a data set has epochs.
 FEW_SHOT_STEPS = 200
-EXTRACTION_BATCH = 64
 
 
 class ProbingRun:
@@ -70,8 +67,6 @@ class ProbingRun:
         self.backbone, self.images, self.console = backbone, images, console
         self.weights = hash_state(backbone.model.state_dict())
         self.specs, self.notes = settings.specs(backbone.layers, len(images.classes))
-        self.skipped: list[Skipped] = []
-        self.readable: list[Tensor] = []  # rows of the training and of the test images
         self.batch_size = 0
 
     @property
@@ -87,7 +82,8 @@ class ProbingRun:
         """
         settings, images = self.settings, self.images
         start = time.perf_counter()
-        train, test = self.features()
+        self.tokens = TokenReader(settings, self.name, self.backbone, images, self.console)
+        train, test = self.tokens.read()
         extracting = time.perf_counter() - start
         found = self.sweep(train, test)
         if "tokens" not in self.state.seconds:  # later runs only look whether they are there
@@ -127,7 +123,7 @@ class ProbingRun:
             sweep=found,
             seconds={"tokens": self.state.seconds["tokens"], "heads": found.seconds},
             notes=[*self.notes, *images.left_out, *found.notes],
-            skipped=self.skipped,
+            skipped=self.tokens.skipped,
             plan=self.plan,
         )
         self._note_ends(report)
@@ -148,62 +144,6 @@ class ProbingRun:
         if at_end and len(rates) > 1:
             names = ", ".join(f"{report.name(result)} ({result.spec.lr:g})" for result in at_end)
             report.notes.append(f"The chosen learning rate is an end of those tried for {names}: --lrs can take more.")
-
-    def features(self) -> list[Features]:
-        """Tokens of the training and the test images."""
-        settings, parts = self.settings, {"train": self.images.train, "test": self.images.test}
-        count = sum(len(part.names) for part in parts.values())
-        if settings.live:
-            self.console.print(f"Tokens of {count:,} images are computed at each pass (--live): nothing is stored.")
-        else:
-            self.console.print(space_line(self.backbone, count, settings.precision, Path(settings.cache or "")))
-        found: list[Features] = []
-        for name, part in parts.items():
-            features = self._live(part) if settings.live else self._stored(name, part)
-            skipped = dict(features[1])
-            self.skipped += [Skipped(name, part.names[row], reason) for row, reason in skipped.items()]
-            self.readable.append(torch.tensor([row for row in range(len(part.names)) if row not in skipped]))
-            found.append(features[0])
-        return found
-
-    def _live(self, part: Part) -> tuple[Features, list[tuple[int, str]]]:
-        with show_progress(self.console) as progress:
-            readable = find_readable(part.dataset, self.settings.workers, progress)
-        dataset = Subset(part.dataset, readable.rows.tolist())
-        names = [part.names[row] for row in readable.rows.tolist()]
-        features = LiveFeatures(
-            self.backbone, dataset, readable.labels, self.images.classes, self.settings.workers, names
-        )
-        return features, readable.skipped
-
-    def _stored(self, name: str, part: Part) -> tuple[Features, list[tuple[int, str]]]:
-        settings = self.settings
-        identity = {
-            "model": self.name,
-            "transform": self.images.transform,
-            "dataset": f"{self.images.dataset}, {self.images.root}, {name}, {part.digest}",
-        }
-        try:
-            with warnings.catch_warnings(record=True) as told, show_progress(self.console) as progress:
-                warnings.simplefilter("always")
-                features = extract(
-                    self.backbone,
-                    part.dataset,
-                    Path(settings.cache or ""),
-                    identity=identity,
-                    classes=self.images.classes,
-                    precision=settings.precision,
-                    batch_size=EXTRACTION_BATCH,
-                    num_workers=settings.workers,
-                    names=part.names,
-                    progress=progress,
-                )
-        except StorageError as error:
-            raise StorageError(f"{error} The options are --live and --dtype int8.") from error
-        ours = [str(warning.message) for warning in told if warning.category is UserWarning]
-        for words in dict.fromkeys(ours):  # others are of the reader's files left open, and such
-            self._note(words)
-        return features, features.skipped
 
     @property
     def plan(self) -> str:
@@ -313,7 +253,7 @@ class ProbingRun:
                         settings.workers,
                         progress,
                     )
-                    for part, rows in zip((self.images.train, self.images.test), self.readable, strict=True)
+                    for part, rows in zip((self.images.train, self.images.test), self.tokens.readable, strict=True)
                 )
                 report.pixels = PixelBaseline(
                     {}
@@ -386,7 +326,7 @@ class ProbingRun:
             return
         firsts = [int((test.labels == label).nonzero()[0]) for label in test.labels.unique()]
         rows = firsts[:: max(1, len(firsts) // self.settings.maps)][: self.settings.maps]
-        dataset, places = self.images.test.dataset, self.readable[1]
+        dataset, places = self.images.test.dataset, self.tokens.readable[1]
         images = torch.stack([dataset[int(places[row])][0] for row in rows])
         tokens = self.backbone(images)[result.spec.layer]
         attention = attention_of(result.head, tokens)
