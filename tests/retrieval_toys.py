@@ -54,6 +54,14 @@ def toy(seed=0):
     return ToyConditional(("colour", "kind"), 8).eval()
 
 
+def plain(seed=0):
+    """A model with one embedding for all, by colour and kind."""
+    found = toy(seed)
+    found.attributes, found.num_classes = (), 0
+    found.forward = lambda x: found.head(found.forward_tokens(x), range(2)).flatten(1)
+    return found
+
+
 TOY_CONDITIONS = {"class": "kind", "closure": "kind", "gender": "colour", "heel": "colour"}
 
 

@@ -20,6 +20,7 @@ moved.install()
 _COMMANDS = {
     "check": "visionattn.export.inspect",
     "demo": "visionattn.demo",
+    "duplicates": "visionattn.search.duplicates",
     "evaluate_retrieval": "visionattn.evaluate.retrieval",
     "evaluate_sr": "visionattn.evaluate.sr",
     "evaluate_stereo": "visionattn.evaluate.stereo",

@@ -52,10 +52,16 @@ COMMANDS = {
         "prepare a folder of images for search", "visionattn.search.cli", "add_index_arguments", "run_index"
     ),
     "search": Command(
-        "find images like one, by attributes such as colour",
+        "find images like one, by any model or by attributes such as colour",
         "visionattn.search.cli",
         "add_search_arguments",
         "run_search",
+    ),
+    "duplicates": Command(
+        "find images of an index that are nearly the same",
+        "visionattn.search.cli",
+        "add_duplicates_arguments",
+        "run_duplicates",
     ),
     "evaluate": Command("measure models by their benchmark's protocol", "visionattn.evaluate.cli"),
     "probe": Command("judge a frozen backbone by heads that read its tokens", "visionattn.probe.cli"),

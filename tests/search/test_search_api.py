@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 pytest.importorskip("faiss")
@@ -15,7 +17,7 @@ pytest.importorskip("faiss")
 import visionattn
 from tests.retrieval_toys import toy, write_pictures
 from visionattn import cli
-from visionattn.errors import InputError, UnknownNameError
+from visionattn.errors import CheckpointError, InputError, UnknownNameError
 from visionattn.search import api
 
 QUERY = "pictures/00_red_bars.png"
@@ -82,7 +84,7 @@ def test_a_file_is_left_out_and_its_name_is_said(index):
 
 
 def test_the_function_does_what_the_command_does(index, monkeypatch, capsys):
-    monkeypatch.setattr(api, "_open", lambda name, device: toy())
+    monkeypatch.setattr(api, "_open", lambda *_: toy())
     own = visionattn.search("index", QUERY, {"colour": 1.0, "kind": 0.5}, top=5, output="own.png")
     assert cli.main(["search", "index", QUERY, "--attribute", "colour=1,kind=0.5", "--top", "5"]) == 0
     for suffix in ("png", "json"):
@@ -93,6 +95,24 @@ def test_the_function_does_what_the_command_does(index, monkeypatch, capsys):
     assert cli.main(["index", "pictures", "other", "--model", "toy"]) == 0
     for name in ("00.faiss", "01.faiss"):
         assert Path("other", name).read_bytes() == Path("index", name).read_bytes()
+
+
+def test_any_model_of_timms_by_name_file_or_module(index, tmp_path):
+    name, size = "va_minimal_vit_nano_patch4_32", 32
+    module = timm.create_model(name, num_classes=10).eval()
+    torch.save(module.state_dict(), "weights.pth")
+    with pytest.raises(CheckpointError):
+        visionattn.index("pictures", "named", name, progress=False)
+    made = visionattn.index(
+        "pictures", "named", name, checkpoint="weights.pth", image_size=size, device="cpu", progress=False
+    )
+    assert made.conditions == ("image",)
+    hits = visionattn.search("named", QUERY, include_query=True)  # opens the name and its file again
+    assert hits[0].image == "00_red_bars.png"
+    assert hits[0].score == pytest.approx(1, abs=1e-5)
+    given = visionattn.index("pictures", "given", module, device="cpu", progress=False)
+    assert module.num_classes == 10
+    assert visionattn.search(given, QUERY) == visionattn.search("named", QUERY)
 
 
 @pytest.mark.parametrize("name", ["index", "search"])

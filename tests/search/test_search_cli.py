@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 from PIL import Image
 
 pytest.importorskip("faiss")
 
-from tests.retrieval_toys import picture, toy, write_pictures
+from tests.retrieval_toys import picture, plain, toy, write_pictures
 from visionattn import cli
 from visionattn.errors import CheckpointError, InputError, UnknownNameError
 from visionattn.search import api, sheet
@@ -23,7 +24,7 @@ def commands(tmp_path, monkeypatch, capsys):
     """Runs a command in a folder with pictures; gives its exit code, output and error output."""
     write_pictures(tmp_path / "pictures")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "_open", lambda name, device: toy(int(name == "other")))
+    monkeypatch.setattr(api, "_open", lambda name, *_: toy(int(name == "other")))
 
     def run(*words):
         code = cli.main([str(word) for word in words])
@@ -41,6 +42,11 @@ def indexed(commands):
 
 QUERY = "pictures/00_red_bars.png"
 SEARCH = ("search", "index", QUERY, "--attribute", "colour")
+
+
+def found_names(path):
+    with open(path) as file:
+        return [hit["image"] for hit in json.load(file)["hits"]]
 
 
 def found():
@@ -206,6 +212,36 @@ def test_command_takes_names_and_weight_files():
     for name in ("va_span_ch26_x2", "va_match_stereo_nano"):
         with pytest.raises(InputError, match=f"{name} cannot be used here: it is a '(restore|stereo)' model"):
             api._open(name, "cpu")
+
+
+def test_an_index_of_one_attribute_needs_none(commands, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "_open", lambda *_: plain())
+    assert commands("index", "pictures", "index", "--model", "plain")[0] == 0
+    code, out, _ = commands("search", "index", QUERY, "--output", "found.html")
+    assert code == 0
+    assert "wrote found.html and found.json" in out
+    page = (tmp_path / "found.html").read_text()
+    assert page.count('src="data:image/jpeg;base64,') == page.count("<img") == 13  # the query and 12 hits
+    assert "<script" not in page
+    assert "http" not in page
+    assert "12 images of" in page
+    assert "by image." in page
+    assert found_names("found.json") == re.findall(r"<span>([^<]*\.png)</span>", page)
+
+
+def test_several_attributes_must_be_chosen_from(indexed):
+    code, _, err = indexed("search", "index", QUERY)
+    assert code == 2
+    assert "index is searched by colour, kind: say which by --attribute" in err
+
+
+def test_a_page_names_what_cannot_be_read_and_escapes(tmp_path):
+    page = sheet.page("A <b>", ["<p>"], {"G & H": [sheet.Cell("<i>gone.png", "0.5")]}, tmp_path)
+    assert "<h1>A &lt;b&gt;</h1>" in page
+    assert "<h2>G &amp; H</h2>" in page
+    assert "cannot be read" in page
+    assert "&lt;i&gt;gone.png" in page
+    assert "<img" not in page
 
 
 def test_contact_sheet_of_images_that_are_gone_or_of_extreme_aspect(tmp_path):

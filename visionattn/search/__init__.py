@@ -1,7 +1,8 @@
-"""An index of a folder of images, searched by attributes; the package is called as the function of its name.
+"""An index of a folder of images, for search and duplicates; the package is called as the function of its name.
 
-index = visionattn.index("photos", "photos.index", "best.ckpt")
-hits = visionattn.search(index, "query.jpg", "colour")
+index = visionattn.index("photos", "photos.index", "tf_efficientnet_lite0")  # any of timm's names, or a file
+hits = visionattn.search(index, "query.jpg")  # by attributes, of a model that has them: "colour"
+print(visionattn.duplicates(index))
 """
 
 from visionattn.lazy import lazily, make_callable

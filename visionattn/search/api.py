@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from visionattn.data.retrieval.embedding import EMBEDDING_TASKS, input_config
+from visionattn.data.retrieval.embedding import EMBEDDING_TASKS, check_config, conditions_of, input_config
 from visionattn.devices import find_device
 from visionattn.errors import InputError, shorten
 from visionattn.files import atomic_path, check_output
@@ -33,18 +34,24 @@ def index(
     output: str | Path,
     model: str | Path | nn.Module,
     *,
+    checkpoint: str | Path | None = None,
     image_size: int | tuple[int, int] | None = None,
     device: str | torch.device = "auto",
     overwrite: bool = False,
     progress: bool = True,
 ) -> ImageIndex:
-    """Embed the images of a folder by all attributes of a model, and write their index or bring it up to date.
+    """Embed the images of a folder by a model, and write their index or bring it up to date.
+
+    A model of attributes gives one embedding for each; any other gives its features, under the attribute "image". The
+    classifier of a model is left out.
 
     Args:
         folder: Images, also in sub-folders.
         output: Folder of the index. One of the same folder and model is brought up to date: images are added, removed
             and refreshed. An unfinished one is continued.
-        model: Name with weights, weight file or folder, or a module (see `visionattn.opening.open_model`).
+        model: Any name of timm's registry with weights, weight file or folder, or a module (see
+            `visionattn.opening.open_model`), which is not changed.
+        checkpoint: Weight file for a name.
         image_size: Side of the images in pixels, or height and width; None takes the model's.
         device: "auto" (a GPU where there is one), or a device of PyTorch.
         overwrite: Replace an index of another folder or model, and compare images by content, not by size and time.
@@ -61,13 +68,15 @@ def index(
         StorageError: The index could not be written, or another run is writing to it.
         UnknownNameError: No model has that name.
     """
-    network = _open(model, device)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    network = _open(model, device, checkpoint, size)
     update = update_index(
         folder,
         output,
         network,
         _name(model),
-        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
+        checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
+        image_size=size,
         overwrite=overwrite,
         console=new_console() if progress else None,
     )
@@ -98,6 +107,15 @@ class Hits(list[Hit]):
         """A picture of the query, framed, and the hits, best first; grey stands for an image that is gone."""
         return sheet.contact_sheet(self.query, self, self.folder)
 
+    def to_html(self) -> str:
+        """The contact sheet as a page without scripts that needs no other file."""
+        several = len(self.attributes) > 1
+        searched = [f"{shorten(name)}{f' x {weight:g}' * several}" for name, weight in self.attributes.items()]
+        found = [sheet.Cell(hit.image, f"{hit.score:.3f}") for hit in self]
+        told = [f"{len(self)} images of {shorten(self.folder)}, best first, by {', '.join(searched)}.", *self.notes]
+        groups = {"Query": [sheet.Cell(self.query, "query")], "Found": found}
+        return sheet.page("Images found", told, groups, self.folder)
+
     def to_json(self) -> dict[str, Any]:
         """The search and its hits as plain values."""
         return {
@@ -116,12 +134,13 @@ class Hits(list[Hit]):
 def search(
     index: str | Path | ImageIndex,
     image: str | Path | Image.Image | np.ndarray,
-    attributes: str | Sequence[str] | Mapping[str, float],
+    attributes: str | Sequence[str] | Mapping[str, float] | None = None,
     *,
     top: int = 12,
     include_query: bool = False,
     images: str | Path | None = None,
     model: str | Path | nn.Module | None = None,
+    checkpoint: str | Path | None = None,
     device: str | torch.device = "auto",
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -131,14 +150,16 @@ def search(
     Args:
         index: Folder that `visionattn.index` wrote, or the index itself, which keeps the model for the next search.
         image: Query image: a file, a PIL image, or an array (H, W) or (H, W, C) of uint8 or uint16, of 1 to 4 channels.
-        attributes: An attribute, several of equal weight, or the weight of each.
+        attributes: An attribute, several of equal weight, or the weight of each; None is the only one of the index.
         top: Most hits.
         include_query: Also find the query image itself and copies of it in the index. A query without a file has no
             copies.
         images: Where the indexed images are now; None is where they were.
         model: The model that made the index; None is where it was then.
+        checkpoint: Weight file for a name.
         device: "auto" (a GPU where there is one), or a device of PyTorch.
-        output: Contact sheet to write, with a JSON file of the same name; None writes nothing.
+        output: Contact sheet to write, a picture or an HTML page, with a JSON file of the same name; None writes
+            nothing.
         overwrite: Replace outputs that exist.
 
     Returns:
@@ -153,13 +174,13 @@ def search(
         UnknownNameError: There is no such attribute, or no such model.
     """
     opened = index if isinstance(index, ImageIndex) else ImageIndex(index)
-    weights = _weights(attributes)
+    weights = _weights(attributes, opened)
     opened.check_attributes(weights)
     file = image if isinstance(image, (str, Path)) else None
     if output is not None:
         _check_outputs(Path(output), file, overwrite)
     query = read_upright(image) if isinstance(image, (str, Path)) else as_upright(image)
-    network = _model_of(opened, model, device)
+    network = _model_of(opened, model, device, checkpoint)
     copies = [] if include_query or file is None else opened.copies_of(file)
     hits = Hits(
         opened.search(opened.embed(network, query), weights, top, copies),
@@ -171,16 +192,30 @@ def search(
     hits.notes = _notes(opened, network, hits)
     if output is not None:
         with atomic_path(output) as temporary:
-            hits.contact_sheet().save(temporary)
+            if temporary.suffix.lower() == sheet.PAGE:
+                temporary.write_text(hits.to_html(), encoding="utf-8")
+            else:
+                hits.contact_sheet().save(temporary)
         named = {"query": None if file is None else str(file), "index": str(opened.folder)}
         with atomic_path(Path(output).with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps({**named, **hits.to_json()}, indent=1))
     return hits
 
 
-def _open(model: str | Path | nn.Module, device: str | torch.device) -> nn.Module:
-    """The model that embeds images."""
-    return open_model(model, task=EMBEDDING_TASKS).model.to(find_device(device))
+def _open(
+    model: str | Path | nn.Module,
+    device: str | torch.device,
+    checkpoint: str | Path | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> nn.Module:
+    """The model that embeds images: of a classifier its features."""
+    found: Any = open_model(
+        model, checkpoint, task=EMBEDDING_TASKS, image_size=image_size, drop_classifier=checkpoint is not None
+    ).model
+    if not conditions_of(found) and getattr(found, "num_classes", 0) and hasattr(found, "reset_classifier"):
+        found = copy.deepcopy(found) if found is model else found
+        found.reset_classifier(0)
+    return found.to(find_device(device))
 
 
 def _name(model: str | Path | nn.Module) -> str:
@@ -190,15 +225,23 @@ def _name(model: str | Path | nn.Module) -> str:
     return str(Path(model).resolve()) if Path(model).exists() else str(model)
 
 
-def _model_of(index: ImageIndex, model: str | Path | nn.Module | None, device: str | torch.device) -> nn.Module:
+def _model_of(
+    index: ImageIndex,
+    model: str | Path | nn.Module | None,
+    device: str | torch.device,
+    checkpoint: str | Path | None,
+) -> nn.Module:
     """The model of an index, which keeps it.
 
     Raises:
         CheckpointError: It is another one.
     """
-    if model is not None or index.model is None:
+    if model is not None or checkpoint is not None or index.model is None:
         named = index.manifest["model"] if model is None else model
-        opened = _open(named, device)
+        if model is None and checkpoint is None:
+            checkpoint = index.manifest.get("checkpoint")
+        check_config(index.manifest["input"])
+        opened = _open(named, device, checkpoint, tuple(index.manifest["input"]["size"]))
         index.check(opened, named if isinstance(named, str) else _name(named))
         index.model = opened
     elif device != "auto":
@@ -206,7 +249,14 @@ def _model_of(index: ImageIndex, model: str | Path | nn.Module | None, device: s
     return index.model
 
 
-def _weights(attributes: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+def _weights(attributes: str | Sequence[str] | Mapping[str, float] | None, index: ImageIndex) -> dict[str, float]:
+    if attributes is None:
+        if len(index.conditions) > 1:
+            raise InputError(
+                f"{shorten(index.folder)} is searched by {', '.join(map(shorten, index.conditions))}: say which by "
+                "--attribute."
+            )
+        return dict.fromkeys(index.conditions, 1.0)
     if isinstance(attributes, Mapping):
         return dict(attributes)
     names = [attributes] if isinstance(attributes, str) else list(attributes)
@@ -215,7 +265,7 @@ def _weights(attributes: str | Sequence[str] | Mapping[str, float]) -> dict[str,
 
 def _check_outputs(output: Path, image: str | Path | None, overwrite: bool) -> None:
     described = output.with_suffix(".json")
-    check_output(output, overwrite, tuple(WRITABLE))
+    check_output(output, overwrite, (*WRITABLE, sheet.PAGE))
     check_output(described, overwrite)
     if image is not None and os.path.realpath(image) in map(os.path.realpath, (output, described)):
         raise InputError(f"The output would replace the query image {shorten(image)}. Name another --output.")

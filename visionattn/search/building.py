@@ -208,15 +208,18 @@ def update_index(
     model: nn.Module,
     model_name: str,
     *,
+    checkpoint: str | None = None,
     image_size: tuple[int, int] | None = None,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Update:
-    """As `build_index`; says what changed."""
+    """As `build_index`; `checkpoint` is the weight file of the name. Says what changed."""
     require("faiss", "search")
     folder, output = Path(folder), Path(output)
     names = find_images(folder)
     plan = _plan(folder, model.eval(), model_name, image_size)
+    if checkpoint is not None:
+        plan["checkpoint"] = checkpoint
     with exclusive(output):
         commit(output)
         before = _before(output, plan, overwrite)

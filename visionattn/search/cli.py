@@ -1,4 +1,4 @@
-"""`visionattn index FOLDER OUT` and `visionattn search INDEX IMAGE`: images found by one attribute, or several."""
+"""`visionattn index FOLDER OUT`, `search INDEX IMAGE` and `duplicates INDEX`: images that are alike, by any model."""
 
 from __future__ import annotations
 
@@ -10,21 +10,33 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from visionattn.arguments import whole_number
+from visionattn.arguments import call_with, number, whole_number
 from visionattn.data.images import list_images
 from visionattn.data.retrieval.embedding import LARGEST
 from visionattn.errors import InputError, shorten
 from visionattn.search.api import Hits, index, search
+from visionattn.search.duplicates import THRESHOLD, duplicates
 from visionattn.search.sheet import contact_sheet
 
-__all__ = ["add_index_arguments", "add_search_arguments", "contact_sheet", "run_index", "run_search"]
+__all__ = [
+    "add_duplicates_arguments",
+    "add_index_arguments",
+    "add_search_arguments",
+    "contact_sheet",
+    "run_duplicates",
+    "run_index",
+    "run_search",
+]
+
+SHOWN = 20  # groups of duplicates in the terminal; the page has all
 
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `visionattn index`."""
     parser.add_argument("folder", help="images, also in sub-folders")
     parser.add_argument("output", help="folder of the index; an existing one is brought up to date")
-    parser.add_argument("--model", required=True, metavar="NAME|FILE", help="name with weights, or weight file")
+    parser.add_argument("--model", required=True, metavar="NAME|FILE", help="any of timm's names, or weight file")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weight file of the model named")
     parser.add_argument(
         "--image-size",
         type=whole_number(1, LARGEST),
@@ -45,7 +57,9 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("index", help="folder that visionattn index wrote")
     parser.add_argument("image", help="query image")
     parser.add_argument(
-        "--attribute", required=True, metavar="NAME[=WEIGHT],...", help="colour, or a mix: colour=1,kind=0.5"
+        "--attribute",
+        metavar="NAME[=WEIGHT],...",
+        help="colour, or a mix: colour=1,kind=0.5 (default: the only one of the index)",
     )
     parser.add_argument("--top", type=whole_number(1), default=12, help="images to find (default: 12)")
     parser.add_argument(
@@ -57,9 +71,37 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME|FILE", help="the model that made the index (default: where it was then)"
     )
+    parser.add_argument("--checkpoint", metavar="FILE", help="weight file of the model named")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument(
-        "--output", type=Path, default=Path("search.png"), help="picture of what was found, JSON beside it (search.png)"
+        "--output",
+        type=Path,
+        default=Path("search.png"),
+        help="picture, or .html page, of what was found, JSON beside it (default: search.png)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+
+
+def add_duplicates_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `visionattn duplicates`."""
+    parser.add_argument("index", help="folder that visionattn index wrote")
+    parser.add_argument("--attribute", metavar="NAME", help="what to compare by (default: the only one of the index)")
+    parser.add_argument(
+        "--threshold",
+        type=number(0, 1, above=True),
+        default=THRESHOLD,
+        metavar="COSINE",
+        help="least cosine of two images that are nearly the same (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="where the indexed images are now (default: where they were)"
+    )
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("duplicates.html"),
+        help="page of the groups, JSON beside it; .json for that alone (default: duplicates.html)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
 
@@ -74,7 +116,15 @@ def run_index(args: argparse.Namespace) -> int:
         VisionAttnError: There is no index.
     """
     size = None if args.image_size is None else tuple(args.image_size)
-    found = index(args.folder, args.output, args.model, image_size=size, device=args.device, overwrite=args.overwrite)
+    found = index(
+        args.folder,
+        args.output,
+        args.model,
+        checkpoint=args.checkpoint,
+        image_size=size,
+        device=args.device,
+        overwrite=args.overwrite,
+    )
     assert found.update is not None
     console = Console(highlight=False, markup=False, soft_wrap=True)
     attributes = ", ".join(map(shorten, found.conditions))
@@ -102,11 +152,12 @@ def run_search(args: argparse.Namespace) -> int:
     hits = search(
         args.index,
         args.image,
-        _weights(args.attribute),
+        None if args.attribute is None else _weights(args.attribute),
         top=args.top,
         include_query=args.include_query,
         images=args.images,
         model=args.model,
+        checkpoint=args.checkpoint,
         device=args.device,
         output=args.output,
         overwrite=args.overwrite,
@@ -118,6 +169,37 @@ def run_search(args: argparse.Namespace) -> int:
         print(f"visionattn: note: {note}", file=sys.stderr)
     described = args.output.with_suffix(".json")
     console.print(f"wrote {shorten(args.output)} and {shorten(described)}", soft_wrap=True)
+    return 0
+
+
+def run_duplicates(args: argparse.Namespace) -> int:
+    """Run `visionattn duplicates`.
+
+    Returns:
+        0.
+
+    Raises:
+        VisionAttnError: Nothing could be compared or written.
+    """
+    found = call_with(duplicates, args)
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+    if found.groups:
+        table = Table("images", "group")
+        for names in found.groups[:SHOWN]:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            table.add_row(str(len(names)), ", ".join(shorten(name) for name in names[:3]) + more)
+        console.print(table)
+    more = f" ({SHOWN} are shown)" if len(found.groups) > SHOWN else ""
+    copies = sum(len(group) - 1 for group in found.groups)
+    console.print(
+        f"{len(found.groups)} groups of images with a cosine from {found.threshold:g} on{more}: {copies} of "
+        f"{found.images} images beyond the first of each",
+        soft_wrap=True,
+    )
+    described = args.output.with_suffix(".json")
+    console.print(
+        f"wrote {' and '.join(shorten(path) for path in dict.fromkeys((args.output, described)))}", soft_wrap=True
+    )
     return 0
 
 

@@ -89,7 +89,10 @@ def _contradiction(manifest: dict[str, Any]) -> str | None:
     images, conditions = manifest["images"], manifest["conditions"]
     if not images or not all(isinstance(name, str) for name in images) or len(set(images)) != len(images):
         return "images must be a list of different names"
-    if any("\0" in name for name in (*images, manifest["folder"], manifest["model"])):
+    checkpoint = manifest.get("checkpoint", "")
+    if not isinstance(checkpoint, str):
+        return "checkpoint must be a file name"
+    if any("\0" in name for name in (*images, manifest["folder"], manifest["model"], checkpoint)):
         return "no file has a name with a NUL byte"
     if not conditions or len(set(conditions)) != len(conditions) or manifest["embed_dim"] < 1:
         return "conditions must be different names, and embed_dim at least 1"

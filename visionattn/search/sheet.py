@@ -1,10 +1,14 @@
-"""The contact sheet of a search: the query and what was found, in one picture."""
+"""Contact sheets: what a search found as one picture or one page, and groups of duplicates as a page."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -12,10 +16,62 @@ from visionattn.errors import VisionAttnError, shorten
 from visionattn.search.building import read_upright
 from visionattn.search.image_index import Hit
 
-__all__ = ["SHOWN", "contact_sheet"]
+__all__ = ["PAGE", "SHOWN", "Cell", "contact_sheet", "page"]
 
 THUMBNAIL, CAPTION, GAP, COLUMNS = 180, 36, 8, 6  # pixels, and images per row
 SHOWN = 75 * COLUMNS - 1  # hits next to the query: WebP ends at 16,383 pixels
+PAGE = ".html"
+STYLE = """
+body { font: 15px/1.5 sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; color: #222; }
+ul { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 12px; padding: 0; margin: 0; }
+li { list-style: none; background: #f4f4f4; padding: 6px; }
+li div { height: 150px; display: flex; align-items: center; justify-content: center; background: #fff; }
+img { max-width: 100%; max-height: 100%; } i { color: #666; } p, h2 { margin: .6em 0; } h2 { font-size: 17px; }
+span { display: block; font-size: 12px; overflow-wrap: anywhere; }
+"""
+
+
+class Cell(NamedTuple):
+    """An image of a page, by its name in the folder or itself, and the words below it."""
+
+    image: str | Image.Image
+    words: str
+
+
+def page(title: str, told: Sequence[str], groups: Mapping[str, Sequence[Cell]], folder: Path) -> str:
+    """Write images in groups as HTML with small embedded pictures: no scripts, and nothing else is loaded.
+
+    Args:
+        title: Of the page.
+        told: Paragraphs below the title.
+        groups: Heading of each group, and its images. The first 449 of all are drawn, of the others the names.
+        folder: Where the images are; of one that is gone the name stands alone.
+    """
+    body = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(words)}</p>" for words in told)]
+    left = SHOWN + 1
+    for heading, cells in groups.items():
+        body.append(f"<h2>{html.escape(heading)}</h2><ul>")
+        body += [_item(cell, folder, drawn=number < left) for number, cell in enumerate(cells)]
+        body.append("</ul>")
+        left -= len(cells)
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
+
+
+def _item(cell: Cell, folder: Path, drawn: bool) -> str:
+    name = shorten(cell.image, 200) if isinstance(cell.image, str) else ""
+    shown = ""
+    if drawn:
+        try:
+            image = read_upright(folder / cell.image) if isinstance(cell.image, str) else cell.image
+            with io.BytesIO() as file:
+                _thumbnail(image).convert("RGB").save(file, "JPEG", quality=85)
+                data = base64.b64encode(file.getvalue()).decode()
+            shown = f'<div><img alt="{html.escape(name)}" src="data:image/jpeg;base64,{data}"></div>'
+        except VisionAttnError:
+            shown = "<div><i>cannot be read</i></div>"
+    return f"<li>{shown}<span>{html.escape(cell.words)}</span><span>{html.escape(name)}</span></li>"
 
 
 def contact_sheet(query: Image.Image, hits: Sequence[Hit], folder: Path) -> Image.Image:

@@ -1,0 +1,224 @@
+"""`visionattn.duplicates`: images of an index that are nearly the same, found exactly by the cosine of each pair.
+
+Files of equal content are one image here, and stand in one group whatever the threshold. All other pairs are compared
+block by block, so that memory does not grow with the square of the images; pairs that are near enough join groups.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from visionattn.devices import find_device
+from visionattn.errors import DataError, InputError, shorten
+from visionattn.files import atomic_path, check_output
+from visionattn.search import sheet
+from visionattn.search.files import read_vectors
+from visionattn.search.image_index import ImageIndex
+
+__all__ = ["THRESHOLD", "Duplicates", "Pair", "duplicates"]
+
+THRESHOLD = 0.95
+BLOCK = 4096  # rows and columns of the cosines that are in memory at a time
+MOST_PAIRS = 10**6
+ROUNDING = 1e-6  # of a cosine in float32: a threshold of 1 finds what is equal
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images and their cosine; `same` says that their files have equal content."""
+
+    first: str
+    second: str
+    cosine: float
+    same: bool = False
+
+
+@dataclass(repr=False)
+class Duplicates:
+    """Images that are nearly the same.
+
+    Attributes:
+        pairs: All pairs of different images from the threshold on, and of files of equal content each with the first of
+            them; the nearest first.
+        groups: Images that pairs join, by chains too; the largest group first, each in the order of the index.
+        threshold: Least cosine of a pair.
+        attribute: What the cosine is of.
+        images: Number of images of the index.
+        folder: Where they are.
+    """
+
+    pairs: list[Pair]
+    groups: list[list[str]]
+    threshold: float
+    attribute: str
+    images: int
+    folder: Path = field(default_factory=Path)
+
+    def __repr__(self) -> str:
+        copies = sum(len(group) - 1 for group in self.groups)
+        return f"Duplicates({len(self.groups)} groups, {copies} of {self.images} images beyond the first of each)"
+
+    def to_json(self) -> dict[str, Any]:
+        """Groups and pairs as plain values."""
+        return {
+            "folder": str(self.folder),
+            "attribute": self.attribute,
+            "threshold": self.threshold,
+            "groups": self.groups,
+            "pairs": [[pair.first, pair.second, pair.cosine, pair.same] for pair in self.pairs],
+        }
+
+    def to_html(self) -> str:
+        """The groups as a page without scripts that needs no other file."""
+        nearest: dict[str, float] = {}
+        same: set[str] = set()
+        for pair in self.pairs:
+            for name in (pair.first, pair.second):
+                nearest[name] = max(pair.cosine, nearest.get(name, -1.0))
+                same |= {name} if pair.same else set()
+        groups = {}
+        for number, names in enumerate(self.groups, 1):
+            words = [f"{nearest[name]:.3f}{', equal files' * (name in same)}" for name in names]
+            groups[f"Group {number}: {len(names)} images"] = [sheet.Cell(*cell) for cell in zip(names, words)]
+        copies = sum(len(group) - 1 for group in self.groups)
+        told = [
+            f"{self.images} images of {shorten(self.folder)}: {len(self.groups)} groups, {copies} images beyond the "
+            f"first of each. Pairs have a cosine of at least {self.threshold:g} by {shorten(self.attribute)}; below "
+            "each image stands the cosine of the nearest one of its group.",
+        ]
+        return sheet.page("Duplicates", told, groups, self.folder)
+
+
+def duplicates(
+    index: str | Path | ImageIndex,
+    attribute: str | None = None,
+    *,
+    threshold: float = THRESHOLD,
+    images: str | Path | None = None,
+    device: str | torch.device = "auto",
+    output: str | Path | None = None,
+    overwrite: bool = False,
+) -> Duplicates:
+    """Find the images of an index that are nearly the same: every pair is compared, and none is missed.
+
+    Args:
+        index: Folder that `visionattn.index` wrote, or the index itself.
+        attribute: What to compare by; None is the only one of the index.
+        threshold: Least cosine of two images that are nearly the same, above 0 and at most 1.
+        images: Where the indexed images are now; None is where they were. Needed for the pictures of a page alone.
+        device: Where cosines are computed: "auto" (a GPU where there is one), or a device of PyTorch.
+        output: HTML page to write, with a JSON file of the same name, or the JSON file; None writes nothing.
+        overwrite: Replace outputs that exist.
+
+    Raises:
+        DataError: There is no index, or it is damaged.
+        InputError: An argument is not accepted, an output exists, or there are more than a million pairs.
+        MissingPackageError: faiss is not installed.
+        StorageError: An output could not be written.
+        UnknownNameError: There is no such attribute.
+    """
+    if not 0 < threshold <= 1:
+        raise InputError(f"The threshold must be above 0 and at most 1; got {threshold}.")
+    opened = index if isinstance(index, ImageIndex) else ImageIndex(index)
+    if attribute is None and len(opened.conditions) > 1:
+        raise InputError(f"Say by which to compare, by --attribute: {', '.join(map(shorten, opened.conditions))}.")
+    attribute = opened.conditions[0] if attribute is None else attribute
+    opened.check_attributes([attribute])
+    if output is not None:
+        for path in dict.fromkeys((Path(output), Path(output).with_suffix(".json"))):
+            check_output(path, overwrite, (sheet.PAGE, ".json"))
+    vectors = read_vectors(opened.folder, opened.manifest, opened.conditions.index(attribute))
+    chosen, same = _one_of_each(opened, len(vectors))
+    rows, columns, cosines = _near(vectors[chosen], threshold, find_device(device))
+    first = np.concatenate([chosen[rows], same[:, 0]])
+    second = np.concatenate([chosen[columns], same[:, 1]])
+    names = opened.images
+    equal = np.einsum("ne,ne->n", vectors[same[:, 0]], vectors[same[:, 1]])
+    values = np.minimum(np.concatenate([cosines, equal]), 1).tolist()
+    pairs = [
+        Pair(names[one], names[other], value, place >= len(rows))
+        for place, (one, other, value) in enumerate(zip(first.tolist(), second.tolist(), values))
+    ]
+    found = Duplicates(
+        sorted(pairs, key=lambda pair: (-pair.same, -pair.cosine)),
+        [[names[row] for row in group] for group in _groups(len(names), first, second)],
+        threshold,
+        attribute,
+        len(names),
+        Path(images or opened.manifest["folder"]),
+    )
+    if output is not None:
+        _write(found, Path(output))
+    return found
+
+
+def _write(found: Duplicates, output: Path) -> None:
+    if output.suffix.lower() == sheet.PAGE:
+        with atomic_path(output) as temporary:
+            temporary.write_text(found.to_html(), encoding="utf-8")
+    with atomic_path(output.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(found.to_json(), indent=1))
+
+
+def _one_of_each(index: ImageIndex, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of images of different content, and (first, other) of those of equal content."""
+    digests = index.manifest.get("digests", [None] * count)
+    often = Counter(digest for digest in digests if digest is not None)
+    first: dict[str, int] = {}
+    chosen, same = [], []
+    for row, digest in enumerate(digests):
+        if often[digest] > 1 and first.setdefault(digest, row) != row:
+            same.append((first[digest], row))
+        else:
+            chosen.append(row)
+    return np.array(chosen), np.array(same, np.int64).reshape(-1, 2)
+
+
+@torch.inference_mode()
+def _near(vectors: np.ndarray, threshold: float, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, columns and cosines of all pairs of (N, E) from a threshold on, row < column."""
+    every = torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
+    found, total = [], 0
+    for top in range(0, len(every), BLOCK):
+        rows = every[top : top + BLOCK]
+        for left in range(top, len(every), BLOCK):
+            cosines = rows @ every[left : left + BLOCK].T
+            if not cosines.isfinite().all():
+                raise DataError("The index is damaged: its vectors are not finite. Index the images again.")
+            near = cosines >= threshold - ROUNDING
+            if left == top:
+                near = near.triu(1)
+            places = near.nonzero()
+            total += len(places)
+            if total > MOST_PAIRS:
+                raise InputError(f"More than {MOST_PAIRS:,} pairs have a cosine of {threshold:g}: raise the threshold.")
+            values = cosines[near].cpu().numpy()
+            places = places.cpu().numpy()
+            found.append((places[:, 0] + top, places[:, 1] + left, values))
+    rows, columns, cosines = (np.concatenate(parts) for parts in zip(*found))
+    return rows, columns, cosines
+
+
+def _groups(count: int, first: np.ndarray, second: np.ndarray) -> list[list[int]]:
+    """Rows that pairs join, by chains too: the largest group first."""
+    root = list(range(count))
+
+    def find(row: int) -> int:
+        while root[row] != row:
+            root[row] = row = root[root[row]]
+        return row
+
+    for one, other in zip(first.tolist(), second.tolist()):
+        low, high = sorted((find(one), find(other)))
+        root[high] = low
+    members: dict[int, list[int]] = {}
+    for row in sorted({*first.tolist(), *second.tolist()}):
+        members.setdefault(find(row), []).append(row)
+    return sorted(members.values(), key=lambda group: (-len(group), group[0]))
