@@ -1,0 +1,84 @@
+"""Masks: images whose values are the classes of pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from visionattn.data.images import open_image
+from visionattn.errors import DataError, shorten
+
+__all__ = ["IGNORE", "PALETTE", "check_labels", "read_mask", "resize_mask"]
+
+IGNORE = 255
+"""The value of pixels without a class, such as the outlines of VOC."""
+
+
+def _palette() -> np.ndarray:
+    """Colours of VOC: the bits of a class, spread over red, green and blue from the highest bit down."""
+    colours = np.zeros((256, 3), np.uint8)
+    index = np.arange(256)
+    for place in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (((index >> channel) & 1) << (7 - place)).astype(np.uint8)
+        index >>= 3
+    return colours
+
+
+PALETTE = _palette()
+"""RGB colours (256, 3) of the classes in overlays, those of PASCAL VOC."""
+
+
+def read_mask(path: str | Path, zero_is_ignored: bool = False) -> np.ndarray:
+    """Read the classes of an image's pixels.
+
+    The indices of a palette image and the values of a grey one are the classes; `IGNORE` stands for none.
+
+    Args:
+        path: A palette or grey image.
+        zero_is_ignored: 0 stands for no class and 1 is the first one, as in ADE20K.
+
+    Returns:
+        uint8 (H, W).
+
+    Raises:
+        DataError: The file is damaged, has colours instead of indices, or values above 255.
+    """
+    image = open_image(path)
+    if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L"):
+        raise DataError(
+            f"The mask {shorten(path)} has the mode {image.mode}: a palette or grey image is required, whose values "
+            "are the indices of the classes."
+        )
+    values = np.array(image)
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
+    if values.min() < 0 or values.max() > IGNORE:
+        raise DataError(
+            f"The mask {shorten(path)} has the value {values.max() if values.max() > IGNORE else values.min()}; "
+            f"classes are 0 to 254, and {IGNORE} is ignored."
+        )
+    mask = values.astype(np.uint8)
+    return mask - np.uint8(1) if zero_is_ignored else mask  # 0 wraps around to 255
+
+
+def check_labels(mask: np.ndarray, path: str | Path, classes: Sequence[str]) -> None:
+    """Refuse a mask with a class that has no name.
+
+    Raises:
+        DataError: It has one.
+    """
+    largest = int(mask[mask != IGNORE].max(initial=0))
+    if largest >= len(classes):
+        raise DataError(
+            f"The mask {shorten(path)} has the class {largest}, but there are {len(classes)} classes: 0 to "
+            f"{len(classes) - 1}. Pixels without a class must have the value {IGNORE}."
+        )
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Take the nearest pixel for each of (H, W)."""
+    return np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
