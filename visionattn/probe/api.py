@@ -13,20 +13,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from timm.data import resolve_model_data_config
 from torch import nn
 
 from visionattn.devices import find_device
 from visionattn.errors import InputError, VisionAttnError, require
 from visionattn.files import check_folder
 from visionattn.opening import open_model
-from visionattn.probe.inputs import make_backbone, read_images
 from visionattn.probe.output import check_report, default_output
 from visionattn.probe.processes import one_writer, rank_and_size
-from visionattn.probe.report.rendering import write_report
 from visionattn.probe.report.report import Report
+from visionattn.probe.report.tasks import TaskReport
 from visionattn.probe.settings import ProbeSettings
-from visionattn.probe.work import ProbingRun
+from visionattn.probe.tasks import make_run
 
 __all__ = ["probe", "run_probe"]
 
@@ -38,22 +36,23 @@ def probe(
     settings: ProbeSettings | None = None,
     progress: bool = True,
     **options: Any,
-) -> Report:
+) -> Report | TaskReport:
     """Judge a frozen backbone by k-NN and by heads that are trained on its tokens.
 
     Args:
         backbone: Name in timm's registry, weight file or folder, or a module, which is copied.
-        data: Folder of images by class; a dataset: "digits", or "mnist", "torch/...", "hfds/..." with `root`; or the
-            training and the test images, (train, test). Each of these is an array (N, H, W) or (N, H, W, C) of uint8
-            with its labels, (images, labels), or a dataset of (image, label), where an image is a PIL image, a uint8
-            array (H, W) or (H, W, C), a uint8 tensor (C, H, W), or a float tensor (C, H, W) as the backbone takes it,
-            and labels are whole numbers from 0.
+        data: Folder of images by class, or of the data of another task; a dataset: "digits", or "mnist", "torch/...",
+            "hfds/..." with `root`; or the training and the test images, (train, test). Each of these is an array
+            (N, H, W) or (N, H, W, C) of uint8 with its labels, (images, labels), or a dataset of (image, label), where
+            an image is a PIL image, a uint8 array (H, W) or (H, W, C), a uint8 tensor (C, H, W), or a float tensor
+            (C, H, W) as the backbone takes it, and labels are whole numbers from 0.
         settings: Settings; None is the defaults.
         progress: Show what is read and how far the work is, in a terminal, a notebook or a log.
         **options: Fields of `ProbeSettings`, in place of those of `settings`: `epochs=10`, `device="cpu"` ...
 
     Returns:
-        The report. It is also written, with heads, maps and ONNX file, where `output` names a folder; the same call
+        The report, of other tasks than classification a `TaskReport`. It is also written, with heads, maps and ONNX
+        file, where `output` names a folder; the same call
         then goes on where an earlier one was stopped.
 
     Raises:
@@ -74,7 +73,7 @@ def run_probe(
     *,
     progress: bool = True,
     always_write: bool = False,
-) -> Report:
+) -> Report | TaskReport:
     """As `probe`; with `always_write`, to runs/probe/BACKBONE-DATASET-HASH where the settings name no folder."""
     _check(settings)
     settings = replace(settings, device=str(find_device(settings.device)))
@@ -98,7 +97,9 @@ def _check(settings: ProbeSettings) -> None:
         raise InputError(f"--devices must be at most {max(1, available)} here; got {settings.devices}.")
 
 
-def _launch(backbone: Any, data: Any, settings: ProbeSettings, temporary: Path | None, progress: bool) -> Report:
+def _launch(
+    backbone: Any, data: Any, settings: ProbeSettings, temporary: Path | None, progress: bool
+) -> Report | TaskReport:
     """Probe in this process, or in one for each device."""
     if settings.devices == 1:
         return _probe(backbone, data, settings, temporary, progress)
@@ -130,7 +131,9 @@ def _probe_in_process(fabric: Any, job: bytes, answer: str) -> None:
         Path(answer).write_bytes(pickle.dumps(found))
 
 
-def _probe(backbone: Any, data: Any, settings: ProbeSettings, temporary: Path | None, progress: bool) -> Report:
+def _probe(
+    backbone: Any, data: Any, settings: ProbeSettings, temporary: Path | None, progress: bool
+) -> Report | TaskReport:
     """Probe, alone or as one of several processes, of which the first writes."""
     quiet = not progress or rank_and_size()[0] > 0
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, quiet=quiet)
@@ -140,9 +143,8 @@ def _probe(backbone: Any, data: Any, settings: ProbeSettings, temporary: Path | 
         backbone, settings.checkpoint, settings.random, image_size=settings.image_size, drop_classifier=True
     )
     name = type(backbone).__name__ if isinstance(backbone, nn.Module) else str(backbone)
-    images = read_images(data, settings, resolve_model_data_config(opened.model))
-    read = make_backbone(settings, opened.model, images.size)
-    run = ProbingRun(settings, name, opened, read, images, console)
+    run = make_run(settings, name, opened, data, console)
+    images = run.images
     if temporary is None:
         output = Path(settings.output or default_output(settings, name, run.weights, images))
         run.settings = replace(settings, output=output, cache=settings.cache or output / "features")
@@ -156,8 +158,5 @@ def _probe(backbone: Any, data: Any, settings: ProbeSettings, temporary: Path | 
             f"visionattn.probe({name}, ...)" if temporary or not isinstance(data, (str, Path)) else None
         )
         if temporary is None and rank_and_size()[0] == 0:
-            write_report(report, run.folder)
-            report.folder = run.folder
-            if settings.export:
-                run.export(report)
+            run.write(report)
     return report

@@ -14,7 +14,8 @@ from rich.console import Console
 from visionattn.arguments import add_old_spelling, number, whole_number
 from visionattn.probe.api import run_probe
 from visionattn.probe.report.table import best_heads
-from visionattn.probe.settings import DTYPES, HEADS, LARGEST, LRS, SEEDS, ProbeSettings
+from visionattn.probe.report.tasks import TaskReport
+from visionattn.probe.settings import DTYPES, HEADS, LARGEST, LRS, SEEDS, TASKS, ProbeSettings
 
 __all__ = ["add_arguments", "run"]
 
@@ -32,6 +33,12 @@ def _size(text: str) -> float:
     return number(0, 1, above=True)(text) if "." in text else whole_number(1)(text)
 
 
+def _pixels(text: str) -> int | tuple[int, int]:
+    side = whole_number(1, LARGEST)
+    height, cross, width = text.partition("x")
+    return (side(height), side(width)) if cross else side(text)
+
+
 def _layers(text: str) -> str | list[int]:
     return text if text in ("last", "all") else _numbers(whole_number(-(10**4), 10**4))(text)
 
@@ -45,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--data", required=True, metavar="FOLDER|DATASET", help="images by class, or digits, mnist, torch/..., hfds/..."
     )
+    data.add_argument("--task", choices=TASKS, help="default: %(default)s; segmentation: images with masks")
+    data.add_argument("--classes", type=Path, metavar="FILE", help="names of a segmentation's classes, one a line")
     data.add_argument("--root", metavar="FOLDER", help="where the files of a named dataset are")
     data.add_argument("--train-split", metavar="NAME", help="training split, of readers with named splits")
     data.add_argument(
@@ -56,9 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--num-classes", type=whole_number(2), metavar="N", help="where the data do not say it")
     data.add_argument(
         "--image-size",
-        type=whole_number(1, LARGEST),
+        type=_pixels,
         metavar="PIXELS",
-        help="side of the images (default: the model's)",
+        help="side of the images, or HEIGHTxWIDTH for segmentation (default: the model's)",
     )
     data.add_argument(
         "--workers", type=whole_number(0, 1024), metavar="N", help="loading processes (default: %(default)s)"
@@ -69,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokens.add_argument("--cache", type=Path, metavar="FOLDER", help="for tokens (default: features in the output)")
     tokens.add_argument("--live", action="store_true", help="store no tokens: run the backbone at each pass")
     heads = parser.add_argument_group("heads")
-    heads.add_argument("--heads", type=_numbers(str), metavar="LIST", help=f"poolings (default: {','.join(HEADS)})")
+    heads.add_argument(
+        "--heads", type=_numbers(str), metavar="LIST", help=f"poolings (default: {','.join(HEADS)}; linear,attentive)"
+    )
     heads.add_argument("--optimizer", choices=tuple(LRS), help="adamw, or the paper's lars")
     heads.add_argument(
         "--lrs", type=_numbers(number(0, above=True)), metavar="LIST", help="learning rates; lars: times batch / 256"
@@ -81,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=whole_number(1),
         metavar="N",
-        help="images per step (default: %(default)s; the paper's: 4096)",
+        help="images per step (default: 256, of segmentation 16; the paper's: 4096)",
     )
     heads.add_argument("--no-knn", action="store_true", help="leave out nearest neighbours")
     heads.add_argument("--no-pixels", action="store_true", help="leave out the baseline of 16 x 16 pixels")
@@ -98,7 +109,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/probe/BACKBONE-DATASET-HASH")
     output.add_argument("--overwrite", action="store_true", help="replace the report of another run in that folder")
     output.add_argument(
-        "--maps", type=whole_number(0), metavar="N", help="test images with attention maps (default: %(default)s)"
+        "--maps",
+        type=whole_number(0),
+        metavar="N",
+        help="test images with attention maps, or predicted masks (default: %(default)s)",
     )
     output.add_argument("--export", metavar="POOLING", help="write backbone and this pooling's best head as ONNX")
     add_old_spelling(parser, "--dataset", "--data")
@@ -118,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     settings = ProbeSettings(**{entry.name: getattr(args, entry.name) for entry in fields(ProbeSettings)})
     report = run_probe(args.backbone, args.data, settings, always_write=True)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
-    console.print(best_heads(report))
+    console.print(report.table() if isinstance(report, TaskReport) else best_heads(report))
     console.print(report.summary())
     for note in report.notes:
         console.print(f"note: {note}")

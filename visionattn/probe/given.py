@@ -17,9 +17,9 @@ from torchvision.transforms import v2
 from visionattn.data.classify.transforms import fit
 from visionattn.errors import DataError, InputError, shorten
 
-__all__ = ["GivenImages", "class_names", "eval_transform"]
+__all__ = ["MODES", "GivenImages", "class_names", "eval_transform"]
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _ACCEPTED = "PIL images, uint8 arrays (H, W) or (H, W, C), or tensors (C, H, W) of uint8 or floats"
 
 
@@ -31,9 +31,9 @@ def eval_transform(
     Raises:
         InputError: The model takes no images of 1, 3 or 4 channels, or a tensor is of another shape.
     """
-    if channels not in _MODES:
+    if channels not in MODES:
         raise InputError(f"The model takes {channels} channels; images can have 1, 3 or 4.")
-    convert = partial(Image.Image.convert, mode=_MODES[channels])
+    convert = partial(Image.Image.convert, mode=MODES[channels])
     finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
     prepare = v2.Compose([convert, *fit((size, size), v2.InterpolationMode.BICUBIC), *finish])
     return partial(_prepare, prepare, (channels, size, size))

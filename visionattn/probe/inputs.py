@@ -60,7 +60,7 @@ class Images:
         return f"resized and cropped to {self.size} x {self.size} pixels, mean {mean}, deviation {std}"
 
 
-def make_backbone(settings: ProbeSettings, model: nn.Module, size: int) -> Backbone:
+def make_backbone(settings: ProbeSettings, model: nn.Module, size: int | tuple[int, int]) -> Backbone:
     """Put the model on its device, and read the layers that were asked for.
 
     Raises:
@@ -109,6 +109,7 @@ def read_images(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> I
 
 def _image_config(settings: ProbeSettings, config: dict[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     """Side, mean and standard deviation of the images."""
+    assert not isinstance(settings.image_size, tuple)  # refused by the settings
     return settings.image_size or config["input_size"][1], config["mean"], config["std"]
 
 

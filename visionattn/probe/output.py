@@ -17,7 +17,17 @@ from visionattn.probe.settings import ProbeSettings
 __all__ = ["check_report", "default_output"]
 
 _ROOT = Path("runs/probe")
-_FILES = ("report.html", "report.md", "results.csv", "layers.svg", "few_shot.svg", "heads", "maps")
+_FILES = (
+    "report.html",
+    "report.md",
+    "results.csv",
+    "layers.svg",
+    "few_shot.svg",
+    "heads",
+    "maps",
+    "classes.csv",
+    "examples",
+)
 _LONGEST = 150  # letters of a folder's name before its hash
 
 

@@ -13,12 +13,14 @@ from visionattn.errors import InputError, shorten
 from visionattn.probe.heads.banks import HeadSpec, create_head, grid
 from visionattn.probe.tokens.interface import Layer
 
-__all__ = ["DTYPES", "HEADS", "LARGEST", "LRS", "SEEDS", "ProbeSettings"]
+__all__ = ["DTYPES", "HEADS", "LARGEST", "LRS", "SEEDS", "TASKS", "ProbeSettings"]
 
+TASKS = ("classification", "segmentation", "multilabel", "regression")
 LARGEST = 2048  # pixels of an image's side
 HEADS = ("cls", "gap", "ep_8", "ep_16", "ep_32")
 # Of AdamW, whose steps have one size whatever the scale is; of LARS, the paper's range.
 LRS = {"adamw": (0.001, 0.003, 0.01, 0.03, 0.1), "lars": (0.1, 0.3, 1.0)}
+SEGMENTATION_LRS = (0.001, 0.003, 0.01)
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "int8"}  # -> as stores call them
 SEEDS = 2**63 - 1
 
@@ -31,12 +33,15 @@ class ProbeSettings:
         checkpoint: Weight file for the name of a backbone; a classifier in it is not needed.
         random: Random weights for a name.
 
+        task: "classification", "segmentation" of images with masks, or "multilabel" or "regression" of images with a
+            file of labels.
         root: Folder of the files of a named dataset, such as "mnist" or "torch/cifar10".
         train_split: Training split, of datasets with named splits.
         val_split: Validation split; also used for testing if there is no test split.
         test_split: Test split.
         num_classes: Number of classes, where the data do not say it.
-        image_size: Side of the images in pixels; None takes the model's.
+        classes: File of the names of a segmentation's classes, one a line; None takes `classes.txt` of the folder.
+        image_size: Side of the images in pixels, or height and width for segmentation; None takes the model's.
         workers: Loading processes.
 
         layers: "last", "all", or indices.
@@ -44,13 +49,13 @@ class ProbeSettings:
         cache: Folder of the stored tokens; None is `features` in the output.
         live: Store no tokens; run the backbone at each pass.
 
-        heads: Poolings; None tries "cls", "gap", "ep_8", "ep_16" and "ep_32".
+        heads: Poolings; None tries "cls", "gap", "ep_8", "ep_16" and "ep_32". Of segmentation "linear" and "attentive".
         optimizer: "adamw", or "lars", the paper's.
         lrs: Learning rates, for lars multiplied by batch size / 256; None takes those of `LRS`.
         weight_decays: Weight decays. Each combination of the lists is a head.
         seeds: Seeds of initial weights.
         epochs: Epochs of training; the paper's are 90.
-        batch_size: Images per step; the paper's are 4096.
+        batch_size: Images per step; None is 256, of segmentation 16. The paper's are 4096.
         no_knn: Leave out nearest neighbours.
         no_pixels: Leave out the baseline of 16 x 16 pixels.
         few_shot: Images per class as whole numbers, or fractions such as 0.01.
@@ -61,7 +66,7 @@ class ProbeSettings:
         output: Folder of the report. None writes none in Python; the command writes to
             runs/probe/BACKBONE-DATASET-HASH.
         overwrite: Replace the report of another run in that folder.
-        maps: Test images with attention maps in the report.
+        maps: Test images with attention maps, or predicted masks, in the report.
         export: Pooling whose best head is written with the backbone as ONNX.
 
     Raises:
@@ -71,12 +76,14 @@ class ProbeSettings:
     checkpoint: str | Path | None = None
     random: bool = False
 
+    task: str = "classification"
     root: str | Path | None = None
     train_split: str = "train"
     val_split: str = "validation"
     test_split: str | None = None
     num_classes: int | None = None
-    image_size: int | None = None
+    classes: str | Path | None = None
+    image_size: int | tuple[int, int] | None = None
     workers: int = 0
 
     layers: str | Sequence[int] = "last"
@@ -90,7 +97,7 @@ class ProbeSettings:
     weight_decays: Sequence[float] = (0.0,)
     seeds: Sequence[int] = (0,)
     epochs: int = 30
-    batch_size: int = 256
+    batch_size: int | None = None
     no_knn: bool = False
     no_pixels: bool = False
     few_shot: Sequence[float] = (1, 5, 10)
@@ -108,12 +115,17 @@ class ProbeSettings:
             value = getattr(self, entry.name)
             if isinstance(value, list):
                 object.__setattr__(self, entry.name, tuple(value))
+        _check_task(self)
         for name in ("lrs", "weight_decays"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(map(float, values)))
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and low <= value <= high):
+            if (
+                value is not None
+                and not isinstance(value, tuple)
+                and not (isinstance(value, int) and low <= value <= high)
+            ):
                 wanted = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
                 raise InputError(f"{name} must be a whole number {wanted}; got {shorten(value)}.")
         for name, choices in (("dtype", tuple(DTYPES)), ("optimizer", tuple(LRS))):
@@ -134,7 +146,12 @@ class ProbeSettings:
     @property
     def learning_rates(self) -> tuple[float, ...]:
         """Those to try."""
-        return tuple(self.lrs or LRS[self.optimizer])
+        return tuple(self.lrs or (SEGMENTATION_LRS if self.task == "segmentation" else LRS[self.optimizer]))
+
+    @property
+    def images_a_step(self) -> int:
+        """The batch size."""
+        return self.batch_size or (16 if self.task == "segmentation" else 256)
 
     @property
     def precision(self) -> str:
@@ -187,17 +204,45 @@ class ProbeSettings:
             data: Folder or dataset.
         """
         words = ["visionattn", "probe", backbone, f"--data={data}"]
+        known = {"lrs": self.learning_rates, "batch_size": self.images_a_step}
         for entry in fields(self):
-            value = self.learning_rates if entry.name == "lrs" else getattr(self, entry.name)
-            if entry.name == "overwrite" or value is None or value is False:
+            value = known.get(entry.name, getattr(self, entry.name))
+            if entry.name == "overwrite" or self.task not in _ONLY.get(entry.name, TASKS) or value is None:
+                continue
+            if value is False:
                 continue
             words.append(f"--{entry.name.replace('_', '-')}")
             if value is not True:
+                separator = "x" if entry.name == "image_size" else ","
                 # Joined by "=", a value may begin with a minus.
-                words[-1] += "=" + (",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+                words[-1] += "=" + (separator.join(map(str, value)) if isinstance(value, tuple) else str(value))
         return shlex.join(words)
 
 
+def _check_task(settings: ProbeSettings) -> None:
+    """Refuse options that the task does not have."""
+    task = settings.task
+    if task not in TASKS:
+        raise InputError(f"task must be one of {', '.join(map(repr, TASKS))}; got {shorten(task)!r}.")
+    if task == "classification" and isinstance(settings.image_size, tuple):
+        raise InputError("For classification image_size must be one whole number: images are squares.")
+    size = settings.image_size
+    if isinstance(size, tuple) and not (
+        len(size) == 2 and all(isinstance(side, int) and 1 <= side <= LARGEST for side in size)
+    ):
+        raise InputError(f"image_size must be a side, or height and width, from 1 to {LARGEST}; got {shorten(size)}.")
+    for entry in fields(settings):
+        needed = _ONLY.get(entry.name, TASKS)
+        if task not in needed and getattr(settings, entry.name) != entry.default:
+            option = f"--{entry.name.replace('_', '-')}"
+            raise InputError(f"{option} is an option of the task {' or '.join(needed)}, not of {task}.")
+
+
+# Options that not all tasks have.
+_ONLY = dict.fromkeys(
+    ("root", "train_split", "val_split", "test_split", "no_knn", "few_shot", "draws", "devices", "export"),
+    ("classification",),
+) | {"classes": ("segmentation",), "optimizer": ("classification", "multilabel", "regression")}
 _RANGES = {
     "num_classes": (2, math.inf),
     "image_size": (1, LARGEST),

@@ -6,10 +6,8 @@ import copy
 import hashlib
 import json
 import math
-import platform
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,7 +17,6 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Subset
 
-import visionattn
 from visionattn.errors import InputError
 from visionattn.export import export_onnx
 from visionattn.files import atomic_path
@@ -34,7 +31,9 @@ from visionattn.probe.pixels import PixelBaseline, PixelHead, read_pixels
 from visionattn.probe.processes import rank_and_size
 from visionattn.probe.progress import show_progress
 from visionattn.probe.reading import TokenReader
+from visionattn.probe.report.facts import backbone_facts, versions
 from visionattn.probe.report.maps import attention_of, overlay
+from visionattn.probe.report.rendering import write_report
 from visionattn.probe.report.report import LayerNeighbours, Report, head_file
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.state import RunState
@@ -90,13 +89,7 @@ class ProbingRun:
             self.state.spend("tokens", extracting)
         report = Report(
             command=command or settings.command(self.name, images.data),
-            backbone={
-                "name": self.name,
-                "weights": self.opened.source,
-                "license": self.opened.licence or "not stated",
-                "sha256": self.weights,
-                "parameters": sum(parameter.numel() for parameter in self.backbone.model.parameters()),
-            },
+            backbone=backbone_facts(self.name, self.opened, self.backbone, self.weights),
             data={
                 "dataset": images.dataset,
                 "root": images.root,
@@ -114,8 +107,7 @@ class ProbingRun:
                 "held-out share": HOLDOUT,
                 "tokens in": "float32, not stored" if settings.live else settings.precision,
             },
-            versions={"visionattn": visionattn.__version__, "python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "timm", "numpy")},
+            versions=versions(),
             layers=self.backbone.layers,
             indices=self.backbone.indices,
             classes=images.classes,
@@ -156,7 +148,7 @@ class ProbingRun:
             "computed in": str(self.backbone.autocast),
             "tokens": "live" if settings.live else settings.precision,
             "heads": [asdict(spec) for spec in self.specs],
-            "training": [settings.epochs, settings.batch_size],
+            "training": [settings.epochs, settings.images_a_step],
             "few-shot": [settings.few_shot, settings.draws],
             "left out": [settings.no_knn, settings.no_pixels],
         }
@@ -166,7 +158,7 @@ class ProbingRun:
         """Train the heads."""
         settings = self.settings
         fitting = len(hold_out(train.labels, torch.arange(len(train)), HOLDOUT, 0)[0])
-        self.batch_size = min(settings.batch_size, fitting)
+        self.batch_size = min(settings.images_a_step, fitting)
         content = {
             "weights": self.weights,
             "model": self.name,
@@ -339,6 +331,13 @@ class ProbingRun:
             truth, said = (report.classes[int(label)] for label in (test.labels[row], result.best.predictions[row]))
             verdict = "right" if truth == said else f"taken for {said}"
             report.maps.append((file, f"{report.name(result)} on {name}: {truth}, {verdict}"))
+
+    def write(self, report: Report) -> None:
+        """Write the report to the folder of the run, and the ONNX file."""
+        write_report(report, self.folder)
+        report.folder = self.folder
+        if self.settings.export:
+            self.export(report)
 
     def export(self, report: Report) -> None:
         """Backbone and head as one ONNX file."""

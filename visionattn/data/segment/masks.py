@@ -62,7 +62,9 @@ def read_mask(path: str | Path, zero_is_ignored: bool = False) -> np.ndarray:
             f"classes are 0 to 254, and {IGNORE} is ignored."
         )
     mask = values.astype(np.uint8)
-    return mask - np.uint8(1) if zero_is_ignored else mask  # 0 wraps around to 255
+    if zero_is_ignored:
+        mask = np.where(mask == IGNORE, mask, mask - np.uint8(1))  # 0 wraps around to 255
+    return mask
 
 
 def check_labels(mask: np.ndarray, path: str | Path, classes: Sequence[str]) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "head_file",
     "load_head",
     "percent",
+    "plain",
     "write_head",
 ]
 
@@ -304,7 +305,7 @@ class Report:
             interval = wilson_interval(round(held * self.held_out), self.held_out) if math.isfinite(held) else missing
             row["held_out_low"], row["held_out_high"] = interval
         keys = list(dict.fromkeys(key for row in reversed(rows) for key in row))
-        return [{key: _plain(row.get(key)) for key in keys} for row in rows]
+        return [{key: plain(row.get(key)) for key in keys} for row in rows]
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -335,16 +336,16 @@ class Report:
             "notes": self.notes,
             "skipped": [entry._asdict() for entry in self.skipped],
         }  # fmt: skip
-        return _plain(content)
+        return plain(content)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same with None for numbers that are not finite: JSON has no others, and a table leaves them empty."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def percent(value: float, interval: Sequence[float] | None = None) -> str:

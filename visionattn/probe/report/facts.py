@@ -1,0 +1,30 @@
+"""What every report says of its backbone and of the packages."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import visionattn
+from visionattn.opening import Opened
+from visionattn.probe.tokens.backbone import Backbone
+
+__all__ = ["backbone_facts", "versions"]
+
+
+def backbone_facts(name: str, opened: Opened, backbone: Backbone, weights: str) -> dict[str, Any]:
+    """Name, origin, licence, hash and size of a backbone."""
+    return {
+        "name": name,
+        "weights": opened.source,
+        "license": opened.licence or "not stated",
+        "sha256": weights,
+        "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that numbers depend on."""
+    packages = {name: version(name) for name in ("torch", "timm", "numpy")}
+    return {"visionattn": visionattn.__version__, "python": platform.python_version(), **packages}

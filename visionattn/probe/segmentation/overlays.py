@@ -1,0 +1,55 @@
+"""A picture of an image, its ground truth and a prediction, side by side, with the names of the classes below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from visionattn.data.segment.masks import IGNORE, PALETTE
+
+__all__ = ["compare_masks"]
+
+_SIDE = 320  # pixels of a panel's longer side, at most
+_GAP = 4
+_LINE = 16  # height of a line of names
+_OPACITY = 0.6
+_IGNORED = (224, 224, 224)
+
+
+def compare_masks(image: Image.Image, truth: np.ndarray, prediction: np.ndarray, classes: Sequence[str]) -> Image.Image:
+    """Lay masks over an image in the colours of VOC; ignored pixels are light grey in the ground truth.
+
+    Args:
+        image: Of the size of the masks.
+        truth: Classes, uint8 (H, W).
+        prediction: Likewise.
+        classes: Their names.
+
+    Returns:
+        An RGB picture: image, ground truth, prediction, and below them a line for each class in either mask.
+    """
+    factor = min(1.0, _SIDE / max(image.size))
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    picture = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    colours = PALETTE.copy()
+    colours[IGNORE] = _IGNORED
+    panels = [picture]
+    for mask in (truth, prediction):
+        small = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
+        mixed = (1 - _OPACITY) * np.asarray(picture, np.float32) + _OPACITY * colours[small]
+        panels.append(Image.fromarray(mixed.round().astype(np.uint8)))
+    present = sorted({int(label) for mask in (truth, prediction) for label in np.unique(mask)} - {IGNORE})
+    columns = max(1, (3 * width + 2 * _GAP) // 150)
+    lines = -(-len(present) // columns)
+    sheet = Image.new("RGB", (3 * width + 2 * _GAP, height + _GAP + lines * _LINE), "white")
+    for number, panel in enumerate(panels):
+        sheet.paste(panel, (number * (width + _GAP), 0))
+    draw = ImageDraw.Draw(sheet)
+    for number, label in enumerate(present):
+        x, y = number % columns * 150, height + _GAP + number // columns * _LINE
+        colour = (0.4 * 255 + _OPACITY * PALETTE[label]).round().astype(int)
+        draw.rectangle((x, y + 2, x + 12, y + 12), fill=tuple(colour.tolist()), outline="#888")
+        draw.text((x + 17, y + 1), classes[label][:20], "black")
+    return sheet
