@@ -103,7 +103,11 @@ MISTAKES = [
     ("upscale good.png a.png --engine tpu", r"argument --engine: invalid choice: 'tpu'"),
     ("upscale good.png a.png --precision int8", r"argument --precision: invalid choice: 'int8'"),
     # stereo and flow
-    ("stereo good.png good.png", r"required: output"),
+    ("stereo good.png", r"required: right"),
+    ("stereo good.png good.png --calibration absent.txt", r"absent\.txt"),
+    ("stereo good.png good.png --calibration notes.txt", r"notes\.txt is of no kind that is read"),
+    ("stereo good.png good.png --calibration notes.txt --focal 3", r"file says --focal: leave that out"),
+    ("stereo good.png good.png a.pfm --fy 3", r"--fy needs --focal and --baseline"),
     ("stereo absent.png good.png a.pfm", r"absent\.png"),
     ("stereo good.png absent.png a.pfm", r"absent\.png"),
     ("stereo good.png empty out", r"empty"),

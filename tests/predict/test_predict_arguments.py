@@ -40,7 +40,11 @@ def test_functions_have_the_options_of_their_command(command):
     images = {"upscale": {"image"}, "stereo": set(), "flow": {"first", "second"}}[command]
     assert own.keys() - expected.keys() - {"precision"} == images
     of_files = {"inputs", "output", "overwrite", "skip_existing"}
-    of_files |= {"compare"} if command == "upscale" else {"format", "color", "nonocc", "ply", "principal_point"}
+    of_files |= (
+        {"compare"}
+        if command == "upscale"
+        else {"format", "color", "nonocc", "ply", "principal_point", "right_disparity", "fy"}
+    )
     assert expected.keys() - own.keys() <= of_files
 
 

@@ -11,6 +11,7 @@ from tests.predict.matchers import GAIN, Flow, Stereo, shifted, view
 from visionattn.cli import main
 from visionattn.data.matching.disparity import read_disparity, read_flow
 from visionattn.predict import pairs
+from visionattn.predict.colours import disparity_colours
 
 
 @pytest.fixture
@@ -350,3 +351,75 @@ def test_frames_are_sorted_by_their_numbers(folder):
     found, several = pairs.consecutive("left")
     assert several
     assert [second.name for _, second in found] == ["frame_2.png", "frame_10.png"]
+
+
+def test_without_an_output_a_picture_is_written(folder, pair, capsys):
+    assert run("stereo", *pair) == 0
+    assert capsys.readouterr().out == "wrote disparity.png\n"
+    picture = np.asarray(Image.open(folder / "disparity.png"))
+    np.testing.assert_array_equal(picture, disparity_colours(np.full((8, 12), 0.4 * GAIN, np.float32)))
+    assert run("stereo", *pair) == 1
+    assert "disparity.png exists: give --overwrite" in capsys.readouterr().out
+    assert run("stereo", *pair, "named.png", "--format", "color", "--color") == 0
+    assert (folder / "named.png").read_bytes() == (folder / "disparity.png").read_bytes()
+    assert not (folder / "named_color.png").exists()
+    assert run("stereo", *pair, "a.pfm", "--format", "color") == 2
+    save(folder / "left" / "a.png", view(8, 12, 0.4))
+    save(folder / "right" / "a.png", view(8, 12, 0.4))
+    assert run("stereo", "left", "right") == 0
+    assert (folder / "disparity/a.png").read_bytes() == (folder / "disparity.png").read_bytes()
+
+
+def test_a_png_of_numbers_is_told(folder, pair, capsys):
+    assert run("stereo", *pair, "out.png") == 0
+    assert "out_color" not in "".join(path.name for path in folder.iterdir())
+    assert "holds disparities times 256 in 16 bits, which look dark; --color adds a picture" in capsys.readouterr().err
+    for arguments in (["a.png", "--color"], ["a.pfm"], ["b.png", "--format", "color"], []):
+        assert run("stereo", *pair, *arguments) == 0
+        assert capsys.readouterr().err == ""
+
+
+def test_the_right_view(folder):
+    save(folder / "l.png", view(8, 12, 0.4))
+    save(folder / "r.png", view(8, 12, 0.2))
+    assert run("stereo", "l.png", "r.png", "out.pfm", "--right", "--color") == 0
+    np.testing.assert_allclose(read_disparity(folder / "out_right.pfm"), np.full((8, 12), 0.2 * GAIN), atol=1e-4)
+    names = {path.name for path in folder.glob("out*")}
+    assert names == {"out.pfm", "out_color.png", "out_right.pfm", "out_right_color.png"}
+    assert run("stereo", "l.png", "r.png", "--right") == 0
+    assert np.asarray(Image.open(folder / "disparity_right.png")).shape == (8, 12, 3)
+
+
+def test_depth_by_a_calibration_file(folder, pair, capsys):
+    (folder / "calib.txt").write_text("cam0=[200 0 12; 0 100 8; 0 0 1]\ndoffs=4\nbaseline=200\nwidth=24\nheight=16\n")
+    assert run("stereo", *pair, "out.npy", "--calibration", "calib.txt", "--ply") == 0
+    assert "note: l.png: the calibration, of 16 x 24 pixels, was scaled to the images." in capsys.readouterr().out
+    np.testing.assert_allclose(np.load(folder / "out_depth.npy"), 100 * 0.2 / (0.4 * GAIN + 2), rtol=1e-5)
+    points = (folder / "out.ply").read_bytes().split(b"end_header\n")[1]
+    places = np.frombuffer(points, [("xyz", "<f4", 3), ("rgb", "u1", 3)])["xyz"]
+    np.testing.assert_allclose(places[0], [(8 - 6) * 2 / 100, (0 - 4) * 2 / 50, 2], rtol=1e-5)
+    assert run("stereo", *pair, "b.npy", "--fx", 100, "--baseline", 0.2, "--doffs", 2) == 0
+    np.testing.assert_array_equal(np.load(folder / "b_depth.npy"), np.load(folder / "out_depth.npy"))
+
+
+def test_sub_folders_and_patterns_of_scenes(folder):
+    for scene, value in (("one", 0.2), ("two/deep", 0.4)):
+        for side, name in (("left", "a"), ("right", "a"), ("scenes", "im0"), ("scenes", "im1")):
+            (folder / side / scene).mkdir(parents=True, exist_ok=True)
+            save(folder / side / scene / f"{name}.png", view(8, 12, value))
+    assert run("stereo", "left", "right", "left/out", "--format", "pfm") == 0
+    np.testing.assert_allclose(read_disparity(folder / "left/out/two/deep/a.pfm"), 0.4 * GAIN, rtol=1e-5)
+    np.testing.assert_allclose(read_disparity(folder / "left/out/one/a.pfm"), 0.2 * GAIN, rtol=1e-5)
+    assert run("stereo", "scenes/**/im0.png", "scenes/**/im1.png", "out", "--format", "pfm") == 0
+    np.testing.assert_allclose(read_disparity(folder / "out/two/deep.pfm"), 0.4 * GAIN, rtol=1e-5)
+    assert sorted(path.name for path in (folder / "out").rglob("*.pfm")) == ["deep.pfm", "one.pfm"]
+
+
+def test_rows_that_do_not_match_are_told(folder, capsys):
+    left, right = shifted(120, 160, 8)
+    save(folder / "l.png", left)
+    save(folder / "r.png", np.roll(right, 5, 0))
+    assert run("stereo", "l.png", "r.png", "o.pfm") == 0
+    assert "rows apart in the two views (median), so that the pair does not seem to be rectified" in (
+        capsys.readouterr().out
+    )

@@ -32,11 +32,20 @@ def add_computing_arguments(parser: argparse.ArgumentParser) -> None:
     add_old_spelling(parser, "--precision", "--dtype", PRECISIONS)
 
 
-def add_matching_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:
-    """Add what stereo and flow share; `formats` are suffixes, the first one being the default."""
-    names = [suffix[1:] for suffix in formats]
+def add_matching_arguments(
+    parser: argparse.ArgumentParser, formats: tuple[str, ...], picture: str | None = None
+) -> None:
+    """Add what stereo and flow share.
+
+    Args:
+        parser: The command's.
+        formats: Suffixes, the first one being the default.
+        picture: Name of a further format, that of pictures for the eye.
+    """
+    names = [suffix[1:] for suffix in formats] + ([picture] if picture else [])
+    looked_at = f"; {picture}: a picture" if picture else ""
     add_model_arguments(parser, "name of the zoo, weight file or exported .onnx")
-    parser.add_argument("--format", choices=names, help=f"of the files in a folder (default: {names[0]})")
+    parser.add_argument("--format", choices=names, help=f"of the files in a folder (default: {names[0]}{looked_at})")
     parser.add_argument("--color", "--colour", action="store_true", help="also write NAME_color.png, for the eye")
     parser.add_argument("--nonocc", action="store_true", help="also write NAME_nonocc.png: white where both see it")
     add_output_arguments(parser)

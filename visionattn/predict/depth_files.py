@@ -48,6 +48,7 @@ def write_point_cloud(
     colours: np.ndarray,
     focal: float,
     principal_point: tuple[float, float] | None = None,
+    fy: float | None = None,
 ) -> None:
     """Write a PLY file (binary, little-endian) of points in metres: x to the right, y down, z away from the camera.
 
@@ -57,6 +58,7 @@ def write_point_cloud(
         colours: (H, W, 3) of uint8.
         focal: Focal length in pixels.
         principal_point: Column and row; default the middle of the image.
+        fy: Focal length along columns; default `focal`.
 
     Raises:
         InputError: Focal length or principal point make no sense.
@@ -69,7 +71,7 @@ def write_point_cloud(
     rows, columns = np.nonzero(np.isfinite(depth))
     z = depth[rows, columns]
     points = np.empty(len(z), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    points["xyz"] = np.stack([(columns - column) * z / focal, (rows - row) * z / focal, z], axis=1)
+    points["xyz"] = np.stack([(columns - column) * z / focal, (rows - row) * z / (fy or focal), z], axis=1)
     points["rgb"] = colours[rows, columns]
     lines = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}"]
     lines += [f"property float {axis}" for axis in "xyz"]

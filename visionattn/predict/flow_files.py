@@ -67,9 +67,14 @@ def flow_files(
     if len(named) not in (1, 2):
         raise InputError(f"Flow takes one input or two and an output, but there are {len(named)} inputs.")
     beside = [name for name, asked in (("color", color), ("nonocc", nonocc)) if asked]
-    found = pairs.consecutive(named[0]) if len(named) == 1 else pairs.pair_up(*named)
+    found, names = (pairs.consecutive(named[0]), []) if len(named) == 1 else pairs.pair_up(*named, output)
     jobs = pairs.jobs_of(
-        found, output, format, FLOW_FILES[0], lambda target: [pairs.image_beside(target, name) for name in beside]
+        found,
+        output,
+        format,
+        FLOW_FILES[0],
+        lambda target: [pairs.image_beside(target, name) for name in beside],
+        names,
     )
     matcher = open_matcher(
         "flow",

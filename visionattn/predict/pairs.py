@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,30 +34,53 @@ Found = tuple[Sequence[tuple[Path, ...]], bool]
 """Files that belong together, and whether there may be several of them."""
 
 
-def pair_up(first: str | Path, second: str | Path) -> Found:
+def pair_up(first: str | Path, second: str | Path, output: str | Path | None = None) -> tuple[Found, list[Path]]:
     """Two files, or those of two folders or patterns that belong together by their names.
+
+    Sub-folders of folders are read too. Files of patterns belong together by their names, or, where these are not
+    unique, by the folders that `*` stands for: "*/im0.png" and "*/im1.png".
+
+    Args:
+        first: File, folder or pattern.
+        second: Likewise.
+        output: Its folder is no input.
+
+    Returns:
+        The files, and what each pair is called, without a suffix.
 
     Raises:
         DataError: There are no files, some lack their other one, or two have the same name but for the suffix.
     """
-    (ones, several), (others, _) = batch.files_of(first), batch.files_of(second)
-    found: list[tuple[Path, ...]]
+    without = None if output is None else Path(output)
+    (ones, several), (others, _) = (batch.files_of(given, True, without) for given in (first, second))
+    whole = any(len({path.stem for path in files}) < len(files) for files in (ones, others))
+    names = [_name(first, path, whole) for path in ones]
     if len(ones) == len(others) == 1:
-        found = [(ones[0], others[0])]
-    else:
-        by_name: dict[str, Path] = {}
-        for path in others:
-            if (same := by_name.setdefault(path.stem, path)) is not path:
-                raise DataError(f"{shorten(same)} and {shorten(path)} have one name: which is meant does not show.")
-        if missing := [shorten(path.name, 40) for path in ones if path.stem not in by_name]:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise DataError(
-                f"{shorten(second)} lacks the other images of {', '.join(missing[:3])}{more}: names must be equal."
-            )
-        found = [(path, by_name[path.stem]) for path in ones]
-        if unused := len(by_name.keys() - {path.stem for path in ones}):
-            print(f"note: {shorten(second)}: {unused} without another image in {shorten(first)} left out.")
-    return found, several
+        return ([(ones[0], others[0])], several), names
+    by_name: dict[Path, Path] = {}
+    for path in others:
+        if (same := by_name.setdefault(_name(second, path, whole), path)) is not path:
+            raise DataError(f"{shorten(same)} and {shorten(path)} have one name: which is meant does not show.")
+    if missing := [shorten(path.name, 40) for path, name in zip(ones, names) if name not in by_name]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DataError(
+            f"{shorten(second)} lacks the other images of {', '.join(missing[:3])}{more}: names must be equal."
+        )
+    if unused := len(by_name.keys() - set(names)):
+        print(f"note: {shorten(second)}: {unused} without another image in {shorten(first)} left out.")
+    return ([(path, by_name[name]) for path, name in zip(ones, names)], several), names
+
+
+def _name(given: str | Path, path: Path, whole: bool) -> Path:
+    """What a file of a folder or pattern is called, without a suffix: `whole` with the folders of a pattern."""
+    if os.path.isdir(given):
+        return path.relative_to(given).with_suffix("")
+    parts = Path(given).parts
+    fixed = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    if not whole or fixed == len(parts):
+        return Path(path.stem)
+    inside = Path(*path.parts[fixed:])
+    return inside.with_suffix("") if glob.has_magic(parts[-1]) else inside.parent
 
 
 def consecutive(source: str | Path) -> Found:
@@ -83,7 +108,12 @@ def _frame_order(path: Path) -> list[tuple[int, str]]:
 
 
 def jobs_of(
-    found: Found, output: str | Path, form: str | None, default: str, also: Callable[[Path], list[Path]]
+    found: Found,
+    output: str | Path,
+    form: str | None,
+    default: str,
+    also: Callable[[Path], list[Path]],
+    names: Sequence[Path] = (),
 ) -> list[Job]:
     """The jobs of files that belong together.
 
@@ -93,6 +123,7 @@ def jobs_of(
         form: Suffix of what is written into a folder, without its dot; videos keep their names.
         default: Suffix where no form is given.
         also: Gives the files that stand beside an output.
+        names: What each is called, without a suffix; default the names of the first files.
 
     Raises:
         InputError: There is a form beside an output whose suffix says it.
@@ -104,11 +135,11 @@ def jobs_of(
         raise InputError(f"The suffix of {output} says the format: leave out --format, which is for folders.")
     suffix = f".{form}" if form else default
     jobs = []
-    for sources in files:
+    for sources, name in zip(files, names or [Path(sources[0].stem) for sources in files]):
         job = Job(sources, Path(output))
         if named:
-            name = sources[0].name if job.is_video else sources[0].stem + suffix
-            job = Job(sources, folder / name)
+            own = sources[0].suffix if job.is_video else suffix
+            job = Job(sources, folder / name.with_name(name.name + own))
         jobs.append(job if job.is_video else Job(sources, job.target, tuple(also(job.target))))
     return jobs
 

@@ -7,7 +7,7 @@ principal point of the right view lies further right than the left's (`doffs` of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from visionattn.errors import InputError
+from visionattn.predict.calibration import Calibration, read_calibration
 from visionattn.predict.matching import Matcher, as_tensor, describe_unknown, open_matcher, pixels_of
+from visionattn.predict.rectification import describe_rows
 
 __all__ = [
     "EXCHANGED",
@@ -27,6 +29,7 @@ __all__ = [
     "estimate_disparity",
     "looks_exchanged",
     "match_views",
+    "open_calibration",
     "seen_in_both",
     "stereo",
 ]
@@ -80,6 +83,7 @@ def stereo(
     model: str | Path | nn.Module | None = None,
     *,
     checkpoint: str | Path | None = None,
+    calibration: str | Path | None = None,
     focal: float | None = None,
     baseline: float | None = None,
     doffs: float = 0.0,
@@ -98,8 +102,9 @@ def stereo(
         model: A model of the task "stereo": its name, a weight file, an exported .onnx or .ort file, or the module.
             Default: the one that is shipped.
         checkpoint: Weight file for a name.
-        focal: Focal length in pixels, for `depth`.
-        baseline: Distance of the cameras in metres, with `focal`.
+        calibration: File of Middlebury, KITTI or OpenCV (see `visionattn.predict.calibration`), for `depth`.
+        focal: Focal length in pixels, for `depth`, where there is no file.
+        baseline: Distance of the cameras in metres, with `focal`, or instead of the file's.
         doffs: Column of the right view's principal point minus the left's, in pixels.
         device: "auto" (a GPU where there is one; a module stays where it is), "cpu", "cuda:1".
         dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
@@ -109,14 +114,15 @@ def stereo(
         enlarge: Let the model see images so many times as high and wide, which makes its result finer.
 
     Returns:
-        Disparities, what both views see, and depth where focal length and baseline are given.
+        Disparities, what both views see, and depth where the cameras are known. A note says where the rows of the views
+        do not match, or left and right seem to be exchanged.
 
     Raises:
         InputError: Sizes, type or values of the images, the model or an argument are not accepted.
-        DataError: There is no such image file, or it is damaged.
+        DataError: There is no such image or calibration file, or it is damaged.
         VisionAttnError: There is no such model, or it has no weights.
     """
-    check_calibration(focal, baseline, doffs=doffs)
+    cameras = open_calibration(calibration, focal, baseline, doffs=doffs)
     views = [pixels_of(image) for image in (left, right)]
     matcher = open_matcher(
         "stereo",
@@ -128,25 +134,69 @@ def stereo(
         low_resolution_start=low_resolution_start,
         enlarge=enlarge,
     )
-    found = match_views(matcher, views[0][0], views[1][0], focal, baseline, doffs)
+    found = match_views(matcher, views[0][0], views[1][0], cameras)
     found.notes[:0] = [note for _, notes in views for note in notes]
     return found
 
 
 def match_views(
-    matcher: Matcher, left: np.ndarray, right: np.ndarray, focal: float | None, baseline: float | None, doffs: float
+    matcher: Matcher, left: np.ndarray, right: np.ndarray, cameras: Calibration | None = None
 ) -> StereoMatch:
     """Match two views by an open network (arguments and errors: see `stereo`)."""
+    own = None if cameras is None else cameras.at(*left.shape[:2])
     found = matcher(left, right)
-    notes = [EXCHANGED] if looks_exchanged(left, right) else []
+    notes = [EXCHANGED] if looks_exchanged(left, right) else describe_rows(left, right)
     notes += describe_unknown(matcher.unknown)
     metres = None
-    if focal is not None and baseline is not None:
-        metres = depth(found[0], focal, baseline, doffs)
+    if own is not None:
+        metres = depth(found[0], own.focal, own.baseline, own.doffs)
         behind = (np.isfinite(found[0]) & ~np.isfinite(metres)).mean()
         if behind:
             notes.append(f"{behind:.1%} have a disparity and no depth: disparity and --doffs together are not above 0")
+        notes += own.notes
     return StereoMatch(found[0], found[1], seen_in_both(found), metres, notes + matcher.notes)
+
+
+def open_calibration(
+    calibration: str | Path | None,
+    focal: float | None,
+    baseline: float | None,
+    *,
+    doffs: float = 0.0,
+    principal_point: tuple[float, float] | None = None,
+    fy: float | None = None,
+    **needing: object,
+) -> Calibration | None:
+    """What is known of the cameras, from a file or from numbers (see `stereo`).
+
+    Args:
+        calibration: The file, of which only the baseline may be given apart.
+        focal: Focal length in pixels.
+        baseline: Distance of the cameras in metres.
+        doffs: Column of the right view's principal point minus the left's, in pixels.
+        principal_point: Column and row in the left view.
+        fy: Focal length in pixels along columns.
+        **needing: Arguments that say nothing without a calibration.
+
+    Raises:
+        DataError: There is no such file, or it is damaged.
+        InputError: There is a gap, or no sense in the numbers.
+    """
+    numbers = {"focal": focal, "doffs": doffs, "principal_point": principal_point, "fy": fy}
+    if calibration is None:
+        check_calibration(focal, baseline, **needing, **dict(list(numbers.items())[1:]))
+        if focal is None or baseline is None:
+            return None
+        if fy is not None:
+            depth(np.ones((1, 1)), fy, baseline)
+        return Calibration(focal, baseline, doffs, principal_point and tuple(principal_point), fy)
+    if given := [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value]:
+        raise InputError(f"The calibration file says {', '.join(given)}: leave that out.")
+    found = read_calibration(calibration)
+    if baseline is not None:
+        found = replace(found, baseline=baseline, notes=())
+    check_calibration(found.focal, found.baseline)
+    return found
 
 
 def check_calibration(focal: float | None, baseline: float | None, **needing: object) -> None:
@@ -165,7 +215,7 @@ def check_calibration(focal: float | None, baseline: float | None, **needing: ob
         raise InputError(f"{given} without {lacking}: depth is focal length times baseline by disparity. Give both.")
     for name, value in needing.items():
         if value:
-            raise InputError(f"--{name.replace('_', '-')} needs --focal and --baseline.")
+            raise InputError(f"--{name.replace('_', '-')} needs --focal and --baseline, or --calibration.")
 
 
 def estimate_disparity(

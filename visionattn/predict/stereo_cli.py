@@ -1,24 +1,39 @@
-"""`visionattn stereo LEFT RIGHT OUT`: the arguments of `stereo_files`."""
+"""`visionattn stereo LEFT RIGHT [OUT]`: the arguments of `stereo_files`."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 from visionattn.arguments import call_with, number
 from visionattn.predict.arguments import add_matching_arguments
 from visionattn.predict.batch import keep_freed_memory
-from visionattn.predict.stereo_files import FORMATS, stereo_files
+from visionattn.predict.stereo_files import FORMATS, PICTURE, PLACE, stereo_files
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("left", help="image, video, folder or pattern")
+    parser.add_argument("left", help="image, video, folder with its sub-folders, or pattern")
     parser.add_argument("right", help="likewise, of the same names where there are several")
-    parser.add_argument("output", help=f"file ({', '.join(FORMATS)}; a video for videos), or folder")
-    add_matching_arguments(parser, FORMATS)
+    parser.add_argument(
+        "output",
+        nargs="?",
+        help=f"file ({', '.join(FORMATS)} for numbers; a video for videos), or folder (default: picture {PLACE}.png)",
+    )
+    add_matching_arguments(parser, FORMATS, PICTURE)
+    parser.add_argument(
+        "--right", dest="right_disparity", action="store_true", help="also write NAME_right: that of the right view"
+    )
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="of Middlebury, KITTI or OpenCV: also write NAME_depth, in metres"
+    )
     parser.add_argument("--focal", type=number(high=1e6), metavar="PIXELS", help="focal length: also write NAME_depth")
+    parser.add_argument("--fx", dest="focal", type=number(high=1e6), metavar="PIXELS", help="the same as --focal")
+    parser.add_argument(
+        "--fy", type=number(high=1e6), metavar="PIXELS", help="focal length along columns, for --ply (default: --focal)"
+    )
     parser.add_argument(
         "--baseline", type=number(high=1e6), metavar="METRES", help="distance of the cameras, with --focal"
     )
@@ -49,4 +64,12 @@ def run(args: argparse.Namespace) -> int:
         VisionAttnError: Nothing could be started: no such input, model or folder, or a calibration with a gap.
     """
     keep_freed_memory()
-    return call_with(stereo_files, args).exit_code
+    outcome = call_with(stereo_files, args)
+    of_numbers = args.output is not None and args.format != PICTURE and not args.color
+    if of_numbers and any(path.suffix.lower() == ".png" for path in outcome.written):
+        print(
+            "visionattn: note: a .png that is named holds disparities times 256 in 16 bits, which look dark; --color "
+            f"adds a picture, --format {PICTURE} or no output gives one.",
+            file=sys.stderr,
+        )
+    return outcome.exit_code
