@@ -19,6 +19,7 @@ moved.install()
 # A function beside each command. What it needs is imported when it is used.
 _COMMANDS = {
     "check": "visionattn.export.inspect",
+    "compare": "visionattn.probe.comparing",
     "demo": "visionattn.demo",
     "duplicates": "visionattn.search.duplicates",
     "evaluate_retrieval": "visionattn.evaluate.retrieval",

@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 
 from visionattn.files import atomic_path
 
-__all__ = ["CurvePoint", "Curves", "Section", "draw_curves", "write_pages", "write_table", "write_text"]
+__all__ = ["COLOURS", "CurvePoint", "Curves", "Section", "draw_curves", "write_pages", "write_table", "write_text"]
 
-_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f")
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f")
+_VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; font-size: 14px; }
 th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
 div { overflow-x: auto; } img { max-width: 100%; } code { font-size: 13px; overflow-wrap: anywhere; }
 """
 
@@ -60,6 +62,7 @@ class Section(NamedTuple):
     table: list[list[str]] = []  # noqa: RUF012, the first row is the header
     curves: Curves | None = None
     pictures: list[tuple[str, str]] = []  # noqa: RUF012, files and captions
+    drawings: list[tuple[str, str]] = []  # noqa: RUF012, files and what they hold, SVG
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,12 +87,13 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-def write_pages(sections: Sequence[Section], folder: str | Path) -> list[str]:
-    """Write sections as `report.md` and `report.html`, with their curves.
+def write_pages(sections: Sequence[Section], folder: str | Path, name: str = "report") -> list[str]:
+    """Write sections as `report.md` and `report.html`, with their curves and drawings.
 
     Args:
         sections: Of the report; their pictures are JPEG or PNG files that lie in the folder already.
         folder: Of the report.
+        name: Of the two files, without the suffix.
 
     Returns:
         The files of the curves.
@@ -100,10 +104,10 @@ def write_pages(sections: Sequence[Section], folder: str | Path) -> list[str]:
     folder = Path(folder)
     curves = [section.curves for section in sections if section.curves is not None]
     drawn = {file: draw_curves(labels, series, what, percent) for file, labels, series, what, percent in curves}
-    for file, svg in drawn.items():
+    for file, svg in (*drawn.items(), *(drawing for section in sections for drawing in section.drawings)):
         write_text(folder / file, svg)
-    write_text(folder / "report.md", _markdown(sections))
-    write_text(folder / "report.html", _html(sections, drawn, folder))
+    write_text(folder / f"{name}.md", _markdown(sections))
+    write_text(folder / f"{name}.html", _html(sections, drawn, folder))
     return list(drawn)
 
 
@@ -154,8 +158,8 @@ def draw_curves(
         f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{html.escape(what)}</text>'
     )
     for number, (name, points) in enumerate(series.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        dash = ' stroke-dasharray="5 3"' if number >= len(_COLOURS) else ""
+        colour = COLOURS[number % len(COLOURS)]
+        dash = ' stroke-dasharray="5 3"' if number >= len(COLOURS) else ""
         # Curves that share their places along x would hide each other's intervals.
         shift = (number - (len(series) - 1) / 2) * min(6, 0.6 * width / len(labels) / len(series))
         drawn = (point for point in points if math.isfinite(point.value))
@@ -193,6 +197,8 @@ def _markdown(sections: Iterable[Section]) -> str:
             lines.append("")
         if section.curves is not None:
             lines += [f"![{section.title}]({section.curves.file})", ""]
+        for file, _ in section.drawings:
+            lines += [f"![{section.title}]({file})", ""]
         for file, caption in section.pictures:
             lines += [f"{caption}:", "", f"![{caption}]({file})", ""]
         if listed:
@@ -218,11 +224,12 @@ def _html(sections: Sequence[Section], drawn: Mapping[str, str], folder: Path) -
             body.append("</table></div>")
         if section.curves is not None:
             body.append(f"<div>{drawn[section.curves.file]}</div>")
+        body += [f"<div>{svg}</div>" for _, svg in section.drawings]
         for file, caption in section.pictures:
             data = base64.b64encode((folder / file).read_bytes()).decode()
             text = html.escape(caption)
             kind = "png" if file.endswith(".png") else "jpeg"
             body.append(f'<p>{text}</p><img alt="{text}" src="data:image/{kind};base64,{data}">')
     title = html.escape(sections[0].title)
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    return head + "</head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8">{_VIEWPORT}<title>{title}</title>'
+    return head + f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"

@@ -156,7 +156,7 @@ def test_options_and_settings_are_the_same():
     parser = argparse.ArgumentParser()
     visionattn.probe.cli.add_arguments(parser)
     args = vars(parser.parse_args([NAME, "--data", "digits"]))
-    assert {args.pop("backbone"), args.pop("data")} == {NAME, "digits"}
+    assert [args.pop("backbone"), args.pop("data"), args.pop("compare")] == [[NAME], "digits", None]
     assert ProbeSettings(**args) == ProbeSettings()
     assert set(args) == {entry.name for entry in fields(ProbeSettings)}
 

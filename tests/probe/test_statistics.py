@@ -8,6 +8,7 @@ from visionattn.errors import InputError
 from visionattn.probe.statistics import (
     bootstrap_interval,
     calibration_error,
+    holm_correction,
     mcnemar_test,
     share_interval,
     t_interval,
@@ -69,3 +70,10 @@ def test_the_interval_of_shares_stays_within_0_and_1():
         low, high = share_interval(draws)
         assert 0 <= low <= draws.mean() <= high <= 1
     assert share_interval([1.0] * 4) == (1, 1)
+
+
+def test_holm_multiplies_by_the_tests_that_are_left():
+    # p times the tests that are left, never falling.
+    assert holm_correction([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm_correction([0.9, 0.8]) == [1.0, 1.0]
+    assert holm_correction([]) == []

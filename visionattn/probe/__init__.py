@@ -8,9 +8,9 @@ data)` does all of it and gives a report. Intervals and calibration need `pip in
 from visionattn.lazy import make_callable
 from visionattn.probe.few_shot import few_shot
 from visionattn.probe.heads.banks import HeadSpec, grid
+from visionattn.probe.heads.files import load_head
 from visionattn.probe.heads.poolings import POOLINGS, create_pooling
 from visionattn.probe.knn import nearest_neighbours
-from visionattn.probe.report.report import load_head
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.sweep import sweep
 from visionattn.probe.tokens.backbone import Backbone

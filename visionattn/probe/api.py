@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from visionattn.devices import find_device
-from visionattn.errors import InputError, VisionAttnError, require
+from visionattn.errors import InputError, VisionAttnError, require, shorten
 from visionattn.files import check_folder
 from visionattn.opening import open_model
+from visionattn.probe.comparing import compare_reports
+from visionattn.probe.comparison import Comparison
 from visionattn.probe.output import check_report, default_output
 from visionattn.probe.processes import one_writer, rank_and_size
 from visionattn.probe.report.report import Report
@@ -26,21 +30,37 @@ from visionattn.probe.report.tasks import TaskReport
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.tasks import make_run
 
-__all__ = ["probe", "run_probe"]
+__all__ = ["probe", "run_probe", "run_probes"]
 
 
+BackboneSource = str | Path | nn.Module
+
+
+@overload
 def probe(
-    backbone: str | Path | nn.Module,
+    backbone: BackboneSource, data: Any, *, settings: ProbeSettings | None = ..., progress: bool = ..., **options: Any
+) -> Report | TaskReport: ...
+@overload
+def probe(
+    backbone: Sequence[BackboneSource],
+    data: Any,
+    *,
+    settings: ProbeSettings | None = ...,
+    progress: bool = ...,
+    **options: Any,
+) -> Comparison: ...
+def probe(
+    backbone: BackboneSource | Sequence[BackboneSource],
     data: Any,
     *,
     settings: ProbeSettings | None = None,
     progress: bool = True,
     **options: Any,
-) -> Report | TaskReport:
-    """Judge a frozen backbone by k-NN and by heads that are trained on its tokens.
+) -> Report | TaskReport | Comparison:
+    """Judge a frozen backbone by k-NN and by heads that are trained on its tokens; compare several of them.
 
     Args:
-        backbone: Name in timm's registry, weight file or folder, or a module, which is copied.
+        backbone: Name in timm's registry, weight file or folder, or a module, which is copied; or a list of these.
         data: Folder of images by class, or of the data of another task; a dataset: "digits", or "mnist", "torch/...",
             "hfds/..." with `root`; or the training and the test images, (train, test). Each of these is an array
             (N, H, W) or (N, H, W, C) of uint8 with its labels, (images, labels), or a dataset of (image, label), where
@@ -52,8 +72,8 @@ def probe(
 
     Returns:
         The report, of other tasks than classification a `TaskReport`. It is also written, with heads, maps and ONNX
-        file, where `output` names a folder; the same call
-        then goes on where an earlier one was stopped.
+        file, where `output` names a folder; the same call then goes on where an earlier one was stopped. Of several
+        backbones their comparison; `output` then has it, with a folder below for each report.
 
     Raises:
         CheckpointError: The weights could not be read, or do not fit.
@@ -63,7 +83,61 @@ def probe(
         StorageError: The tokens have no room, or a file could not be written.
         UnknownNameError: There is no such model.
     """
-    return run_probe(backbone, data, replace(settings or ProbeSettings(), **options), progress=progress)
+    settings = replace(settings or ProbeSettings(), **options)
+    if isinstance(backbone, (list, tuple)):
+        return run_probes(backbone, data, settings, progress=progress)
+    return run_probe(backbone, data, settings, progress=progress)  # type: ignore[arg-type]
+
+
+def run_probes(
+    backbones: Sequence[BackboneSource],
+    data: Any,
+    settings: ProbeSettings,
+    *,
+    progress: bool = True,
+    always_write: bool = False,
+) -> Comparison:
+    """Probe several backbones one after the other, and compare them.
+
+    With `always_write`, and where the settings name no folder, each report is written as `run_probe` does, and the
+    comparison to runs/probe/comparison-DATASET-HASH.
+    """
+    names = [_name(backbone) for backbone in backbones]
+    if len(backbones) < 2:
+        raise InputError(f"A comparison needs two backbones or more; got {len(backbones)}.")
+    twice = [str(one) for place, one in enumerate(backbones) if one in backbones[:place]]
+    if twice:
+        raise InputError(f"{shorten(twice[0])} is given twice.")
+    if settings.task != "classification":
+        raise InputError(f"Several backbones are compared in classification, not in {settings.task}: probe one alone.")
+    if settings.checkpoint is not None or settings.export:
+        raise InputError(
+            "--checkpoint and --export are of one backbone: probe it alone, and compare the reports by --compare."
+        )
+    folders = [None if settings.output is None else Path(settings.output) / name for name in _distinct(names)]
+    for backbone in backbones:  # a mistake shall be told before hours of work
+        if not isinstance(backbone, nn.Module):
+            open_model(backbone, None, settings.random, image_size=settings.image_size, drop_classifier=True)
+    console = Console(highlight=False, markup=False, quiet=not progress)
+    reports: list[Report] = []
+    for place, (backbone, name, folder) in enumerate(zip(backbones, names, folders), 1):
+        console.print(f"Backbone {place} of {len(backbones)}: {name}")
+        alone = replace(settings, output=folder)
+        report = run_probe(backbone, data, alone, progress=progress, always_write=always_write)
+        assert isinstance(report, Report)
+        reports.append(report)
+    models = {place: copy.deepcopy(one) for place, one in enumerate(backbones) if isinstance(one, nn.Module)}
+    return compare_reports(reports, models, settings.output, settings.overwrite, settings.device, always_write)
+
+
+def _name(backbone: BackboneSource) -> str:
+    return type(backbone).__name__ if isinstance(backbone, nn.Module) else str(backbone)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names of folders, numbered where they would be the same."""
+    plain = [re.sub(r"[^\w.-]+", "-", Path(name).stem if os.path.exists(name) else name)[:100] for name in names]
+    return [f"{name}-{place}" if plain.count(name) > 1 else name for place, name in enumerate(plain, 1)]
 
 
 def run_probe(
@@ -142,9 +216,8 @@ def _probe(
     opened = open_model(
         backbone, settings.checkpoint, settings.random, image_size=settings.image_size, drop_classifier=True
     )
-    name = type(backbone).__name__ if isinstance(backbone, nn.Module) else str(backbone)
-    run = make_run(settings, name, opened, data, console)
-    images = run.images
+    run = make_run(settings, _name(backbone), opened, data, console)
+    name, images = run.name, run.images
     if temporary is None:
         output = Path(settings.output or default_output(settings, name, run.weights, images))
         run.settings = replace(settings, output=output, cache=settings.cache or output / "features")

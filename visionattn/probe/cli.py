@@ -1,4 +1,7 @@
-"""`visionattn probe BACKBONE --data FOLDER|DATASET`: a frozen backbone, judged from one pass over the images."""
+"""`visionattn probe BACKBONE ... --data FOLDER|DATASET`: frozen backbones, judged from one pass over the images.
+
+`visionattn probe --compare REPORT ...` compares those that were judged before.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,11 @@ from typing import Any
 from rich.console import Console
 
 from visionattn.arguments import add_old_spelling, number, whole_number
-from visionattn.probe.api import run_probe
-from visionattn.probe.report.table import best_heads
+from visionattn.errors import InputError
+from visionattn.probe.api import run_probe, run_probes
+from visionattn.probe.comparing import compare_reports
+from visionattn.probe.comparison import Comparison
+from visionattn.probe.report.table import best_heads, compared_backbones
 from visionattn.probe.report.tasks import TaskReport
 from visionattn.probe.settings import DTYPES, HEADS, LARGEST, LRS, SEEDS, TASKS, ProbeSettings
 
@@ -45,13 +51,19 @@ def _layers(text: str) -> str | list[int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("backbone", metavar="NAME|CKPT", help="name in timm's registry, or a weight file or folder")
+    parser.add_argument(
+        "backbone",
+        nargs="*",
+        metavar="NAME|CKPT",
+        help="name in timm's registry, or a weight file or folder; several are compared",
+    )
+    parser.add_argument(
+        "--compare", nargs="+", type=Path, metavar="REPORT", help="compare folders of reports; nothing is probed"
+    )
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME; a classifier in it is not needed")
     parser.add_argument("--random", action="store_true", help="untrained weights for NAME")
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", required=True, metavar="FOLDER|DATASET", help="images by class, or digits, mnist, torch/..., hfds/..."
-    )
+    data.add_argument("--data", metavar="FOLDER|DATASET", help="images by class, or digits, mnist, torch/..., hfds/...")
     data.add_argument("--task", choices=TASKS, help="default: %(default)s; segmentation: images with masks")
     data.add_argument("--classes", type=Path, metavar="FILE", help="names of a segmentation's classes, one a line")
     data.add_argument("--root", metavar="FOLDER", help="where the files of a named dataset are")
@@ -129,9 +141,22 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VisionAttnError: Nothing could be reported.
     """
-    settings = ProbeSettings(**{entry.name: getattr(args, entry.name) for entry in fields(ProbeSettings)})
-    report = run_probe(args.backbone, args.data, settings, always_write=True)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    if args.compare:
+        if args.backbone or args.data is not None:
+            raise InputError("--compare takes reports only: leave out NAME|CKPT and --data.")
+        found = compare_reports(args.compare, {}, args.output, args.overwrite, args.device, always_write=True)
+        _print_comparison(console, found)
+        return 0
+    missing = ["NAME|CKPT"] * (not args.backbone) + ["--data"] * (args.data is None)
+    if missing:
+        raise InputError(f"The following arguments are required: {', '.join(missing)}. See visionattn probe --help.")
+    settings = ProbeSettings(**{entry.name: getattr(args, entry.name) for entry in fields(ProbeSettings)})
+    if len(args.backbone) > 1:
+        found = run_probes(args.backbone, args.data, settings, always_write=True)
+        _print_comparison(console, found)
+        return int(any(one.report["skipped"] for one in found.judged))
+    report = run_probe(args.backbone[0], args.data, settings, always_write=True)
     console.print(report.table() if isinstance(report, TaskReport) else best_heads(report))
     console.print(report.summary())
     for note in report.notes:
@@ -141,3 +166,12 @@ def run(args: argparse.Namespace) -> int:
     for entry in report.skipped:
         print(f"visionattn: left out of {entry.part}: {entry.name}: {entry.reason}", file=sys.stderr)
     return int(bool(report.skipped))
+
+
+def _print_comparison(console: Console, comparison: Comparison) -> None:
+    console.print(compared_backbones(comparison))
+    console.print(comparison.summary())
+    for note in comparison.notes:
+        console.print(f"note: {note}")
+    assert comparison.folder is not None
+    console.print(f"The comparison is {comparison.folder / 'comparison.html'}, next to its numbers.")

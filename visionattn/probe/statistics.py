@@ -14,6 +14,7 @@ __all__ = [
     "Interval",
     "bootstrap_interval",
     "calibration_error",
+    "holm_correction",
     "mcnemar_test",
     "share_interval",
     "t_interval",
@@ -92,6 +93,17 @@ def mcnemar_test(correct: np.ndarray, other: np.ndarray) -> float:
     if only_one + only_other == 0:
         return 1.0
     return float(require("scipy.stats", "train").binomtest(only_one, only_one + only_other).pvalue)
+
+
+def holm_correction(p: Sequence[float]) -> list[float]:
+    """P values of several tests, raised by Holm's step-down method for their number; in the order given.
+
+    Source: Holm 1979, https://www.jstor.org/stable/4615733
+    """
+    raised, before = [0.0] * len(p), 0.0
+    for place, number in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        before = raised[number] = max(before, min(1.0, (len(p) - place) * p[number]))
+    return raised
 
 
 def calibration_error(confidences: torch.Tensor, correct: torch.Tensor, bins: int = 15) -> float:

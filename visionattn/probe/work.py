@@ -32,9 +32,10 @@ from visionattn.probe.processes import rank_and_size
 from visionattn.probe.progress import show_progress
 from visionattn.probe.reading import TokenReader
 from visionattn.probe.report.facts import backbone_facts, versions
+from visionattn.probe.report.head_files import head_file
 from visionattn.probe.report.maps import attention_of, overlay
 from visionattn.probe.report.rendering import write_report
-from visionattn.probe.report.report import LayerNeighbours, Report, head_file
+from visionattn.probe.report.report import LayerNeighbours, Report
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.state import RunState
 from visionattn.probe.sweep import hold_out, sweep
@@ -89,7 +90,11 @@ class ProbingRun:
             self.state.spend("tokens", extracting)
         report = Report(
             command=command or settings.command(self.name, images.data),
-            backbone=backbone_facts(self.name, self.opened, self.backbone, self.weights),
+            backbone={
+                **backbone_facts(self.name, self.opened, self.backbone, self.weights),
+                "checkpoint": None if settings.checkpoint is None else str(settings.checkpoint),
+                "random": settings.random,
+            },
             data={
                 "dataset": images.dataset,
                 "root": images.root,
@@ -98,6 +103,9 @@ class ProbingRun:
                 "train_digest": images.train.digest,
                 "test_digest": images.test.digest,
                 "transform": images.transform,
+                "image_size": images.size,
+                "mean": list(images.mean),
+                "std": list(images.std),
             },
             protocol={
                 "optimizer": settings.optimizer,
@@ -117,6 +125,8 @@ class ProbingRun:
             notes=[*self.notes, *images.left_out, *found.notes],
             skipped=self.tokens.skipped,
             plan=self.plan,
+            test_names=[images.test.names[row] for row in self.tokens.readable[1].tolist()],
+            test_labels=test.labels,
         )
         self._note_ends(report)
         if not settings.no_knn:

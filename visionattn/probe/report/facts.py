@@ -8,19 +8,22 @@ from typing import Any
 
 import visionattn
 from visionattn.opening import Opened
+from visionattn.probe.costs import backbone_cost
 from visionattn.probe.tokens.backbone import Backbone
 
 __all__ = ["backbone_facts", "versions"]
 
 
 def backbone_facts(name: str, opened: Opened, backbone: Backbone, weights: str) -> dict[str, Any]:
-    """Name, origin, licence, hash and size of a backbone."""
+    """Name, origin, licence, hash and costs of a backbone."""
     return {
         "name": name,
         "weights": opened.source,
         "license": opened.licence or "not stated",
         "sha256": weights,
-        "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
+        "given": opened.source == "as given",
+        "channels": backbone.channels,
+        **backbone_cost(backbone)._asdict(),
     }
 
 

@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 
 from visionattn.page import draw_curves, write_pages, write_table, write_text
-from visionattn.probe.report.report import Report, head_file, write_head
+from visionattn.probe.report.head_files import head_file, write_head
+from visionattn.probe.report.predictions import PREDICTIONS, write_predictions
+from visionattn.probe.report.report import Report
 from visionattn.probe.report.sections import make_sections
 
 __all__ = ["draw_curves", "write_pages", "write_report", "write_table"]
@@ -32,6 +34,9 @@ def write_report(report: Report, folder: str | Path) -> None:
     content = report.to_json()
     drawn = write_pages(make_sections(report), folder)
     write_table(content["heads"], folder / "results.csv")
+    if content["classes_of_best"]:
+        write_table(content["classes_of_best"], folder / "classes.csv")
+        write_predictions(report, folder / PREDICTIONS)
     write_text(folder / "results.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     heads = [head_file(folder / "heads", report, result) for result in report.sweep.chosen]
     ours = {*heads, *(path.with_suffix(".md") for path in heads), *(folder / file for file, _ in report.maps)}

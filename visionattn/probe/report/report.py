@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,33 +13,33 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from visionattn.errors import CheckpointError, shorten
-from visionattn.files import atomic_path
+from visionattn.probe.classes import ClassScore, class_scores
 from visionattn.probe.few_shot import FewShotResult
-from visionattn.probe.heads.banks import Head
-from visionattn.probe.heads.poolings import create_pooling
+from visionattn.probe.heads.files import load_head
 from visionattn.probe.heads.results import HeadResult, SweepResult
 from visionattn.probe.knn import NeighboursResult
 from visionattn.probe.pixels import SIDE, PixelBaseline, PixelComparison
-from visionattn.probe.statistics import Interval, bootstrap_interval, mcnemar_test, wilson_interval
+from visionattn.probe.statistics import (
+    Interval,
+    bootstrap_interval,
+    holm_correction,
+    mcnemar_test,
+    wilson_interval,
+)
 from visionattn.probe.tokens.interface import Layer
-from visionattn.weights import mismatches
 
 __all__ = [
+    "Answers",
     "LayerNeighbours",
     "PairedTest",
     "Report",
     "Skipped",
-    "head_file",
+    "dataset_name",
     "load_head",
     "percent",
     "plain",
-    "write_head",
 ]
 
 
@@ -91,6 +90,24 @@ class PairedTest(NamedTuple):
     p_holm: float
 
 
+class Answers(NamedTuple):
+    """What a head, or k-NN, says of the test images.
+
+    Attributes:
+        name: As `Report.name` gives it.
+        held_out_accuracy: By which one is chosen.
+        predictions: Class of each image, int64 (n,).
+        correct: Whether it is right, bool (n,).
+        parameters: Of the head.
+    """
+
+    name: str
+    held_out_accuracy: float
+    predictions: Tensor
+    correct: Tensor
+    parameters: int
+
+
 @dataclass(repr=False)
 class Report:
     """All that is reported.
@@ -114,6 +131,8 @@ class Report:
         maps: Files below the folder, with what each shows.
         pixels: The baseline without a network; None where it was left out.
         plan: Hash of all that the numbers depend on.
+        test_names: Names of the test images; empty where they are not known.
+        test_labels: Their classes, int64 (n,).
         folder: Where the report was written; None where it was not.
     """
 
@@ -135,6 +154,8 @@ class Report:
     maps: list[tuple[str, str]] = field(default_factory=list)
     pixels: PixelBaseline | None = None
     plan: str = ""
+    test_names: Sequence[str] = ()
+    test_labels: Tensor | None = None
     folder: Path | None = None
 
     def __repr__(self) -> str:
@@ -185,6 +206,32 @@ class Report:
         probing = [result for result in best if result.spec.pooling.split("_")[0] == "ep"]
         return max(probing or best, key=lambda result: result.held_out_accuracy, default=None)
 
+    def answers(self) -> list[Answers]:
+        """What the best of each k-NN and pooling says of the test images, k-NN first."""
+        pairs = [(self.name(entry), entry.result.chosen) for entry in self.best_neighbours()]
+        found = [Answers(name, pair.held_out_accuracy, pair.predictions, pair.correct, 0) for name, pair in pairs]
+        for result in self.best():
+            if result.best is not None:
+                parameters = sum(parameter.numel() for parameter in result.head.parameters())
+                score = result.best
+                found.append(
+                    Answers(self.name(result), result.held_out_accuracy, score.predictions, score.correct, parameters)
+                )
+        return found
+
+    def best_answers(self) -> Answers | None:
+        """Those of the head that the held-out images prefer; of k-NN where there is no head."""
+        answers = self.answers()
+        heads = [one for one in answers if one.parameters]
+        return max(heads or answers, key=lambda one: one.held_out_accuracy, default=None)
+
+    def class_scores(self) -> list[ClassScore]:
+        """Of the best head, class by class, the worst first; none where the labels are not known."""
+        best = self.best_answers()
+        if best is None or self.test_labels is None:
+            return []
+        return class_scores(best.predictions, self.test_labels, self.classes)
+
     def tests(self) -> list[PairedTest]:
         """The reference against the best of each other pooling and of k-NN."""
         reference = self.reference()
@@ -194,9 +241,7 @@ class Report:
         others = {self.name(entry): entry.result.chosen.correct for entry in self.best_neighbours()}
         others |= {self.name(r): r.best.correct for r in self.best() if r is not reference and r.best is not None}
         raw = {name: mcnemar_test(correct, other.numpy()) for name, other in others.items()}
-        holm, before = {}, 0.0
-        for place, name in enumerate(sorted(raw, key=raw.__getitem__)):
-            before = holm[name] = max(before, min(1.0, (len(raw) - place) * raw[name]))
+        holm = dict(zip(raw, holm_correction(list(raw.values()))))
         tests = []
         for name, other in others.items():
             scores = correct.astype(float) - other.numpy()
@@ -309,7 +354,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values."""
-        reference = self.reference()
+        reference, best = self.reference(), self.best_answers()
         content: dict[str, Any] = {
             "command": self.command,
             "plan": self.plan,
@@ -328,6 +373,17 @@ class Report:
                 {**one._asdict(), "pixels_win": one.pixels_win} for one in self.pixel_comparisons()
             ],
             "summary": self.summary(),
+            "answers": [
+                {
+                    "name": one.name,
+                    "held_out_accuracy": one.held_out_accuracy,
+                    "accuracy": float(one.correct.double().mean()),
+                    "parameters": one.parameters,
+                }
+                for one in self.answers()
+            ],
+            "best": None if best is None else best.name,
+            "classes_of_best": [score._asdict() for score in self.class_scores()],
             "compared": None if reference is None else self.name(reference),
             "tests": [
                 {**test._asdict(), "interval": list(test.interval)} for test in self.tests()
@@ -348,97 +404,14 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def dataset_name(data: Mapping[str, Any]) -> str:
+    """What a report's data are called: a folder by its own name."""
+    return Path(data["root"]).name if data["dataset"] == "folder" and data["root"] else data["dataset"]
+
+
 def percent(value: float, interval: Sequence[float] | None = None) -> str:
     """Write a share as every table does: `92.5 [89.1, 94.8]`, in %."""
     text = f"{100 * value:.1f}" if math.isfinite(value) else "–"
     if interval is None or not all(map(math.isfinite, interval)):
         return text
     return f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-
-
-def head_file(folder: Path, report: Report, result: HeadResult) -> Path:
-    """Where a chosen head stands."""
-    return folder / f"{result.spec.pooling}-layer{report.indices[result.spec.layer]}.safetensors"
-
-
-def write_head(report: Report, result: HeadResult, folder: Path) -> None:
-    """Write a chosen head and its card, each whole or not at all.
-
-    Raises:
-        StorageError: A file could not be written.
-    """
-    spec, layer, best = result.spec, report.layers[result.spec.layer], result.best
-    path = head_file(folder, report, result)
-    facts = {
-        "pooling": spec.pooling,
-        "layer": {"index": report.indices[spec.layer], **asdict(layer)},
-        "classes": list(report.classes),
-        "backbone": report.backbone,
-        "data": report.data,
-        "command": report.command,
-    }
-    with atomic_path(path) as temporary:
-        # Writing bytes gives the system's words for a full disk.
-        state = {key: value.contiguous() for key, value in result.head.state_dict().items()}
-        temporary.write_bytes(save(state, {"visionattn_head": json.dumps(facts, ensure_ascii=False)}))
-    data, backbone = report.data, report.backbone
-    low, high = best.interval if best else (math.nan, math.nan)
-    accuracy = percent(best.accuracy, (low, high)) if best else "–"
-    card = [
-        f"# {path.stem}",
-        "",
-        f"Pooling `{spec.pooling}`, batch norm and linear classifier for {len(report.classes)} classes, on the frozen "
-        f"layer `{layer.name}` (index {report.indices[spec.layer]}) of `{backbone['name']}`.",
-        "",
-        f"- Backbone's weights: {backbone['weights']}, SHA-256 `{backbone['sha256']}`",
-        f"- Trained on: {data['dataset']}, {data['root'] or 'embedded'}, {data['train_images']:,} images, "
-        f"{report.held_out:,} of which chose learning rate, weight decay and epoch",
-        f"- Images: {data['transform']}",
-        f"- Test accuracy: {accuracy} % (Wilson's 95 % interval), {data['test_images']:,} images",
-        f"- Training: {spec.optimizer}, lr {spec.lr:g}, weight decay {spec.weight_decay:g}, seed {spec.seed}, epoch "
-        f"{result.best_epoch} of {report.sweep.epochs}",
-        f"- Command: `{report.command}`",
-        f'- Opens with: `visionattn.probe.report.report.load_head("{path.name}")`',
-        "",
-    ]
-    with atomic_path(path.with_suffix(".md")) as temporary:
-        temporary.write_text("\n".join(card), encoding="utf-8")
-
-
-def load_head(file: str | Path) -> Head:
-    """Open a head that `visionattn probe` wrote: pooling, batch norm and classifier, in evaluation.
-
-    Its `forward` takes the tokens (B, N, D) that its `pooling.tokens` names and gives logits (B, K).
-
-    Args:
-        file: A .safetensors file of the folder `heads`.
-
-    Raises:
-        CheckpointError: There is no such file, or it is no head.
-    """
-    try:
-        if not Path(file).is_file():
-            raise CheckpointError(f"There is no file {shorten(file)}.")
-        with safe_open(str(file), "pt") as content:
-            facts = json.loads((content.metadata() or {})["visionattn_head"])
-            state: dict[str, Tensor] = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
-        layer = facts["layer"]
-
-        def build() -> Head:
-            return Head(create_pooling(facts["pooling"], layer["dim"], tuple(layer["grid"])), len(facts["classes"]))
-
-        with torch.device("meta"):  # sizes that the weights do not have would ask for any memory
-            wrong = mismatches(state, build().state_dict())
-        if wrong:
-            raise ValueError("; ".join(wrong[:3]))
-        with torch.random.fork_rng(devices=[]):
-            head = build().to(state["classifier.weight"].dtype)
-        head.load_state_dict(state)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # A damaged file, and metadata that anybody can write, fail in any way.
-        raise CheckpointError(
-            f"{shorten(file)} is not a head that `visionattn probe` wrote: {shorten(error)}"
-        ) from error
-    return head.eval()

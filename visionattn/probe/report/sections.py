@@ -6,13 +6,17 @@ import math
 from dataclasses import asdict
 
 from visionattn.page import CurvePoint, Curves, Section
+from visionattn.probe.classes import ClassScore
 from visionattn.probe.heads.results import HeadResult
 from visionattn.probe.knn import Neighbours
 from visionattn.probe.pixels import SIDE, PixelHead
-from visionattn.probe.report.report import Report, percent
+from visionattn.probe.report.report import Report, dataset_name, percent
 from visionattn.probe.statistics import FEWEST_DRAWS, bootstrap_interval, share_interval, wilson_interval
 
 __all__ = ["CurvePoint", "Curves", "Section", "make_sections"]
+
+
+_SHOWN_CLASSES = 50
 
 
 def make_sections(report: Report) -> list[Section]:
@@ -21,7 +25,7 @@ def make_sections(report: Report) -> list[Section]:
     seconds = ", ".join(f"{name} {value:,.1f} s" for name, value in report.seconds.items())
     sections = [
         Section(
-            f"{backbone['name']} on {data['dataset']}",
+            f"{backbone['name']} on {dataset_name(data)}",
             [
                 f"Frozen weights: {backbone['weights']}, SHA-256 {backbone['sha256'][:16]}, "
                 f"{backbone['parameters'] / 1e6:,.2f} million parameters. {data['train_images']:,} training images, "
@@ -61,6 +65,8 @@ def make_sections(report: Report) -> list[Section]:
                 table,
             )
         )
+    if scores := report.class_scores():
+        sections.append(_classes_section(report, scores))
     if len(report.layers) > 1:
         series: dict[str, list[CurvePoint]] = {}
         for entry in report.neighbours:
@@ -91,6 +97,22 @@ def make_sections(report: Report) -> list[Section]:
     protocol = ", ".join(f"{key} {value}" for key, value in report.protocol.items())
     sections.append(Section("To do it again", [f"`{report.command}`", f"{protocol}.", versions]))
     return sections
+
+
+def _classes_section(report: Report, scores: list[ClassScore]) -> Section:
+    best = report.best_answers()
+    assert best is not None
+    table = [["class", "precision, %", "recall, %", "F1, %", "images", "most often taken for"]]
+    for score in scores[:_SHOWN_CLASSES]:
+        mistake = "" if score.taken_for is None else f"{score.taken_for} ({score.times})"
+        shares = map(percent, (score.precision, score.recall, score.f1))
+        table.append([score.name, *shares, f"{score.support:,}", mistake])
+    mean = [sum(score[column] for score in scores) / len(scores) for column in (1, 2, 3)]
+    table.append(["mean of the classes", *map(percent, mean), f"{sum(score.support for score in scores):,}", ""])
+    words = f"Of {best.name}, the best by the held-out images, on the test images; the lowest F1 first."
+    if len(scores) > _SHOWN_CLASSES:
+        words += f" The {_SHOWN_CLASSES} worst of {len(scores):,} classes; classes.csv has all."
+    return Section("Class by class", [words], table)
 
 
 def _heads_table(report: Report) -> list[list[str]]:

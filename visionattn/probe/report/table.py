@@ -1,4 +1,4 @@
-"""The short table of a report: the best head of each pooling, k-NN and pixels."""
+"""The short tables of a report, its heads, k-NN and pixels, and of a comparison, for a terminal."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from visionattn.probe.comparison import Comparison
 from visionattn.probe.heads.banks import Head
 from visionattn.probe.heads.results import HeadResult
 from visionattn.probe.report.report import LayerNeighbours, Report, percent
 
-__all__ = ["best_heads"]
+__all__ = ["best_heads", "compared_backbones"]
 
 
 def best_heads(report: Report) -> Table:
@@ -42,6 +43,28 @@ def best_heads(report: Report) -> Table:
         for name, score, parameters in pixel_rows:
             low, high = (f"{100 * end:.1f}" for end in score.interval)
             table.add_row(name, "–", percent(score.accuracy), f"{low} to {high}", f"{parameters:,}", "–")
+    return table
+
+
+def compared_backbones(comparison: Comparison) -> Table:
+    """A row a backbone, with its best head and its costs."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("backbone", "head", "test, %", "95 % interval", "p, Holm", "k-NN, %", "MACs, G", "ms", "MB"):
+        table.add_column(title, justify="left" if title in ("backbone", "head") else "right", no_wrap=True)
+    for row in comparison.rows():
+        low, high = (f"{100 * row[f'accuracy_{end}']:.1f}" for end in ("low", "high"))
+        neighbours, ms = row["neighbours_accuracy"], row["milliseconds"]
+        table.add_row(
+            row["backbone"],
+            row["head"],
+            percent(row["accuracy"]),
+            f"{low} to {high}",
+            "" if row["p_holm"] is None else f"{row['p_holm']:.2g}",
+            "–" if neighbours is None else percent(neighbours),
+            f"{row['macs'] / 1e9:.3g}",
+            "–" if ms is None else f"{ms:.3g}",
+            f"{row['bytes'] / 1e6:.3g}",
+        )
     return table
 
 

@@ -41,6 +41,7 @@ class Backbone:
         layers: The layers that are read, in the order asked for.
         indices: Their places in the model, from 0.
         image_size: Height and width of the images.
+        channels: Of the images.
         device: Where the model lies.
         memory_format: In which the model computes.
 
@@ -84,9 +85,9 @@ class Backbone:
         """Find layers, widths and grids from one black image."""
         channels = next((m.in_channels for m in self.model.modules() if isinstance(m, nn.Conv2d)), 3)
         # A stem that folds pixels into channels hides the images' own, which are colours then.
-        channels = channels if channels in (1, 3, 4) else 3
+        self.channels = channels if channels in (1, 3, 4) else 3
         try:
-            image = torch.zeros(1, channels, *self.image_size, device=self.device, dtype=self.dtype)
+            image = torch.zeros(1, self.channels, *self.image_size, device=self.device, dtype=self.dtype)
             everything = self._run(image, None, "NCHW")[1]
         except Exception as error:
             hint = " Try norm=False." if self.norm and "norm" in str(error) else ""

@@ -1,0 +1,92 @@
+"""What reading a backbone costs: parameters, multiply-accumulates, size, and time in runs that take turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from visionattn.probe.tokens.backbone import Backbone
+
+__all__ = ["BackboneCost", "Timing", "backbone_cost", "time_backbones"]
+
+ROUNDS, SECONDS = (7, 50), 2.0
+"""Fewest and most rounds of a timing, and the seconds a backbone after which no more are begun."""
+
+
+class BackboneCost(NamedTuple):
+    """What a backbone is made of.
+
+    Attributes:
+        parameters: Numbers of it.
+        macs: Multiply-accumulates of reading one image: matrix products, convolutions and attention.
+        bytes: Of its weights, as they are loaded.
+    """
+
+    parameters: int
+    macs: int
+    bytes: int
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one image alone: the median of several runs, their quartiles, and how many they were."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def backbone_cost(backbone: Backbone) -> BackboneCost:
+    """Count a backbone, with one black image."""
+    model = backbone.model
+    with FlopCounterMode(display=False) as counter:
+        backbone(_image(backbone))
+    return BackboneCost(
+        sum(parameter.numel() for parameter in model.parameters()),
+        counter.get_total_flops() // 2,
+        sum(tensor.nbytes for tensor in model.state_dict().values()),
+    )
+
+
+def time_backbones(backbones: Sequence[Backbone]) -> list[Timing]:
+    """Time backbones by turns, one image each, so that what else the machine does meets all of them alike.
+
+    Args:
+        backbones: On the device that is to be timed.
+    """
+    images = [_image(backbone) for backbone in backbones]
+    found: list[list[float]] = [[] for _ in backbones]
+    fewest, most = ROUNDS
+    for backbone, image in zip(backbones, images):  # allocates, and chooses algorithms
+        _milliseconds(backbone, image)
+    start = time.perf_counter()
+    for number in range(most):
+        if number >= fewest and time.perf_counter() - start > SECONDS * len(backbones):
+            break
+        order = range(len(backbones)) if number % 2 else reversed(range(len(backbones)))
+        for place in order:
+            found[place].append(_milliseconds(backbones[place], images[place]))
+    return [Timing(*map(float, np.quantile(times, (0.5, 0.25, 0.75))), len(times)) for times in found]
+
+
+def _image(backbone: Backbone) -> torch.Tensor:
+    return torch.zeros(1, backbone.channels, *backbone.image_size, device=backbone.device)
+
+
+def _milliseconds(backbone: Backbone, image: torch.Tensor) -> float:
+    """Of one image; a GPU's work is waited for."""
+    _synchronize(backbone.device)
+    start = time.perf_counter()
+    backbone(image)
+    _synchronize(backbone.device)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,185 @@
+"""A comparison of backbones in words, tables and pictures, and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from visionattn.errors import DataError, InputError, shorten
+from visionattn.files import read_json
+from visionattn.page import Section, write_pages, write_table, write_text
+from visionattn.probe.comparison import Comparison, PairedDifference
+from visionattn.probe.report.report import dataset_name, percent
+from visionattn.probe.report.scatter import ScatterPoint, draw_scatter
+from visionattn.probe.statistics import Interval
+
+__all__ = ["check_comparison", "comparison_sections", "write_comparison"]
+
+FILE = "comparison.json"
+_SHOWN_CLASSES = 50
+_PICTURES = {
+    "macs": ("accuracy_macs.svg", 1e9, "multiply-accumulates of an image, billions"),
+    "milliseconds": ("accuracy_ms.svg", 1.0, "milliseconds of an image"),
+}
+
+
+def check_comparison(folder: Path, comparison: Comparison, overwrite: bool) -> None:
+    """Refuse to replace another comparison.
+
+    Raises:
+        InputError: The folder holds one of other reports, or a file that is none, and `overwrite` was not given.
+    """
+    file = folder / FILE
+    if overwrite or not file.exists():
+        return
+    way = "Give --overwrite to replace it, or name another folder by --output."
+    try:
+        found = read_json(file, {"plan": str})
+    except DataError as error:
+        raise InputError(f"{shorten(folder)} holds a comparison that cannot be read: {error} {way}") from error
+    if found["plan"] != comparison.plan:
+        raise InputError(f"{shorten(folder)} holds a comparison of other reports. {way}")
+
+
+def write_comparison(comparison: Comparison, folder: str | Path) -> None:
+    """Write `comparison.html`, `.md`, `.json` and `.csv` with their pictures, each whole or not at all.
+
+    Raises:
+        StorageError: A file could not be written.
+    """
+    folder = Path(folder)
+    write_pages(comparison_sections(comparison), folder, "comparison")
+    write_table(comparison.rows(), folder / "comparison.csv")
+    content = json.dumps(comparison.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(folder / FILE, content + "\n")
+
+
+def comparison_sections(comparison: Comparison) -> list[Section]:
+    """Say all that a comparison has, in the order of reading."""
+    data, judged = comparison.data, comparison.judged
+    sections = [
+        Section(
+            f"{len(judged)} backbones on {dataset_name(data)}",
+            [
+                f"{data['train_images']:,} training images, {data['test_images']:,} test images of "
+                f"{len(judged[0].report['classes']):,} classes. Each backbone is frozen and judged by the head that "
+                "its held-out training images prefer.",
+                comparison.summary(),
+            ],
+        ),
+        _accuracy_section(comparison),
+        _cost_section(comparison),
+        *_picture_sections(comparison),
+        _tests_section("Pair by pair: best heads", comparison.tests()),
+    ]
+    if neighbours := comparison.tests(neighbours=True):
+        sections.append(_tests_section("Pair by pair: k-NN", neighbours))
+    sections.append(_methods_section(comparison))
+    if all(one.report["classes_of_best"] for one in judged):
+        sections.append(_classes_section(comparison))
+    if comparison.notes:
+        sections.append(Section("Notes", comparison.notes))
+    commands = [f"`{one.report['command']}`" for one in judged]
+    return [*sections, Section("To do it again", commands)]
+
+
+def _accuracy_section(comparison: Comparison) -> Section:
+    table = [["backbone", "head", "test, %", "less the best, points", "p, Holm", "k-NN, %"]]
+    for row in comparison.rows():
+        difference, neighbours = "–", row["neighbours_accuracy"]
+        if row["difference"] is not None:
+            difference = percent(row["difference"], (row["difference_low"], row["difference_high"]))
+        table.append(
+            [
+                row["backbone"],
+                row["head"],
+                percent(row["accuracy"], (row["accuracy_low"], row["accuracy_high"])),
+                difference,
+                "–" if row["p_holm"] is None else f"{row['p_holm']:.2g}",
+                "–" if neighbours is None else percent(neighbours),
+            ]
+        )
+    words = (
+        "Brackets of accuracies are Wilson's 95 % intervals; of differences to the best, bootstrapped over the test "
+        "images, which are the same of all. p is McNemar's exact test with Holm's correction for all pairs. k-NN is "
+        "the one that the held-out images prefer."
+    )
+    return Section("Accuracy", [words], table)
+
+
+def _cost_section(comparison: Comparison) -> Section:
+    table = [["backbone", "pixels", "MACs, G", "ms", "parameters, M", "weights, MB", "on the front of"]]
+    for row in comparison.rows():
+        ms = row["milliseconds"]
+        fronts = [name for name, cost in (("MACs", "macs"), ("ms", "milliseconds")) if row[f"front_{cost}"]]
+        table.append(
+            [
+                row["backbone"],
+                f"{row['image_size']}",
+                f"{row['macs'] / 1e9:.3g}",
+                "–" if ms is None else f"{ms:.3g} [{row['milliseconds_low']:.3g}, {row['milliseconds_high']:.3g}]",
+                f"{row['parameters'] / 1e6:.3g}",
+                f"{row['bytes'] / 1e6:.3g}",
+                " and ".join(fronts) or "–",
+            ]
+        )
+    words = "Of the backbone without head. On a front are those of which no cheaper one is right as often."
+    if comparison.timings:
+        rounds = min(timing.rounds for timing in comparison.timings.values())
+        words += (
+            f" Times are of one image alone, the median and quartiles of {rounds} rounds or more in which the "
+            f"backbones took turns, on {comparison.device}."
+        )
+    return Section("Cost", [words], table)
+
+
+def _picture_sections(comparison: Comparison) -> list[Section]:
+    sections = []
+    for cost, (file, unit, across) in _PICTURES.items():
+        points = [
+            ScatterPoint(
+                row["backbone"],
+                row[cost] / unit,
+                row["accuracy"],
+                Interval(row["accuracy_low"], row["accuracy_high"]),
+                row[f"front_{cost}"],
+            )
+            for row in comparison.rows()
+            if row[cost]
+        ]
+        if points:
+            words = "The dashed line joins those that no other beats; bars are 95 % intervals."
+            title = "Accuracy against arithmetic" if cost == "macs" else "Accuracy against time"
+            sections.append(Section(title, [words], drawings=[(file, draw_scatter(points, across))]))
+    return sections
+
+
+def _tests_section(title: str, tests: Sequence[PairedDifference]) -> Section:
+    table = [["one", "other", "one less other, points", "p, McNemar", "p, Holm"]]
+    for test in tests:
+        difference = percent(test.difference, test.interval)
+        table.append([test.one, test.other, difference, f"{test.p:.2g}", f"{test.p_holm:.2g}"])
+    return Section(title, [], table)
+
+
+def _methods_section(comparison: Comparison) -> Section:
+    methods = list(dict.fromkeys(method for one in comparison.judged for method in one.correct))
+    table = [["head", *(one.name for one in comparison.judged)]]
+    for method in methods:
+        cells = [percent(*one.accuracy(method)) if method in one.correct else "–" for one in comparison.judged]
+        table.append([method, *cells])
+    return Section("Head by head", ["Test accuracy in %, with Wilson's 95 % intervals."], table)
+
+
+def _classes_section(comparison: Comparison) -> Section:
+    scores = [{one["name"]: one for one in each.report["classes_of_best"]} for each in comparison.judged]
+    names = [name for name in scores[0] if all(name in one for one in scores)]
+    names.sort(key=lambda name: sum(one[name]["f1"] for one in scores))
+    table = [["class", "images", *(one.name for one in comparison.judged)]]
+    for name in names[:_SHOWN_CLASSES]:
+        table.append([name, f"{scores[0][name]['support']:,}", *(percent(one[name]["f1"]) for one in scores)])
+    words = "F1 in % of the best head of each; the classes that are hardest for all first."
+    if len(names) > _SHOWN_CLASSES:
+        words += f" The {_SHOWN_CLASSES} hardest of {len(names):,}."
+    return Section("Class by class", [words], table)
