@@ -1,11 +1,21 @@
-"""The console script `visionattn`: it says its version without PyTorch, and hands all else to `visionattn.cli`."""
+"""The console script `visionattn`: its version and the list of models need no PyTorch, all else is `visionattn.cli`.
+
+`visionattn list` reads the table `costs.csv` of the package, which need not be imported for that.
+"""
 
 from __future__ import annotations
 
+import csv
+import fnmatch
+import os
 import sys
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-__all__ = ["main"]
+__all__ = ["facts", "main", "model_table"]
 
 
 def main() -> int:
@@ -14,9 +24,57 @@ def main() -> int:
     Returns:
         The exit code (see `visionattn.cli.main`).
     """
-    if sys.argv[1:] == ["--version"]:
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
         print(f"visionattn {version('visionattn')}")
         return 0
+    if arguments[:1] == ["list"] and len(arguments) < 3 and not any(word.startswith("-") for word in arguments):
+        rows = _rows(*arguments[1:])
+        if rows:
+            return _show(rows)
     from visionattn.cli import main as run
 
     return run()
+
+
+def facts(row: Mapping[str, Any]) -> list[str]:
+    """What the table says of a model behind its name, of a row of costs.csv."""
+    parameters, macs = int(row["parameters"]) / 1e6, int(row["macs"]) / 1e6
+    return [row["task"], f"{parameters:.2f} M", f"{macs:,.1f} M", row["input"], row["weights"]]
+
+
+def model_table(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """The table of models for a console of rich, of rows of costs.csv."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table("name", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("task", "parameters", "MACs", "input", "weights"):
+        table.add_column(column, justify="right" if column in ("parameters", "MACs") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(row["name"], *facts(row))
+    return table
+
+
+def _rows(pattern: str = "*") -> list[dict[str, str]]:
+    """Rows of costs.csv whose names fit; none where the file cannot be read."""
+    spec = find_spec("visionattn")  # finds the package and does not import it
+    for folder in (spec and spec.submodule_search_locations) or ():
+        try:
+            with (Path(folder) / "costs.csv").open(newline="", encoding="utf-8") as file:
+                return [row for row in csv.DictReader(file) if fnmatch.fnmatch(row["name"], f"*{pattern}*")]
+        except OSError:
+            continue
+    return []
+
+
+def _show(rows: list[dict[str, str]]) -> int:
+    from rich.console import Console
+
+    try:
+        Console(width=None if sys.stdout.isatty() else 160).print(model_table(rows))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

@@ -1,6 +1,7 @@
 """`visionattn list` and `visionattn show`: the models by name, and one model's card.
 
 What the models cost stands in `costs.csv`, which `python -m tools.count_costs` writes: counting takes half a minute.
+The console script lists them from that file alone (see `visionattn_command`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
@@ -26,6 +25,7 @@ from visionattn.checkpoints import create
 from visionattn.cost import count_macs, count_parameters
 from visionattn.errors import InputError, UnknownNameError, shorten
 from visionattn.progress import new_console
+from visionattn_command import facts, model_table
 
 __all__ = ["COSTS", "Cost", "add_list_arguments", "add_show_arguments", "count", "read_costs", "run_list", "run_show"]
 
@@ -33,11 +33,13 @@ COSTS = Path(__file__).parent / "costs.csv"
 
 
 class Cost(NamedTuple):
-    """A model's task, parameters, and multiply-accumulates for its input size."""
+    """A model's task, parameters, multiply-accumulates for its input size, that size, and where weights come from."""
 
     task: str
     parameters: int
     macs: int
+    input: str
+    weights: str
 
 
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,31 +66,27 @@ def count(name: str) -> Cost:
 
 
 def _count(model: Any) -> Cost:
-    images = [tuple(model.pretrained_cfg["input_size"])] * len(getattr(model, "input_names", ("image",)))
+    config = model.pretrained_cfg
+    images = [tuple(config["input_size"])] * len(getattr(model, "input_names", ("image",)))
     task = getattr(model, "task", "classify" if model.num_classes else "features")
-    return Cost(task, count_parameters(model), count_macs(model, *images))
+    size = " x ".join(map(str, config["input_size"]))
+    return Cost(task, count_parameters(model), count_macs(model, *images), size, _weights(config))
+
+
+def _weights(config: Mapping[str, Any]) -> str:
+    """Where the weights of timm's configuration come from: "shipped" is with this package."""
+    if config.get("file"):
+        return "shipped"
+    return "download" if config.get("url") or config.get("hf_hub_id") else "none"
 
 
 def read_costs() -> dict[str, Cost]:
     """The costs of all names of this package, as counted when it was made."""
-    with COSTS.open(newline="") as file:
+    with COSTS.open(newline="", encoding="utf-8") as file:
         return {
-            row["name"]: Cost(row["task"], int(row["parameters"]), int(row["macs"])) for row in csv.DictReader(file)
+            row["name"]: Cost(row["task"], int(row["parameters"]), int(row["macs"]), row["input"], row["weights"])
+            for row in csv.DictReader(file)
         }
-
-
-def _facts(cost: Cost, config: Mapping[str, Any]) -> dict[str, str]:
-    """What the zoo's table says of a model with timm's configuration `config`."""
-    weights = (
-        "shipped" if config.get("file") else "download" if config.get("url") or config.get("hf_hub_id") else "none"
-    )
-    return {
-        "task": cost.task,
-        "parameters": f"{cost.parameters / 1e6:.2f} M",
-        "MACs": f"{cost.macs / 1e6:,.1f} M",
-        "input": " x ".join(map(str, config["input_size"])),
-        "weights": weights,
-    }
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -97,16 +95,9 @@ def run_list(args: argparse.Namespace) -> int:
     if not names:
         raise UnknownNameError(f"No model name fits {args.pattern!r}. `visionattn list` shows all.")
     costs = read_costs()
-    rows = {}
-    for name in names:
-        config: Any = timm.get_pretrained_cfg(name)
-        rows[name] = _facts(costs.get(name) or count(name), config.to_dict())  # a user's own name is not in the table
-    table = Table("name", box=SIMPLE_HEAD, pad_edge=False)
-    for key in rows[names[0]]:
-        table.add_column(key, justify="right" if key in ("parameters", "MACs") else "left", no_wrap=True)
-    for name, row in rows.items():
-        table.add_row(name, *row.values())
-    new_console().print(table)
+    # A user's own name is not in the table.
+    rows = [{"name": name, **(costs.get(name) or count(name))._asdict()} for name in names]
+    new_console().print(model_table(rows))
     return 0
 
 
@@ -124,10 +115,10 @@ def run_show(args: argparse.Namespace) -> int:
     name = args.name.split(".")[0]
     if variant := getattr(sys.modules[type(model).__module__], name, None):
         table.add_row("variant", inspect.getdoc(variant) or "")
-    facts = _facts(read_costs().get(name) or _count(model), config)
-    if facts["weights"] != "none" and config.get("tag"):
-        facts["weights"] += f" ({config['tag']})"
-    for row in facts.items():
+    cost = (read_costs().get(name) or _count(model))._replace(weights=_weights(config))
+    if cost.weights != "none" and config.get("tag"):
+        cost = cost._replace(weights=f"{cost.weights} ({config['tag']})")
+    for row in zip(("task", "parameters", "MACs", "input", "weights"), facts(cost._asdict())):
         table.add_row(*row)
     table.add_row("mean, std", f"{tuple(config['mean'])}, {tuple(config['std'])}")
     multiple = getattr(model, "size_multiple", None)
