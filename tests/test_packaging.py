@@ -47,7 +47,11 @@ def test_every_direct_import_is_declared():
     declared = names(project["dependencies"])
     for requirements in project["optional-dependencies"].values():
         declared |= names(requirements)
-    needed = imported() - set(sys.stdlib_module_names) - {"visionattn", "visionattn_command", "visionattn_runtime", "__future__"}
+    needed = (
+        imported()
+        - set(sys.stdlib_module_names)
+        - {"visionattn", "visionattn_command", "visionattn_runtime", "__future__"}
+    )
     needed -= COMES_WITH_TORCH
     assert {name for name in needed if PACKAGES.get(name, name.replace("_", "-")).lower() not in declared} == set()
 
