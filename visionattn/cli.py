@@ -73,7 +73,7 @@ TRAINING = {
     "fit": "train a model by a recipe",
     "validate": "measure a checkpoint on the validation images",
     "test": "measure a checkpoint on the test images",
-    "predict": "write a checkpoint's predictions",
+    "predict": "write a checkpoint's predictions, or those of a probed head (--head)",
 }
 
 
@@ -126,6 +126,12 @@ def _parser(*wanted: str) -> argparse.ArgumentParser:
 
 
 def _run(argv: list[str]) -> int:
+    if argv[:1] == ["predict"] and any(word.partition("=")[0] == "--head" for word in argv):
+        from visionattn.probe import predict_cli
+
+        parser = _Parser(prog="visionattn predict", description="Classify images by a head of `visionattn probe`.")
+        predict_cli.add_arguments(parser)
+        return predict_cli.run(parser.parse_args(argv[1:]))
     # Lightning's parser knows the options of training commands; ours only lists the commands.
     if argv and argv[0] in TRAINING:
         for package in ("lightning", "jsonargparse"):

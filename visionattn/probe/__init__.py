@@ -6,6 +6,7 @@ data)` does all of it and gives a report. Intervals and calibration need `pip in
 """
 
 from visionattn.lazy import make_callable
+from visionattn.probe.applying import apply_head, open_classifier
 from visionattn.probe.few_shot import few_shot
 from visionattn.probe.heads.banks import HeadSpec, grid
 from visionattn.probe.heads.files import load_head
@@ -26,11 +27,13 @@ __all__ = [
     "LiveFeatures",
     "ProbeSettings",
     "StoredFeatures",
+    "apply_head",
     "create_pooling",
     "extract",
     "few_shot",
     "grid",
     "load_head",
     "nearest_neighbours",
+    "open_classifier",
     "sweep",
 ]

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from visionattn.data.classify.transforms import fit
 from visionattn.errors import DataError, InputError, shorten
 
-__all__ = ["MODES", "GivenImages", "class_names", "eval_transform"]
+__all__ = ["MODES", "GivenImages", "class_names", "eval_transform", "to_picture"]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _ACCEPTED = "PIL images, uint8 arrays (H, W) or (H, W, C), or tensors (C, H, W) of uint8 or floats"
@@ -107,10 +107,10 @@ class GivenImages(Dataset):
         image, label = pair
         if int(label) != label or label < 0:
             raise InputError(f"Labels must be whole numbers from 0; got {shorten(label)}.")
-        return _picture(image), int(label)
+        return to_picture(image), int(label)
 
 
-def _picture(image: Any) -> Image.Image | Tensor:
+def to_picture(image: Any) -> Image.Image | Tensor:
     """A PIL image, or a float tensor as it is."""
     if isinstance(image, Image.Image):
         return image

@@ -1,0 +1,226 @@
+"""Using a head that `visionattn probe` saved: its backbone is opened, and images are told apart."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.checkpoints import HOSTED
+from visionattn.devices import find_device
+from visionattn.errors import CheckpointError, InputError, shorten
+from visionattn.files import atomic_path, violation
+from visionattn.opening import open_model
+from visionattn.probe.files import open_pictures
+from visionattn.probe.given import eval_transform
+from visionattn.probe.heads.banks import Head, head_tokens
+from visionattn.probe.heads.files import read_head
+from visionattn.probe.settings import LARGEST
+from visionattn.probe.tokens.backbone import Backbone
+from visionattn.probe.tokens.loading import check_share, read_batches
+from visionattn.weights.hashing import hash_state
+
+__all__ = ["Applied", "HeadClassifier", "apply_head", "open_classifier", "write_applied"]
+
+BATCH = 32
+_SCHEMA = {
+    "layer": {"index": int, "name": str, "dim": int, "grid": [int]},
+    "classes": [str],
+    "backbone": {"name": str, "sha256": str, "given": bool, "random": bool, "checkpoint": (str, type(None))},
+    "data": {"image_size": int, "mean": [(float, int)], "std": [(float, int)]},
+    "command": str,
+}
+
+
+class Applied(NamedTuple):
+    """What a head says of images.
+
+    Attributes:
+        images: Names of those that could be read.
+        classes: Names of the classes.
+        probabilities: Of each image and class, float32 (n, K).
+        skipped: Name of each other image, and what is wrong with it.
+    """
+
+    images: list[str]
+    classes: tuple[str, ...]
+    probabilities: Tensor
+    skipped: list[tuple[str, str]]
+
+    def top(self, k: int = 1) -> list[list[tuple[str, float]]]:
+        """The most probable classes of each image with their probabilities, the first of equals first."""
+        found = []
+        for row in self.probabilities.tolist():
+            order = sorted(range(len(row)), key=lambda label: (-row[label], label))
+            found.append([(self.classes[label], row[label]) for label in order[:k]])
+        return found
+
+
+class HeadClassifier:
+    """A frozen backbone with a head.
+
+    Args:
+        backbone: Reads the head's layer alone.
+        head: In evaluation, on the backbone's device.
+        classes: Names.
+        mean: Of the images' normalisation.
+        std: Likewise.
+
+    Attributes:
+        transform: From a PIL image to what `__call__` takes, without the batch.
+    """
+
+    def __init__(
+        self, backbone: Backbone, head: Head, classes: tuple[str, ...], mean: list[float], std: list[float]
+    ) -> None:
+        self.backbone, self.head, self.classes = backbone, head, classes
+        self.transform = eval_transform(len(mean), backbone.image_size[0], mean, std)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) -> probabilities (B, K), float32 on the CPU."""
+        tokens = head_tokens(self.backbone(images)[0], self.head.pooling.tokens)
+        return self.head(tokens.float()).softmax(1).cpu()
+
+
+def apply_head(
+    images: Any,
+    head: str | Path,
+    *,
+    backbone: str | Path | nn.Module | None = None,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device = "auto",
+) -> Applied:
+    """Classify images by a frozen backbone and a head that `visionattn probe` saved.
+
+    Args:
+        images: A file, a folder with its sub-folders, a list of these, or a list of images: PIL images, uint8 arrays
+            (H, W) or (H, W, C), uint8 tensors (C, H, W), or float tensors as the backbone takes them.
+        head: A .safetensors file of a report's folder `heads`. It names its backbone, image size, normalisation and
+            classes.
+        backbone: The backbone, where it lies elsewhere by now or was given in Python: a name, file, folder or module.
+        checkpoint: Weight file for a name.
+        device: "auto" (a GPU where there is one), or a device of PyTorch.
+
+    Returns:
+        Probabilities of the classes.
+
+    Raises:
+        CheckpointError: The file is no such head, or the backbone has not the weights that the head was trained on.
+        DataError: There are no images, or more than 10 % and more than a handful cannot be read.
+        InputError: The head does not say which backbone it reads, or an image is of another kind.
+    """
+    classifier = open_classifier(head, backbone=backbone, checkpoint=checkpoint, device=device)
+    names, dataset = open_pictures(images, classifier.transform)
+    cuts = [list(range(first, min(first + BATCH, len(names)))) for first in range(0, len(names), BATCH)]
+    rows: list[int] = []
+    skipped: list[tuple[int, str]] = []
+    found: list[Tensor] = []
+    for batch in read_batches(dataset, classifier.backbone.image_size, cuts, 0):
+        rows += batch.rows
+        skipped += batch.skipped
+        if batch.images is not None:
+            found.append(classifier(batch.images))
+    check_share(skipped, len(names))
+    return Applied(
+        [names[row] for row in rows],
+        classifier.classes,
+        torch.cat(found),
+        [(names[row], reason) for row, reason in skipped],
+    )
+
+
+def open_classifier(
+    head: str | Path,
+    *,
+    backbone: str | Path | nn.Module | None = None,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device = "auto",
+) -> HeadClassifier:
+    """Open a head with its backbone (see `apply_head`)."""
+    where = find_device(device)
+    read, facts = read_head(head)
+    wrong = violation(facts, _SCHEMA) or _bad_value(facts)
+    if wrong:
+        told = f"Run its command again: `{shorten(facts['command'], 400)}`." if "command" in facts else ""
+        raise CheckpointError(
+            f"{shorten(head)} does not say what it reads ({wrong}), as heads of earlier versions. {told}".rstrip()
+        )
+    size, layer = facts["data"]["image_size"], facts["layer"]
+    model = _open_backbone(head, facts["backbone"], size, backbone, checkpoint)
+    autocast = torch.bfloat16 if where.type == "cuda" else None
+    reading = Backbone(model.to(where), [layer["index"]], image_size=size, autocast=autocast)
+    ours = reading.layers[0]
+    if hash_state(reading.model.state_dict()) != facts["backbone"]["sha256"]:
+        raise CheckpointError(
+            f"{shorten(head)} was trained on {shorten(facts['backbone']['name'])} with other weights "
+            f"({shorten(facts['backbone']['weights'])}): name these by --backbone and --checkpoint."
+        )
+    if (ours.dim, list(ours.grid)) != (layer["dim"], layer["grid"]) or reading.channels != len(facts["data"]["mean"]):
+        raise CheckpointError(f"{shorten(head)} does not fit the layer {ours.name} of its backbone.")
+    return HeadClassifier(reading, read.to(where), tuple(facts["classes"]), facts["data"]["mean"], facts["data"]["std"])
+
+
+def _bad_value(facts: dict[str, Any]) -> str | None:
+    """What in a head's facts has the right type and no sense."""
+    data = facts["data"]
+    if not 1 <= data["image_size"] <= LARGEST:
+        return f"images of {data['image_size']} pixels"
+    if len(data["mean"]) != len(data["std"]) or not all(map(math.isfinite, data["mean"])):
+        return "a normalisation without sense"
+    if not all(0 < value < math.inf for value in data["std"]):
+        return "a normalisation without sense"
+    return None
+
+
+def _open_backbone(
+    head: str | Path,
+    facts: dict[str, Any],
+    size: int,
+    backbone: str | Path | nn.Module | None,
+    checkpoint: str | Path | None,
+) -> nn.Module:
+    if backbone is None and checkpoint is None:
+        if facts["given"]:
+            raise InputError(f"The backbone of {shorten(head)} was given in Python: give it again as backbone=.")
+        if facts["name"].startswith(HOSTED):  # a file shall not choose what is fetched
+            name = shorten(facts["name"])
+            raise InputError(f"{shorten(head)} reads {name}, which is not fetched unasked: give --backbone {name}.")
+        checkpoint = facts["checkpoint"]
+    random = facts["random"] and backbone is None and checkpoint is None
+    try:
+        return open_model(
+            facts["name"] if backbone is None else backbone,
+            checkpoint,
+            random,
+            image_size=size,
+            drop_classifier=True,
+        ).model
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} --backbone and --checkpoint say where the backbone lies.") from error
+
+
+def write_applied(applied: Applied, file: str | Path, top_k: int = 1) -> None:
+    """Write a row an image as CSV: its name, then number, name and probability of its most probable classes.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    columns = ("label", "class", "probability")
+    header = ["image", *columns, *(f"{column}_{place}" for place in range(2, top_k + 1) for column in columns)]
+    labels = {name: label for label, name in enumerate(applied.classes)}
+    with (
+        atomic_path(file) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as table,
+    ):
+        writer = csv.writer(table)
+        writer.writerow(header)
+        for image, entries in zip(applied.images, applied.top(top_k)):
+            row: list[Any] = [image]
+            for name, probability in entries:
+                row += [labels[name], name, f"{probability:.6f}"]
+            writer.writerow(row)

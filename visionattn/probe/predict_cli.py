@@ -1,0 +1,71 @@
+"""`visionattn predict IMAGES ... --head FILE`: images classified by a head of `visionattn probe`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from visionattn.arguments import whole_number
+from visionattn.errors import shorten
+from visionattn.files import check_output
+from visionattn.probe.applying import Applied, apply_head, write_applied
+
+__all__ = ["add_arguments", "run"]
+
+SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="what to classify, sub-folders included")
+    parser.add_argument("--head", required=True, metavar="FILE", help="head that `visionattn probe` saved")
+    parser.add_argument(
+        "--top-k", type=whole_number(1), default=1, metavar="K", help="classes of an image (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="default: predictions.csv"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
+    parser.add_argument("--backbone", metavar="NAME|CKPT", help="where the head's backbone lies elsewhere by now")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Returns:
+        0, or 1 where some images could not be read: they were left out and are listed.
+
+    Raises:
+        VisionAttnError: Nothing could be predicted.
+    """
+    check_output(args.output, args.overwrite, (".csv",))
+    applied = apply_head(args.images, args.head, backbone=args.backbone, checkpoint=args.checkpoint, device=args.device)
+    top_k = min(args.top_k, len(applied.classes))
+    write_applied(applied, args.output, top_k)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    console.print(_table(applied, top_k))
+    if len(applied.images) > SHOWN:
+        console.print(f"{len(applied.images) - SHOWN:,} more images.")
+    console.print(f"The predictions are in {args.output}.")
+    for name, reason in applied.skipped:
+        print(f"visionattn: left out: {shorten(name)}: {reason}", file=sys.stderr)
+    return int(bool(applied.skipped))
+
+
+def _table(applied: Applied, top_k: int) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("image")
+    for place in range(top_k):
+        table.add_column("class" if place == 0 else f"class {place + 1}")
+        table.add_column("%", justify="right")
+    for name, entries in zip(applied.images[:SHOWN], applied.top(top_k)):
+        cells = [cell for label, probability in entries for cell in (label, f"{100 * probability:.1f}")]
+        table.add_row(shorten(name, 60), *cells)
+    return table
