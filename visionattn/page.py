@@ -21,6 +21,7 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8
 _VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222; }
+h1, h2, p { overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: 14px; }
 th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }

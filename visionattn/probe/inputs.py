@@ -19,7 +19,7 @@ from visionattn.probe.given import GivenImages, class_names, eval_transform
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.tokens.backbone import Backbone
 
-__all__ = ["Images", "Part", "make_backbone", "read_images"]
+__all__ = ["Images", "Part", "image_config", "make_backbone", "read_images"]
 
 NAMED = ("digits", "mnist", "cifar10-sheets", "folder")
 READERS = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
@@ -98,7 +98,7 @@ def read_images(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> I
         )
     if settings.root is not None:
         raise InputError("root is for named datasets: leave it out where images are given.")
-    size, mean, std = _image_config(settings, config)
+    size, mean, std = image_config(settings, config)
     transform = eval_transform(config["input_size"][0], size, mean, std)
     given = [GivenImages(one, transform, f"{what} {{}}") for one, what in zip(data, ("training image", "test image"))]
     names = class_names(given, settings.num_classes)
@@ -107,7 +107,7 @@ def read_images(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> I
     return Images("images given in Python", None, train, test, names, size, mean, std, told)
 
 
-def _image_config(settings: ProbeSettings, config: dict[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+def image_config(settings: ProbeSettings, config: dict[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     """Side, mean and standard deviation of the images."""
     assert not isinstance(settings.image_size, tuple)  # refused by the settings
     return settings.image_size or config["input_size"][1], config["mean"], config["std"]
@@ -119,7 +119,7 @@ def _read_named(name: str, settings: ProbeSettings, config: dict[str, Any]) -> I
 
     if not name:
         raise InputError("--data must name a folder or a dataset, such as digits; got ''.")
-    size, mean, std = _image_config(settings, config)
+    size, mean, std = image_config(settings, config)
     dataset, root = name, None if settings.root is None else str(settings.root)
     if root is None and not (name in NAMED or name.startswith(READERS)):
         dataset, root = "folder", name

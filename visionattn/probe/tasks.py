@@ -12,14 +12,15 @@ from visionattn.probe.inputs import make_backbone, read_images
 from visionattn.probe.segmentation.images import read_pairs
 from visionattn.probe.segmentation.run import SegmentationRun
 from visionattn.probe.settings import ProbeSettings
+from visionattn.probe.targets.images import read_targets
+from visionattn.probe.targets.run import TargetRun
+from visionattn.probe.task_run import TaskRun
 from visionattn.probe.work import ProbingRun
 
 __all__ = ["make_run"]
 
 
-def make_run(
-    settings: ProbeSettings, name: str, opened: Opened, data: Any, console: Console
-) -> ProbingRun | SegmentationRun:
+def make_run(settings: ProbeSettings, name: str, opened: Opened, data: Any, console: Console) -> ProbingRun | TaskRun:
     """Read the data of a task, and set up its run.
 
     Args:
@@ -37,5 +38,9 @@ def make_run(
         pairs = read_pairs(data, settings, config)
         backbone = make_backbone(settings, opened.model, (pairs.height, pairs.size))
         return SegmentationRun(settings, name, opened, backbone, pairs, console)
+    if settings.task != "classification":
+        targets = read_targets(data, settings, config)
+        backbone = make_backbone(settings, opened.model, targets.size)
+        return TargetRun(settings, name, opened, backbone, targets, console)
     images = read_images(data, settings, config)
     return ProbingRun(settings, name, opened, make_backbone(settings, opened.model, images.size), images, console)

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.progress import Progress
 from timm.optim import Lars
 
 from visionattn.errors import DataError, InputError, shorten
 from visionattn.files import write_state
 from visionattn.probe.heads.banks import Head, HeadSpec, bank_tokens, create_head, group_logits, make_banks
-from visionattn.probe.heads.results import HeadResult, Score
+from visionattn.probe.heads.objectives import Classification, Objective
+from visionattn.probe.heads.results import HeadResult
 from visionattn.probe.saved import read_state
 from visionattn.probe.tokens.interface import Features, Tokens
 
@@ -53,6 +53,7 @@ class HeadTraining:
         device: Where heads are trained.
         state: File that is written after each epoch, and gone on from.
         progress: Where a bar appears.
+        objective: What the heads are trained for; None is classification.
 
     Raises:
         InputError: A batch is larger than there are images to train on, or has one.
@@ -73,7 +74,9 @@ class HeadTraining:
         device: torch.device,
         state: Path | None,
         progress: Progress | None,
+        objective: Objective | None = None,
     ) -> None:
+        self.objective = objective or Classification()
         if not 2 <= batch_size <= len(fit_rows):
             raise InputError(
                 f"A batch has 2 images or more and no more than there are to train on, {len(fit_rows)}, but got "
@@ -181,7 +184,7 @@ class HeadTraining:
                 bank.zero_grad()
             losses = []
             for (_, banks, _), tokens in zip(self.groups, groups, strict=True):
-                own = [_losses(logits, labels).mean(1) for logits in group_logits(banks, *tokens)]
+                own = [self.objective.losses(logits, labels).mean(1) for logits in group_logits(banks, *tokens)]
                 torch.cat(own).sum().backward()
                 losses += [loss.detach() for loss in own]
             finite &= torch.cat(losses).isfinite()
@@ -201,28 +204,19 @@ class HeadTraining:
             self.diverged[number] = self.epoch
         accuracies = [math.nan] * len(self.heads)
         if len(self.held_rows):
-            correct = torch.zeros(len(self.heads), dtype=torch.int64, device=self.device)
-            for labels, logits in self._logits(self.train, self.held_rows):
-                correct += (logits.argmax(2) == labels).sum(1)
-            accuracies = (correct.double() / len(self.held_rows)).tolist()
+            accuracies = self.objective.held_out(self._logits(self.train, self.held_rows))
         for number, head in enumerate(self.heads):
             if self.diverged[number]:
                 continue
             before = self.held_out[number]
-            if not len(self.held_rows) or accuracies[number] > max(before, default=-1.0):
+            if not len(self.held_rows) or accuracies[number] > max(before, default=-math.inf):
                 self.best_epoch[number], self.best[number] = self.epoch, self._weights(head)
             if len(self.held_rows):
                 before.append(accuracies[number])
 
-    def _scores(self) -> list[Score]:
+    def _scores(self) -> list[Any]:
         """Test the heads as they are."""
-        parts: list[list[torch.Tensor]] = []
-        for labels, logits in self._logits(self.test, torch.arange(len(self.test))):
-            confidences, predictions = logits.softmax(2).max(2)
-            values = [predictions, confidences, predictions == labels, _losses(logits, labels)]
-            parts.append([value.cpu() for value in values])
-        joined = [torch.cat(values, dim=1) for values in zip(*parts, strict=True)]
-        return [Score(*(value[number] for value in joined)) for number in range(len(self.heads))]
+        return self.objective.scores(self._logits(self.test, torch.arange(len(self.test))))
 
     @torch.no_grad()
     def _logits(self, features: Features, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -311,9 +305,3 @@ class HeadTraining:
             optimizer.load_state_dict(kept)
         for name in KEPT:
             setattr(self, name, content[name])
-
-
-def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each head and image: (H, B, K), (B,) -> (H, B)."""
-    every = labels.expand(len(logits), -1)
-    return F.cross_entropy(logits.flatten(0, 1), every.reshape(-1), reduction="none").view_as(every)

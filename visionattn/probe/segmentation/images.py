@@ -33,13 +33,13 @@ class SegmentationImages(Images):
     Attributes:
         pairs: Of training and test, in the order of the images.
         zero_is_ignored: Whether 0 in the masks is no class.
-        masks_digest: Hash of the masks.
+        truth_digest: Hash of the masks.
         height: Of the images in pixels; `size` is their width.
     """
 
     pairs: tuple[list[MaskPair], list[MaskPair]] = field(default_factory=lambda: ([], []))
     zero_is_ignored: bool = False
-    masks_digest: str = ""
+    truth_digest: str = ""
     height: int = 0
 
     @property
@@ -152,6 +152,6 @@ def read_pairs(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> Se
         told=told,
         pairs=(found.train, found.test),
         zero_is_ignored=found.zero_is_ignored,
-        masks_digest=hashlib.sha256("".join(masks).encode()).hexdigest(),
+        truth_digest=hashlib.sha256("".join(masks).encode()).hexdigest(),
         height=height,
     )

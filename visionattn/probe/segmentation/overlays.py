@@ -36,9 +36,10 @@ def compare_masks(image: Image.Image, truth: np.ndarray, prediction: np.ndarray,
     colours = PALETTE.copy()
     colours[IGNORE] = _IGNORED
     panels = [picture]
+    grey = np.asarray(picture.convert("L"), np.float32)[:, :, None]  # colours are those of classes only
     for mask in (truth, prediction):
         small = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
-        mixed = (1 - _OPACITY) * np.asarray(picture, np.float32) + _OPACITY * colours[small]
+        mixed = (1 - _OPACITY) * grey + _OPACITY * colours[small]
         panels.append(Image.fromarray(mixed.round().astype(np.uint8)))
     present = sorted({int(label) for mask in (truth, prediction) for label in np.unique(mask)} - {IGNORE})
     columns = max(1, (3 * width + 2 * _GAP) // 150)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,11 +15,11 @@ from visionattn.data.images import eight_bits, open_image
 from visionattn.errors import InputError
 from visionattn.files import atomic_path
 from visionattn.metrics.segmentation import iou, mean_iou, pixel_accuracy
+from visionattn.metrics.targets import draws
 from visionattn.opening import Opened
 from visionattn.probe.heads.banks import HeadSpec, grid
 from visionattn.probe.progress import show_progress
 from visionattn.probe.reading import TokenReader
-from visionattn.probe.report.facts import backbone_facts, versions
 from visionattn.probe.report.tasks import Difference, Metric, TaskHead, TaskReport
 from visionattn.probe.segmentation.heads import SEGMENTERS
 from visionattn.probe.segmentation.images import SegmentationImages
@@ -38,15 +34,12 @@ from visionattn.probe.segmentation.training import (
 )
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.statistics import Interval
+from visionattn.probe.task_run import HOLDOUT, WARMUP, TaskRun
 from visionattn.probe.tokens.backbone import Backbone
 from visionattn.probe.tokens.interface import Features
-from visionattn.weights.hashing import hash_state
 
 __all__ = ["SegmentationRun"]
 
-HOLDOUT = 0.1
-WARMUP = 0.1  # of the epochs
-RESAMPLES = 1000
 METRICS = (
     Metric("miou", "mIoU"),
     Metric("pixel_accuracy", "pixel accuracy"),
@@ -60,8 +53,12 @@ WORDS = (
 )
 
 
-class SegmentationRun:
+class SegmentationRun(TaskRun):
     """The parts of a run."""
+
+    metrics = METRICS
+    class_metrics = (Metric("iou", "IoU"), Metric("boundary_iou", "boundary IoU"))
+    words = WORDS
 
     def __init__(
         self,
@@ -72,9 +69,7 @@ class SegmentationRun:
         images: SegmentationImages,
         console: Console,
     ) -> None:
-        self.settings, self.name, self.opened = settings, name, opened
-        self.backbone, self.images, self.console = backbone, images, console
-        self.weights = hash_state(backbone.model.state_dict())
+        super().__init__(settings, name, opened, backbone, images, console)
         heads = list(dict.fromkeys(settings.heads or SEGMENTERS))
         if unknown := [head for head in heads if head not in SEGMENTERS]:
             names = ", ".join(map(repr, SEGMENTERS))
@@ -85,28 +80,6 @@ class SegmentationRun:
         settings = self.settings
         rates = settings.learning_rates
         return grid(heads, layers, ["adamw"], rates, list(settings.weight_decays), list(settings.seeds))
-
-    @property
-    def folder(self) -> Path:
-        """Where the run writes."""
-        return Path(self.settings.output or "")
-
-    @property
-    def plan(self) -> str:
-        """Hash of all that the numbers of the report depend on."""
-        settings, images = self.settings, self.images
-        content = {
-            "task": settings.task,
-            "weights": self.weights,
-            "images": [images.train.digest, images.test.digest, images.masks_digest, images.transform],
-            "classes": list(images.classes),
-            "layers": self.backbone.indices,
-            "computed in": str(self.backbone.autocast),
-            "tokens": "live" if settings.live else settings.precision,
-            "heads": [asdict(spec) for spec in self.specs],
-            "training": [settings.epochs, settings.images_a_step, settings.no_pixels],
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def report(self, command: str | None = None) -> TaskReport:
         """All parts of the work.
@@ -133,42 +106,18 @@ class SegmentationRun:
             start = time.perf_counter()
             entries += [(result, "pixels", None) for result in self._pixels(masks[readable_train], tokens)]
             seconds["pixels"] = time.perf_counter() - start
-        report = TaskReport(
-            task=settings.task,
-            command=command or settings.command(self.name, images.data),
-            backbone=backbone_facts(self.name, self.opened, self.backbone, self.weights),
-            data={
-                "dataset": images.dataset,
-                "root": images.root,
-                "train_images": len(train),
-                "test_images": len(test),
-                "train_digest": images.train.digest,
-                "test_digest": images.test.digest,
-                "transform": images.transform,
-            },
-            protocol={
-                "optimizer": "adamw",
-                "epochs": settings.epochs,
-                "warm-up epochs": WARMUP * settings.epochs,
-                "batch": min(settings.images_a_step, len(train) - held),
-                "held-out share": HOLDOUT,
-                "loss at": f"{DETAIL} x {DETAIL} places a token",
-                "tokens in": "float32, not stored" if settings.live else settings.precision,
-            },
-            versions=versions(),
-            layers=self.backbone.layers,
-            indices=self.backbone.indices,
-            classes=images.classes,
-            held_out=held,
-            metrics=METRICS,
-            class_metrics=(Metric("iou", "IoU"), Metric("boundary_iou", "boundary IoU")),
-            heads=[_head(*entry) for entry in entries],
-            words=WORDS,
+        report = self._describe(
+            command,
+            [train, test],
+            held,
+            [_head(*entry) for entry in entries],
+            "adamw",
             seconds=seconds,
             notes=self._notes(results),
             skipped=tokens.skipped,
             plan=plan,
         )
+        report.protocol["loss at"] = f"{DETAIL} x {DETAIL} places a token"
         scored = [(result, head) for (result, _, _), head in zip(entries, report.heads) if head.chosen]
         if scored:
             counts = scored[0][0].pixels[:, 2].sum(0)
@@ -183,10 +132,6 @@ class SegmentationRun:
             ]
             report.examples = self._examples(chosen, test, report.name(best))
         return report
-
-    def write(self, report: TaskReport) -> None:
-        """Write the report to the folder of the run."""
-        report.write(self.folder)
 
     def _train(
         self, train: Features, test: Features, masks: Tensor, specs: Sequence[HeadSpec]
@@ -286,10 +231,8 @@ def _head(result: SegmenterResult, name: str, index: int | None) -> TaskHead:
 
 
 def _resampled(counts: Tensor) -> Tensor:
-    """Sums of counts (n, 3, K) over images drawn with replacement, always the same draws: (R, 3, K)."""
-    images = len(counts)
-    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), RESAMPLES)
-    return torch.einsum("rn,nck->rck", torch.from_numpy(draws).double(), counts.double())
+    """Sums of counts (n, 3, K) over draws of images: (R, 3, K)."""
+    return torch.einsum("rn,nck->rck", torch.from_numpy(draws(len(counts))), counts.double())
 
 
 def _interval(values: Tensor) -> Interval:

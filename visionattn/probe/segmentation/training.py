@@ -19,10 +19,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from visionattn.data.segment.masks import IGNORE
-from visionattn.errors import DataError
 from visionattn.metrics.segmentation import count_boundary, count_pixels, mean_iou
 from visionattn.probe.heads.banks import HeadSpec
 from visionattn.probe.segmentation.heads import LinearSegmenter, create_segmenter, interpolate
+from visionattn.probe.task_run import divide
 from visionattn.probe.tokens.interface import Features
 
 __all__ = ["DETAIL", "SegmenterResult", "predict_masks", "score_segmenter", "train_segmenters"]
@@ -84,11 +84,7 @@ def train_segmenters(
     Raises:
         DataError: There are too few images.
     """
-    order = np.random.default_rng(0).permutation(len(train))
-    held = max(1, round(holdout * len(train))) if holdout else 0
-    if len(train) - held < 2:
-        raise DataError(f"Segmentation heads need three training images or more; there are {len(train)}.")
-    held_rows, rows = (torch.from_numpy(np.sort(part)) for part in (order[:held], order[held:]))
+    rows, held_rows = divide(len(train), holdout)
     results = []
     for spec in specs:
         layer = train.layers[spec.layer]
@@ -126,7 +122,7 @@ def train_segmenters(
     _choose_by(results, train, masks, held_rows, batch_size, device)
     if progress is not None and bar is not None:
         progress.remove_task(bar)
-    return results, held
+    return results, len(held_rows)
 
 
 def _optimizer(result: SegmenterResult) -> torch.optim.AdamW:
