@@ -100,6 +100,12 @@ MISTAKES = [
     ("upscale good.png a.png --memory inf", r"memory must be more than 0 .* got inf"),
     ("upscale good.png a.png --memory none", r"argument --memory"),
     ("upscale good.png a.png --overlap -1", r"overlap"),
+    ("upscale good.png a.png --width 0", r"argument --width: must be a whole number of at least 1; got '0'"),
+    ("upscale good.png a.png --height 1e9", r"argument --height: must be a whole number of at least 1"),
+    ("upscale good.png a.png --width 9999999999", r"width must be from 1 to 1048576 pixels; got 9999999999"),
+    ("upscale good.png a.jpg --quality 101", r"argument --quality: must be a whole number from 1 to 100"),
+    ("upscale good.png a.jpg --format png", r"suffix of a\.jpg says the format: leave out --format"),
+    ("upscale photos out --format gif", r"argument --format: invalid choice: '?gif'?"),
     ("upscale good.png a.png --engine tpu", r"argument --engine: invalid choice: 'tpu'"),
     ("upscale good.png a.png --precision int8", r"argument --precision: invalid choice: 'int8'"),
     # stereo and flow

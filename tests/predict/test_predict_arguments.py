@@ -41,7 +41,7 @@ def test_functions_have_the_options_of_their_command(command):
     assert own.keys() - expected.keys() - {"precision"} == images
     of_files = {"inputs", "output", "overwrite", "skip_existing"}
     of_files |= (
-        {"compare"}
+        {"compare", "format", "quality"}
         if command == "upscale"
         else {"format", "color", "nonocc", "ply", "principal_point", "right_disparity", "fy"}
     )

@@ -244,3 +244,34 @@ def test_video_frame_by_frame(folder, monkeypatch, capsys):
     assert "note: in.mp4: its alpha was left out." in capsys.readouterr().out
     for frame, (result, _) in zip(frames, results, strict=True):
         np.testing.assert_array_equal(result, repeated(frame))
+
+
+def test_a_size_for_all(folder, capsys):
+    for name, shape in (("small", (10, 20)), ("large", (40, 60)), ("tiny", (3, 4))):
+        save(folder / "in" / f"{name}.png", picture(*shape))
+    assert upscale("in", "out", "--width", 30) == 0
+    found = {path.name: pixels_of(path).shape[:2] for path in (folder / "out").iterdir()}
+    assert found == {"small.png": (15, 30), "large.png": (20, 30), "tiny.png": (22, 30)}
+    out = capsys.readouterr().out
+    assert "note: in/large.png: it is as large already, and was only brought to 20 x 30 pixels." in out
+    assert "note: in/tiny.png: beyond 2 times as high, it was enlarged by interpolation." in out
+    assert upscale("in/small.png", "one.png", "--width", 30, "--compare") == 0
+    assert pixels_of(folder / "one_compare.png").shape == (20 + 28, 84, 3)
+
+
+def test_format_and_quality(folder, capsys):
+    save(folder / "in" / "a.png", picture(40, 60))
+    sizes = {}
+    for quality in (10, 95):
+        for form in ("jpg", "webp"):
+            assert upscale("in", f"out{quality}", "--format", form, "--quality", quality) == 0
+            sizes[form, quality] = (folder / f"out{quality}" / f"a.{form}").stat().st_size
+    assert upscale("in/a.png", "default.jpg") == 0
+    assert (folder / "default.jpg").stat().st_size == sizes["jpg", 95]
+    assert sizes["jpg", 10] < sizes["jpg", 95] / 2
+    assert sizes["webp", 10] < sizes["webp", 95]
+    capsys.readouterr()
+    assert upscale("in", "out", "--quality", 10) == 0
+    assert "note: in/a.png: PNG loses nothing, so that the quality, of JPEG and WebP, was left out." in (
+        capsys.readouterr().out
+    )

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from visionattn.errors import InputError, shorten
 from visionattn.predict.engine import Engine, choose_engine, open_engine
 from visionattn.predict.images.picture import Picture, read
+from visionattn.predict.sizes import check_sides, fit, resample
 from visionattn.predict.tiles import MIB, Tile, default_memory, plan, total_memory
 from visionattn.progress import counted, session_console
 
-__all__ = ["bleed", "restore", "steps_of", "tiles_of", "upscale"]
+__all__ = ["bleed", "reduce", "restore", "shrinks", "steps_of", "tiles_of", "upscale"]
 
 PEAKS = {"u1": 255.0, "u2": 65535.0}
 # Float tensors that rounding makes of a tile's result: the clamped one, the rounded one, the one in its final type.
@@ -35,6 +36,8 @@ def upscale(
     model: str | Path | nn.Module | None = None,
     *,
     scale: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
     checkpoint: str | Path | None = None,
     memory: float | None = None,
     overlap: int | None = None,
@@ -55,6 +58,9 @@ def upscale(
         model: A model of the task "restore": its name, a weight file, an exported .onnx or .ort file, or the
             module. Default: the one that is shipped for `scale`.
         scale: How many times as high and wide: 2, 3 or 4, default 4. Another model states its own.
+        width: Pixels of the result instead of `scale` times as many: Lanczos' filter brings what the network gives to
+            them; a picture that is larger already is only reduced.
+        height: Likewise. With both, the result is the largest within them; the ratio of sides always stays.
         checkpoint: Weight file for a name.
         memory: MiB that a pass of the network may take; larger images are cut into tiles. Default: half of what is
             free, on a CPU at most 256.
@@ -66,9 +72,9 @@ def upscale(
         precision: Old spelling of `dtype`: "fp32", "fp16" or "bf16".
 
     Returns:
-        The same kind, type and channels as the image, r times as high and wide, clamped, and rounded where the type is
-        an integer. PIL images of other modes than L, LA, RGB, RGBA and I;16 become RGB or RGBA. A path gives a PIL
-        image.
+        The same kind, type and channels as the image, of the size asked for or r times as high and wide, clamped, and
+        rounded where the type is an integer. PIL images of other modes than L, LA, RGB, RGBA and I;16 become RGB or
+        RGBA. A path gives a PIL image.
 
     Raises:
         InputError: Shape, type or values of the image, the model or an argument are not accepted, or a file has 16-bit
@@ -76,11 +82,16 @@ def upscale(
         DataError: There is no such image file, or it is damaged.
         VisionAttnError: There is no such model, or it has no weights.
     """
+    check_sides(width, height)
     picture = _picture_of(image)
     computes = open_engine(model, checkpoint, scale=scale, device=device, dtype=precision or dtype, engine=engine)
 
     def enlarge(pixels: np.ndarray) -> np.ndarray:
-        return _with_progress(computes, pixels, overlap, memory, engine == "auto")
+        size = fit(pixels.shape, width, height)
+        if size is not None and shrinks(pixels, size):
+            return reduce(pixels, size)
+        found = _with_progress(computes, pixels, overlap, memory, engine == "auto")
+        return found if size is None else resample(found, size)
 
     if picture is not None:
         return Picture(enlarge(picture.pixels), icc=picture.icc, exif=picture.exif, dpi=picture.dpi).image()
@@ -92,6 +103,18 @@ def upscale(
         return result.reshape(*image.shape[:-2], *result.shape[-2:]).to(image)
     pixels = np.asarray(image)
     return enlarge(pixels[:, :, None])[:, :, 0] if pixels.ndim == 2 else enlarge(pixels)
+
+
+def shrinks(pixels: np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether a picture (H, W, C) is as large as a size already, so that there is nothing for a network to do."""
+    return size[0] <= pixels.shape[0] and size[1] <= pixels.shape[1]
+
+
+def reduce(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bring (H, W, C) to a smaller size; colours are continued below transparent pixels first."""
+    if pixels.shape[2] in (2, 4):
+        pixels = np.concatenate([bleed(pixels[..., :-1], pixels[..., -1:]), pixels[..., -1:]], axis=2)
+    return resample(pixels, size)
 
 
 def _picture_of(image: object) -> Picture | None:

@@ -11,15 +11,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from visionattn.errors import InputError, shorten
 from visionattn.predict import batch
 from visionattn.predict.batch import Bar, Job, Outcome
 from visionattn.predict.compare import side_by_side
 from visionattn.predict.engine import Engine, choose_engine, open_engine
 from visionattn.predict.images import picture
-from visionattn.predict.restore import restore, steps_of, tiles_of
+from visionattn.predict.restore import reduce, restore, shrinks, steps_of, tiles_of
+from visionattn.predict.sizes import check_sides, fit, resample
 from visionattn.predict.videos.video import VIDEOS, upscale_video
 
-__all__ = ["upscale_files"]
+__all__ = ["FORMATS", "upscale_files"]
+
+FORMATS = (".png", ".jpg", ".webp", ".tif")
 
 
 def upscale_files(
@@ -28,6 +32,10 @@ def upscale_files(
     model: str | Path | nn.Module | None = None,
     *,
     scale: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    format: str | None = None,
+    quality: int | None = None,
     checkpoint: str | Path | None = None,
     overwrite: bool = False,
     skip_existing: bool = False,
@@ -45,6 +53,10 @@ def upscale_files(
         output: A file, whose suffix says the format; or the folder for several.
         model: See `visionattn.upscale`, as for the arguments that are not here.
         scale: Likewise.
+        width: Likewise; of images only.
+        height: Likewise.
+        format: Of the images in a folder, the suffix of one of `FORMATS` without its dot; default their own.
+        quality: Of JPEG and WebP, 1 to 100; default 95.
         checkpoint: Likewise.
         overwrite: Replace outputs that exist.
         skip_existing: Leave outputs that exist, which goes on with a run that was stopped.
@@ -61,14 +73,19 @@ def upscale_files(
     Raises:
         VisionAttnError: Nothing could be started: no such input, model or folder.
     """
-    jobs = _jobs([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs, output, compare)
+    check_sides(width, height)
+    if quality is not None and not 1 <= quality <= 100:
+        raise InputError(f"The quality must be from 1 to 100; got {quality}.")
+    if format is not None and f".{format}" not in FORMATS:
+        raise InputError(f"format must be one of {', '.join(FORMATS)}; got {shorten(format)!r}.")
+    jobs = _jobs([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs, output, compare, format)
     computes = open_engine(model, checkpoint, scale=scale, device=device, dtype=dtype, engine=engine)
     tiles_of(computes, 1, 1, overlap, memory)  # which says what is wrong with these two
-    work = _Work(computes, engine == "auto", memory, overlap, compare)
+    work = _Work(computes, engine == "auto", memory, overlap, compare, (width, height), quality)
     return batch.run(jobs, work, tuple(picture.WRITABLE), overwrite=overwrite, skip_existing=skip_existing)
 
 
-def _jobs(inputs: Sequence[str | Path], output: str | Path, compare: bool) -> list[Job]:
+def _jobs(inputs: Sequence[str | Path], output: str | Path, compare: bool, form: str | None) -> list[Job]:
     """What to do, in order; the output's folder exists and can be written to."""
     found: list[tuple[Path, Path]] = []  # each input, and the output's path in a folder
     several = len(inputs) > 1
@@ -76,9 +93,11 @@ def _jobs(inputs: Sequence[str | Path], output: str | Path, compare: bool) -> li
         sources, many = batch.files_of(given, recursive=True, without=Path(output))
         root = Path(given)
         inside = root.is_dir()
-        found += [(source, _named(source.relative_to(root) if inside else Path(source.name))) for source in sources]
+        found += [(file, _named(file.relative_to(root) if inside else Path(file.name), form)) for file in sources]
         several |= many
     folder, named = batch.target_folder(output, several)
+    if form and not named:
+        raise InputError(f"The suffix of {output} says the format: leave out --format, which is for folders.")
     jobs = []
     for source, name in found:
         target = folder / name if named else Path(output)
@@ -87,8 +106,10 @@ def _jobs(inputs: Sequence[str | Path], output: str | Path, compare: bool) -> li
     return jobs
 
 
-def _named(source: Path) -> Path:
-    """The output's name: the input's, in a format that can be written."""
+def _named(source: Path, form: str | None) -> Path:
+    """The output's name: the input's, in the format asked for, or one that can be written."""
+    if form is not None and source.suffix.lower() not in VIDEOS:
+        return source.with_suffix(f".{form}")
     return source if source.suffix.lower() in (*picture.WRITABLE, *VIDEOS) else source.with_suffix(".png")
 
 
@@ -105,6 +126,8 @@ class _Work:
     memory: float | None
     overlap: int | None
     compare: bool
+    sides: tuple[int | None, int | None]  # width and height that are asked for
+    quality: int | None
 
     def __call__(self, job: Job, bar: Bar, remaining: int) -> list[str]:
         """Read, upscale, write; or raise what keeps it from that. `remaining` jobs are left, with this one."""
@@ -117,17 +140,29 @@ class _Work:
     def _image(self, job: Job, bar: Bar, remaining: int) -> list[str]:
         height, width = picture.size_of(job.source)
         scale = self.engine.scale
-        # Orientation may still swap the two, which changes nothing here.
-        picture.check_size(job.target, scale * height, scale * width)
+        if self.sides == (None, None):
+            # Orientation may still swap the two, which changes nothing here.
+            picture.check_size(job.target, scale * height, scale * width)
         source = picture.read(job.source)
         pixels = source.pixels
-        self._choose_engine(pixels, remaining, bar)
-        bar.expect(steps_of(self.engine, pixels.shape, self.overlap, self.memory))
-        source.pixels = self._enlarge(pixels, bar.advance)
+        size = fit(pixels.shape, *self.sides)
+        if size is not None:
+            picture.check_size(job.target, *size)
         # The output comes last: with it, the job is done.
-        if self.compare:
-            picture.write(_comparison(job.target), side_by_side(pixels, source.pixels))
-        picture.write(job.target, source)
+        if size is not None and shrinks(pixels, size):
+            source.notes.append(f"it is as large already, and was only brought to {size[0]} x {size[1]} pixels")
+            source.pixels = reduce(pixels, size)
+        else:
+            self._choose_engine(pixels, remaining, bar)
+            bar.expect(steps_of(self.engine, pixels.shape, self.overlap, self.memory))
+            source.pixels = self._enlarge(pixels, bar.advance)
+            if self.compare:
+                picture.write(_comparison(job.target), side_by_side(pixels, source.pixels))
+            if size is not None:
+                if size[0] > source.pixels.shape[0]:
+                    source.notes.append(f"beyond {scale} times as high, it was enlarged by interpolation")
+                source.pixels = resample(source.pixels, size)
+        picture.write(job.target, source, self.quality)
         return source.notes
 
     def _video(self, job: Job, bar: Bar, remaining: int) -> list[str]:
@@ -135,6 +170,10 @@ class _Work:
             self._choose_engine(frame, remaining * (bar.steps or 1), bar)
             return self._enlarge(frame, lambda: None)
 
+        if self.sides != (None, None):
+            raise InputError(
+                f"{shorten(job.source)}: --width and --height are of images, a video is enlarged by --scale."
+            )
         notes = upscale_video(job.source, job.target, enlarge, self.engine.scale, bar.advance, bar.expect)
         return [*notes, "--compare is for images, not for video"] if self.compare else notes
 

@@ -252,10 +252,15 @@ def check_size(path: Path, height: int, width: int) -> None:
         )
 
 
-def write(path: Path, picture: Picture) -> None:
+def write(path: Path, picture: Picture, quality: int | None = None) -> None:
     """Write an image file in the format of its suffix, whole or not at all; `picture.notes` gains what was lost.
 
     JPEG and WebP hold 8 bits, and JPEG no alpha: such pixels are reduced, or laid on white.
+
+    Args:
+        path: The file.
+        picture: What is written.
+        quality: Of JPEG and WebP, 1 to 100; default 95.
 
     Raises:
         InputError: The format cannot hold the size.
@@ -274,6 +279,9 @@ def write(path: Path, picture: Picture) -> None:
     if form == "JPEG" and channels in (2, 4):
         picture.notes.append("JPEG holds no alpha, so that the picture was laid on white")
         picture.pixels = on_white(picture.pixels)
+    if quality is not None and "quality" not in OPTIONS[form]:
+        picture.notes.append(f"{form} loses nothing, so that the quality, of JPEG and WebP, was left out")
+        quality = None
     if form != "PNG" and picture.chunks:
         names = {name for name, _ in picture.chunks}
         if names & set(TEXT):
@@ -284,7 +292,7 @@ def write(path: Path, picture: Picture) -> None:
         if picture.pixels.dtype == np.uint16 and picture.pixels.shape[2] > 1:
             (_write_png_16 if form == "PNG" else _write_tiff_16)(temporary, picture)
         else:
-            _write_pil(temporary, form, picture)
+            _write_pil(temporary, form, picture, quality)
 
 
 def on_white(pixels: np.ndarray) -> np.ndarray:
@@ -293,8 +301,8 @@ def on_white(pixels: np.ndarray) -> np.ndarray:
     return np.rint(pixels[..., :-1] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 
-def _write_pil(path: Path, form: str, picture: Picture) -> None:
-    options = dict(OPTIONS[form])
+def _write_pil(path: Path, form: str, picture: Picture, quality: int | None) -> None:
+    options = OPTIONS[form] | ({} if quality is None else {"quality": quality})
     if picture.icc:
         options["icc_profile"] = picture.icc
     if picture.exif is not None:
