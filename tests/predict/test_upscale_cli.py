@@ -260,7 +260,7 @@ def test_a_size_for_all(folder, capsys):
 
 
 def test_format_and_quality(folder, capsys):
-    save(folder / "in" / "a.png", picture(40, 60))
+    save(folder / "in" / "a.png", picture(160, 240))
     sizes = {}
     for quality in (10, 95):
         for form in ("jpg", "webp"):
