@@ -137,3 +137,11 @@ def test_defaults_are_those_of_the_command():
     signature = inspect.signature(visionattn.duplicates).parameters
     assert options.keys() == signature.keys()
     assert all(options[name] == signature[name].default for name in options.keys() - {"index", "output"})
+
+
+def test_what_is_usual_is_said(clustered):
+    vectors = duplicates.read_vectors(clustered.folder, clustered.manifest, 0)
+    cosines = (vectors @ vectors.T)[np.triu_indices(300, 1)]
+    found = visionattn.duplicates(clustered)
+    assert found.usual == pytest.approx(np.percentile(cosines, [50, 99.9]), abs=1e-6)
+    assert f"usually have a cosine of {found.usual[0]:.3f} (median)" in found.to_html()

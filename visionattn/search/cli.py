@@ -196,6 +196,7 @@ def run_duplicates(args: argparse.Namespace) -> int:
         f"{found.images} images beyond the first of each",
         soft_wrap=True,
     )
+    console.print(found.describe_usual(), soft_wrap=True)
     described = args.output.with_suffix(".json")
     console.print(
         f"wrote {' and '.join(shorten(path) for path in dict.fromkeys((args.output, described)))}", soft_wrap=True

@@ -26,6 +26,7 @@ __all__ = ["THRESHOLD", "Duplicates", "Pair", "duplicates"]
 
 THRESHOLD = 0.95
 BLOCK = 4096  # rows and columns of the cosines that are in memory at a time
+SAMPLE = 1000  # images whose pairs say what a usual cosine is
 MOST_PAIRS = 10**6
 ROUNDING = 1e-6  # of a cosine in float32: a threshold of 1 finds what is equal
 
@@ -51,6 +52,8 @@ class Duplicates:
         threshold: Least cosine of a pair.
         attribute: What the cosine is of.
         images: Number of images of the index.
+        usual: Median cosine of two images, of a sample, and the cosine that one pair in a thousand exceeds: which
+            threshold is high depends on the model.
         folder: Where they are.
     """
 
@@ -59,6 +62,7 @@ class Duplicates:
     threshold: float
     attribute: str
     images: int
+    usual: tuple[float, float]
     folder: Path = field(default_factory=Path)
 
     def __repr__(self) -> str:
@@ -71,9 +75,17 @@ class Duplicates:
             "folder": str(self.folder),
             "attribute": self.attribute,
             "threshold": self.threshold,
+            "usual": list(self.usual),
             "groups": self.groups,
             "pairs": [[pair.first, pair.second, pair.cosine, pair.same] for pair in self.pairs],
         }
+
+    def describe_usual(self) -> str:
+        """What a usual cosine is, in words."""
+        return (
+            f"Two images of this index usually have a cosine of {self.usual[0]:.3f} (median); one pair in a thousand "
+            f"has more than {self.usual[1]:.4f}."
+        )
 
     def to_html(self) -> str:
         """The groups as a page without scripts that needs no other file."""
@@ -92,6 +104,7 @@ class Duplicates:
             f"{self.images} images of {shorten(self.folder)}: {len(self.groups)} groups, {copies} images beyond the "
             f"first of each. Pairs have a cosine of at least {self.threshold:g} by {shorten(self.attribute)}; below "
             "each image stands the cosine of the nearest one of its group.",
+            self.describe_usual(),
         ]
         return sheet.page("Duplicates", told, groups, self.folder)
 
@@ -152,6 +165,7 @@ def duplicates(
         threshold,
         attribute,
         len(names),
+        _usual(vectors[chosen]),
         Path(images or opened.manifest["folder"]),
     )
     if output is not None:
@@ -204,6 +218,16 @@ def _near(vectors: np.ndarray, threshold: float, device: torch.device) -> tuple[
             found.append((places[:, 0] + top, places[:, 1] + left, values))
     rows, columns, cosines = (np.concatenate(parts) for parts in zip(*found))
     return rows, columns, cosines
+
+
+def _usual(vectors: np.ndarray) -> tuple[float, float]:
+    """Median and 99.9th percentile of the cosines of pairs of (N, E)."""
+    rows = np.random.default_rng(0).permutation(len(vectors))[:SAMPLE]
+    cosines = (vectors[rows] @ vectors[rows].T)[np.triu_indices(len(rows), 1)]
+    if not len(cosines):
+        return 1.0, 1.0
+    median, high = np.percentile(cosines, [50, 99.9])
+    return float(median), float(high)
 
 
 def _groups(count: int, first: np.ndarray, second: np.ndarray) -> list[list[int]]:
