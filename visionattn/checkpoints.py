@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, Vi
 from visionattn.hub import quick_when_offline
 from visionattn.weights import cca, match_stereo, span
 
-__all__ = ["HOSTED", "create", "create_pretrained", "load", "load_weights", "read_card"]
+__all__ = ["HOSTED", "classifier_keys", "create", "create_pretrained", "load", "load_weights", "read_card"]
 
 HOSTED = ("hf-hub:", "hf_hub:", "local-dir:")
 """What names of weights, instead of architectures, begin with."""
@@ -216,13 +217,32 @@ def _naming(path: Path) -> Iterator[None]:
         ) from error
 
 
+def classifier_keys(model: nn.Module) -> tuple[str, ...]:
+    """How the names of the weights of a timm model's classifier begin; there can be several, or none."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    classifier = config.get("classifier") or ()
+    return tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
+
+
+def _without_classifier(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with the model's own classifier, and in the layout and for the image size of the model."""
+    heads, own = classifier_keys(model), model.state_dict()
+    kept = {key: value for key, value in own.items() if key.startswith(heads)}
+    state = {key: value for key, value in state.items() if not key.startswith(heads)}
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is not None and weights.mismatches({**state, **kept}, own):
+        state = convert(state, model)
+    return {**state, **kept}
+
+
 def load_weights(model: nn.Module, path: str | Path, drop_classifier: bool = False) -> None:
     """Load a file of weights into a model that it must fit; what the file says of its images becomes the model's.
 
     Args:
         model: A model of timm's registry.
         path: A file, as `load` takes it.
-        drop_classifier: Leave out the file's classifier, for a model that was built with `num_classes=0`.
+        drop_classifier: Leave out the file's classifier; the model keeps its own, or has none. Files in another layout
+            that timm reads, or of another image size, are converted as timm does.
 
     Raises:
         CheckpointError: The file is unreadable or does not fit, or holds NaN or infinite values.
@@ -232,10 +252,8 @@ def load_weights(model: nn.Module, path: str | Path, drop_classifier: bool = Fal
     content, card = _read(path)
     with _naming(path):
         state = weights.unwrap(content)
-    if drop_classifier:
-        classifier = net.pretrained_cfg.get("classifier") or ()
-        heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
-        state = {key: value for key, value in state.items() if not key.startswith(heads)}
+        if drop_classifier:
+            state = _without_classifier(net, state)
     _fill(model, state, str(path), net.pretrained_cfg.get("architecture") or type(net).__name__)
     if card is not None:
         with _naming(path):

@@ -164,6 +164,42 @@ def test_copies_and_trials_do_not_count(tmp_path):
     assert logged == {}
 
 
+def cca_task(**settings):
+    torch.manual_seed(0)
+    model_args = {"backbone": "test_resnet", "embed_dim": 8, "head": "linear"}
+    return RetrieveTask("va_cca", **{"attributes": VALUES, "model_args": model_args, **settings})
+
+
+@pytest.mark.parametrize("sched", ["constant", "none"])
+def test_the_backbone_has_a_learning_rate_of_its_own(tmp_path, sched):
+    made = cca_task(backbone_rate=0.1, sched=sched, lr=0.01)
+    fit(tmp_path, made, 1)
+    rates = {}
+    for group in made.optimizers().param_groups:
+        for parameter in group["params"]:
+            rates[id(parameter)] = group["lr"], group["weight_decay"]
+    for name, parameter in made.named_parameters():
+        lr, decay = rates[id(parameter)]
+        assert lr == pytest.approx(0.001 if name.startswith("net.backbone.") else 0.01), name
+        assert (decay > 0) == (parameter.ndim > 1), name
+
+
+def test_a_frozen_backbone_stays_as_it_is(tmp_path):
+    made = cca_task(backbone_rate=0.0, lr=0.01)
+    before = {key: value.clone() for key, value in made.net.state_dict().items()}
+    fit(tmp_path, made, 1)
+    after = made.net.state_dict()
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed
+    assert all(key.startswith("head.") for key in changed), changed
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("inf")])
+def test_rates_of_the_backbone_are_numbers(rate):
+    with pytest.raises(ConfigError, match=r"model\.backbone_rate must be a finite number"):
+        cca_task(backbone_rate=rate)
+
+
 def test_reidentification_losses():
     made = reid()
     features, labels = torch.randn(12, made.net.num_features, requires_grad=True), torch.arange(12) % 3

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,15 @@ from torch.utils.data import DataLoader, DistributedSampler
 from visionattn.data.skipping import SampleKey, SkippingCollate, SkippingDataset
 from visionattn.errors import ConfigError, VisionAttnError
 
-__all__ = ["IGNORED", "EpochSampler", "ResumableLoader", "SampleKey", "SeededDataset", "StreamLoader"]
+__all__ = [
+    "IGNORED",
+    "BalancedSampler",
+    "EpochSampler",
+    "ResumableLoader",
+    "SampleKey",
+    "SeededDataset",
+    "StreamLoader",
+]
 
 # Label of the copies that fill up the last round of an evaluation on several devices; losses and metrics skip it.
 IGNORED = -1
@@ -55,6 +63,29 @@ class EpochSampler(DistributedSampler):
         for position, sample in enumerate(super().__iter__()):
             if position >= self.start:
                 yield SampleKey(sample, epoch, is_copy=position * self.num_replicas + self.rank >= self.size)
+
+
+class BalancedSampler(EpochSampler):
+    """Training sampler that draws each class equally often, with repeats; an epoch keeps its length.
+
+    Args:
+        dataset: Dataset with a length.
+        num_replicas: Number of ranks.
+        rank: This rank.
+        seed: Seed of the drawing.
+        labels: Label of each sample.
+    """
+
+    def __init__(self, dataset: Any, num_replicas: int, rank: int, seed: int, labels: Sequence[int]) -> None:
+        super().__init__(dataset, num_replicas, rank, training=True, seed=seed)
+        given = torch.tensor(labels)
+        self.weights = 1.0 / given.bincount()[given].double()
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        drawn = torch.multinomial(self.weights, self.total_size, replacement=True, generator=generator)
+        for sample in drawn[self.rank :: self.num_replicas][self.start :].tolist():
+            yield SampleKey(sample, self.epoch)
 
 
 @contextlib.contextmanager

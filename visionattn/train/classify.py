@@ -11,9 +11,21 @@ from timm.data import Mixup, resolve_model_data_config
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from visionattn.checkpoints import create
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import ConfigError, InputError
+from visionattn.train.announce import say
+from visionattn.train.finetune import (
+    classifier_parameters,
+    create_to_tune,
+    frozen_by_stage,
+    hold_statistics,
+    judge_frozen,
+    names_file,
+    of_file,
+    start_linear,
+    weights_of_classes,
+)
+from visionattn.train.frozen import FrozenBackbone
 from visionattn.train.optimization import OptimizedTask
 
 __all__ = ["ClassifyTask"]
@@ -28,11 +40,18 @@ class ClassifyTask(OptimizedTask):
         num_classes: Number of classes.
         in_chans: Channels of the images; None takes the model's own.
         pretrained: Begin with the published weights.
+        checkpoint: Begin with the weights of a file, its classifier left out, in place of the published ones.
+        freeze: Number of stages that do not train, the stem counting as the first; -1 for all but the classifier.
+        freeze_norms: Keep the running statistics of batch norms, which small batches would disturb.
+        head_epochs: Epochs at the beginning in which the classifier alone trains.
+        linear_start: Begin with the linear classifier that is trained on the frozen backbone, not with a random one.
         layer_decay: Factor by which the learning rate falls from each layer to the one below; None for one rate.
         label_smoothing: Share of the target that is spread over all classes.
+        class_weights: Weigh the loss of each class inversely to its number of training images.
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of cutmix; 0 for none.
         grad_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        report: Measure the frozen backbone before training, and write a report into the run's folder after it.
         **optimization: Those of `OptimizedTask`.
     """
 
@@ -50,32 +69,55 @@ class ClassifyTask(OptimizedTask):
         num_classes: int = 10,
         in_chans: int | None = None,
         pretrained: bool = False,
+        checkpoint: str | None = None,
+        freeze: int = 0,
+        freeze_norms: bool = False,
+        head_epochs: int = 0,
+        linear_start: bool = False,
         layer_decay: float | None = None,
         label_smoothing: float = 0.0,
+        class_weights: bool = False,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         grad_checkpointing: bool = False,
+        report: bool = False,
         **optimization: Any,
     ) -> None:
+        if names_file(name):
+            name, model_args, checkpoint = of_file(name, model_args, checkpoint)
         super().__init__(**optimization)
         if min(mixup, cutmix) < 0 or not 0 <= label_smoothing < 1:
             raise ConfigError(
                 f"model.mixup and model.cutmix must be 0 or more, model.label_smoothing from 0 to below 1; got "
                 f"{mixup}, {cutmix} and {label_smoothing}."
             )
+        if freeze < -1 or head_epochs < 0:
+            raise ConfigError(
+                f"model.freeze must be -1 or more, model.head_epochs 0 or more; got {freeze} and {head_epochs}."
+            )
         settings = {**({} if in_chans is None else {"in_chans": in_chans}), **(model_args or {})}
-        self.net = create(name, pretrained=pretrained, num_classes=num_classes, **settings)
+        self.net = create_to_tune(name, pretrained, checkpoint, num_classes=num_classes, **settings)
+        self._frozen = frozen_by_stage(self.net, freeze)
+        self._head = classifier_parameters(self.net) if head_epochs or linear_start else set()
+        self._train_only(set())
         if grad_checkpointing:
             try:
                 self.net.set_grad_checkpointing(True)  # type: ignore[operator]
             except (AttributeError, AssertionError) as error:
                 raise ConfigError(f"The model {name!r} has no gradient checkpointing.") from error
+        self.frozen: FrozenBackbone | None = None
+        self._class_weights: torch.Tensor | None = None
         self.mix = None
         if mixup or cutmix:
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
         self.val_metrics = self._metrics("val/", num_classes)
         self.test_metrics = self._metrics("test/", num_classes)
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    def _train_only(self, names: set[str]) -> None:
+        """Let parameters of these names train, or all for no name; those that `freeze` names never do."""
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_(name not in self._frozen and (not names or name in names))
 
     @staticmethod
     def _metrics(prefix: str, num_classes: int) -> MetricCollection:
@@ -99,8 +141,40 @@ class ClassifyTask(OptimizedTask):
         shape = getattr(datamodule, "image_shape", None) or self.data_config["input_size"]
         if self.mix is not None and stage == "fit" and getattr(datamodule, "hparams", {}).get("batch_size", 2) % 2:
             raise ConfigError("mixup and cutmix mix pairs of images: set data.batch_size to an even number.")
+        if stage == "fit" and self.hparams.class_weights and getattr(datamodule, "hparams", {}).get("balanced"):
+            raise ConfigError("data.balanced and model.class_weights both even out the classes: set one of them.")
+        unused = getattr(self.trainer.strategy, "_ddp_kwargs", {}).get("find_unused_parameters")
+        if stage == "fit" and self.hparams.head_epochs and self.trainer.world_size > 1 and not unused:
+            raise ConfigError(
+                "model.head_epochs leaves parameters without gradients for a while: on several devices set "
+                "trainer.strategy to ddp_find_unused_parameters_true."
+            )
         self._check_input(shape)
         super().setup(stage)
+
+    def on_fit_start(self) -> None:
+        """Measure the frozen backbone, unless the training is resumed."""
+        data, given = self.trainer.datamodule, self.hparams
+        if given.class_weights:
+            self._class_weights = weights_of_classes(data).to(self.device)
+        if self.trainer.ckpt_path or self.trainer.fast_dev_run:
+            return
+        if given.checkpoint is not None:
+            classes = f"a new one tells {given.num_classes} classes"
+            say(self.trainer, f"weights of {given.checkpoint}, its classifier left out: {classes}")
+        if not (given.report or given.linear_start):
+            return
+        self.frozen = judge_frozen(self.net, data)
+        say(self.trainer, str(self.frozen))
+        if given.linear_start:
+            start_linear(self.net, self.frozen)
+
+    def on_train_epoch_start(self) -> None:
+        """Freeze what does not train in this epoch."""
+        head_only = self.current_epoch < self.hparams.head_epochs
+        self._train_only(self._head if head_only else set())
+        self.net.train()
+        hold_statistics(self.net, every=self.hparams.freeze_norms)
 
     def _check_input(self, shape: tuple[int, int, int]) -> None:
         parameter = next(self.net.parameters())
@@ -132,7 +206,8 @@ class ClassifyTask(OptimizedTask):
 
     def training_loss(self, images: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
         """Images (B, C, H, W) and labels (B,) or probabilities (B, num_classes) -> the loss, ()."""
-        return F.cross_entropy(self(images), targets, label_smoothing=label_smoothing)
+        weight = self._class_weights
+        return F.cross_entropy(self(images), targets, weight=weight, label_smoothing=label_smoothing)
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
         """Metrics of the validation part."""

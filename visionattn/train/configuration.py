@@ -35,7 +35,7 @@ __all__ = [
     "with_recipe",
 ]
 
-DEFAULT_RECIPE = "classify/minimal_vit_folder"
+DEFAULT_RECIPE = "classify/finetune_folder"
 """What trains on a folder of images where no recipe is named."""
 LONGEST_TEXT = 2**20
 MOST_NODES = 100_000

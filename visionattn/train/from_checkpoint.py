@@ -29,6 +29,11 @@ from visionattn.train.optimization import FROM_DATA
 __all__ = ["expand_positionals", "said_by_checkpoint", "trusted_class", "without_sources"]
 
 EVALUATIONS = ("validate", "test", "predict")
+POSITIONALS: dict[str, tuple[str, ...]] = {
+    "fit": ("config", "data.root"),
+    **dict.fromkeys(EVALUATIONS, ("ckpt_path", "data.root")),
+}
+"""What the arguments without names are, of each command."""
 _CHECKPOINT = re.compile(r"--checkpoint(?==|$)")
 _CLASSIFICATION = "visionattn.data.classify.ClassifyData"
 # What only training uses.
@@ -39,15 +44,16 @@ _SERVERS = re.compile(r"://|^\s*pipe:|^(hfds|hfids|tfds)/", re.IGNORECASE)
 def expand_positionals(args: Sequence[str]) -> list[str]:
     """`predict FILE FOLDER` -> `predict --ckpt_path FILE --data.root FOLDER`, likewise for validate and test.
 
-    Lightning's name of the option `--checkpoint`, of all four commands, is `--ckpt_path`.
+    `fit RECIPE FOLDER` is `fit --config RECIPE --data.root FOLDER`. Lightning's name of the option `--checkpoint`, of
+    all four commands, is `--ckpt_path`.
     """
     args = [_CHECKPOINT.sub("--ckpt_path", arg) for arg in args]
-    if not args or args[0] not in EVALUATIONS:
+    if not args or args[0] not in POSITIONALS:
         return args
     named: list[str] = []
     while len(args) > 1 + len(named) and len(named) < 2 and not args[1 + len(named)].startswith("-"):
         named.append(args[1 + len(named)])
-    options = [f"--{option}={value}" for option, value in zip(("ckpt_path", "data.root"), named)]
+    options = [f"--{option}={value}" for option, value in zip(POSITIONALS[args[0]], named)]
     return [args[0], *options, *args[1 + len(named) :]]
 
 
@@ -204,4 +210,6 @@ def without_sources(values: Mapping[str, Any], card: Card | None) -> dict[str, A
         values["model_args"] = args
     if values.get("pretrained"):
         values["pretrained"] = False
+    if values.get("checkpoint"):
+        values["checkpoint"] = None
     return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import timm
@@ -120,6 +120,11 @@ class OptimizedTask(LightningModule):
         return self.net
 
     @property
+    def parameter_groups(self) -> Callable[[nn.Module], list[dict[str, Any]]] | None:
+        """Groups of the trained parameters with rates of their own, in `lr_scale`; None for timm's groups."""
+        return None
+
+    @property
     def compiled(self) -> list[nn.Module]:
         """The modules that `compile` compiles: the network."""
         return [self.net]
@@ -187,6 +192,7 @@ class OptimizedTask(LightningModule):
             lr=given.lr,
             weight_decay=given.weight_decay,
             layer_decay=given.get("layer_decay"),
+            param_group_fn=self.parameter_groups,
             **(given.opt_args or {}),
         )
         self._scheduled_lr = given.lr

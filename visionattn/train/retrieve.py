@@ -11,7 +11,9 @@ An attribute of which a batch has one value gives 0. Losses and miners are pytor
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -200,6 +202,8 @@ class RetrieveTask(RankedTask):
         loss: triplet, multi_similarity or proxy_anchor.
         miner: Which triplets or pairs count: none (all), semihard, hard or multi_similarity.
         margin: m of the triplet loss.
+        backbone_rate: Learning rate of the backbone as a share of that of the head and the loss; 0 freezes it, with the
+            statistics of its batch norms.
         **optimization: Those of `OptimizedTask`.
     """
 
@@ -212,8 +216,11 @@ class RetrieveTask(RankedTask):
         loss: str = "triplet",
         miner: str = "none",
         margin: float = 0.2,
+        backbone_rate: float = 1.0,
         **optimization: Any,
     ) -> None:
+        if not 0 <= backbone_rate < math.inf:
+            raise ConfigError(f"model.backbone_rate must be a finite number, 0 or more; got {backbone_rate}.")
         if not attributes:
             raise ConfigError("Retrieval needs attributes with values: they follow from RetrieveData.")
         settings = {**(model_args or {}), "attributes": list(attributes)}
@@ -221,11 +228,42 @@ class RetrieveTask(RankedTask):
         model_args = {key: value for key, value in settings.items() if key not in BEGINNING}
         super().__init__(**optimization)
         self.net = create_conditional(name, pretrained, settings)
+        self._backbone = {key for key, _ in self.named_parameters() if key.startswith("net.backbone.")}
+        if backbone_rate != 1 and not self._backbone:
+            raise ConfigError(f"{name!r} has no backbone apart from its head: leave out model.backbone_rate.")
+        if backbone_rate == 0:
+            self.net.backbone.requires_grad_(False)  # type: ignore[union-attr]
         with torch.no_grad():
             empty = torch.zeros(1, 3, *self.input_config["size"])
             embed_dim = embed(self.net.eval(), empty).shape[-1]
         self.net.train()
         self.loss = AttributeLoss(loss, miner, margin, [len(values) for values in attributes.values()], embed_dim)
+
+    @property
+    def parameter_groups(self) -> Callable[[nn.Module], list[dict[str, Any]]] | None:
+        """How the trained parameters are grouped where the backbone has a rate of its own."""
+        return None if self.hparams.backbone_rate in (0, 1) else self._groups
+
+    def _groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        """What trains, by weight decay and learning rate: the backbone's is `backbone_rate` of the others'."""
+        given, exempt = self.hparams, self.no_weight_decay()
+        groups: dict[tuple[float, bool], dict[str, Any]] = {}
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            rate = given.backbone_rate if name in self._backbone else 1.0
+            decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
+            # timm's schedules multiply with lr_scale; without a schedule nothing does.
+            lr = rate * given.lr if given.sched == "none" else given.lr
+            settings = {"lr": lr, "lr_scale": rate, "weight_decay": given.weight_decay if decays else 0.0}
+            group = groups.setdefault((rate, decays), {"params": [], **settings})
+            group["params"].append(parameter)
+        return list(groups.values())
+
+    def on_train_epoch_start(self) -> None:
+        """Keep a frozen backbone as it is in evaluation."""
+        if self.hparams.backbone_rate == 0:
+            self.net.backbone.eval()  # type: ignore[operator, union-attr]
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""

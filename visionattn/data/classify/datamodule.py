@@ -20,11 +20,19 @@ from torchvision.transforms import v2
 
 from visionattn.data.classify.digits import load_digits
 from visionattn.data.classify.mnist import load_mnist
-from visionattn.data.classify.sources import ArrayImages, FolderReader, ReaderImages, TorchvisionImages, first_names
+from visionattn.data.classify.sources import (
+    ArrayImages,
+    FolderReader,
+    ReaderImages,
+    TorchvisionImages,
+    first_names,
+    labels_of,
+    name_of,
+)
 from visionattn.data.classify.transforms import AUGMENTATIONS, augment, fit
 from visionattn.data.images import class_folders
 from visionattn.data.module import DataModule, count_classes
-from visionattn.data.samplers import EpochSampler, ResumableLoader, SeededDataset, StreamLoader
+from visionattn.data.samplers import BalancedSampler, EpochSampler, ResumableLoader, SeededDataset, StreamLoader
 from visionattn.errors import ConfigError, DataError, MissingPackageError, require, shorten
 
 __all__ = ["ClassifyData"]
@@ -69,6 +77,7 @@ class ClassifyData(DataModule):
             set has no validation part of its own.
         download: Let torchvision and tfds download.
         seed: Seed of shuffling, augmentation and holding out.
+        balanced: Draw each class equally often in training, with repeats; an epoch has as many images as without.
     """
 
     def __init__(
@@ -89,6 +98,7 @@ class ClassifyData(DataModule):
         val_fraction: float = 0.1,
         download: bool = False,
         seed: int = 0,
+        balanced: bool = False,
     ) -> None:
         super().__init__()
         # The logger would refuse the names that the model's parameters share.
@@ -233,12 +243,44 @@ class ClassifyData(DataModule):
         dataset = self.watch(SeededDataset(source, self._eval_transform, seed=None))
         return ResumableLoader(dataset, batch_size=self.hparams.batch_size, num_workers=self.hparams.num_workers)
 
+    def still_loader(self, split: str, most: int) -> DataLoader:
+        """Images of a split as they are evaluated, at most so many, drawn once.
+
+        Raises:
+            ConfigError: The split is a stream.
+        """
+        source = self._source(split)
+        if isinstance(source, IterableImageDataset):
+            raise ConfigError(
+                f"{self.hparams.dataset!r} is a stream, of which no frozen backbone is measured: set model.report and "
+                "model.linear_start to false."
+            )
+        if len(source) > most:
+            source = Subset(source, sorted(np.random.default_rng(0).permutation(len(source))[:most].tolist()))
+        dataset = self.watch(SeededDataset(source, self._eval_transform, seed=None))
+        return ResumableLoader(dataset, batch_size=self.hparams.batch_size, num_workers=self.hparams.num_workers)
+
+    def training_labels(self) -> list[int]:
+        """Label of each training image.
+
+        Raises:
+            ConfigError: The dataset tells them only by reading its images.
+        """
+        source = self._source("train")
+        labels = None if isinstance(source, IterableImageDataset) else labels_of(source)
+        if labels is None:
+            raise ConfigError(
+                f"The labels of {self.hparams.dataset!r} are not known before its images are read: leave out "
+                "data.balanced and model.class_weights."
+            )
+        return labels
+
     def predicted_names(self) -> Iterator[str]:
         """What to call each predicted image, in order."""
         source = self._predicted
         if isinstance(source, IterableImageDataset):
             return map(str, itertools.count())
-        return (_name(source, index) for index in range(len(source)))
+        return (name_of(source, index) for index in range(len(source)))
 
     def unpredicted(self) -> set[int]:
         """Indices of the images in `predicted_names` that could not be read."""
@@ -270,11 +312,15 @@ class ClassifyData(DataModule):
         draws = training and given.augmentation != "none"
         dataset = self.watch(SeededDataset(source, transform, given.seed if draws else None, training))
         if training:
-            dataset.labels, dataset.class_names = _labels(source), self.class_names
+            dataset.labels, dataset.class_names = labels_of(source), self.class_names
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        if training and given.balanced:
+            sampler: EpochSampler = BalancedSampler(dataset, world_size, rank, given.seed, self.training_labels())
+        else:
+            sampler = EpochSampler(dataset, world_size, rank, training, given.seed)
         return ResumableLoader(
             dataset,
-            sampler=EpochSampler(dataset, world_size, rank, training, given.seed),
+            sampler=sampler,
             persistent_workers=given.num_workers > 0,
             generator=torch.Generator().manual_seed(given.seed),
             **common,
@@ -331,7 +377,7 @@ class ClassifyData(DataModule):
         source = self._source(split)
         if isinstance(source, IterableImageDataset):
             return "a stream"
-        labels = _labels(source)
+        labels = labels_of(source)
         return f"{len(source):,} images" if labels is None else count_classes(labels, self.class_names)
 
     def left_out(self) -> list[str]:
@@ -411,17 +457,3 @@ class ClassifyData(DataModule):
         if isinstance(dataset, IterableImageDataset):
             return dataset
         return ReaderImages(dataset.reader) if hasattr(dataset, "reader") else TorchvisionImages(dataset)
-
-
-def _labels(source: Any) -> list[int] | None:
-    """Label of each image of a part, which may be some images of another; None where they are not known."""
-    if not isinstance(source, Subset):
-        return source.labels
-    whole: Any = source.dataset
-    return None if whole.labels is None else [whole.labels[index] for index in source.indices]
-
-
-def _name(source: Any, index: int) -> str:
-    """What a list calls an image of a part, which may be some images of another."""
-    whole: Any = source.dataset if isinstance(source, Subset) else source
-    return whole.name(source.indices[index] if isinstance(source, Subset) else index)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from timm.data.readers.reader import Reader
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from visionattn.data.images import SUFFIXES, Listing, class_folders, eight_bits, list_images, open_image
 from visionattn.errors import DataError, shorten
 
-__all__ = ["ArrayImages", "FolderReader", "ReaderImages", "TorchvisionImages", "first_names"]
+__all__ = ["ArrayImages", "FolderReader", "ReaderImages", "TorchvisionImages", "first_names", "labels_of", "name_of"]
 
 
 def first_names(names: Sequence[str]) -> str:
@@ -181,3 +181,17 @@ class TorchvisionImages(Dataset):
     def name(self, index: int) -> str:
         """What a list of predictions calls an image."""
         return str(index)
+
+
+def labels_of(source: Any) -> list[int] | None:
+    """Label of each image of a part, which may be some images of another; None where they are not known."""
+    if not isinstance(source, Subset):
+        return source.labels
+    whole: Any = source.dataset
+    return None if whole.labels is None else [whole.labels[index] for index in source.indices]
+
+
+def name_of(source: Any, index: int) -> str:
+    """What a list calls an image of a part, which may be some images of another."""
+    whole: Any = source.dataset if isinstance(source, Subset) else source
+    return whole.name(source.indices[index] if isinstance(source, Subset) else index)
