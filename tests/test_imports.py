@@ -22,7 +22,7 @@ LAYERS = [
     {"export"},
     {"metrics"},
     {"opening"},
-    {"checkpoints", "data", "surgery"},
+    {"adapters", "checkpoints", "data", "surgery"},
     {"models", "card", "hub"},
     {"swapping"},
     {"mixers"},

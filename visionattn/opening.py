@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +12,21 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from visionattn import models
+from visionattn.adapters import CLASSIFIERS, TorchvisionModel, TransformersModel, adapt
 from visionattn.checkpoints import HOSTED, create, create_pretrained, load, load_weights, read_card
-from visionattn.errors import CheckpointError, InputError, UnknownNameError, shorten
+from visionattn.errors import (
+    CheckpointError,
+    DataError,
+    InputError,
+    MissingPackageError,
+    UnknownNameError,
+    shorten,
+)
+from visionattn.files import read_json
 
-__all__ = ["WEIGHT_FILES", "Opened", "has_weights", "is_file", "open_model"]
+__all__ = ["WEIGHT_FILES", "Opened", "has_weights", "is_file", "open_backbone", "open_model"]
 
+TORCHVISION = "torchvision/"
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 
 
@@ -103,6 +114,42 @@ def open_model(
     return Opened(found, f"{name}, {source}", config and config.license)
 
 
+def open_backbone(
+    model: str | Path | nn.Module | None,
+    checkpoint: str | Path | None = None,
+    random: bool = False,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+) -> Opened:
+    """Open a network whose tokens are to be read: as `open_model` without a classifier, and those of other libraries.
+
+    Args:
+        model: As `open_model` takes it; `torchvision/NAME`; a folder that `save_pretrained` of transformers wrote; or a
+            module of torchvision or transformers. Nothing is fetched for a name of torchvision without weights.
+        checkpoint: Weight file for a name; a classifier in it is not needed.
+        random: Random weights for a name.
+        image_size: Side, or height and width, that a model of fixed image size is built for.
+
+    Raises:
+        CheckpointError: The weights could not be read or do not fit.
+        InputError: The model is none of these, or gives no tokens.
+        MissingPackageError: transformers is not installed.
+        UnknownNameError: There is no such model.
+    """
+    if isinstance(model, nn.Module):
+        opened = open_model(model, checkpoint, random)
+        return opened._replace(model=adapt(opened.model))
+    name = "" if model is None else os.fspath(model)
+    if name.startswith(TORCHVISION):
+        found = _open_torchvision(name.removeprefix(TORCHVISION), checkpoint, random, image_size)
+        source = "random" if random else f"file {Path(str(checkpoint)).name}"
+        return Opened(TorchvisionModel(found), source, None)
+    if _is_of_transformers(Path(name)):
+        _refuse(name, "is a folder with weights", checkpoint, random, {})
+        return Opened(_open_transformers(Path(name)), f"folder {Path(name).name}", None)
+    return open_model(model, checkpoint, random, image_size=image_size, drop_classifier=True)
+
+
 def is_file(name: str | Path) -> bool:
     """Whether a name is meant as a file or folder: it exists, or ends like a weight file."""
     return os.path.exists(name) or Path(name).suffix.lower() in WEIGHT_FILES
@@ -134,6 +181,58 @@ def _config(name: str) -> Any:
     except RuntimeError as error:
         hint = "Leave out the part after the dot for the default weights."
         raise UnknownNameError(f"{shorten(error)} {hint}") from error
+
+
+def _open_torchvision(
+    name: str, checkpoint: str | Path | None, random: bool, image_size: int | tuple[int, int] | None
+) -> nn.Module:
+    """A classifier of torchvision without its last linear layers."""
+    from torchvision import models as torchvision_models
+
+    if name not in torchvision_models.list_models(torchvision_models):
+        near = difflib.get_close_matches(name, torchvision_models.list_models(torchvision_models), 3)
+        hint = f" Did you mean {', '.join(TORCHVISION + one for one in near)}?" if near else ""
+        raise UnknownNameError(f"There is no model {shorten(TORCHVISION + name)!r}.{hint}")
+    if (checkpoint is not None) == random:
+        given = "both" if random else "none"
+        raise CheckpointError(
+            f"{TORCHVISION}{name} needs --checkpoint FILE, as nothing is fetched for it, or --random; got {given}."
+        )
+    options = {"image_size": image_size} if image_size and name.startswith("vit_") else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found: Any = torchvision_models.get_model(name, weights=None, **options)
+    for part in CLASSIFIERS:
+        if hasattr(found, part):
+            setattr(found, part, nn.Identity())
+    if checkpoint is not None:
+        found.pretrained_cfg = {"architecture": name, "classifier": CLASSIFIERS}
+        load_weights(found, checkpoint, drop_classifier=True)
+    return found.eval()
+
+
+def _is_of_transformers(folder: Path) -> bool:
+    """Whether a folder was written by `save_pretrained` of transformers: its configuration names a type of model."""
+    try:
+        return "model_type" in read_json(folder / "config.json", {})
+    except DataError:
+        return False
+
+
+def _open_transformers(folder: Path) -> nn.Module:
+    """A model in a folder; no code that lies there is run, and nothing is fetched."""
+    try:
+        from transformers import AutoModel
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{shorten(folder)} holds a model of transformers, which is not installed: pip install transformers"
+        ) from error
+    try:
+        model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32)
+    except Exception as error:
+        # What its many readers raise for damaged files can be anything.
+        raise CheckpointError(f"{shorten(folder)} could not be opened by transformers: {shorten(error)}.") from error
+    return TransformersModel(model, folder).eval()
 
 
 def _with_weights(name: str, checkpoint: str | Path, drop_classifier: bool, model_args: dict[str, Any]) -> nn.Module:

@@ -10,13 +10,14 @@ import xml.dom.minidom
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import visionattn
 from tests.probe.runs import NAME, TINY
 from visionattn.checkpoints import create
 from visionattn.cli import main
 from visionattn.errors import DataError, InputError
-from visionattn.probe import ProbeSettings, costs
+from visionattn.probe import Backbone, ProbeSettings, costs
 from visionattn.probe.comparison import Comparison, Judged, pareto_front
 from visionattn.probe.statistics import mcnemar_test
 
@@ -192,3 +193,16 @@ def test_mistakes_of_the_command(words, message, capsys, monkeypatch, tmp_path):
     err = capsys.readouterr().err
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_backbones_of_all_kinds_are_compared(images):
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(1, 6, 7, stride=7)
+    function = Backbone.from_callable(lambda x: net(x), image_size=28, mean=(0.5,), std=(0.5,), name="seven")
+    vit = torchvision.models.VisionTransformer(28, 7, 1, 2, 24, 48)
+    found = visionattn.probe([function, vit, NAME], images, settings=SETTINGS, image_size=28, progress=False)
+    assert [one.name for one in found.judged] == ["seven", "VisionTransformer", NAME]
+    assert set(found.timings) == {one.name for one in found.judged}
+    assert found.judged[0].report["backbone"]["macs"] == 6 * 49 * 16
+    assert "class_token" in dict(vit.named_parameters())
+    assert vit.heads[0].out_features == 1000  # the module itself stays as it is

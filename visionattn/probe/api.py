@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from visionattn.adapters import AdaptedModel
 from visionattn.devices import find_device
 from visionattn.errors import InputError, VisionAttnError, require, shorten
 from visionattn.files import check_folder
-from visionattn.opening import open_model
+from visionattn.opening import is_file, open_backbone
 from visionattn.probe.comparing import compare_reports
 from visionattn.probe.comparison import Comparison
 from visionattn.probe.output import check_report, default_output
@@ -29,11 +30,12 @@ from visionattn.probe.report.report import Report
 from visionattn.probe.report.tasks import TaskReport
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.tasks import make_run
+from visionattn.probe.tokens.backbone import Backbone
 
 __all__ = ["probe", "run_probe", "run_probes"]
 
 
-BackboneSource = str | Path | nn.Module
+BackboneSource = str | Path | nn.Module | Backbone
 
 
 @overload
@@ -60,7 +62,8 @@ def probe(
     """Judge a frozen backbone by k-NN and by heads that are trained on its tokens; compare several of them.
 
     Args:
-        backbone: Name in timm's registry, weight file or folder, or a module, which is copied; or a list of these.
+        backbone: Name in timm's registry, weight file or folder, `torchvision/NAME`, a folder of transformers, a
+            module, which is copied, or a `Backbone`, such as `Backbone.from_callable` makes; or a list of these.
         data: Folder of images by class, or of the data of another task; a dataset: "digits", or "mnist", "torch/...",
             "hfds/..." with `root`; or the training and the test images, (train, test). Each of these is an array
             (N, H, W) or (N, H, W, C) of uint8 with its labels, (images, labels), or a dataset of (image, label), where
@@ -116,21 +119,28 @@ def run_probes(
         )
     folders = [None if settings.output is None else Path(settings.output) / name for name in _distinct(names)]
     for backbone in backbones:  # a mistake shall be told before hours of work
-        if not isinstance(backbone, nn.Module):
-            open_model(backbone, None, settings.random, image_size=settings.image_size, drop_classifier=True)
+        if isinstance(backbone, (str, Path)):
+            random = settings.random and not is_file(backbone)
+            open_backbone(backbone, None, random, image_size=settings.image_size)
     console = Console(highlight=False, markup=False, quiet=not progress)
     reports: list[Report] = []
     for place, (backbone, name, folder) in enumerate(zip(backbones, names, folders), 1):
         console.print(f"Backbone {place} of {len(backbones)}: {name}")
-        alone = replace(settings, output=folder)
+        random = settings.random and isinstance(backbone, (str, Path)) and not is_file(backbone)
+        alone = replace(settings, output=folder, random=random)
         report = run_probe(backbone, data, alone, progress=progress, always_write=always_write)
         assert isinstance(report, Report)
         reports.append(report)
-    models = {place: copy.deepcopy(one) for place, one in enumerate(backbones) if isinstance(one, nn.Module)}
+    given = {place: one.model if isinstance(one, Backbone) else one for place, one in enumerate(backbones)}
+    models = {place: copy.deepcopy(one) for place, one in given.items() if isinstance(one, nn.Module)}
     return compare_reports(reports, models, settings.output, settings.overwrite, settings.device, always_write)
 
 
 def _name(backbone: BackboneSource) -> str:
+    if isinstance(backbone, Backbone):
+        backbone = backbone.model
+    if isinstance(backbone, AdaptedModel):
+        return backbone.name
     return type(backbone).__name__ if isinstance(backbone, nn.Module) else str(backbone)
 
 
@@ -141,7 +151,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def run_probe(
-    backbone: str | Path | nn.Module,
+    backbone: BackboneSource,
     data: Any,
     settings: ProbeSettings,
     *,
@@ -211,11 +221,11 @@ def _probe(
     """Probe, alone or as one of several processes, of which the first writes."""
     quiet = not progress or rank_and_size()[0] > 0
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, quiet=quiet)
+    if isinstance(backbone, Backbone):
+        backbone = backbone.model
     if isinstance(backbone, nn.Module):
         backbone = copy.deepcopy(backbone)
-    opened = open_model(
-        backbone, settings.checkpoint, settings.random, image_size=settings.image_size, drop_classifier=True
-    )
+    opened = open_backbone(backbone, settings.checkpoint, settings.random, image_size=settings.image_size)
     run = make_run(settings, _name(backbone), opened, data, console)
     name, images = run.name, run.images
     if temporary is None:

@@ -14,7 +14,7 @@ from visionattn.checkpoints import HOSTED
 from visionattn.devices import find_device
 from visionattn.errors import CheckpointError, InputError, shorten
 from visionattn.files import atomic_path, violation
-from visionattn.opening import open_model
+from visionattn.opening import open_backbone
 from visionattn.probe.files import open_pictures
 from visionattn.probe.given import eval_transform
 from visionattn.probe.heads.banks import Head, head_tokens
@@ -91,7 +91,7 @@ def apply_head(
     images: Any,
     head: str | Path,
     *,
-    backbone: str | Path | nn.Module | None = None,
+    backbone: str | Path | nn.Module | Backbone | None = None,
     checkpoint: str | Path | None = None,
     device: str | torch.device = "auto",
 ) -> Applied:
@@ -137,7 +137,7 @@ def apply_head(
 def open_classifier(
     head: str | Path,
     *,
-    backbone: str | Path | nn.Module | None = None,
+    backbone: str | Path | nn.Module | Backbone | None = None,
     checkpoint: str | Path | None = None,
     device: str | torch.device = "auto",
 ) -> HeadClassifier:
@@ -151,6 +151,7 @@ def open_classifier(
             f"{shorten(head)} does not say what it reads ({wrong}), as heads of earlier versions. {told}".rstrip()
         )
     size, layer = facts["data"]["image_size"], facts["layer"]
+    backbone = backbone.model if isinstance(backbone, Backbone) else backbone
     model = _open_backbone(head, facts["backbone"], size, backbone, checkpoint)
     autocast = torch.bfloat16 if where.type == "cuda" else None
     reading = Backbone(model.to(where), [layer["index"]], image_size=size, autocast=autocast)
@@ -193,12 +194,11 @@ def _open_backbone(
         checkpoint = facts["checkpoint"]
     random = facts["random"] and backbone is None and checkpoint is None
     try:
-        return open_model(
+        return open_backbone(
             facts["name"] if backbone is None else backbone,
             checkpoint,
             random,
             image_size=size,
-            drop_classifier=True,
         ).model
     except CheckpointError as error:
         raise CheckpointError(f"{error} --backbone and --checkpoint say where the backbone lies.") from error

@@ -17,7 +17,7 @@ from torch import nn
 from visionattn.devices import find_device
 from visionattn.errors import DataError, InputError, VisionAttnError, shorten
 from visionattn.files import check_folder, read_json
-from visionattn.opening import open_model
+from visionattn.opening import open_backbone
 from visionattn.probe.comparison import Comparison, Judged
 from visionattn.probe.costs import time_backbones
 from visionattn.probe.report.comparison_page import check_comparison, write_comparison
@@ -164,7 +164,7 @@ def _open(report: Mapping[str, Any], model: nn.Module | None, device: torch.devi
         if backbone["given"]:
             raise InputError("it was given in Python, and a report cannot open it.")
         is_name = backbone["checkpoint"] is not None or not os.path.exists(backbone["name"])
-        model = open_model(backbone["name"], random=is_name, image_size=size, drop_classifier=True).model
+        model = open_backbone(backbone["name"], random=is_name, image_size=size).model
     layers = [layer["index"] for layer in report["layers"]]
     autocast = torch.bfloat16 if device.type == "cuda" else None
     return Backbone(model.to(device), layers, image_size=size, autocast=autocast)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from visionattn.adapters import AdaptedModel, FunctionModel, adapt
 from visionattn.errors import InputError, shorten
 from visionattn.probe.tokens.interface import Layer, Tokens
 
@@ -29,7 +32,8 @@ class Backbone:
     behind the layers (CaiT, XCiT, VOLO), they have none. A map becomes tokens row by row.
 
     Args:
-        model: Such as `timm.create_model(name, pretrained=True)`; the head is not used.
+        model: Such as `timm.create_model(name, pretrained=True)`; the head is not used. Models of torchvision and of
+            transformers are adapted (`visionattn.adapters`).
         layers: Which of the model's layers or stages, in the order wanted; -1 is the last. None: the last.
         norm: Read what the model's own head reads, `forward_features`: the last layer behind the final norm, and behind
             the final convolution where there is one (EfficientNet); a ViT's other layers behind the final norm too.
@@ -59,18 +63,21 @@ class Backbone:
         image_size: int | tuple[int, int],
         autocast: torch.dtype | None = None,
     ) -> None:
+        model = adapt(model)
         self.model: Any = model
         model.eval().requires_grad_(False)
         self.norm = norm
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.autocast = autocast
-        self._name = type(model).__name__
+        self._name = model.name if isinstance(model, AdaptedModel) else type(model).__name__
         forward: Any = getattr(model, "forward_intermediates", None)
         if forward is None:
             raise InputError(
-                f"{self._name} cannot be probed: it has no forward_intermediates. timm's classification models have it."
+                f"{self._name} cannot be probed: it has no forward_intermediates. timm's classification models have "
+                "it; of any other function Backbone.from_callable makes a backbone."
             )
-        first = next(model.parameters(), None)
+        weights = itertools.chain(model.parameters(), model.buffers())
+        first = next((weight for weight in weights if weight.is_floating_point()), None)
         if first is None:
             raise InputError(f"{self._name} cannot be probed: it has no weights.")
         self.device, self.dtype = first.device, first.dtype
@@ -81,9 +88,54 @@ class Backbone:
         self._stops_early = "stop_early" in accepted
         self._try_out(layers)
 
+    @classmethod
+    def from_callable(
+        cls,
+        function: Callable[[Tensor], Any],
+        *,
+        image_size: int,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        class_token: bool = False,
+        registers: int = 0,
+        device: str | torch.device = "cpu",
+        name: str | None = None,
+    ) -> Backbone:
+        """A backbone from any function of images (B, C, H, W), of one layer.
+
+        It gives features (B, D), a map (B, D, H, W), or tokens (B, N, D): first a class token, then registers, where it
+        has these, then the patches, row by row.
+
+        Args:
+            function: A module, or another callable; its answer, a tensor or an array, carries no gradient.
+            image_size: Side of the images.
+            mean: Of the normalisation that it wants, a number a channel; the default is ImageNet's.
+            std: Likewise.
+            class_token: The first token is a class token.
+            registers: Tokens behind it that are no patches.
+            device: Where a function that is no module wants its images.
+            name: In reports; the function's own by default.
+
+        Raises:
+            InputError: It gives something else.
+        """
+        model = FunctionModel(
+            function,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            class_token=class_token,
+            registers=registers,
+            device=device,
+            name=name,
+        )
+        return cls(model, image_size=image_size)
+
     def _try_out(self, layers: Sequence[int] | None) -> None:
         """Find layers, widths and grids from one black image."""
         channels = next((m.in_channels for m in self.model.modules() if isinstance(m, nn.Conv2d)), 3)
+        if isinstance(self.model, AdaptedModel):
+            channels = self.model.in_chans
         # A stem that folds pixels into channels hides the images' own, which are colours then.
         self.channels = channels if channels in (1, 3, 4) else 3
         try:
