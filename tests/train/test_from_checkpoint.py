@@ -149,6 +149,8 @@ def test_positionals():
     assert expand_positionals(["test", "--checkpoint=a.ckpt"]) == ["test", "--ckpt_path=a.ckpt"]
     assert expand_positionals(["test", "a.ckpt"]) == ["test", "--ckpt_path=a.ckpt"]
     assert expand_positionals(["fit", "a.ckpt"]) == ["fit", "a.ckpt"]
+    assert expand_positionals(["fit", "x", "b", "--y=1"]) == ["fit", "--config=x", "--data.root=b", "--y=1"]
+    assert expand_positionals(["fit", "."]) == ["fit", "--data.root=."]
     assert expand_positionals(["test", "--config", "a.yaml"]) == ["test", "--config", "a.yaml"]
 
 

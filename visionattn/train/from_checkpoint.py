@@ -22,6 +22,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from visionattn.card import WEIGHT_SOURCES, Card, plain_fault
 from visionattn.errors import CheckpointError, ConfigError, shorten
+from visionattn.opening import WEIGHT_FILES
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
 from visionattn.train.configuration import argument_names
 from visionattn.train.optimization import FROM_DATA
@@ -53,7 +54,12 @@ def expand_positionals(args: Sequence[str]) -> list[str]:
     named: list[str] = []
     while len(args) > 1 + len(named) and len(named) < 2 and not args[1 + len(named)].startswith("-"):
         named.append(args[1 + len(named)])
-    options = [f"--{option}={value}" for option, value in zip(POSITIONALS[args[0]], named)]
+    if args[0] == "fit" and named and Path(named[0]).suffix in WEIGHT_FILES:
+        return args  # a checkpoint is no recipe
+    names = POSITIONALS[args[0]]
+    if args[0] == "fit" and len(named) == 1 and Path(named[0]).is_dir():
+        names = ("data.root",)  # by the recipe for folders
+    options = [f"--{option}={value}" for option, value in zip(names, named)]
     return [args[0], *options, *args[1 + len(named) :]]
 
 
