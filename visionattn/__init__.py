@@ -22,6 +22,7 @@ _COMMANDS = {
     "compare": "visionattn.probe.comparing",
     "demo": "visionattn.demo",
     "duplicates": "visionattn.search.duplicates",
+    "embed": "visionattn.probe.embedding",
     "evaluate_retrieval": "visionattn.evaluate.retrieval",
     "evaluate_sr": "visionattn.evaluate.sr",
     "evaluate_stereo": "visionattn.evaluate.stereo",

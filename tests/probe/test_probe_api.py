@@ -157,6 +157,7 @@ def test_options_and_settings_are_the_same():
     visionattn.probe.cli.add_arguments(parser)
     args = vars(parser.parse_args([NAME, "--data", "digits"]))
     assert [args.pop("backbone"), args.pop("data"), args.pop("compare")] == [[NAME], "digits", None]
+    assert args.pop("embed") is None
     assert ProbeSettings(**args) == ProbeSettings()
     assert set(args) == {entry.name for entry in fields(ProbeSettings)}
 

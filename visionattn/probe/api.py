@@ -17,13 +17,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from visionattn.adapters import AdaptedModel
 from visionattn.devices import find_device
 from visionattn.errors import InputError, VisionAttnError, require, shorten
 from visionattn.files import check_folder
 from visionattn.opening import is_file, open_backbone
 from visionattn.probe.comparing import compare_reports
 from visionattn.probe.comparison import Comparison
+from visionattn.probe.inputs import backbone_name
 from visionattn.probe.output import check_report, default_output
 from visionattn.probe.processes import one_writer, rank_and_size
 from visionattn.probe.report.report import Report
@@ -105,7 +105,7 @@ def run_probes(
     With `always_write`, and where the settings name no folder, each report is written as `run_probe` does, and the
     comparison to runs/probe/comparison-DATASET-HASH.
     """
-    names = [_name(backbone) for backbone in backbones]
+    names = [backbone_name(backbone) for backbone in backbones]
     if len(backbones) < 2:
         raise InputError(f"A comparison needs two backbones or more; got {len(backbones)}.")
     twice = [str(one) for place, one in enumerate(backbones) if one in backbones[:place]]
@@ -134,14 +134,6 @@ def run_probes(
     given = {place: one.model if isinstance(one, Backbone) else one for place, one in enumerate(backbones)}
     models = {place: copy.deepcopy(one) for place, one in given.items() if isinstance(one, nn.Module)}
     return compare_reports(reports, models, settings.output, settings.overwrite, settings.device, always_write)
-
-
-def _name(backbone: BackboneSource) -> str:
-    if isinstance(backbone, Backbone):
-        backbone = backbone.model
-    if isinstance(backbone, AdaptedModel):
-        return backbone.name
-    return type(backbone).__name__ if isinstance(backbone, nn.Module) else str(backbone)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -226,7 +218,7 @@ def _probe(
     if isinstance(backbone, nn.Module):
         backbone = copy.deepcopy(backbone)
     opened = open_backbone(backbone, settings.checkpoint, settings.random, image_size=settings.image_size)
-    run = make_run(settings, _name(backbone), opened, data, console)
+    run = make_run(settings, backbone_name(backbone), opened, data, console)
     name, images = run.name, run.images
     if temporary is None:
         output = Path(settings.output or default_output(settings, name, run.weights, images))

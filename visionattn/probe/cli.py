@@ -15,10 +15,11 @@ from typing import Any
 from rich.console import Console
 
 from visionattn.arguments import add_old_spelling, number, whole_number
-from visionattn.errors import InputError
+from visionattn.errors import InputError, shorten
 from visionattn.probe.api import run_probe, run_probes
 from visionattn.probe.comparing import compare_reports
 from visionattn.probe.comparison import Comparison
+from visionattn.probe.embedding import embed
 from visionattn.probe.report.table import best_heads, compared_backbones
 from visionattn.probe.report.tasks import TaskReport
 from visionattn.probe.settings import DTYPES, HEADS, LARGEST, LRS, SEEDS, TASKS, ProbeSettings
@@ -59,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--compare", nargs="+", type=Path, metavar="REPORT", help="compare folders of reports; nothing is probed"
+    )
+    parser.add_argument(
+        "--embed", type=Path, metavar="FILE.npz", help="write a vector an image of --data; nothing is probed"
     )
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME; a classifier in it is not needed")
     parser.add_argument("--random", action="store_true", help="untrained weights for NAME")
@@ -152,6 +156,8 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         raise InputError(f"The following arguments are required: {', '.join(missing)}. See visionattn probe --help.")
     settings = ProbeSettings(**{entry.name: getattr(args, entry.name) for entry in fields(ProbeSettings)})
+    if args.embed is not None:
+        return _embed(args, settings)
     if len(args.backbone) > 1:
         found = run_probes(args.backbone, args.data, settings, always_write=True)
         _print_comparison(console, found)
@@ -166,6 +172,18 @@ def run(args: argparse.Namespace) -> int:
     for entry in report.skipped:
         print(f"visionattn: left out of {entry.part}: {entry.name}: {entry.reason}", file=sys.stderr)
     return int(bool(report.skipped))
+
+
+def _embed(args: argparse.Namespace, settings: ProbeSettings) -> int:
+    if len(args.backbone) > 1:
+        raise InputError(f"--embed takes one backbone; got {len(args.backbone)}.")
+    found = embed(args.backbone[0], args.data, args.embed, settings=settings)
+    count, width = found.features.shape
+    classes = f", of {len(found.classes):,} classes" if found.classes else ", without labels"
+    print(f"Wrote {args.embed}: {count:,} vectors of {width:,} numbers, {found.facts['features']}{classes}.")
+    for name, reason in found.skipped:
+        print(f"visionattn: left out: {shorten(name)}: {reason}", file=sys.stderr)
+    return int(bool(found.skipped))
 
 
 def _print_comparison(console: Console, comparison: Comparison) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
+from visionattn.adapters import AdaptedModel
 from visionattn.data.module import count_classes
 from visionattn.data.samplers import StreamLoader
 from visionattn.errors import ConfigError, DataError, InputError, shorten
@@ -58,6 +59,15 @@ class Images:
         """In words."""
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         return f"resized and cropped to {self.size} x {self.size} pixels, mean {mean}, deviation {std}"
+
+
+def backbone_name(backbone: str | Path | nn.Module | Backbone) -> str:
+    """What a report calls a backbone."""
+    if isinstance(backbone, Backbone):
+        backbone = backbone.model
+    if isinstance(backbone, AdaptedModel):
+        return backbone.name
+    return type(backbone).__name__ if isinstance(backbone, nn.Module) else str(backbone)
 
 
 def make_backbone(settings: ProbeSettings, model: nn.Module, size: int | tuple[int, int]) -> Backbone:
