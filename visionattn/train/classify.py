@@ -27,6 +27,7 @@ from visionattn.train.finetune import (
 )
 from visionattn.train.frozen import FrozenBackbone
 from visionattn.train.optimization import OptimizedTask
+from visionattn.train.results import Judgements
 
 __all__ = ["ClassifyTask"]
 
@@ -105,6 +106,7 @@ class ClassifyTask(OptimizedTask):
                 self.net.set_grad_checkpointing(True)  # type: ignore[operator]
             except (AttributeError, AssertionError) as error:
                 raise ConfigError(f"The model {name!r} has no gradient checkpointing.") from error
+        self.judgements = Judgements()
         self.frozen: FrozenBackbone | None = None
         self._class_weights: torch.Tensor | None = None
         self.mix = None
@@ -216,20 +218,26 @@ class ClassifyTask(OptimizedTask):
         for key, metric in self.val_metrics.items():
             self.log(key, metric, prog_bar=key == "val/accuracy")
 
+    def on_test_epoch_start(self) -> None:
+        """Forget what an earlier test collected."""
+        self.judgements.clear()
+
     def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
         """Metrics of the test part."""
-        self._evaluate(batch, self.test_metrics, self.test_loss)
+        probabilities = self._evaluate(batch, self.test_metrics, self.test_loss)
+        self.judgements.update(probabilities, batch[1])
         self.log("test/loss", self.test_loss)
         self.log_dict(self.test_metrics)
 
-    def _evaluate(self, batch: tuple[torch.Tensor, torch.Tensor], metrics: Any, mean_loss: Any) -> None:
+    def _evaluate(self, batch: tuple[torch.Tensor, torch.Tensor], metrics: Any, mean_loss: Any) -> torch.Tensor:
         images, labels = batch
-        logits = self(images).float()
+        every = logits = self(images).float()
         kept = labels != IGNORED
         logits, labels = logits[kept], labels[kept]
         if len(labels):
             mean_loss.update(F.cross_entropy(logits, labels, reduction="none"))
             metrics.update(logits.softmax(dim=-1), labels)
+        return every.softmax(dim=-1)
 
     def predict_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> dict[str, torch.Tensor]:
         """Probability of each class, and the likeliest class."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.resources
-import itertools
 import logging
 import shlex
 import shutil
@@ -31,7 +30,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from visionattn.checkpoints import read_card
-from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, require, shorten
+from visionattn.errors import CheckpointError, ConfigError, require, shorten
 from visionattn.files import check_output
 from visionattn.train.announce import Announcement, EpochLines, run_title, say
 from visionattn.train.checkpoint_io import AtomicCheckpointIO
@@ -41,67 +40,30 @@ from visionattn.train.configuration import (
     explain,
     explain_fault,
     explain_option,
-    read_file,
     use_bounded_yaml,
     with_recipe,
 )
 from visionattn.train.from_checkpoint import expand_positionals, said_by_checkpoint, without_sources
 from visionattn.train.optimization import FROM_DATA, OptimizedTask
-from visionattn.train.outputs import predictions_path, tell_skipped, write_predictions, write_summary
+from visionattn.train.outputs import (
+    check_report,
+    predictions_path,
+    report_test,
+    tell_skipped,
+    write_predictions,
+    write_summary,
+)
+from visionattn.train.recipes import find_recipe, recipes, resolve_configs
 from visionattn.train.resume import ExactResume, Interrupted
 from visionattn.train.run_logger import ResumedLogger
 from visionattn.train.throughput import ImagesPerSecond
 
-__all__ = ["TrainCLI", "main", "recipes"]
+__all__ = ["TrainCLI", "find_recipe", "main", "recipes"]
 
 _COMMANDS = ("fit", "validate", "test", "predict")
 # Lightning's warnings that a checkpoint holds what only training needs.
 LONGEST_MESSAGE = 1000
 _ONLY_FOR_TRAINING = "Be aware that when using `ckpt_path`|The dirpath has changed"
-
-
-def recipes() -> dict[str, Path]:
-    """The packaged recipes: name, such as `classify/minimal_vit_digits`, and file."""
-    root = importlib.resources.files("visionattn") / "configs"
-    folders = sorted((folder for folder in root.iterdir() if folder.is_dir()), key=lambda folder: folder.name)
-    return {
-        f"{folder.name}/{Path(file.name).stem}": Path(str(file))
-        for folder in folders
-        for file in sorted(folder.iterdir(), key=lambda file: file.name)
-        if file.name.endswith(".yaml")
-    }
-
-
-def find_recipe(name: str) -> Path:
-    """A file as it is, or the packaged recipe of that name, with or without its folder.
-
-    Raises:
-        UnknownNameError: There is neither.
-    """
-    path = Path(name)
-    if len(name) < 1024 and "\0" not in name and path.exists():
-        read_file(path)
-        return path
-    packaged = recipes()
-    matches = [key for key in packaged if name.removesuffix(".yaml") in (key, key.split("/")[1])]
-    if len(matches) == 1:
-        return packaged[matches[0]]
-    raise UnknownNameError(f"There is no file and no recipe {shorten(name)!r}. The recipes are: {', '.join(packaged)}.")
-
-
-def _resolve_configs(args: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """The arguments with recipe names replaced by files, and these files."""
-    resolved, configs = [], []
-    for before, arg in itertools.pairwise(["", *args]):
-        option, equals, value = arg.partition("=")
-        if before in ("--config", "-c"):
-            configs.append(find_recipe(arg))
-            arg = str(configs[-1])
-        elif equals and option in ("--config", "-c"):
-            configs.append(find_recipe(value))
-            arg = f"{option}={configs[-1]}"
-        resolved.append(arg)
-    return resolved, configs
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -133,7 +95,7 @@ class TrainCLI(LightningCLI):
         args = with_recipe(asked)
         if args != asked and getattr(rank_zero_only, "rank", 0) == 0:
             print(f"No recipe is named: {DEFAULT_RECIPE} is used, for images in folders of their classes.")
-        resolved, configs = _resolve_configs(args)
+        resolved, configs = resolve_configs(args)
         self._run_name = configs[-1].stem if configs else None
         if self._run_name == "config":
             self._run_name = configs[-1].resolve().parent.parent.name
@@ -195,6 +157,9 @@ class TrainCLI(LightningCLI):
         if subcommand == "predict":
             parser.add_argument("--output", type=str | None, help="CSV file of the predictions (predictions.csv)")
             parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
+        if subcommand == "test":
+            parser.add_argument("--output", type=str | None, help="folder of a report of a classifier")
+            parser.add_argument("--overwrite", action="store_true", help="replace a report in that folder")
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -299,6 +264,8 @@ class TrainCLI(LightningCLI):
             measured[part] = dict(trainer.callback_metrics)
         write_summary(self, measured)
         tell_skipped(self)
+        if "test" in measured and self.model.hparams.get("report"):
+            report_test(self, Path(trainer.log_dir or trainer.default_root_dir) / "report")
         say(trainer, f"The run is in {trainer.log_dir}; the weights of this table in {chosen}.")
 
     def validate(self, **kwargs: Any) -> None:
@@ -309,11 +276,16 @@ class TrainCLI(LightningCLI):
         tell_skipped(self)
 
     def test(self, **kwargs: Any) -> None:
-        """Test and print."""
+        """Test and print; with --output, write a report."""
         self._check_weights()
+        output = self._get(self.config_init, "output")
+        if output is not None:
+            check_report(self, output)
         self.trainer.test(**{**kwargs, "verbose": False})
         write_summary(self, {"test": dict(self.trainer.callback_metrics)})
         tell_skipped(self)
+        if output is not None:
+            report_test(self, Path(output))
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and write predictions.csv."""

@@ -13,10 +13,12 @@ from rich.table import Table
 
 from visionattn.cost import count_macs, count_parameters
 from visionattn.data.module import DataModule, list_skipped
-from visionattn.files import atomic_path
+from visionattn.errors import ConfigError, InputError, shorten
+from visionattn.files import atomic_path, check_folder
 from visionattn.train.announce import run_title, say
+from visionattn.train.report import write_report
 
-__all__ = ["tell_skipped", "write_predictions", "write_summary"]
+__all__ = ["check_report", "report_test", "tell_skipped", "write_predictions", "write_summary"]
 
 
 def write_summary(cli: Any, measured: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
@@ -75,6 +77,41 @@ def write_predictions(cli: Any, outputs: list[Any], path: Path) -> None:
                 if index not in unread:
                     writer.writerow([name, *row])
     say(trainer, f"The predictions are in {path}.")
+
+
+def check_report(cli: Any, folder: str) -> None:
+    """Refuse a folder that holds a report already, and a task that has none.
+
+    Raises:
+        ConfigError: The task is not classification.
+        InputError: The folder holds a report, or cannot be one.
+    """
+    if not hasattr(cli.model, "judgements"):
+        raise ConfigError(f"--output is for the reports of classifiers, and not for {type(cli.model).__name__}.")
+    check_folder(folder)
+    if (Path(folder) / "report.html").exists() and not cli._get(cli.config_init, "overwrite"):
+        raise InputError(f"{shorten(folder)} holds a report: give another folder, or --overwrite.")
+
+
+def report_test(cli: Any, folder: Path) -> None:
+    """Write the report of the test that was just run."""
+    trainer, model, data = cli.trainer, cli.model, cli.datamodule
+    if trainer.world_size > 1 or not hasattr(data, "picture"):
+        say(trainer, "No report: it is written by `visionattn test CHECKPOINT FOLDER --output REPORT`, on one device.")
+        return
+    classes = data.class_names or [str(label) for label in range(model.hparams.num_classes)]
+    results = model.judgements.results(classes)
+    if results is None or data.is_stream("test"):
+        say(trainer, "No report: the test images are a stream, or none of them could be read.")
+        return
+    settings = {"model": model.hparams.name, "data": str(data.hparams.root or data.hparams.dataset)}
+    if trainer.ckpt_path:
+        settings["checkpoint"] = str(trainer.ckpt_path)
+    metrics = Path(trainer.log_dir) / "metrics.csv" if trainer.log_dir else None
+    split = "val" if data.tests_on_validation else "test"
+    title = f"{run_title(model)} on {Path(settings['data']).name}"
+    page = write_report(folder, results, data, split, title, settings, model.frozen, metrics)
+    say(trainer, f"The report is {page}.")
 
 
 def tell_skipped(cli: Any) -> bool:

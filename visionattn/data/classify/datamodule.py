@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm.data
 import torch
 from PIL import Image
 from timm.data.dataset import IterableImageDataset
@@ -24,28 +23,22 @@ from visionattn.data.classify.sources import (
     ArrayImages,
     FolderReader,
     ReaderImages,
-    TorchvisionImages,
     first_names,
     labels_of,
     name_of,
+    open_named,
+    split_folders,
 )
 from visionattn.data.classify.transforms import AUGMENTATIONS, augment, fit
-from visionattn.data.images import class_folders
 from visionattn.data.module import DataModule, count_classes
 from visionattn.data.samplers import BalancedSampler, EpochSampler, ResumableLoader, SeededDataset, StreamLoader
-from visionattn.errors import ConfigError, DataError, MissingPackageError, require, shorten
+from visionattn.errors import ConfigError, DataError, require, shorten
 
 __all__ = ["ClassifyData"]
 
 _ARRAYS = ("digits", "mnist")
 # torchvision's sets that have a training and a test part only; their images are small and shown whole.
 _TWO_PARTS = tuple(f"torch/{name}" for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"))
-# What timm's users call the sub-folders with the parts of a folder dataset.
-_FOLDERS = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid", "eval", "evaluation"),
-    "test": ("test", "testing"),
-}
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -250,7 +243,7 @@ class ClassifyData(DataModule):
             ConfigError: The split is a stream.
         """
         source = self._source(split)
-        if isinstance(source, IterableImageDataset):
+        if self.is_stream(split):
             raise ConfigError(
                 f"{self.hparams.dataset!r} is a stream, of which no frozen backbone is measured: set model.report and "
                 "model.linear_start to false."
@@ -274,6 +267,18 @@ class ClassifyData(DataModule):
                 "data.balanced and model.class_weights."
             )
         return labels
+
+    def is_stream(self, split: str) -> bool:
+        """Whether the images of a split can only be read in one order."""
+        return isinstance(self._source(split), IterableImageDataset)
+
+    def picture(self, split: str, index: int) -> Image.Image:
+        """An image of a split, as it is stored."""
+        return self._source(split)[index][0]
+
+    def name(self, split: str, index: int) -> str:
+        """What to call an image of a split."""
+        return name_of(self._source(split), index)
 
     def predicted_names(self) -> Iterator[str]:
         """What to call each predicted image, in order."""
@@ -402,26 +407,16 @@ class ClassifyData(DataModule):
         if name == "folder":
             return self._open_folder(part)
         if name in _TWO_PARTS:
-            return None if part == "val" else self._open_named(part)
+            return None if part == "val" else open_named(self.hparams, part)
         split = {"train": self.hparams.train_split, "val": self.hparams.val_split, "test": self.hparams.test_split}[
             part
         ]
-        return None if split is None else self._open_named(split)
+        return None if split is None else open_named(self.hparams, split)
 
     @cached_property
     def _folders(self) -> dict[str, Path | None]:
-        """The folder of each part; without any of them, the root is that of the training part."""
-        root = Path(self.hparams.root)
-        below = class_folders(root)
-        by_name = {name.lower(): folder for name, folder in below.items()}
-        found = {
-            part: next((by_name[name] for name in names if name in by_name), None) for part, names in _FOLDERS.items()
-        }
-        others = [folder for folder in below.values() if folder not in found.values()]
-        # A folder `train` of images beside folders of cars and ships is a class, and not a part.
-        if not any(found.values()) or (others and found["train"] and not class_folders(found["train"])):
-            return {**dict.fromkeys(found), "train": root}
-        self._beside = others
+        """The folder of each part."""
+        found, self._beside = split_folders(self.hparams.root)
         return found
 
     def _open_folder(self, part: str) -> ReaderImages | None:
@@ -435,25 +430,3 @@ class ClassifyData(DataModule):
         # Classes are numbered by the training folder, also where this one lacks some.
         like = self._part("train").reader if part != "train" and found["train"] else None
         return ReaderImages(FolderReader(folder, like))
-
-    def _open_named(self, split: str) -> Any:
-        given = self.hparams
-        try:
-            dataset = timm.data.create_dataset(
-                given.dataset,
-                root=given.root,
-                split=split,
-                is_training=split == given.train_split,
-                download=given.download,
-                batch_size=given.batch_size,
-                seed=given.seed,
-            )
-        except ImportError as error:
-            raise MissingPackageError(f"The dataset {given.dataset!r} needs the package {error.name!r}.") from error
-        except Exception as error:
-            raise DataError(
-                f"Could not open the part {split!r} of the dataset {given.dataset!r}: {shorten(error, 300)}"
-            ) from error
-        if isinstance(dataset, IterableImageDataset):
-            return dataset
-        return ReaderImages(dataset.reader) if hasattr(dataset, "reader") else TorchvisionImages(dataset)

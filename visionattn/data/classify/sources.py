@@ -12,20 +12,55 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm.data
 from PIL import Image
+from timm.data.dataset import IterableImageDataset
 from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset, Subset
 
 from visionattn.data.images import SUFFIXES, Listing, class_folders, eight_bits, list_images, open_image
-from visionattn.errors import DataError, shorten
+from visionattn.errors import DataError, MissingPackageError, shorten
 
-__all__ = ["ArrayImages", "FolderReader", "ReaderImages", "TorchvisionImages", "first_names", "labels_of", "name_of"]
+__all__ = [
+    "ArrayImages",
+    "FolderReader",
+    "ReaderImages",
+    "TorchvisionImages",
+    "first_names",
+    "labels_of",
+    "name_of",
+    "open_named",
+    "split_folders",
+]
 
 
 def first_names(names: Sequence[str]) -> str:
     """The first of many names, such as `cat, dog and 3 more`."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(shorten(name, 40) for name in names[:5]) + more
+
+
+# What timm's users call the sub-folders with the parts of a folder dataset.
+_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+
+
+def split_folders(root: str | Path) -> tuple[dict[str, Path | None], list[Path]]:
+    """The folder of each part below a root, and other folders beside them.
+
+    Without any part, the root itself is the folder of the training part.
+    """
+    below = class_folders(root)
+    by_name = {name.lower(): folder for name, folder in below.items()}
+    found = {part: next((by_name[name] for name in names if name in by_name), None) for part, names in _FOLDERS.items()}
+    others = [folder for folder in below.values() if folder not in found.values()]
+    # A folder `train` of images beside folders of cars and ships is a class, and not a part.
+    if not any(found.values()) or (others and found["train"] and not class_folders(found["train"])):
+        return {**dict.fromkeys(found), "train": Path(root)}, []
+    return found, others
 
 
 def _natural(text: str) -> list[str | int]:
@@ -181,6 +216,34 @@ class TorchvisionImages(Dataset):
     def name(self, index: int) -> str:
         """What a list of predictions calls an image."""
         return str(index)
+
+
+def open_named(given: Any, split: str) -> Any:
+    """A part of a dataset that timm reads, as the settings of a data module name it.
+
+    Raises:
+        DataError: It cannot be opened.
+        MissingPackageError: Its reader needs a package.
+    """
+    try:
+        dataset = timm.data.create_dataset(
+            given.dataset,
+            root=given.root,
+            split=split,
+            is_training=split == given.train_split,
+            download=given.download,
+            batch_size=given.batch_size,
+            seed=given.seed,
+        )
+    except ImportError as error:
+        raise MissingPackageError(f"The dataset {given.dataset!r} needs the package {error.name!r}.") from error
+    except Exception as error:
+        raise DataError(
+            f"Could not open the part {split!r} of the dataset {given.dataset!r}: {shorten(error, 300)}"
+        ) from error
+    if isinstance(dataset, IterableImageDataset):
+        return dataset
+    return ReaderImages(dataset.reader) if hasattr(dataset, "reader") else TorchvisionImages(dataset)
 
 
 def labels_of(source: Any) -> list[int] | None:
