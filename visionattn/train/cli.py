@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.resources
 import logging
 import shlex
 import shutil
@@ -60,7 +59,8 @@ from visionattn.train.throughput import ImagesPerSecond
 
 __all__ = ["TrainCLI", "find_recipe", "main", "recipes"]
 
-_COMMANDS = ("fit", "validate", "test", "predict")
+_ARGUMENTS = {"fit": "RECIPE [FOLDER]", **dict.fromkeys(("validate", "test", "predict"), "CHECKPOINT [FOLDER]")}
+_COMMANDS = tuple(_ARGUMENTS)
 # Lightning's warnings that a checkpoint holds what only training needs.
 LONGEST_MESSAGE = 1000
 _ONLY_FOR_TRAINING = "Be aware that when using `ckpt_path`|The dirpath has changed"
@@ -106,7 +106,7 @@ class TrainCLI(LightningCLI):
         )
         parsers = {
             command: {
-                "usage": f"visionattn {command} --config RECIPE [--SETTING VALUE ...]",
+                "usage": f"visionattn {command} {_ARGUMENTS[command]} [--SETTING VALUE ...]",
                 "description": more,
                 "exit_on_error": False,
             }

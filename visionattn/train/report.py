@@ -79,9 +79,7 @@ def write_report(
     sections.append(
         Section(
             "Confusion matrix",
-            [
-                "Rows are the images' classes, columns the predicted ones; darker cells hold a larger share of their row."
-            ],
+            ["Rows are the images' classes, columns the predicted ones; darker cells hold a larger share of the row."],
             pictures=[("confusion_matrix.png", "Confusion matrix")],
         )
     )
