@@ -44,14 +44,8 @@ from visionattn.train.configuration import (
 )
 from visionattn.train.from_checkpoint import expand_positionals, said_by_checkpoint, without_sources
 from visionattn.train.optimization import FROM_DATA, OptimizedTask
-from visionattn.train.outputs import (
-    check_report,
-    predictions_path,
-    report_test,
-    tell_skipped,
-    write_predictions,
-    write_summary,
-)
+from visionattn.train.outputs import check_report, report_test, tell_skipped, write_summary
+from visionattn.train.predictions import check_form, predictions_path, write_predictions
 from visionattn.train.recipes import find_recipe, recipes, resolve_configs
 from visionattn.train.resume import ExactResume, Interrupted
 from visionattn.train.run_logger import ResumedLogger
@@ -155,7 +149,9 @@ class TrainCLI(LightningCLI):
             if action.dest == "ckpt_path":
                 action.help = "checkpoint to take weights, and in fit the state, from; --checkpoint FILE is the same"
         if subcommand == "predict":
-            parser.add_argument("--output", type=str | None, help="CSV file of the predictions (predictions.csv)")
+            parser.add_argument("--output", type=str | None, help="CSV or JSON file (predictions.csv)")
+            parser.add_argument("--top", type=int, default=1, help="the likeliest classes of each image, so many")
+            parser.add_argument("--probabilities", action="store_true", help="the probability of every class")
             parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
         if subcommand == "test":
             parser.add_argument("--output", type=str | None, help="folder of a report of a classifier")
@@ -291,12 +287,13 @@ class TrainCLI(LightningCLI):
         """Predict, and write predictions.csv."""
         self._check_weights()
         writes = bool(getattr(self.model, "prediction_columns", ()))
+        form = check_form(self, self._get(self.config_init, "top"), self._get(self.config_init, "probabilities"))
         path = predictions_path(self.trainer, self._get(self.config_init, "output"))
         if writes:
-            check_output(path, self._get(self.config_init, "overwrite"), (".csv",))
+            check_output(path, self._get(self.config_init, "overwrite"), (".csv", ".json"))
         outputs = self.trainer.predict(**{**kwargs, "return_predictions": True})
         if writes:
-            write_predictions(self, outputs, path)
+            write_predictions(self, outputs, path, form)
         self.exit_code = int(tell_skipped(self))
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -1,9 +1,7 @@
-"""What a run leaves besides its checkpoints: the table of measures, predictions, and what could not be read."""
+"""What a run leaves besides its checkpoints: the table of measures, a report, and what could not be read."""
 
 from __future__ import annotations
 
-import csv
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ from rich.table import Table
 from visionattn.cost import count_macs, count_parameters
 from visionattn.data.module import DataModule, list_skipped
 from visionattn.errors import ConfigError, InputError, shorten
-from visionattn.files import atomic_path, check_folder
+from visionattn.files import check_folder
 from visionattn.train.announce import run_title, say
 from visionattn.train.report import write_report
 
-__all__ = ["check_report", "report_test", "tell_skipped", "write_predictions", "write_summary"]
+__all__ = ["check_report", "report_test", "tell_skipped", "write_summary"]
 
 
 def write_summary(cli: Any, measured: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
@@ -49,34 +47,6 @@ def write_summary(cli: Any, measured: Mapping[str, Mapping[str, torch.Tensor]]) 
         inputs = [shape] * len(getattr(net, "input_names", ("image",)))
         table.add_row("multiply-accumulates", *empty, f"{count_macs(net, *inputs):,}")
     say(cli.trainer, table)
-
-
-def predictions_path(trainer: Any, output: str | None) -> Path:
-    """Where this rank's predictions go."""
-    path = Path(output) if output else Path(trainer.default_root_dir) / "predictions.csv"
-    return path.with_stem(f"{path.stem}-rank{trainer.global_rank}") if trainer.world_size > 1 else path
-
-
-def write_predictions(cli: Any, outputs: list[Any], path: Path) -> None:
-    """A row for each image that could be read: its name, and what the task predicts."""
-    trainer, data = cli.trainer, cli.datamodule
-    names = data.predicted_names() if hasattr(data, "predicted_names") else itertools.count()
-    unread = data.unpredicted() if hasattr(data, "unpredicted") else set()
-    classes = getattr(data, "class_names", None)
-    # Ranks take turns.
-    named = itertools.islice(enumerate(names), trainer.global_rank, None, trainer.world_size)
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["image", *cli.model.prediction_columns])
-        for output in outputs:
-            for row in cli.model.prediction_rows(output, classes):
-                index, name = next(named)
-                if index not in unread:
-                    writer.writerow([name, *row])
-    say(trainer, f"The predictions are in {path}.")
 
 
 def check_report(cli: Any, folder: str) -> None:
