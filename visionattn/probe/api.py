@@ -229,7 +229,7 @@ def _probe(
     for words in (*images.told, *images.left_out):
         console.print(words)
     with one_writer(run.folder):
-        report = run.report(
+        report: Any = run.report(
             f"visionattn.probe({name}, ...)" if temporary or not isinstance(data, (str, Path)) else None
         )
         if temporary is None and rank_and_size()[0] == 0:

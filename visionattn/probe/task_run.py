@@ -117,7 +117,7 @@ class TaskRun(ABC):
         settings = self.settings
         images: Images = self.images
         train, test = parts
-        return TaskReport(
+        report = TaskReport(
             task=settings.task,
             command=command or settings.command(self.name, images.data),
             backbone=backbone_facts(self.name, self.opened, self.backbone, self.weights),
@@ -149,3 +149,5 @@ class TaskRun(ABC):
             words=self.words,
             **more,
         )
+        report.note_ends()
+        return report

@@ -162,6 +162,14 @@ class TaskReport:
         heads = [head for head in self.chosen() if head.layer_index is not None]
         return max(heads, key=lambda head: head.held_out, default=None)
 
+    def note_ends(self) -> None:
+        """Note where the chosen learning rate is the least or the largest of several."""
+        rates = {head.spec.lr for head in self.heads}
+        at_end = [head for head in self.chosen() if head.spec.lr in (min(rates), max(rates))]
+        if at_end and len(rates) > 1:
+            names = ", ".join(f"{self.name(head)} ({head.spec.lr:g})" for head in at_end)
+            self.notes.append(f"The chosen learning rate is an end of those tried for {names}: --lrs can take more.")
+
     def name(self, head: TaskHead) -> str:
         """What a head is called: its layer is said where several were read."""
         return f"{head.name} at {head.layer}" if len(self.layers) > 1 and head.layer_index is not None else head.name
