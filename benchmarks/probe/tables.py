@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
-from benchmarks.markdown import markdown, plain
+from benchmarks.markdown import markdown, plain, spread
 from benchmarks.report import RESULTS, read_rows
 
 
@@ -74,10 +75,40 @@ def probe_evidence_costs() -> str:
     return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}, seed {rows[0]['seed']}.\n"
 
 
+def probe_segmentation() -> str:
+    """Heads by backbones: mIoU, mean and deviation over seeds, and how far ahead of the linear head."""
+    rows = read_rows(RESULTS / "probe_segmentation.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["backbone"], row["head"]), []).append(row)
+    body = []
+    for (backbone, name), some in groups.items():
+        ahead = [100 * float(row["ahead"]) for row in some]
+        cells = [backbone, some[0]["grid"], name, f"{int(some[0]['parameters']):,}"]
+        for key in ("miou", "boundary_iou", "pixel_accuracy"):
+            cells.append(spread([100 * float(row[key]) for row in some], 1))
+        words = f"{statistics.median(ahead):+.1f} ({min(ahead):+.1f} to {max(ahead):+.1f})"
+        body.append([*cells, "" if name == "linear" else words])
+    head = [
+        "backbone",
+        "grid",
+        "head",
+        "parameters",
+        "mIoU %",
+        "boundary mIoU %",
+        "pixel accuracy %",
+        "ahead of linear",
+    ]
+    return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "probe_poolings": lambda: plain("probe_poolings"),
     "probe_sweep": probe_sweep,
     "probe_evidence": probe_evidence,
     "probe_evidence_costs": probe_evidence_costs,
+    "probe_segmentation": probe_segmentation,
     "probe_extraction": lambda: plain("probe_extraction"),
 }
