@@ -139,8 +139,8 @@ class FunctionModel(AdaptedModel):
     ) -> None:
         if not callable(function):
             raise InputError(f"A function of images is required; got {shorten(type(function).__name__)}.")
-        name = name or getattr(function, "__name__", type(function).__name__)
-        super().__init__(name, image_size, mean, std, int(class_token) + registers, class_token)
+        own = str(getattr(function, "__name__", type(function).__name__))
+        super().__init__(name or own, image_size, mean, std, int(class_token) + registers, class_token)
         self.function, self.runs_on = function, None if isinstance(function, nn.Module) else torch.device(device)
         if self.runs_on is not None or next(self.parameters(), None) is None:
             noise = torch.rand(1, len(mean), image_size, image_size, generator=torch.Generator().manual_seed(0))

@@ -104,11 +104,43 @@ def probe_segmentation() -> str:
     return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n"
 
 
+def probe_comparison() -> str:
+    """Backbones side by side."""
+    rows = read_rows(RESULTS / "probe_comparison.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["backbone", "pixels", "head", "accuracy %", "less the best", "p, Holm", "k-NN %", "MACs (G)", "ms", "MB"]
+
+    def percent(row: dict[str, str], name: str) -> str:
+        value, low, high = (
+            row[key] and f"{100 * float(row[key]):.1f}" for key in (name, f"{name}_low", f"{name}_high")
+        )
+        return value and f"{value} ({low} to {high})"
+
+    body = (
+        [
+            row["backbone"],
+            row["image_size"],
+            row["head"],
+            percent(row, "accuracy"),
+            percent(row, "difference"),
+            row["p_holm"] and f"{float(row['p_holm']):.2g}",
+            f"{100 * float(row['neighbours_accuracy']):.1f}",
+            f"{float(row['macs']) / 1e9:.3g}",
+            f"{float(row['milliseconds']):.3g}",
+            f"{float(row['bytes']) / 1e6:.3g}",
+        ]
+        for row in rows
+    )
+    return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "probe_poolings": lambda: plain("probe_poolings"),
     "probe_sweep": probe_sweep,
     "probe_evidence": probe_evidence,
     "probe_evidence_costs": probe_evidence_costs,
     "probe_segmentation": probe_segmentation,
+    "probe_comparison": probe_comparison,
     "probe_extraction": lambda: plain("probe_extraction"),
 }

@@ -135,6 +135,17 @@ def test_saved_reports_compare_as_they_did(both, content, tmp_path, capsys):
     assert "<td>gap</td>" in found._repr_html_()
 
 
+def test_a_name_among_several_has_its_weight_file(images, tmp_path):
+    torch.manual_seed(2)
+    torch.save(create(NAME).state_dict(), tmp_path / "net.pth")
+    pair = [NAME, f"{NAME}={tmp_path / 'net.pth'}"]
+    found = visionattn.probe(pair, images, settings=SETTINGS, progress=False)
+    assert [one.report["backbone"]["weights"] for one in found.judged] == ["random", "file net.pth"]
+    assert [one.name[: len(NAME) + 2] for one in found.judged] == [f"{NAME} ("] * 2
+    assert len({one.name for one in found.judged}) == 2
+    assert len(found.timings) == 2
+
+
 def test_modules_are_compared_in_python(images):
     torch.manual_seed(0)
     nets = [create(NAME), create(OTHER, in_chans=1)]

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from rich.console import Console
@@ -105,7 +105,40 @@ def run_probes(
     With `always_write`, and where the settings name no folder, each report is written as `run_probe` does, and the
     comparison to runs/probe/comparison-DATASET-HASH.
     """
-    names = [backbone_name(backbone) for backbone in backbones]
+    candidates = _candidates(backbones, settings)
+    names = [one.name for one in candidates]
+    folders = [None if settings.output is None else Path(settings.output) / name for name in _distinct(names)]
+    for one in candidates:  # a mistake shall be told before hours of work
+        if isinstance(one.source, (str, Path)):
+            open_backbone(one.source, one.checkpoint, one.random, image_size=settings.image_size)
+    console = Console(highlight=False, markup=False, quiet=not progress)
+    reports: list[Report] = []
+    for place, (one, folder) in enumerate(zip(candidates, folders), 1):
+        console.print(f"Backbone {place} of {len(candidates)}: {one.name}")
+        alone = replace(settings, output=folder, checkpoint=one.checkpoint, random=one.random)
+        report = run_probe(one.source, data, alone, progress=progress, always_write=always_write)
+        assert isinstance(report, Report)
+        reports.append(report)
+    given = [one.source.model if isinstance(one.source, Backbone) else one.source for one in candidates]
+    models = {place: copy.deepcopy(one) for place, one in enumerate(given) if isinstance(one, nn.Module)}
+    return compare_reports(reports, models, settings.output, settings.overwrite, settings.device, always_write)
+
+
+class _Candidate(NamedTuple):
+    """A backbone among several, with its own weights."""
+
+    source: BackboneSource
+    name: str
+    checkpoint: str | Path | None
+    random: bool
+
+
+def _candidates(backbones: Sequence[BackboneSource], settings: ProbeSettings) -> list[_Candidate]:
+    """Backbones to compare; `NAME=FILE` is a name with its weight file.
+
+    Raises:
+        InputError: They are less than two, or one is given twice, or the settings are those of one backbone.
+    """
     if len(backbones) < 2:
         raise InputError(f"A comparison needs two backbones or more; got {len(backbones)}.")
     twice = [str(one) for place, one in enumerate(backbones) if one in backbones[:place]]
@@ -114,26 +147,16 @@ def run_probes(
     if settings.task != "classification":
         raise InputError(f"Several backbones are compared in classification, not in {settings.task}: probe one alone.")
     if settings.checkpoint is not None or settings.export:
-        raise InputError(
-            "--checkpoint and --export are of one backbone: probe it alone, and compare the reports by --compare."
-        )
-    folders = [None if settings.output is None else Path(settings.output) / name for name in _distinct(names)]
-    for backbone in backbones:  # a mistake shall be told before hours of work
-        if isinstance(backbone, (str, Path)):
-            random = settings.random and not is_file(backbone)
-            open_backbone(backbone, None, random, image_size=settings.image_size)
-    console = Console(highlight=False, markup=False, quiet=not progress)
-    reports: list[Report] = []
-    for place, (backbone, name, folder) in enumerate(zip(backbones, names, folders), 1):
-        console.print(f"Backbone {place} of {len(backbones)}: {name}")
-        random = settings.random and isinstance(backbone, (str, Path)) and not is_file(backbone)
-        alone = replace(settings, output=folder, random=random)
-        report = run_probe(backbone, data, alone, progress=progress, always_write=always_write)
-        assert isinstance(report, Report)
-        reports.append(report)
-    given = {place: one.model if isinstance(one, Backbone) else one for place, one in enumerate(backbones)}
-    models = {place: copy.deepcopy(one) for place, one in given.items() if isinstance(one, nn.Module)}
-    return compare_reports(reports, models, settings.output, settings.overwrite, settings.device, always_write)
+        raise InputError("--checkpoint and --export are of one backbone; NAME=FILE gives one of several its weights.")
+    found = []
+    for source in backbones:
+        name, equals, file = str(source).partition("=")
+        if isinstance(source, str) and equals and not is_file(name) and not os.path.exists(source):
+            found.append(_Candidate(name, name, file, False))
+        else:
+            random = settings.random and isinstance(source, (str, Path)) and not is_file(source)
+            found.append(_Candidate(source, backbone_name(source), None, random))
+    return found
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

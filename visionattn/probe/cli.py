@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "backbone",
         nargs="*",
         metavar="NAME|CKPT",
-        help="name in timm's registry, or a weight file or folder; several are compared",
+        help="name in timm's registry, or a weight file or folder; several, also as NAME=FILE, are compared",
     )
     parser.add_argument(
         "--compare", nargs="+", type=Path, metavar="REPORT", help="compare folders of reports; nothing is probed"

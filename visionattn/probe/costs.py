@@ -71,7 +71,12 @@ def time_backbones(backbones: Sequence[Backbone]) -> list[Timing]:
         order = range(len(backbones)) if number % 2 else reversed(range(len(backbones)))
         for place in order:
             found[place].append(_milliseconds(backbones[place], images[place]))
-    return [Timing(*map(float, np.quantile(times, (0.5, 0.25, 0.75))), len(times)) for times in found]
+    return [_timing(times) for times in found]
+
+
+def _timing(times: Sequence[float]) -> Timing:
+    low, median, high = map(float, np.quantile(times, (0.25, 0.5, 0.75)))
+    return Timing(median, low, high, len(times))
 
 
 def _image(backbone: Backbone) -> torch.Tensor:

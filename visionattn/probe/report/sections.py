@@ -107,7 +107,8 @@ def _classes_section(report: Report, scores: list[ClassScore]) -> Section:
         mistake = "" if score.taken_for is None else f"{score.taken_for} ({score.times})"
         shares = map(percent, (score.precision, score.recall, score.f1))
         table.append([score.name, *shares, f"{score.support:,}", mistake])
-    mean = [sum(score[column] for score in scores) / len(scores) for column in (1, 2, 3)]
+    columns = zip(*((score.precision, score.recall, score.f1) for score in scores))
+    mean = [sum(column) / len(scores) for column in columns]
     table.append(["mean of the classes", *map(percent, mean), f"{sum(score.support for score in scores):,}", ""])
     words = f"Of {best.name}, the best by the held-out images, on the test images; the lowest F1 first."
     if len(scores) > _SHOWN_CLASSES:
