@@ -16,6 +16,7 @@ import visionattn
 from tests.probe.runs import NAME, TINY
 from visionattn.checkpoints import create
 from visionattn.cli import main
+from visionattn.cost import count_macs
 from visionattn.errors import DataError, InputError
 from visionattn.probe import Backbone, ProbeSettings, costs
 from visionattn.probe.comparison import Comparison, Judged, pareto_front
@@ -217,3 +218,16 @@ def test_backbones_of_all_kinds_are_compared(images):
     assert found.judged[0].report["backbone"]["macs"] == 6 * 49 * 16
     assert "class_token" in dict(vit.named_parameters())
     assert vit.heads[0].out_features == 1000  # the module itself stays as it is
+
+
+def test_costs_are_those_of_the_network():
+    for name in (NAME, OTHER):
+        net = create(name, num_classes=0)
+        backbone = Backbone(net, image_size=net.pretrained_cfg["input_size"][1])
+        found = costs.backbone_cost(backbone)
+        assert found.macs == count_macs(net, net.pretrained_cfg["input_size"])
+        assert found.parameters == sum(parameter.numel() for parameter in net.parameters())
+        assert found.bytes == sum(value.nbytes for value in net.state_dict().values())
+        (timing,) = costs.time_backbones([backbone])
+        assert 0 < timing.low <= timing.median <= timing.high
+        assert timing.rounds == 2

@@ -152,7 +152,8 @@ def _time(comparison: Comparison, models: Mapping[int, nn.Module], device: torch
         except VisionAttnError as error:
             comparison.notes.append(f"{one.name} was not timed: {error}")
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    threads = "" if device.type == "cuda" else f", {count} thread{'s' * (count > 1)}"
     comparison.device = f"{processor}{threads}, torch {torch.__version__}"
     comparison.timings = dict(zip(opened, time_backbones(list(opened.values()))))
 

@@ -144,8 +144,9 @@ def _picture_sections(comparison: Comparison) -> list[Section]:
                 row["accuracy"],
                 Interval(row["accuracy_low"], row["accuracy_high"]),
                 row[f"front_{cost}"],
+                number,
             )
-            for row in comparison.rows()
+            for number, row in enumerate(comparison.rows())
             if row[cost]
         ]
         if points:

@@ -24,6 +24,7 @@ class ScatterPoint(NamedTuple):
         accuracy: A share.
         interval: Of the accuracy.
         on_front: Whether the line goes through it.
+        number: Of its colour, so that it is the same in several pictures.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ScatterPoint(NamedTuple):
     accuracy: float
     interval: Interval
     on_front: bool
+    number: int
 
 
 def draw_scatter(points: Sequence[ScatterPoint], across: str) -> str:
@@ -72,8 +74,8 @@ def draw_scatter(points: Sequence[ScatterPoint], across: str) -> str:
     line = " ".join(f"{x_of(cost):.1f},{y_of(accuracy):.1f}" for cost, accuracy in front)
     parts.append(f'<polyline points="{line}" fill="none" stroke="#888" stroke-dasharray="4 3"/>')
     taken: list[tuple[float, float, float]] = []  # of names: left and right end, and height
-    for number, point in sorted(enumerate(points), key=lambda entry: entry[1].accuracy, reverse=True):
-        colour = COLOURS[number % len(COLOURS)]
+    for point in sorted(points, key=lambda point: point.accuracy, reverse=True):
+        colour = COLOURS[point.number % len(COLOURS)]
         x, y = x_of(point.cost), y_of(point.accuracy)
         if all(map(math.isfinite, point.interval)):
             bar = f'y1="{y_of(point.interval.low):.1f}" y2="{y_of(point.interval.high):.1f}"'
@@ -81,14 +83,15 @@ def draw_scatter(points: Sequence[ScatterPoint], across: str) -> str:
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}"/>')
         length = _LETTER * len(point.name)
         start = x + 9 if x + 9 + length < left + width else max(left + 2, x - 9 - length)
-        row = y - 7
+        # The line rises to the right of a point, above the place of its name.
+        row = y + 12 if point.on_front and start > x else y - 7
         while any(abs(row - other) < 14 and start < end and begin < start + length for begin, end, other in taken):
             row += 14
         taken.append((start, start + length, row))
         name = html.escape(point.name)
         parts.append(f'<text x="{start:.1f}" y="{row + 4:.1f}" fill="{colour}">{name}</text>')
     size = f'viewBox="0 0 {left + width + 8} {top + height + 46}" width="{left + width + 8}"'
-    style = 'font-family="sans-serif" font-size="12"'
+    style = 'style="max-width: 100%; height: auto" font-family="sans-serif" font-size="12"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size} {style}>' + "".join(parts) + "</svg>"
 
 
