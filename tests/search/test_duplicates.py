@@ -113,7 +113,7 @@ def test_the_command_writes_a_page_and_its_numbers(folder, capsys):
     assert numbers["pairs"][0][3] is True
     page = Path("duplicates.html").read_text()
     assert "&lt;copy&gt;.png" in page
-    assert "1.000, equal files" in page
+    assert "1.0000, equal files" in page
     assert "<script" not in page
     assert page.count("<img") == sum(map(len, numbers["groups"]))
     assert cli.main(["duplicates", "index"]) == 2

@@ -97,7 +97,7 @@ class Duplicates:
                 same |= {name} if pair.same else set()
         groups = {}
         for number, names in enumerate(self.groups, 1):
-            words = [f"{nearest[name]:.3f}{', equal files' * (name in same)}" for name in names]
+            words = [f"{nearest[name]:.4f}{', equal files' * (name in same)}" for name in names]
             groups[f"Group {number}: {len(names)} images"] = [sheet.Cell(*cell) for cell in zip(names, words)]
         copies = sum(len(group) - 1 for group in self.groups)
         told = [
