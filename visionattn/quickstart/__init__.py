@@ -80,6 +80,7 @@ def run(folder: Path, chosen: list[str], console: Console) -> None:
             raise UnknownNameError(f"There is no station {shorten(name)!r}; there are {', '.join(stations())}.")
     require("lightning", "all")
     require("onnxruntime", "all")
+    require("faiss", "all")
     for name in chosen or stations():  # before the first one's minutes of work
         _empty(folder / name)
     for name in chosen or stations():
