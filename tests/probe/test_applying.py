@@ -64,7 +64,7 @@ def test_arrays_and_files_give_the_same(images, head):
 def test_the_command_writes_the_most_probable_classes(images, head, tmp_path, capsys):
     words = ["predict", str(images / "test"), "--head", str(head), "--device", "cpu"]
     words += ["--output", str(tmp_path / "p.csv")]
-    assert main([*words, "--top-k", "9"]) == 0  # there are two
+    assert main([*words, "--top", "2"]) == 0
     with (tmp_path / "p.csv").open() as file:
         rows = list(csv.DictReader(file))
     columns = ["label", "class", "probability"]
@@ -78,6 +78,25 @@ def test_the_command_writes_the_most_probable_classes(images, head, tmp_path, ca
     assert main(words) == 2  # the file is kept
     assert "--overwrite" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0
+
+
+def test_other_forms_of_the_file(images, head, tmp_path, capsys):
+    words = ["predict", str(images / "test/one"), "--head", str(head), "--device", "cpu", "--output"]
+    applied = apply_head(images / "test/one", head, device="cpu")
+    for name, more in {"one": [], "two": ["--top", "2"], "all": ["--probabilities"]}.items():
+        assert main([*words, str(tmp_path / f"{name}.json"), *more]) == 0
+    one, two, every = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two", "all"))
+    for row, first, pair, shares in zip(applied.top(2), one, two, every, strict=True):
+        assert first == {"image": first["image"], **pair["classes"][0]}
+        assert [entry["class"] for entry in pair["classes"]] == [name for name, _ in row]
+        assert shares["probabilities"] == pytest.approx(dict(row), abs=1e-6)
+    assert main([*words, str(tmp_path / "all.csv"), "--probabilities"]) == 0
+    with (tmp_path / "all.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "none", "one"]
+    assert [float(row["one"]) for row in rows] == pytest.approx(applied.probabilities[:, 1].tolist(), abs=1e-6)
+    assert main([*words, str(tmp_path / "p.csv"), "--top", "3"]) == 2
+    assert "--top must be from 1 to 2, the number of classes; got 3" in capsys.readouterr().err
 
 
 def test_a_head_finds_its_weight_file_or_says_what_is_missing(images, tmp_path):
@@ -145,8 +164,9 @@ def test_a_file_that_somebody_made_is_not_trusted(images, head, tmp_path, entrie
         (["predict", ".", "--head", "{head}"], "There are no images in ."),
         (["predict", ".", "--head", "lost.safetensors"], "There is no file lost.safetensors"),
         (["predict", "--head={head}"], "required: IMAGE|FOLDER"),
-        (["predict", ".", "--head", "{head}", "--top-k", "0"], "must be a whole number of at least 1; got '0'"),
+        (["predict", ".", "--head", "{head}", "--top", "0"], "must be a whole number of at least 1; got '0'"),
         (["predict", ".", "--head", "{head}", "--output", "p.txt"], ".csv"),
+        (["predict", ".", "--head", "{head}", "--top", "2", "--probabilities"], "not allowed with"),
     ],
 )
 def test_mistakes_of_the_command(head, tmp_path, monkeypatch, capsys, words, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from visionattn.weights.hashing import hash_state
 __all__ = ["Applied", "HeadClassifier", "apply_head", "open_classifier", "write_applied"]
 
 BATCH = 32
+_COLUMNS = ("label", "class", "probability")
 _SCHEMA = {
     "layer": {"index": int, "name": str, "dim": int, "grid": [int]},
     "classes": [str],
@@ -204,23 +206,60 @@ def _open_backbone(
         raise CheckpointError(f"{error} --backbone and --checkpoint say where the backbone lies.") from error
 
 
-def write_applied(applied: Applied, file: str | Path, top_k: int = 1) -> None:
-    """Write a row an image as CSV: its name, then number, name and probability of its most probable classes.
+def write_applied(applied: Applied, file: str | Path, top: int = 1, probabilities: bool = False) -> None:
+    """Write a row an image, in the form of `visionattn predict` for a trained model.
+
+    Args:
+        applied: What the head says.
+        file: CSV, or JSON by its suffix.
+        top: So many of the most probable classes, each with its number, name and probability.
+        probabilities: The probability of every class in their place.
 
     Raises:
         StorageError: The file could not be written.
     """
-    columns = ("label", "class", "probability")
-    header = ["image", *columns, *(f"{column}_{place}" for place in range(2, top_k + 1) for column in columns)]
-    labels = {name: label for label, name in enumerate(applied.classes)}
+    rows = _every_class(applied) if probabilities else _likeliest(applied, top)
     with (
         atomic_path(file) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as table,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
     ):
-        writer = csv.writer(table)
-        writer.writerow(header)
-        for image, entries in zip(applied.images, applied.top(top_k)):
-            row: list[Any] = [image]
-            for name, probability in entries:
-                row += [labels[name], name, f"{probability:.6f}"]
-            writer.writerow(row)
+        if Path(file).suffix.lower() == ".json":
+            json.dump([_nested(row, top, probabilities) for row in rows], stream, indent=1)
+            stream.write("\n")
+            return
+        writer = csv.writer(stream)
+        writer.writerow(rows[0])
+        writer.writerows(row.values() for row in rows)
+
+
+def _every_class(applied: Applied) -> list[dict[str, Any]]:
+    table = zip(applied.images, applied.probabilities.tolist())
+    return [{"image": image, **dict(zip(applied.classes, map(_digits, row)))} for image, row in table]
+
+
+def _likeliest(applied: Applied, top: int) -> list[dict[str, Any]]:
+    labels = {name: label for label, name in enumerate(applied.classes)}
+    rows = []
+    for image, entries in zip(applied.images, applied.top(top)):
+        row: dict[str, Any] = {"image": image}
+        for place, (name, probability) in enumerate(entries, 1):
+            values = (labels[name], name, _digits(probability))
+            row |= {f"{column}_{place}" if place > 1 else column: value for column, value in zip(_COLUMNS, values)}
+        rows.append(row)
+    return rows
+
+
+def _nested(row: dict[str, Any], top: int, probabilities: bool) -> dict[str, Any]:
+    """A row as JSON has it: probabilities are numbers, and several classes a list or a mapping."""
+    image, *values = row.values()
+    if probabilities:
+        return {"image": image, "probabilities": dict(zip(list(row)[1:], map(float, values)))}
+    classes = [
+        {"label": label, "class": name, "probability": float(share)}
+        for label, name, share in zip(values[::3], values[1::3], values[2::3])
+    ]
+    return {"image": image, **classes[0]} if top == 1 else {"image": image, "classes": classes}
+
+
+def _digits(probability: float) -> str:
+    return f"{probability:.6f}"

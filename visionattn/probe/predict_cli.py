@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from visionattn.arguments import whole_number
-from visionattn.errors import shorten
+from visionattn.errors import InputError, shorten
 from visionattn.files import check_output
 from visionattn.probe.applying import Applied, apply_head, write_applied
 
@@ -24,11 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="what to classify, sub-folders included")
     parser.add_argument("--head", required=True, metavar="FILE", help="head that `visionattn probe` saved")
-    parser.add_argument(
-        "--top-k", type=whole_number(1), default=1, metavar="K", help="classes of an image (default: %(default)s)"
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--top",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="the likeliest classes of each image, so many (default: %(default)s)",
     )
+    form.add_argument("--probabilities", action="store_true", help="the probability of every class")
     parser.add_argument(
-        "--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="default: predictions.csv"
+        "--output",
+        type=Path,
+        default=Path("predictions.csv"),
+        metavar="FILE",
+        help="CSV or JSON (default: predictions.csv)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
     parser.add_argument("--backbone", metavar="NAME|CKPT", help="where the head's backbone lies elsewhere by now")
@@ -45,12 +55,14 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VisionAttnError: Nothing could be predicted.
     """
-    check_output(args.output, args.overwrite, (".csv",))
+    check_output(args.output, args.overwrite, (".csv", ".json"))
     applied = apply_head(args.images, args.head, backbone=args.backbone, checkpoint=args.checkpoint, device=args.device)
-    top_k = min(args.top_k, len(applied.classes))
-    write_applied(applied, args.output, top_k)
+    if args.top > len(applied.classes):
+        count = len(applied.classes)
+        raise InputError(f"--top must be from 1 to {count}, the number of classes; got {args.top}.")
+    write_applied(applied, args.output, args.top, args.probabilities)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
-    console.print(_table(applied, top_k))
+    console.print(_table(applied, args.top))
     if len(applied.images) > SHOWN:
         console.print(f"{len(applied.images) - SHOWN:,} more images.")
     console.print(f"The predictions are in {args.output}.")
@@ -59,13 +71,13 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(applied.skipped))
 
 
-def _table(applied: Applied, top_k: int) -> Table:
+def _table(applied: Applied, top: int) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("image")
-    for place in range(top_k):
+    for place in range(top):
         table.add_column("class" if place == 0 else f"class {place + 1}")
         table.add_column("%", justify="right")
-    for name, entries in zip(applied.images[:SHOWN], applied.top(top_k)):
+    for name, entries in zip(applied.images[:SHOWN], applied.top(top)):
         cells = [cell for label, probability in entries for cell in (label, f"{100 * probability:.1f}")]
         table.add_row(shorten(name, 60), *cells)
     return table
