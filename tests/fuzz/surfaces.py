@@ -17,6 +17,7 @@ import torch
 import yaml
 from onnx import TensorProto, helper
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.fuzz.mutate import WORDS, damaged_bytes, damaged_text, damaged_value
@@ -318,6 +319,39 @@ def _open_store(rng: Random, seeds: Path, case: Path) -> Call:
     return call
 
 
+def _reports(folder: Path) -> None:
+    few = ["--random", "--data", "digits", "--heads", "gap", "--lrs", "0.1", "--epochs", "1", "--few-shot", ""]
+    for name in ("va_minimal_vit_nano_patch7_28", NANO):
+        words = ["probe", name, *few, "--no-knn", "--no-pixels", "--maps", "0", "--output", str(folder / "run" / name)]
+        assert main(words) == 0
+        kept = folder / "reports" / name
+        kept.mkdir(parents=True)
+        for file in ("results.json", "predictions.csv"):
+            shutil.copy(folder / "run" / name / file, kept)
+    (head,) = (folder / "run" / NANO / "heads").glob("*.safetensors")
+    shutil.copy(head, folder / "head.safetensors")
+    shutil.rmtree(folder / "run")
+    _photos(folder / "photos")
+
+
+def _compare(rng: Random, seeds: Path, case: Path) -> Call:
+    first, second = sorted((seeds / "reports").iterdir())
+    damaged = _damaged_folder(rng, first, case)
+    return lambda: main(["probe", "--compare", str(damaged), str(second), "--output", "comparison", "--device", "cpu"])
+
+
+def _apply_head(rng: Random, seeds: Path, case: Path) -> Call:
+    source, target = seeds / "head.safetensors", case / "head.safetensors"
+    if rng.random() < 0.5:
+        target.write_bytes(damaged_bytes(rng, source.read_bytes()))
+    else:
+        with safe_open(source, "pt") as content:
+            facts = json.loads(content.metadata()["visionattn_head"])
+            state = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+        save_file(state, target, {"visionattn_head": json.dumps(damaged_value(rng, facts))})
+    return lambda: main(["predict", str(seeds / "photos"), "--head", str(target), "--output", "found.csv"])
+
+
 LINES = [
     f"show {SR}",
     f"export {SR} --output a.txt --opset 20 --batch 1 --image-size 8 8 --num-classes 3",
@@ -328,6 +362,8 @@ LINES = [
     f"index photos index --model {VIT} --image-size 32 32",
     "search photos good.png --attribute image=1 --top 3 --output found.png",
     f"probe {VIT} --data lost --layers last --lrs 0.1 --epochs 3 --draws 5 --few-shot 1,5",
+    f"probe {VIT} {NANO} --random --data lost --embed vectors.npz --top 3",
+    "predict photos --head lost.safetensors --top 3 --output found.csv --device cpu",
     "quickstart moon --output tour",
     "test --ckpt_path absent.ckpt --data.root photos",
 ]
@@ -356,5 +392,7 @@ SURFACES = [
     Surface("bundles", 12, _bundle, _verify),
     Surface("indexes", 8, _indexes, _search),
     Surface("stores", 25, _stores, _open_store),
+    Surface("reports", 12, _reports, _compare),
+    Surface("heads", 16, _reports, _apply_head),
     Surface("arguments", 16, lambda folder: None, _command),
 ]

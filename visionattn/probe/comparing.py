@@ -23,6 +23,7 @@ from visionattn.probe.costs import time_backbones
 from visionattn.probe.report.comparison_page import check_comparison, write_comparison
 from visionattn.probe.report.predictions import PREDICTIONS, read_predictions
 from visionattn.probe.report.report import Report
+from visionattn.probe.settings import LARGEST
 from visionattn.probe.tokens.backbone import Backbone
 
 __all__ = ["compare", "compare_reports"]
@@ -138,6 +139,9 @@ def _judged(report: Report | str | Path) -> tuple[Mapping[str, Any], dict[str, n
         correct = read_predictions(folder / PREDICTIONS).correct
     except DataError as error:
         raise DataError(f"{error} {again}") from error
+    sizes = [content["backbone"][name] for name in ("parameters", "macs", "bytes")]
+    if min(sizes) < 0 or max(sizes) > 2**63 or not 0 < content["data"]["image_size"] <= LARGEST:
+        raise DataError(f"{shorten(folder / 'results.json')} has costs without sense. {again}")
     if {one["name"] for one in content["answers"]} != set(correct) or content.get("best") not in correct:
         raise DataError(f"{shorten(folder / PREDICTIONS)} does not belong to results.json. {again}")
     return content, correct
