@@ -3,7 +3,9 @@
 Static where most weights are those of convolutions, and for stereo: ranges of activations come from calibration
 pictures, and convolutions, in stereo also products with weights, compute in int8. Dynamic elsewhere, as in vision
 transformers: ranges are those of each input, and products with weights compute in int8. Everything else stays in
-float, such as the positions of a bilinear softmax, products of two activations, normalisation.
+float, such as the positions of a bilinear softmax, products of two activations, normalisation. In stereo so does every
+layer that reads a concatenation, also after normalisation: features stand beside disparities there, whose range is that
+of the scene, and one scale for both loses the features.
 
 Nodes whose quantisation costs most for what it saves (the squared change of the result for each weight) are left in
 float one after the other, until the loss on the calibration examples is half of what is allowed: the other half is for
@@ -136,6 +138,19 @@ def _weights(model: Any) -> dict[str, dict[str, tuple[str, int]]]:
     return found
 
 
+def _readers_of_concatenations(model: Any) -> set[str]:
+    """Names of the nodes whose first input is a concatenation, or a layer norm of one."""
+    producers = {output: node for node in model.graph.node for output in node.output}
+
+    def mixed(name: str) -> bool:
+        producer = producers.get(name)
+        if producer is not None and producer.op_type == "LayerNormalization":
+            producer = producers.get(producer.input[0])
+        return producer is not None and producer.op_type == "Concat"
+
+    return {node.name for node in model.graph.node if node.input and mixed(node.input[0])}
+
+
 def _is_static(source: Path, spec: ExportSpec) -> bool:
     if spec.task == "stereo":
         return True
@@ -192,7 +207,10 @@ class _Static:
         self.kinds = ("Conv", "MatMul") if spec.task == "stereo" else ("Conv",)
         self.model = utilities.load_model_with_shape_infer(source)
         found = _weights(self.model)
-        self.nodes = {name: weight for kind in self.kinds for name, weight in found[kind].items()}
+        mixed = _readers_of_concatenations(self.model) if spec.task == "stereo" else set()
+        self.nodes = {
+            name: weight for kind in self.kinds for name, weight in found[kind].items() if name not in mixed
+        }
         if not self.nodes:
             raise ExportError(f"{spec.model} has no convolutions: there is nothing to compute in int8.")
         calibrator = calibrate.create_calibrator(
