@@ -50,6 +50,26 @@ def test_what_costs_too_much_stays_in_float(tmp_path):
     assert len(quantised) == 1  # its weight is the float one
 
 
+def test_in_stereo_layers_that_read_a_concatenation_stay_in_float(tmp_path):
+    make = onnx.helper.make_node
+    weights = {
+        "alone.weight": 20 * np.eye(1, 3).reshape(1, 3, 1, 1),
+        "joined.weight": np.eye(1, 6).reshape(1, 6, 1, 1),
+    }
+    nodes = [
+        make("Conv", ["left", "alone.weight"], ["found"], "node_alone"),
+        make("Concat", ["left", "right"], ["both"], "node_both", axis=1),
+        make("Conv", ["both", "joined.weight"], ["joined"], "node_joined"),
+        make("Sum", ["found", "joined"], ["disparity"], "node_sum"),
+    ]
+    facts = graphs.Facts(16, task="stereo", input_names=("left", "right"), output_names=("disparity",), size_minimum=4)
+    source = graphs.write(tmp_path / "toy.onnx", nodes, weights, facts, ["batch", 1, "height", "width"])
+    made = quantized(source, tmp_path)
+    inputs = {node.name: node.input for node in made.model.graph.node}
+    assert inputs["node_joined"][1] == "joined.weight"
+    assert inputs["node_alone"][1] == "alone.weight_DequantizeLinear_Output"
+
+
 def test_products_with_weights_get_the_ranges_of_each_input(tmp_path):
     source = graphs.classifier(tmp_path / "toy.onnx", classes=0)
     made = quantized(source, tmp_path)
