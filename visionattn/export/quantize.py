@@ -208,9 +208,7 @@ class _Static:
         self.model = utilities.load_model_with_shape_infer(source)
         found = _weights(self.model)
         mixed = _readers_of_concatenations(self.model) if spec.task == "stereo" else set()
-        self.nodes = {
-            name: weight for kind in self.kinds for name, weight in found[kind].items() if name not in mixed
-        }
+        self.nodes = {name: weight for kind in self.kinds for name, weight in found[kind].items() if name not in mixed}
         if not self.nodes:
             raise ExportError(f"{spec.model} has no convolutions: there is nothing to compute in int8.")
         calibrator = calibrate.create_calibrator(
