@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=whole_number(1),
         metavar="N",
-        help="images per step (default: 256, of segmentation 16; the paper's: 4096)",
+        help="images per step (default: 256, of other tasks 16 or 32; the paper's: 4096)",
     )
     heads.add_argument("--no-knn", action="store_true", help="leave out nearest neighbours")
     heads.add_argument("--no-pixels", action="store_true", help="leave out the baseline of 16 x 16 pixels")

@@ -15,7 +15,8 @@ from visionattn.probe.tokens.interface import Layer
 
 __all__ = ["DTYPES", "HEADS", "LARGEST", "LRS", "SEEDS", "TASKS", "ProbeSettings"]
 
-TASKS = ("classification", "segmentation", "multilabel", "regression")
+BATCHES = {"classification": 256, "segmentation": 16, "multilabel": 32, "regression": 32}  # images a step
+TASKS = tuple(BATCHES)
 LARGEST = 2048  # pixels of an image's side
 HEADS = ("cls", "gap", "ep_8", "ep_16", "ep_32")
 # Of AdamW, whose steps have one size whatever the scale is; of LARS, the paper's range.
@@ -55,7 +56,7 @@ class ProbeSettings:
         weight_decays: Weight decays. Each combination of the lists is a head.
         seeds: Seeds of initial weights.
         epochs: Epochs of training; the paper's are 90.
-        batch_size: Images per step; None is 256, of segmentation 16. The paper's are 4096.
+        batch_size: Images per step; None is 256, of segmentation 16, of labels and numbers 32. The paper's are 4096.
         no_knn: Leave out nearest neighbours.
         no_pixels: Leave out the baseline of 16 x 16 pixels.
         few_shot: Images per class as whole numbers, or fractions such as 0.01.
@@ -151,7 +152,7 @@ class ProbeSettings:
     @property
     def images_a_step(self) -> int:
         """The batch size."""
-        return self.batch_size or (16 if self.task == "segmentation" else 256)
+        return self.batch_size or BATCHES[self.task]
 
     @property
     def precision(self) -> str:
