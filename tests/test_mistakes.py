@@ -138,6 +138,7 @@ MISTAKES = [
     (f"index photos out --model {STEREO}", r"stereo|Stereo"),
     ("index photos out --model broken.pth", r"broken\.pth"),
     (f"index photos out --model {VIT} --image-size 0 0", r"argument --image-size"),
+    (f"index photos out --model {VIT} --nearest flat", r"argument --nearest: invalid choice: '?flat'?"),
     ("search empty good.png --attribute colour", r"empty"),
     ("search absent good.png --attribute colour", r"absent"),
     ("search notes.txt good.png --attribute colour", r"notes\.txt"),

@@ -36,6 +36,7 @@ def index(
     *,
     checkpoint: str | Path | None = None,
     image_size: int | tuple[int, int] | None = None,
+    nearest: str = "auto",
     device: str | torch.device = "auto",
     overwrite: bool = False,
     progress: bool = True,
@@ -53,6 +54,8 @@ def index(
             `visionattn.opening.open_model`), which is not changed.
         checkpoint: Weight file for a name.
         image_size: Side of the images in pixels, or height and width; None takes the model's.
+        nearest: How search finds the nearest: "exact", approximately by "hnsw" or "ivf" (see
+            `visionattn.search.nearest`), or "auto": exact below 200,000 images.
         device: "auto" (a GPU where there is one), or a device of PyTorch.
         overwrite: Replace an index of another folder or model, and compare images by content, not by size and time.
         progress: Show the progress in a terminal or notebook.
@@ -77,6 +80,7 @@ def index(
         _name(model),
         checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
         image_size=size,
+        nearest=nearest,
         overwrite=overwrite,
         console=new_console() if progress else None,
     )

@@ -7,6 +7,7 @@ ends with the same bytes as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -45,6 +46,7 @@ from visionattn.search.files import (
     stage,
     write_block,
 )
+from visionattn.search.nearest import bring_up_to_date, kind_for
 from visionattn.weights.hashing import hash_state
 
 __all__ = [
@@ -210,10 +212,12 @@ def update_index(
     *,
     checkpoint: str | None = None,
     image_size: tuple[int, int] | None = None,
+    nearest: str = "auto",
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Update:
-    """As `build_index`; `checkpoint` is the weight file of the name. Says what changed."""
+    """As `build_index`; `checkpoint` is the weight file of the name, `nearest` a kind of `KINDS`. Says what changed."""
+    kind_for(0, nearest)  # which says what is wrong with it
     require("faiss", "search")
     folder, output = Path(folder), Path(output)
     names = find_images(folder)
@@ -251,6 +255,7 @@ def update_index(
             stage(output, np.stack([maker.found[name].vectors for name in kept]), manifest)
             commit(output)
         clear(output)
+        bring_up_to_date(output, read_manifest(output), kind_for(len(kept), nearest))
     return update
 
 
@@ -293,11 +298,9 @@ def _statuses(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
     """Size and time of change of each image that is still there."""
     found = {}
     for name in names:
-        try:
+        with contextlib.suppress(OSError):
             status = (folder / name).stat()
-        except OSError:
-            continue
-        found[name] = (status.st_size, status.st_mtime_ns)
+            found[name] = (status.st_size, status.st_mtime_ns)
     return found
 
 
@@ -320,10 +323,8 @@ def _before(output: Path, plan: dict[str, Any], overwrite: bool) -> dict[str, An
         raise InputError(f"{shorten(output)} holds an index {' and '.join(changed)}: give --overwrite to replace it.")
     # A folder that is gone was moved; its images are told by their content.
     if before["folder"] != plan["folder"] and os.path.isdir(before["folder"]) and not overwrite:
-        raise InputError(
-            f"{shorten(output)} holds an index of the folder {shorten(before['folder'])}: give --overwrite to replace "
-            "it."
-        )
+        whose = shorten(before["folder"])
+        raise InputError(f"{shorten(output)} holds an index of the folder {whose}: give --overwrite to replace it.")
     return None if changed else before
 
 

@@ -16,6 +16,7 @@ from visionattn.data.retrieval.embedding import LARGEST
 from visionattn.errors import InputError, shorten
 from visionattn.search.api import Hits, index, search
 from visionattn.search.duplicates import THRESHOLD, duplicates
+from visionattn.search.nearest import KINDS
 from visionattn.search.sheet import contact_sheet
 
 __all__ = [
@@ -43,6 +44,9 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         help="of images (default: the model's)",
+    )
+    parser.add_argument(
+        "--nearest", choices=KINDS, default="auto", help="how search finds them (default: exact below 200,000 images)"
     )
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument(
@@ -122,6 +126,7 @@ def run_index(args: argparse.Namespace) -> int:
         args.model,
         checkpoint=args.checkpoint,
         image_size=size,
+        nearest=args.nearest,
         device=args.device,
         overwrite=args.overwrite,
     )

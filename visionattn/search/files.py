@@ -57,7 +57,9 @@ HEADER = struct.Struct("<4siqqq?iQ")
 UNUSED = 1 << 20
 UNIT = 1 + 1e-3  # the largest length of a vector, with what float32 rounds
 ROWS = 2**16  # vectors whose lengths are taken together
-OURS = re.compile(r"(\d+\.(npz|safetensors|faiss)|plan\.json|manifest\.json|" + re.escape(TEMPORARY) + ".*)", re.DOTALL)
+OURS = re.compile(
+    r"(\d+\.(npz|safetensors|faiss|near)|plan\.json|manifest\.json|" + re.escape(TEMPORARY) + ".*)", re.DOTALL
+)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""An index of a folder of images: what each looks like under each attribute, searched exactly by cosine.
+"""An index of a folder of images: what each looks like under each attribute, searched by cosine.
 
+Up to 200,000 images search is exact; see `visionattn.search.nearest` for more.
 `visionattn.search.building` makes it, `visionattn.search.files` describes its files.
 """
 
@@ -22,7 +23,10 @@ from visionattn.data.retrieval.embedding import check_config, embed, eval_transf
 from visionattn.errors import CheckpointError, DataError, InputError, UnknownNameError, require, shorten
 from visionattn.search.building import Update, build_index, digest_of, find_images, read_upright, write_index
 from visionattn.search.files import UNIT, read_manifest, read_vectors
+from visionattn.search.nearest import Candidates, find_candidates, open_candidates
 from visionattn.weights.hashing import hash_state
+
+MOST = 1000  # images that are wanted, up to which candidates are looked for
 
 __all__ = ["Hit", "ImageIndex", "build_index", "find_images", "read_upright", "write_index"]
 
@@ -63,6 +67,8 @@ class ImageIndex:
         self.model: nn.Module | None = None
         self.update: Update | None = None
         self._opened: dict[str, Any] = {}
+        self._candidates: dict[str, Candidates | None] = {}
+        self._vectors: dict[str, np.ndarray] = {}
 
     def __repr__(self) -> str:
         return f"ImageIndex({str(self.folder)!r}: {len(self.images)} images, attributes {', '.join(self.conditions)})"
@@ -130,7 +136,7 @@ class ImageIndex:
     def search(
         self, vectors: np.ndarray, attributes: Mapping[str, float], top: int, exclude: Collection[int] = ()
     ) -> list[Hit]:
-        """The nearest images.
+        """The nearest images: all are compared, unless the index has candidates and one attribute is asked for.
 
         Args:
             vectors: float32 (C, E) of the query, L2-normalised.
@@ -159,8 +165,7 @@ class ImageIndex:
         total = sum(weights.values())
         if len(attributes) == 1:
             ((name, _),) = attributes.items()
-            found, order = self._index(name).search(vectors[self.conditions.index(name)][None], wanted)
-            scores, places = found[0].tolist(), order[0].tolist()
+            places, scores = self._nearest(name, vectors[self.conditions.index(name)], wanted)
             cosines = {name: dict(zip(places, scores))}
         else:
             every = {}
@@ -197,6 +202,21 @@ class ImageIndex:
         weights = attributes.values() if isinstance(attributes, Mapping) else ()
         if not attributes or not all(weight > 0 and math.isfinite(weight) for weight in weights):
             raise InputError("Say by which attributes to search; their weights are finite and above 0.")
+
+    def _nearest(self, name: str, query: np.ndarray, wanted: int) -> tuple[list[int], list[float]]:
+        """Positions and cosines of the nearest images under an attribute, best first."""
+        number = self.conditions.index(name)
+        if name not in self._candidates:
+            self._candidates[name] = open_candidates(self.folder, self.manifest, number)
+        candidates = self._candidates[name]
+        if candidates is not None and wanted <= MOST:
+            if name not in self._vectors:
+                self._vectors[name] = read_vectors(self.folder, self.manifest, number)
+            found = find_candidates(candidates, query, self._vectors[name], wanted)
+            if len(found) == wanted:
+                return found.tolist(), (self._vectors[name][found] @ query).tolist()
+        scores, places = self._index(name).search(query[None], wanted)
+        return places[0].tolist(), scores[0].tolist()
 
     def _index(self, name: str) -> Any:
         if name not in self._opened:
