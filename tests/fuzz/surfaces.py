@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.fuzz.mutate import WORDS, damaged_bytes, damaged_text, damaged_value
+from tests.predict.calibrations import KITTI, MIDDLEBURY, OPENCV
 from visionattn import load
 from visionattn.cli import main
 from visionattn.data.matching.disparity import read_disparity, read_flow, write_disparity, write_flow
@@ -29,6 +30,7 @@ from visionattn.export import OnnxModel
 from visionattn.export.inspect.structure import read_structure
 from visionattn.export.inspect.targets import find_targets
 from visionattn.export.spec import ExportSpec
+from visionattn.predict.calibration import read_calibration
 from visionattn.train.cli import find_recipe
 from visionattn_runtime import Model as OnnxRunner
 from visionattn_runtime import RunError, verify
@@ -291,13 +293,35 @@ def _verify(rng: Random, seeds: Path, case: Path) -> Call:
 
 def _indexes(folder: Path) -> None:
     _photos(folder / "photos")
-    assert main(["index", str(folder / "photos"), str(folder / "index"), "--model", VIT]) == 0
+    assert main(["index", str(folder / "photos"), str(folder / "index"), "--model", VIT, "--nearest", "ivf"]) == 0
 
 
 def _search(rng: Random, seeds: Path, case: Path) -> Call:
     index = _damaged_folder(rng, seeds / "index", case)
+    if rng.random() < 0.3:
+        return lambda: main(["duplicates", str(index), "--output", "found.html", "--device", "cpu"])
     query = str(seeds / "photos" / "1.png")
     return lambda: main(["search", str(index), query, "--attribute", "image", "--output", "found.png"])
+
+
+def _calibrations(folder: Path) -> None:
+    for number, text in enumerate((MIDDLEBURY, KITTI, OPENCV)):
+        (folder / f"{number}.txt").write_text(text)
+
+
+def _read_calibration(rng: Random, seeds: Path, case: Path) -> Call:
+    text = rng.choice(sorted(seeds.glob("*.txt"))).read_text()
+    path = case / "calib.txt"
+    if rng.random() < 0.5:
+        path.write_bytes(damaged_bytes(rng, text.encode()))
+    else:
+        path.write_text(damaged_text(rng, text, " "))
+
+    def call() -> None:
+        found = read_calibration(path)
+        found.at(*(found.size or (480, 640)))
+
+    return call
 
 
 def _stores(folder: Path) -> None:
@@ -357,6 +381,9 @@ LINES = [
     f"export {SR} --output a.txt --opset 20 --batch 1 --image-size 8 8 --num-classes 3",
     f"upscale good.png out.png --model {SR} --memory 100 --overlap 4 --scale 2 --engine torch --dtype float32",
     "stereo good.png good.png out.pfm --focal 100 --baseline 0.1 --doffs 0 --enlarge 1 --principal-point 8 8",
+    "stereo good.png good.png --calibration good.png --right --format color",
+    f"upscale photos out --model {SR} --width 40 --height 30 --format jpg --quality 80",
+    "duplicates photos --threshold 0.9 --output found.html",
     f"evaluate sr {SR} --data photos --scale 2 --dtype float32 --device cpu --output rows.csv",
     f"evaluate stereo {STEREO} --data photos --layout pairs --enlarge 1 --dtype float32",
     f"index photos index --model {VIT} --image-size 32 32",
@@ -391,6 +418,7 @@ SURFACES = [
     Surface("checked-onnx", 8, _onnx, _check_onnx),
     Surface("bundles", 12, _bundle, _verify),
     Surface("indexes", 8, _indexes, _search),
+    Surface("calibrations", 60, _calibrations, _read_calibration),
     Surface("stores", 25, _stores, _open_store),
     Surface("reports", 12, _reports, _compare),
     Surface("heads", 16, _reports, _apply_head),

@@ -5,38 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.predict.calibrations import KITTI, MIDDLEBURY, OPENCV
 from visionattn.errors import DataError, InputError
 from visionattn.predict.calibration import Calibration, read_calibration
 from visionattn.predict.stereo import open_calibration
-
-MIDDLEBURY = """cam0=[3979.911 0 1244.772; 0 3979.912 1019.507; 0 0 1]
-cam1=[3979.911 0 1369.115; 0 3979.911 1019.507; 0 0 1]
-doffs=124.343
-baseline=193.001
-width=2964
-height=1988
-ndisp=270
-"""
-KITTI = """calib_time: 09-Jan-2012 13:57:47
-S_rect_02: 1.242000e+03 3.750000e+02
-P_rect_00: 721.5 0 609.5 0 0 721.5 172.8 0 0 0 1 0
-P_rect_02: 721.5 0 609.5 44.85728 0 721.5 172.8 0.2163791 0 0 1 0.002745884
-P_rect_03: 721.5 0 610.5 -339.5242 0 721.5 172.8 2.199936 0 0 1 0.002729905
-"""
-OPENCV = """%YAML:1.0
----
-imageSize: [ 640, 480 ]
-P1: !!opencv-matrix
-   rows: 3
-   cols: 4
-   dt: d
-   data: [ 500., 0., 320., 0., 0., 501., 240., 0., 0., 0., 1., 0. ]
-P2: !!opencv-matrix
-   rows: 3
-   cols: 4
-   dt: d
-   data: [ 500., 0., 330., -60., 0., 501., 240., 0., 0., 0., 1., 0. ]
-"""
 
 
 def read(tmp_path, text):
