@@ -344,7 +344,10 @@ def _open_store(rng: Random, seeds: Path, case: Path) -> Call:
 
 
 def _reports(folder: Path) -> None:
-    few = ["--random", "--data", "digits", "--heads", "gap", "--lrs", "0.1", "--epochs", "1", "--few-shot", ""]
+    from tests.probe.runs import pictures
+
+    data = pictures(folder / "data", {part: {"none": 8, "one": 8} for part in ("train", "test")})
+    few = ["--random", *data, "--heads", "gap", "--lrs", "0.1", "--epochs", "1", "--few-shot", ""]
     for name in ("va_minimal_vit_nano_patch7_28", NANO):
         words = ["probe", name, *few, "--no-knn", "--no-pixels", "--maps", "0", "--output", str(folder / "run" / name)]
         assert main(words) == 0
@@ -355,7 +358,7 @@ def _reports(folder: Path) -> None:
     (head,) = (folder / "run" / NANO / "heads").glob("*.safetensors")
     shutil.copy(head, folder / "head.safetensors")
     shutil.rmtree(folder / "run")
-    _photos(folder / "photos")
+    shutil.copytree(folder / "data" / "test", folder / "photos")
 
 
 def _compare(rng: Random, seeds: Path, case: Path) -> Call:
@@ -420,7 +423,7 @@ SURFACES = [
     Surface("indexes", 8, _indexes, _search),
     Surface("calibrations", 60, _calibrations, _read_calibration),
     Surface("stores", 25, _stores, _open_store),
-    Surface("reports", 12, _reports, _compare),
-    Surface("heads", 16, _reports, _apply_head),
+    Surface("reports", 8, _reports, _compare),
+    Surface("heads", 12, _reports, _apply_head),
     Surface("arguments", 16, lambda folder: None, _command),
 ]
