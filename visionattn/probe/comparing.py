@@ -17,7 +17,7 @@ from torch import nn
 from visionattn.devices import find_device
 from visionattn.errors import DataError, InputError, VisionAttnError, shorten
 from visionattn.files import check_folder, read_json
-from visionattn.opening import open_backbone
+from visionattn.opening import is_file, open_backbone
 from visionattn.probe.comparison import Comparison, Judged
 from visionattn.probe.costs import time_backbones
 from visionattn.probe.report.comparison_page import check_comparison, write_comparison
@@ -104,7 +104,7 @@ def compare_reports(
     judged = []
     for report, correct in found:
         backbone = report["backbone"]
-        name = Path(backbone["name"]).name if os.sep in backbone["name"] else backbone["name"]
+        name = Path(backbone["name"]).name if is_file(backbone["name"]) else backbone["name"]
         if names[backbone["name"]] > 1:
             name = f"{name} ({backbone['sha256'][:6]}, {report['data']['image_size']} px)"
         judged.append(Judged(name, report, correct))

@@ -46,7 +46,7 @@ class Judged:
 
     @property
     def best(self) -> str:
-        """The head that the held-out images prefer; k-NN where there is no head."""
+        """The head or k-NN that the held-out images prefer."""
         return self.report["best"]
 
     @property
@@ -154,7 +154,7 @@ class Comparison:
         """Each pair of backbones on the same test images.
 
         Args:
-            neighbours: Compare the best k-NN of each, in the place of the best head.
+            neighbours: Compare the best k-NN of each, whatever does best.
         """
         chosen = {one.name: one.best_neighbours if neighbours else one.best for one in self.judged}
         correct = {one.name: one.correct[method] for one in self.judged if (method := chosen[one.name]) is not None}

@@ -63,15 +63,15 @@ def comparison_sections(comparison: Comparison) -> list[Section]:
             f"{len(judged)} backbones on {dataset_name(data)}",
             [
                 f"{data['train_images']:,} training images, {data['test_images']:,} test images of "
-                f"{len(judged[0].report['classes']):,} classes. Each backbone is frozen and judged by the head that "
-                "its held-out training images prefer.",
+                f"{len(judged[0].report['classes']):,} classes. Each backbone is frozen and judged by the head, or "
+                "the k-NN, that its held-out training images prefer.",
                 comparison.summary(),
             ],
         ),
         _accuracy_section(comparison),
         _cost_section(comparison),
         *_picture_sections(comparison),
-        _tests_section("Pair by pair: best heads", comparison.tests()),
+        _tests_section("Pair by pair", comparison.tests()),
     ]
     if neighbours := comparison.tests(neighbours=True):
         sections.append(_tests_section("Pair by pair: k-NN", neighbours))
@@ -85,7 +85,7 @@ def comparison_sections(comparison: Comparison) -> list[Section]:
 
 
 def _accuracy_section(comparison: Comparison) -> Section:
-    table = [["backbone", "head", "test, %", "less the best, points", "p, Holm", "k-NN, %"]]
+    table = [["backbone", "head or k-NN", "test, %", "less the best, points", "p, Holm", "k-NN, %"]]
     for row in comparison.rows():
         difference, neighbours = "–", row["neighbours_accuracy"]
         if row["difference"] is not None:
@@ -102,8 +102,8 @@ def _accuracy_section(comparison: Comparison) -> Section:
         )
     words = (
         "Brackets of accuracies are Wilson's 95 % intervals; of differences to the best, bootstrapped over the test "
-        "images, which are the same of all. p is McNemar's exact test with Holm's correction for all pairs. k-NN is "
-        "the one that the held-out images prefer."
+        "images, which are the same of all. p is McNemar's exact test with Holm's correction for all pairs. The column "
+        "k-NN is the one that the held-out images prefer."
     )
     return Section("Accuracy", [words], table)
 
@@ -166,7 +166,7 @@ def _tests_section(title: str, tests: Sequence[PairedDifference]) -> Section:
 
 def _methods_section(comparison: Comparison) -> Section:
     methods = list(dict.fromkeys(method for one in comparison.judged for method in one.correct))
-    table = [["head", *(one.name for one in comparison.judged)]]
+    table = [["head or k-NN", *(one.name for one in comparison.judged)]]
     for method in methods:
         cells = [percent(*one.accuracy(method)) if method in one.correct else "–" for one in comparison.judged]
         table.append([method, *cells])
@@ -180,7 +180,7 @@ def _classes_section(comparison: Comparison) -> Section:
     table = [["class", "images", *(one.name for one in comparison.judged)]]
     for name in names[:_SHOWN_CLASSES]:
         table.append([name, f"{scores[0][name]['support']:,}", *(percent(one[name]["f1"]) for one in scores)])
-    words = "F1 in % of the best head of each; the classes that are hardest for all first."
+    words = "F1 in %, each backbone by its best head or k-NN; the classes that are hardest for all first."
     if len(names) > _SHOWN_CLASSES:
         words += f" The {_SHOWN_CLASSES} hardest of {len(names):,}."
     return Section("Class by class", [words], table)

@@ -220,13 +220,11 @@ class Report:
         return found
 
     def best_answers(self) -> Answers | None:
-        """Those of the head that the held-out images prefer; of k-NN where there is no head."""
-        answers = self.answers()
-        heads = [one for one in answers if one.parameters]
-        return max(heads or answers, key=lambda one: one.held_out_accuracy, default=None)
+        """Those of the head or k-NN that the held-out images prefer; of equals, a head."""
+        return max(self.answers(), key=lambda one: (one.held_out_accuracy, one.parameters > 0), default=None)
 
     def class_scores(self) -> list[ClassScore]:
-        """Of the best head, class by class, the worst first; none where the labels are not known."""
+        """Of the best head or k-NN, class by class, the worst first; none where the labels are not known."""
         best = self.best_answers()
         if best is None or self.test_labels is None:
             return []

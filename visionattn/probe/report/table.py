@@ -49,8 +49,8 @@ def best_heads(report: Report) -> Table:
 def compared_backbones(comparison: Comparison) -> Table:
     """A row a backbone, with its best head and its costs."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("backbone", "head", "test, %", "95 % interval", "p, Holm", "k-NN, %", "MACs, G", "ms", "MB"):
-        table.add_column(title, justify="left" if title in ("backbone", "head") else "right", no_wrap=True)
+    for title in ("backbone", "by", "test, %", "95 % interval", "p, Holm", "k-NN, %", "MACs, G", "ms", "MB"):
+        table.add_column(title, justify="left" if title in ("backbone", "by") else "right", no_wrap=True)
     for row in comparison.rows():
         low, high = (f"{100 * row[f'accuracy_{end}']:.1f}" for end in ("low", "high"))
         neighbours, ms = row["neighbours_accuracy"], row["milliseconds"]
