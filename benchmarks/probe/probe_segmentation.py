@@ -96,6 +96,7 @@ def measure(case: Case, root: Path, seed: int, weights: Path | None) -> list[dic
         image_size=case.size,
         layers=[case.layer],
         seeds=[seed],
+        no_pixels=bool(case.file),  # they are the same for every backbone of this grid
         device="cpu",
         progress=False,
     )

@@ -21,7 +21,6 @@ LARGEST = 2048  # pixels of an image's side
 HEADS = ("cls", "gap", "ep_8", "ep_16", "ep_32")
 # Of AdamW, whose steps have one size whatever the scale is; of LARS, the paper's range.
 LRS = {"adamw": (0.001, 0.003, 0.01, 0.03, 0.1), "lars": (0.1, 0.3, 1.0)}
-SEGMENTATION_LRS = (0.001, 0.003, 0.01, 0.03)
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "int8"}  # -> as stores call them
 SEEDS = 2**63 - 1
 
@@ -147,7 +146,7 @@ class ProbeSettings:
     @property
     def learning_rates(self) -> tuple[float, ...]:
         """Those to try."""
-        return tuple(self.lrs or (SEGMENTATION_LRS if self.task == "segmentation" else LRS[self.optimizer]))
+        return tuple(self.lrs or LRS[self.optimizer])
 
     @property
     def images_a_step(self) -> int:
