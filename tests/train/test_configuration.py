@@ -115,4 +115,4 @@ def test_a_folder_without_a_recipe_gets_the_recipe_for_folders(tmp_path, monkeyp
     assert main(["fit", "--data.root=pictures", "--print_config"]) == 0
     note, _, config = capsys.readouterr().out.partition("\n")
     assert note == f"No recipe is named: {DEFAULT_RECIPE} is used, for images in folders of their classes."
-    assert yaml.safe_load(config)["trainer"]["max_epochs"] == 8
+    assert yaml.safe_load(config)["trainer"]["max_epochs"] == 6
