@@ -25,10 +25,11 @@ from benchmarks.report import RESULTS
 from benchmarks.retrieval import tables as retrieval
 from benchmarks.stereo import tables as stereo
 from benchmarks.super_resolution import tables as super_resolution
+from benchmarks.train import tables as train
 
 DOCS = RESULTS.parent / "docs"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
-ROOMS = (kernels, mixers, models, super_resolution, stereo, probe, retrieval, edge, edge_variants, edge_web)
+ROOMS = (kernels, mixers, models, super_resolution, stereo, probe, retrieval, train, edge, edge_variants, edge_web)
 TABLES: dict[str, Callable[[], str]] = {name: table for room in ROOMS for name, table in room.TABLES.items()}
 
 

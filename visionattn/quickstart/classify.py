@@ -60,7 +60,7 @@ Digits the ONNX file names right: {right} of {count}.
 
 Put the images of each class into a folder of its own, below `train/` and `val/` or without these:
 
-    visionattn fit --config minimal_vit_folder --data.root YOUR_FOLDER
+    visionattn fit finetune_folder YOUR_FOLDER --model.checkpoint WEIGHTS_OF_A_BACKBONE
 
 ## In Python
 

@@ -1,0 +1,45 @@
+"""The documentation's tables of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.markdown import markdown
+from benchmarks.report import RESULTS, read_rows
+
+
+def _table(name: str, columns: dict[str, str]) -> str:
+    rows = read_rows(RESULTS / f"{name}.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    return markdown(list(columns), ([row[key] for key in columns.values()] for row in rows))
+
+
+def finetune_folder() -> str:
+    """Fine-tuning against k-NN, a row a seed."""
+    columns = {
+        "seed": "seed",
+        "k-NN, %": "knn_accuracy",
+        "fine-tuned, %": "tuned_accuracy",
+        "p": "p",
+        "seconds": "seconds",
+        "pixels": "pixels",
+        "device": "device",
+    }
+    return _table("finetune_folder", columns)
+
+
+def timm_train() -> str:
+    """Two trainers, a row a seed."""
+    columns = {
+        "trainer": "trainer",
+        "epochs": "epochs",
+        "seed": "seed",
+        "accuracy, %": "accuracy",
+        "seconds": "seconds",
+        "device": "device",
+    }
+    return _table("timm_train", columns)
+
+
+TABLES: dict[str, Callable[[], str]] = {"finetune_folder": finetune_folder, "timm_train": timm_train}
