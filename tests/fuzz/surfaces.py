@@ -24,7 +24,10 @@ from tests.fuzz.mutate import WORDS, damaged_bytes, damaged_text, damaged_value
 from tests.predict.calibrations import KITTI, MIDDLEBURY, OPENCV
 from visionattn import load
 from visionattn.cli import main
+from visionattn.data.labels import read_labels
 from visionattn.data.matching.disparity import read_disparity, read_flow, write_disparity, write_flow
+from visionattn.data.segment.layouts import read_segmentation
+from visionattn.data.segment.masks import check_labels, read_mask
 from visionattn.errors import InputError
 from visionattn.export import OnnxModel
 from visionattn.export.inspect.structure import read_structure
@@ -207,6 +210,34 @@ def _read_truth(rng: Random, seeds: Path, case: Path) -> Call:
         found = read(path)
         assert found.dtype == np.float32
         assert found.ndim == axes
+
+    return call
+
+
+def _labelled(folder: Path) -> None:
+    root = folder / "labelled"
+    for kind in ("images", "masks"):
+        (root / kind).mkdir(parents=True)
+    for number in range(5):
+        Image.fromarray(_pixels(12, 16, 3)).save(root / "images" / f"{number}.png")
+        Image.fromarray(_pixels(12, 16) % np.uint8(3)).save(root / "masks" / f"{number}.png")
+    (root / "classes.txt").write_text("ground\ndisc\nsquare\n")
+    files = [f"images/{number}.png" for number in range(5)]
+    (root / "labels.csv").write_text("file,cat,dog\n" + "".join(f"{file},1,0\n" for file in files))
+    (root / "labels.json").write_text(json.dumps({file: ["cat", "dog"] for file in files}))
+
+
+def _read_labelled(rng: Random, seeds: Path, case: Path) -> Call:
+    root = _damaged_folder(rng, seeds / "labelled", case)
+
+    def call() -> None:
+        found = read_segmentation(root)
+        for pair in [*found.train, *found.test]:
+            check_labels(read_mask(pair.mask), pair.mask, found.classes or range(255))
+        for name in ("labels.csv", "labels.json"):
+            if (root / name).exists():
+                labels = read_labels(root / name, multilabel=True)
+                assert np.isfinite(np.concatenate(labels.values)).all()
 
     return call
 
@@ -417,6 +448,7 @@ SURFACES = [
     Surface("tables", 16, _tables, _retrieve),
     Surface("recipes", 5, _recipes, _fit),
     Surface("ground-truth", 60, _truth, _read_truth),
+    Surface("labelled", 40, _labelled, _read_labelled),
     Surface("onnx", 25, _onnx, _run_onnx),
     Surface("checked-onnx", 8, _onnx, _check_onnx),
     Surface("bundles", 12, _bundle, _verify),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -67,7 +68,7 @@ def read_mask(path: str | Path, zero_is_ignored: bool = False) -> np.ndarray:
     return mask
 
 
-def check_labels(mask: np.ndarray, path: str | Path, classes: Sequence[str]) -> None:
+def check_labels(mask: np.ndarray, path: str | Path, classes: Sequence[Any]) -> None:
     """Refuse a mask with a class that has no name.
 
     Raises:
