@@ -138,9 +138,9 @@ def _kitti(entries: Mapping[str, str]) -> Calibration:
     if names is None:
         raise KeyError("the projections P2 and P3, or P_rect_02 and P_rect_03")
     stated = entries.get(names[0].replace("P_rect", "S_rect"))
-    size = None if stated is None or not names[0].startswith("P_rect") else _numbers(stated, 2)
+    sides = None if stated is None or not names[0].startswith("P_rect") else _numbers(stated, 2)
     found = _of_projections(*(np.reshape(_numbers(entries[name], 12), (3, 4)) for name in names))
-    return replace(found, size=size and (int(size[1]), int(size[0])))
+    return replace(found, size=sides and (int(sides[1]), int(sides[0])))
 
 
 def _of_projections(left: np.ndarray, right: np.ndarray) -> Calibration:

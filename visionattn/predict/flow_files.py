@@ -67,7 +67,8 @@ def flow_files(
     if len(named) not in (1, 2):
         raise InputError(f"Flow takes one input or two and an output, but there are {len(named)} inputs.")
     beside = [name for name, asked in (("color", color), ("nonocc", nonocc)) if asked]
-    found, names = (pairs.consecutive(named[0]), []) if len(named) == 1 else pairs.pair_up(*named, output)
+    alone = len(named) == 1
+    found, names = (pairs.consecutive(named[0]), []) if alone else pairs.pair_up(named[0], named[1], output)
     jobs = pairs.jobs_of(
         found,
         output,

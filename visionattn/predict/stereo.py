@@ -189,7 +189,7 @@ def open_calibration(
             return None
         if fy is not None:
             depth(np.ones((1, 1)), fy, baseline)
-        return Calibration(focal, baseline, doffs, principal_point and tuple(principal_point), fy)
+        return Calibration(focal, baseline, doffs, principal_point and (principal_point[0], principal_point[1]), fy)
     if given := [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value]:
         raise InputError(f"The calibration file says {', '.join(given)}: leave that out.")
     found = read_calibration(calibration)

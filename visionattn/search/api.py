@@ -216,7 +216,7 @@ def _open(
     found: Any = open_model(
         model, checkpoint, task=EMBEDDING_TASKS, image_size=image_size, drop_classifier=checkpoint is not None
     ).model
-    if not conditions_of(found) and getattr(found, "num_classes", 0) and hasattr(found, "reset_classifier"):
+    if not conditions_of(found) and getattr(found, "num_classes", None) and hasattr(found, "reset_classifier"):
         found = copy.deepcopy(found) if found is model else found
         found.reset_classifier(0)
     return found.to(find_device(device))

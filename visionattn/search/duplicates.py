@@ -213,11 +213,10 @@ def _near(vectors: np.ndarray, threshold: float, device: torch.device) -> tuple[
             total += len(places)
             if total > MOST_PAIRS:
                 raise InputError(f"More than {MOST_PAIRS:,} pairs have a cosine of {threshold:g}: raise the threshold.")
-            values = cosines[near].cpu().numpy()
-            places = places.cpu().numpy()
-            found.append((places[:, 0] + top, places[:, 1] + left, values))
-    rows, columns, cosines = (np.concatenate(parts) for parts in zip(*found))
-    return rows, columns, cosines
+            row, column = places.cpu().numpy().T
+            found.append((row + top, column + left, cosines[near].cpu().numpy()))
+    first, second, values = (np.concatenate(parts) for parts in zip(*found))
+    return first, second, values
 
 
 def _usual(vectors: np.ndarray) -> tuple[float, float]:
