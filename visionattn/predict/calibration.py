@@ -140,7 +140,7 @@ def _kitti(entries: Mapping[str, str]) -> Calibration:
     stated = entries.get(names[0].replace("P_rect", "S_rect"))
     sides = None if stated is None or not names[0].startswith("P_rect") else _numbers(stated, 2)
     found = _of_projections(*(np.reshape(_numbers(entries[name], 12), (3, 4)) for name in names))
-    return replace(found, size=sides and (int(sides[1]), int(sides[0])))
+    return found if sides is None else replace(found, size=(int(sides[1]), int(sides[0])))
 
 
 def _of_projections(left: np.ndarray, right: np.ndarray) -> Calibration:
