@@ -1,5 +1,7 @@
 """Networks of other libraries as backbones: their tokens are what they themselves give."""
 
+import sys
+
 import numpy as np
 import pytest
 import timm
@@ -239,8 +241,8 @@ def test_models_of_transformers_that_are_no_backbones(transformers):
 
 def test_a_folder_of_transformers_says_what_is_missing(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(MissingPackageError, match="pip install transformers"):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'visionattn\[transformers\]'"):
         open_backbone(tmp_path)
 
 

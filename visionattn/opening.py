@@ -18,8 +18,8 @@ from visionattn.errors import (
     CheckpointError,
     DataError,
     InputError,
-    MissingPackageError,
     UnknownNameError,
+    require,
     shorten,
 )
 from visionattn.files import read_json
@@ -221,17 +221,14 @@ def _is_of_transformers(folder: Path) -> bool:
 
 def _open_transformers(folder: Path) -> nn.Module:
     """A model in a folder; no code that lies there is run, and nothing is fetched."""
-    try:
-        from transformers import AutoModel
-        from transformers.utils import logging
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{shorten(folder)} holds a model of transformers, which is not installed: pip install transformers"
-        ) from error
+    transformers: Any = require("transformers", "transformers")
+    logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32)
+        model = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        )
     except Exception as error:
         # What its many readers raise for damaged files can be anything.
         raise CheckpointError(f"{shorten(folder)} could not be opened by transformers: {shorten(error)}.") from error

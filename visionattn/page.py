@@ -22,7 +22,7 @@ _VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1"
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222; }
 h1, h2, p { overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-size: 14px; }
+table { border-spacing: 0; font-size: 14px; }
 th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff padding-box; }
 div { overflow-x: auto; } img { max-width: 100%; } code { font-size: 13px; overflow-wrap: anywhere; }

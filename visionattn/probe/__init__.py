@@ -5,8 +5,7 @@ and `nearest_neighbours` judge them. The package is called as the function of it
 data)` does all of it and gives a report. Intervals and calibration need `pip install 'visionattn[train]'`.
 """
 
-from visionattn.lazy import make_callable
-from visionattn.probe.applying import apply_head, open_classifier
+from visionattn.lazy import lazily, make_callable
 from visionattn.probe.few_shot import few_shot
 from visionattn.probe.heads.banks import HeadSpec, grid
 from visionattn.probe.heads.files import load_head
@@ -18,6 +17,8 @@ from visionattn.probe.tokens.backbone import Backbone
 from visionattn.probe.tokens.features import LiveFeatures, StoredFeatures, extract
 
 make_callable(__name__, "visionattn.probe.api")
+# What reads files of images needs Lightning.
+__getattr__ = lazily(__name__, {name: "visionattn.probe.applying" for name in ("apply_head", "open_classifier")})
 
 # `sweep` and `few_shot` are the functions: what else is in the modules of these names is had by `from ... import`.
 __all__ = [

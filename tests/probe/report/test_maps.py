@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from visionattn.errors import InputError
 from visionattn.probe.heads.banks import HeadSpec, create_head
 from visionattn.probe.report.maps import attention_of, overlay
+from visionattn.probe.tokens.backbone import Backbone
 from visionattn.probe.tokens.interface import Layer, Tokens
 
 LAYER = Layer("last", 8, (2, 3), has_class=True)
@@ -30,6 +32,19 @@ def test_the_share_of_a_class_token_is_left_out():
     every = torch.cat([given.class_token[:, None], given.patches], dim=1)
     expected = (head.pooling.queries @ every.transpose(1, 2) / 8**0.5).softmax(-1)[:, :, 1:]
     torch.testing.assert_close(attention_of(head, given), expected.detach())
+
+
+@pytest.mark.parametrize("pooling", ["ep_4", "ep_all_4"])
+def test_registers_of_dinov2_are_in_no_map(pooling):
+    torch.manual_seed(0)
+    options = {"img_size": 28, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    backbone = Backbone(timm.create_model("vit_small_patch14_reg4_dinov2", **options), image_size=28)
+    (given,) = backbone(torch.randn(2, 3, 28, 28))
+    assert given.registers.shape == (2, 4, 24)
+    head = create_head(HeadSpec(pooling), backbone.layers[0], 3).eval()
+    attention = attention_of(head, given)
+    assert attention.shape == (2, 4, 4)  # 2 x 2 patches
+    assert torch.equal(attention, attention_of(head, given._replace(registers=given.registers + 100)))
 
 
 def test_other_poolings_have_no_queries():
