@@ -64,7 +64,7 @@ def write_report(
     rows = [{"class": name, **dict(zip(classes, counts))} for name, counts in zip(classes, confusion.tolist())]
     write_table(rows, folder / "confusion_matrix.csv")
     write_table(results.per_class(), folder / "per_class.csv")
-    names = [data.name(split, place) for place in results.places.tolist()]
+    names = [data.image_name(split, place) for place in results.places.tolist()]
     write_table(_predictions(results, names), folder / "predictions.csv")
     worst = results.worst(MISTAKES)
     (folder / "mistakes.jpg").unlink(missing_ok=True)

@@ -232,7 +232,7 @@ class RetrieveTask(RankedTask):
         if backbone_rate != 1 and not self._backbone:
             raise ConfigError(f"{name!r} has no backbone apart from its head: leave out model.backbone_rate.")
         if backbone_rate == 0:
-            self.net.backbone.requires_grad_(False)  # type: ignore[union-attr]
+            self.net.backbone.requires_grad_(False)
         with torch.no_grad():
             empty = torch.zeros(1, 3, *self.input_config["size"])
             embed_dim = embed(self.net.eval(), empty).shape[-1]
@@ -263,7 +263,7 @@ class RetrieveTask(RankedTask):
     def on_train_epoch_start(self) -> None:
         """Keep a frozen backbone as it is in evaluation."""
         if self.hparams.backbone_rate == 0:
-            self.net.backbone.eval()  # type: ignore[operator, union-attr]
+            self.net.backbone.eval()  # type: ignore[union-attr]
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""

@@ -276,7 +276,7 @@ class ClassifyData(DataModule):
         """An image of a split, as it is stored."""
         return self._source(split)[index][0]
 
-    def name(self, split: str, index: int) -> str:
+    def image_name(self, split: str, index: int) -> str:
         """What to call an image of a split."""
         return name_of(self._source(split), index)
 
