@@ -79,10 +79,21 @@ def test_confusion_pictures_are_dark_on_the_diagonal(tmp_path, count):
 
 
 def test_learning_curves_have_a_point_for_each_epoch(tmp_path):
-    rows = ["epoch,step,train/loss,val/loss,val/accuracy", "0,1,3.0,,", "0,2,1.0,,", "0,2,,1.5,0.5", "1,4,,1.0,0.75"]
+    head = "epoch,step,train/loss,val/loss,val/accuracy,train/images_per_second"
+    rows = [
+        head,
+        "0,1,3.0,,,",
+        "0,2,1.0,,,",
+        "0,2,,1.5,0.5,",
+        "0,2,,,,9",
+        "1,4,,1.0,0.75,",
+        "1,4,,,,9",
+        "2,4,,1.5,0.5,",
+    ]
     (tmp_path / "metrics.csv").write_text("\n".join(rows))
     accuracy, loss = learning_curves(tmp_path / "metrics.csv")
     assert [(x, y) for x, y, _ in accuracy.curves.series["validation"]] == [(0, 0.5), (1, 0.75)]
+    assert accuracy.curves.labels == ["1", "2"]
     assert [(x, y) for x, y, _ in loss.curves.series["training"]] == [(0, 2.0)]
     (tmp_path / "metrics.csv").write_text("epoch,step\n")
     assert learning_curves(tmp_path / "metrics.csv") == []

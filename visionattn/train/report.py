@@ -139,21 +139,26 @@ def _classes(results: Results) -> Section:
 
 
 def learning_curves(metrics: Path) -> list[Section]:
-    """Accuracy and loss of each epoch, from the table that the CSV logger wrote; none where it has no epochs."""
+    """Accuracy and loss of each epoch, from the table that the CSV logger wrote; none where it has no epochs.
+
+    The closing evaluation of the best checkpoint stands in the table as if it were of one epoch more.
+    """
     values: dict[str, dict[int, list[float]]] = {"train/loss": {}, "val/loss": {}, "val/accuracy": {}}
+    trained = 0
     with metrics.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
+            if row.get("train/images_per_second"):
+                trained = 1 + int(float(row["epoch"]))
             for key, epochs in values.items():
                 if row.get(key) and row.get("epoch"):
                     epochs.setdefault(int(float(row["epoch"])), []).append(float(row[key]))
-    count = 1 + max((epoch for epochs in values.values() for epoch in epochs), default=-1)
-    if not count:
+    if not trained:
         return []
     points = {
-        key: [CurvePoint(epoch, sum(found) / len(found)) for epoch, found in sorted(epochs.items())]
+        key: [CurvePoint(epoch, sum(found) / len(found)) for epoch, found in sorted(epochs.items()) if epoch < trained]
         for key, epochs in values.items()
     }
-    labels = [str(epoch + 1) for epoch in range(count)]
+    labels = [str(epoch + 1) for epoch in range(trained)]
     accuracy = Curves("accuracy.svg", labels, {"validation": points["val/accuracy"]}, "accuracy, %")
     both = {"training": points["train/loss"], "validation": points["val/loss"]}
     loss = Curves("loss.svg", labels, both, "loss", percent=False)
