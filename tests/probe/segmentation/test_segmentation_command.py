@@ -89,6 +89,13 @@ def test_in_python(folder):
     assert "mIoU" in report._repr_html_()
 
 
+def test_live_tokens_give_what_stored_ones_give(folder):
+    options = {**OPTIONS, "heads": ["linear"], "image_size": 64}
+    stored = visionattn.probe("test_vit", folder, dtype="float32", **options)
+    live = visionattn.probe("test_vit", folder, live=True, **options)
+    assert live.chosen()[0].scores == stored.chosen()[0].scores
+
+
 def test_voc_and_ade(tmp_path):
     write_scenes(tmp_path, {"train": 6, "val": 2})
     voc, ade = tmp_path / "voc", tmp_path / "ade"
