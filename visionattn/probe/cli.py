@@ -168,7 +168,8 @@ def run(args: argparse.Namespace) -> int:
     for note in report.notes:
         console.print(f"note: {note}")
     assert report.folder is not None
-    console.print(f"The report is {report.folder / 'report.html'}, next to its numbers and heads.")
+    heads = "" if isinstance(report, TaskReport) else " and heads"
+    console.print(f"The report is {report.folder / 'report.html'}, next to its numbers{heads}.")
     for entry in report.skipped:
         print(f"visionattn: left out of {entry.part}: {entry.name}: {entry.reason}", file=sys.stderr)
     return int(bool(report.skipped))

@@ -119,7 +119,8 @@ def read_images(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> I
 
 def image_config(settings: ProbeSettings, config: dict[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     """Side, mean and standard deviation of the images."""
-    assert not isinstance(settings.image_size, tuple)  # refused by the settings
+    if isinstance(settings.image_size, tuple):
+        raise InputError("image_size must be one whole number here: images are squares.")
     return settings.image_size or config["input_size"][1], config["mean"], config["std"]
 
 

@@ -224,8 +224,8 @@ def _check_task(settings: ProbeSettings) -> None:
     task = settings.task
     if task not in TASKS:
         raise InputError(f"task must be one of {', '.join(map(repr, TASKS))}; got {shorten(task)!r}.")
-    if task == "classification" and isinstance(settings.image_size, tuple):
-        raise InputError("For classification image_size must be one whole number: images are squares.")
+    if task != "segmentation" and isinstance(settings.image_size, tuple):
+        raise InputError(f"For {task} image_size must be one whole number: images are squares.")
     size = settings.image_size
     if isinstance(size, tuple) and not (
         len(size) == 2 and all(isinstance(side, int) and 1 <= side <= LARGEST for side in size)

@@ -165,6 +165,7 @@ def test_an_image_that_cannot_be_read_is_left_out(tmp_path, capsys):
         ({"task": "segmentation", "export": "linear"}, "--export is an option of the task classification"),
         ({"classes": "names.txt"}, "--classes is an option of the task segmentation, not of classification"),
         ({"image_size": (64, 96)}, "For classification image_size must be one whole number"),
+        ({"task": "regression", "image_size": [64, 96]}, "For regression image_size must be one whole number"),
         ({"task": "segmentation", "image_size": (64, 0)}, "image_size must be a side, or height and width"),
     ],
 )

@@ -118,3 +118,6 @@ def test_too_few_images():
 def test_prediction_of_one_image(answered):
     test, truth = stripes(1, 3)
     assert torch.equal(predict_masks(answered.head, test.patches[0], GRID, GRID), truth[0])
+    whole = predict_masks(answered.head, test.patches[0], GRID, (30, 41))
+    for numbers in (1, 30 * 41 * 2):  # one class, and two, at once
+        assert torch.equal(predict_masks(answered.head, test.patches[0], GRID, (30, 41), numbers), whole)

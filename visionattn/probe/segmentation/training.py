@@ -171,10 +171,30 @@ def _choose_by(
 
 
 @torch.no_grad()
-def predict_masks(head: LinearSegmenter, tokens: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Classes of the pixels of one image: (1, N, D) -> int64 (H, W)."""
+def predict_masks(
+    head: LinearSegmenter, tokens: Tensor, grid: tuple[int, int], size: tuple[int, int], numbers: int = 2**26
+) -> Tensor:
+    """Classes of the pixels of one image.
+
+    Args:
+        head: A head in evaluation.
+        tokens: (1, N, D).
+        grid: Height and width of the patches.
+        size: H and W of the mask.
+        numbers: Logits of pixels that are held at once, which bounds the memory for large masks of many classes.
+
+    Returns:
+        int64 (H, W).
+    """
     weight = head.classifier.weight
-    return interpolate(head(tokens.to(weight.device, weight.dtype)), grid, size)[0].argmax(0)
+    logits = head(tokens.to(weight.device, weight.dtype))
+    step = max(1, numbers // (size[0] * size[1]))
+    highest, found = interpolate(logits[:, :, :step], grid, size)[0].max(0)
+    for first in range(step, logits.shape[2], step):
+        values, classes = interpolate(logits[:, :, first : first + step], grid, size)[0].max(0)
+        found = torch.where(values > highest, classes + first, found)
+        highest = torch.maximum(values, highest)
+    return found
 
 
 def score_segmenter(
