@@ -207,6 +207,14 @@ def test_mistakes_of_the_command(words, message, capsys, monkeypatch, tmp_path):
     assert len(err.splitlines()) == 1
 
 
+def test_reports_of_other_tasks_are_refused(both, tmp_path):
+    (tmp_path / "results.json").write_text('{"command": "visionattn probe", "task": "segmentation"}')
+    with pytest.raises(InputError, match="is of segmentation"):
+        visionattn.compare([both / NAME, tmp_path], device="cpu")
+    with pytest.raises(InputError, match="can be compared; got 3"):
+        visionattn.compare([both / NAME, 3], device="cpu")
+
+
 def test_backbones_of_all_kinds_are_compared(images):
     torch.manual_seed(0)
     net = torch.nn.Conv2d(1, 6, 7, stride=7)

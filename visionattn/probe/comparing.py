@@ -127,12 +127,20 @@ def _default_folder(comparison: Comparison) -> Path:
 
 def _judged(report: Report | str | Path) -> tuple[Mapping[str, Any], dict[str, np.ndarray]]:
     if isinstance(report, Report):
-        return report.to_json(), {one.name: one.correct.numpy() for one in report.answers()}
+        content, answers = report.to_json(), report.answers()
+        if not answers:
+            raise InputError(f"{shorten(report)} has nothing to compare: it has no k-NN, and all heads diverged.")
+        return content, {one.name: one.correct.numpy() for one in answers}
+    if not isinstance(report, (str, Path)):
+        raise InputError(f"Reports of classification and their folders can be compared; got {shorten(report)}.")
     folder = Path(report)
     folder = folder.parent if folder.is_file() else folder
     if not (folder / "results.json").is_file():
         raise InputError(f"{shorten(report)} is no folder of a report: `visionattn probe` writes results.json there.")
     content = read_json(folder / "results.json", {"command": str})
+    if content.get("task", "classification") != "classification":
+        task = shorten(content["task"])
+        raise InputError(f"Reports of classification can be compared; {shorten(report)} is of {task}.")
     again = f"Run its command again: `{shorten(content['command'], 400)}`; what was computed is kept."
     try:
         content = read_json(folder / "results.json", _SCHEMA)
