@@ -240,7 +240,18 @@ def _check_task(settings: ProbeSettings) -> None:
 
 # Options that not all tasks have.
 _ONLY = dict.fromkeys(
-    ("root", "train_split", "val_split", "test_split", "no_knn", "few_shot", "draws", "devices", "export"),
+    (
+        "root",
+        "train_split",
+        "val_split",
+        "test_split",
+        "num_classes",
+        "no_knn",
+        "few_shot",
+        "draws",
+        "devices",
+        "export",
+    ),
     ("classification",),
 ) | {"classes": ("segmentation",), "optimizer": ("classification", "multilabel", "regression")}
 _RANGES = {
