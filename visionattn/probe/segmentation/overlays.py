@@ -11,7 +11,7 @@ from visionattn.data.segment.masks import IGNORE, PALETTE
 
 __all__ = ["compare_masks"]
 
-_SIDE = 320  # pixels of a panel's longer side, at most
+_SIDE = 320  # pixels of a panel's longer side
 _GAP = 4
 _LINE = 16  # height of a line of names
 _OPACITY = 0.6
@@ -30,7 +30,7 @@ def compare_masks(image: Image.Image, truth: np.ndarray, prediction: np.ndarray,
     Returns:
         An RGB picture: image, ground truth, prediction, and below them a line for each class in either mask.
     """
-    factor = min(1.0, _SIDE / max(image.size))
+    factor = _SIDE / max(image.size)
     width, height = (max(1, round(side * factor)) for side in image.size)
     picture = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     colours = PALETTE.copy()
