@@ -15,7 +15,6 @@ import timm
 import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from visionattn.checkpoints import HOSTED, classifier_keys, create, load, load_weights, read_card
 from visionattn.errors import CheckpointError, ConfigError, shorten
@@ -33,6 +32,7 @@ __all__ = [
     "weights_of_classes",
 ]
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 MOST_IMAGES = 10_000
 """Training images at most that measure a frozen backbone, of which its memory holds a vector each."""
 
@@ -185,5 +185,5 @@ def hold_statistics(net: nn.Module, every: bool) -> None:
     """Keep the running statistics of all batch norms in training, or of those whose parameters are frozen."""
     for module in net.modules():
         own = list(module.parameters(recurse=False))
-        if isinstance(module, _BatchNorm) and (every or (own and not any(weight.requires_grad for weight in own))):
+        if isinstance(module, BATCH_NORMS) and (every or (own and not any(weight.requires_grad for weight in own))):
             module.eval()
