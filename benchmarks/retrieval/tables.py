@@ -70,5 +70,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "retrieval_entanglement": retrieval_entanglement,
     "dual_cross": dual_cross,
     "search_index": lambda: plain("search_index"),
+    "search_scale": lambda: plain("search_scale"),
     "retrieval_cost": lambda: plain("retrieval_cost"),
 }
