@@ -145,3 +145,27 @@ def test_what_is_usual_is_said(clustered):
     found = visionattn.duplicates(clustered)
     assert found.usual == pytest.approx(np.percentile(cosines, [50, 99.9]), abs=1e-6)
     assert f"usually have a cosine of {found.usual[0]:.3f} (median)" in found.to_html()
+
+
+def test_a_threshold_is_named_where_most_images_are_taken_for_copies(tmp_path, capsys, monkeypatch):
+    generator = np.random.default_rng(2)
+    vectors = np.ones(16) + 0.1 * generator.normal(size=(40, 16))  # all alike: cosines of about 0.98
+    index = made(tmp_path / "index", vectors)
+    found = visionattn.duplicates(index)
+    assert [len(group) for group in found.groups] == [40]
+    higher = found.higher_threshold()
+    assert f"Most images are taken for copies: use --threshold {higher:g}." in found.to_html()
+    assert max(len(group) for group in visionattn.duplicates(index, threshold=higher).groups) <= 4
+    assert max(len(group) for group in visionattn.duplicates(index, threshold=higher - 1e-4).groups) > 4
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["duplicates", "index"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "cosine from 0.95 on: 1 group, 39 of 40 images beyond the first of each" in out
+    assert f"use --threshold {higher:g}." in out
+
+
+def test_no_threshold_splits_equal_files_or_equal_vectors(tmp_path, clustered):
+    equal = np.ones((10, 4))
+    assert visionattn.duplicates(made(tmp_path / "one", equal)).higher_threshold() is None
+    assert visionattn.duplicates(made(tmp_path / "two", equal, digests=["a"] * 10)).higher_threshold() is None
+    assert visionattn.duplicates(clustered, threshold=0.99).higher_threshold() is None

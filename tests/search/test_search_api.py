@@ -15,7 +15,7 @@ from PIL import Image
 pytest.importorskip("faiss")
 
 import visionattn
-from tests.retrieval_toys import toy, write_pictures
+from tests.retrieval_toys import plain, toy, write_pictures
 from visionattn import cli
 from visionattn.errors import CheckpointError, InputError, UnknownNameError
 from visionattn.search import api
@@ -127,3 +127,12 @@ def test_defaults_are_those_of_the_command(name):
         if parameter.default is not inspect.Parameter.empty and dest not in differing:
             assert parameter.default == action.default, dest
     assert {renamed.get(dest, dest) for dest in options} == set(signature) - {"progress"}
+
+
+def test_the_index_has_a_default_name_and_the_model_has_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "pictures")
+    with pytest.raises(InputError, match="model is missing"):
+        visionattn.index("pictures")
+    visionattn.index("pictures", model=plain(), device="cpu", progress=False)
+    assert visionattn.search("index", QUERY, model=plain()).folder == (tmp_path / "pictures")

@@ -26,13 +26,15 @@ from visionattn.search import sheet
 from visionattn.search.building import as_upright, read_upright, update_index
 from visionattn.search.image_index import Hit, ImageIndex
 
-__all__ = ["Hits", "index", "search"]
+__all__ = ["INDEX", "Hits", "index", "search"]
+
+INDEX = "index"  # folder that `index` writes unless another is named
 
 
 def index(
     folder: str | Path,
-    output: str | Path,
-    model: str | Path | nn.Module,
+    output: str | Path = INDEX,
+    model: str | Path | nn.Module | None = None,
     *,
     checkpoint: str | Path | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -50,7 +52,7 @@ def index(
         folder: Images, also in sub-folders.
         output: Folder of the index. One of the same folder and model is brought up to date: images are added, removed
             and refreshed. An unfinished one is continued.
-        model: Any name of timm's registry with weights, weight file or folder, or a module (see
+        model: Needed. Any name of timm's registry with weights, weight file or folder, or a module (see
             `visionattn.opening.open_model`), which is not changed.
         checkpoint: Weight file for a name.
         image_size: Side of the images in pixels, or height and width; None takes the model's.
@@ -66,11 +68,14 @@ def index(
     Raises:
         CheckpointError: The model's weights could not be read, or are not finite.
         DataError: There are no images, or none or more than 10 % of them can be read.
-        InputError: The model gives no finite embeddings of that size, there is another index, or no such device.
+        InputError: No model is given, it gives no finite embeddings of that size, there is another index, or no such
+            device.
         MissingPackageError: faiss is not installed.
         StorageError: The index could not be written, or another run is writing to it.
         UnknownNameError: No model has that name.
     """
+    if model is None:
+        raise InputError("model is missing: a name of timm with weights, a weight file or a module.")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     network = _open(model, device, checkpoint, size)
     update = update_index(
@@ -280,7 +285,8 @@ def _notes(index: ImageIndex, model: nn.Module, hits: Hits) -> list[str]:
     notes, folder = [], hits.folder
     if hits.left_out:
         first = shorten(hits.left_out[0])
-        more = f" and {len(hits.left_out) - 1} copies" if len(hits.left_out) > 1 else ""
+        count = len(hits.left_out) - 1
+        more = f" and {count} {'copy' if count == 1 else 'copies'}" if count else ""
         notes.append(f"the query itself is in the index ({first}{more}) and left out; --include-query finds it too.")
     known = {name: (size, time) for name, size, time in index.manifest.get("files", [])}
     found: list[tuple[int, int] | None] = []

@@ -1,4 +1,4 @@
-"""`visionattn index FOLDER OUT`, `search INDEX IMAGE` and `duplicates INDEX`: images that are alike, by any model."""
+"""`visionattn index FOLDER`, `search INDEX IMAGE` and `duplicates INDEX`: images that are alike, by any model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from visionattn.arguments import call_with, number, whole_number
 from visionattn.data.images import list_images
 from visionattn.data.retrieval.embedding import LARGEST
 from visionattn.errors import InputError, shorten
-from visionattn.search.api import Hits, index, search
+from visionattn.search.api import INDEX, Hits, index, search
 from visionattn.search.duplicates import THRESHOLD, duplicates
 from visionattn.search.nearest import KINDS
 from visionattn.search.sheet import contact_sheet
@@ -35,7 +35,12 @@ SHOWN = 20  # groups of duplicates in the terminal; the page has all
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `visionattn index`."""
     parser.add_argument("folder", help="images, also in sub-folders")
-    parser.add_argument("output", help="folder of the index; an existing one is brought up to date")
+    parser.add_argument(
+        "output",
+        nargs="?",
+        default=INDEX,
+        help="folder of the index; an existing one is brought up to date (default: %(default)s)",
+    )
     parser.add_argument("--model", required=True, metavar="NAME|FILE", help="any of timm's names, or weight file")
     parser.add_argument("--checkpoint", metavar="FILE", help="weight file of the model named")
     parser.add_argument(
@@ -194,13 +199,8 @@ def run_duplicates(args: argparse.Namespace) -> int:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             table.add_row(str(len(names)), ", ".join(shorten(name) for name in names[:3]) + more)
         console.print(table)
-    more = f" ({SHOWN} are shown)" if len(found.groups) > SHOWN else ""
-    copies = sum(len(group) - 1 for group in found.groups)
-    console.print(
-        f"{len(found.groups)} groups of images with a cosine from {found.threshold:g} on{more}: {copies} of "
-        f"{found.images} images beyond the first of each",
-        soft_wrap=True,
-    )
+    more = f" ({SHOWN} groups are shown)" if len(found.groups) > SHOWN else ""
+    console.print(f"cosine from {found.threshold:g} on: {found.describe()}{more}", soft_wrap=True)
     console.print(found.describe_usual(), soft_wrap=True)
     described = args.output.with_suffix(".json")
     console.print(

@@ -7,6 +7,7 @@ block by block, so that memory does not grow with the square of the images; pair
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,8 +67,7 @@ class Duplicates:
     folder: Path = field(default_factory=Path)
 
     def __repr__(self) -> str:
-        copies = sum(len(group) - 1 for group in self.groups)
-        return f"Duplicates({len(self.groups)} groups, {copies} of {self.images} images beyond the first of each)"
+        return f"Duplicates({self.describe()})"
 
     def to_json(self) -> dict[str, Any]:
         """Groups and pairs as plain values."""
@@ -80,12 +80,44 @@ class Duplicates:
             "pairs": [[pair.first, pair.second, pair.cosine, pair.same] for pair in self.pairs],
         }
 
+    def describe(self) -> str:
+        """How many groups and copies there are, in words."""
+        copies = sum(len(group) - 1 for group in self.groups)
+        groups = "1 group" if len(self.groups) == 1 else f"{len(self.groups)} groups"
+        return f"{groups}, {copies} of {self.images} images beyond the first of each"
+
     def describe_usual(self) -> str:
-        """What a usual cosine is, in words."""
-        return (
+        """What a usual cosine is, in words, and which threshold to use where most images are taken for copies."""
+        usual = (
             f"Two images of this index usually have a cosine of {self.usual[0]:.3f} (median); one pair in a thousand "
             f"has more than {self.usual[1]:.4f}."
         )
+        higher = self.higher_threshold()
+        if higher is None:
+            return usual
+        return f"{usual} Most images are taken for copies: use --threshold {higher:g}."
+
+    def higher_threshold(self) -> float | None:
+        """The least threshold, of four decimals, that leaves no group with more than a tenth of the images.
+
+        Groups of two, and of files of equal content, are left together.
+
+        Returns:
+            None where at most half of the images are copies, or where there is no such threshold.
+        """
+        if 2 * sum(len(group) - 1 for group in self.groups) <= self.images:
+            return None
+        rows = {name: row for row, name in enumerate(name for group in self.groups for name in group)}
+        join = _Joined(len(rows))
+        most = max(2, self.images // 10)
+        for pair in self.pairs:  # the nearest first, before all those of equal files
+            size = join(rows[pair.first], rows[pair.second])
+            if pair.same:
+                most = max(most, size)
+            elif size > most:
+                higher = math.floor((pair.cosine + 2 * ROUNDING) * 1e4 + 1) / 1e4
+                return higher if higher <= 1 else None
+        return None
 
     def to_html(self) -> str:
         """The groups as a page without scripts that needs no other file."""
@@ -99,11 +131,9 @@ class Duplicates:
         for number, names in enumerate(self.groups, 1):
             words = [f"{nearest[name]:.4f}{', equal files' * (name in same)}" for name in names]
             groups[f"Group {number}: {len(names)} images"] = [sheet.Cell(*cell) for cell in zip(names, words)]
-        copies = sum(len(group) - 1 for group in self.groups)
         told = [
-            f"{self.images} images of {shorten(self.folder)}: {len(self.groups)} groups, {copies} images beyond the "
-            f"first of each. Pairs have a cosine of at least {self.threshold:g} by {shorten(self.attribute)}; below "
-            "each image stands the cosine of the nearest one of its group.",
+            f"{shorten(self.folder)}: {self.describe()}. Pairs have a cosine of at least {self.threshold:g} by "
+            f"{shorten(self.attribute)}; below each image stands the cosine of the nearest one of its group.",
             self.describe_usual(),
         ]
         return sheet.page("Duplicates", told, groups, self.folder)
@@ -229,19 +259,34 @@ def _usual(vectors: np.ndarray) -> tuple[float, float]:
     return float(median), float(high)
 
 
-def _groups(count: int, first: np.ndarray, second: np.ndarray) -> list[list[int]]:
-    """Rows that pairs join, by chains too: the largest group first."""
-    root = list(range(count))
+class _Joined:
+    """Rows that pairs join, by chains too; the least row of each group stands for it."""
 
-    def find(row: int) -> int:
+    def __init__(self, count: int) -> None:
+        self.root = list(range(count))
+        self.size = [1] * count
+
+    def find(self, row: int) -> int:
+        root = self.root
         while root[row] != row:
             root[row] = row = root[root[row]]
         return row
 
+    def __call__(self, one: int, other: int) -> int:
+        """Join two rows; the size of their group."""
+        low, high = sorted((self.find(one), self.find(other)))
+        if low != high:
+            self.root[high] = low
+            self.size[low] += self.size[high]
+        return self.size[low]
+
+
+def _groups(count: int, first: np.ndarray, second: np.ndarray) -> list[list[int]]:
+    """Rows that pairs join, by chains too: the largest group first."""
+    join = _Joined(count)
     for one, other in zip(first.tolist(), second.tolist()):
-        low, high = sorted((find(one), find(other)))
-        root[high] = low
+        join(one, other)
     members: dict[int, list[int]] = {}
     for row in sorted({*first.tolist(), *second.tolist()}):
-        members.setdefault(find(row), []).append(row)
+        members.setdefault(join.find(row), []).append(row)
     return sorted(members.values(), key=lambda group: (-len(group), group[0]))
