@@ -108,6 +108,19 @@ def test_folder_of_photographs_is_cropped_in_the_middle(tmp_path):
     assert first(data.val_dataloader())[0].min() == 1
 
 
+def test_each_class_is_held_out_and_trained_on(tmp_path):
+    write(tmp_path, ["cat", "dog"], count=25)
+    write(tmp_path, ["owl"], count=3)  # a tenth of three rounds to none
+    for share, left in ((0.1, 2), (0.9, 1)):
+        data = opened(dataset="folder", root=str(tmp_path), val_fraction=share, batch_size=1)
+        train, val = (
+            [int(label) for _, label in loader] for loader in (data.train_dataloader(), data.val_dataloader())
+        )
+        assert (train.count(2), val.count(2)) == (left, 3 - left)
+        assert len(train) + len(val) == 53
+        assert min(train.count(0), train.count(1), val.count(0), val.count(1)) >= 2
+
+
 def test_wrong_folders(tmp_path):
     write(tmp_path / "train", ["cat", "dog"])
     write(tmp_path / "val", ["cat", "dgo"])
@@ -118,14 +131,16 @@ def test_wrong_folders(tmp_path):
         _ = opened(dataset="folder", root=str(tmp_path / "other")).num_classes
     write(tmp_path / "few", ["cat", "dog"], count=1)
     with pytest.raises(
-        DataError, match=r"none can be held out: the class 'cat' has one image, and both parts need one"
+        DataError, match=r"none can be held out: the class 'cat' has one image, .* Give that class more images, or"
     ):
         opened(dataset="folder", root=str(tmp_path / "few")).train_dataloader()
     write(tmp_path / "few", ["cat", "dog", "owl"], count=3)
     with pytest.raises(
-        DataError, match=r"none can be held out: 0\.1 of 9 images are 1, and both parts need one of each"
+        DataError,
+        match=r"none can be held out: 0\.1 of 9 images are 1, and both parts need one .* --data\.val_fraction 0\.34\.",
     ):
         opened(dataset="folder", root=str(tmp_path / "few")).train_dataloader()
+    assert len(opened(dataset="folder", root=str(tmp_path / "few"), val_fraction=0.34).val_dataloader().dataset) == 4
     (tmp_path / "few/ape").mkdir()
     (tmp_path / "few/ape/1.heic").write_bytes(b"")
     with pytest.raises(DataError, match=r"no images of the class ape .*Left out: 1 of ending \.heic \(1\.heic\)"):

@@ -352,22 +352,29 @@ class ClassifyData(DataModule):
         sizes = Counter(labels)
         least = min(sizes, key=lambda label: sizes[label])
         held_out = math.ceil(share * len(labels))
-        hint = "Give it a folder 'val', or set data.val_fraction."
         if sizes[least] < 2:
             name = self.class_names[least] if self.class_names else least
             raise DataError(
                 f"{root} has no validation part, and none can be held out: the class {name!r} has one image, and both "
-                f"parts need one of each class. {hint}"
+                "parts need one of each class. Give that class more images, or the folder the parts 'train' and 'val'."
             )
         if min(held_out, len(labels) - held_out) < len(sizes):
+            enough = math.ceil(100 * len(sizes) / len(labels)) / 100
             raise DataError(
                 f"{root} has no validation part, and none can be held out: {share:g} of {len(labels)} images are "
-                f"{held_out}, and both parts need one of each of the {len(sizes)} classes. {hint}"
+                f"{held_out}, and both parts need one of each of the {len(sizes)} classes. Give it the parts 'train' "
+                f"and 'val', or --data.val_fraction {enough:g}."
             )
         train, val = require("sklearn.model_selection", "train").train_test_split(
             np.arange(len(labels)), test_size=share, stratify=labels, random_state=self.hparams.seed
         )
-        return {"train": sorted(train.tolist()), "val": sorted(val.tolist())}
+        parts = {"train": sorted(train.tolist()), "val": sorted(val.tolist())}
+        for part, other in (("val", "train"), ("train", "val")):  # a share of few images can round to none
+            for label in sorted(set(sizes) - {labels[row] for row in parts[part]}):
+                row = next(row for row in parts[other] if labels[row] == label)
+                parts[other].remove(row)
+                parts[part] = sorted([*parts[part], row])
+        return parts
 
     @property
     def tests_on_validation(self) -> bool:
