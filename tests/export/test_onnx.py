@@ -89,6 +89,14 @@ def test_halo_attention_is_open_in_every_size(name, tmp_path):
     assert not {"GatherElements", "GatherND", "ScatterND"} & set(nodes)
 
 
+def test_a_map_of_one_window_is_open_in_every_size(tmp_path):
+    """The number of windows along an axis is 1 at the native size: a trace there, or below, would hold it fixed."""
+    model = timm.create_model("va_halonet_nano_32", **ONE_LAYER_OF_A_KIND["va_halonet_nano_32"])
+    draw_random_weights(model, (4, 4))
+    file = export_onnx(model, tmp_path / "model.onnx", input_size=(4, 4))
+    assert len({(row.height, row.width) for row in file.rows}) == 3
+
+
 def test_convolutional_network_of_timm(tmp_path):
     file = export_onnx(draw_weights(timm.create_model("test_resnet")), tmp_path / "model.onnx")
     assert file.spec.dynamic_axes == ["batch", "height", "width"]

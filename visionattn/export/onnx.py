@@ -157,11 +157,12 @@ def _check_finite(model: nn.Module) -> None:
 def _trace(model: nn.Module, spec: ExportSpec, time_limit: float) -> ExportedProgram:
     """Trace at a batch, height and width that are no special case: none is 1, native, square or a multiple of a window.
 
-    A traced branch then is the one of the general case, such as padding that is not zero.
+    A traced branch then is the one of the general case, such as padding that is not zero. They are larger than the
+    native ones: the tracer holds what is 1 there, such as the number of windows of a small map, for 1 everywhere.
     """
     height, width = spec.input_size[1:]
     if spec.dynamic_size:
-        height, width = scaled_size(height, 0.75, spec), scaled_size(width, 1.25, spec)
+        height, width = scaled_size(height, 1.25, spec), scaled_size(width, 1.5, spec)
     images = random_images(spec, spec.batch or 2, (height, width), seed=0)
     outputs = len(outputs_of(model, images))
     if outputs != len(spec.output_names):
