@@ -110,8 +110,8 @@ def _predictions(results: Results, names: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}"
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def _overview(

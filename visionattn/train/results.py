@@ -104,7 +104,10 @@ class Results:
         return float(recalls[self.labels.bincount(minlength=len(self.classes)) > 0].double().mean())
 
     def per_class(self) -> list[dict[str, Any]]:
-        """A row for each class: its name, number of images, precision, recall and F1."""
+        """A row for each class: its name, number of images, precision, recall and F1.
+
+        A class without images has no recall and no F1: they are None.
+        """
         measures = {
             name: function(self.predictions, self.labels, len(self.classes), average=None).tolist()
             for name, function in (
@@ -115,7 +118,14 @@ class Results:
         }
         counts = self.labels.bincount(minlength=len(self.classes)).tolist()
         return [
-            {"class": name, "images": counts[label], **{key: values[label] for key, values in measures.items()}}
+            {
+                "class": name,
+                "images": counts[label],
+                **{
+                    key: values[label] if counts[label] or key == "precision" else None
+                    for key, values in measures.items()
+                },
+            }
             for label, name in enumerate(self.classes)
         ]
 
