@@ -318,6 +318,18 @@ def test_folders_are_read_as_in_training(tmp_path, capsys):
     assert "no images of the class empty" in capsys.readouterr().err
 
 
+def test_a_few_images_of_each_class_are_enough(tmp_path, capsys):
+    root = tmp_path / "data"
+    pictures(
+        root, {"train": {"none": 5, "one": 4}, "test": {"none": 2, "one": 2}}
+    )  # a tenth is one image of two classes
+    assert main(["probe", NAME, "--random", "--data", str(root), *TINY, "--output",
+                 str(tmp_path / "out")]) == 0  # fmt: skip
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Training images: 6 images in 2 classes" in shown
+    assert "Validation images, which train too: 3 images in 2 classes" in shown
+
+
 def test_a_checkpoint_of_fit_brings_its_images(images, tmp_path):
     net = create("va_halonet_nano_32", num_classes=2)
     card = Card.of(net, {"input_size": (3, 64, 64), "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.6]})

@@ -149,6 +149,7 @@ def _read_named(name: str, settings: ProbeSettings, config: dict[str, Any]) -> I
             test_split=settings.test_split,
         )
         data.setup("fit")
+        data.hold_out_each_class()
         classes = data.class_names or [str(number) for number in range(data.num_classes)]
         if len(classes) != data.num_classes:
             raise ConfigError(f"{dataset} has {len(classes)} classes, but --num-classes is {data.num_classes}.")

@@ -141,6 +141,9 @@ def test_wrong_folders(tmp_path):
     ):
         opened(dataset="folder", root=str(tmp_path / "few")).train_dataloader()
     assert len(opened(dataset="folder", root=str(tmp_path / "few"), val_fraction=0.34).val_dataloader().dataset) == 4
+    probed = opened(dataset="folder", root=str(tmp_path / "few"))  # as probing reads it
+    probed.hold_out_each_class()
+    assert sorted(int(label) for _, labels in probed.val_dataloader() for label in labels) == [0, 0, 1, 2]
     (tmp_path / "few/ape").mkdir()
     (tmp_path / "few/ape/1.heic").write_bytes(b"")
     with pytest.raises(DataError, match=r"no images of the class ape .*Left out: 1 of ending \.heic \(1\.heic\)"):

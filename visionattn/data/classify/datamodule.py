@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -342,6 +342,11 @@ class ClassifyData(DataModule):
             return Subset(self._part("train"), self._held_out[part])
         return self._part(part)
 
+    def hold_out_each_class(self) -> None:
+        """Raise `val_fraction` to the hundredth that holds out an image of each class, where it is less."""
+        if self._part("val") is None and (labels := self._part("train").labels) is not None:
+            self.hparams.val_fraction = max(self.hparams.val_fraction, _least_fraction(labels))
+
     @cached_property
     def _held_out(self) -> dict[str, list[int]]:
         """Which of the training images stay, and which are held out."""
@@ -359,11 +364,10 @@ class ClassifyData(DataModule):
                 "parts need one of each class. Give that class more images, or the folder the parts 'train' and 'val'."
             )
         if min(held_out, len(labels) - held_out) < len(sizes):
-            enough = math.ceil(100 * len(sizes) / len(labels)) / 100
             raise DataError(
                 f"{root} has no validation part, and none can be held out: {share:g} of {len(labels)} images are "
                 f"{held_out}, and both parts need one of each of the {len(sizes)} classes. Give it the parts 'train' "
-                f"and 'val', or --data.val_fraction {enough:g}."
+                f"and 'val', or --data.val_fraction {_least_fraction(labels):g}."
             )
         train, val = require("sklearn.model_selection", "train").train_test_split(
             np.arange(len(labels)), test_size=share, stratify=labels, random_state=self.hparams.seed
@@ -437,3 +441,7 @@ class ClassifyData(DataModule):
         # Classes are numbered by the training folder, also where this one lacks some.
         like = self._part("train").reader if part != "train" and found["train"] else None
         return ReaderImages(FolderReader(folder, like))
+
+
+def _least_fraction(labels: Sequence[int]) -> float:
+    return math.ceil(100 * len(set(labels)) / len(labels)) / 100
