@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=224, help="side of the images (default: 224)")
     parser.add_argument("--output", type=Path, default=RESULTS / "finetune_folder.csv")
     args = parser.parse_args()
+    origin = environment("cpu")  # before rows change the checkout
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as work:
             folder = Path(work) / "photographs"
@@ -129,7 +130,7 @@ def main() -> None:
             "p": f"{mcnemar_test(correct.numpy(), neighbours.numpy()):.2g}",
             "seconds": f"{seconds:.0f}",
             "threads": torch.get_num_threads(),
-            **environment("cpu"),
+            **origin,
         }
         print(row, flush=True)
         write_rows(args.output, [row], key=("seed", "pixels"))

@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "timm_train.csv")
     args = parser.parse_args()
+    origin = environment("cpu")  # before rows change the checkout
     data, timm = args.data.resolve(), args.timm.resolve()
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
@@ -92,7 +93,7 @@ def main() -> None:
                 "accuracy": f"{accuracy:.2f}",
                 "seconds": f"{seconds:.1f}",
                 "threads": torch.get_num_threads(),
-                **environment("cpu"),
+                **origin,
             }
             for trainer, (accuracy, seconds) in found.items()
         ]
