@@ -64,7 +64,7 @@ def test_full_disk_keeps_the_checkpoint_of_before(tmp_path):
 def test_unreadable_checkpoints(tmp_path, content):
     path = tmp_path / "broken.ckpt"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="is a folder: give the checkpoint first"):
+    with pytest.raises(CheckpointError, match="is a folder: give the checkpoint, then"):
         AtomicCheckpointIO().load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"broken.ckpt cannot be read as a checkpoint"):
         AtomicCheckpointIO().load_checkpoint(path)

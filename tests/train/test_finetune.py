@@ -13,6 +13,7 @@ pytest.importorskip("lightning")
 
 from lightning.pytorch import Callback, Trainer
 
+from visionattn import cli
 from visionattn.checkpoints import create, load_weights
 from visionattn.data.classify.datamodule import ClassifyData
 from visionattn.data.samplers import BalancedSampler
@@ -199,3 +200,12 @@ def test_settings_out_of_range_are_one_line(tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_the_command_takes_a_file_as_the_name_of_the_model(tmp_path, monkeypatch):
+    # The command keeps hyperparameters as they were typed; the task must replace the file there too.
+    monkeypatch.chdir(tmp_path)
+    given = timm.create_model("va_minimal_vit_nano_patch7_28", num_classes=4)
+    save_file(given.state_dict(), "w.safetensors")
+    arguments = "fit minimal_vit_digits --model.name w.safetensors --model.model_args null --trainer.fast_dev_run true"
+    assert cli.main([*arguments.split(), "--trainer.accelerator", "cpu", "--data.num_workers", "0"]) == 0

@@ -39,7 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except FileNotFoundError as error:
             raise CheckpointError(f"There is no checkpoint {path}.") from error
         except IsADirectoryError as error:
-            raise CheckpointError(f"{shorten(path)} is a folder: give the checkpoint first, then the images.") from error
+            raise CheckpointError(f"{shorten(path)} is a folder: give the checkpoint, then the images.") from error
         except Exception as error:
             # Broken archives and pickles raise RuntimeError, UnpicklingError, EOFError, KeyError and more.
             raise CheckpointError(

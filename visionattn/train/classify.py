@@ -84,9 +84,8 @@ class ClassifyTask(OptimizedTask):
         report: bool = False,
         **optimization: Any,
     ) -> None:
-        if names_file(name):
-            name, model_args, checkpoint = of_file(name, model_args, checkpoint)
         super().__init__(**optimization)
+        name, model_args, checkpoint = (self.hparams[key] for key in ("name", "model_args", "checkpoint"))
         if min(mixup, cutmix) < 0 or not 0 <= label_smoothing < 1:
             raise ConfigError(
                 f"model.mixup and model.cutmix must be 0 or more, model.label_smoothing from 0 to below 1; got "
@@ -115,6 +114,14 @@ class ClassifyTask(OptimizedTask):
         self.val_metrics = self._metrics("val/", num_classes)
         self.test_metrics = self._metrics("test/", num_classes)
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    def check_names(self) -> None:
+        """Replace a file as `model.name` by the model that it says; the command's hyperparameters are as typed."""
+        given = self.hparams
+        if names_file(given.name):
+            found = of_file(given.name, given.model_args, given.checkpoint)
+            given.update(zip(("name", "model_args", "checkpoint"), found))
+        super().check_names()
 
     def _train_only(self, names: set[str]) -> None:
         """Let parameters of these names train, or all for no name; those that `freeze` names never do."""
