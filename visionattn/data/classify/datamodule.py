@@ -121,7 +121,8 @@ class ClassifyData(DataModule):
                 "as folder, or leave out data.root."
             )
         if root is not None and on_disk and not Path(root).is_dir():
-            raise DataError(f"There is no folder {shorten(root)}.")
+            file = ": it is a file" if Path(root).is_file() else ""
+            raise DataError(f"There is no folder {shorten(root)}{file}.")
         self._own: dict[str, Any] = {}
         self._beside: list[Path] = []
 
