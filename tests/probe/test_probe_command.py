@@ -279,7 +279,8 @@ def test_a_weight_file_of_another_model_is_refused(tmp_path, capsys):
     save_file(create("va_minimal_vit_nano_patch4_32").state_dict(), file)
     arguments = ["probe", NAME, "--checkpoint", str(file), "--data", "digits", "--output", str(tmp_path / "out")]
     assert main(arguments) == 2
-    assert re.search(r"other.safetensors does not fit \S+: pos_embed is \(1, 65, 64\), not", capsys.readouterr().err)
+    message = r"other.safetensors does not fit \S+: patch_embed.proj.weight is \(64, 3, 7, 7\), not \(64, 1, 7, 7\)"
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_counters_of_batch_norms_may_be_missing(tmp_path):

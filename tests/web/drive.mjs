@@ -73,7 +73,7 @@ const actions = {
   text: ({ selector }) => page.textContent(selector),
   visible: ({ selector }) => page.isVisible(selector),
   /** Wait until an element's text is not empty, or fits a pattern; give the text. */
-  async told({ selector, pattern = ".", timeout = 20000 }) {
+  async told({ selector, pattern = ".", timeout = 60000 }) {
     await page.waitForFunction(
       ([selector, pattern]) => new RegExp(pattern).test(document.querySelector(selector)?.textContent ?? ""),
       [selector, pattern],
