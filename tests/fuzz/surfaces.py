@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.fuzz.examples import pixels, write_images, write_photos
 from tests.fuzz.mutate import WORDS, damaged_bytes, damaged_text, damaged_value
 from tests.predict.calibrations import KITTI, MIDDLEBURY, OPENCV
 from visionattn import load
@@ -90,28 +91,6 @@ def _pick(rng: Random, folder: Path) -> Path:
     return rng.choice(sorted(path for path in folder.iterdir() if path.is_file()))
 
 
-def _pixels(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-
-
-def _photos(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    for number in range(6):
-        Image.fromarray(_pixels(24, 32, 3) + np.uint8(number)).save(folder / f"{number}.png")
-
-
-def _images(folder: Path) -> None:
-    image = Image.fromarray(_pixels(12, 16, 3))
-    exif = image.getexif()
-    exif[274], exif[282], exif[305] = 6, 72.0, "a camera"
-    for suffix in ("png", "jpg", "webp", "tif", "gif", "bmp", "ppm"):
-        more = {"exif": exif} if suffix in ("png", "jpg", "webp", "tif") else {}
-        image.save(folder / f"a.{suffix}", **more)
-    Image.fromarray(_pixels(12, 16).astype(np.uint16) * 257).save(folder / "deep.png")
-    Image.fromarray(_pixels(12, 16).astype(np.uint16) * 257).save(folder / "deep.tif", compression="tiff_deflate")
-    Image.fromarray(_pixels(12, 16, 4)).save(folder / "alpha.png")
-
-
 def _upscale(rng: Random, seeds: Path, case: Path) -> Call:
     path = _damaged_file(rng, _pick(rng, seeds), case)
 
@@ -165,7 +144,7 @@ def _load(rng: Random, seeds: Path, case: Path) -> Call:
 def _tables(folder: Path) -> None:
     rows = [f"{n}.png,{'train' if n > 3 else 'test'},,{'red' if n % 2 else 'blue'},{n % 3}" for n in range(6)]
     (folder / "table.csv").write_text("\n".join(["id,split,role,colour,kind", *rows]))
-    _photos(folder / "photos")
+    write_photos(folder / "photos")
 
 
 def _retrieve(rng: Random, seeds: Path, case: Path) -> Call:
@@ -219,8 +198,8 @@ def _labelled(folder: Path) -> None:
     for kind in ("images", "masks"):
         (root / kind).mkdir(parents=True)
     for number in range(5):
-        Image.fromarray(_pixels(12, 16, 3)).save(root / "images" / f"{number}.png")
-        Image.fromarray(_pixels(12, 16) % np.uint8(3)).save(root / "masks" / f"{number}.png")
+        Image.fromarray(pixels(12, 16, 3)).save(root / "images" / f"{number}.png")
+        Image.fromarray(pixels(12, 16) % np.uint8(3)).save(root / "masks" / f"{number}.png")
     (root / "classes.txt").write_text("ground\ndisc\nsquare\n")
     files = [f"images/{number}.png" for number in range(5)]
     (root / "labels.csv").write_text("file,cat,dog\n" + "".join(f"{file},1,0\n" for file in files))
@@ -323,7 +302,7 @@ def _verify(rng: Random, seeds: Path, case: Path) -> Call:
 
 
 def _indexes(folder: Path) -> None:
-    _photos(folder / "photos")
+    write_photos(folder / "photos")
     assert main(["index", str(folder / "photos"), str(folder / "index"), "--model", VIT, "--nearest", "ivf"]) == 0
 
 
@@ -431,7 +410,7 @@ LINES = [
 
 
 def _command(rng: Random, seeds: Path, case: Path) -> Call:
-    _photos(case / "photos")
+    write_photos(case / "photos")
     shutil.copy(case / "photos" / "1.png", case / "good.png")
     words = rng.choice(LINES).split()
     for _ in range(rng.choice((1, 1, 2))):
@@ -443,7 +422,7 @@ def _command(rng: Random, seeds: Path, case: Path) -> Call:
 
 
 SURFACES = [
-    Surface("images", 16, _images, _upscale),
+    Surface("images", 16, write_images, _upscale),
     Surface("checkpoints", 25, _checkpoints, _load),
     Surface("tables", 16, _tables, _retrieve),
     Surface("recipes", 5, _recipes, _fit),
