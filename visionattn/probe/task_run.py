@@ -19,7 +19,7 @@ from visionattn.errors import DataError
 from visionattn.opening import Opened
 from visionattn.probe.heads.banks import HeadSpec
 from visionattn.probe.inputs import Images
-from visionattn.probe.report.facts import backbone_facts, versions
+from visionattn.probe.report.facts import backbone_facts, data_facts, versions
 from visionattn.probe.report.tasks import Metric, TaskHead, TaskReport
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.tokens.backbone import Backbone
@@ -121,15 +121,7 @@ class TaskRun(ABC):
             task=settings.task,
             command=command or settings.command(self.name, images.data),
             backbone=backbone_facts(self.name, self.opened, self.backbone, self.weights),
-            data={
-                "dataset": images.dataset,
-                "root": images.root,
-                "train_images": len(train),
-                "test_images": len(test),
-                "train_digest": images.train.digest,
-                "test_digest": images.test.digest,
-                "transform": images.transform,
-            },
+            data=data_facts(images, len(train), len(test)),
             protocol={
                 "optimizer": optimizer,
                 "epochs": settings.epochs,

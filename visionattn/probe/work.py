@@ -31,7 +31,7 @@ from visionattn.probe.pixels import PixelBaseline, PixelHead, read_pixels
 from visionattn.probe.processes import rank_and_size
 from visionattn.probe.progress import show_progress
 from visionattn.probe.reading import TokenReader
-from visionattn.probe.report.facts import backbone_facts, versions
+from visionattn.probe.report.facts import backbone_facts, data_facts, versions
 from visionattn.probe.report.head_files import head_file
 from visionattn.probe.report.maps import attention_of, overlay
 from visionattn.probe.report.rendering import write_report
@@ -96,13 +96,7 @@ class ProbingRun:
                 "random": settings.random,
             },
             data={
-                "dataset": images.dataset,
-                "root": images.root,
-                "train_images": len(train),
-                "test_images": len(test),
-                "train_digest": images.train.digest,
-                "test_digest": images.test.digest,
-                "transform": images.transform,
+                **data_facts(images, len(train), len(test)),
                 "image_size": images.size,
                 "mean": list(images.mean),
                 "std": list(images.std),

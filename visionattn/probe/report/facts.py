@@ -1,4 +1,4 @@
-"""What every report says of its backbone and of the packages."""
+"""What every report says of its backbone, its images and the packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from visionattn.opening import Opened
 from visionattn.probe.costs import backbone_cost
 from visionattn.probe.tokens.backbone import Backbone
 
-__all__ = ["backbone_facts", "versions"]
+__all__ = ["backbone_facts", "data_facts", "versions"]
 
 
 def backbone_facts(name: str, opened: Opened, backbone: Backbone, weights: str) -> dict[str, Any]:
@@ -24,6 +24,19 @@ def backbone_facts(name: str, opened: Opened, backbone: Backbone, weights: str) 
         "given": opened.source == "as given",
         "channels": backbone.channels,
         **backbone_cost(backbone)._asdict(),
+    }
+
+
+def data_facts(images: Any, train_images: int, test_images: int) -> dict[str, Any]:
+    """Name, place, digests and preparation of the images."""
+    return {
+        "dataset": images.dataset,
+        "root": images.root,
+        "train_images": train_images,
+        "test_images": test_images,
+        "train_digest": images.train.digest,
+        "test_digest": images.test.digest,
+        "transform": images.transform,
     }
 
 
