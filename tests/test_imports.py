@@ -17,6 +17,7 @@ LAYERS = [
     {"cli"},
     {"quickstart", "zoo", "demo"},
     {"train"},
+    {"frozen"},
     {"probe", "evaluate", "search"},
     {"predict"},
     {"export"},

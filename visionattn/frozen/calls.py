@@ -1,0 +1,335 @@
+"""Attention calls: how a frozen model is reached, whatever its classes are.
+
+A model is never changed. Within a context, every call of `torch.nn.functional.scaled_dot_product_attention` goes
+through a function of ours, which sees queries, keys and values after norms, rotations and the split into heads:
+
+    with observing(model, lambda call: print(call.layer, call.q.shape)):
+        model(images)                                 # the result is unchanged
+    with replacing(model, attention) as reached:      # attention(call) -> (B, heads, N, D), or None: as it is
+        model(images)
+    print(reached.layers, reached.dense, reached.not_called)
+
+Forward hooks name the layer and take the grid from the patch embedding. They are removed at the end. This works in
+eager mode, under `torch.compile` and in `torch.export`; what is traced within the context keeps the replacement.
+
+Layers of timm that would compute the weights themselves because of `fused_attn=False` are told to call the function,
+which changes results by rounding. Not reached: attention that a class always computes by itself (Swin v2, LeViT, XCiT,
+linear attention), and `torch.nn.MultiheadAttention`, which hides the call. `Reached.not_called` names such layers.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from visionattn.errors import InputError, shorten
+
+__all__ = ["Call", "Reached", "observing", "replacing"]
+
+Grid = tuple[int, int]
+Attention = Callable[["Call"], Tensor | None]
+
+_EMBEDDING = re.compile(r"(^|\.)(patch_embed\w*|conv_proj)(\.\d+)?$")
+_MOST_PREFIX_TOKENS = 16  # of a model that does not state their number
+
+
+class Call(NamedTuple):
+    """One call of scaled dot-product attention.
+
+    Attributes:
+        layer: Name of the module that calls, as in `model.named_modules()`.
+        index: Number of the layer, by the order in which layers call first.
+        q: Queries (B, heads, N, D).
+        k: Keys (B, heads, M, D).
+        v: Values (B, heads, M, D').
+        scale: Factor of the logits.
+        bias: Added to the logits, or a bool mask of valid keys; None where there is none.
+        grid: (H, W) where the tokens are a prefix and a grid, row by row; None where they are not: windows, pooled
+            tokens, cross-attention.
+        prefix: Number of prefix tokens (class token, registers), which come first; 0 without a grid.
+        state: Empty at the start of every forward pass, and the same object in all its layers.
+    """
+
+    layer: str
+    index: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    bias: Tensor | None
+    grid: Grid | None
+    prefix: int
+    state: dict[Any, Any]
+
+
+@dataclass
+class Reached:
+    """Which layers a context has reached so far.
+
+    Attributes:
+        layers: Names of those that were observed or replaced, in the order of their first call.
+        dense: Names of those that call attention but were left as they are, each with the reason.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
+    _entered: list[str] = field(default_factory=list)
+    _calling: list[str] = field(default_factory=list)
+
+    @property
+    def not_called(self) -> list[str]:
+        """Attention layers that ran without calling scaled dot-product attention, the innermost ones."""
+        silent = [name for name in self._entered if name not in self._calling]
+        return [name for name in silent if not any(other.startswith(f"{name}.") for other in silent)]
+
+    def __str__(self) -> str:
+        text = f"{len(self.layers)} layers reached"
+        if self.dense:
+            text += f", {len(self.dense)} left as they are ({shorten(next(iter(self.dense.values())))})"
+        if self.not_called:
+            text += f", {len(self.not_called)} not reached ({shorten(', '.join(self.not_called))})"
+        return text
+
+
+@contextmanager
+def observing(model: nn.Module, observer: Callable[[Call], object], layers: str | Sequence[str] = "*"):
+    """Show every attention call of a model to an observer; results and gradients stay as they are.
+
+    Args:
+        model: Any model that calls `scaled_dot_product_attention`.
+        observer: Called with a `Call` before it is computed. What it returns is ignored.
+        layers: Pattern of layers' names, or several, such as `"blocks.1?.attn"`.
+
+    Yields:
+        A `Reached`.
+
+    Raises:
+        InputError: At the end, where the model ran and no layer was reached.
+    """
+
+    def watch(call: Call) -> None:
+        observer(call)
+
+    with _intercepting(model, watch, layers, observes=True) as reached:
+        yield reached
+
+
+@contextmanager
+def replacing(model: nn.Module, attention: Attention, layers: str | Sequence[str] = "*"):
+    """Compute the attention of a model's layers by another function.
+
+    For inference only: with gradient checkpointing the recomputation in the backward pass runs outside of the context,
+    and would silently use the model's own attention.
+
+    Args:
+        model: In evaluation mode.
+        attention: Given a `Call`, returns (B, heads, N, D'), or None to leave this call as it is.
+        layers: Pattern of layers' names, or several, such as `"blocks.1?.attn"`.
+
+    Yields:
+        A `Reached`.
+
+    Raises:
+        InputError: A call needs gradients or drops attention weights; or, at the end, the model ran and no layer was
+            reached.
+    """
+    with _intercepting(model, attention, layers, observes=False) as reached:
+        yield reached
+
+
+class _Interception:
+    """What hooks and the mode know of the forward pass at hand."""
+
+    def __init__(self, prefix: int | None, wanted: frozenset[str], observes: bool) -> None:
+        self.stated_prefix = prefix
+        self.wanted = wanted
+        self.observes = observes
+        self.reached = Reached()
+        self.stack: list[str] = []
+        self.grid: Grid | None = None
+        self.order: dict[str, int] = {}
+        self.state: dict[Any, Any] = {}
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Call:
+        name = self.stack[-1]
+        index = self.order.setdefault(name, len(self.order))
+        grid, prefix = self.grid, 0
+        if grid is not None:
+            prefix = q.shape[2] - grid[0] * grid[1]
+            most = min(_MOST_PREFIX_TOKENS, grid[0] * grid[1])
+            allowed = (0, self.stated_prefix) if self.stated_prefix is not None else range(most + 1)
+            if k.shape[2] != q.shape[2] or prefix not in allowed:
+                grid, prefix = None, 0
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return Call(name, index, q, k, v, scale, bias, grid, prefix, self.state)
+
+    def note(self, name: str, reason: str | None) -> None:
+        """Note a call: replaced where there is no reason against it."""
+        for outer in self.stack:
+            if outer not in self.reached._calling:
+                self.reached._calling.append(outer)
+        if reason is not None:
+            self.reached.dense[name] = reason
+        elif name not in self.reached.layers:
+            self.reached.layers.append(name)
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, attention: Attention, interception: _Interception) -> None:
+        super().__init__()
+        self.attention = attention
+        self.interception = interception
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Call ours in place of scaled dot-product attention, and all else as it is."""
+        # No module is entered where a compiled graph runs, which was traced with what is in the place of this call.
+        if func is F.scaled_dot_product_attention and self.interception.stack:
+            return self._attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        at = self.interception
+        name = at.stack[-1]
+        result = None
+        if is_causal:
+            reason: str | None = "its attention is causal"
+        elif query.ndim not in (3, 4):
+            reason = f"its queries have {query.ndim} dimensions"
+        elif name not in at.wanted:
+            reason = "layers does not name it"
+        else:
+            call = at.call(*_with_heads(query, key, value, attn_mask, enable_gqa), scale)
+            if not at.observes:
+                _check_inference(call, dropout_p)
+            result = self.attention(call)
+            reason = None if at.observes or result is not None else "the policy leaves it as it is"
+        at.note(name, reason)
+        if result is not None:
+            return result if query.ndim == 4 else result.squeeze(1)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+
+def _with_heads(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grouped: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys, values and bias with four dimensions and equally many heads; (B heads, N, D) has one head."""
+    if q.ndim == 3:
+        return q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), bias if bias is None else bias.unsqueeze(-3)
+    if grouped and k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return q, k, v, bias
+
+
+def _check_inference(call: Call, dropout_p: float) -> None:
+    if call.q.requires_grad or call.k.requires_grad or call.v.requires_grad:
+        raise InputError(
+            f"Attention of {call.layer} needs gradients: replaced attention is for inference. Run the model within "
+            "torch.no_grad() or torch.inference_mode()."
+        )
+    if dropout_p:
+        raise InputError(f"Attention of {call.layer} drops attention weights: call model.eval() first.")
+
+
+@contextmanager
+def _intercepting(
+    model: nn.Module, attention: Attention, layers: str | Sequence[str], observes: bool
+) -> Iterator[Reached]:
+    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+    names = [name for name, _ in model.named_modules()]
+    wanted = frozenset(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns))
+    at = _Interception(getattr(model, "num_prefix_tokens", None), wanted, observes)
+    handles, unfused = [], []
+    try:
+        for name, module in model.named_modules():
+            if _EMBEDDING.search(name):
+                handles.append(module.register_forward_hook(_grid_hook(at)))
+            if not getattr(module, "fused_attn", True):
+                module.fused_attn = True
+                unfused.append(module)
+            named = isinstance(module, nn.MultiheadAttention) or not type(module).__module__.startswith("torch.nn.")
+            if named and name:
+                handles.append(module.register_forward_pre_hook(_enter_hook(at, name, _is_attention(module))))
+                handles.append(module.register_forward_hook(_leave_hook(at, name)))
+        with _Mode(attention, at):
+            yield at.reached
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in unfused:
+            module.fused_attn = False
+    _check_reached(type(model).__name__, patterns, at.reached)
+
+
+def _check_reached(model: str, patterns: Sequence[str], found: Reached) -> None:
+    """Refuse a context in which a model ran as if there had been none."""
+    if found.layers or not (found._entered or found.dense):
+        return
+    if found.dense:
+        reason = next(iter(found.dense.values()))
+        raise InputError(
+            f"No attention layer of {model} was reached: layers is {shorten(', '.join(patterns))!r}; "
+            f"{shorten(', '.join(found.dense))} call attention, but {reason}."
+        )
+    raise InputError(
+        f"No attention layer of {model} was reached: {shorten(', '.join(found.not_called))} do not call "
+        "torch.nn.functional.scaled_dot_product_attention. Take a model whose attention does, such as timm's ViT."
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower() or isinstance(getattr(module, "num_heads", None), int)
+
+
+def _enter_hook(at: _Interception, name: str, attention: bool) -> Callable[..., None]:
+    def enter(module: nn.Module, inputs: Any) -> None:
+        at.stack.append(name)
+        if attention and name not in at.reached._entered:
+            at.reached._entered.append(name)
+
+    return enter
+
+
+def _leave_hook(at: _Interception, name: str) -> Callable[..., None]:
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        # What an exception left behind lies above.
+        while at.stack and at.stack.pop() != name:
+            pass
+
+    return leave
+
+
+def _grid_hook(at: _Interception) -> Callable[..., None]:
+    def take(module: nn.Module, inputs: Any, output: Any) -> None:
+        at.grid = _grid(module, inputs[0] if inputs else None, output)
+        at.state.clear()
+
+    return take
+
+
+def _grid(embedding: Any, image: Any, output: Any) -> Grid | None:
+    """Grid of patches that an embedding has made: of a map (B, H, W, C) or (B, C, H, W), or of tokens (B, N, C)."""
+    output = output[0] if isinstance(output, tuple) else output
+    if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+        return None
+    if output.ndim == 4:
+        last = "NHWC" in str(getattr(embedding, "output_fmt", "")) and not isinstance(embedding, nn.Conv2d)
+        return (output.shape[1], output.shape[2]) if last else (output.shape[2], output.shape[3])
+    candidates = [getattr(embedding, "grid_size", None)]
+    patch = getattr(embedding, "patch_size", None)
+    if patch is not None and isinstance(image, Tensor) and image.ndim == 4:
+        height, width = (patch, patch) if isinstance(patch, int) else patch
+        candidates.insert(0, (image.shape[2] // height, image.shape[3] // width))
+    for size in candidates:
+        if size is not None and size[0] * size[1] == output.shape[1]:
+            return (int(size[0]), int(size[1]))
+    return None
