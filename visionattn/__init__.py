@@ -16,7 +16,7 @@ from visionattn.swapping import swap
 
 moved.install()
 
-# A function beside each command. What it needs is imported when it is used.
+# Functions, those beside each command among them. What it needs is imported when it is used.
 _COMMANDS = {
     "check": "visionattn.export.inspect",
     "compare": "visionattn.probe.comparing",
@@ -33,6 +33,8 @@ _COMMANDS = {
     "flow_files": "visionattn.predict.flow_files",
     "index": "visionattn.search.api",
     "probe": "visionattn.probe",
+    "prune_heads": "visionattn.frozen.heads",
+    "prune_tokens": "visionattn.frozen.tokens",
     "search": "visionattn.search",
     "stereo": "visionattn.predict.stereo",
     "stereo_files": "visionattn.predict.stereo_files",

@@ -34,6 +34,10 @@ class TokenGrid:
         self.trained = size
         self.size = size
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The symbolic size that an export leaves behind cannot be copied.
+        return {"trained": self.trained, "size": self.trained}
+
     def __call__(self, embedding: nn.Module, inputs: tuple, output: Tensor) -> None:
         """A forward hook."""
         self.size = (output.shape[1], output.shape[2]) if output.ndim == 4 else self.trained
