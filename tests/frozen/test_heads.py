@@ -28,8 +28,9 @@ def minimal(name="va_minimal_vit_nano_patch4_32"):
 def chosen(model, score, keep):
     """Heads that stay, by layer, from the scores alone."""
     scores = head_scores(model, IMAGES, score, LABELS)
-    everything = sorted(((float(v), n, h) for n, values in scores.items() for h, v in enumerate(values)), reverse=True)
-    kept = {n: [int(values.argmax())] for n, values in scores.items()}
+    everything = [(float(v), n, h) for n, values in scores.items() for h, v in enumerate(values)]
+    everything.sort(key=lambda entry: -entry[0])
+    kept = {n: [max(range(len(values)), key=lambda h, v=values: float(v[h]))] for n, values in scores.items()}
     for _, name, head in everything:
         if sum(map(len, kept.values())) < round(keep * len(everything)) and head not in kept[name]:
             kept[name].append(head)
@@ -96,12 +97,12 @@ def test_a_mixture_of_heads_is_pruned_by_its_own_counts():
     visionattn.swap(model, "moh", shared_heads=1, routed_heads=1)
     mixer = model.blocks[0].attn.mixer
     mixer.wg.weight.zero_()
-    mixer.wg.weight[2] = 1.0
+    mixer.wg.weight[2, 0] = 1.0
     tokens = []
     handle = model.blocks[0].attn.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
     usage = head_scores(model, IMAGES, "usage")["blocks.0.attn"]
     handle.remove()
-    positive = float((tokens[0].sum(-1) > 0).double().mean())
+    positive = float((tokens[0][..., 0] > 0).double().mean())
     assert usage[0] == 1
     assert usage[3] == pytest.approx(positive)
     assert float(usage.sum()) == pytest.approx(2)
@@ -109,16 +110,9 @@ def test_a_mixture_of_heads_is_pruned_by_its_own_counts():
     assert model(IMAGES).isfinite().all()
     for block in model.blocks:
         mixer = block.attn.mixer
-        assert mixer.shared_heads == 1 and mixer.wg_1 is None
+        assert mixer.shared_heads == 1
+        assert mixer.wg_1 is None
         assert block.attn.num_heads == 1 + (mixer.wg.weight.shape[0] if mixer.wg is not None else 0)
-
-
-def test_a_pruned_model_exports(tmp_path):
-    model = vit()
-    prune_heads(model, IMAGES, 0.5)
-    model.pretrained_cfg = {"input_size": (3, 16, 16), "fixed_input_size": True, "architecture": "toy"}
-    (file,) = visionattn.export(model, tmp_path / "model.onnx")
-    assert file.rows and all(row.error <= row.allowed for row in file.rows)
 
 
 @pytest.mark.parametrize(
