@@ -38,6 +38,7 @@ Grid = tuple[int, int]
 Attention = Callable[["Call"], Tensor | None]
 
 _EMBEDDING = re.compile(r"(^|\.)(patch_embed\w*|conv_proj)(\.\d+)?$")
+CHOSEN = "the policy leaves it as it is"  # a reason that is no fault
 _MOST_PREFIX_TOKENS = 16  # of a model that does not state their number
 
 
@@ -158,9 +159,7 @@ class _Interception:
         self.order: dict[str, int] = {}
         self.state: dict[Any, Any] = {}
 
-    def call(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Call:
-        name = self.stack[-1]
-        index = self.order.setdefault(name, len(self.order))
+    def call(self, index: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Call:
         grid, prefix = self.grid, 0
         if grid is not None:
             prefix = q.shape[2] - grid[0] * grid[1]
@@ -169,7 +168,7 @@ class _Interception:
             if k.shape[2] != q.shape[2] or prefix not in allowed:
                 grid, prefix = None, 0
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return Call(name, index, q, k, v, scale, bias, grid, prefix, self.state)
+        return Call(self.stack[-1], index, q, k, v, scale, bias, grid, prefix, self.state)
 
     def note(self, name: str, reason: str | None) -> None:
         """Note a call: replaced where there is no reason against it."""
@@ -198,6 +197,7 @@ class _Mode(TorchFunctionMode):
     def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         at = self.interception
         name = at.stack[-1]
+        index = at.order.setdefault(name, len(at.order))
         result = None
         if is_causal:
             reason: str | None = "its attention is causal"
@@ -206,17 +206,23 @@ class _Mode(TorchFunctionMode):
         elif name not in at.wanted:
             reason = "layers does not name it"
         else:
-            call = at.call(*_with_heads(query, key, value, attn_mask, enable_gqa), scale)
+            call = at.call(index, *_with_heads(query, key, value, attn_mask, enable_gqa), scale)
             if not at.observes:
                 _check_inference(call, dropout_p)
             result = self.attention(call)
-            reason = None if at.observes or result is not None else "the policy leaves it as it is"
+            reason = None if at.observes or result is not None else _why_dense(call)
         at.note(name, reason)
         if result is not None:
             return result if query.ndim == 4 else result.squeeze(1)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+
+
+def _why_dense(call: Call) -> str:
+    if call.grid is None:
+        return "its tokens are not a prefix and a grid"
+    return CHOSEN if call.bias is None else "it adds a bias to its logits"
 
 
 def _with_heads(
@@ -272,7 +278,7 @@ def _intercepting(
 
 def _check_reached(model: str, patterns: Sequence[str], found: Reached) -> None:
     """Refuse a context in which a model ran as if there had been none."""
-    if found.layers or not (found._entered or found.dense):
+    if found.layers or CHOSEN in found.dense.values() or not (found._entered or found.dense):
         return
     if found.dense:
         reason = next(iter(found.dense.values()))

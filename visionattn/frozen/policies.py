@@ -1,0 +1,381 @@
+r"""Selection policies: which key tiles does a query tile read?
+
+    index = policy(q, k, grid, layer, state)
+
+    q, k    (B, h, H W, D), queries scaled, without prefix tokens
+    grid    (H, W)
+    layer   number of the layer, by the order in which layers call attention
+    state   a dict that is empty at the start of a forward pass
+    index   int64 (B or 1, h or 1, query tiles or 1, K) of key tiles, or one such index per head, or None: dense
+
+A function with these arguments is a policy; `visionattn.frozen.tiles` computes attention from the index. The classes
+here turn a budget into K: a query reads `budget` H W keys, of which the tail takes one per key tile.
+
+    strided, random   controls: a regular grid of keys, and random ones; of whole tiles with the tail
+    tail_only         control: no tile is read, all are pooled
+    window            the nearest tiles (FreeSwim, arXiv 2511.14712, by tiles)
+    pooled            the largest products of mean query and mean key
+    tree              coarse to fine (HiP, arXiv 2406.09827): key tiles in Morton order in K groups; groups are halved
+                      and the K best halves kept until each is one tile. A half is scored by the largest q.k of any
+                      query with the keys of its first tile, which costs 0.75 of dense scores at 4,096 tokens; with
+                      `pooled=True` by the mean query and its mean key, which costs nearly nothing
+    mass              the tiles of the largest true attention: costs dense scores; a bound for what selection can do
+    reuse             selection of an earlier layer (DELTA). In its refresh layers attention is dense where the tiles of
+                      the largest mass are selected
+    heads             `pooled` with K of its own for every head and layer (budgets as in TCA)
+
+Deviations from DELTA: selection is per head and per tile of queries, as maxima over heads lost in our measurement, and
+there is no recency window: images have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from visionattn.errors import InputError, shorten
+from visionattn.frozen.tiles import Grid, gather_tiles, pool, tile_mass, tiling
+
+__all__ = [
+    "POLICIES",
+    "HeadBudgets",
+    "Index",
+    "Mass",
+    "Policy",
+    "Pooled",
+    "Random",
+    "Reuse",
+    "Strided",
+    "TailOnly",
+    "Tree",
+    "Window",
+    "first_tile_score",
+    "morton_order",
+    "tree_search",
+]
+
+Index = Tensor | Sequence[Tensor]
+State = dict[Any, Any]
+
+
+class Policy:
+    """What policies share: budget and tiles.
+
+    Args:
+        budget: Keys that a query reads as a share of the grid's, in (0, 1].
+        tail: Whether tiles that are not selected take part as one pooled key each.
+        query_tile: Side of the tiles of queries that share a selection.
+        key_tile: Side of the key tiles; must divide `query_tile`.
+
+    Raises:
+        InputError: The budget is outside (0, 1], or a side is not possible.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, budget: float = 0.125, tail: bool = True, query_tile: int = 8, key_tile: int = 4) -> None:
+        if not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+            raise InputError(f"The budget must be in (0, 1]; got {shorten(budget)}.")
+        if not (isinstance(key_tile, int) and isinstance(query_tile, int) and key_tile >= 1) or query_tile % key_tile:
+            raise InputError(
+                f"query_tile must be divisible by key_tile, and both at least 1; got {shorten(query_tile)} and "
+                f"{shorten(key_tile)}."
+            )
+        if query_tile < 1:
+            raise InputError(f"query_tile must be at least 1; got {query_tile}.")
+        self.budget, self.tail, self.query_tile, self.key_tile = float(budget), tail, query_tile, key_tile
+
+    def keep(self, grid: Grid) -> int:
+        """Number K of key tiles that fit the budget, at least 1; with a budget of 1 all."""
+        (height, width), side = grid, self.key_tile
+        tiles = -(-height // side) * -(-width // side)
+        if self.budget == 1:
+            return tiles
+        keys = self.budget * height * width - (tiles if self.tail else 0)
+        return min(max(round(keys / side**2), 1), tiles)
+
+    def __call__(self, q: Tensor, k: Tensor, grid: Grid, layer: int, state: State) -> Index | None:
+        """Select key tiles (see the module)."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value!r}" for key, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
+
+class _Control(Policy):
+    """Keys whatever they hold: single ones without the tail, whole tiles with it."""
+
+    def __init__(self, budget: float = 0.125, tail: bool = True, query_tile: int = 8, key_tile: int = 4) -> None:
+        super().__init__(budget, tail, query_tile, key_tile if tail else 1)
+
+
+class Strided(_Control):
+    """A regular grid of keys, the same for all queries."""
+
+    name = "strided"
+
+    def __call__(self, q, k, grid, layer, state):
+        """Select (1, 1, 1, K), K at most the budget's."""
+        down, across = tiling(grid, self.key_tile, q.device).count
+        keep = self.keep(grid)
+        rows = min(max(round((keep * down / across) ** 0.5), 1), down, keep)
+        columns = min(keep // rows, across)
+        y = (torch.arange(rows, device=q.device) * 2 + 1) * down // (2 * rows)
+        x = (torch.arange(columns, device=q.device) * 2 + 1) * across // (2 * columns)
+        return (y[:, None] * across + x).view(1, 1, 1, -1)
+
+
+class Random(_Control):
+    """Random keys, others for every query tile and layer, always the same ones."""
+
+    name = "random"
+
+    def __call__(self, q, k, grid, layer, state):
+        """Select (1, 1, nq, K)."""
+        queries = len(tiling(grid, self.query_tile, q.device).table)
+        keys = len(tiling(grid, self.key_tile, q.device).table)
+        # A hash of the numbers instead of a generator, which traced graphs cannot hold.
+        number = torch.arange(queries * keys, device=q.device)
+        noise = number + (layer + 1) * 7_919
+        for _ in range(3):
+            noise = (noise * noise + 48_271 * noise + 11) % (2**31 - 1)
+        return _largest(noise.view(1, 1, queries, keys), self.keep(grid))
+
+
+class TailOnly(Policy):
+    """No tile: every tile is one pooled key, so that the budget does not matter."""
+
+    name = "tail_only"
+
+    def __call__(self, q, k, grid, layer, state):
+        """Select (1, 1, 1, 0)."""
+        return torch.zeros(1, 1, 1, 0, dtype=torch.int64, device=q.device)
+
+
+class Window(Policy):
+    """The nearest tiles by the larger of the vertical and the horizontal distance: a window, shifted at borders."""
+
+    name = "window"
+
+    def __call__(self, q, k, grid, layer, state):
+        """Select (1, 1, nq, K)."""
+        queries, keys = (tiling(grid, side, q.device) for side in (self.query_tile, self.key_tile))
+        apart = (queries.centres[:, None] - keys.centres).abs()  # (nq, nk, 2)
+        # Of tiles equally far in this sense those nearer in the usual one.
+        distance = apart.amax(-1) * 4 * sum(grid) + apart.sum(-1)
+        return _largest(-distance[None, None], self.keep(grid))
+
+
+def _largest(scores: Tensor, keep: int) -> Tensor:
+    """Tiles of the largest int64 scores, of equals the first: runtimes order equals each in their own way."""
+    count = scores.shape[-1]
+    return (scores * count - torch.arange(count, device=scores.device)).topk(keep, dim=-1).indices
+
+
+class Pooled(Policy):
+    """The largest products of the mean query and the mean key of tiles."""
+
+    name = "pooled"
+
+    def __call__(self, q, k, grid, layer, state):
+        """Select (B, h, nq, K), the best first."""
+        queries, keys = (tiling(grid, side, q.device) for side in (self.query_tile, self.key_tile))
+        scores = pool(gather_tiles(q, queries), queries) @ pool(gather_tiles(k, keys), keys).transpose(-1, -2)
+        return scores.topk(self.keep(grid), dim=-1).indices
+
+
+class Mass(Policy):
+    """The tiles of the largest true attention, for which dense attention is computed: a bound, not a saving."""
+
+    name = "mass"
+
+    def __call__(self, q, k, grid, layer, state):
+        """Select (B, h, nq, K), the best first."""
+        return tile_mass(q, k, grid, self.query_tile, self.key_tile).topk(self.keep(grid), dim=-1).indices
+
+
+class Tree(Policy):
+    """Coarse to fine over key tiles in Morton order (see the module).
+
+    Args:
+        budget: See `Policy`.
+        tail: See `Policy`.
+        query_tile: See `Policy`.
+        key_tile: See `Policy`.
+        pooled: Score by mean queries and mean keys instead of all queries and the keys of a half's first tile.
+    """
+
+    name = "tree"
+
+    def __init__(
+        self, budget: float = 0.125, tail: bool = True, query_tile: int = 8, key_tile: int = 4, pooled: bool = False
+    ) -> None:
+        super().__init__(budget, tail, query_tile, key_tile)
+        self.pooled = pooled
+
+    def __call__(self, q, k, grid, layer, state):
+        """Select (B, h, nq, K), sorted by place in Morton order."""
+        queries, keys = (tiling(grid, side, q.device) for side in (self.query_tile, self.key_tile))
+        order = morton_order(keys.count, q.device)
+        q, k = gather_tiles(q, queries), gather_tiles(k, keys).index_select(2, order)
+        if self.pooled:
+            score = _mean_score(pool(q, queries), k, keys.inside[order].to(k.dtype), keys.tokens[order])
+        else:
+            score = first_tile_score(q, k)
+        return order[tree_search(score, q.shape[:3], k.shape[2], self.keep(grid), q.device)]
+
+
+def morton_order(count: Grid, device: torch.device | str = "cpu") -> Tensor:
+    """Tiles of a grid along a Z-curve: (n,) int64, of whose numbers, row by row, the first comes first."""
+    y, x = torch.meshgrid(*(torch.arange(n, device=device) for n in count), indexing="ij")
+    code = torch.zeros_like(y)
+    for bit in range(max(count).bit_length()):
+        code = code + ((y // 2**bit % 2) * 2 + x // 2**bit % 2) * 4**bit
+    return code.flatten().argsort()
+
+
+def first_tile_score(q: Tensor, k: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Score groups of tiles by the largest product of any query with the keys of the group's first tile.
+
+    Args:
+        q: Queries by tile (B, h, nq, T^2, D).
+        k: Keys by tile (B, h, nk, t^2, D).
+    """
+
+    def score(start: Tensor, size: Tensor) -> Tensor:
+        first = start.flatten(2).unsqueeze(-1).expand(-1, -1, -1, k.shape[3] * k.shape[4])
+        keys = k.flatten(3).gather(2, first).view(*start.shape[:3], -1, k.shape[4])
+        return (q @ keys.transpose(-1, -2)).amax(3).unflatten(-1, (-1, k.shape[3])).amax(-1)
+
+    return score
+
+
+def _mean_score(q: Tensor, k: Tensor, inside: Tensor, tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Score groups of tiles by the product of the mean query (B, h, nq, D) with the mean key of the group."""
+    sums = (k * inside.unsqueeze(-1)).sum(3)
+    products = q @ sums.transpose(-1, -2)  # (B, h, nq, nk): their sum over a group is q . (sum of its keys)
+    products = torch.nn.functional.pad(products.cumsum(-1), (1, 0))
+    counts = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
+
+    def score(start: Tensor, size: Tensor) -> Tensor:
+        end = start + size
+        return (products.gather(-1, end) - products.gather(-1, start)) / (counts[end] - counts[start]).clamp(min=1)
+
+    return score
+
+
+def tree_search(
+    score: Callable[[Tensor, Tensor], Tensor],
+    batch: Sequence[int],
+    count: int,
+    keep: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Halve `keep` groups of consecutive tiles, keeping the best halves, until each is one tile.
+
+    Args:
+        score: Gives scores of groups from their first tile and their size, both (*batch, n) int64.
+        batch: Shape of what is searched for at once.
+        count: Number of tiles.
+        keep: Groups, and tiles to select.
+        device: Where.
+
+    Returns:
+        Selected tiles, sorted, int64 (*batch, keep).
+    """
+    edges = torch.arange(keep + 1, device=device) * count // keep
+    start = edges[:-1].expand(*batch, keep)
+    size = edges.diff().expand(*batch, keep)
+    rounds = max((-(-count // keep) - 1).bit_length(), 0)
+    for _ in range(rounds):
+        half = size // 2
+        start, size = torch.cat([start, start + half], -1), torch.cat([half, size - half], -1)
+        best = score(start, size).masked_fill(size == 0, -torch.inf).topk(keep, dim=-1).indices
+        start, size = start.gather(-1, best), size.gather(-1, best)
+    return start.sort(-1).values
+
+
+class Reuse(Policy):
+    """Read the tiles that an earlier layer selected.
+
+    Args:
+        budget: See `Policy`.
+        tail: See `Policy`.
+        query_tile: See `Policy`.
+        key_tile: See `Policy`.
+        sources: Of each layer the number of the layer whose selection it reads; its own in a refresh layer. Layers
+            beyond the end, and those whose source did not run, refresh.
+        select: How refresh layers select: `"mass"`, with dense attention there, or `"tree"`.
+    """
+
+    name = "reuse"
+
+    def __init__(
+        self,
+        budget: float = 0.125,
+        tail: bool = True,
+        query_tile: int = 8,
+        key_tile: int = 4,
+        sources: Sequence[int] = (),
+        select: str = "mass",
+    ) -> None:
+        super().__init__(budget, tail, query_tile, key_tile)
+        if select not in ("mass", "tree"):
+            raise InputError(f"select must be one of 'mass', 'tree'; got {shorten(select)!r}.")
+        self.sources, self.select = list(sources), select
+
+    def __call__(self, q, k, grid, layer, state):
+        """Select (B, h, nq, K), or None in a refresh layer with dense attention."""
+        source = self.sources[layer] if layer < len(self.sources) else layer
+        if source != layer and ("reuse", source) in state:
+            return state["reuse", source]
+        kind = Mass if self.select == "mass" else Tree
+        index = kind(self.budget, self.tail, self.query_tile, self.key_tile)(q, k, grid, layer, state)
+        state["reuse", layer] = index
+        return None if self.select == "mass" else index
+
+
+class HeadBudgets(Pooled):
+    """`Pooled` with a number of tiles for every head of every layer.
+
+    Args:
+        budget: See `Policy`.
+        tail: See `Policy`.
+        query_tile: See `Policy`.
+        key_tile: See `Policy`.
+        counts: Of each layer K of each of its heads; layers beyond the end have the budget's.
+    """
+
+    name = "heads"
+
+    def __init__(
+        self,
+        budget: float = 0.125,
+        tail: bool = True,
+        query_tile: int = 8,
+        key_tile: int = 4,
+        counts: Sequence[Sequence[int]] = (),
+    ) -> None:
+        super().__init__(budget, tail, query_tile, key_tile)
+        self.counts = [list(own) for own in counts]
+
+    def __call__(self, q, k, grid, layer, state):
+        """Select (B, 1, nq, K of the head) for every head."""
+        if layer >= len(self.counts) or not self.counts[layer]:
+            return super().__call__(q, k, grid, layer, state)
+        counts = self.counts[layer]
+        if len(counts) != q.shape[1]:
+            raise InputError(f"The budgets of layer {layer} are of {len(counts)} heads; it has {q.shape[1]}.")
+        queries, keys = (tiling(grid, side, q.device) for side in (self.query_tile, self.key_tile))
+        scores = pool(gather_tiles(q, queries), queries) @ pool(gather_tiles(k, keys), keys).transpose(-1, -2)
+        best = scores.topk(min(max(counts), scores.shape[-1]), dim=-1).indices
+        return [best[:, head : head + 1, :, :count] for head, count in enumerate(counts)]
+
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Strided, Random, TailOnly, Window, Pooled, Tree, Mass, Reuse, HeadBudgets)
+}
