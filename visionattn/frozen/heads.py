@@ -47,7 +47,7 @@ def prune_heads(
         random     the control
 
     Sources: usage is after SHRP (one top-1 count for routing and pruning), of which only the abstract is published: it
-    is this package's own; gradient is arXiv 1905.10650.
+    is this package's own; gradient is that of "Are sixteen heads really better than one?".
 
     Args:
         model: A transformer whose layers are timm's `Attention` or `MinimalAttention` with projected values.

@@ -7,7 +7,7 @@ r"""Which patch tokens of an image stay, and which token stands for each of the 
                   the Jacobian of M over sqrt(dim), up to 1/dim
     greedy        first argmax S; then argmax S_i (1 - max over kept j of cos(f_i, f_j)), S scaled to [0, 1]
 
-Sources: ToMe, arXiv 2210.09461 (merge, here on the tokens themselves, without its bias of attention by size);
+Sources: ToMe, "token merging" (merge, here on the tokens themselves, without its bias of attention by size);
 ZOO-Prune (sensitivity, greedy): its equations, for no code is published.
 """
 
