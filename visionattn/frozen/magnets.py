@@ -1,0 +1,90 @@
+"""RefAM's two rules for attention maps of conditions: magnets that take attention in, and sinks that are left out.
+
+A map of a condition is the attention of its tokens over an image's patches, averaged over late layers and heads.
+
+    magnets    words without meaning of their own (".", "a", "with", a colour) are appended to the condition, take
+               attention that belongs nowhere, and their columns are dropped with those of stop words
+    sinks      columns that are high for every row, of the condition and of the image, are dropped in late layers
+
+Without a text the second rule remains: patches that all condition tokens look at are no evidence for any of them.
+
+Source: RefAM's project page; its code is not published. Measured on a text-to-digits generator of 0.6 million
+parameters, magnets changed nothing (the map of the digit's word pointed into its quadrant in .893 of cases without and
+.903 with them). This package has no text encoder; conditional cross-attention has conditions whose tokens these rules
+can be applied to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from visionattn.errors import InputError, shorten
+from visionattn.frozen.sinks import outliers
+
+__all__ = ["append_magnets", "drop_tokens", "filter_sinks", "shared_sinks"]
+
+
+def append_magnets(condition: Tensor, magnets: Tensor) -> tuple[Tensor, list[int]]:
+    """Put magnets behind the tokens of a condition.
+
+    Args:
+        condition: (B, M, C).
+        magnets: Embeddings of words without meaning, (K, C).
+
+    Returns:
+        The longer condition (B, M + K, C), and the indices of the magnets, to be dropped from its maps.
+    """
+    if condition.ndim != 3 or magnets.ndim != 2 or condition.shape[2] != magnets.shape[1]:
+        raise InputError(
+            f"Magnets (K, C) must have the width of the condition (B, M, C); got {shorten(tuple(magnets.shape))} and "
+            f"{tuple(condition.shape)}."
+        )
+    count = condition.shape[1]
+    longer = torch.cat([condition, magnets.to(condition).expand(len(condition), -1, -1)], dim=1)
+    return longer, list(range(count, count + len(magnets)))
+
+
+def drop_tokens(weights: Tensor, dropped: Collection[int]) -> Tensor:
+    """Leave columns of magnets and stop words out of a patch's attention on a condition, rows summing to 1 again.
+
+    Args:
+        weights: Attention of patches on the condition, (..., N, M).
+        dropped: Indices of the columns.
+
+    Returns:
+        (..., N, M), zeros in the dropped columns; a row without any other attention is 0.
+
+    Raises:
+        InputError: There is no such column, or none would be left.
+    """
+    count = weights.shape[-1]
+    if any(not 0 <= index < count for index in dropped) or len(set(dropped)) >= count:
+        raise InputError(f"Columns to drop must be some of 0 to {count - 1}; got {shorten(sorted(dropped))}.")
+    kept = torch.ones(count, dtype=torch.bool, device=weights.device)
+    kept[list(dropped)] = False
+    left = weights * kept
+    total = left.sum(dim=-1, keepdim=True)
+    return left / torch.where(total > 0, total, 1.0)
+
+
+def shared_sinks(maps: Tensor) -> Tensor:
+    """Patches that are outliers in the map of every token of the condition: (..., M, N) -> bool (..., N)."""
+    return outliers(maps).all(dim=-2)
+
+
+def filter_sinks(maps: Tensor) -> Tensor:
+    """Set patches that every token of a condition looks at to 0 in their maps, each map with its sum as before.
+
+    Args:
+        maps: Attention of the condition's tokens over the patches, (..., M, N).
+
+    Returns:
+        (..., M, N). A map that is on sinks alone stays as it is.
+    """
+    left = maps.masked_fill(shared_sinks(maps)[..., None, :], 0.0)
+    total = left.sum(dim=-1, keepdim=True)
+    scaled = left * maps.sum(dim=-1, keepdim=True) / torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, scaled, maps)
