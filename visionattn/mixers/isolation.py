@@ -93,8 +93,8 @@ def reposition(x: Tensor, reference: Tensor, target: Tensor) -> Tensor:
     height, width = reference.shape
     if target.shape != reference.shape or x.ndim != 2 or len(x) != height * width:
         raise InputError(
-            f"reposition takes tokens ({height * width}, C) and masks ({height}, {width}); got {shorten(tuple(x.shape))} "
-            f"and {tuple(target.shape)}."
+            f"reposition takes tokens ({height * width}, C) and masks ({height}, {width}); got "
+            f"{shorten(tuple(x.shape))} and {tuple(target.shape)}."
         )
     rows, columns = subject_box(target)
     subject = reference.bool().flatten()[:, None]
