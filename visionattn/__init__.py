@@ -41,6 +41,6 @@ _COMMANDS = {
     "upscale": "visionattn.predict.restore",
     "upscale_files": "visionattn.predict.restore_files",
 }
-__getattr__ = lazily(__name__, _COMMANDS)
+__getattr__ = lazily(__name__, {**_COMMANDS, "frozen": "visionattn.frozen"})
 
 __all__ = ["accelerate", "blocks", "insert", "kernels", "load", "mixers", "models", "swap", *_COMMANDS]

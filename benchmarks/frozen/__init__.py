@@ -1,0 +1,1 @@
+"""Frozen backbones: what sparse attention costs them."""
