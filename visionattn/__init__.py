@@ -32,6 +32,7 @@ _COMMANDS = {
     "flow": "visionattn.predict.flow",
     "flow_files": "visionattn.predict.flow_files",
     "index": "visionattn.search.api",
+    "inspect": "visionattn.frozen.inspect",
     "probe": "visionattn.probe",
     "prune_heads": "visionattn.frozen.heads",
     "prune_tokens": "visionattn.frozen.tokens",

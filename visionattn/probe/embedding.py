@@ -30,7 +30,7 @@ from visionattn.probe.tokens.backbone import Backbone
 from visionattn.probe.tokens.loading import check_share, read_batches
 from visionattn.weights.hashing import hash_state
 
-__all__ = ["Embeddings", "embed"]
+__all__ = ["Embeddings", "class_of", "embed"]
 
 BATCH = 64
 SPLITS = ("train", "training", "val", "valid", "validation", "test")
@@ -164,14 +164,14 @@ def _read(
         return names, ConcatDataset([images.train.dataset, images.test.dataset]), None, images.classes
     size, mean, std = image_config(settings, config)
     names, dataset = open_pictures(data, eval_transform(config["input_size"][0], size, mean, std))
-    known = [_class_of(name) for name in names] if isinstance(data, (str, Path)) and Path(data).is_dir() else []
+    known = [class_of(name) for name in names] if isinstance(data, (str, Path)) and Path(data).is_dir() else []
     classes = tuple(sorted({name for name in known if name is not None}))
     places = {name: place for place, name in enumerate(classes)}
     labels = [-1 if name is None else places[name] for name in known] or [-1] * len(names)
     return names, dataset, labels, classes
 
 
-def _class_of(name: str) -> str | None:
+def class_of(name: str) -> str | None:
     """The class of an image of a folder: its first sub-folder, below that of a split."""
     folders = PurePath(name).parts[:-1]
     folders = folders[1:] if folders and folders[0] in SPLITS else folders

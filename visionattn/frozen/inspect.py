@@ -1,0 +1,245 @@
+"""`visionattn.inspect`: what the attention of a frozen backbone does, layer by layer, on images of one's own."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from rich.console import Console
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from visionattn.devices import find_device
+from visionattn.errors import InputError, shorten
+from visionattn.files import check_folder
+from visionattn.frozen.agreement import Agreement, agreement
+from visionattn.frozen.curves import prune_curves
+from visionattn.frozen.looking import Look, look
+from visionattn.frozen.plan import Plan
+from visionattn.frozen.selection import best_plan, check_policies, measure_policies
+from visionattn.frozen.sheet import to_image
+from visionattn.opening import open_backbone
+from visionattn.probe.embedding import class_of
+from visionattn.probe.files import open_pictures
+from visionattn.probe.given import eval_transform
+from visionattn.probe.inputs import backbone_name
+from visionattn.probe.progress import show_progress
+from visionattn.probe.tokens.loading import check_share, read_batches
+
+__all__ = ["Inspection", "inspect"]
+
+BATCH = 64
+JUDGED = 8  # images whose maps are compared with occlusion
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        name: Of the backbone.
+        source: Where its weights come from.
+        size: Side of the images in pixels.
+        names: The images that were read.
+        classes: Names of their classes; empty where their folders state none.
+        look: Layers, maps and sinks.
+        agreement: Of the last layer's map with occlusion, on the first images.
+        logits: Whether occlusion was judged by the classes' probabilities; otherwise by the features' cosine.
+        policies: Rows of `measure_policies`; empty if none were asked for.
+        curves: Rows of `prune_curves`, likewise.
+        pictures: The first images, as the backbone saw them.
+        skipped: Name of each image that could not be read, and what is wrong with it.
+        folder: Of the report; None where none was written.
+    """
+
+    name: str
+    source: str
+    size: int
+    names: list[str]
+    classes: tuple[str, ...]
+    look: Look
+    agreement: Agreement
+    logits: bool
+    policies: list[dict[str, Any]]
+    curves: list[dict[str, Any]]
+    pictures: list[Image.Image]
+    skipped: list[tuple[str, str]]
+    folder: Path | None = None
+
+    def __repr__(self) -> str:
+        height, width = self.look.grid
+        return (
+            f"Inspection({self.name}, {len(self.look.layers)} layers of {height} x {width} patches, "
+            f"{len(self.names)} images)"
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a layer."""
+        return [layer.to_json() for layer in self.look.layers]
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the least error within the budget; None where no policies were measured."""
+        return best_plan(self.policies) if self.policies else None
+
+
+def inspect(
+    backbone: str | Path | nn.Module,
+    images: Any,
+    *,
+    checkpoint: str | Path | None = None,
+    random: bool = False,
+    image_size: int | None = None,
+    count: int = 64,
+    masks: int = 200,
+    policy: str | Sequence[str] | None = None,
+    budget: float | Sequence[float] = 0.125,
+    tokens: bool = False,
+    heads: bool = False,
+    maps: int = 8,
+    device: str = "auto",
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Inspection:
+    """Look into the attention of a frozen backbone, and measure what it costs to make it sparser or smaller.
+
+        found = visionattn.inspect("vit_small_patch16_224.dino", "photos", output="report")
+        print(found.look.layers[-1].effective_keys)
+
+    The report has, for each layer, effective keys, sinks by three detectors, the class token's share, the largest
+    channel's share, the tiles that hold 90 % of the mass and how far earlier layers select the same; how far the map of
+    the last layer agrees with occlusion; and a contact sheet of maps with sinks marked.
+
+    Args:
+        backbone: As `visionattn.probe` takes it; one whose attention calls `scaled_dot_product_attention` over one
+            grid of patches, such as timm's ViT, DeiT, DINOv2, EVA.
+        images: A folder with its sub-folders, an image file, or a list of images given in Python. In a folder the first
+            sub-folder is the class, which k-NN accuracy needs.
+        checkpoint: Weight file for a name.
+        random: Random weights for a name.
+        image_size: Side of the images in pixels; None: the model's.
+        count: Images that are read, evenly spread over the folder.
+        masks: Random masks an image of the comparison with occlusion.
+        policy: Names of sparse attention, or "all"; the controls are always among them. None measures none.
+        budget: Keys that a query reads under a policy, as a share of all; one or several.
+        tokens: Measure the model with fewer tokens, against fewer blocks.
+        heads: Measure the model with fewer heads, likewise.
+        maps: Images on the contact sheet.
+        device: "auto" (a GPU where there is one), or a device of PyTorch.
+        output: Folder of the report; None writes none.
+        overwrite: Replace the report of an earlier run.
+        progress: Show how far the work is.
+
+    Raises:
+        CheckpointError: The weights could not be read, or do not fit.
+        DataError: There are no images, or too many cannot be read.
+        InputError: The backbone's attention is not reached, an argument is not accepted, or the report exists.
+        StorageError: The report could not be written.
+        UnknownNameError: There is no such model.
+    """
+    from visionattn.frozen.report import check_report, write_report
+
+    for name, value, least in (("count", count, 2), ("masks", masks, 2), ("maps", maps, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name} must be a whole number of at least {least}; got {shorten(value)}.")
+    budgets = [budget] if isinstance(budget, (int, float)) else list(budget)
+    check_policies(policy or "all", budgets)
+    if output is not None:
+        check_report(check_folder(output), overwrite)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, quiet=not progress)
+    source = copy.deepcopy(backbone) if isinstance(backbone, nn.Module) else backbone
+    opened = open_backbone(source, checkpoint, random, image_size=image_size)
+    where = torch.device(find_device(device))
+    model = opened.model.eval().requires_grad_(False).to(where)
+    config = resolve_model_data_config(model)
+    size = image_size or config["input_size"][1]
+    read = _read(images, config, size, count, console)
+    shown = read.images.to(where, next(model.parameters()).dtype)
+    with show_progress(console) as bars:
+        bar = bars.add_task("layers", total=len(shown))
+        found = look(model, shown, lambda done: bars.update(bar, completed=done))
+    logits = _gives_logits(model)
+    judged = shown[:JUDGED]
+    console.print(f"Occlusion of {len(judged)} images, {masks} masks each.")
+    values = found.maps[-1][: len(judged)].to(where)
+    judgement = agreement(_predictor(model), judged, values, found.grid, logits=logits, masks=masks)
+    rows, curves = [], []
+    if policy is not None:
+        tiles = _tile_sides(found.grid)
+        rows = measure_policies(
+            model, list(shown.split(BATCH)), read.labels, policy, budgets, **tiles, progress=console.print
+        )
+    if tokens or heads:
+        curves = prune_curves(
+            model, shown, read.labels, tokens=tokens, heads=heads,
+            source="class" if found.has_class else "mean", progress=console.print,
+        )  # fmt: skip
+    inspection = Inspection(
+        backbone_name(backbone), opened.source, size, read.names, read.classes, found, judgement, logits, rows, curves,
+        [to_image(image, config["mean"], config["std"]) for image in read.images[:maps]], read.skipped,
+        None if output is None else Path(output),
+    )  # fmt: skip
+    if output is not None:
+        write_report(inspection, Path(output))
+    return inspection
+
+
+class _Read(NamedTuple):
+    names: list[str]
+    images: Tensor
+    labels: Tensor | None
+    classes: tuple[str, ...]
+    skipped: list[tuple[str, str]]
+
+
+def _read(images: Any, config: dict[str, Any], size: int, count: int, console: Console) -> _Read:
+    """Images, evenly spread over what there is, and their classes where all have one and there are two or more."""
+    transform = eval_transform(config["input_size"][0], size, config["mean"], config["std"])
+    names, dataset = open_pictures(images, transform)
+    rows = sorted({math.floor(number * len(names) / count) for number in range(count)})
+    kept, found, skipped = [], [], []
+    with show_progress(console) as progress:
+        bar = progress.add_task("images", total=len(rows))
+        cuts = [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]
+        for batch in read_batches(dataset, (size, size), cuts, 0):
+            kept += batch.rows
+            skipped += [(names[row], reason) for row, reason in batch.skipped]
+            if batch.images is not None:
+                found.append(batch.images)
+            progress.advance(bar, len(batch.rows) + len(batch.skipped))
+    check_share([(row, reason) for row, (_, reason) in enumerate(skipped)], len(rows))
+    of_each = [class_of(names[row]) for row in kept]
+    classes = tuple(sorted({name for name in of_each if name is not None}))
+    labels = None
+    if len(classes) > 1 and None not in of_each:
+        labels = torch.tensor([classes.index(str(name)) for name in of_each])
+    return _Read([names[row] for row in kept], torch.cat(found), labels, classes if labels is not None else (), skipped)
+
+
+def _gives_logits(model: nn.Module) -> bool:
+    classes: Any = getattr(model, "num_classes", 0)
+    return isinstance(classes, int) and classes > 1
+
+
+def _predictor(model: nn.Module) -> Any:
+    """Images -> logits or features (n, K)."""
+
+    def predict(images: Tensor) -> Tensor:
+        found = model(images)
+        return found.float() if found.ndim == 2 else found.float().flatten(2).mean(2)
+
+    return predict
+
+
+def _tile_sides(grid: tuple[int, int]) -> dict[str, int]:
+    """Sides of tiles of queries and of keys: the usual ones, or smaller ones of small grids."""
+    side = 4 if min(grid) >= 16 else 2 if min(grid) >= 6 else 1
+    return {"query_tile": 2 * side, "key_tile": side}
