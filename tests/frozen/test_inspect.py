@@ -1,7 +1,7 @@
 """`visionattn.inspect` and its command."""
 
 import csv
-import sys
+import importlib
 from functools import partial
 
 import numpy as np
@@ -43,7 +43,7 @@ def photos(tmp_path_factory):
 
 def test_a_report_with_everything(photos, tmp_path, monkeypatch):
     few = partial(prune_curves, keep=[0.5], scores=["grid"])  # all of them take ten seconds
-    monkeypatch.setattr(sys.modules["visionattn.frozen.inspect"], "prune_curves", few)
+    monkeypatch.setattr(importlib.import_module("visionattn.frozen.inspect"), "prune_curves", few)
     model = vit()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = visionattn.inspect(
