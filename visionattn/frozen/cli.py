@@ -12,7 +12,8 @@ from rich.table import Table
 
 from visionattn.arguments import call_with, number, whole_number
 from visionattn.errors import shorten
-from visionattn.frozen.inspect import Inspection, inspect
+from visionattn.frozen.inspect import inspect
+from visionattn.frozen.inspection import Inspection
 from visionattn.frozen.report import PLAN, summary
 
 __all__ = ["add_arguments", "run"]

@@ -6,12 +6,10 @@ import copy
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from rich.console import Console
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
@@ -19,11 +17,12 @@ from torch import Tensor, nn
 from visionattn.devices import find_device
 from visionattn.errors import InputError, shorten
 from visionattn.files import check_folder
-from visionattn.frozen.agreement import Agreement, agreement
+from visionattn.frozen.agreement import agreement
 from visionattn.frozen.curves import prune_curves
-from visionattn.frozen.looking import Look, look
-from visionattn.frozen.plan import Plan
-from visionattn.frozen.selection import best_plan, check_policies, measure_policies
+from visionattn.frozen.inspection import Inspection
+from visionattn.frozen.looking import look
+from visionattn.frozen.report import check_report, write_report
+from visionattn.frozen.selection import check_policies, measure_policies
 from visionattn.frozen.sheet import to_image
 from visionattn.opening import open_backbone
 from visionattn.probe.embedding import class_of
@@ -33,61 +32,10 @@ from visionattn.probe.inputs import backbone_name
 from visionattn.probe.progress import show_progress
 from visionattn.probe.tokens.loading import check_share, read_batches
 
-__all__ = ["Inspection", "inspect"]
+__all__ = ["inspect"]
 
 BATCH = 64
 JUDGED = 8  # images whose maps are compared with occlusion
-
-
-@dataclass(frozen=True, repr=False)
-class Inspection:
-    """What was found.
-
-    Attributes:
-        name: Of the backbone.
-        source: Where its weights come from.
-        size: Side of the images in pixels.
-        names: The images that were read.
-        classes: Names of their classes; empty where their folders state none.
-        look: Layers, maps and sinks.
-        agreement: Of the last layer's map with occlusion, on the first images.
-        logits: Whether occlusion was judged by the classes' probabilities; otherwise by the features' cosine.
-        policies: Rows of `measure_policies`; empty if none were asked for.
-        curves: Rows of `prune_curves`, likewise.
-        pictures: The first images, as the backbone saw them.
-        skipped: Name of each image that could not be read, and what is wrong with it.
-        folder: Of the report; None where none was written.
-    """
-
-    name: str
-    source: str
-    size: int
-    names: list[str]
-    classes: tuple[str, ...]
-    look: Look
-    agreement: Agreement
-    logits: bool
-    policies: list[dict[str, Any]]
-    curves: list[dict[str, Any]]
-    pictures: list[Image.Image]
-    skipped: list[tuple[str, str]]
-    folder: Path | None = None
-
-    def __repr__(self) -> str:
-        height, width = self.look.grid
-        return (
-            f"Inspection({self.name}, {len(self.look.layers)} layers of {height} x {width} patches, "
-            f"{len(self.names)} images)"
-        )
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row a layer."""
-        return [layer.to_json() for layer in self.look.layers]
-
-    @property
-    def plan(self) -> Plan | None:
-        """The plan of the least error within the budget; None where no policies were measured."""
-        return best_plan(self.policies) if self.policies else None
 
 
 def inspect(
@@ -145,8 +93,6 @@ def inspect(
         StorageError: The report could not be written.
         UnknownNameError: There is no such model.
     """
-    from visionattn.frozen.report import check_report, write_report
-
     for name, value, least in (("count", count, 2), ("masks", masks, 2), ("maps", maps, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} must be a whole number of at least {least}; got {shorten(value)}.")

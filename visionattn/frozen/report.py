@@ -8,7 +8,7 @@ from typing import Any
 
 from visionattn.errors import InputError, shorten
 from visionattn.files import atomic_path
-from visionattn.frozen.inspect import Inspection
+from visionattn.frozen.inspection import Inspection
 from visionattn.frozen.sheet import contact_sheet
 from visionattn.page import CurvePoint, Curves, Section, write_pages, write_table
 from visionattn.probe.statistics import bootstrap_interval
