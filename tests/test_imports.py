@@ -16,7 +16,7 @@ ROOT = Path(visionattn.__file__).parent
 LAYERS = [
     {"cli"},
     {"quickstart", "zoo", "demo"},
-    {"train"},
+    {"train", "arena"},
     {"frozen"},
     {"probe", "evaluate", "search"},
     {"predict"},

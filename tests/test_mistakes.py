@@ -224,6 +224,17 @@ MISTAKES = [
     (f"inspect {VIT} --images photos --output notes.txt", r"notes\.txt is not a folder"),
     (f"inspect {VIT} --images photos --device tpu", r"tpu"),
     ("inspect va_halonet_h0 --random --images photos", r"do not call .*scaled_dot_product_attention"),
+    # arena
+    ("arena windows", r"There is no mixer 'windows': did you mean 'window'\?"),
+    ("arena hsa --tasks recal", r"argument --tasks: must be of cost, recall, regression, accuracy; got 'recal'"),
+    ("arena hsa --tasks ''", r"needs a task"),
+    ("arena hsa --grid 14,1", r"argument --grid: must be a whole number from 2 to 512; got '1'"),
+    ("arena hsa --grid large", r"argument --grid: must be a whole number from 2 to 512; got 'large'"),
+    ("arena hsa --seeds 0", r"argument --seeds: must be a whole number of at least 1; got '0'"),
+    ("arena hsa --data absent", r"absent"),
+    ("arena hsa --data photos", r"photos must hold the folders train and test"),
+    ("arena hsa --device tpu", r"The device 'tpu' cannot be used"),
+    ("arena hsa --output notes.txt", r"notes\.txt is not a folder"),
     # demo
     ("demo --port 70000", r"must be a whole number from 0 to 65535; got '70000'"),
     ("demo --port web", r"must be a whole number from 0 to 65535; got 'web'"),

@@ -18,6 +18,7 @@ moved.install()
 
 # Functions, those beside each command among them. What it needs is imported when it is used.
 _COMMANDS = {
+    "arena": "visionattn.arena",
     "check": "visionattn.export.inspect",
     "compare": "visionattn.probe.comparing",
     "demo": "visionattn.demo",

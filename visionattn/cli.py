@@ -66,6 +66,7 @@ COMMANDS = {
     "evaluate": Command("measure models by their benchmark's protocol", "visionattn.evaluate.cli"),
     "probe": Command("judge a frozen backbone by heads that read its tokens", "visionattn.probe.cli"),
     "inspect": Command("look into the attention of a frozen backbone", "visionattn.frozen.cli"),
+    "arena": Command("measure attention mechanisms side by side", "visionattn.arena.cli"),
     "demo": Command("serve a page whose models run in the browser", "visionattn.demo.cli"),
 }
 """The commands; those of Lightning's parser are in `TRAINING`."""

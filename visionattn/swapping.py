@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import inspect
 import math
@@ -17,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from visionattn.blocks import MinimalAttention
 from visionattn.cost import Savings, count_macs, count_parameters
-from visionattn.errors import InputError, UnknownNameError
-from visionattn.mixers import MIXERS, Mixer
+from visionattn.errors import InputError
+from visionattn.mixers import Mixer, find_mixer
 
 __all__ = ["Swapped", "swap"]
 
@@ -138,10 +137,7 @@ def swap(model: nn.Module, mixer: str, where: str = "*", every: int = 1, **setti
         InputError: The model has no such layers or no grid, the mixer cannot take a layer's place, a setting is wrong,
             or the model does not run with the mixer. The model is then as it was.
     """
-    if mixer not in MIXERS:
-        close = difflib.get_close_matches(mixer, MIXERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(MIXERS)}."
-        raise UnknownNameError(f"There is no mixer {mixer!r}: {hint}")
+    find_mixer(mixer)
     layers = attention_layers(model, where, every)
     grid = grid_of(model)
     size = image_size(model)
@@ -214,7 +210,7 @@ def image_size(model: nn.Module) -> tuple[int, int, int]:
 
 def _core(name: str, layer: nn.Module, where: str, grid: tuple[int, int], settings: dict[str, Any]) -> Mixer:
     """A mixer without projections for a layer."""
-    kind = MIXERS[name]
+    kind = find_mixer(name)
     if not kind.swappable:
         raise InputError(f"The mixer {name!r} has projections of its own: it cannot take the place of a layer's core.")
     accepted = inspect.signature(kind).parameters

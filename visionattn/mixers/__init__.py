@@ -3,6 +3,9 @@
 `MIXERS` maps names to classes. Contract and shared code: `visionattn.mixers.core`.
 """
 
+import difflib
+
+from visionattn.errors import UnknownNameError, shorten
 from visionattn.mixers.adapters import CollapsedMixer, GateMixer, HaloMixer, SymmetricMixer, TiedMixer
 from visionattn.mixers.agent import AgentMixer
 from visionattn.mixers.controls import IdentityMixer, MeanMixer, Pool3x3Mixer, SoftmaxConvMixer, SoftmaxMixer
@@ -55,4 +58,18 @@ MIXERS: dict[str, type[Mixer]] = {
     "gate": GateMixer,
 }
 
-__all__ = ["FEATURES", "MIXERS", "Mixer", *sorted(mixer.__name__ for mixer in MIXERS.values())]
+
+def find_mixer(name: str) -> type[Mixer]:
+    """The class of a mixer.
+
+    Raises:
+        UnknownNameError: There is no mixer of that name.
+    """
+    if name not in MIXERS:
+        close = difflib.get_close_matches(name, MIXERS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(MIXERS)}."
+        raise UnknownNameError(f"There is no mixer {shorten(name)!r}: {hint}")
+    return MIXERS[name]
+
+
+__all__ = ["FEATURES", "MIXERS", "Mixer", "find_mixer", *sorted(mixer.__name__ for mixer in MIXERS.values())]

@@ -1,4 +1,4 @@
-"""Accuracy against cost as an SVG: a point a backbone, and the line of those that are on the front."""
+"""Accuracy, or another share, against cost as an SVG: named points, and the line of those that are on the front."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ class ScatterPoint(NamedTuple):
     number: int
 
 
-def draw_scatter(points: Sequence[ScatterPoint], across: str) -> str:
+def draw_scatter(points: Sequence[ScatterPoint], across: str, up: str = "test accuracy, %") -> str:
     """Draw accuracies against costs, these on a logarithmic axis.
 
     Args:
         points: One or more.
         across: What the costs are, the words below the horizontal axis.
+        up: What the shares are, the words beside the vertical axis.
     """
     left, top, width, height = 52, 14, 460, 280
     ends = [100 * end for point in points for end in (*point.interval, point.accuracy) if math.isfinite(end)]
@@ -69,7 +70,7 @@ def draw_scatter(points: Sequence[ScatterPoint], across: str) -> str:
     middle = left + width / 2
     parts.append(f'<text x="{middle:.0f}" y="{top + height + 38}" text-anchor="middle">{html.escape(across)}</text>')
     turned = f"translate(14 {top + height / 2:.0f}) rotate(-90)"
-    parts.append(f'<text transform="{turned}" text-anchor="middle">test accuracy, %</text>')
+    parts.append(f'<text transform="{turned}" text-anchor="middle">{html.escape(up)}</text>')
     front = sorted((point.cost, point.accuracy) for point in points if point.on_front)
     line = " ".join(f"{x_of(cost):.1f},{y_of(accuracy):.1f}" for cost, accuracy in front)
     parts.append(f'<polyline points="{line}" fill="none" stroke="#888" stroke-dasharray="4 3"/>')

@@ -1,0 +1,146 @@
+r"""What a mixer costs: multiply-accumulates, time and peak memory of a layer of ViT-Tiny by the number of tokens.
+
+Efficiency length: the number of tokens from which a mixer is cheaper than softmax attention. Costs of attention are
+fitted by a L^2 + b L + c and those of the mixer by d L + e, least squares, times without the shortest length; it is the
+larger root of their difference. It is not stated where the mixer is not cheaper on the largest grid measured: a line
+does not describe it.
+
+Source: CAB, arXiv 2210.07661, which measures 256 to 8,192 tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visionattn.arena.nets import create_mixer
+from visionattn.arena.plan import Found, Plan
+from visionattn.mixers import Mixer
+
+__all__ = ["efficiency_length", "paired_times", "peak_memory", "run"]
+
+DIM, HEADS = 192, 3
+MIB = 2**20
+
+
+def efficiency_length(
+    lengths: Sequence[float], dense: Sequence[float], mixer: Sequence[float], first: int = 0
+) -> float:
+    """Length from which a cost that is a line is below one that is a parabola; NaN if there is none.
+
+    Args:
+        lengths: Numbers of tokens, three or more.
+        dense: Costs of softmax attention.
+        mixer: Costs of the mixer.
+        first: Index of the first length that the line is fitted to: 1 for times.
+    """
+    if len(lengths) < 3 + first:
+        return float("nan")
+    a, b, c = np.polyfit(lengths, dense, 2)
+    d, e = np.polyfit(lengths[first:], mixer[first:], 1)
+    inside = (b - d) ** 2 - 4 * a * (c - e)
+    return float((d - b + inside**0.5) / (2 * a)) if a > 0 and inside >= 0 else float("nan")
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that a call has allocated at a time, above what was allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells the error output of each start and stop
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
+
+
+def paired_times(calls: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> list[list[float]]:
+    """Milliseconds of calls in turn, round after round, so that a disturbance meets all of them."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, found in zip(calls, times):
+            found.append(1e3 * _seconds(call, device))
+    return times
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def run(name: str, sides: Sequence[int], plan: Plan, device: torch.device) -> list[Found]:
+    """Measure a mixer and softmax attention in turn on square grids, one image at a time.
+
+    Longer grids are left out where a call would take more than `plan.slowest` seconds, or more than half of the memory:
+    both are foretold from the grid before, as costs that grow with the square of the tokens.
+
+    Args:
+        name: In `MIXERS`.
+        sides: Of the grids, rising.
+        plan: Of the run.
+        device: Where to work.
+    """
+    found: list[Found] = []
+    known: tuple[int, float, float] | None = None  # tokens, seconds and bytes of the grid before
+    room = _memory(device) / 2
+    for side in sides:
+        n = side * side
+        growth = (n / known[0]) ** 2 if known else 0.0
+        if known and (growth * known[1] > plan.slowest or growth * known[2] > room):
+            break
+        with torch.inference_mode():
+            calls = [
+                _call(create_mixer(kind, DIM, HEADS, (side, side), small=False), side, device)
+                for kind in (name, "softmax")
+            ]
+            for call in calls:
+                call()
+            own, softmax = paired_times(calls, plan.rounds, device)
+            memory = peak_memory(calls[0], device)
+        known = n, statistics.median(own) / 1e3, float(memory)
+        found += [
+            Found("ms", f"N={n}", statistics.median(own)),
+            Found("ms of softmax", f"N={n}", statistics.median(softmax)),
+            Found("times faster", f"N={n}", statistics.median(b / a for a, b in zip(own, softmax))),
+            Found("MiB", f"N={n}", memory / MIB),
+            Found(
+                "M MACs",
+                f"N={n}",
+                create_mixer(name, DIM, HEADS, (side, side), small=False, device="meta").macs(n) / 1e6,
+            ),
+        ]
+    layer = create_mixer(name, DIM, HEADS, (sides[0], sides[0]), small=False, device="meta")
+    return [Found("own parameters", "", float(layer.extra_parameters())), *found]
+
+
+def _call(mixer: Mixer, side: int, device: torch.device) -> Callable[[], Tensor]:
+    x = torch.randn(1, side * side, DIM, generator=torch.Generator().manual_seed(0)).to(device)
+    mixer = mixer.to(device).eval()
+    return lambda: mixer(x, (side, side))
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as file:
+            values = dict(line.split(":") for line in file)
+        return 1024.0 * int(values["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return 4.0 * 2**30  # not Linux

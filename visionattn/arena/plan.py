@@ -1,0 +1,58 @@
+"""How much an arena measures, and what its tasks find."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["FULL", "QUICK", "Found", "Plan"]
+
+
+class Found(NamedTuple):
+    """One number: what was measured, under which condition, and its value."""
+
+    measure: str
+    setting: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run, the same for all mixers.
+
+    Attributes:
+        recall_steps: Training steps of each form of recall.
+        regression_steps: Training steps of in-context regression.
+        epochs: Of training on images.
+        tests: Grids of a test of recall.
+        sequences: Of a test of regression.
+        rounds: Of timing.
+        slowest: Longest call that is timed, in seconds; larger grids are left out.
+        sides: Of the square grids whose costs are measured.
+        seeds: Of everything that is trained.
+    """
+
+    recall_steps: int = 400
+    regression_steps: int = 600
+    epochs: int = 16
+    tests: int = 500
+    sequences: int = 8000
+    rounds: int = 5
+    slowest: float = 4.0
+    sides: Sequence[int] = (14, 20, 28, 40, 56, 80, 128)
+    seeds: int = 3
+
+    def recipe(self, task: str) -> str:
+        """What the numbers of a task depend on, as its rows say it."""
+        sizes = {
+            "recall": f"{self.recall_steps} steps; {self.tests} tests",
+            "regression": f"{self.regression_steps} steps; {self.sequences} sequences",
+            "cost": f"{self.rounds} rounds; grids {' '.join(map(str, self.sides))}",
+            "accuracy": f"{self.epochs} epochs",
+        }
+        return sizes[task]
+
+
+FULL = Plan()
+QUICK = Plan(100, 150, 4, 200, 4000, 3, 0.5, (14, 28, 56), 1)
