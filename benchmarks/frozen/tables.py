@@ -1,0 +1,62 @@
+"""The documentation's tables of sparse attention in frozen backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.markdown import markdown, plain
+from benchmarks.report import RESULTS, read_rows
+
+ORDER = ("micro", "sharp", "supervised", "rotary")
+
+
+def errors() -> str:
+    """Error of every policy at 4,096 tokens, without and with the tail, a column pair a backbone."""
+    rows = [row for row in read_rows(RESULTS / "frozen_policies.csv") if row["part"] == "photographs"]
+    if not rows:
+        return "Not measured yet.\n"
+    backbones = [name for name in ORDER if any(row["backbone"] == name for row in rows)]
+    by_key = {(row["backbone"], row["policy"], row["tail"]): row for row in rows}
+    policies = [name for name in dict.fromkeys(row["policy"] for row in rows) if name != "dense"]
+    head = ["policy", "attention"]
+    head += [f"{name}{tail}" for name in backbones for tail in ("", " + tail")]
+    body = []
+    for policy in policies:
+        first = by_key.get((backbones[0], policy, "True")) or by_key[backbones[0], policy, "False"]
+        cells = [f"`{policy}`", f"{float(first['attention']):.2f}"]
+        for backbone in backbones:
+            for tail in ("False", "True"):
+                row = by_key.get((backbone, policy, tail))
+                half = (float(row["error_high"]) - float(row["error"])) if row else 0.0
+                cells.append(f"{float(row['error']):.3f} ± {half:.3f}" if row else "")
+        body.append(cells)
+    return markdown(head, body)
+
+
+def accuracy() -> str:
+    """k-NN accuracy of every policy on product photographs, the better of both tails not chosen: both are shown."""
+    rows = [row for row in read_rows(RESULTS / "frozen_policies.csv") if row["part"] == "products"]
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["backbone", "policy", "tail", "attention", "error", "accuracy", "95 % interval"]
+    body = [
+        [
+            row["backbone"],
+            f"`{row['policy']}`",
+            {"True": "yes", "False": ""}[row["tail"]],
+            f"{float(row['attention']):.2f}",
+            f"{float(row['error']):.3f}",
+            f"{100 * float(row['accuracy']):.1f}",
+            f"{100 * float(row['accuracy_low']):.1f} to {100 * float(row['accuracy_high']):.1f}",
+        ]
+        for row in rows
+    ]
+    return markdown(head, body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "frozen_policies": errors,
+    "frozen_accuracy": accuracy,
+    "frozen_router": lambda: plain("frozen_router"),
+    "frozen_speed": lambda: plain("frozen_speed"),
+}
