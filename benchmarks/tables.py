@@ -17,6 +17,7 @@ from collections.abc import Callable
 from benchmarks.edge import tables as edge
 from benchmarks.edge import variant_tables as edge_variants
 from benchmarks.edge import web_tables as edge_web
+from benchmarks.frozen import tables as frozen
 from benchmarks.kernels import tables as kernels
 from benchmarks.mixers import tables as mixers
 from benchmarks.models import tables as models
@@ -29,7 +30,20 @@ from benchmarks.train import tables as train
 
 DOCS = RESULTS.parent / "docs"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
-ROOMS = (kernels, mixers, models, super_resolution, stereo, probe, retrieval, train, edge, edge_variants, edge_web)
+ROOMS = (
+    kernels,
+    mixers,
+    models,
+    super_resolution,
+    stereo,
+    probe,
+    retrieval,
+    frozen,
+    train,
+    edge,
+    edge_variants,
+    edge_web,
+)
 TABLES: dict[str, Callable[[], str]] = {name: table for room in ROOMS for name, table in room.TABLES.items()}
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.frozen.speed [--sides 32 64 128] [--repeats 5]
 
-Parts: `layer`, attention alone with three heads of 64 channels, and `model`, the shipped micro ViT on an image of four
-times as many pixels a side. Budget 0.125; tiles of 8 x 8 queries and 4 x 4 keys. The column `ratio` is the time of dense
+Parts: `layer`, attention alone with three heads of 64 channels; `model`, the shipped micro ViT, with patches of 4 x 4
+pixels. Budget 0.125; tiles of 8 x 8 queries and 4 x 4 keys. The column `ratio` is the time of dense
 attention divided by the row's. Writes results/frozen_speed.csv.
 """
 
