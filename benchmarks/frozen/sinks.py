@@ -8,7 +8,8 @@ Parts:
     occlusion        correlation with occlusion, deletion and insertion areas of maps: class attention of the last layer
                      and of all, with sinks taken out, received attention
 
-The backbone is the supervised one of `benchmarks.frozen.backbones`, with its classifier. Writes results/frozen_sinks.csv and results/frozen_occlusion.csv.
+The backbone is the supervised one of `benchmarks.frozen.backbones`, with its classifier. Writes
+results/frozen_sinks.csv and results/frozen_occlusion.csv.
 """
 
 from __future__ import annotations

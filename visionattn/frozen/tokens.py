@@ -157,8 +157,8 @@ def prune_tokens(model: nn.Module, keep: float, at: int | None = None, score: st
     and dense tasks see the grid that they know. Parameters and their names stay as they are; a second call replaces the
     first one's cut.
 
-    Measured on small backbones, merging loses least and a fixed grid comes second; importance scores other than the
-    norm, the zeroth-order sensitivity among them, fell below random choice. See the page on frozen backbones.
+    Merging loses least in this package's measurements, and a fixed grid nearly as little; no importance score beat
+    these two. See the page on frozen backbones.
 
     Args:
         model: A transformer with a `patch_embed` and `blocks` that take the tokens alone, such as timm's
