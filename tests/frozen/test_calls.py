@@ -45,7 +45,7 @@ def test_layers_grid_and_prefix(name):
             after = model(images)
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert reached.layers == ["blocks.0.attn", "blocks.1.attn"]
-    assert [(call.grid, call.prefix, call.index) for call in calls] == [
+    assert [(call.grid, call.prefix, call.number) for call in calls] == [
         ((3, 2), PREFIXES[name], 0),
         ((3, 2), PREFIXES[name], 1),
     ]
@@ -69,7 +69,7 @@ def test_one_state_for_every_forward_pass():
     model, states = vit(), []
 
     def count(call):
-        call.state[call.index] = True
+        call.state[call.number] = True
         states.append(len(call.state))
 
     with torch.no_grad(), observing(model, count):

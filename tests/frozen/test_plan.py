@@ -145,7 +145,7 @@ def test_files_that_are_no_plans(tmp_path):
         "no policy 'none'": lambda c: c.update(policy="none"),
         "in \\(0, 1\\]; got 2": lambda c: c["settings"].update(budget=2),
         "unexpected keyword": lambda c: c["settings"].update(speed=2),
-        "layers.blocks.0.attn is not a layer": lambda c: c["layers"].update({"blocks.0.attn": 3}),
+        "layers.blocks.0.attn. is not a dictionary": lambda c: c["layers"].update({"blocks.0.attn": 3}),
     }
     for message, damage in damages.items():
         broken = json.loads(json.dumps(content))

@@ -113,7 +113,7 @@ def test_permuted_tiles_permute_the_output():
 
 def test_tiling_of_a_grid_that_tiles_do_not_divide():
     tiles = tiling((5, 3), 2)
-    assert tiles.count == (3, 2)
+    assert tiles.shape == (3, 2)
     assert tiles.tokens.tolist() == [4, 2, 4, 2, 2, 1]
     assert [row[inside].tolist() for row, inside in zip(tiles.table, tiles.inside)] == tiles_of((5, 3), 2)
     x = torch.arange(15.0).view(1, 1, 15, 1)

@@ -47,7 +47,7 @@ class Call(NamedTuple):
 
     Attributes:
         layer: Name of the module that calls, as in `model.named_modules()`.
-        index: Number of the layer, by the order in which layers call first.
+        number: Of the layer, by the order in which layers call first.
         q: Queries (B, heads, N, D).
         k: Keys (B, heads, M, D).
         v: Values (B, heads, M, D').
@@ -60,7 +60,7 @@ class Call(NamedTuple):
     """
 
     layer: str
-    index: int
+    number: int
     q: Tensor
     k: Tensor
     v: Tensor
@@ -159,7 +159,7 @@ class _Interception:
         self.order: dict[str, int] = {}
         self.state: dict[Any, Any] = {}
 
-    def call(self, index: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Call:
+    def call(self, number: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Call:
         grid, prefix = self.grid, 0
         if grid is not None:
             prefix = q.shape[2] - grid[0] * grid[1]
@@ -168,7 +168,7 @@ class _Interception:
             if k.shape[2] != q.shape[2] or prefix not in allowed:
                 grid, prefix = None, 0
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return Call(self.stack[-1], index, q, k, v, scale, bias, grid, prefix, self.state)
+        return Call(self.stack[-1], number, q, k, v, scale, bias, grid, prefix, self.state)
 
     def note(self, name: str, reason: str | None) -> None:
         """Note a call: replaced where there is no reason against it."""
@@ -197,7 +197,7 @@ class _Mode(TorchFunctionMode):
     def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         at = self.interception
         name = at.stack[-1]
-        index = at.order.setdefault(name, len(at.order))
+        number = at.order.setdefault(name, len(at.order))
         result = None
         if is_causal:
             reason: str | None = "its attention is causal"
@@ -206,7 +206,7 @@ class _Mode(TorchFunctionMode):
         elif name not in at.wanted:
             reason = "layers does not name it"
         else:
-            call = at.call(index, *_with_heads(query, key, value, attn_mask, enable_gqa), scale)
+            call = at.call(number, *_with_heads(query, key, value, attn_mask, enable_gqa), scale)
             if not at.observes:
                 _check_inference(call, dropout_p)
             result = self.attention(call)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.errors import DataError, InputError, shorten
-from visionattn.files import atomic_path, read_json
+from visionattn.files import atomic_path, read_json, violation
 from visionattn.frozen.calls import Call, observing
 from visionattn.frozen.policies import POLICIES, Policy
 from visionattn.frozen.tiles import Grid, tile_mass
@@ -135,13 +135,12 @@ class Plan:
         Raises:
             DataError: The file is missing or damaged, or of a newer version.
         """
-        layer = {"shapes": list, "magnitude": (float, int)}
         content = read_json(path, {"visionattn_plan": int, "policy": str, "settings": dict, "layers": dict})
         if content["visionattn_plan"] != FORMAT:
             raise DataError(f"{shorten(path)} is a plan of format {content['visionattn_plan']}; {FORMAT} is required.")
         for name, found in content["layers"].items():
-            if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in layer.items()):
-                raise DataError(f"{shorten(path)} is damaged: the entry layers.{shorten(name)} is not a layer.")
+            if wrong := violation(found, {"shapes": list, "magnitude": (float, int)}, f"layers.{shorten(name)}."):
+                raise DataError(f"{shorten(path)} is damaged: {wrong}.")
         plan = cls(content["policy"], content["settings"], content["layers"])
         try:
             plan.make()
@@ -251,7 +250,7 @@ def layer_masses(
             return
         mass = tile_mass(call.q * call.scale, call.k, call.grid, query_tile, key_tile, call.prefix)
         found.setdefault(call.layer, []).append(mass.float().cpu())
-        numbers[call.layer] = call.index
+        numbers[call.layer] = call.number
         grids.add(call.grid)
 
     with torch.no_grad(), observing(model, measure, layers):
@@ -334,7 +333,7 @@ def _best_path(values: list[list[float]], changes: int, least: float) -> list[in
     for reader in range(len(values)):
         new: dict[tuple[int, int], tuple[float, list[int]]] = {}
         if reader == 0:
-            options = [((0, 0), 0.0, [])]
+            options: list[tuple[tuple[int, int], float, list[int]]] = [((0, 0), 0.0, [])]
         else:
             options = [(key, *state) for key, state in best.items()]
             options += [((reader, used + 1), total, path) for (_, used), (total, path) in best.items()]

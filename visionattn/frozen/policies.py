@@ -120,7 +120,7 @@ class Strided(_Control):
 
     def __call__(self, q, k, grid, layer, state):
         """Select (1, 1, 1, K), K at most the budget's."""
-        down, across = tiling(grid, self.key_tile, q.device).count
+        down, across = tiling(grid, self.key_tile, q.device).shape
         keep = self.keep(grid)
         rows = min(max(round((keep * down / across) ** 0.5), 1), down, keep)
         columns = min(keep // rows, across)
@@ -220,7 +220,7 @@ class Tree(Policy):
     def __call__(self, q, k, grid, layer, state):
         """Select (B, h, nq, K), sorted by place in Morton order."""
         queries, keys = (tiling(grid, side, q.device) for side in (self.query_tile, self.key_tile))
-        order = morton_order(keys.count, q.device)
+        order = morton_order(keys.shape, q.device)
         q, k = gather_tiles(q, queries), gather_tiles(k, keys).index_select(2, order)
         if self.pooled:
             score = _mean_score(pool(q, queries), k, keys.inside[order].to(k.dtype), keys.tokens[order])

@@ -82,6 +82,9 @@ class LinearRouter(nn.Module):
         (B, D) -> logits (B, choices).
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, mean: Tensor, deviation: Tensor, choices: int) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
@@ -116,8 +119,8 @@ def route_scores(
     scores, features = [], []
     with torch.no_grad():
         for batch in [images] if isinstance(images, Tensor) else images:
-            calls: list[Tensor] = []
-            with observing(model, lambda call, calls=calls: calls.append(mean_query(call)) if not calls else None):
+            calls: list[Call] = []
+            with observing(model, calls.append):
                 dense = _vectors(model, batch)
             row = []
             for policy in policies:
@@ -127,7 +130,7 @@ def route_scores(
                 with using(model, policy):
                     row.append(F.cosine_similarity(_vectors(model, batch), dense).cpu())
             scores.append(torch.stack(row, dim=1))
-            features.append(calls[0].float().cpu())
+            features.append(mean_query(calls[0]).float().cpu())
     return torch.cat(scores), torch.cat(features)
 
 
@@ -198,7 +201,7 @@ def compare_router(scores: Tensor, macs: Sequence[float], choice: Tensor, labels
         the labels' cost`, each with `score` and `macs`.
     """
     costs = torch.tensor(list(macs), dtype=torch.float64)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, chosen in (("router", choice), ("labels", labels)):
         cost = costs[chosen].mean().item()
         score = scores.gather(1, chosen[:, None]).double().mean().item()

@@ -38,13 +38,13 @@ class Tiling(NamedTuple):
     """How a grid is cut into n tiles of t x t tokens.
 
     Attributes:
-        count: Tiles down and across.
+        shape: Tiles down and across.
         table: Token of each place in a tile, (n, t^2) int64; places outside of the grid repeat a token of its border.
         inside: Whether a place is inside the grid, (n, t^2) bool.
         place: Index of each token among the n t^2 places, (H W,) int64.
     """
 
-    count: Grid
+    shape: Grid
     table: Tensor
     inside: Tensor
     place: Tensor
@@ -58,7 +58,7 @@ class Tiling(NamedTuple):
     def centres(self) -> Tensor:
         """Middle (y, x) of each tile as if it were whole, in halves of a token, int64 (n, 2)."""
         side = round(self.table.shape[1] ** 0.5)
-        y, x = torch.meshgrid(*(torch.arange(n, device=self.table.device) for n in self.count), indexing="ij")
+        y, x = torch.meshgrid(*(torch.arange(n, device=self.table.device) for n in self.shape), indexing="ij")
         return torch.stack([y.flatten(), x.flatten()], 1) * 2 * side + side - 1
 
 
@@ -152,11 +152,23 @@ def near_far_attention(
     if not isinstance(index, Tensor):
         if len(index) != q.shape[1]:
             raise InputError(f"The policy selects for {len(index)} heads; the layer has {q.shape[1]}.")
-        options = {"query_tile": query_tile, "key_tile": key_tile, "tail": tail, "prefix": prefix, "scale": scale}
-        heads = [
-            near_far_attention(*(x[:, n : n + 1] for x in (q, k, v)), grid, own, **options)  # type: ignore[arg-type]
-            for n, own in enumerate(index)
-        ]
+        heads = []
+        for head, own in enumerate(index):
+            part = [x[:, head : head + 1] for x in (q, k, v)]
+            heads.append(
+                near_far_attention(
+                    part[0],
+                    part[1],
+                    part[2],
+                    grid,
+                    own,
+                    query_tile=query_tile,
+                    key_tile=key_tile,
+                    tail=tail,
+                    prefix=prefix,
+                    scale=scale,
+                )
+            )
         return torch.cat(heads, dim=1)
     q = q * scale
     first = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, scale=1.0) if prefix else None

@@ -31,7 +31,7 @@ def attend(policy: Selection, call: Call) -> Tensor | None:
     if call.grid is None or call.bias is not None:
         return None
     q, prefix = call.q * call.scale, call.prefix
-    index = policy(q[:, :, prefix:], call.k[:, :, prefix:], call.grid, call.index, call.state)
+    index = policy(q[:, :, prefix:], call.k[:, :, prefix:], call.grid, call.number, call.state)
     if index is None:
         return None
     return near_far_attention(
