@@ -69,10 +69,19 @@ def test_budgets_outside_of_their_range(budget):
         Policy(budget)
 
 
-@pytest.mark.parametrize(("query_tile", "key_tile"), [(8, 3), (8, 0), (0, 4), (8, 16), (8.0, 4)])
+@pytest.mark.parametrize(("query_tile", "key_tile"), [(8, 3), (8, 0), (0, 4), (8, 16), (8.0, 4), (2048, 4)])
 def test_tiles_that_do_not_divide(query_tile, key_tile):
     with pytest.raises(InputError, match="query_tile must be"):
         Policy(query_tile=query_tile, key_tile=key_tile)
+
+
+def test_settings_that_are_not_possible():
+    with pytest.raises(InputError, match="tail must be true or false; got 3"):
+        Window(tail=3)
+    with pytest.raises(InputError, match=r"none later than its reader; got \[0, 2\]"):
+        Reuse(sources=[0, 2])
+    with pytest.raises(InputError, match=r"counts must be numbers of tiles, at least 1; got \[\[0\]\]"):
+        HeadBudgets(counts=[[0]])
 
 
 def test_strided_is_a_regular_grid():

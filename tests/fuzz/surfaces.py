@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.frozen.toys import images, vit
 from tests.fuzz.examples import pixels, write_images, write_photos
 from tests.fuzz.mutate import WORDS, damaged_bytes, damaged_text, damaged_value
 from tests.predict.calibrations import KITTI, MIDDLEBURY, OPENCV
@@ -34,6 +35,7 @@ from visionattn.export import OnnxModel
 from visionattn.export.inspect.structure import read_structure
 from visionattn.export.inspect.targets import find_targets
 from visionattn.export.spec import ExportSpec
+from visionattn.frozen import make_plan, using
 from visionattn.predict.calibration import read_calibration
 from visionattn.train.cli import find_recipe
 from visionattn_runtime import Model as OnnxRunner
@@ -421,6 +423,22 @@ def _command(rng: Random, seeds: Path, case: Path) -> Call:
     return lambda: main(words)
 
 
+def _plans(folder: Path) -> None:
+    for name in ("reuse", "heads"):
+        make_plan(vit(), images(), name, query_tile=4, key_tile=2).save(folder / f"{name}.json")
+
+
+def _use_plan(rng: Random, seeds: Path, case: Path) -> Call:
+    path = _damaged_file(rng, rng.choice(sorted(seeds.glob("*.json"))), case)
+
+    def call() -> None:
+        model = vit()
+        with torch.no_grad(), using(model, path):
+            model(images())
+
+    return call
+
+
 SURFACES = [
     Surface("images", 16, write_images, _upscale),
     Surface("checkpoints", 25, _checkpoints, _load),
@@ -436,5 +454,6 @@ SURFACES = [
     Surface("stores", 25, _stores, _open_store),
     Surface("reports", 8, _reports, _compare),
     Surface("heads", 12, _reports, _apply_head),
+    Surface("plans", 40, _plans, _use_plan),
     Surface("arguments", 16, lambda folder: None, _command),
 ]

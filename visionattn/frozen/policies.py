@@ -61,6 +61,9 @@ Index = Tensor | Sequence[Tensor]
 State = dict[Any, Any]
 
 
+LARGEST_TILE = 1024
+
+
 class Policy:
     """What policies share: budget and tiles.
 
@@ -79,13 +82,14 @@ class Policy:
     def __init__(self, budget: float = 0.125, tail: bool = True, query_tile: int = 8, key_tile: int = 4) -> None:
         if not isinstance(budget, (int, float)) or not 0 < budget <= 1:
             raise InputError(f"The budget must be in (0, 1]; got {shorten(budget)}.")
-        if not (isinstance(key_tile, int) and isinstance(query_tile, int) and key_tile >= 1) or query_tile % key_tile:
+        sides = query_tile, key_tile
+        if any(type(side) is not int or not 1 <= side <= LARGEST_TILE for side in sides) or query_tile % key_tile:
             raise InputError(
-                f"query_tile must be divisible by key_tile, and both at least 1; got {shorten(query_tile)} and "
-                f"{shorten(key_tile)}."
+                f"query_tile must be divisible by key_tile, and both integers from 1 to {LARGEST_TILE}; got "
+                f"{shorten(query_tile)} and {shorten(key_tile)}."
             )
-        if query_tile < 1:
-            raise InputError(f"query_tile must be at least 1; got {query_tile}.")
+        if not isinstance(tail, bool):
+            raise InputError(f"tail must be true or false; got {shorten(tail)}.")
         self.budget, self.tail, self.query_tile, self.key_tile = float(budget), tail, query_tile, key_tile
 
     def keep(self, grid: Grid) -> int:
@@ -327,6 +331,8 @@ class Reuse(Policy):
         if select not in ("mass", "tree"):
             raise InputError(f"select must be one of 'mass', 'tree'; got {shorten(select)!r}.")
         self.sources, self.select = list(sources), select
+        if any(type(source) is not int or not 0 <= source <= layer for layer, source in enumerate(self.sources)):
+            raise InputError(f"sources must be numbers of layers, none later than its reader; got {shorten(sources)}.")
 
     def __call__(self, q, k, grid, layer, state):
         """Select (B, h, nq, K), or None in a refresh layer with dense attention."""
@@ -362,6 +368,8 @@ class HeadBudgets(Pooled):
     ) -> None:
         super().__init__(budget, tail, query_tile, key_tile)
         self.counts = [list(own) for own in counts]
+        if any(type(count) is not int or not 1 <= count < 2**31 for own in self.counts for count in own):
+            raise InputError(f"counts must be numbers of tiles, at least 1; got {shorten(counts)}.")
 
     def __call__(self, q, k, grid, layer, state):
         """Select (B, 1, nq, K of the head) for every head."""
