@@ -82,3 +82,15 @@ def test_wrong_forms_are_one_line(best, tmp_path, monkeypatch, capsys, options, 
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_single_image_is_predicted_as_in_its_folder(best, tmp_path):
+    checkpoint, folder = best
+    rows = predict(best, tmp_path / "all.csv")
+    command = ["predict", str(checkpoint), str(folder / "5.png"), "--trainer.accelerator=cpu"]
+    assert main([*command, f"--output={tmp_path / 'one.csv'}"]) == 0
+    with open(tmp_path / "one.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    (expected,) = (row for row in rows if row["image"] == "5.png")
+    assert float(row.pop("probability")) == pytest.approx(float(expected.pop("probability")), abs=1e-5)
+    assert row == expected

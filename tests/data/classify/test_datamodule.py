@@ -124,7 +124,9 @@ def test_each_class_is_held_out_and_trained_on(tmp_path):
 def test_wrong_folders(tmp_path):
     (tmp_path / "one.png").touch()
     with pytest.raises(DataError, match=r"There is no folder .*one\.png: it is a file\."):
-        opened(dataset="folder", root=str(tmp_path / "one.png"))
+        opened(dataset="folder", root=str(tmp_path / "one.png")).train_dataloader()
+    with pytest.raises(DataError, match=r"There is no folder .*one\.png: it is a file\."):
+        opened(dataset="mnist", root=str(tmp_path / "one.png"))
     write(tmp_path / "train", ["cat", "dog"])
     write(tmp_path / "val", ["cat", "dgo"])
     with pytest.raises(DataError, match=r"val has classes that .*train lacks: dgo"):

@@ -23,6 +23,7 @@ from visionattn.data.classify.sources import (
     ArrayImages,
     FolderReader,
     ReaderImages,
+    check_root,
     first_names,
     labels_of,
     name_of,
@@ -106,23 +107,7 @@ class ClassifyData(DataModule):
                 f"There is no augmentation {augmentation!r}. Choose from {', '.join(AUGMENTATIONS)}, or give the path "
                 "of a pipeline saved by albumentations (.json, .yaml)."
             )
-        if dataset == "cifar10-sheets":
-            raise ConfigError(
-                "The dataset 'cifar10-sheets' is not read any more: use 'torch/cifar10' with torchvision's files in "
-                "data.root (data.download gets them), or write the sheets as a folder of images with "
-                "tools/class_folders.py and use 'folder'."
-            )
-        on_disk = dataset in ("mnist", "folder")
-        if root is None and (on_disk or dataset.startswith("torch/")):
-            raise ConfigError(f"The dataset {dataset!r} needs a folder: set data.root.")
-        if root is not None and dataset == "digits":
-            raise ConfigError(
-                f"The digits are embedded, but data.root is {shorten(root)}: set data.dataset to what lies there, such "
-                "as folder, or leave out data.root."
-            )
-        if root is not None and on_disk and not Path(root).is_dir():
-            file = ": it is a file" if Path(root).is_file() else ""
-            raise DataError(f"There is no folder {shorten(root)}{file}.")
+        check_root(dataset, root)
         self._own: dict[str, Any] = {}
         self._beside: list[Path] = []
 
@@ -297,6 +282,8 @@ class ClassifyData(DataModule):
     def _predicted(self) -> Any:
         if self.hparams.dataset != "folder":
             return self._source("test")
+        if Path(self.hparams.root).is_file():
+            return ReaderImages(FolderReader(self.hparams.root, labelled=False))
         found = self._folders
         folder = found["test"] or found["val"] or found["train"] or Path(self.hparams.root)
         return ReaderImages(FolderReader(folder, labelled=False))
@@ -428,6 +415,8 @@ class ClassifyData(DataModule):
     @cached_property
     def _folders(self) -> dict[str, Path | None]:
         """The folder of each part."""
+        if Path(self.hparams.root).is_file():
+            raise DataError(f"There is no folder {shorten(self.hparams.root)}: it is a file.")
         found, self._beside = split_folders(self.hparams.root)
         return found
 

@@ -19,13 +19,14 @@ from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset, Subset
 
 from visionattn.data.images import SUFFIXES, Listing, class_folders, eight_bits, list_images, open_image
-from visionattn.errors import DataError, MissingPackageError, shorten
+from visionattn.errors import ConfigError, DataError, MissingPackageError, shorten
 
 __all__ = [
     "ArrayImages",
     "FolderReader",
     "ReaderImages",
     "TorchvisionImages",
+    "check_root",
     "first_names",
     "labels_of",
     "name_of",
@@ -46,6 +47,39 @@ _FOLDERS = {
     "val": ("val", "validation", "valid", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
+
+
+def check_root(dataset: str, root: str | None) -> None:
+    """Refuse a root that does not fit the dataset's name.
+
+    Raises:
+        ConfigError: It is missing, or the dataset has none; or the dataset is one of an earlier version.
+        DataError: It does not exist. A single image may stand for a folder, to be predicted.
+    """
+    if dataset == "cifar10-sheets":
+        raise ConfigError(
+            "The dataset 'cifar10-sheets' is not read any more: use 'torch/cifar10' with torchvision's files in "
+            "data.root (data.download gets them), or write the sheets as a folder of images with "
+            "tools/class_folders.py and use 'folder'."
+        )
+    on_disk = dataset in ("mnist", "folder")
+    if root is None:
+        if on_disk or dataset.startswith("torch/"):
+            raise ConfigError(
+                f"The dataset {dataset!r} needs a folder: set data.root, or give it behind the recipe, as in "
+                "visionattn fit RECIPE FOLDER."
+            )
+        return
+    if dataset == "digits":
+        raise ConfigError(
+            f"The digits are embedded, but data.root is {shorten(root)}: set data.dataset to what lies there, such "
+            "as folder, or leave out data.root."
+        )
+    if on_disk and not Path(root).is_dir():
+        if not Path(root).is_file():
+            raise DataError(f"There is no folder {shorten(root)}.")
+        if dataset != "folder":
+            raise DataError(f"There is no folder {shorten(root)}: it is a file.")
 
 
 def split_folders(root: str | Path) -> tuple[dict[str, Path | None], list[Path]]:
@@ -75,7 +109,7 @@ class FolderReader(Reader):
     ("2" before "10", capitals like small letters).
 
     Args:
-        root: The folder.
+        root: The folder; without labels, a single image too.
         like: The training folder, whose labels the classes get; None numbers the classes found.
         labelled: Read classes. Otherwise, as for a prediction, every image below the root has label 0.
 
@@ -85,10 +119,11 @@ class FolderReader(Reader):
 
     def __init__(self, root: str | Path, like: FolderReader | None = None, labelled: bool = True) -> None:
         super().__init__()
-        self.root = str(root)
+        single = not labelled and Path(root).is_file()
+        self.root = str(Path(root).parent if single else root)
         folders = sorted(class_folders(root).items(), key=lambda item: _natural(item[0])) if labelled else []
         found = {name: list_images(folder, recursive=True) for name, folder in folders}
-        top = list_images(root, recursive=not labelled)
+        top = Listing([Path(root)]) if single else list_images(root, recursive=not labelled)
         if found:
             top.left_out.pop("in sub-folders", None)
             for path in top.files:
