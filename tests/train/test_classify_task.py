@@ -80,6 +80,17 @@ def test_layer_decay_and_optimizer_settings(tmp_path):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * optimizer.param_groups[0]["lr_scale"])
 
 
+def test_fused_updates_are_those_of_the_plain_loop(tmp_path):
+    found = {}
+    for fused in (None, False):
+        opt_args = {} if fused is None else {"fused": fused}
+        _, task, trainer = fit(tmp_path / str(fused), opt_args=opt_args)
+        assert {group["fused"] for group in trainer.optimizers[0].param_groups} == {fused is None}
+        found[fused] = task.state_dict()
+    for key, value in found[None].items():
+        torch.testing.assert_close(value, found[False][key], rtol=1e-4, atol=1e-5)
+
+
 def test_losses_are_those_of_torch(tmp_path):
     task = ClassifyTask(model_args=TINY, label_smoothing=0.2)
     task.trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)

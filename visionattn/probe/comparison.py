@@ -176,7 +176,7 @@ class Comparison:
             elif test.one == leader:
                 low, high = test.interval
                 found[test.other] = PairedDifference(
-                    test.other, leader, -test.difference, Interval(-high, -low), test.p, test.p_holm
+                    test.other, leader, 0.0 - test.difference, Interval(0.0 - high, 0.0 - low), test.p, test.p_holm
                 )
         return found
 

@@ -184,6 +184,9 @@ class OptimizedTask(LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule."""
         given = self.hparams
+        opt_args = dict(given.opt_args or {})
+        if given.opt in ("adam", "adamw") and self.device.type == "cpu":
+            opt_args.setdefault("fused", True)  # PyTorch's choice on a CPU goes through the parameters one by one
         optimizer = _make(
             "model.opt_args",
             timm.optim.create_optimizer_v2,
@@ -193,7 +196,7 @@ class OptimizedTask(LightningModule):
             weight_decay=given.weight_decay,
             layer_decay=given.get("layer_decay"),
             param_group_fn=self.parameter_groups,
-            **(given.opt_args or {}),
+            **opt_args,
         )
         self._scheduled_lr = given.lr
         if given.sched == "none":
