@@ -25,6 +25,7 @@ from visionattn.progress import new_console
 from visionattn.search import sheet
 from visionattn.search.building import as_upright, read_upright, update_index
 from visionattn.search.image_index import Hit, ImageIndex
+from visionattn.search.reranking import RERANKED, Reranker
 
 __all__ = ["INDEX", "Hits", "index", "search"]
 
@@ -151,6 +152,7 @@ def search(
     model: str | Path | nn.Module | None = None,
     checkpoint: str | Path | None = None,
     device: str | torch.device = "auto",
+    rerank: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
 ) -> Hits:
@@ -167,6 +169,9 @@ def search(
         model: The model that made the index; None is where it was then.
         checkpoint: Weight file for a name.
         device: "auto" (a GPU where there is one), or a device of PyTorch.
+        rerank: Checkpoint of `RerankTask`, whose pair encoder compares the patches of the query with those of the 50
+            nearest images, which it reads, and puts them in its order; scores are then its own, from 0 to 1. The index
+            must be of the model that it was trained with, and of one attribute.
         output: Contact sheet to write, a picture or an HTML page, with a JSON file of the same name; None writes
             nothing.
         overwrite: Replace outputs that exist.
@@ -188,17 +193,22 @@ def search(
     file = image if isinstance(image, (str, Path)) else None
     if output is not None:
         _check_outputs(Path(output), file, overwrite)
+    reranker = None if rerank is None else Reranker(rerank)
+    if reranker is not None:
+        reranker.check(opened, top)
     query = read_upright(image) if isinstance(image, (str, Path)) else as_upright(image)
     network = _model_of(opened, model, device, checkpoint)
     copies = [] if include_query or file is None else opened.copies_of(file)
-    hits = Hits(
-        opened.search(opened.embed(network, query), weights, top, copies),
-        weights,
-        query,
-        Path(images or opened.manifest["folder"]),
-        [opened.images[position] for position in copies],
-    )
+    folder = Path(images or opened.manifest["folder"])
+    found = opened.search(opened.embed(network, query), weights, top if reranker is None else RERANKED, copies)
+    unreadable: list[str] = []
+    if reranker is not None:
+        found, unreadable = reranker.rerank(opened, network, query, found, folder)
+    hits = Hits(found[:top], weights, query, folder, [opened.images[position] for position in copies])
     hits.notes = _notes(opened, network, hits)
+    if unreadable:
+        first = shorten(unreadable[0])
+        hits.notes.append(f"{len(unreadable)} of the nearest images could not be read, such as {first}: left out.")
     if output is not None:
         with atomic_path(output) as temporary:
             if temporary.suffix.lower() == sheet.PAGE:

@@ -83,6 +83,9 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", help="weight file of the model named")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument(
+        "--rerank", metavar="FILE", help="re-rank the 50 nearest by patches: checkpoint of RerankTask (default: none)"
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=Path("search.png"),
@@ -169,6 +172,7 @@ def run_search(args: argparse.Namespace) -> int:
         model=args.model,
         checkpoint=args.checkpoint,
         device=args.device,
+        rerank=args.rerank,
         output=args.output,
         overwrite=args.overwrite,
     )

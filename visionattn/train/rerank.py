@@ -1,0 +1,233 @@
+r"""A pair encoder and an embedding teach each other, without labels: Trans-Encoder (arXiv 2109.13059) for images.
+
+With f the embedding, p(x) the patches of the network as training began, and y in [0, 1] how alike two images are,
+
+    similarity(a, b) = (1 + cos(f(a), f(b))) / 2
+    pair encoder:  y = similarity of the embedding so far     loss = BCE(logit(p(a), p(b)), y),  in both orders
+    embedding:     y = sigmoid(logit of the pair encoder)     loss = (similarity(a, b) - y)^2
+
+A cycle is `pair_epochs` of the first and `embed_epochs` of the second. Each begins anew: the pair encoder from random
+weights, the embedding from those that training began with. Pairs are chosen once (`PairData`). The published method
+takes the cosine itself as y, which BCE is not made for where it is negative.
+
+The result is two things: an embedding that needs no re-ranking, and the pair encoder, which re-ranks a search of the
+network that training began with.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionattn.blocks.rerank import PairEncoder
+from visionattn.checkpoints import create, load_weights
+from visionattn.data.retrieval.catalogue import Part
+from visionattn.data.retrieval.embedding import embed, input_config
+from visionattn.data.retrieval.patches import read_patches
+from visionattn.errors import ConfigError
+from visionattn.metrics.ranking import score
+from visionattn.train.retrieve import EmbeddingTask
+
+__all__ = ["RerankTask", "embedding_loss", "pair_loss", "similarity"]
+
+LABELLED = 256  # pairs whose labels are computed at a time
+WARMUP = 0.1  # share of the pair encoder's steps in which its learning rate grows
+
+
+def similarity(first: Tensor, second: Tensor) -> Tensor:
+    """Vectors of length 1, (B, E) each -> (1 + cos) / 2, (B,)."""
+    return (1 + (first * second).sum(dim=-1)) / 2
+
+
+def pair_loss(logits: Tensor, alike: Tensor) -> Tensor:
+    """Binary cross-entropy of a pair encoder's logits (B,) against how alike the embedding finds the pairs, (B,)."""
+    return F.binary_cross_entropy_with_logits(logits, alike, reduction="none")
+
+
+def embedding_loss(alike: Tensor, logits: Tensor) -> Tensor:
+    """Squared difference of how alike the embedding finds pairs, (B,), and the pair encoder's sigmoid, (B,)."""
+    return (alike - logits.sigmoid()).square()
+
+
+class RerankTask(EmbeddingTask):
+    """A backbone and a pair encoder, trained in alternating cycles (equations: see the module).
+
+    `trainer.max_epochs` should be cycles times `pair_epochs + embed_epochs`: 3 cycles are the published ones.
+    `val/map` is the embedding's, in the mean over the attributes of the data, and chooses the best checkpoint;
+    attributes serve for nothing else. `visionattn search --rerank` takes the checkpoint.
+
+    Args:
+        name: Name of a model in timm's registry; its pooled features are the embedding.
+        model_args: Further arguments of the model, such as `img_size` or `checkpoint_path`, the weights to begin with.
+        attributes: Attribute -> its values; follows from the data.
+        pretrained: Begin with the published weights.
+        pair_epochs: Epochs of the pair encoder in a cycle.
+        embed_epochs: Epochs of the embedding in a cycle.
+        width: Channels of the pair encoder, divisible by 16.
+        depth: Blocks of the pair encoder.
+        pair_lr: Peak learning rate of the pair encoder, warmed up for a tenth of its steps.
+        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
+        lr: Peak learning rate of the embedding; both fall to 0 linearly.
+        weight_decay: Weight decay.
+
+    Raises:
+        ConfigError: A number is out of range, or training is on several devices.
+        InputError: The model gives no patches.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model_args: dict[str, Any] | None = None,
+        attributes: dict[str, list[str]] | None = None,
+        pretrained: bool = False,
+        pair_epochs: int = 1,
+        embed_epochs: int = 1,
+        width: int = 64,
+        depth: int = 2,
+        pair_lr: float = 1e-3,
+        opt: str = "adamw",
+        lr: float = 5e-5,
+        weight_decay: float = 0.01,
+    ) -> None:
+        for key, value in {"pair_epochs": pair_epochs, "embed_epochs": embed_epochs, "depth": depth}.items():
+            if value < 1:
+                raise ConfigError(f"model.{key} must be 1 or more; got {value}.")
+        if width < 16 or width % 16:
+            raise ConfigError(f"model.width must be divisible by 16; got {width}.")
+        if not 0 < pair_lr < float("inf"):
+            raise ConfigError(f"model.pair_lr must be a finite number above 0; got {pair_lr}.")
+        model_args = {**(model_args or {}), "num_classes": 0}
+        super().__init__(opt=opt, lr=lr, weight_decay=weight_decay, sched="none")
+        weights = model_args.pop("checkpoint_path", None)
+        self.net = create(name, pretrained=pretrained, **model_args)
+        if weights is not None:
+            load_weights(self.net, weights, drop_classifier=True)
+        self.base = copy.deepcopy(self.net).requires_grad_(False)
+        empty = torch.zeros(1, 3, *input_config(self.net)["size"])
+        self.pair_encoder = PairEncoder(read_patches(self.base.eval(), empty).shape[-1], width, depth)
+        self._patches = torch.empty(0)
+        self._labels: Tensor | None = None
+
+    @property
+    def trains_pairs(self) -> bool:
+        """Whether this epoch is one of the pair encoder."""
+        return self.current_epoch % self._period < self.hparams.pair_epochs
+
+    @property
+    def _period(self) -> int:
+        return self.hparams.pair_epochs + self.hparams.embed_epochs
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer; what a phase does not train gets no gradients and stays as it is."""
+        optimizer: Any = super().configure_optimizers()
+        pair = {id(parameter) for parameter in self.pair_encoder.parameters()}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in pair]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in pair]
+            optimizer.add_param_group({**group, "params": own, "lr": self.hparams.pair_lr, "trains_pairs": True})
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+        return optimizer
+
+    def on_fit_start(self) -> None:
+        """Read the patches of all training images, and choose the pairs by the network that training begins with."""
+        if self.trainer.world_size > 1:
+            raise ConfigError("RerankTask trains on one device: set trainer.devices to 1.")
+        embeddings, patches = self._read_training_images(self.base, patches=True)
+        self.trainer.datamodule.choose(embeddings)
+        self._patches = patches
+
+    def on_train_epoch_start(self) -> None:
+        """Begin a phase: label the pairs by the one, and set the other back."""
+        place = self.current_epoch % self._period
+        if place in (0, self.hparams.pair_epochs):
+            self._labels = self._label()
+            if self.trains_pairs:
+                self._restart_pair_encoder()
+            else:
+                self.net.load_state_dict(self.base.state_dict())
+            self.trainer.optimizers[0].state.clear()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the learning rates: linear, after the pair encoder's warm-up."""
+        given, place = self.hparams, self.current_epoch % self._period
+        epochs = given.pair_epochs if self.trains_pairs else given.embed_epochs
+        epoch = place if self.trains_pairs else place - given.pair_epochs
+        batches = self.trainer.num_training_batches
+        progress = (epoch * batches + batch_idx) / (epochs * batches)
+        for group in self.trainer.optimizers[0].param_groups:
+            warmup = WARMUP if group.get("trains_pairs") else 0.0
+            grown = (progress + 1 / (epochs * batches)) / warmup if warmup else 1.0
+            group["lr"] = group["peak"] * min(grown, (1 - progress) / (1 - warmup))
+        super().on_train_batch_start(batch, batch_idx)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch: images (2 B, 3, H, W), first and second of each pair in turn, and the pairs' numbers."""
+        images, numbers = batch
+        if self._labels is None:  # a run that is resumed within a phase
+            self._labels = self._label()
+        labels = self._labels.to(self.device)[numbers]
+        if self.trains_pairs:
+            first, second = self._pair_patches(numbers)
+            logits = torch.stack([self.pair_encoder(first, second), self.pair_encoder(second, first)])
+            loss = pair_loss(logits, labels.expand_as(logits)).mean()
+            self.log("train/pair_loss", loss, prog_bar=True)
+        else:
+            first, second = self(images)[:, 0].unflatten(0, (-1, 2)).unbind(dim=1)
+            loss = embedding_loss(similarity(first, second), labels).mean()
+            self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def judge(self, name: str, embeddings: Tensor, part: Part) -> None:
+        """Rank by each attribute, and state the mean mAP."""
+        if not (part.is_query.any() and part.is_gallery.any()):  # a trial of a few batches
+            return
+        attributes = self.hparams.attributes or {}
+        found = [score(embeddings[:, 0], part, column, attribute).map for column, attribute in enumerate(attributes)]
+        for attribute, value in zip(attributes, found):
+            self.log(f"{name}/map_{attribute}", value)
+        self.log(f"{name}/map", sum(found) / len(found), prog_bar=True)
+
+    @torch.no_grad()
+    def _label(self) -> Tensor:
+        """What the phase learns of each pair: how alike the embedding finds it, or the pair encoder's logit, (P,)."""
+        pairs = self.trainer.datamodule.pairs
+        if self.trains_pairs:
+            embeddings, _ = self._read_training_images(self.net)
+            first, second = embeddings[pairs.to(embeddings.device)].unbind(dim=1)
+            return similarity(first, second)
+        self.pair_encoder.eval()
+        chunks = torch.arange(len(pairs)).split(LABELLED)
+        found = torch.cat([self.pair_encoder.compare(*self._pair_patches(chunk)) for chunk in chunks])
+        self.pair_encoder.train()
+        return found
+
+    def _pair_patches(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches (B, N, D) of both images of some pairs."""
+        first, second = self.trainer.datamodule.pairs[numbers.cpu()].unbind(dim=1)
+        return self._patches[first].to(self.device).float(), self._patches[second].to(self.device).float()
+
+    def _restart_pair_encoder(self) -> None:
+        given, device = self.hparams, self.device
+        fresh = PairEncoder(self._patches.shape[-1], given.width, given.depth)
+        fresh.standardise_by(self._patches)
+        self.pair_encoder.load_state_dict(fresh.to(device).state_dict())
+
+    @torch.no_grad()
+    def _read_training_images(self, net: nn.Module, patches: bool = False) -> tuple[Tensor, Tensor]:
+        """Embeddings (N, E) of the training images in order, and if asked for their patches, float16 on the CPU."""
+        training = net.training
+        net.eval()
+        found, kept = [], []
+        for images, _, _ in self.trainer.datamodule.train_images():
+            images = images.to(self.device)
+            found.append(embed(net, images)[:, 0])
+            if patches:
+                kept.append(read_patches(net, images).half().cpu())
+        net.train(training)
+        return torch.cat(found), torch.cat(kept) if patches else torch.empty(0)
