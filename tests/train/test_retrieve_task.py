@@ -25,6 +25,7 @@ from visionattn import cli
 from visionattn.data.retrieval.catalogue import MISSING
 from visionattn.data.retrieval.datamodule import RetrieveData
 from visionattn.data.retrieval.embedding import input_config
+from visionattn.data.retrieval.pairs import PairData
 from visionattn.data.retrieval.triplets import TripletData
 from visionattn.data.samplers import IGNORED
 from visionattn.errors import CheckpointError, ConfigError
@@ -34,6 +35,7 @@ from visionattn.predict import ImageIndex
 from visionattn.train.cli import main, recipes
 from visionattn.train.configuration import argument_names
 from visionattn.train.reidentify import ReidentifyTask
+from visionattn.train.rerank import RerankTask
 from visionattn.train.retrieve import AttributeLoss, RetrieveTask
 from visionattn.train.triplets import TripletTask
 
@@ -367,7 +369,7 @@ def test_evaluate_index_and_search_prepare_images_as_training_did(tmp_path, monk
 @pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("retrieve/")])
 def test_recipes_say_what_their_classes_take(name):
     recipe = yaml.safe_load(recipes()[name].read_text())
-    tasks, sets = (RetrieveTask, ReidentifyTask, TripletTask), (RetrieveData, TripletData)
+    tasks, sets = (RetrieveTask, ReidentifyTask, TripletTask, RerankTask), (RetrieveData, TripletData, PairData)
     for part, known in (("model", tasks), ("data", sets)):
         (made,) = [one for one in known if recipe[part]["class_path"].endswith(f".{one.__name__}")]
         arguments = argument_names(made)

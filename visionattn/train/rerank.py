@@ -70,14 +70,17 @@ class RerankTask(EmbeddingTask):
         width: Channels of the pair encoder, divisible by 16.
         depth: Blocks of the pair encoder.
         pair_lr: Peak learning rate of the pair encoder, warmed up for a tenth of its steps.
-        opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
         lr: Peak learning rate of the embedding; both fall to 0 linearly.
         weight_decay: Weight decay.
+        sched: "none": each phase has its own schedule.
+        **optimization: Those of `OptimizedTask`.
 
     Raises:
         ConfigError: A number is out of range, or training is on several devices.
         InputError: The model gives no patches.
     """
+
+    monitor = "val/map"
 
     def __init__(
         self,
@@ -90,9 +93,10 @@ class RerankTask(EmbeddingTask):
         width: int = 64,
         depth: int = 2,
         pair_lr: float = 1e-3,
-        opt: str = "adamw",
         lr: float = 5e-5,
         weight_decay: float = 0.01,
+        sched: str = "none",
+        **optimization: Any,
     ) -> None:
         for key, value in {"pair_epochs": pair_epochs, "embed_epochs": embed_epochs, "depth": depth}.items():
             if value < 1:
@@ -101,8 +105,10 @@ class RerankTask(EmbeddingTask):
             raise ConfigError(f"model.width must be divisible by 16; got {width}.")
         if not 0 < pair_lr < float("inf"):
             raise ConfigError(f"model.pair_lr must be a finite number above 0; got {pair_lr}.")
+        if sched != "none":
+            raise ConfigError(f"model.sched must be 'none', as each phase has its own schedule; got {sched!r}.")
         model_args = {**(model_args or {}), "num_classes": 0}
-        super().__init__(opt=opt, lr=lr, weight_decay=weight_decay, sched="none")
+        super().__init__(lr=lr, weight_decay=weight_decay, sched=sched, **optimization)
         weights = model_args.pop("checkpoint_path", None)
         self.net = create(name, pretrained=pretrained, **model_args)
         if weights is not None:
