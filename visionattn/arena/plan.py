@@ -33,9 +33,9 @@ class Plan:
         seeds: Of everything that is trained.
     """
 
-    recall_steps: int = 400
-    regression_steps: int = 600
-    epochs: int = 16
+    recall_steps: int = 250
+    regression_steps: int = 500
+    epochs: int = 8
     tests: int = 500
     sequences: int = 8000
     rounds: int = 5
@@ -55,4 +55,4 @@ class Plan:
 
 
 FULL = Plan()
-QUICK = Plan(100, 150, 4, 200, 4000, 3, 0.5, (14, 28, 56), 1)
+QUICK = Plan(150, 200, 3, 200, 4000, 3, 0.5, (14, 28, 56), 1)

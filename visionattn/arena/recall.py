@@ -37,7 +37,7 @@ SYMBOLS, WIDTH = 64, 32
 DIM, HEADS = 64, 2
 TRAINED_PAIRS, TESTED_PAIRS, LARGER_PAIRS, COMPARED_PAIRS = (4, 8, 16), (4, 16, 32), (16, 64), 16
 NEAR_PAIRS = 4  # pairs where the distance is given
-BATCH = 64
+BATCH = 32
 
 
 class Tables(NamedTuple):

@@ -31,7 +31,7 @@ FEATURES, NOISE = 5, 0.1
 PAIRS, GRID = 40, (6, 7)
 MORE_PAIRS, LARGER = 80, (9, 9)
 DIM, HEADS = 16, 2
-BATCH = 128
+BATCH = 64
 ANCHORS = ("ridge", "gradient descent", "debiased gradient descent", "one head")
 
 
