@@ -26,6 +26,7 @@ from visionattn.mixers import Mixer
 __all__ = ["efficiency_length", "paired_times", "peak_memory", "run"]
 
 DIM, HEADS = 192, 3
+SLOW = 0.5  # seconds of a call from which three rounds do
 MIB = 2**20
 
 
@@ -87,8 +88,8 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 def run(name: str, sides: Sequence[int], plan: Plan, device: torch.device) -> list[Found]:
     """Measure a mixer and softmax attention in turn on square grids, one image at a time.
 
-    Longer grids are left out where a call would take more than `plan.slowest` seconds, or more than half of the memory:
-    both are foretold from the grid before, as costs that grow with the square of the tokens.
+    Larger grids are left out where a call would take more than `plan.slowest` seconds, or more than half of the memory:
+    both are foretold from the grid before by the multiply-accumulates. Softmax attention itself is measured on all.
 
     Args:
         name: In `MIXERS`.
@@ -96,42 +97,40 @@ def run(name: str, sides: Sequence[int], plan: Plan, device: torch.device) -> li
         plan: Of the run.
         device: Where to work.
     """
-    found: list[Found] = []
-    known: tuple[int, float, float] | None = None  # tokens, seconds and bytes of the grid before
-    room = _memory(device) / 2
-    for side in sides:
+
+    def outline(side: int) -> Mixer:
+        return create_mixer(name, DIM, HEADS, (side, side), small=False, device="meta")
+
+    found = [Found("own parameters", "", float(outline(sides[0]).extra_parameters()))]
+    seconds = memory = 0.0  # foretold
+    for number, side in enumerate(sides):
         n = side * side
-        growth = (n / known[0]) ** 2 if known else 0.0
-        if known and (growth * known[1] > plan.slowest or growth * known[2] > room):
+        macs = outline(side).macs(n)
+        if number:
+            growth = macs / outline(sides[number - 1]).macs(sides[number - 1] ** 2)
+            seconds, memory = growth * seconds, growth * memory
+        if memory > _memory(device) / 2 or (seconds > plan.slowest and name != "softmax"):
             break
         with torch.inference_mode():
-            calls = [
-                _call(create_mixer(kind, DIM, HEADS, (side, side), small=False), side, device)
-                for kind in (name, "softmax")
-            ]
+            calls = [_call(kind, side, device) for kind in (name, "softmax")]
             for call in calls:
                 call()
-            own, softmax = paired_times(calls, plan.rounds, device)
-            memory = peak_memory(calls[0], device)
-        known = n, statistics.median(own) / 1e3, float(memory)
+            own, softmax = paired_times(calls, plan.rounds if seconds < SLOW else min(plan.rounds, 3), device)
+            memory = float(peak_memory(calls[0], device))
+        seconds = statistics.median(own) / 1e3
         found += [
             Found("ms", f"N={n}", statistics.median(own)),
             Found("ms of softmax", f"N={n}", statistics.median(softmax)),
             Found("times faster", f"N={n}", statistics.median(b / a for a, b in zip(own, softmax))),
             Found("MiB", f"N={n}", memory / MIB),
-            Found(
-                "M MACs",
-                f"N={n}",
-                create_mixer(name, DIM, HEADS, (side, side), small=False, device="meta").macs(n) / 1e6,
-            ),
+            Found("M MACs", f"N={n}", macs / 1e6),
         ]
-    layer = create_mixer(name, DIM, HEADS, (sides[0], sides[0]), small=False, device="meta")
-    return [Found("own parameters", "", float(layer.extra_parameters())), *found]
+    return found
 
 
-def _call(mixer: Mixer, side: int, device: torch.device) -> Callable[[], Tensor]:
+def _call(name: str, side: int, device: torch.device) -> Callable[[], Tensor]:
+    mixer = create_mixer(name, DIM, HEADS, (side, side), small=False).to(device).eval()
     x = torch.randn(1, side * side, DIM, generator=torch.Generator().manual_seed(0)).to(device)
-    mixer = mixer.to(device).eval()
     return lambda: mixer(x, (side, side))
 
 

@@ -40,7 +40,7 @@ class Plan:
     sequences: int = 8000
     rounds: int = 5
     slowest: float = 4.0
-    sides: Sequence[int] = (14, 20, 28, 40, 56, 80, 128)
+    sides: Sequence[int] = (14, 20, 28, 40, 56, 128)
     seeds: int = 3
 
     def recipe(self, task: str) -> str:

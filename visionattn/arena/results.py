@@ -98,7 +98,7 @@ class Arena:
         return float(np.mean(differences)), t_interval(differences)
 
     def tokens(self) -> list[int]:
-        """Numbers of tokens at which softmax attention was measured, rising."""
+        """Numbers of tokens at which costs were measured, rising."""
         return sorted(int(row.setting[2:]) for row in self.rows if (row.mixer, row.measure) == ("softmax", "ms"))
 
     def efficiency_length(self, mixer: str, measure: str) -> float:
