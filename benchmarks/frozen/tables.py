@@ -1,4 +1,4 @@
-"""The documentation's tables of sparse attention in frozen backbones."""
+"""The documentation's tables of frozen backbones: sparse attention, pruning, sinks, occlusion."""
 
 from __future__ import annotations
 
@@ -54,9 +54,85 @@ def accuracy() -> str:
     return markdown(head, body)
 
 
+def pruning() -> str:
+    """Accuracy of pruned backbones at every share, and the paired differences to the controls."""
+    rows = read_rows(RESULTS / "frozen_pruning.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["backbone", "pruned", "by", "kept %", "M MACs", "error", "k-NN %", "to the grid", "to random", "to blocks"]
+    body = [
+        [
+            row["backbone"],
+            row["method"],
+            f"`{row['score']}`" if row["score"] else "",
+            f"{100 * float(row['keep']):.0f}",
+            f"{int(row['macs']) / 1e6:.1f}",
+            f"{float(row['error']):.3f}",
+            f"{100 * float(row['accuracy']):.1f}",
+            *(_points(row[f"ahead_of_{name}"]) for name in ("grid", "random", "blocks")),
+        ]
+        for row in rows
+    ]
+    return markdown(head, body)
+
+
+def _points(cell: str) -> str:
+    """A difference and its half interval in percentage points, bold where it does not hold 0."""
+    if not cell:
+        return ""
+    difference, half = (100 * float(part) for part in cell.split(" ± "))
+    text = f"{difference:+.1f} ± {half:.1f}"
+    return f"**{text}**" if abs(difference) > half else text
+
+
+def sinks() -> str:
+    """Every half's choice against the model as it is, and against random columns."""
+    rows = read_rows(RESULTS / "frozen_sinks.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["half", "method", "against", "accuracy %", "control %", "difference"]
+    body = [
+        [
+            row["half"],
+            row["method"],
+            row["against"],
+            f"{100 * float(row['accuracy']):.1f}",
+            f"{100 * float(row['control']):.1f}",
+            _points(f"{row['ahead']} ± {row['half_interval']}"),
+        ]
+        for row in rows
+    ]
+    return markdown(head, body)
+
+
+def occlusion() -> str:
+    """Agreement of maps with occlusion."""
+    rows = read_rows(RESULTS / "frozen_occlusion.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    head = ["map", "r with occlusion", "95 % interval", "deletion", "insertion"]
+    body = [
+        [
+            row["map"],
+            f"{float(row['pearson']):.3f}",
+            f"{float(row['low']):.3f} to {float(row['high']):.3f}",
+            f"{float(row['deletion_map']):.3f}",
+            f"{float(row['insertion_map']):.3f}",
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    areas = [f"{float(first[f'{name}_saliency']):.3f}" for name in ("deletion", "insertion")]
+    body.append(["the saliency itself", "1", "", *areas])
+    return markdown(head, body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "frozen_policies": errors,
     "frozen_accuracy": accuracy,
     "frozen_router": lambda: plain("frozen_router"),
     "frozen_speed": lambda: plain("frozen_speed"),
+    "frozen_pruning": pruning,
+    "frozen_sinks": sinks,
+    "frozen_occlusion": occlusion,
 }
