@@ -98,16 +98,26 @@ def test_savings_are_those_of_the_mechanism():
     assert savings.parameters_after == savings.parameters_before
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch14_reg4_dinov2"])
+QUICK = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch14_reg4_dinov2")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
+)
 def test_other_resolutions(name):
-    model = create(name, size=112, dynamic_img_size=True)
-    visionattn.swap(model, "hsa", windows=1)  # windows of one token are softmax attention
-    plain = create(name, size=112, dynamic_img_size=True)
-    plain.load_state_dict(model.state_dict())
-    patch = model.patch_embed.patch_size[0]
-    for height, width in [(3, 5), (6, 4)]:
+    if name.startswith("beit"):
+        cases = [(side, side, "softmax", {}, {"size": 16 * side}) for side in (4, 8)]  # no other size than its own
+    else:
+        settings = {} if name.startswith("va_") else {"size": 112, "dynamic_img_size": True}
+        # Windows of one token are softmax attention.
+        cases = [(height, width, "hsa", {"windows": 1}, settings) for height, width in [(3, 5), (6, 4)]]
+    for height, width, mixer, arguments, settings in cases:
+        model, plain = create(name, **settings), create(name, **settings)
+        visionattn.swap(model, mixer, **arguments)
+        patch = model.patch_embed.patch_size[0]
         x = torch.randn(1, 3, height * patch, width * patch)
-        torch.testing.assert_close(model(x), plain(x), rtol=0, atol=5e-6)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), plain(x), rtol=0, atol=5e-6)
 
 
 def test_state_dicts_of_before_and_after():
@@ -171,11 +181,20 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("mixer", "settings"), [("window", {"kernel": 3}), ("hsa", {"windows": 2}), ("agent", {})])
+@pytest.mark.parametrize(
+    ("name", "mixer", "settings"),
+    [
+        ("vit_tiny_patch16_224", "window", {"kernel": 3}),
+        ("vit_tiny_patch16_224", "hsa", {"windows": 2}),
+        ("vit_tiny_patch16_224", "agent", {}),
+        pytest.param("eva02_tiny_patch14_224", "hsa", {"windows": 2}, marks=pytest.mark.slow),
+        pytest.param("vit_small_patch16_dinov3", "window", {"kernel": 3}, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_onnx(mixer, settings):
+def test_onnx(name, mixer, settings):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    model = create("vit_tiny_patch16_224", depth=1)
+    model = create(name, depth=1)
     visionattn.swap(model, mixer, **settings)
     file = io.BytesIO()
     program = torch.onnx.export(
