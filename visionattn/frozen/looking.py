@@ -100,7 +100,7 @@ class _Sums:
         self.maps: list[Tensor] = []
         self.masses: list[Tensor] = []
 
-    def add(self, **values: float) -> None:
+    def add(self, **values: float | Tensor) -> None:
         for name, value in values.items():
             self.values.setdefault(name, []).append(float(value))
 

@@ -14,6 +14,7 @@ ZOO-Prune (sensitivity, greedy): its equations, for no code is published.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ def merge(x: Tensor, share: tuple[int, int]) -> tuple[Tensor, Tensor]:
     left = share
     while left[0] < left[1]:  # a round leaves half at least
         left = (2 * left[0], left[1])
-        target = torch.sym_max(wanted, n - n // 2)
+        target: Any = torch.sym_max(wanted, n - n // 2)
         moved, first = n - target, n - n // 2  # tokens that go, and those of the first side
         unit = F.normalize(x, dim=-1)
         cosine = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)

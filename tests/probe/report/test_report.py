@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import xml.dom.minidom
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from visionattn.probe.heads.banks import grid, head_tokens
 from visionattn.probe.knn import nearest_neighbours
 from visionattn.probe.report.rendering import draw_curves, write_report
 from visionattn.probe.report.report import LayerNeighbours, Report, load_head
-from visionattn.probe.report.sections import CurvePoint
+from visionattn.probe.report.sections import CurvePoint, make_sections
 from visionattn.probe.statistics import Interval, mcnemar_test
 from visionattn.probe.sweep import sweep
 
@@ -149,6 +150,13 @@ def test_both_reports_say_the_same_and_escape_what_they_are_given(folder):
     for file in ("layers.svg", "few_shot.svg"):
         assert (folder / file).read_text() in page
         assert f"]({file})" in markdown
+
+
+def test_reports_of_transformers_on_folders_link_inspect(report):
+    layers = tuple(replace(layer, name=f"blocks.{number}") for number, layer in enumerate(report.layers))
+    seen = replace(report, layers=layers, data={**report.data, "root": "my photos"})
+    assert make_sections(seen)[-1].words[-1] == "`visionattn inspect net --images 'my photos'`"
+    assert not any("inspect" in words for words in make_sections(replace(seen, layers=report.layers))[-1].words)
 
 
 def test_curves_put_points_where_their_values_are():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import asdict
 
 from visionattn.page import CurvePoint, Curves, Section
@@ -95,7 +96,11 @@ def make_sections(report: Report) -> list[Section]:
         sections.append(Section("Notes", notes))
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     protocol = ", ".join(f"{key} {value}" for key, value in report.protocol.items())
-    sections.append(Section("To do it again", [f"`{report.command}`", f"{protocol}.", versions]))
+    again = [f"`{report.command}`", f"{protocol}.", versions]
+    if data["root"] and report.layers[0].name.startswith("blocks.") and not backbone.get("given"):
+        command = shlex.join(["visionattn", "inspect", backbone["name"], "--images", str(data["root"])])
+        again += ["What the attention behind these tokens does, on the same images:", f"`{command}`"]
+    sections.append(Section("To do it again", again))
     return sections
 
 
