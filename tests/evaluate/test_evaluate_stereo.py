@@ -75,9 +75,9 @@ def test_errors_of_a_region():
     errors = disparity_errors(found, truth, np.array([[True, False, True]]))
     assert (errors.epe, errors.bad_1, errors.density) == (0.125, 0, 100)
     assert math.isnan(disparity_errors(np.full((1, 3), np.nan), truth).epe)
-    with pytest.raises(InputError, match="No pixel has truth there"):
+    with pytest.raises(InputError, match="No pixel to evaluate has ground truth"):
         disparity_errors(found, truth, np.zeros((1, 3), bool))
-    with pytest.raises(InputError, match=r"The disparity is \(2, 3\), and its truth \(1, 3\)"):
+    with pytest.raises(InputError, match=r"The disparity has the shape \(2, 3\), but its ground truth \(1, 3\)"):
         disparity_errors(np.zeros((2, 3)), truth)
 
 
@@ -128,16 +128,16 @@ def test_bad_scenes_are_named_and_the_rest_goes_on(scenes, capsys, monkeypatch):
     assert cli.main(["evaluate", "stereo", "--data", str(scenes), "--baseline", "sgbm"]) == 1
     told = capsys.readouterr()
     first, second = told.err.splitlines()
-    assert first == f"visionattn: {scenes / 'three' / 'im0.png'}: No pixel has truth there."
+    assert first == f"visionattn: {scenes / 'three' / 'im0.png'}: No pixel to evaluate has ground truth."
     assert second.startswith(f"visionattn: Could not read the image {scenes / 'two' / 'im1.png'}")
     assert "one" in told.out
 
 
 def test_wrong_input(scenes, monkeypatch):
     cases = [
-        (lambda: evaluate_stereo([], scenes), ConfigError, "nothing to measure: name a model, or the baseline sgbm"),
-        (lambda: evaluate_stereo([], scenes, baseline="bm"), ConfigError, "There is no baseline 'bm'"),
-        (lambda: evaluate_stereo(Red(), scenes, dtype="int8"), ConfigError, "There is no dtype 'int8'"),
+        (lambda: evaluate_stereo([], scenes), ConfigError, "nothing to evaluate: give a model, or --baseline sgbm"),
+        (lambda: evaluate_stereo([], scenes, baseline="bm"), ConfigError, "baseline must be one of 'sgbm'; got 'bm'"),
+        (lambda: evaluate_stereo(Red(), scenes, dtype="int8"), ConfigError, "dtype must be one of 'float32', .* got 'int8'"),
         (lambda: evaluate_stereo(nn.Linear(1, 1), scenes), InputError, "Linear cannot be used here: it states no task"),
         (
             lambda: evaluate_stereo("va_span_ch48_x4", scenes),
@@ -230,7 +230,7 @@ def test_the_factor_counts_for_png_of_16_bits(tmp_path, monkeypatch, capsys):
     assert cli.main([*arguments, "--factor", "jpg=64"]) == 2
     assert "no such scene: there are png." in capsys.readouterr().err
     assert cli.main([*arguments, "--factor", "png=64", "--factor", "4"]) == 2
-    assert "SCENE=F once for each scene" in capsys.readouterr().err
+    assert "SCENE=F once per scene" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_results_that_are_not_finite_are_failures(scenes, capsys, monkeypatch):
     found = evaluate_stereo([broken, Red()], scenes)
     assert found.rows == []
     assert len(found.failures) == 2
-    assert all("The result of Red is not finite: its weights are broken" in failure for failure in found.failures)
+    assert all("The output of Red is not finite: its weights are damaged" in failure for failure in found.failures)
     monkeypatch.setattr("visionattn.opening.load", lambda path: broken)
     (scenes.parent / "net.pth").touch()
     assert cli.main(["evaluate", "stereo", str(scenes.parent / "net.pth"), "--data", str(scenes)]) == 1

@@ -144,8 +144,8 @@ def test_small_pictures_of_ones_own(pictures, tmp_path):
     assert evaluate_sr(Nearest(2), pictures, low_resolution=tmp_path / "small").rows == expected
     Image.new("RGB", (5, 5)).save(tmp_path / "small/ax2.png")
     (failure,) = evaluate_sr(Nearest(2), pictures, low_resolution=tmp_path / "small").failures
-    assert "ax2.png of 5 x 5 is not" in failure
-    assert "a.png of 46 x 40 made 2 times smaller" in failure
+    assert "ax2.png (5 x 5) must be 2 times smaller than" in failure
+    assert "a.png (46 x 40)" in failure
 
 
 def test_command(pictures, tmp_path, capsys):
@@ -171,7 +171,7 @@ def test_bad_pictures_are_named_and_the_rest_goes_on(pictures, tmp_path, capsys)
     messages = told.err.splitlines()
     assert len(messages) == 2
     assert messages[0].startswith(f"visionattn: Could not read the image {pictures / 'broken.png'}: ")
-    assert messages[1].startswith(f"visionattn: {pictures / 'tiny.png'}: A picture of 12 x 12 is too small for SSIM's")
+    assert messages[1].startswith(f"visionattn: {pictures / 'tiny.png'}: An image of 12 x 12 pixels is too small for")
     assert "mean" in told.out
     assert "broken" not in told.out
 
@@ -187,7 +187,7 @@ def test_a_model_that_fails_is_told(pictures):
     broken.gain.data.fill_(math.nan)
     found = evaluate_sr(broken, pictures)
     assert found.rows == []
-    assert [failure.endswith("holds values that are not finite.") for failure in found.failures] == [True] * 3
+    assert [failure.endswith("contains values that are not finite.") for failure in found.failures] == [True] * 3
 
 
 class Blur(nn.Module):
@@ -281,13 +281,13 @@ def test_wrong_input(pictures, tmp_path, monkeypatch):
     cases = [
         (lambda: evaluate_sr([], tmp_path / "empty", scale=2), DataError, "There are no images in"),
         (lambda: evaluate_sr([], tmp_path / "none", scale=2), DataError, "There is no folder"),
-        (lambda: evaluate_sr([], pictures), ConfigError, "Bicubic alone needs a scale"),
-        (lambda: evaluate_sr(Nearest(2), pictures, scale=3), ConfigError, "Nearest 2 and 3 was asked for"),
+        (lambda: evaluate_sr([], pictures), ConfigError, "Bicubic without a model needs a scale"),
+        (lambda: evaluate_sr(Nearest(2), pictures, scale=3), ConfigError, "Nearest 2 and the requested 3"),
         (lambda: evaluate_sr([Nearest(2), Nearest(4)], pictures), ConfigError, r"Nearest 2, Nearest \(2\) 4"),
         (
             lambda: evaluate_sr(nn.Conv2d(3, 3, 1), pictures),
             ConfigError,
-            "Conv2d does not enlarge pictures: it states no scale",
+            "Conv2d is not a super-resolution model: it has no",
         ),
         (lambda: evaluate_sr([], pictures, scale=0), ConfigError, "at least 1; got 0"),
         (lambda: evaluate_sr([], pictures, scale=-2), ConfigError, "at least 1; got -2"),
@@ -301,7 +301,7 @@ def test_wrong_input(pictures, tmp_path, monkeypatch):
             CheckpointError,
             "No weights are published for va_span",
         ),
-        (lambda: evaluate_sr(Nearest(2), pictures, dtype="int8"), ConfigError, "There is no dtype 'int8'"),
+        (lambda: evaluate_sr(Nearest(2), pictures, dtype="int8"), ConfigError, "dtype must be one of 'float32', .* got 'int8'"),
         (
             lambda: evaluate_sr(Nearest(2), pictures, device="toaster"),
             InputError,

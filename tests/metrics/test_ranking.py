@@ -136,7 +136,7 @@ def test_each_attribute_has_its_queries_and_gallery():
     for column, row in enumerate(rows):
         expected = by_loops(spaces[:2, column], spaces[2:, column], labels[:2, column], labels[2:, column])[0]
         assert row.map == pytest.approx(np.mean(expected))
-    with pytest.raises(DataError, match="No query has a match of its kind"):
+    with pytest.raises(DataError, match="No query has a match for the attribute kind"):
         score(spaces[:, 0], part(torch.tensor([[0, 0]] * 3 + [[0, 1]] * 3), 3), 1, "kind")
 
 
@@ -166,7 +166,7 @@ def test_triplets_and_their_models(tmp_path):
             "all": np.mean([*right["colour"], *right["kind"]])
         }
         assert score_triplets(vectors, given) == pytest.approx(expected)
-    with pytest.raises(ConfigError, match="does not embed by kind"):
+    with pytest.raises(ConfigError, match="has no condition for kind"):
         evaluate_triplets(ToyConditional(("colour",), 8), given)
 
 
@@ -193,7 +193,7 @@ def test_models_of_one_and_of_many_spaces(tmp_path):
     matrix = found.matrix("toy_conditional")
     assert matrix.diagonal().tolist() == pytest.approx([row.map for row in found.own("toy_conditional")])
     assert matrix.shape == (2, 2)
-    with pytest.raises(ConfigError, match="does not embed by kind, only by colour"):
+    with pytest.raises(ConfigError, match="has no condition for kind, only for colour"):
         evaluate_retrieval(ToyConditional(("colour",), 8), table)
     draw_matrix(tmp_path / "matrix.png", matrix, found.attributes)
     with Image.open(tmp_path / "matrix.png") as drawn:
@@ -211,7 +211,7 @@ def test_command(tmp_path, capsys):
     assert cli.main(["evaluate", "retrieval", "--data", str(table), "--attributes", "cut"]) == 2
     assert "no attribute cut. There are colour, kind" in capsys.readouterr().err
     assert cli.main(["evaluate", "retrieval", "--data", str(table), "--matrix", str(tmp_path / "m.png")]) == 2
-    assert "there are 0" in capsys.readouterr().err
+    assert "got 0" in capsys.readouterr().err
 
 
 def test_unreadable_images_are_left_out_and_named(tmp_path, capsys):

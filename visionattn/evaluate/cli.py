@@ -1,4 +1,4 @@
-"""`visionattn evaluate sr|stereo|retrieval MODEL_OR_CHECKPOINT... --data DATA`: by benchmarks' protocols."""
+"""`visionattn evaluate sr|stereo|retrieval MODEL_OR_CHECKPOINT... --data DATA`: benchmark protocols."""
 
 from __future__ import annotations
 
@@ -24,64 +24,80 @@ from visionattn.models.enlarged import LARGEST
 __all__ = ["add_arguments", "add_factor", "factors", "run"]
 
 ZAPPOS = "zappos"
-MOST_FACTOR = 65535  # with more, no PNG holds a pixel
+MOST_FACTOR = 65535  # with a larger one, a 16-bit PNG could not store a disparity of one pixel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the protocols and their arguments."""
     protocols = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL")
-    sr = protocols.add_parser("sr", help="super-resolution: PSNR and SSIM on Y, bicubic beside")
+    sr = protocols.add_parser("sr", help="super-resolution: PSNR and SSIM on Y, compared with bicubic")
     sr.add_argument(
-        "models", nargs="*", metavar="MODEL_OR_CHECKPOINT", help="names with weights, or weight files; none: bicubic"
+        "models",
+        nargs="*",
+        metavar="MODEL_OR_CHECKPOINT",
+        help="pretrained model names or weight files (default: bicubic only)",
     )
-    sr.add_argument("--data", required=True, metavar="FOLDER", help="large pictures")
+    sr.add_argument("--data", required=True, metavar="FOLDER", help="high-resolution images")
     sr.add_argument(
-        "--low-resolution", metavar="FOLDER", help="images of the same names (default: MATLAB's bicubic of the data)"
+        "--low-resolution",
+        metavar="FOLDER",
+        help="low-resolution images of the same names (default: MATLAB's bicubic downscaling of --data)",
     )
     add_old_spelling(sr, "--lr", "--low-resolution")
-    sr.add_argument("--scale", type=whole_number(1, 64), metavar="R", help="factor (default: the models')")
+    sr.add_argument(
+        "--scale", type=whole_number(1, 64), metavar="R", help="upscaling factor (default: that of the models)"
+    )
     pairs = protocols.add_parser("stereo", help="stereo: end-point error, bad pixels and D1, on all and non-occluded")
     pairs.add_argument(
-        "models", nargs="*", metavar="MODEL_OR_CHECKPOINT", help="names with weights, or weight files; none: --baseline"
+        "models",
+        nargs="*",
+        metavar="MODEL_OR_CHECKPOINT",
+        help="pretrained model names or weight files (default: --baseline only)",
     )
-    pairs.add_argument("--data", required=True, nargs="+", metavar="FOLDER", help="data sets, or single scenes")
-    pairs.add_argument("--layout", choices=LAYOUTS, help="of the folders (default: what is found there)")
+    pairs.add_argument("--data", required=True, nargs="+", metavar="FOLDER", help="data sets or single scenes")
+    pairs.add_argument("--layout", choices=LAYOUTS, help="layout of the folders (default: detected)")
     add_factor(pairs)
     pairs.add_argument(
-        "--baseline", choices=tuple(BASELINES), help="OpenCV's semi-global matching too, as it is and filled"
+        "--baseline",
+        choices=tuple(BASELINES),
+        help="also evaluate OpenCV's semi-global matching, raw and with gaps filled",
     )
     pairs.add_argument(
-        "--enlarge", type=number(1, LARGEST), default=1.0, metavar="S", help="match views S times as large"
+        "--enlarge", type=number(1, LARGEST), default=1.0, metavar="S", help="enlarge the views by S before matching"
     )
     ranked = protocols.add_parser("retrieval", help="retrieval by attributes: mAP, recall, entanglement, triplets")
     ranked.add_argument(
-        "models", nargs="*", metavar="MODEL_OR_CHECKPOINT", help="names with weights, or weight files; none: random"
+        "models",
+        nargs="*",
+        metavar="MODEL_OR_CHECKPOINT",
+        help="pretrained model names or weight files (default: random embeddings only)",
     )
-    ranked.add_argument("--data", required=True, metavar="PATH", help="CSV file of a table, or folder of a data set")
+    ranked.add_argument("--data", required=True, metavar="PATH", help="CSV table or folder of a data set")
     ranked.add_argument(
-        "--layout", default="table", choices=(*catalogue_files.LAYOUTS, ZAPPOS), help="of the data (default: table)"
+        "--layout",
+        default="table",
+        choices=(*catalogue_files.LAYOUTS, ZAPPOS),
+        help="layout of the data (default: table)",
     )
-    ranked.add_argument("--images", metavar="PATH", help="folder or zip file (default: where the layout has them)")
-    ranked.add_argument("--attributes", metavar="A,B", help="by which attributes (default: all)")
+    ranked.add_argument("--images", metavar="PATH", help="folder or zip file of the images (default: as in the layout)")
+    ranked.add_argument("--attributes", metavar="A,B", help="attributes to evaluate (default: all)")
     ranked.add_argument(
-        "--min-count", type=whole_number(0), default=0, help="training items that a value needs (default: 0)"
+        "--min-count", type=whole_number(0), default=0, help="minimum number of training items per value (default: 0)"
     )
-    ranked.add_argument("--split", default="test", help="train, val or test (default: test)")
+    ranked.add_argument("--split", default="test", help="split: train, val or test (default: test)")
     add_old_spelling(ranked, "--part", "--split")
     ranked.add_argument(
         "--image-size",
         type=whole_number(1, LARGEST_SIDE),
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        help="of images (default: the models')",
+        help="size of the images (default: that of each model)",
     )
-    ranked.add_argument("--matrix", type=Path, metavar="PNG", help="picture of the entanglement matrix, of one model")
+    ranked.add_argument("--matrix", type=Path, metavar="PNG", help="image of the entanglement matrix of one model")
     for protocol in (sr, pairs, ranked):
-        protocol.add_argument("--output", type=Path, metavar="CSV", help="file for every row")
+        protocol.add_argument("--output", type=Path, metavar="CSV", help="file for all rows")
         protocol.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-        protocol.add_argument(
-            "--device", default="auto", help="such as cpu or cuda:1 (default: a GPU where there is one)"
-        )
+        protocol.add_argument("--device", default="auto", help="such as cpu or cuda:1 (default: a GPU if available)")
         protocol.add_argument("--dtype", default="float32", choices=DTYPES, help="precision (default: float32)")
 
 
@@ -92,7 +108,7 @@ def add_factor(parser: argparse.ArgumentParser) -> None:
         type=_factor,
         action="append",
         metavar="F|SCENE=F",
-        help="by which PNGs are larger than disparities, for all scenes or each (default: what is assumed is told)",
+        help="factor by which PNG values exceed disparities, for all scenes or per scene (default: assumed, see notes)",
     )
 
 
@@ -103,10 +119,10 @@ def _factor(text: str) -> tuple[str | None, float]:
 
 
 def factors(given: list[tuple[str | None, float]] | None) -> float | dict[str, float] | None:
-    """What `--factor` was given, as `visionattn.data.matching.stereo.find_scenes` takes it.
+    """Convert the values of `--factor` to the form that `visionattn.data.matching.stereo.find_scenes` takes.
 
     Raises:
-        ConfigError: There is a number for all scenes beside those of some, or two for one scene.
+        ConfigError: A factor for all scenes is combined with factors per scene, or a scene has two.
     """
     if not given:
         return None
@@ -114,7 +130,7 @@ def factors(given: list[tuple[str | None, float]] | None) -> float | dict[str, f
     if not by_name:
         return given[-1][1]
     if len(by_name) < len(given):
-        raise ConfigError("--factor is either one number for all scenes, or SCENE=F once for each scene.")
+        raise ConfigError("--factor must be either one number for all scenes, or SCENE=F once per scene.")
     return by_name
 
 
@@ -122,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        0, or 1 where some pictures could not be measured; each is named on the error output.
+        0, or 1 if some images could not be measured; each is named on standard error.
 
     Raises:
         VisionAttnError: Nothing could be measured.
@@ -166,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(title, soft_wrap=True)
         console.print(found.table())
     if found.rows and args.output is not None:
-        if not isinstance(found, Measurements):  # whose rows are in the file already
+        if not isinstance(found, Measurements):  # `evaluate_sr` has written its rows already
             found.write(args.output)
         console.print(f"The rows are in {args.output}.")
     for note in getattr(found, "notes", ()):
@@ -189,7 +205,7 @@ def _retrieval(args: argparse.Namespace, console: Console) -> int:
     }
     if args.layout == ZAPPOS:
         if args.output or args.matrix:
-            raise ConfigError("Triplets have one table: leave out --output and --matrix.")
+            raise ConfigError("--output and --matrix are not available for triplets (--layout zappos): leave them out.")
         failures: list[str] = []
         found = retrieval.evaluate_triplets(args.models, args.data, **common, failures=failures)
         console.print(retrieval.triplet_table(found))
@@ -205,7 +221,7 @@ def _retrieval(args: argparse.Namespace, console: Console) -> int:
     matrices = {model: measured.matrix(model) for model in dict.fromkeys(row.model for row in measured.rows)}
     known = {model: matrix for model, matrix in matrices.items() if matrix is not None}
     if args.matrix is not None and len(known) != 1:
-        raise ConfigError(f"--matrix draws the matrix of one model with conditions; there are {len(known)}.")
+        raise ConfigError(f"--matrix requires exactly one model with conditions; got {len(known)}.")
     console.print(f"{shorten(measured.data)}, {measured.part}: percent of the queries", soft_wrap=True)
     console.print(measured.table())
     for model, matrix in known.items():
@@ -220,7 +236,7 @@ def _retrieval(args: argparse.Namespace, console: Console) -> int:
 
 
 def _name_failures(failures: list[str]) -> int:
-    """Name images that were left out; the exit code."""
+    """Report images that were left out, and return the exit code."""
     for failure in failures:
         print(f"visionattn: {failure}", file=sys.stderr)
     if failures:

@@ -1,4 +1,4 @@
-"""The models of a measurement: names, files and modules, each with a label for tables."""
+"""Open the models of an evaluation: names, files and modules, each with a label for tables."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def open_models(
     models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
     task: str | tuple[str | None, ...],
 ) -> dict[str, Any]:
-    """Models by label, each once; modules are copied, for they will change device, dtype and mode.
+    """Open models, by unique label. Modules are copied, since their device, dtype and mode will change.
 
     Args:
         models: Names, weight files or modules.
-        task: Tasks of which each model must be one.
+        task: Accepted tasks.
 
     Raises:
-        CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
-        InputError: A model is of another task.
-        UnknownNameError: There is no model or file of that name.
+        CheckpointError: A weight file is unreadable or fits no model, or no weights are available for a name.
+        InputError: A model has another task.
+        UnknownNameError: No model or file has that name.
     """
     networks: dict[str, Any] = {}
     for model in [models] if isinstance(models, (str, Path, nn.Module)) else models:
@@ -42,13 +42,13 @@ def open_models(
 
 
 def place(networks: dict[str, Any], device: str, dtype: str) -> dict[str, Any]:
-    """The networks in evaluation mode on a device.
+    """Move the networks to a device, in evaluation mode.
 
     Raises:
-        ConfigError: There is no such device or dtype.
+        ConfigError: The device or dtype does not exist.
     """
     if dtype not in DTYPES:
-        raise ConfigError(f"There is no dtype {dtype!r}. Choose from {', '.join(DTYPES)}.")
+        raise ConfigError(f"The dtype must be one of {', '.join(map(repr, DTYPES))}; got {dtype!r}.")
     try:
         return {label: network.eval().to(device, DTYPES[dtype]) for label, network in networks.items()}
     except (AssertionError, RuntimeError) as error:
@@ -56,7 +56,7 @@ def place(networks: dict[str, Any], device: str, dtype: str) -> dict[str, Any]:
 
 
 def _label(model: str | Path | nn.Module, taken: dict[str, Any]) -> str:
-    """What tables call a model, each once."""
+    """A unique name for a model in tables."""
     if isinstance(model, nn.Module):
         config = getattr(model, "pretrained_cfg", None) or {}
         label = config.get("architecture") or type(model).__name__

@@ -1,10 +1,11 @@
-"""Retrieval by attributes: each attribute's queries rank its gallery (`visionattn.metrics.ranking`), random beside.
+"""Attribute retrieval: queries rank the gallery by each attribute (`visionattn.metrics.ranking`).
 
-A model with conditions ranks by each attribute in that attribute's space; a model without has one space for all. The
-entanglement matrix has the mAP by attribute j in the space of condition i: where attributes are told apart, the largest
-of each column stands on the diagonal. The random row ranks by random directions: what an attribute's skew alone gives.
+A model with conditions ranks by each attribute in that attribute's space; a model without conditions has one space for
+all. Entry (i, j) of the entanglement matrix is the mAP by attribute j in the space of condition i: if the spaces
+separate the attributes, the maximum of each column is on the diagonal. The row "random" ranks by random embeddings: the
+score that an attribute's imbalance alone gives.
 
-Triplets (Zappos) have the share of them whose near image is nearer than the far one, by condition.
+For triplets (Zappos), the metric is the fraction whose near image is closer than the far one, per condition.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ __all__ = [
 
 RANDOM = "random"
 RANDOM_DIMENSIONS = 64
-CELL, LABEL = 72, 150  # pixels of the picture of a matrix
-MOST = 100  # attributes of a picture
+CELL, LABEL = 72, 150  # pixels in the image of a matrix
+MOST = 100  # attributes in the image of a matrix
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,16 @@ class MeasuredRetrieval:
 
 @dataclass
 class RetrievalMeasurements:
-    """What `evaluate_retrieval` found.
+    """Result of `evaluate_retrieval`.
 
     Attributes:
-        data: Where the items are.
-        part: Which part was ranked.
+        data: Path of the items.
+        part: Evaluated split.
         attributes: Its attributes, in order.
-        device: Where the models ran.
-        dtype: In what precision.
-        rows: Each model, condition and attribute.
-        failures: One line for each image that could not be read; the items are ranked without it.
+        device: Device of the models.
+        dtype: Precision of the models.
+        rows: One row per model, condition and attribute.
+        failures: One line per image that could not be read; the ranking leaves it out.
     """
 
     data: str
@@ -90,7 +91,7 @@ class RetrievalMeasurements:
     failures: list[str] = field(default_factory=list)
 
     def own(self, model: str) -> list[AttributeScore]:
-        """A model's scores by each attribute in that attribute's own space, or the one that there is."""
+        """A model's scores by each attribute, in that attribute's own space or the only one."""
         return [row.score for row in self.rows if row.model == model and row.condition in ("", row.score.attribute)]
 
     def matrix(self, model: str) -> Tensor | None:
@@ -101,7 +102,7 @@ class RetrievalMeasurements:
         return torch.tensor([[found[i, j] for j in self.attributes] for i in self.attributes])
 
     def table(self) -> Table:
-        """A row for each model and attribute, and for the means."""
+        """One row per model and attribute, and for the means."""
         table = Table("model", "attribute", "queries", "gallery", "mAP", "recall@1", "recall@5", "recall@10")
         for column in table.columns[2:]:
             column.justify = "right"
@@ -125,7 +126,7 @@ class RetrievalMeasurements:
         return table
 
     def write(self, path: str | Path) -> None:
-        """Write every row, with all pairs of condition and attribute, as CSV; shares in percent.
+        """Write all rows, with all pairs of condition and attribute, as CSV; scores in percent.
 
         Raises:
             StorageError: The file could not be written.
@@ -161,29 +162,29 @@ def evaluate_retrieval(
     dtype: str = "float32",
     console: Console | None = None,
 ) -> RetrievalMeasurements:
-    """Measure models on a part of a catalogue, random directions beside them.
+    """Evaluate models on a split of a catalogue, compared with random embeddings.
 
     Args:
-        models: One, several or none, each a name whose weights are published, a weight file, or a module that takes
-            (B, 3, H, W). One with conditions has a space for each attribute that is asked for.
-        data: A catalogue, or the file or folder of one (see `visionattn.data.retrieval.catalogue_files`).
-        layout: Of the file or folder.
-        images: Folder or zip file of its images; None for where the layout has them.
-        attributes: By which attributes; None takes all.
+        models: None, one or several, each a name with pretrained weights, a weight file, or a module that takes
+            (B, 3, H, W). A model with conditions must have one for each evaluated attribute.
+        data: A catalogue, or its file or folder (see `visionattn.data.retrieval.catalogue_files`).
+        layout: Layout of the file or folder.
+        images: Folder or zip file of the images. Default: as in the layout.
+        attributes: Attributes to evaluate. Default: all.
         min_count: Values with fewer training items count as unknown.
         split: "train", "val" or "test".
-        image_size: Height and width of the images; None takes each model's.
-        batch_size: Images a pass.
-        device: Where the models run: "auto" (a GPU where there is one), "cpu" or "cuda:1".
+        image_size: Height and width of the images. Default: that of each model.
+        batch_size: Images per forward pass.
+        device: Device of the models: "auto" (a GPU if available), "cpu" or "cuda:1".
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
-        console: Shows the progress; None shows none.
+        console: Console for a progress bar. Default: no progress bar.
 
     Raises:
-        ConfigError: There is no such layout, attribute, device or dtype, or a model lacks an attribute.
-        CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
-        DataError: A file is missing or damaged, more than 10 % of the images are, or a part has no queries, no gallery
-            or no match.
-        InputError: A model gives no finite embeddings of images of that size.
+        ConfigError: The layout, an attribute, the device or the dtype does not exist, or a model lacks an attribute.
+        CheckpointError: A weight file is unreadable or fits no model, or no weights are available for a name.
+        DataError: A file is missing or damaged, more than 10 % of the images are, or a split has no queries, no
+            gallery or no match.
+        InputError: A model gives no finite embeddings for images of that size.
     """
     if isinstance(data, Catalogue):
         catalogue, origin = data, str(data.images.path)
@@ -195,7 +196,8 @@ def evaluate_retrieval(
         known = conditions_of(network)
         if known and (lacking := [name for name in catalogue.attributes if name not in known]):
             raise ConfigError(
-                f"{label} does not embed by {', '.join(lacking)}, only by {', '.join(known)}: say which attributes."
+                f"{label} has no condition for {', '.join(lacking)}, only for {', '.join(known)}: "
+                "select attributes with --attributes (attributes=)."
             )
     items = catalogue.part(split)
     count = len(items.images)
@@ -228,7 +230,7 @@ def _opened(
     dtype: str,
     image_size: tuple[int, int] | None,
 ) -> dict[str, Any]:
-    """Networks that embed images of that size, by their labels."""
+    """Open networks, by label, and check that they embed images of that size."""
     networks = place(open_models(models, EMBEDDING_TASKS), device, dtype)
     for label, network in networks.items():
         check_embedding(network, label, input_config(network, image_size))
@@ -243,10 +245,10 @@ def embed_images(
     batch_size: int = 64,
     console: Console | None = None,
 ) -> Tensor:
-    """L2-normalised float32 (N, C, E) of images, on the CPU; C is 1 for a model without conditions.
+    """L2-normalised float32 embeddings (N, C, E) of images, on the CPU; C is 1 for a model without conditions.
 
     Raises:
-        DataError: An image is not there or damaged.
+        DataError: An image is missing or damaged.
         InputError: An embedding is not finite.
     """
     unreadable: dict[str, str] = {}
@@ -267,7 +269,7 @@ def _embed(
     console: Console | None,
     unreadable: dict[str, str],
 ) -> Tensor:
-    """As `embed_images`; what is said of each unreadable image comes into `unreadable`, and its row is 0."""
+    """Like `embed_images`; adds the error of each unreadable image to `unreadable` and sets its row to 0."""
     transform = eval_transform(input_config(model, image_size))
     parameter = next(model.parameters(), torch.zeros(()))
     rows: list[int] = []
@@ -308,25 +310,25 @@ def evaluate_triplets(
     console: Console | None = None,
     failures: list[str] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Measure models on triplets: for each model, the share of each condition's triplets that is right, and of all.
+    """Evaluate models on triplets: for each model, the fraction of correct triplets per condition, and of all.
 
     Args:
-        models: As in `evaluate_retrieval`; one with conditions names those of the triplets.
-        data: Triplets, or the folder of Zappos' (see `visionattn.data.retrieval.catalogue_files`).
-        images: Folder or zip file of the images; None for where the layout has them.
+        models: As in `evaluate_retrieval`; a model with conditions must have those of the triplets.
+        data: Triplets, or the folder of Zappos (see `visionattn.data.retrieval.catalogue_files`).
+        images: Folder or zip file of the images. Default: as in the layout.
         split: "train", "val" or "test".
-        image_size: Height and width of the images; None takes each model's.
-        batch_size: Images a pass.
-        device: Where the models run: "auto" (a GPU where there is one), "cpu" or "cuda:1".
+        image_size: Height and width of the images. Default: that of each model.
+        batch_size: Images per forward pass.
+        device: Device of the models: "auto" (a GPU if available), "cpu" or "cuda:1".
         dtype: Precision of weights and activations.
-        console: Shows the progress; None shows none.
-        failures: Gains one line for each image that could not be read, and whose triplets are left out.
+        console: Console for a progress bar. Default: no progress bar.
+        failures: Receives one line per image that could not be read; its triplets are left out.
 
     Raises:
-        ConfigError: There is no such part, device or dtype, or a model lacks a condition.
-        CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
+        ConfigError: The split, device or dtype does not exist, or a model lacks a condition.
+        CheckpointError: A weight file is unreadable or fits no model, or no weights are available for a name.
         DataError: A file is missing or damaged, or more than 10 % of the images are.
-        InputError: A model gives no finite embeddings of images of that size.
+        InputError: A model gives no finite embeddings for images of that size.
     """
     given = data if isinstance(data, Triplets) else read_triplets(data, split, images)
     found: dict[str, dict[str, float]] = {}
@@ -335,13 +337,13 @@ def evaluate_triplets(
     for label, network in _opened(models, device, dtype, image_size).items():
         known = conditions_of(network)
         if known and (lacking := [name for name in given.conditions if name not in known]):
-            raise ConfigError(f"{label} does not embed by {', '.join(lacking)}, only by {', '.join(known)}.")
+            raise ConfigError(f"{label} has no condition for {', '.join(lacking)}, only for {', '.join(known)}.")
         spaces = _embed(label, network, given.images, given.names, image_size, batch_size, console, unreadable)
         kept = torch.tensor([place for place, name in enumerate(given.names) if name not in unreadable])
         own = given.take(kept) if unreadable else given
         if not len(own.anchors):
             raise DataError(
-                f"Every triplet has an image that cannot be read. The first: {next(iter(unreadable.values()))}"
+                f"Every triplet has an image that cannot be read. First error: {next(iter(unreadable.values()))}"
             )
         columns = [known.index(name) for name in given.conditions] if known else [0]
         found[label] = score_triplets(spaces[kept][:, columns], own)
@@ -351,9 +353,9 @@ def evaluate_triplets(
 
 
 def draw_matrix(path: str | Path, matrix: Tensor, names: Sequence[str]) -> None:
-    """Write a matrix (C, C) of shares in 0..1 as a picture: rows conditions, columns attributes, dark is high.
+    """Write a matrix (C, C) of values in 0..1 as an image: rows are conditions, columns attributes; dark is high.
 
-    Each column is shaded from its lowest to its highest value; numbers are percent, and the diagonal is framed.
+    Each column is shaded from its lowest to its highest value; numbers are in percent, and the diagonal is framed.
 
     Raises:
         ConfigError: There are more than 100 attributes.
@@ -361,7 +363,7 @@ def draw_matrix(path: str | Path, matrix: Tensor, names: Sequence[str]) -> None:
     """
     count = len(names)
     if count > MOST:
-        raise ConfigError(f"A matrix of at most {MOST} attributes can be drawn; there are {count}.")
+        raise ConfigError(f"The image of a matrix can have at most {MOST} attributes; got {count}.")
     names = [shorten(name, 24) for name in names]
     picture = Image.new("RGB", (LABEL + CELL * count, LABEL + CELL * count), "white")
     draw: Any = ImageDraw.Draw(picture)
@@ -385,7 +387,7 @@ def draw_matrix(path: str | Path, matrix: Tensor, names: Sequence[str]) -> None:
 
 
 def triplet_table(found: dict[str, dict[str, float]]) -> Table:
-    """A row for each model, a column for each condition, in percent."""
+    """One row per model and one column per condition, in percent."""
     names: Iterable[str] = next(iter(found.values()), {})
     table = _table_of("model", *names)
     for model, shares in found.items():
@@ -394,7 +396,7 @@ def triplet_table(found: dict[str, dict[str, float]]) -> Table:
 
 
 def _table_of(*columns: str) -> Table:
-    """A table whose columns may be called what rich reads as markup."""
+    """A table whose column names may contain characters that rich would read as markup."""
     table = Table()
     for column in columns:
         table.add_column(Text(shorten(column)))

@@ -1,4 +1,4 @@
-"""OpenCV's semi-global block matching, the classical method to stand beside."""
+"""OpenCV's semi-global block matching, the classical baseline."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ __all__ = ["fill", "sgbm"]
 
 BLOCK = 5
 MEDIAN = 5  # side of the window that smooths a filled disparity
-UNIT = 16  # numbers of disparities are multiples of it, and results are in its fractions
+UNIT = 16  # OpenCV requires numbers of disparities divisible by it, and returns disparities times it
 
 
 def sgbm(left: np.ndarray, right: np.ndarray, largest: float) -> np.ndarray:
-    """Disparity by semi-global matching (Hirschmueller, PAMI 2008) with the settings that OpenCV's documentation names.
+    """Disparity by semi-global matching (Hirschmueller, PAMI 2008) with the settings of OpenCV's documentation.
 
-    Colours, blocks of 5 x 5, penalties 8 and 32 times 3 x 5 x 5, three ways, uniqueness of 10 %, speckles of fewer than
-    100 pixels that differ by more than 2 removed.
+    Colour images, blocks of 5 x 5, penalties P1 = 8 * 3 * 5 * 5 and P2 = 32 * 3 * 5 * 5, three-way mode, uniqueness
+    ratio of 10 %; speckles of up to 100 pixels, with a range of 2, are removed.
 
     Args:
-        left: (H, W, 3) of uint8.
-        right: Likewise.
-        largest: Disparity in pixels up to which it looks.
+        left: uint8 (H, W, 3).
+        right: uint8 (H, W, 3).
+        largest: Largest disparity to search for, in pixels.
 
     Returns:
-        (H, W) of float32 in pixels, NaN where it finds none.
+        float32 (H, W) in pixels, NaN where no disparity is found.
 
     Raises:
         MissingPackageError: OpenCV is not installed.
-        InputError: The disparities are not within the images, or OpenCV cannot do it, as where the images are hardly
-            wider than what it looks through.
+        InputError: The disparities exceed the image width, or OpenCV fails, for example because the images are hardly
+            wider than the search range.
     """
     cv2: Any = require("cv2", "images")
     height, width = left.shape[:2]
     fails = f"OpenCV's semi-global matching fails on {height} x {width} pixels with disparities up to {largest:.6g}."
     if not 0 <= largest < width:
-        raise InputError(f"{fails} Matches would lie outside: check the ground truth and its factor.")
+        raise InputError(f"{fails} Disparities must be smaller than the width: check the ground truth and its factor.")
     area = 3 * BLOCK**2
     matcher = cv2.StereoSGBM_create(
         minDisparity=0,
@@ -61,17 +61,17 @@ def sgbm(left: np.ndarray, right: np.ndarray, largest: float) -> np.ndarray:
 
 
 def fill(disparity: np.ndarray) -> np.ndarray:
-    """Fill what semi-global matching leaves out, as stereo pipelines do, and smooth it.
+    """Fill the gaps that semi-global matching leaves, as stereo pipelines do, and smooth the result.
 
-    A gap in a row takes the smaller disparity of its two ends, the farther one, since what one view alone sees lies
-    behind; at the border it takes the one end there is. Rows without any value are filled likewise from above and
-    below. A median of 5 x 5 pixels follows.
+    A gap in a row takes the smaller (farther) disparity of its two ends, since occluded pixels belong to the
+    background; at the border it takes that of its only end. Rows without any value are filled the same way from above
+    and below. A median filter of 5 x 5 pixels follows.
 
     Args:
         disparity: (H, W) in pixels, NaN where there is none.
 
     Returns:
-        (H, W) of float32; NaN only where there is no value at all.
+        float32 (H, W); all NaN if the input is.
 
     Raises:
         MissingPackageError: OpenCV is not installed.
@@ -84,7 +84,7 @@ def fill(disparity: np.ndarray) -> np.ndarray:
 
 
 def _fill_rows(values: np.ndarray) -> np.ndarray:
-    """Gaps (NaN) with the smaller of the nearest values to their left and right; rows of gaps stay."""
+    """Fill gaps (NaN) with the smaller of the nearest values to the left and right; rows of only gaps stay."""
     known = np.isfinite(values)
     column = np.arange(values.shape[1])
     before = np.maximum.accumulate(np.where(known, column, -1), axis=1)

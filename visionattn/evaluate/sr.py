@@ -1,10 +1,11 @@
-"""Super-resolution as Set5, Set14 and B100 are reported: PSNR and SSIM on Y, beside bicubic enlargement.
+"""Super-resolution as reported on Set5, Set14 and B100: PSNR and SSIM on Y, compared with bicubic upscaling.
 
-The large picture is cropped at the top left to a multiple of the scale r, grey replicated to RGB. The small picture is
-MATLAB's bicubic of it (`visionattn.data.restore.bicubic`), or a file. The network's output is times 255, clipped,
-rounded half up. On Y, r pixels cut off on each side (`visionattn.metrics.luma`), PSNR has the peak 255, and SSIM
-(Wang et al., 2004) a Gaussian window of 11 pixels and sigma 1.5, averaged where it lies inside the picture,
-C1 = 2.55^2 and C2 = 7.65^2. A data set has the mean over its pictures.
+The high-resolution image is cropped from the top left to a multiple of the scale r; grey is replicated to RGB. The
+low-resolution image is its bicubic downscaling as in MATLAB (`visionattn.data.restore.bicubic`), or a file. The
+network's output is multiplied by 255, clipped, and rounded half up. Metrics are computed on Y after r pixels are
+cropped from each side (`visionattn.metrics.luma`). PSNR has the peak 255. SSIM (Wang et al., 2004) has a Gaussian
+window of 11 pixels and sigma 1.5, C1 = 2.55^2 and C2 = 7.65^2, and is averaged where the window is inside the image.
+The score of a data set is the mean over its images.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from visionattn.progress import counted
 __all__ = ["Measured", "Measurements", "evaluate_sr", "ssim_y"]
 
 BICUBIC = "bicubic"
-SIDE = 512  # pixels of a low-resolution picture that go through a network at a time, each way
+SIDE = 512  # side of the tiles of a low-resolution image, in pixels
 WINDOW = 11  # of SSIM
-PAUSE = 5.0  # seconds between two writes of the rows that are finished
+PAUSE = 5.0  # seconds between two writes of the finished rows
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model on one picture: PSNR in dB and SSIM, both on Y."""
+    """One model on one image: PSNR in dB and SSIM, both on Y."""
 
     model: str
     scale: int
@@ -54,14 +55,14 @@ class Measured:
 
 @dataclass
 class Measurements:
-    """What `evaluate_sr` found.
+    """Result of `evaluate_sr`.
 
     Attributes:
-        rows: Each model on each picture, bicubic first.
-        failures: What went wrong, one line for each picture that could not be measured.
-        folder: Where the pictures are.
-        device: Where the models ran.
-        dtype: In what precision.
+        rows: One row per image and model, bicubic first.
+        failures: One error line per image that could not be measured.
+        folder: Folder of the images.
+        device: Device of the models.
+        dtype: Precision of the models.
     """
 
     folder: str
@@ -71,7 +72,7 @@ class Measurements:
     failures: list[str] = field(default_factory=list)
 
     def means(self) -> list[Measured]:
-        """Each model's mean over the pictures."""
+        """Each model's mean over the images."""
         found = []
         for model in dict.fromkeys(row.model for row in self.rows):
             own = [row for row in self.rows if row.model == model]
@@ -80,9 +81,9 @@ class Measurements:
         return found
 
     def table(self) -> Table:
-        """A row for each picture and for the mean, a column for each model."""
+        """One row per image and for the mean, one column per model."""
         means = self.means()
-        table = Table("picture")
+        table = Table("image")
         for mean in means:
             table.add_column(Path(mean.model).name, justify="right")
         found = {(row.model, row.picture): f"{row.psnr_y:.3f} / {row.ssim_y:.4f}" for row in self.rows}
@@ -128,28 +129,28 @@ def evaluate_sr(
     console: Console | None = None,
     output: str | Path | None = None,
 ) -> Measurements:
-    """Measure models of one scale on a folder of large pictures, bicubic beside them.
+    """Evaluate models of one scale on a folder of high-resolution images, compared with bicubic upscaling.
 
     Args:
-        models: One or several, each a name whose weights are published, a weight file, or a module that takes RGB
-            (B, 3, H, W) in 0..1 and states its `scale`. None at all measures bicubic alone.
-        folder: Large pictures (png, jpg, webp, bmp, tiff).
-        low_resolution: Folder of low-resolution images of the same names; None makes them by MATLAB's bicubic.
-        scale: Factor r; None takes the models'.
-        device: Where the models run: "auto" (a GPU where there is one), "cpu" or "cuda:1".
+        models: One or several, each a name with pretrained weights, a weight file, or a module that takes RGB
+            (B, 3, H, W) in 0..1 and states its `scale`. An empty list evaluates bicubic only.
+        folder: High-resolution images (png, jpg, webp, bmp, tiff).
+        low_resolution: Folder of low-resolution images of the same names. Default: MATLAB's bicubic downscaling.
+        scale: Factor r. Default: that of the models.
+        device: Device of the models: "auto" (a GPU if available), "cpu" or "cuda:1".
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
-        console: Shows the progress; None shows none.
-        output: CSV file for the rows. It is written while the run goes on, so that a run that is stopped keeps what is
-            finished; one that exists is replaced.
+        console: Console for a progress bar. Default: no progress bar.
+        output: CSV file for the rows; an existing one is replaced. It is updated during the run, so that an interrupted
+            run keeps its finished rows.
 
     Returns:
-        All rows; pictures that could not be measured are listed in `failures`.
+        All rows; images that could not be measured are listed in `failures`.
 
     Raises:
-        ConfigError: A model does something else or takes no RGB; the models have several scales, there is no scale, or
-            there is no such device or dtype.
-        CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
-        DataError: The folder has no pictures, or the folder of small pictures lacks some.
+        ConfigError: A model has another task or does not take RGB; the models have different scales; no scale is
+            given; or the device or dtype does not exist.
+        CheckpointError: A weight file is unreadable or fits no model, or no weights are available for a name.
+        DataError: The folder has no images, or the folder of low-resolution images lacks some.
         MissingPackageError: scikit-image is not installed.
         StorageError: The rows could not be written.
     """
@@ -165,15 +166,15 @@ def evaluate_sr(
     found = Measurements(str(folder), device, dtype)
     saved = time.monotonic()
     try:
-        with counted("pictures", len(files), console) as advance:
+        with counted("images", len(files), console) as advance:
             for file, small_file in zip(files, small_files):
                 try:
-                    # A picture counts for all models or for none, or means would not compare.
+                    # An image counts for all models or for none: otherwise means would not be comparable.
                     found.rows += _measure(file, small_file, scale, networks)
                 except VisionAttnError as error:
                     found.failures.append(str(error) if shorten(file) in str(error) else f"{shorten(file)}: {error}")
                 except (MemoryError, RuntimeError) as error:  # PyTorch raises the latter for nearly anything
-                    found.failures.append(f"{shorten(file)}: {shorten(error) or 'there is not enough memory'}")
+                    found.failures.append(f"{shorten(file)}: {shorten(error) or 'not enough memory'}")
                 advance(1)
                 if output is not None and found.rows and time.monotonic() - saved > PAUSE:
                     found.write(output)
@@ -195,25 +196,26 @@ def _measure(file: Path, small_file: Path | None, scale: int, networks: dict[str
 
 
 def ssim_y(first: np.ndarray, second: np.ndarray, border: int) -> float:
-    """SSIM of two uint8 RGB pictures (H, W, 3) on Y, without `border` pixels on each side.
+    """SSIM of two uint8 RGB images (H, W, 3) on Y, after `border` pixels are cropped from each side.
 
     Raises:
-        InputError: The rest is smaller than the window of 11 pixels.
+        InputError: The cropped image is smaller than the window of 11 pixels.
     """
     first, second = cut_border(first, border), cut_border(second, border)
     height, width = first.shape[:2]
     if min(height, width) < WINDOW:
         raise InputError(
-            f"A picture of {height + 2 * border} x {width + 2 * border} is too small for SSIM's window of {WINDOW}."
+            f"An image of {height + 2 * border} x {width + 2 * border} pixels is too small for SSIM's window of "
+            f"{WINDOW} with a border of {border}."
         )
     metrics = require("skimage.metrics", "images")
-    # Of float64, a whole large image would take a hundred times its memory: strips, which overlap by the window.
+    # A whole image in float64 would take a hundred times its memory: use strips, which overlap by the window.
     rows = max(STRIP // width, 1)
     total = 0.0
     for top in range(0, height - WINDOW + 1, rows):
         bottom = min(top + rows, height - WINDOW + 1)
         y1, y2 = (luma(image[top : bottom + WINDOW - 1]) for image in (first, second))
-        # scikit-image averages where the window lies inside; truncated at 3.5 sigma it has 11 pixels.
+        # scikit-image averages where the window is inside the image; truncated at 3.5 sigma it has 11 pixels.
         mean = metrics.structural_similarity(
             y1, y2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
@@ -224,9 +226,11 @@ def ssim_y(first: np.ndarray, second: np.ndarray, border: int) -> float:
 def _check_upscaler(label: str, network: nn.Module) -> None:
     scale, channels = getattr(network, "scale", None), getattr(network, "in_chans", 3)
     if not isinstance(scale, int) or scale < 1:
-        raise ConfigError(f"{shorten(label)} does not enlarge pictures: it states no scale.")
+        raise ConfigError(f"{shorten(label)} is not a super-resolution model: it has no integer attribute `scale`.")
     if channels != 3:
-        raise ConfigError(f"{shorten(label)} takes {channels} channels; RGB is measured here.")
+        raise ConfigError(
+            f"{shorten(label)} takes {channels} channels; a model of RGB images (3 channels) is required."
+        )
 
 
 def _common_scale(networks: dict[str, Any], scale: int | None) -> int:
@@ -236,10 +240,10 @@ def _common_scale(networks: dict[str, Any], scale: int | None) -> int:
     different = sorted({own for own in (*scales.values(), scale) if own is not None})
     if len(different) > 1:
         stated = ", ".join(f"{label} {own}" for label, own in scales.items())
-        asked = f" and {scale} was asked for" if scale is not None else ""
-        raise ConfigError(f"One run measures one scale, but the models have {stated}{asked}.")
+        asked = f" and the requested {scale}" if scale is not None else ""
+        raise ConfigError(f"All models of a run must have the same scale; got {stated}{asked}.")
     if not different:
-        raise ConfigError("Bicubic alone needs a scale.")
+        raise ConfigError("Bicubic without a model needs a scale: give one with --scale (scale=).")
     return different[0]
 
 
@@ -250,15 +254,15 @@ def _pair(file: Path, small_file: Path | None, scale: int) -> tuple[np.ndarray, 
     small = read_rgb(small_file)
     if (scale * small.shape[0], scale * small.shape[1]) != large.shape[:2]:
         raise DataError(
-            f"{small_file} of {small.shape[0]} x {small.shape[1]} is not {file} of {large.shape[0]} x {large.shape[1]} "
-            f"made {scale} times smaller."
+            f"{small_file} ({small.shape[0]} x {small.shape[1]}) must be {scale} times smaller than {file} "
+            f"({large.shape[0]} x {large.shape[1]})."
         )
     return large, small
 
 
 @torch.inference_mode()
 def _run(network: Any, small: np.ndarray) -> np.ndarray:
-    """Uint8 (H, W, 3) -> uint8 (rH, rW, 3), in tiles that overlap by the radius of the network, where it states one."""
+    """Uint8 (H, W, 3) -> uint8 (rH, rW, 3), in tiles that overlap by the network's `radius` if it states one."""
     height, width = small.shape[:2]
     radius = getattr(network, "radius", None)
     if radius is None or max(height, width) <= SIDE:

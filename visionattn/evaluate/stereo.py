@@ -1,10 +1,10 @@
-"""Stereo as Middlebury, ETH3D and KITTI report it: end-point error and bad pixels of the left view's disparity.
+"""Stereo as reported by Middlebury, ETH3D and KITTI: end-point error and bad pixels of the left view's disparity.
 
-Errors (`visionattn.metrics.matching`) are measured once over all pixels with truth, once over those that both views
-see. Data sets have the mean over their scenes.
+Errors (`visionattn.metrics.matching`) are measured over all pixels with ground truth and over the non-occluded ones.
+The score of a data set is the mean over its scenes.
 
-Semi-global matching leaves out what it is not sure of, and each such pixel counts as bad. It therefore stands twice: as
-it is, and filled (`visionattn.evaluate.sgbm.fill`), as every pipeline that needs a value for each pixel has it.
+Semi-global matching leaves out uncertain pixels, and each of them counts as bad. It is therefore reported twice: raw,
+and with its gaps filled (`visionattn.evaluate.sgbm.fill`), as pipelines do that need a value for each pixel.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ REGIONS = ("all", "nonocc")
 
 @dataclass(frozen=True)
 class MeasuredStereo:
-    """One model on one scene, over "all" pixels or those that are seen in both views ("nonocc")."""
+    """One model on one scene, over "all" pixels or the non-occluded ones ("nonocc")."""
 
     model: str
     scene: str
@@ -50,14 +50,14 @@ class MeasuredStereo:
 
 @dataclass
 class StereoMeasurements:
-    """What `evaluate_stereo` found.
+    """Result of `evaluate_stereo`.
 
     Attributes:
-        device: Where the models ran.
-        dtype: In what precision.
-        rows: Each model on each scene and region.
-        failures: What went wrong, one line for each scene that could not be measured.
-        notes: What was assumed of the ground truth, such as factors of PNGs, with the scenes that it was assumed of.
+        device: Device of the models.
+        dtype: Precision of the models.
+        rows: One row per model, scene and region.
+        failures: One error line per scene that could not be measured.
+        notes: Assumptions about the ground truth, such as factors of PNGs, with the scenes they concern.
     """
 
     device: str
@@ -78,7 +78,7 @@ class StereoMeasurements:
         return found
 
     def table(self) -> Table:
-        """A row for each scene, region and model."""
+        """One row per scene, region and model."""
         first = ("scene", "pixels", "model")
         table = Table(*first, "EPE", "bad-0.5", "bad-1", "bad-2", "bad-4", "D1", "density")
         for column in table.columns[len(first) :]:
@@ -100,7 +100,7 @@ class StereoMeasurements:
             StorageError: The file could not be written.
         """
         origin = {"device": self.device, "dtype": self.dtype, "torch": torch.__version__, "visionattn": __version__}
-        # Names that are not text, which Linux allows, are written with escapes.
+        # Linux allows file names that are not valid text: they are written with escapes.
         with (
             atomic_path(path) as temporary,
             temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
@@ -125,41 +125,41 @@ def evaluate_stereo(
     dtype: str = "float32",
     console: Console | None = None,
 ) -> StereoMeasurements:
-    """Measure models on stereo pairs with truth.
+    """Evaluate models on stereo pairs with ground truth.
 
     Args:
-        models: One or several, or none beside a baseline; each a name whose weights are published, a weight file, or a
-            module of the task "stereo".
-        folders: Data sets or scenes, laid out as `visionattn.data.matching.stereo` says.
-        layout: Their layout; None finds out.
-        factor: By which the numbers of PNGs are larger than disparities, one for all scenes or some scenes' by their
-            names; None takes what `visionattn.data.matching.stereo.find_scenes` assumes, and `notes` tells.
-        baseline: "sgbm" adds OpenCV's semi-global matching, as it is and filled ("sgbm_filled"); it is told the largest
-            disparity of the truth.
-        enlarge: Let the models see views so many times as high and wide (`visionattn.models.enlarged`).
-        device: Where the models run: "auto" (a GPU where there is one), "cpu" or "cuda:1".
+        models: One or several, or none with a baseline; each a name with pretrained weights, a weight file, or a
+            module with the task "stereo".
+        folders: Data sets or scenes, in a layout of `visionattn.data.matching.stereo`.
+        layout: Their layout. Default: detected.
+        factor: Factor by which PNG values exceed disparities, for all scenes, or per scene by name. Default: as assumed
+            by `visionattn.data.matching.stereo.find_scenes` and reported in `notes`.
+        baseline: "sgbm" adds OpenCV's semi-global matching, raw and with gaps filled ("sgbm_filled"); its search range
+            is the largest disparity of the ground truth.
+        enlarge: Factor by which the views are enlarged before matching (`visionattn.models.enlarged`).
+        device: Device of the models: "auto" (a GPU if available), "cpu" or "cuda:1".
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
-        console: Shows the progress; None shows none.
+        console: Console for a progress bar. Default: no progress bar.
 
     Returns:
         All rows; scenes that could not be measured, or whose result is not finite, are listed in `failures`.
 
     Raises:
-        ConfigError: There is nothing to measure, a model does something else, there is no such layout, baseline,
-            device or dtype, or a factor is not above 0 or of no scene.
-        CheckpointError: A weight file is unreadable or fits no model, or a name has no weights.
-        InputError: Views cannot be enlarged by such a factor.
-        DataError: A folder holds no stereo pair with truth.
+        ConfigError: There is no model and no baseline; a model has another task; the layout, baseline, device or dtype
+            does not exist; or a factor is not above 0 or names no scene.
+        CheckpointError: A weight file is unreadable or fits no model, or no weights are available for a name.
+        InputError: The factor `enlarge` is out of range.
+        DataError: A folder contains no stereo pair with ground truth.
         MissingPackageError: The baseline needs OpenCV, which is not installed.
     """
     if baseline is not None and baseline not in BASELINES:
-        raise ConfigError(f"There is no baseline {shorten(baseline)!r}. Choose from {', '.join(BASELINES)}.")
+        raise ConfigError(f"The baseline must be one of {', '.join(map(repr, BASELINES))}; got {shorten(baseline)!r}.")
     if baseline is not None:
         require("cv2", "images")
     scenes = find_scenes(folders, layout, factor)
     networks = open_models(models, "stereo")
     if not networks and baseline is None:
-        raise ConfigError("There is nothing to measure: name a model, or the baseline sgbm.")
+        raise ConfigError("There is nothing to evaluate: give a model, or --baseline sgbm (baseline=).")
     if enlarge != 1:
         networks = {label: EnlargedViews(network, enlarge) for label, network in networks.items()}
     device = str(find_device(device))
@@ -172,7 +172,7 @@ def evaluate_stereo(
             try:
                 pair = scene.read()
                 rows = _measure(scene.name, pair, baseline, networks)
-                # A scene counts for all models or for none, or means would not compare.
+                # A scene counts for all models or for none: otherwise means would not be comparable.
                 found.rows += rows
                 notes += [(scene.name, note) for note in pair.notes]
             except VisionAttnError as error:
@@ -191,7 +191,8 @@ def _measure(name: str, pair: StereoPair, baseline: str | None, networks: dict[s
         disparities[label] = _run(network, pair)
         if not np.isfinite(disparities[label]).all():
             raise InputError(
-                f"The result of {shorten(label)} is not finite: its weights are broken, or the dtype does not suffice."
+                f"The output of {shorten(label)} is not finite: its weights are damaged, or the dtype is not precise "
+                "enough."
             )
     regions = {"all": None} if pair.nonocc is None else {"all": None, "nonocc": pair.nonocc}
     return [
@@ -207,7 +208,7 @@ def _run(network: Any, pair: StereoPair) -> np.ndarray:
     parameter = next(network.parameters())
     views = [torch.from_numpy(view).permute(2, 0, 1)[None].to(parameter.device) for view in (pair.left, pair.right)]
     height, width = views[0].shape[2:]
-    remedy = "leave out --enlarge (enlarge=), or take smaller images"
+    remedy = "leave out --enlarge (enlarge=), or use smaller images"
     with explaining_memory(f"{height} x {width} pixels", remedy):
         result = network(*((view / 255).to(parameter.dtype) for view in views))
         return result[0, 0].float().cpu().numpy()

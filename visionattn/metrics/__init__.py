@@ -1,1 +1,1 @@
-"""What training and evaluation measure: luma of super-resolution, errors of matching, ranking."""
+"""Metrics of training and evaluation: luma PSNR, matching errors, ranking, segmentation, label and value prediction."""

@@ -1,13 +1,14 @@
 """Errors of disparities and flows as Middlebury, ETH3D, KITTI and Sintel report them.
 
-With the disparity d, its truth t and the error e = |d - t| in pixels of the images as they are, or in flow the length e
-of the difference and the length t of the truth, over pixels with truth:
+Let d be the disparity, t its ground truth and e = |d - t|, in pixels of the original images; for flow, e is the length
+of the difference and t the length of the ground truth. Over the pixels with ground truth:
 
     EPE     mean of e
-    bad-x   share of e > x, for x = 0.5, 1, 2, 4
-    D1      share of e > 3 and e > 0.05 t       (of flow, KITTI calls it Fl)
+    bad-x   percentage of e > x, for x = 0.5, 1, 2, 4
+    D1      percentage of e > 3 and e > 0.05 t       (for flow, KITTI calls it Fl)
 
-Where a method gives no disparity the pixel is bad, and EPE is without it; `density` is the share with one.
+A pixel without a predicted disparity counts as bad and is excluded from EPE; `density` is the percentage of pixels with
+a prediction.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["Errors", "disparity_errors", "flow_errors"]
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors of one disparity or flow: EPE in pixels, all others in percent of the pixels with truth."""
+    """Errors of one disparity or flow: EPE in pixels, all others in percent of the pixels with ground truth."""
 
     epe: float
     bad_0_5: float
@@ -35,39 +36,39 @@ class Errors:
 
 
 def disparity_errors(disparity: np.ndarray, truth: np.ndarray, region: np.ndarray | None = None) -> Errors:
-    """The errors of a disparity (equations: see the module).
+    """Errors of a disparity map (equations: see the module).
 
     Args:
         disparity: (H, W) in pixels, NaN where there is none.
-        truth: (H, W) in pixels, NaN where it is not known.
-        region: (H, W) of bool, pixels to look at; None is all.
+        truth: Ground truth, (H, W) in pixels, NaN where it is not known.
+        region: bool (H, W), the pixels to evaluate. Default: all.
 
     Raises:
-        InputError: The shapes differ, or no pixel has truth.
+        InputError: The shapes differ, or no pixel has ground truth.
     """
     if disparity.shape != truth.shape:
-        raise InputError(f"The disparity is {disparity.shape}, and its truth {truth.shape}.")
+        raise InputError(f"The disparity has the shape {disparity.shape}, but its ground truth {truth.shape}.")
     return flow_errors(disparity[..., None], truth[..., None], region)
 
 
 def flow_errors(flow: np.ndarray, truth: np.ndarray, region: np.ndarray | None = None) -> Errors:
-    """The errors of a flow (equations: see the module).
+    """Errors of a flow field (equations: see the module).
 
     Args:
         flow: (H, W, 2) in pixels, NaN where there is none.
-        truth: (H, W, 2) in pixels, NaN where it is not known.
-        region: (H, W) of bool, pixels to look at; None is all.
+        truth: Ground truth, (H, W, 2) in pixels, NaN where it is not known.
+        region: bool (H, W), the pixels to evaluate. Default: all.
 
     Raises:
-        InputError: The shapes differ, or no pixel has truth.
+        InputError: The shapes differ, or no pixel has ground truth.
     """
     if flow.shape != truth.shape:
-        raise InputError(f"The flow is {flow.shape}, and its truth {truth.shape}.")
+        raise InputError(f"The flow has the shape {flow.shape}, but its ground truth {truth.shape}.")
     counted = np.isfinite(truth).all(-1)
     if region is not None:
         counted &= region
     if not counted.any():
-        raise InputError("No pixel has truth there.")
+        raise InputError("No pixel to evaluate has ground truth.")
     target = truth[counted].astype(np.float64)
     error = np.linalg.norm(flow[counted].astype(np.float64) - target, axis=-1)
     given = np.isfinite(error)

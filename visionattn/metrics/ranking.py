@@ -1,14 +1,15 @@
-r"""Exact ranking by cosine, and what retrieval is judged by.
+r"""Exact ranking by cosine similarity, and the metrics of retrieval.
 
-A query ranks the gallery by falling cosine; equal cosines stand in the gallery's order. With the items of the query's
+A query ranks the gallery by decreasing cosine similarity; ties keep the gallery's order. With the items of the query's
 label at the ranks r_1 < ... < r_R of G:
 
     AP       = (1 / R) \sum_i  i / r_i           over the whole gallery
-    recall@k = share of queries with r_1 <= k    (the points of the CMC curve)
+    recall@k = fraction of queries with r_1 <= k    (the points of the CMC curve)
 
-Left out are queries whose label occurs nowhere in the gallery, gallery items without a label, and gallery items with
-the query's label and source: in re-identification views of the same camera, otherwise the query itself. mAP is the mean
-of AP over an attribute's queries; over attributes the mean is plain, or weighted by their numbers of queries (ASEN's).
+The ranking leaves out queries whose label does not occur in the gallery, gallery items without a label, and gallery
+items with the query's label and source: in re-identification, views of the same camera; otherwise the query itself. mAP
+is the mean of AP over an attribute's queries. The mean over attributes is plain, or weighted by their numbers of
+queries (as in ASEN).
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from visionattn.errors import DataError, InputError
 
 __all__ = ["AttributeScore", "Ranked", "means", "rank", "score", "score_part", "score_triplets", "triplet_accuracy"]
 
-CELLS = 2**24  # numbers of a chunk of the matrix of cosines
+CELLS = 2**24  # elements per chunk of the similarity matrix
 RECALL_AT = (1, 5, 10)
 
 
 class Ranked(NamedTuple):
-    """For each query with a match: average precision float64 (Q,), and the rank r_1 of the first match, from 1 (Q,)."""
+    """For each query with a match: average precision, float64 (Q,), and rank r_1 of the first match, from 1, (Q,)."""
 
     average_precision: Tensor
     first: Tensor
 
     def recall(self, k: int) -> float:
-        """Share of queries with a match among the first k; NaN without queries."""
+        """Fraction of queries with a match among the first k; NaN without queries."""
         return (self.first <= k).double().mean().item()
 
 
 class AttributeScore(NamedTuple):
-    """How well one condition's embeddings rank by one attribute: numbers of queries and gallery items, shares in 0..1.
+    """Scores of one attribute: numbers of queries and gallery items; mAP and recall in 0..1.
 
-    A mean over attributes has the sum of their queries, and the largest gallery.
+    A mean over attributes has the sum of their queries and the size of the largest gallery.
     """
 
     attribute: str
@@ -65,12 +66,12 @@ def rank(
     """Rank the gallery for each query, exactly, in chunks of queries.
 
     Args:
-        queries: (Q, E), compared by inner product: L2-normalise for cosine.
+        queries: (Q, E), compared by inner product: L2-normalise them for cosine similarity.
         gallery: (G, E).
-        query_labels: int64 (Q,), `MISSING` leaves a query out.
-        gallery_labels: int64 (G,), `MISSING` leaves an item out.
+        query_labels: int64 (Q,); `MISSING` leaves a query out.
+        gallery_labels: int64 (G,); `MISSING` leaves an item out.
         query_sources: int64 (Q,) or None.
-        gallery_sources: int64 (G,) or None: items with the query's label and source are left out.
+        gallery_sources: int64 (G,) or None. Items with the query's label and source are left out.
 
     Raises:
         InputError: An embedding is not finite.
@@ -79,7 +80,7 @@ def rank(
     queries, query_labels = queries[asked], query_labels[asked]
     gallery, gallery_labels = gallery[offered], gallery_labels[offered]
     if not (queries.isfinite().all() and gallery.isfinite().all()):
-        raise InputError("An embedding is not finite, so nothing can be ranked by it.")
+        raise InputError("An embedding is not finite, so it cannot be ranked.")
     same_source = query_sources is not None and gallery_sources is not None
     sources = (query_sources[asked], gallery_sources[offered]) if same_source else None  # type: ignore[index]
     size = len(gallery)
@@ -104,7 +105,7 @@ def rank(
 
 
 def score(embeddings: Tensor, part: Part, column: int, name: str) -> AttributeScore:
-    """How well embeddings (N, E) of a part's items rank by its attribute `column`, which is called `name`.
+    """Score the embeddings (N, E) of a split's items by the attribute in `column`, called `name`.
 
     Raises:
         DataError: No query has a match.
@@ -115,13 +116,13 @@ def score(embeddings: Tensor, part: Part, column: int, name: str) -> AttributeSc
     found = rank(embeddings[is_query], embeddings[is_gallery], labels[is_query], labels[is_gallery], *given)
     queries = len(found.first)
     if not queries:
-        raise DataError(f"No query has a match of its {name} in the gallery.")
+        raise DataError(f"No query has a match for the attribute {name} in the gallery.")
     gallery = int((labels[is_gallery] != MISSING).sum())
     return AttributeScore(name, queries, gallery, found.average_precision.mean().item(), *map(found.recall, RECALL_AT))
 
 
 def score_part(embeddings: Tensor, part: Part, attributes: tuple[str, ...]) -> list[AttributeScore]:
-    """Scores of each attribute by its own embeddings (N, C, E), or by one for all (N, 1, E).
+    """Score each attribute by its own embeddings (N, C, E), or by shared ones (N, 1, E).
 
     Raises:
         DataError: No query of an attribute has a match.
@@ -131,7 +132,7 @@ def score_part(embeddings: Tensor, part: Part, attributes: tuple[str, ...]) -> l
 
 
 def means(scores: list[AttributeScore]) -> tuple[AttributeScore, AttributeScore]:
-    """The plain mean over attributes, and the mean weighted by queries."""
+    """Return the plain mean over attributes and the mean weighted by their numbers of queries."""
     queries, gallery = sum(row.queries for row in scores), max(row.gallery for row in scores)
     shares = [(row.map, row.recall_1, row.recall_5, row.recall_10) for row in scores]
     plain = [sum(values) / len(scores) for values in zip(*shares)]
@@ -140,15 +141,15 @@ def means(scores: list[AttributeScore]) -> tuple[AttributeScore, AttributeScore]
 
 
 def triplet_accuracy(anchors: Tensor, far: Tensor, near: Tensor) -> Tensor:
-    """Whether each anchor (T, E) has a larger inner product with its near than with its far (T, E): bool (T,)."""
+    """Whether each anchor (T, E) has a larger inner product with its near than its far item (T, E): bool (T,)."""
     return (anchors * near).sum(dim=-1) > (anchors * far).sum(dim=-1)
 
 
 def score_triplets(embeddings: Tensor, given: Triplets) -> dict[str, float]:
-    """Share of each condition's triplets that is right, and of all under "all"; a condition without any is left out.
+    """Fraction of correct triplets per condition, and of all under "all"; conditions without triplets are left out.
 
     Args:
-        embeddings: (N, C, E) of the images, a space for each condition, or (N, 1, E), one for all.
+        embeddings: (N, C, E) of the images, one space per condition, or (N, 1, E), one shared space.
         given: At least one triplet.
     """
     spaces = given.condition if embeddings.shape[1] > 1 else 0

@@ -1,18 +1,20 @@
-r"""What segmentation is measured by: intersection over union of classes, of their boundaries, and pixel accuracy.
+r"""Metrics of segmentation: intersection over union of classes and of their boundaries, and pixel accuracy.
 
-All follow from counts of pixels, which add up over images: for each class the pixels that prediction and ground truth
-both give to it, those of the prediction, and those of the ground truth. Ignored pixels are counted nowhere.
+All follow from pixel counts, which add up over images: for each class, the pixels assigned to it by both prediction and
+ground truth, by the prediction, and by the ground truth. Ignored pixels are not counted.
 
     IoU_k = hits_k / (predicted_k + true_k - hits_k)      mIoU = mean of IoU_k over the classes k with a pixel in either
 
-as torchmetrics' `MulticlassJaccardIndex` with macro average. Boundary IoU is the same of the pixels of a class that lie
-at most d pixels from a pixel of another class or the image's border, d = 2 % of the image's diagonal, and at least 1.
+as torchmetrics' `MulticlassJaccardIndex` with macro average. Boundary IoU is the same over the pixels of a class that
+are at most d pixels from a pixel of another class or from the image's border; d is 2 % of the image's diagonal, at
+least 1.
 
 Sources: PASCAL VOC, https://doi.org/10.1007/s11263-014-0733-5; Boundary IoU, arXiv 2103.16562.
 
-Deviations, and why. Boundary IoU is defined there for the mask of one object; as mIoU, counts are added over the images
-here before they are divided. The distance is the larger of both axes', as that of the authors' erosion by squares.
-Ignored pixels are of no class in the prediction too, so that a prediction that is right elsewhere has 1.
+Deviations, and why. The paper defines boundary IoU for the mask of one object; here, as for mIoU, counts are summed
+over the images before the division. The distance is the larger of those along both axes, as in the authors' erosion
+by squares. Ignored pixels belong to no class in the prediction either, so that a prediction that is correct elsewhere
+scores 1.
 """
 
 from __future__ import annotations
@@ -24,17 +26,17 @@ from torch import Tensor
 __all__ = ["BOUNDARY", "boundary", "count_boundary", "count_pixels", "iou", "mean_iou", "pixel_accuracy"]
 
 BOUNDARY = 0.02
-"""Width of boundaries as a share of the image's diagonal."""
+"""Width of boundaries as a fraction of the image's diagonal."""
 
 
 def count_pixels(prediction: Tensor, truth: Tensor, num_classes: int, ignore: int = 255) -> Tensor:
-    """Count the pixels of classes in an image.
+    """Count the pixels of each class in an image.
 
     Args:
         prediction: Classes, integers (H, W).
-        truth: Likewise.
+        truth: Ground truth, integers (H, W).
         num_classes: K.
-        ignore: Value of the ground truth at pixels that are left out.
+        ignore: Value of the ground truth at ignored pixels.
 
     Returns:
         int64 (3, K): hits, predicted, true.
@@ -45,14 +47,14 @@ def count_pixels(prediction: Tensor, truth: Tensor, num_classes: int, ignore: in
 def count_boundary(
     prediction: Tensor, truth: Tensor, num_classes: int, ignore: int = 255, share: float = BOUNDARY
 ) -> Tensor:
-    """Count the pixels of classes near their boundaries, as `count_pixels`.
+    """Count the pixels of each class near its boundaries, like `count_pixels`.
 
     Args:
         prediction: Classes, integers (H, W).
-        truth: Likewise.
+        truth: Ground truth, integers (H, W).
         num_classes: K.
-        ignore: Value of the ground truth at pixels that are left out.
-        share: Width d as a share of the diagonal.
+        ignore: Value of the ground truth at ignored pixels.
+        share: Width d as a fraction of the diagonal.
     """
     height, width = truth.shape
     distance = max(1, round(share * (height**2 + width**2) ** 0.5))
@@ -64,10 +66,10 @@ def count_boundary(
 
 
 def boundary(labels: Tensor, distance: int) -> Tensor:
-    """Whether a pixel has another class, or the image's border, within a distance along both axes: (H, W) -> bool."""
+    """Whether another class or the image's border is within a distance along both axes: (H, W) -> bool."""
     x = labels[None, None].float()
     pad = (distance,) * 4
-    # A value that no class has stands beyond the border.
+    # Outside of the image, a value that no class has.
     x = F.pad(x, pad, value=-1.0)
     high, low = x, -x
     for kernel in ((2 * distance + 1, 1), (1, 2 * distance + 1)):
@@ -88,11 +90,11 @@ def iou(counts: Tensor) -> Tensor:
 
 
 def mean_iou(counts: Tensor) -> Tensor:
-    """Mean over the classes that have a pixel: (..., 3, K) -> float64 (...)."""
+    """Mean IoU over the classes that have a pixel: (..., 3, K) -> float64 (...)."""
     return iou(counts).nanmean(-1)
 
 
 def pixel_accuracy(counts: Tensor) -> Tensor:
-    """Share of pixels whose class is right: (..., 3, K) -> float64 (...)."""
+    """Fraction of correctly classified pixels: (..., 3, K) -> float64 (...)."""
     hits, _, true = counts.double().unbind(-2)
     return hits.sum(-1) / true.sum(-1)

@@ -1,14 +1,14 @@
-r"""What predictions of labels and numbers are measured by, for the images as they are and for draws of them.
+r"""Metrics for predicted labels and values, over all images and over bootstrap samples of them.
 
-With a weight w_i for each image, how often a draw has it, of R draws at once:
+The weight w_i is how often a sample contains image i; R samples are computed at once:
 
-    average precision     sum over thresholds of (recall_j - recall_(j-1)) precision_j, equal scores one threshold
+    average precision     sum over thresholds of (recall_j - recall_(j-1)) precision_j, equal scores share a threshold
     R^2                   1 - sum w (y - p)^2 / sum w (y - mean of y)^2
     MAE                   sum w |y - p| / sum w
-    Spearman              Pearson's correlation of ranks, equal values sharing the mean of theirs
+    Spearman              Pearson's correlation of ranks, equal values share their mean rank
 
-as torchmetrics' `multilabel_average_precision`, `r2_score` and `mean_absolute_error`, and scipy's `spearmanr`. What is
-not defined (no image of a class, equal targets) is NaN.
+as torchmetrics' `multilabel_average_precision`, `r2_score` and `mean_absolute_error`, and scipy's `spearmanr`.
+Undefined values (no image of a class, equal targets) are NaN.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ __all__ = ["average_precision", "draws", "mean_absolute_error", "r2_score", "spe
 
 
 def draws(images: int, resamples: int = 1000) -> np.ndarray:
-    """How often each image is in a draw of as many with replacement, always the same draws: (R, n)."""
+    """How often each of n images occurs in R bootstrap samples of n images, from a fixed seed: (R, n)."""
     return np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), resamples).astype(float)
 
 
 def average_precision(prediction: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Average precision of a class.
+    """Average precision of one class.
 
     Args:
         prediction: Scores, (n,).
-        truth: 0 or 1, (n,).
+        truth: Ground truth, 0 or 1, (n,).
         weights: (R, n).
 
     Returns:
@@ -70,7 +70,7 @@ def spearman(prediction: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> 
 
 
 def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Ranks of values in each draw, (R, n)."""
+    """Ranks of the values in each sample, (R, n)."""
     order = np.argsort(values, kind="stable")
     ends = _ends(values[order])
     upto = np.cumsum(weights[:, order], axis=1)[:, ends]
@@ -82,5 +82,5 @@ def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _ends(ordered: np.ndarray) -> np.ndarray:
-    """Places of the last of equal values."""
+    """Indices of the last of each run of equal values."""
     return np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
