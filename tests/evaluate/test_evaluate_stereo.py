@@ -137,7 +137,7 @@ def test_wrong_input(scenes, monkeypatch):
     cases = [
         (lambda: evaluate_stereo([], scenes), ConfigError, "nothing to evaluate: give a model, or --baseline sgbm"),
         (lambda: evaluate_stereo([], scenes, baseline="bm"), ConfigError, "baseline must be one of 'sgbm'; got 'bm'"),
-        (lambda: evaluate_stereo(Red(), scenes, dtype="int8"), ConfigError, "dtype must be one of 'float32', .* got 'int8'"),
+        (lambda: evaluate_stereo(Red(), scenes, dtype="int8"), ConfigError, "dtype must be one of .* got 'int8'"),
         (lambda: evaluate_stereo(nn.Linear(1, 1), scenes), InputError, "Linear cannot be used here: it states no task"),
         (
             lambda: evaluate_stereo("va_span_ch48_x4", scenes),
