@@ -155,9 +155,11 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
         x = self.embedding(x) + self.position
-        first = self.blocks[0].norm1(x)
+        first = None  # normalised tokens of the first block
         for block in self.blocks:
+            assert isinstance(block, Block)
             if isinstance(block.mixer, StaticQKMixer):
+                first = block.norm1(x) if first is None else first
                 block.mixer.source = first
             x = block(x)
         return self.head(self.norm(x).mean(dim=1))

@@ -157,8 +157,10 @@ def measure(
             with threads_of_torch(threads):
                 found = runs[cell.task](cell)
             seconds = round(time.perf_counter() - start, 2)
-            origin = (cell.recipe, cell.device, threads, torch.__version__, version, seconds)
-            rows += [Row(cell.task, cell.mixer, cell.seed, *number, *origin) for number in found]
+            rows += [
+                Row(*cell[:3], *number, *cell[3:], threads, str(torch.__version__), version, seconds)
+                for number in found
+            ]
             write_rows(file, rows)
             advance(1)
     return rows

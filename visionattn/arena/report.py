@@ -47,10 +47,11 @@ def make_sections(arena: Arena) -> list[Section]:
 
 
 def _origin(arena: Arena) -> str:
-    devices = ", ".join(dict.fromkeys(f"{row.device}, {row.threads} threads" for row in arena.rows))
+    devices = ", ".join(dict.fromkeys(f"{row.device} ({row.threads} threads)" for row in arena.rows))
     images = arena.images or "the embedded digits"
+    seeds = "1 seed" if arena.plan.seeds == 1 else f"{arena.plan.seeds} seeds"
     return (
-        f"{len(arena.mixers)} mixers, {arena.plan.seeds} seeds, on {devices}; visionattn {visionattn.__version__}, "
+        f"{len(arena.mixers)} mixers, {seeds}, on {devices}; visionattn {visionattn.__version__}, "
         f"torch {torch.__version__}. Images: {images}. Every number stands in results.csv."
     )
 
@@ -123,7 +124,11 @@ def _pareto(arena: Arena) -> list[Section]:
         names = ", ".join(point.name for point in points if point.on_front)
         drawing = draw_scatter(points, f"{measure} at N = {n:,}", f"{column.title}, %")
         words = f"On the front: {names}. Bars reach from the lowest to the highest seed."
-        sections.append(Section(f"{column.title} against {measure}", [words], drawings=[(file, drawing)]))
+        sections.append(
+            Section(
+                f"{column.title[0].upper()}{column.title[1:]} against {measure}", [words], drawings=[(file, drawing)]
+            )
+        )
     return sections
 
 
