@@ -112,6 +112,13 @@ def test_mistakes_are_named(arguments, words):
         visionattn.inspect(vit(), pictures(2), **{"masks": 2, "progress": False, **arguments})
 
 
+def test_what_cannot_be_pruned_is_refused_before_the_work(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("visionattn.frozen.inspect"), "look", None)
+    model = timm.create_model("eva02_tiny_patch14_224", depth=2, img_size=28)
+    with pytest.raises(InputError, match="positions next to the tokens"):
+        visionattn.inspect(model, pictures(2), tokens=True, progress=False)
+
+
 def test_sinks_have_frames():
     image = Image.new("RGB", (120, 120), "white")
     values = torch.full((1, 9), 0.1)

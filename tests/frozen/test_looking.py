@@ -68,6 +68,15 @@ def test_uniform_attention_looks_at_all_keys():
     assert not any(block._forward_hooks for block in model.blocks)
 
 
+@torch.no_grad()
+def test_registers_are_no_class_token():
+    got = look(vit(class_token=False, reg_tokens=2, global_pool="avg"), IMAGES)
+    assert not got.has_class
+    assert got.layers[0].keys == 38
+    assert got.maps[0].shape == (2, 36)
+    assert math.isnan(got.layers[0].class_share)
+
+
 def test_models_without_a_grid_are_refused():
     with pytest.raises(InputError, match="no layer that attends over a grid"):
         look(timm.create_model("resnet18").eval(), torch.zeros(1, 3, 64, 64))

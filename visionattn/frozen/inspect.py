@@ -19,11 +19,13 @@ from visionattn.errors import InputError, shorten
 from visionattn.files import check_folder
 from visionattn.frozen.agreement import agreement
 from visionattn.frozen.curves import prune_curves
+from visionattn.frozen.heads import head_scores
 from visionattn.frozen.inspection import Inspection
 from visionattn.frozen.looking import look
 from visionattn.frozen.report import check_report, write_report
 from visionattn.frozen.selection import check_policies, measure_policies
 from visionattn.frozen.sheet import to_image
+from visionattn.frozen.tokens import prune_tokens
 from visionattn.opening import open_backbone
 from visionattn.probe.embedding import class_of
 from visionattn.probe.files import open_pictures
@@ -105,6 +107,10 @@ def inspect(
     opened = open_backbone(source, checkpoint, random, image_size=image_size)
     where = torch.device(find_device(device))
     model = opened.model.eval().requires_grad_(False).to(where)
+    if tokens:  # a model that cannot be pruned is refused before the work begins
+        prune_tokens(copy.deepcopy(model), 0.5)
+    if heads:
+        head_scores(model, (), "random")
     config = resolve_model_data_config(model)
     size = image_size or config["input_size"][1]
     read = _read(images, config, size, count, console)

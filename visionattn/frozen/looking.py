@@ -123,12 +123,13 @@ def look(model: nn.Module, images: Tensor, progress: Callable[[int], object] | N
     sums: dict[str, _Sums] = {}
     grids: set[tuple[int, int]] = set()
     prefixes: set[int] = set()
+    classes = getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)
 
     def watch(call: Call) -> None:
         if call.grid is not None:
             grids.add(call.grid)
             prefixes.add(call.prefix)
-            _measure(call, sums.setdefault(call.layer, _Sums()))
+            _measure(call, sums.setdefault(call.layer, _Sums()), classes and call.prefix > 0)
 
     handles = [_watch_input(module, name, sums) for name, module in model.named_modules() if name]
     try:
@@ -147,8 +148,7 @@ def look(model: nn.Module, images: Tensor, progress: Callable[[int], object] | N
             f"{type(model).__name__} has {what}: inspect takes transformers of one grid, such as timm's ViT, whose "
             "attention calls scaled_dot_product_attention."
         )
-    prefix = prefixes.pop()
-    has_class = prefix > 0 and getattr(model, "has_class_token", True)
+    has_class = bool(classes) and prefixes.pop() > 0
     maps = [torch.stack(one.maps) for one in sums.values()]
     overlaps = _overlaps([torch.cat(one.masses) for one in sums.values()])
     rows = [_row(name, one, has_class, overlap) for (name, one), overlap in zip(sums.items(), overlaps, strict=True)]
@@ -167,7 +167,7 @@ def _watch_input(module: nn.Module, name: str, sums: dict[str, _Sums]) -> Any:
     return module.register_forward_hook(note)
 
 
-def _measure(call: Call, sums: _Sums) -> None:
+def _measure(call: Call, sums: _Sums, has_class: bool) -> None:
     """Add one image; each head's weights are made in turn."""
     count, prefix = call.k.shape[2], call.prefix
     assert call.grid is not None
@@ -184,7 +184,7 @@ def _measure(call: Call, sums: _Sums) -> None:
         entropy += float(torch.special.entr(weights).sum(-1).exp().mean()) / heads
         received += weights.mean(0) / heads
         first += weights[0] / heads
-    values = (first if prefix else received)[prefix:].cpu()
+    values = (first if has_class else received)[prefix:].cpu()
     sums.keys = count
     sums.maps.append(values)
     sums.add(
@@ -194,7 +194,7 @@ def _measure(call: Call, sums: _Sums) -> None:
         outliers=outliers(values).sum(),
         received_sinks=(received * count > FACTOR).sum(),
     )
-    if prefix:
+    if has_class:
         sums.add(class_share=received[0])
     side = next((side for side in KEY_TILES if math.prod(-(-n // side) for n in call.grid) >= 16), 1)
     mass = tile_mass(call.q * call.scale, call.k, call.grid, 2 * side, side, prefix)

@@ -156,6 +156,8 @@ def test_reports_of_transformers_on_folders_link_inspect(report):
     layers = tuple(replace(layer, name=f"blocks.{number}") for number, layer in enumerate(report.layers))
     seen = replace(report, layers=layers, data={**report.data, "root": "my photos"})
     assert make_sections(seen)[-1].words[-1] == "`visionattn inspect net --images 'my photos'`"
+    seen = replace(seen, command="visionattn probe net --checkpoint a.pth --data 'my photos'")
+    assert make_sections(seen)[-1].words[-1] == "`visionattn inspect net --checkpoint a.pth --images 'my photos'`"
     assert not any("inspect" in words for words in make_sections(replace(seen, layers=report.layers))[-1].words)
 
 

@@ -98,7 +98,11 @@ def make_sections(report: Report) -> list[Section]:
     protocol = ", ".join(f"{key} {value}" for key, value in report.protocol.items())
     again = [f"`{report.command}`", f"{protocol}.", versions]
     if data["root"] and report.layers[0].name.startswith("blocks.") and not backbone.get("given"):
-        command = shlex.join(["visionattn", "inspect", backbone["name"], "--images", str(data["root"])])
+        given = shlex.split(report.command)
+        weights = ["--random"] * ("--random" in given)
+        if "--checkpoint" in given:
+            weights = given[given.index("--checkpoint") :][:2]
+        command = shlex.join(["visionattn", "inspect", backbone["name"], *weights, "--images", str(data["root"])])
         again += ["What the attention behind these tokens does, on the same images:", f"`{command}`"]
     sections.append(Section("To do it again", again))
     return sections
