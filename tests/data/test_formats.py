@@ -81,7 +81,7 @@ def test_idx_files(tmp_path, packed):
     [
         (b"", "is not an IDX file of unsigned bytes: it begins with nothing"),
         (b"\x89PNG....", "is not an IDX file of unsigned bytes: it begins with 89 50 4e 47"),
-        (struct.pack(">4I", 0x803, 2, 4, 4), "should hold 32 bytes of shape .2, 4, 4., but holds 0"),
+        (struct.pack(">4I", 0x803, 2, 4, 4), "must hold 32 bytes for shape .2, 4, 4.; it holds 0"),
         (struct.pack(">2I", 0x803, 2), "ends inside its header"),
     ],
 )
@@ -97,7 +97,7 @@ def test_missing_and_mixed_idx_files(tmp_path):
         load_mnist(tmp_path, "test")
     write_mnist(tmp_path, packed=False)
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(4, np.uint8)))
-    with pytest.raises(DataError, match=r"do not belong together"):
+    with pytest.raises(DataError, match=r"differ in number"):
         load_mnist(tmp_path, "test")
     (tmp_path / "broken.gz").write_bytes(gzip.compress(b"12345678")[:-6])
     with pytest.raises(DataError, match=r"Could not read the IDX file"):

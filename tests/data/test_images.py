@@ -54,10 +54,10 @@ def test_what_is_left_out_is_named(tmp_path):
     assert {reason: sorted(path.name for path in paths) for reason, paths in flat.left_out.items()} == {
         "hidden": [".git", ".hidden.png", "Thumbs.db", "__MACOSX"],
         "in sub-folders": ["sub"],
-        "of ending .heic": ["e.heic"],
+        "with suffix .heic": ["e.heic"],
         "not a regular file": ["pipe.png"],
     }
-    assert "1 of ending .heic (e.heic)" in flat.describe_left_out()
+    assert "1 with suffix .heic (e.heic)" in flat.describe_left_out()
     deep = list_images(tmp_path, recursive=True)
     assert [path.name for path in deep.files] == ["a.png", "d.png"]
 
@@ -77,7 +77,7 @@ def test_class_folders_are_those_that_a_user_made(tmp_path):
 
 def test_a_folder_without_images_says_what_lies_there(tmp_path):
     (tmp_path / "a.heic").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no images .* Left out: 1 of ending \.heic"):
+    with pytest.raises(DataError, match=r"no images .* Left out: 1 with suffix \.heic"):
         find_images(tmp_path)
     for place in (tmp_path / "absent", tmp_path / "a.heic", "n" * 300, "n\0ul"):
         with pytest.raises(DataError, match=r"There is no folder|Cannot read the folder"):
@@ -101,7 +101,7 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
 
 def test_the_size_is_checked_before_decoding(tmp_path):
     path = save(tmp_path / "a.png", size=(100, 100))
-    with pytest.raises(DataError, match=r"100 x 100 pixels are more than the 9,999"):
+    with pytest.raises(DataError, match=r"100 x 100 pixels exceed the limit of 9,999"):
         open_image(path, max_pixels=9_999)
 
 
@@ -116,7 +116,7 @@ def test_pairs_by_name(tmp_path):
     low = [save(tmp_path / "low" / name) for name in ("a.png", "bx2.png")]
     assert pair_by_name(high, tmp_path / "low", 2) == low
     low[1].unlink()
-    with pytest.raises(DataError, match=r"lacks the low-resolution images of b\.png"):
+    with pytest.raises(DataError, match=r"has no low-resolution images for b\.png"):
         pair_by_name(high, tmp_path / "low", 2)
 
 

@@ -76,21 +76,21 @@ def test_the_first_folder_says_the_part(root):
     ("text", "multilabel", "words"),
     [
         ("", False, r"labels\.csv is empty"),
-        ("file,age\n", False, "has no images"),
-        ("name,age\na.png,1\n", False, r"first line of .* must be file, then a name"),
-        ("file,age,age\na.png,1,2\n", False, "each once"),
-        ("file,age\na.png,1,2\n", False, "line 2 has 3 values instead of 2"),
+        ("file,age\n", False, "lists no images"),
+        ("name,age\na.png,1\n", False, r"first line of .* must be 'file' and then"),
+        ("file,age,age\na.png,1,2\n", False, "unique column names"),
+        ("file,age\na.png,1,2\n", False, "line 2 must have 2 values; it has 3"),
         ("file,age\na.png,old\n", False, r"age of a\.png must be a finite number; got old"),
         ("file,age\na.png,nan\n", False, "must be a finite number; got nan"),
         ("file,age\na.png,\n", False, "must be a finite number; got nothing"),
         ("file,cat,dog\na.png,1,2\n", True, r"dog of a\.png must be 0 or 1; got 2"),
-        ("file,cat\na.png,1\n", True, "must have two classes or more"),
-        ("file,age\na.png,1\na.png,2\n", False, r"has a\.png more than once"),
-        ("file,age\na.png,1\nlost.png,2\n", False, r"names images that are not there: lost\.png"),
+        ("file,cat\na.png,1\n", True, "must have at least two classes"),
+        ("file,age\na.png,1\na.png,2\n", False, r"lists a\.png more than once"),
+        ("file,age\na.png,1\nlost.png,2\n", False, r"lists images that do not exist: lost\.png"),
         ("file,split,age\na.png,train,1\nb.png,holdout,2\n", False, "must be train, val or test; got 'holdout'"),
         ("file,split,age\na.png,train,1\nb.png,,2\n", False, "must be train, val or test; got none"),
         ("file,split,age\na.png,train,1\nb.png,train,2\n", False, "has no test images"),
-        ('file,age\n"a.png,1\n', False, "is no CSV file"),
+        ('file,age\n"a.png,1\n', False, "is not a valid CSV file"),
     ],
 )
 def test_what_is_refused(text, multilabel, words, root):
@@ -101,7 +101,7 @@ def test_what_is_refused(text, multilabel, words, root):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "is no JSON file"),
+        ("{", "is not a valid JSON file"),
         ("[1]", "must be an object of files and numbers"),
         ('{"a.png": "old"}', r"a\.png has old"),
         ('{"a.png": {"age": null}, "b.png": {"age": 1}}', r"age of a\.png must be a finite number; got nothing"),

@@ -113,7 +113,7 @@ def test_a_finished_epoch_is_not_resumed():
 
 
 @pytest.mark.parametrize(
-    ("key", "words"), [("batch_size", "batches of 8, now batches of 4"), ("num_replicas", "8 dev")]
+    ("key", "words"), [("batch_size", "batches of 8; now it is batches of 4"), ("num_replicas", "8 dev")]
 )
 def test_batches_that_are_cut_otherwise_cannot_be_resumed(key, words):
     state = {"epoch": 0, "batches": 2, "batch_size": 4, "num_replicas": 1, key: 8}
@@ -190,7 +190,7 @@ def test_stream_says_that_it_cannot_be_sought(recwarn):
     batches, _ = stream(0)
     batches.load_state_dict({"batches": 4})
     assert not recwarn
-    with pytest.warns(UserWarning, match=r"lies 2 batches inside an epoch, and streamed data cannot be sought"):
+    with pytest.warns(UserWarning, match=r"is 2 batches inside an epoch, and streamed data cannot seek"):
         batches.load_state_dict({"batches": 2})
 
 

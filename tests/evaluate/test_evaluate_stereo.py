@@ -221,7 +221,7 @@ def test_the_factor_counts_for_png_of_16_bits(tmp_path, monkeypatch, capsys):
     assert by_png.bad_0_5 == 0
     arguments = ["evaluate", "stereo", str(tmp_path / "net.pth"), "--data", str(tmp_path / "png")]
     assert cli.main(arguments) == 0
-    assert "note: png: disparities of 16 bits are divided by 256, as KITTI's are." in capsys.readouterr().out
+    assert "note: png: 16-bit disparities are divided by 256, as in KITTI." in capsys.readouterr().out
     for given in (["--factor", "64"], ["--factor", "png=64"]):
         assert cli.main([*arguments, *given]) == 0
         told = capsys.readouterr().out

@@ -179,7 +179,7 @@ def test_bad_pictures_are_named_and_the_rest_goes_on(pictures, tmp_path, capsys)
 def test_what_is_no_picture_is_told(pictures, capsys):
     (pictures / "a.heic").touch()
     assert cli.main(["evaluate", "sr", "--data", str(pictures), "--scale", "2"]) == 0
-    assert "left out 1 of ending .heic (a.heic)" in capsys.readouterr().err
+    assert "left out 1 with suffix .heic (a.heic)" in capsys.readouterr().err
 
 
 def test_a_model_that_fails_is_told(pictures):

@@ -90,7 +90,7 @@ def test_what_is_not_read_is_named_and_counted(folder, capsys):
     os.mkfifo(folder / "in/pipe.png")
     assert upscale("in", "out") == 1
     lines = capsys.readouterr().out.splitlines()
-    assert any("left out 1 not a regular file (pipe.png), 1 of ending .txt (notes.txt)" in line for line in lines)
+    assert any("left out 1 not a regular file (pipe.png), 1 with suffix .txt (notes.txt)" in line for line in lines)
     failures = [line for line in lines if line.startswith("failed: ")]
     assert [line.partition(": ")[2].split(":")[0] for line in failures] == [
         "Could not read in/b.HEIC",

@@ -74,7 +74,7 @@ def test_index_says_what_it_left_out(commands, tmp_path):
         (tmp_path / "pictures" / name).touch()
     code, _, err = commands("index", "pictures", "index", "--model", "toy")
     assert code == 0
-    assert err.endswith("left out 1 hidden (.hidden.png), 1 of ending .heic (a.heic), 1 of ending .txt (note.txt).")
+    assert err.endswith("left out 1 hidden (.hidden.png), 1 with suffix .heic (a.heic), 1 with suffix .txt (note.txt).")
 
 
 def test_search_leaves_out_the_query(indexed):

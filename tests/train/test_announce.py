@@ -59,7 +59,7 @@ def test_a_run_says_what_it_works_on_and_predictions_what_they_lack(pictures, ca
         "training: 8 images in 2 classes (cat 4, dog 4)",
         "validation: 4 images in 2 classes (cat 2, dog 2)",
         "test: there is no test split; the validation split is measured in its place",
-        "left out in pictures/train: 1 of ending .heic (4.heic)",
+        "left out in pictures/train: 1 with suffix .heic (4.heic)",
         f"run folder: {run}",
     ]
     (line,) = lines(output, "epoch 1/1: train/loss ")

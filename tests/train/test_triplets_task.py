@@ -205,4 +205,4 @@ def test_the_command_fits_resumes_exactly_and_tests(tmp_path, monkeypatch, capsy
     assert f"{float(before[2][0][1]):.4f}" in capsys.readouterr().out
     Path("toys/tripletlists/heel_tripletlist_train.txt").write_text("0 1\n")
     assert main(["fit", "--config", "run.yaml"]) == 2
-    assert "heel_tripletlist_train.txt has a line '0 1'" in capsys.readouterr().err
+    assert "heel_tripletlist_train.txt has the invalid line '0 1'" in capsys.readouterr().err

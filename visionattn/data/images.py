@@ -1,4 +1,4 @@
-"""Image files: which endings are read, which files of a folder are images, and opening one safely."""
+"""Image files: accepted suffixes, the images of a folder, and opening one safely."""
 
 from __future__ import annotations
 
@@ -35,34 +35,34 @@ __all__ = [
 _AVIF = features.check("avif")
 SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SUFFIXES += (".avif",) if _AVIF else ()
-"""The endings of image files that every command reads, in any case of letters."""
+"""Suffixes of image files that every command reads, in upper or lower case."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", *(("AVIF",) if _AVIF else ()))
-"""PIL's names of the formats that are opened, whatever the ending says."""
+"""PIL names of the accepted formats, whatever the suffix."""
 MAX_PIXELS = 2**29
-"""The largest image that is decoded; a compressed file of a few bytes can state any size."""
+"""The largest image that is decoded; a compressed file of a few bytes can declare any size."""
 
 HANDFUL = 5
-"""Images that may be unreadable in any data set, however small."""
+"""Number of unreadable images that is tolerated in any dataset, however small."""
 
 _JUNK_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 _JUNK_FILES = {"thumbs.db", "desktop.ini"}
-# PIL's names for grey values of more than 8 bits.
+# PIL modes for grey values of more than 8 bits.
 _DEEP = ("I", "F")
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file or folder is hidden or was made by a system or a tool: `.git`, `__MACOSX`, `Thumbs.db`."""
+    """Whether a file or folder is hidden or made by an operating system or a tool: `.git`, `__MACOSX`, `Thumbs.db`."""
     name = path.name.lower()
     return name.startswith(".") or name in _JUNK_FOLDERS or name in _JUNK_FILES
 
 
 @dataclass
 class Listing:
-    """The images of a folder, and what else lies there.
+    """The images of a folder, and its other files.
 
     Attributes:
-        files: The images, sorted by their path.
-        left_out: What is not read, by reason: hidden folders and files, other endings, what is no regular file.
+        files: The images, sorted by path.
+        left_out: Files that are not read, by reason: hidden, other suffixes, not a regular file.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Listing:
         self.left_out.setdefault(reason, []).append(path)
 
     def describe_left_out(self) -> str:
-        """What was left out and why, such as `3 of ending .heic (a.heic, ...), 1 hidden (.git)`; empty if nothing."""
+        """What was left out and why, such as `3 with suffix .heic (a.heic, ...), 1 hidden (.git)`; empty if nothing."""
         parts = []
         for reason, paths in sorted(self.left_out.items()):
             names = ", ".join(shorten(path.name, 40) for path in paths[:2])
@@ -82,12 +82,12 @@ class Listing:
 
 
 def list_images(folder: str | Path, recursive: bool = False, suffixes: Collection[str] = SUFFIXES) -> Listing:
-    """The images in a folder and what is left out there.
+    """The images in a folder, and the files that are left out.
 
     Args:
         folder: The folder. Symbolic links are followed, each real folder once.
         recursive: Look into sub-folders too; otherwise these are left out.
-        suffixes: The endings, in lower case.
+        suffixes: Accepted suffixes, in lower case.
 
     Raises:
         DataError: There is no such folder, or it cannot be read.
@@ -128,11 +128,11 @@ def _scan(folder: Path, recursive: bool, suffixes: Collection[str], listing: Lis
         elif path.suffix.lower() in suffixes:
             listing.files.append(path)
         else:
-            listing.skip(f"of ending {path.suffix}" if path.suffix else "without an ending", path)
+            listing.skip(f"with suffix {path.suffix}" if path.suffix else "without a suffix", path)
 
 
 def class_folders(root: str | Path) -> dict[str, Path]:
-    """The folders directly below `root` that stand for classes, by name in order; hidden ones and junk are left out.
+    """The folders directly below `root` that are classes, by name in order, without hidden and junk folders.
 
     Raises:
         DataError: There is no such folder, or it cannot be read.
@@ -145,32 +145,32 @@ def class_folders(root: str | Path) -> dict[str, Path]:
 
 
 def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
-    """The images in a folder, sorted by their path.
+    """The images in a folder, sorted by path.
 
     Raises:
-        DataError: There is no such folder, or no image in it.
+        DataError: The folder does not exist or holds no image.
     """
     listing = list_images(folder, recursive)
     if not listing.files:
         left_out = listing.describe_left_out()
         raise DataError(
-            f"There are no images in {shorten(folder)}: none that ends in {', '.join(SUFFIXES)}."
+            f"There are no images in {shorten(folder)}: none ends in {', '.join(SUFFIXES)}."
             + (f" Left out: {left_out}." if left_out else "")
         )
     return listing.files
 
 
 def pair_by_name(files: Iterable[Path], folder: str | Path, scale: int) -> list[Path]:
-    """For each high-resolution image, the low-resolution one of its name (`bird.png`, as in DIV2K `birdx4.png`).
+    """The low-resolution image of each high-resolution one, by its name (`bird.png`, or `birdx4.png` as in DIV2K).
 
     Raises:
-        DataError: There is no such folder, or some lack their low-resolution image.
+        DataError: The folder does not exist, or a low-resolution image is missing.
     """
     low = {path.stem: path for path in find_images(folder)}
     found = {path: low.get(path.stem) or low.get(f"{path.stem}x{scale}") for path in files}
     if missing := [path.name for path, other in found.items() if other is None]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise DataError(f"{folder} lacks the low-resolution images of {', '.join(missing[:3])}{more}.")
+        raise DataError(f"{folder} has no low-resolution images for {', '.join(missing[:3])}{more}.")
     return [path for path in found.values() if path is not None]
 
 
@@ -183,43 +183,43 @@ def open_image(
     """Open and decode an image file: the first frame of an animation.
 
     Args:
-        path: The file; with `stream`, what messages call it.
-        formats: PIL's names of the formats to open.
-        max_pixels: The largest image to decode.
-        stream: Where the bytes of the file are, such as a member of an archive; None opens `path`.
+        path: The file; with `stream`, its name in messages.
+        formats: PIL names of the accepted formats.
+        max_pixels: Number of pixels of the largest image to decode.
+        stream: The bytes of the file, such as a member of an archive; None opens `path`.
 
     Raises:
         DataError: The file is missing, damaged, in another format, not a regular file, or too large.
     """
     try:
-        # A pipe would wait for its writer for ever.
+        # Opening a pipe would block until something writes to it.
         if stream is None and not stat.S_ISREG(os.stat(path).st_mode):
             raise DataError(f"Could not read the image {shorten(path)}: it is not a regular file.")
         with warnings.catch_warnings():
-            # PIL warns of large images and of damaged metadata; sizes are checked here.
+            # Suppresses PIL's warnings about large images and damaged metadata; the size is checked below.
             warnings.simplefilter("ignore")
             image = Image.open(path if stream is None else stream, formats=tuple(formats))
             width, height = image.size
             if width * height > max_pixels:
                 raise DataError(
-                    f"Could not read the image {shorten(path)}: {width} x {height} pixels are more than the "
-                    f"{max_pixels:,} that are read."
+                    f"Could not read the image {shorten(path)}: {width} x {height} pixels exceed the limit of "
+                    f"{max_pixels:,}."
                 )
             image.load()
     except DataError:
         raise
     except Exception as error:
-        # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError, KeyError.
+        # PIL raises almost any exception for damaged files: OSError, SyntaxError, struct.error, ValueError, KeyError.
         raise DataError(f"Could not read the image {shorten(path)}: {_reason(error)}.") from error
     return image
 
 
 def eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
-    """16-bit grey values scaled to 8 bits, which PIL's own conversion would cut at 255; other images as they are.
+    """16-bit grey values scaled to 8 bits, which PIL's own conversion would clip at 255; other images unchanged.
 
     Args:
         image: The image.
-        path: What messages call it.
+        path: Its name in messages.
 
     Raises:
         DataError: The pixels have 32 bits, whose range is unknown.
@@ -227,19 +227,19 @@ def eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray(np.rint(np.asarray(image) / np.float32(257)).astype(np.uint8))
     if image.mode in _DEEP:
-        raise DataError(f"The image {shorten(path)} has 32 bits per channel; 8 and 16 bits are read here.")
+        raise DataError(f"The image {shorten(path)} has 32 bits per channel; 8 or 16 bits are required.")
     return image
 
 
 def check_unreadable(failures: Collection[str], count: int) -> None:
-    """Refuse to go on where more than 10 % of the images, and more than a handful, cannot be read.
+    """Raise an error if more than 10 % of the images, and more than a handful, cannot be read.
 
     Args:
-        failures: A message for each image that could not be read.
-        count: Number of images, readable or not.
+        failures: One message per unreadable image.
+        count: Number of images, readable and unreadable.
 
     Raises:
-        DataError: These are too many, or all.
+        DataError: Too many, or all, cannot be read.
     """
     if len(failures) == count or len(failures) > max(HANDFUL, count / 10):
         how_many = "None" if len(failures) == count else f"{len(failures)}"
@@ -249,19 +249,19 @@ def check_unreadable(failures: Collection[str], count: int) -> None:
 
 
 def read_rgb(path: str | Path) -> np.ndarray:
-    """Read an image as uint8 (H, W, 3): grey is replicated, alpha dropped, and turned photographs stay as stored.
+    """Read an image as uint8 (H, W, 3): grey is replicated, alpha dropped, the EXIF orientation ignored.
 
     Raises:
         DataError: The file is damaged or not an image, or holds more than 8 bits per channel.
     """
     image = open_image(path)
     if image.mode.startswith(_DEEP):
-        raise DataError(f"The image {shorten(path)} has more than 8 bits per channel; 8-bit images are read here.")
+        raise DataError(f"The image {shorten(path)} has more than 8 bits per channel; 8 bits are required.")
     return np.array(image.convert("RGB"))
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its message says the path again
-        return "it is not an image, or its beginning is damaged"
+    if isinstance(error, UnidentifiedImageError):  # its message repeats the path
+        return "it is not an image, or its header is damaged"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return shorten(text).rstrip(".")

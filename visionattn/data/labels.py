@@ -1,4 +1,4 @@
-"""A file of labels for the images of a folder: several classes of an image, or numbers.
+"""Label files for the images of a folder: several classes per image, or numbers.
 
     labels.csv      file,split,cat,dog            a column for each class, 0 or 1, or for each number
                     a.jpg,train,1,0
@@ -7,8 +7,9 @@
     labels.json     {"a.jpg": ["cat", "dog"]}     or {"a.jpg": {"cat": 1, "dog": 0}}
                     {"a.jpg": 3.5}                or {"a.jpg": {"age": 3.5, "weight": 20}}
 
-Files are relative to the file of labels. A column `split` says train, val or test; without it the first folder of a
-file with such a name does, and without these a fifth of the images tests. Where there is a test part, val trains.
+File names are relative to the label file. A column `split` holds train, val or test; without it the first folder of a
+path with such a name decides, and without these a fifth of the images is the test split. With a test split, val is used
+for training.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TEST_SHARE = 0.2
 _FILE = ("file", "image", "filename", "path")
 _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _NAMES = ("labels.csv", "labels.json")
-_SINGLE = "target"  # name of a number without one
+_SINGLE = "target"  # name of a single unnamed number
 
 
 class LabelledFiles(NamedTuple):
@@ -40,9 +41,9 @@ class LabelledFiles(NamedTuple):
 
     Attributes:
         root: Folder of the files.
-        names: Of the classes or numbers.
-        files: Of training and test, below the root.
-        values: Of training and test, float64 (n, K).
+        names: Names of the classes or numbers.
+        files: Training and test files, relative to the root.
+        values: Training and test values, float64 (n, K).
         told: How the images were divided.
     """
 
@@ -64,22 +65,22 @@ def read_labels(source: str | Path, multilabel: bool) -> LabelledFiles:
 
     Args:
         source: A file (see the module), or a folder with `labels.csv` or `labels.json`.
-        multilabel: Values are 0 or 1, and names are allowed; otherwise they are any finite numbers.
+        multilabel: Values are 0 or 1, and class names are accepted; otherwise any finite numbers.
 
     Raises:
-        DataError: The file cannot be read, a value is of another kind, an image is missing or stands twice, or a part
+        DataError: The file cannot be read, a value has another type, an image is missing or listed twice, or a split
             has no images.
     """
     path = _find(Path(source))
     text = read_text(path)
     rows = _read_json(text, path, multilabel) if path.suffix.lower() == ".json" else _read_csv(text, path, multilabel)
     if not rows:
-        raise DataError(f"{shorten(path)} has no images.")
+        raise DataError(f"{shorten(path)} lists no images.")
     names = tuple(dict.fromkeys(name for row in rows for name in row.values))
     if any(isinstance(row.values, _Present) for row in rows):
         names = tuple(sorted(names))
     if not names or (multilabel and len(names) < 2):
-        raise DataError(f"{shorten(path)} must have {'two classes' if multilabel else 'a number'} or more.")
+        raise DataError(f"{shorten(path)} must have at least {'two classes' if multilabel else 'one number'}.")
     _check_files(rows, path)
     values = np.array([[_number(row, name, path, multilabel) for name in names] for row in rows])
     train, test, told = _divide(rows, path)
@@ -93,7 +94,7 @@ def read_labels(source: str | Path, multilabel: bool) -> LabelledFiles:
 
 
 class _Present(dict):
-    """Classes that an image has; others it has not."""
+    """Classes of an image; all others are 0."""
 
 
 def _find(source: Path) -> Path:
@@ -114,17 +115,17 @@ def _read_csv(text: str, path: Path, multilabel: bool) -> list[_Row]:
     except ValueError as error:
         raise DataError(f"{shorten(path)} is empty.") from error
     except csv.Error as error:
-        raise DataError(f"{shorten(path)} is no CSV file: {error}.") from error
+        raise DataError(f"{shorten(path)} is not a valid CSV file: {error}.") from error
     header = [name.strip() for name in header]
     if header[0].lower() not in _FILE or len(set(header)) < len(header) or "" in header:
         raise DataError(
-            f"The first line of {shorten(path)} must be file, then a name for each column, each once; got "
+            f"The first line of {shorten(path)} must be 'file' and then unique column names; got "
             f"{shorten(','.join(header))}."
         )
     rows = []
     for number, line in enumerate(lines, start=2):
         if len(line) != len(header):
-            raise DataError(f"{shorten(path)}: line {number} has {len(line)} values instead of {len(header)}.")
+            raise DataError(f"{shorten(path)}: line {number} must have {len(header)} values; it has {len(line)}.")
         cells: dict[str, Any] = dict(zip(header, (cell.strip() for cell in line)))
         file, split = cells.pop(header[0]), cells.pop("split", "")
         if multilabel and list(cells) == ["labels"]:
@@ -138,7 +139,7 @@ def _read_json(text: str, path: Path, multilabel: bool) -> list[_Row]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{shorten(path)} is no JSON file: {shorten(error)}.") from error
+        raise DataError(f"{shorten(path)} is not a valid JSON file: {shorten(error)}.") from error
     if not isinstance(content, dict):
         raise DataError(f"{shorten(path)} must be an object of files and {wanted}; it is a {type(content).__name__}.")
     rows = []
@@ -150,7 +151,7 @@ def _read_json(text: str, path: Path, multilabel: bool) -> list[_Row]:
         elif not multilabel and isinstance(value, (int, float)):
             values = {_SINGLE: value}
         else:
-            raise DataError(f"{shorten(path)} must have {wanted}; {shorten(file, 60)} has {shorten(value, 60)}.")
+            raise DataError(f"{shorten(path)} must hold {wanted}; {shorten(file, 60)} has {shorten(value, 60)}.")
         rows.append(_Row(file, "", values))
     return rows
 
@@ -174,20 +175,20 @@ def _check_files(rows: list[_Row], path: Path) -> None:
     seen: set[str] = set()
     for row in rows:
         if row.file in seen:
-            raise DataError(f"{shorten(path)} has {shorten(row.file, 60)} more than once.")
+            raise DataError(f"{shorten(path)} lists {shorten(row.file, 60)} more than once.")
         seen.add(row.file)
     try:
         missing = [row.file for row in rows if not (path.parent / row.file).is_file()]
     except (OSError, ValueError) as error:
-        raise DataError(f"{shorten(path)} names a file that cannot exist: {shorten(error)}.") from error
+        raise DataError(f"{shorten(path)} lists an invalid file name: {shorten(error)}.") from error
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         names = ", ".join(shorten(name, 60) for name in missing[:3])
-        raise DataError(f"{shorten(path)} names images that are not there: {names}{more}.")
+        raise DataError(f"{shorten(path)} lists images that do not exist: {names}{more}.")
 
 
 def _divide(rows: list[_Row], path: Path) -> tuple[list[int], list[int], str]:
-    """Rows that train and test, and how they were found."""
+    """Training and test rows, and how they were divided."""
     given = [row.split or _folder(row.file) for row in rows]
     if any(given):
         parts = [_PARTS.get(part.lower()) for part in given]
@@ -213,6 +214,6 @@ def _divide(rows: list[_Row], path: Path) -> tuple[list[int], list[int], str]:
 
 
 def _folder(file: str) -> str:
-    """The part that the first folder of a file says, or nothing."""
+    """The split in the first folder of a path, or an empty string."""
     first = Path(file).parts[0] if len(Path(file).parts) > 1 else ""
     return first if first.lower() in _PARTS else ""

@@ -1,4 +1,4 @@
-"""What the data modules of this package have in common: they tell what they hold, and what could not be read."""
+"""Base of the data modules: they describe their splits, and list the images that could not be read."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LISTED = 10
 
 
 def count_classes(labels: Iterable[int], names: Sequence[str] | None) -> str:
-    """Images of each class in words: `24 images in 2 classes (cat 20, dog 4)`; of many classes the extremes.
+    """Number of images per class as text: `24 images in 2 classes (cat 20, dog 4)`; of many classes the extremes.
 
     Args:
         labels: Class of each image.
-        names: Names of the classes; None shows numbers.
+        names: Names of the classes; None shows indices.
     """
     counts = Counter(labels)
     every = range(len(names)) if names else sorted(counts)
@@ -52,15 +52,15 @@ class DataModule(LightningDataModule):
 
     @property
     def tests_on_validation(self) -> bool:
-        """Whether there is no test split, so that a test measures the validation split again."""
+        """Whether there is no test split, so that testing uses the validation split."""
         return False
 
     def describe(self, split: str) -> str:
-        """What a split holds, for the start of a run; `split` is train, val, test or predict."""
+        """Content of a split, logged at the start of a run; `split` is train, val, test or predict."""
         raise NotImplementedError
 
     def left_out(self) -> list[str]:
-        """What lies in the data's folders and is not used, with the reason, one line for each folder."""
+        """Files in the data folders that are not used, with the reason, one line per folder."""
         return []
 
     def skipped(self) -> list[str]:
@@ -68,30 +68,30 @@ class DataModule(LightningDataModule):
         return list(dict.fromkeys(why for dataset in self._watched for why in dataset.skipped.values()))
 
     def watch(self, dataset: Any) -> Any:
-        """Remember a data set, whose unreadable images `skipped` tells."""
+        """Keep a reference to a dataset, whose unreadable images `skipped` lists."""
         if not any(dataset is known for known in self._watched):
             self._watched.append(dataset)
         return dataset
 
     def check_counts(self, **least: int) -> None:
-        """Refuse settings below what they can be.
+        """Refuse settings that are too small.
 
         Args:
-            **least: Name and smallest value of further settings; batch_size and num_workers are always checked.
+            **least: Name and minimum of further settings; batch_size and num_workers are always checked.
 
         Raises:
-            ConfigError: One is below it.
+            ConfigError: A setting is below its minimum.
         """
         for name, smallest in {"batch_size": 1, "num_workers": 0, **least}.items():
             value = self.hparams[name]
             if value is not None and value < smallest:
-                raise ConfigError(f"data.{name} must be {smallest} or more; got {value}.")
+                raise ConfigError(f"data.{name} must be at least {smallest}; got {value}.")
 
 
 def list_skipped(skipped: Sequence[str]) -> list[str]:
-    """The lines that end a run: which images could not be read, the first of many."""
+    """The last lines of a run: which images could not be read, the first few of many."""
     if not skipped:
         return []
-    lines = [f"Skipped, since they could not be read: {len(skipped)} image{'s' if len(skipped) > 1 else ''}"]
+    lines = [f"Skipped because unreadable: {len(skipped)} image{'s' if len(skipped) > 1 else ''}"]
     lines += [f"  {why}" for why in skipped[:_LISTED]]
     return lines + ([f"  and {len(skipped) - _LISTED} more"] if len(skipped) > _LISTED else [])

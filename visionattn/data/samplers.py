@@ -1,12 +1,12 @@
-"""Loading that resumes exactly: every sample's randomness and every batch's place follow from seed, epoch and index.
+"""Loading that resumes exactly: the randomness of a sample and the position of a batch depend on seed, epoch and index.
 
-`EpochSampler` hands out keys (sample, epoch); `SeededDataset` draws a sample's augmentation from a hash of seed, epoch
-and index, whatever process loads it; `ResumableLoader` counts the batches it handed out and starts again behind them.
-So a run that was interrupted sees the batches that it would have seen, with any number of workers, and nothing here
-draws from the global random generators, which belong to the model.
+`EpochSampler` yields keys (sample, epoch); `SeededDataset` draws a sample's augmentation from a hash of seed, epoch
+and index, whatever process loads it; `ResumableLoader` counts the batches it has yielded and restarts after them.
+A resumed run therefore sees the batches that it would have seen without interruption, with any number of workers.
+Nothing here draws from the global random generators, which belong to the model.
 
-Streams (WebDataset, TFDS, streamed Hugging Face sets) cannot be sought: `StreamLoader` resumes exactly at the end of an
-epoch only, and says so otherwise.
+Streams (WebDataset, TFDS, streamed Hugging Face datasets) cannot seek: `StreamLoader` resumes exactly only at the end
+of an epoch, and warns otherwise.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ __all__ = [
     "StreamLoader",
 ]
 
-# Label of the copies that fill up the last round of an evaluation on several devices; losses and metrics skip it.
+# Label of copies that fill the last batches of an evaluation on several devices; losses and metrics skip it.
 IGNORED = -1
 
 
 class EpochSampler(DistributedSampler):
     """Distributed sampler of `SampleKey`s that can start inside an epoch.
 
-    Training drops the few samples that do not divide by the number of ranks. Evaluation repeats some instead, as
-    batch counts must agree, and marks them as copies, so that each sample counts exactly once.
+    Training drops the few samples that are left after dividing by the number of ranks. Evaluation repeats some instead,
+    since batch counts must agree, and marks them as copies, so that each sample counts exactly once.
 
     Args:
         dataset: Dataset with a length.
@@ -58,7 +58,7 @@ class EpochSampler(DistributedSampler):
         self.start = 0
 
     def __iter__(self) -> Iterator[SampleKey]:
-        # Evaluation is of the same samples each time, also where the epoch draws them.
+        # Evaluation uses the same samples each time, even if the dataset draws them per epoch.
         epoch = self.epoch if self.shuffle else 0
         for position, sample in enumerate(super().__iter__()):
             if position >= self.start:
@@ -90,10 +90,10 @@ class BalancedSampler(EpochSampler):
 
 @contextlib.contextmanager
 def _seeded(*entropy: int) -> Iterator[None]:
-    """Seed torch's CPU generator, numpy and random, and put their states back afterwards."""
+    """Seed torch's CPU generator, numpy and random, and restore their states afterwards."""
     torch_seed, numpy_seed, python_seed = np.random.SeedSequence(entropy).generate_state(3).tolist()
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    # torch.manual_seed would reseed the GPUs as well, whose states are not put back.
+    # torch.manual_seed would also reseed the GPUs, whose states are not restored.
     torch.default_generator.manual_seed(torch_seed)
     np.random.seed(numpy_seed)
     random.seed(python_seed)
@@ -106,13 +106,13 @@ def _seeded(*entropy: int) -> Iterator[None]:
 
 
 class SeededDataset(SkippingDataset):
-    """A dataset of (image, label) read by `SampleKey`, its transform seeded by seed, epoch and index.
+    """A dataset of (image, label) read by `SampleKey`, with a transform seeded by seed, epoch and index.
 
     Args:
         dataset: Map-style dataset of (PIL image, label).
-        transform: Image -> tensor, or what else a sample shall be.
-        seed: Seed of the augmentation; None where the transform draws nothing.
-        training: What stands in for an unreadable image counts as itself, not as a copy.
+        transform: Image -> tensor, or any other form of sample.
+        seed: Seed of the augmentation; None if the transform is deterministic.
+        training: The replacement of an unreadable image counts as a sample, not as a copy.
     """
 
     def __init__(self, dataset: Any, transform: Callable[[Any], Any], seed: int | None, training: bool = False) -> None:
@@ -125,7 +125,7 @@ class SeededDataset(SkippingDataset):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey | int) -> tuple[Any, ...]:
-        # Lightning's overfit_batches and prediction put their own samplers in, which give bare indices.
+        # Lightning's overfit_batches and prediction use their own samplers, which yield plain indices.
         sample, epoch, is_copy = key if isinstance(key, SampleKey) else SampleKey(key, epoch=0)
         image, label = self.dataset[sample]
         with contextlib.nullcontext() if self.seed is None else _seeded(self.seed, epoch, sample):
@@ -136,9 +136,9 @@ class SeededDataset(SkippingDataset):
 class ResumableLoader(DataLoader):
     """DataLoader over an `EpochSampler` whose position Lightning keeps in its checkpoints.
 
-    `state_dict()` counts the batches handed out in this epoch; after `load_state_dict()` the first iteration of that
-    epoch begins behind them without loading them. Give it a generator of its own: making an iterator draws a number.
-    Unreadable samples of a `SkippingDataset` are passed over, and kept in its `skipped`.
+    `state_dict()` counts the batches yielded in this epoch; after `load_state_dict()` the first iteration of that
+    epoch starts after them without loading them. Pass it its own generator: creating an iterator draws a number.
+    Unreadable samples of a `SkippingDataset` are skipped and recorded in its `skipped`.
     """
 
     def __init__(self, dataset: Any, *args: Any, **kwargs: Any) -> None:
@@ -146,13 +146,13 @@ class ResumableLoader(DataLoader):
             kwargs["collate_fn"] = SkippingCollate(kwargs.get("collate_fn"))
         super().__init__(dataset, *args, **kwargs)
 
-    # Class attributes, as Lightning rebuilds loaders from the arguments of their constructor.
+    # Class attributes, since Lightning rebuilds loaders from the arguments of their constructor.
     _epoch = 0
     _batches = 0
     _resume: tuple[int, int] = (0, 0)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator starts at the first batch: Lightning makes the iterator before it tells the sampler the epoch.
+        # A generator starts at the first batch: Lightning creates the iterator before it tells the sampler the epoch.
         sampler = self.sampler
         if not isinstance(sampler, EpochSampler):
             yield from self._batches_read()
@@ -173,7 +173,7 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Place of the next batch, in plain numbers."""
+        """Position of the next batch, in plain numbers."""
         epoch, batches = self._resume if any(self._resume) else (self._epoch, self._batches)
         return {
             "epoch": epoch,
@@ -183,10 +183,10 @@ class ResumableLoader(DataLoader):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to the place that `state_dict()` gave.
+        """Go to the position from `state_dict()`.
 
         Raises:
-            ConfigError: The place lies inside an epoch, and batches are now cut otherwise.
+            ConfigError: The position is inside an epoch, and the batches are now divided differently.
         """
         epoch, batches = state["epoch"], state["batches"]
         if batches >= len(self):
@@ -195,7 +195,7 @@ class ResumableLoader(DataLoader):
         for key, words in (("batch_size", "batches of {}"), ("num_replicas", "{} devices")):
             if batches and state[key] != now[key]:
                 raise ConfigError(
-                    f"The checkpoint lies inside an epoch that was cut into {words.format(state[key])}, now "
+                    f"The checkpoint is inside an epoch that was divided into {words.format(state[key])}; now it is "
                     f"{words.format(now[key])}. Resume with the same number, or from the end of an epoch."
                 )
         self._resume = (epoch, batches)
@@ -204,11 +204,11 @@ class ResumableLoader(DataLoader):
 
 
 class StreamLoader(DataLoader):
-    """DataLoader over a stream whose shuffling and augmentation follow from seed and epoch.
+    """DataLoader over a stream whose shuffling and augmentation depend on seed and epoch.
 
     Args:
         dataset: Stream with `set_epoch`.
-        current_epoch: Asked at the first batch of each epoch.
+        current_epoch: Called at the first batch of each epoch.
         seed: Seed of the workers.
         **kwargs: Arguments of `DataLoader`.
     """
@@ -230,22 +230,22 @@ class StreamLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Number of batches handed out, in order to know what is lost."""
+        """Number of batches yielded, to report what is repeated."""
         return {"batches": self._batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Warn where the place lies inside an epoch."""
+        """Warn if the position is inside an epoch."""
         if 0 < state["batches"] < len(self):
             warnings.warn(
-                f"The checkpoint lies {state['batches']} batches inside an epoch, and streamed data cannot be sought: "
-                "the rest of this epoch begins at the start of the stream again. To continue exactly, resume from a "
-                "checkpoint of the end of an epoch.",
+                f"The checkpoint is {state['batches']} batches inside an epoch, and streamed data cannot seek: "
+                "the rest of this epoch restarts at the beginning of the stream. To continue exactly, resume from a "
+                "checkpoint at the end of an epoch.",
                 stacklevel=2,
             )
 
 
 def _plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
-    """Hand through, leaving to our errors their own words only: a worker process wraps them in its traceback."""
+    """Yield batches; for this package's errors, remove the traceback that a worker process wraps around the message."""
     try:
         yield from batches
     except VisionAttnError as error:

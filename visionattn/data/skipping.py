@@ -1,11 +1,11 @@
-"""Going on past samples that cannot be read: in a batch the next readable one takes their position, and they are named.
+"""Skipping unreadable samples: the next readable one replaces it in the batch, and the unreadable one is reported.
 
-Batches keep their size, so that mixing, several ranks and exact resume work as without such samples. In training the
-sample that stands in counts as itself; in an evaluation it is marked as a copy, which losses and metrics skip. What
-stands in follows from the sample alone.
+Batches keep their size, so that mixing, several ranks and exact resume work as usual. In training the replacement
+counts as a sample; in evaluation it is marked as a copy, which losses and metrics skip. The replacement depends only
+on the sample.
 
-A data set derives from `SkippingDataset`, whose `dataset[key]` raises `DataError` for an unreadable sample as ever; a
-loader that reads batches (`ResumableLoader`) goes past them, and keeps them in `dataset.skipped`.
+A dataset derives from `SkippingDataset`; its `dataset[key]` raises `DataError` for an unreadable sample. A
+loader that reads batches (`ResumableLoader`) skips such samples and records them in `dataset.skipped`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["SampleKey", "SkippingCollate", "SkippingDataset"]
 
 
 class SampleKey(NamedTuple):
-    """Which sample, in which epoch, and whether it is a copy that only evens out the ranks."""
+    """Index of a sample, epoch, and whether it is a copy that only equalises the ranks."""
 
     sample: int
     epoch: int
@@ -36,19 +36,19 @@ def distinct(skipped: dict[int, str]) -> list[str]:
 
 
 class Samples(list[Any]):
-    """The samples of a batch, and which others could not be read."""
+    """The samples of a batch, and the samples that could not be read."""
 
     skipped: dict[int, str]
 
 
 class SkippingDataset(Dataset):
-    """Base of data sets whose unreadable samples are skipped when they are read in batches.
+    """Base of datasets whose unreadable samples are skipped when they are read in batches.
 
     Attributes:
-        training: Whether the sample that stands in for an unreadable one counts.
-        files: Number of images that the samples are made of; None for one each.
-        labels: Class of each sample, where there are classes.
-        class_names: Names of the classes, where they are known.
+        training: Whether the replacement of an unreadable sample counts.
+        files: Number of images that the samples are made from; None for one image per sample.
+        labels: Class of each sample, if there are classes.
+        class_names: Names of the classes, if known.
     """
 
     training: bool = False
@@ -61,14 +61,14 @@ class SkippingDataset(Dataset):
 
     @property
     def skipped(self) -> dict[int, str]:
-        """Index of each sample that could not be read so far, and why; filled in the process that iterates a loader."""
+        """Index of each unreadable sample so far, and the reason; filled in the process that iterates the loader."""
         return self.__dict__.setdefault("_skipped", {})
 
     def note(self, skipped: dict[int, str]) -> None:
-        """Keep what a batch could not read.
+        """Record the unreadable samples of a batch.
 
         Raises:
-            DataError: It is too much by now, or a class of the training has no readable image.
+            DataError: There are too many by now, or a training class has no readable image.
         """
         if skipped.keys() <= self.skipped.keys():
             return
@@ -93,7 +93,7 @@ class SkippingDataset(Dataset):
     def _readable(self, key: SampleKey, skipped: dict[int, str]) -> Any:
         samples = len(self)
         files = self.files or samples
-        stride = max(1, samples // files)  # samples of one image lie side by side
+        stride = max(1, samples // files)  # samples of one image are adjacent
         for step in range(samples):
             sample = (key.sample + step * stride) % samples
             try:
@@ -105,10 +105,10 @@ class SkippingDataset(Dataset):
 
 
 class SkippingCollate:
-    """Makes a batch of samples, and passes on which others could not be read: (batch, skipped).
+    """Collates samples, and passes on which others could not be read: (batch, skipped).
 
     Args:
-        collate: Makes a batch of a list of samples.
+        collate: Collates a list of samples to a batch.
     """
 
     def __init__(self, collate: Callable[[list[Any]], Any] | None) -> None:
@@ -116,5 +116,5 @@ class SkippingCollate:
         self.collate: Callable[[list[Any]], Any] = inner or default_collate
 
     def __call__(self, samples: list[Any]) -> tuple[Any, dict[int, str]]:
-        """A batch."""
+        """Collate a batch."""
         return self.collate(samples), getattr(samples, "skipped", {})

@@ -84,7 +84,7 @@ def test_fsd(tmp_path):
     Image.fromarray(digits.astype(np.uint8)).save(place / "left/disparity/0001.png")
     assert np.isnan(scene.read().truth[0, 0])
     Image.fromarray(digits[..., 0].astype(np.uint8)).save(place / "left/disparity/0001.png")
-    with pytest.raises(DataError, match="no PNG of three channels"):
+    with pytest.raises(DataError, match="not a PNG with three channels"):
         scene.read()
 
 
@@ -217,11 +217,11 @@ def test_kitti_flow(tmp_path, images):
 
 
 def test_wrong_flow_folders(tmp_path):
-    with pytest.raises(ConfigError, match="There is no layout 'sintl'"):
+    with pytest.raises(ConfigError, match="layout must be one of 'sintel', 'chairs', 'kitti'; got 'sintl'"):
         find_flow_scenes(tmp_path, "sintl")
     with pytest.raises(DataError, match="There is no folder"):
         find_flow_scenes(tmp_path / "none")
-    with pytest.raises(DataError, match="no images with their flow in any layout of sintel, chairs, kitti"):
+    with pytest.raises(DataError, match="no image pairs with flow in any layout of sintel, chairs, kitti"):
         find_flow_scenes(tmp_path)
 
 
@@ -338,10 +338,10 @@ def test_parts(folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"crop_size": (160, 384)}, "multiples of 32 from 192 on, but got 160 x 384"),
+        ({"crop_size": (160, 384)}, "multiples of 32 from 192 on; got 160 x 384"),
         ({"crop_size": (192, 200)}, "multiples of 32"),
-        ({"scaling": 0.5}, "scaling is 1 or more"),
-        ({"epoch_pairs": 3}, "epoch_pairs is 3, less than one batch of 4"),
+        ({"scaling": 0.5}, "scaling must be at least 1"),
+        ({"epoch_pairs": 3}, r"epoch_pairs must be at least data\.batch_size \(4\); got 3"),
     ],
 )
 def test_wrong_settings(settings, message):
@@ -380,11 +380,11 @@ def test_factors_reach_the_pairs(tmp_path):
         for scene in data._pairs[part].scenes:
             np.testing.assert_array_equal(read_stereo(scene).fields[0, ..., 0], np.full((220, 260), -7))
     data = MatchData(train, val, factor={"a": 64.0, "b": 2.0}, **settings)
-    with pytest.warns(UserWarning, match="c: disparities of 16 bits are divided by 256, as KITTI's are"):
+    with pytest.warns(UserWarning, match="c: 16-bit disparities are divided by 256, as in KITTI"):
         data.setup("fit")
-    with pytest.raises(DataError, match="a factor that it does not say"):
+    with pytest.raises(DataError, match="an unknown scale factor"):
         MatchData(train, factor={"a": 64.0}, **settings).setup("fit")
-    with pytest.raises(ConfigError, match=r"data\.factor is of disparities"):
+    with pytest.raises(ConfigError, match=r"data\.factor applies to disparities"):
         MatchData(train, factor=2.0, flow=True, **settings).setup("fit")
 
 
@@ -419,5 +419,5 @@ def test_broken_files_of_spring_are_one_line(tmp_path, monkeypatch, stored):
     fake = ModuleType("h5py")
     fake.File = File
     monkeypatch.setitem(sys.modules, "h5py", fake)
-    with pytest.raises(DataError, match=r"Could not read .*|a disparity is \(H, W\)"):
+    with pytest.raises(DataError, match=r"Could not read .*|must hold a disparity \(H, W\)"):
         _every_second(tmp_path / "a.dsp5")

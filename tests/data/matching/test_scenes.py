@@ -249,7 +249,7 @@ def test_photographs_are_textures(tmp_path):
     assert any(not np.array_equal(pairs[i].views, plain[i].views) for i in range(3))
     with pytest.raises(DataError, match="There is no folder"):
         GeneratedPairs(3, SIZE, 30.0, [tmp_path / "none"])
-    with pytest.raises(ConfigError, match=r"is 1 to 112, not 200"):
+    with pytest.raises(ConfigError, match=r"must be between 1 and the width .112.; got 200"):
         GeneratedPairs(3, SIZE, 200.0)
 
 

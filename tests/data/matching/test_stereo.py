@@ -148,14 +148,14 @@ def test_several_folders_in_one_run(tmp_path):
 def test_what_is_wrong_is_told(tmp_path):
     with pytest.raises(DataError, match="There is no folder"):
         find_scenes(tmp_path / "none")
-    with pytest.raises(DataError, match="no stereo pair with its truth in any layout of middlebury,"):
+    with pytest.raises(DataError, match="no stereo pair with ground truth in any layout of middlebury,"):
         find_scenes(tmp_path)
-    with pytest.raises(ConfigError, match="There is no layout 'sintel'"):
+    with pytest.raises(ConfigError, match=r"layout must be one of 'middlebury', .*; got 'sintel'"):
         find_scenes(tmp_path, "sintel")
     middlebury2006(tmp_path)
-    with pytest.raises(DataError, match="no stereo pair with its truth in the layout kitti2015"):
+    with pytest.raises(DataError, match="no stereo pair with ground truth in the layout kitti2015"):
         find_scenes(tmp_path, "kitti2015")
-    with pytest.raises(DataError, match="a factor that it does not say: give --factor"):
+    with pytest.raises(DataError, match="an unknown scale factor: give --factor"):
         find_scenes(tmp_path)[0].read()
     Image.new("RGB", (W, H + 1)).save(tmp_path / "a" / "view5.png")
     with pytest.raises(DataError, match=f"view5.png and .* differ in size: 7 x {W} and 6 x {W}"):
@@ -190,19 +190,19 @@ def test_what_is_assumed_is_noted(tmp_path):
     (scene,) = find_scenes(pairs(tmp_path / "own", factor=256))
     pair = scene.read()
     check(pair)
-    assert pair.notes == ("disparities of 16 bits are divided by 256, as KITTI's are",)
+    assert pair.notes == ("16-bit disparities are divided by 256, as in KITTI",)
     assert scene.assumed() == list(pair.notes)
     for name in ("view1", "view5"):
         Image.new("RGB", (2, 370)).save(tmp_path / f"{name}.png")
     Image.new("L", (2, 370), 48).save(tmp_path / "disp1.png")
     (scene,) = find_scenes(tmp_path, "middlebury2006")
-    assert scene.read().notes == ("disparities of 8 bits are divided by 3, as Middlebury's of 370 rows are",)
+    assert scene.read().notes == ("8-bit disparities are divided by 3, as in Middlebury at 370 rows",)
     assert scene.assumed() == list(scene.read().notes)
     scenes = find_scenes(middlebury(tmp_path / "2014"), factor=4)
     check(scenes[0].read())
-    assert scenes[0].read().notes == ("disp0.pfm holds pixels, so that the factor 4 is not used",)
+    assert scenes[0].read().notes == ("disp0.pfm holds disparities in pixels: the factor 4 is not used",)
     assert summarize((scene.name, note) for scene in scenes for note in scene.assumed()) == [
-        "a, b: disp0.pfm holds pixels, so that the factor 4 is not used"
+        "a, b: disp0.pfm holds disparities in pixels: the factor 4 is not used"
     ]
 
 
@@ -221,7 +221,7 @@ def test_no_factor_is_guessed_for_files_of_ones_own(tmp_path, left, right, dispa
 def test_no_factor_is_guessed_for_kitti(tmp_path):
     kitti(tmp_path)
     Image.new("L", (W, 375)).save(tmp_path / "disp_occ_0" / "000000_10.png")
-    with pytest.raises(DataError, match="a factor that it does not say"):
+    with pytest.raises(DataError, match="an unknown scale factor"):
         find_scenes(tmp_path)[0].read()
 
 

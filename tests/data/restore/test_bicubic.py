@@ -78,10 +78,10 @@ def test_crop_is_at_the_top_left():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: downscale(np.zeros((5, 4), np.uint8), 2), "its height and width must be multiples"),
+        (lambda: downscale(np.zeros((5, 4), np.uint8), 2), "The height and width of an image must be multiples of 2"),
         (lambda: downscale(np.zeros((4, 4)), 2), "takes 8-bit images"),
         (lambda: upscale(np.zeros((4, 4, 3, 1), np.uint8), 2), "takes 8-bit images"),
-        (lambda: upscale(np.zeros((4, 4), np.uint8), 0), "must be 1 or more, not 0"),
+        (lambda: upscale(np.zeros((4, 4), np.uint8), 0), "must be at least 1; got 0"),
         (lambda: crop_to_multiple(np.zeros((3, 9), np.uint8), 4), "too small for a factor of 4"),
     ],
 )

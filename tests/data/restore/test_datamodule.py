@@ -128,7 +128,7 @@ def test_whole_pictures_are_shown_once(folders):
 def test_what_is_no_picture_is_told(folders):
     (folders / "train" / "a.heic").touch()
     (folders / "train" / "sub").mkdir()
-    assert opened(folders).left_out() == [f"{folders / 'train'}: 1 in sub-folders (sub), 1 of ending .heic (a.heic)"]
+    assert opened(folders).left_out() == [f"{folders / 'train'}: 1 in sub-folders (sub), 1 with suffix .heic (a.heic)"]
 
 
 def test_given_small_pictures(folders):
@@ -164,10 +164,10 @@ def test_noise_has_the_drawn_strength():
 
 
 def test_too_small_pictures_are_left_out(folders):
-    with pytest.warns(UserWarning, match=r"1 of 3 training pictures have less than 48 pixels a side .*1\.png"):
+    with pytest.warns(UserWarning, match=r"1 of 3 training images have less than 48 pixels per side .*1\.png"):
         data = opened(folders, patch_size=24)
     assert len(data._pairs["train"]) == 2
-    with pytest.raises(DataError, match=r"No training picture has 200 pixels a side"):
+    with pytest.raises(DataError, match=r"No training image has at least 200 pixels per side"):
         opened(folders, patch_size=100)
 
 
@@ -191,22 +191,22 @@ def test_wrong_input(folders):
         opened(folders, scale=None)
     with pytest.raises(DataError, match=r"There is no folder nowhere"):
         RestoreData(train="nowhere", val="nowhere", scale=2).setup("fit")
-    with pytest.raises(ConfigError, match=r"names 1 folders and data\.train_small 2"):
+    with pytest.raises(ConfigError, match=r"one folder for each in data\.train \(1\), in the same order; got 2"):
         opened(folders, train_small=["a", "b"])
     with pytest.raises(ConfigError, match=r"are not degraded"):
         opened(folders, train_small=["a"], noise=3.0)
     with pytest.raises(ConfigError, match=r"a quality from 1 to 94"):
         opened(folders, jpeg=99)
-    with pytest.raises(ConfigError, match=r"epoch_crops is 2, less than one batch of 4"):
+    with pytest.raises(ConfigError, match=r"epoch_crops must be at least data\.batch_size \(4\); got 2"):
         opened(folders, epoch_crops=2).train_dataloader()
-    with pytest.raises(DataError, match=r"lacks the low-resolution images of 2\.png"):
+    with pytest.raises(DataError, match=r"has no low-resolution images for 2\.png"):
         (folders / "train/2.png").rename(folders / "2.png")
         (folders / "some").mkdir()
         for name in ("0.png", "1.png"):
             Image.fromarray(downscale(read_rgb(folders / "train" / name), 2)).save(folders / "some" / name)
         (folders / "2.png").rename(folders / "train/2.png")
         opened(folders, train_small=str(folders / "some"))
-    with pytest.raises(InputError, match=r"0\.png of 32 x 24 is not .* made 4 times smaller"):
+    with pytest.raises(InputError, match=r"0\.png downscaled 4 times; got 32 x 24 for 64 x 48"):
         Image.fromarray(np.zeros((12, 12, 3), np.uint8)).save(folders / "some/2.png")
         opened(folders, scale=4, patch_size=4, train_small=str(folders / "some"))
 
@@ -226,5 +226,5 @@ def test_damaged_and_deep_pictures_are_skipped_and_named(folders, memory_gb):
     assert "4.png: cannot identify image file" in found["4"]
     for path in (folders / "val").iterdir():
         path.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"None of the 2 images can be read\. The first: Could not read the picture"):
+    with pytest.raises(DataError, match=r"None of the 2 images can be read\. The first: Could not read the image"):
         opened(folders)

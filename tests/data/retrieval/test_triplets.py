@@ -108,7 +108,7 @@ def test_images_of_a_triplet_are_anchor_far_and_near(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"augmentation": "autoaugment"}, "no augmentation 'autoaugment'"),
+        ({"augmentation": "autoaugment"}, "augmentation must be one of .*; got 'autoaugment'"),
         ({"triplets_per_batch": 0}, "triplets_per_batch must be 1 or more; got 0"),
         ({"image_size": [24]}, "height and width"),
     ],
@@ -124,19 +124,23 @@ LISTS = "tripletlists/heel_tripletlist_train.txt"
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        (LISTS, b"0 1\n", "has a line '0 1' that is not three numbers of images: anchor, far and near"),
-        (LISTS, b"0 1 -2\n", "has a line '0 1 -2'"),
-        (LISTS, "0 1 ²\n".encode(), "has a line '0 1 ²'"),
+        (LISTS, b"0 1\n", "has the invalid line '0 1' that is not three numbers of images: anchor, far and near"),
+        (LISTS, b"0 1 -2\n", "has the invalid line '0 1 -2'"),
+        (LISTS, "0 1 ²\n".encode(), "has the invalid line '0 1 ²'"),
         (LISTS, b"0 1 54\n", "each below 54, the number of names in filenames.json"),
         (LISTS, None, r"Could not read .*heel_tripletlist_train\.txt"),
         (LISTS, b"\xff\xfe", r"Could not read .*heel_tripletlist_train\.txt"),
         ("filenames.json", None, r"Could not read .*filenames\.json"),
-        ("filenames.json", b'["Shoes/00.png", ', r"filenames\.json, a JSON list or a name a line"),
-        (LISTS, b"0 1 " + b"9" * 5000, "has a line '0 1 9"),
-        ("filenames.json", b"[" * 10**5, r"filenames\.json, a JSON list or a name a line"),
-        ("filenames.json", b"[1, 2]", r"filenames\.json, a JSON list or a name a line: some are not names"),
-        ("filenames.json", b"\xff\xfe", r"filenames\.json, a JSON list or a name a line"),
-        ("filenames.json", b"Shoes/else.png\n" * 54, r"lacks 1 images, Shoes/else\.png among them"),
+        ("filenames.json", b'["Shoes/00.png", ', r"filenames\.json as a JSON list or one name per line"),
+        (LISTS, b"0 1 " + b"9" * 5000, "has the invalid line '0 1 9"),
+        ("filenames.json", b"[" * 10**5, r"filenames\.json as a JSON list or one name per line"),
+        (
+            "filenames.json",
+            b"[1, 2]",
+            r"filenames\.json must be a JSON list of names or one name per line; some are not names",
+        ),
+        ("filenames.json", b"\xff\xfe", r"filenames\.json as a JSON list or one name per line"),
+        ("filenames.json", b"Shoes/else.png\n" * 54, r"has no images for 1 names, such as Shoes/else\.png"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, file, content, words):
@@ -151,11 +155,11 @@ def test_damaged_files_are_named(tmp_path, file, content, words):
 
 def test_nothing_to_read(tmp_path):
     root = write_triplets(tmp_path)
-    with pytest.raises(ConfigError, match=r"no part 'valid'\. Choose from train, val, test"):
+    with pytest.raises(ConfigError, match=r"part must be one of 'train', 'val', 'test'; got 'valid'"):
         read_triplets(root, "valid")
     for name in TOY_CONDITIONS:
         (root / f"tripletlists/{name}_tripletlist_test.txt").write_text("\n")
-    with pytest.raises(DataError, match="no triplets of the part 'test'"):
+    with pytest.raises(DataError, match="No triplets of the split 'test' were found"):
         read_triplets(root, "test")
     with pytest.raises(DataError, match="neither a folder nor a zip file"):
         read_triplets(tmp_path / "nowhere", "train")

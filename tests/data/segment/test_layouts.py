@@ -75,12 +75,12 @@ def test_ade(tmp_path):
 def test_what_is_refused(tmp_path):
     with pytest.raises(DataError, match="no folder"):
         read_segmentation(tmp_path / "lost")
-    with pytest.raises(DataError, match="no layout of images and masks that is read: images and masks; train"):
+    with pytest.raises(DataError, match="must have one of the layouts: images and masks; train"):
         read_segmentation(tmp_path)
     for number in range(3):
         image(tmp_path / "images" / f"{number}.jpg")
     image(tmp_path / "masks" / "0.png", mode="L")
-    with pytest.raises(DataError, match=r"lacks the masks of 1\.jpg, 2\.jpg: a mask has the name of its image"):
+    with pytest.raises(DataError, match=r"has no masks for 1\.jpg, 2\.jpg: a mask must have the name of its image"):
         read_segmentation(tmp_path)
     for name in ("1.png", "2.png", "2.tif"):
         image(tmp_path / "masks" / name, mode="L")
@@ -100,10 +100,10 @@ def test_what_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("", r"two or more; it has 0 line"),
+        ("", r"at least two; it has 0 line"),
         ("sky\n", r"it has 1 line"),
         ("sky\n\nsea\n", "line 2 is empty"),
-        ("sky\nsea\nsky\n", "names the class sky more than once"),
+        ("sky\nsea\nsky\n", "lists the class sky more than once"),
         ("sky\0sea", "NUL"),
     ],
 )

@@ -51,7 +51,7 @@ def test_the_palette_of_voc():
 def test_what_is_refused(tmp_path):
     for mode in ("RGB", "RGBA", "LA"):
         Image.new(mode, (4, 3)).save(tmp_path / "colours.png")
-        with pytest.raises(DataError, match=rf"colours\.png has the mode {mode}: a palette or grey image is required"):
+        with pytest.raises(DataError, match=rf"colours\.png has the mode {mode}; a palette or grey image is required"):
             read_mask(tmp_path / "colours.png")
     Image.fromarray(np.array([[0, 300]], np.uint16)).save(tmp_path / "large.png")
     with pytest.raises(DataError, match=r"large\.png has the value 300; classes are 0 to 254, and 255 is ignored"):

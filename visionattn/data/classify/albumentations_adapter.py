@@ -1,8 +1,8 @@
 """Albumentations as an image transform, seeded per sample.
 
-Albumentations 2.0 draws from generators of its own that know nothing of torch's or numpy's seeds: workers of one loader
-all make the same augmentations, and runs cannot be repeated. Here every call seeds the pipeline from torch's generator,
-which `SeededDataset` seeds for each sample. That costs about 20 us a transform.
+Albumentations 2.0 uses its own random generators, which ignore the seeds of torch and numpy: all workers of a loader
+draw the same augmentations, and runs cannot be repeated. Here every call seeds the pipeline from torch's generator,
+which `SeededDataset` seeds for each sample. This costs about 20 us per transform.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["AlbumentationsTransform"]
 
 
 def _check_distribution() -> None:
-    """Refuse what shares the import name but neither the licence nor the behaviour."""
+    """Refuse packages that share the import name but not the licence or the behaviour."""
     try:
         importlib.metadata.version("albumentationsx")
     except importlib.metadata.PackageNotFoundError:
@@ -53,16 +53,16 @@ class AlbumentationsTransform:
         path: The pipeline, .json or .yaml.
 
     Raises:
-        ConfigError: The file is no pipeline, or another package poses as albumentations.
+        ConfigError: The file is not a pipeline, or another package is installed under the name albumentations.
         MissingPackageError: albumentations is not installed.
     """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         if not path.is_file():
-            raise ConfigError(f"There is no albumentations pipeline {path}.")
+            raise ConfigError(f"The albumentations pipeline {path} does not exist.")
         _check_distribution()
-        # Importing it asks a server for newer versions otherwise.
+        # Without this setting, importing the package asks a server for newer versions.
         os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
         albumentations = require("albumentations", "albumentations")
         try:
@@ -75,7 +75,7 @@ class AlbumentationsTransform:
         result = self.pipeline(image=np.asarray(image))["image"]
         if not isinstance(result, np.ndarray) or result.dtype != np.uint8:
             raise ConfigError(
-                f"The albumentations pipeline gives {getattr(result, 'dtype', type(result))}, not a uint8 image. Leave "
-                "Normalize, ToFloat and ToTensorV2 out of it: normalisation follows from the model."
+                f"The albumentations pipeline returns {getattr(result, 'dtype', type(result))}, not a uint8 image. "
+                "Remove Normalize, ToFloat and ToTensorV2 from it: normalisation follows from the model."
             )
         return Image.fromarray(result)

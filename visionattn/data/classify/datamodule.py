@@ -38,7 +38,7 @@ from visionattn.errors import ConfigError, DataError, require, shorten
 __all__ = ["ClassifyData"]
 
 _ARRAYS = ("digits", "mnist")
-# torchvision's sets that have a training and a test part only; their images are small and shown whole.
+# torchvision datasets that have only a training and a test split; their images are small and used whole.
 _TWO_PARTS = tuple(f"torch/{name}" for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"))
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -50,12 +50,12 @@ class ClassifyData(DataModule):
 
     Args:
         dataset: `"digits"` (embedded in scikit-learn), `"mnist"` (IDX files), `"folder"`, or a name
-            that timm's `create_dataset` reads: `"torch/..."`, `"hfds/..."`, `"wds/..."`, `"tfds/..."`. A folder holds a
-            sub-folder for each class, below `train`, `val` and `test` or without these; an image belongs to the first
-            of these sub-folders, however deep it lies. None is `"folder"` where `root` is given, else `"digits"`.
+            that timm's `create_dataset` reads: `"torch/..."`, `"hfds/..."`, `"wds/..."`, `"tfds/..."`. A folder has one
+            sub-folder per class, inside `train`, `val` and `test` or directly; an image's class is the first
+            of these sub-folders on its path. None is `"folder"` if `root` is given, else `"digits"`.
         root: Folder of the files.
         num_classes: Number of classes; None counts them.
-        image_size: Side of the square images that the model gets.
+        image_size: Side of the square input images of the model.
         in_chans: 1 (grey), 3 (colour) or 4 (colour and alpha); images of another kind are converted.
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel.
@@ -64,14 +64,14 @@ class ClassifyData(DataModule):
             `albumentations.save` (.json, .yaml).
         batch_size: Images per batch and device.
         num_workers: Loading processes per device; the results do not depend on it.
-        train_split: Name of the training part, for readers with named parts (hfds, wds, tfds, some of torch).
-        val_split: Name of the validation part, likewise.
-        test_split: Name of the test part, likewise; None tests on the validation part.
-        val_fraction: Share of the training images that is held out, each class alike, where a folder or a torchvision
-            set has no validation part of its own.
+        train_split: Name of the training split, for readers with named splits (hfds, wds, tfds, some of torch).
+        val_split: Name of the validation split, likewise.
+        test_split: Name of the test split, likewise; None tests on the validation split.
+        val_fraction: Fraction of the training images that is held out, stratified by class, if a folder or torchvision
+            dataset has no validation split.
         download: Let torchvision and tfds download.
         seed: Seed of shuffling, augmentation and holding out.
-        balanced: Draw each class equally often in training, with repeats; an epoch has as many images as without.
+        balanced: Draw each class equally often in training, with repeats; the length of an epoch does not change.
     """
 
     def __init__(
@@ -95,17 +95,17 @@ class ClassifyData(DataModule):
         balanced: bool = False,
     ) -> None:
         super().__init__()
-        # The logger would refuse the names that the model's parameters share.
+        # The logger rejects names that the hyper-parameters of model and data share.
         self.save_hyperparameters(logger=False)
         dataset = dataset or ("digits" if root is None else "folder")
         self.hparams.dataset = dataset
         self.check_counts(image_size=1, in_chans=1, num_classes=1)
         if not 0 < val_fraction < 1:
-            raise ConfigError(f"data.val_fraction must lie between 0 and 1; got {val_fraction}.")
+            raise ConfigError(f"data.val_fraction must be between 0 and 1; got {val_fraction}.")
         if augmentation not in AUGMENTATIONS and Path(augmentation).suffix not in (".json", ".yaml", ".yml"):
             raise ConfigError(
-                f"There is no augmentation {augmentation!r}. Choose from {', '.join(AUGMENTATIONS)}, or give the path "
-                "of a pipeline saved by albumentations (.json, .yaml)."
+                f"data.augmentation must be one of {', '.join(map(repr, AUGMENTATIONS))}, or the path "
+                f"of a pipeline saved by albumentations (.json, .yaml); got {augmentation!r}."
             )
         check_root(dataset, root)
         self._own: dict[str, Any] = {}
@@ -113,7 +113,7 @@ class ClassifyData(DataModule):
 
     @cached_property
     def class_names(self) -> list[str] | None:
-        """Name of each class, where the dataset says it."""
+        """Name of each class, if the dataset has names."""
         if self.hparams.dataset in _ARRAYS:
             return [str(digit) for digit in range(10)]
         source = self._part("train")
@@ -127,26 +127,26 @@ class ClassifyData(DataModule):
             return self.hparams.num_classes
         names = self.class_names
         if names is None:
-            raise ConfigError(f"The dataset {self.hparams.dataset!r} does not say its classes: set data.num_classes.")
+            raise ConfigError(f"The dataset {self.hparams.dataset!r} does not list its classes: set data.num_classes.")
         if len(names) < 2:
             raise DataError(
-                f"{shorten(self.hparams.root)} holds one class only. Put the images of each class in a sub-folder of "
-                "their own, or set data.num_classes."
+                f"{shorten(self.hparams.root)} has only one class. Put the images of each class in a sub-folder of "
+                "its own, or set data.num_classes."
             )
         return len(names)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must know of its training data."""
+        """The class names, for the checkpoint."""
         return {"class_names": self.class_names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Name the classes of predictions; refuse other classes."""
+        """Name the classes of predictions; refuse a checkpoint with other classes."""
         names = state_dict["class_names"]
         if self.trainer is not None and self.trainer.predicting:
             self.class_names = names
         elif names and self.class_names and names != self.class_names:
             raise DataError(
-                f"The checkpoint was trained on the classes {first_names(names)}; the data have "
+                f"The checkpoint was trained on the classes {first_names(names)}; the data has "
                 f"{first_names(self.class_names)}."
             )
 
@@ -156,34 +156,32 @@ class ClassifyData(DataModule):
         model = getattr(getattr(self.trainer, "lightning_module", None), "data_config", None)
         if model is None:
             if None in (given.image_size, given.in_chans, given.mean, given.std):
-                raise ConfigError(
-                    "Without a model to take them from, image_size, in_chans, mean and std must be given."
-                )
+                raise ConfigError("Without a model, image_size, in_chans, mean and std must be given.")
             model = {"input_size": (given.in_chans, given.image_size, given.image_size)}
         channels, *size = model["input_size"]
         if given.in_chans not in (None, channels):
             raise ConfigError(
                 f"The model takes {channels} channels, but data.in_chans is {given.in_chans}. Set model.in_chans to "
-                f"{given.in_chans} too, or leave data.in_chans out: images are converted to what the model takes."
+                f"{given.in_chans} too, or remove data.in_chans: images are converted to the model's channels."
             )
         if channels not in _MODES:
-            raise ConfigError(f"The model takes {channels} channels; images can have 1, 3 or 4.")
+            raise ConfigError(f"The model takes {channels} channels; images must have 1, 3 or 4.")
         mean, std = given.mean or model["mean"], given.std or model["std"]
         if len(mean) != channels or len(std) != channels:
             raise ConfigError(
-                f"The model takes {channels} channels, but data.mean has {len(mean)} numbers and data.std {len(std)}."
+                f"The model takes {channels} channels, but data.mean has {len(mean)} values and data.std {len(std)}."
             )
         if not (all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)):
-            raise ConfigError(f"data.mean must be finite and data.std more than 0; got {list(mean)} and {list(std)}.")
+            raise ConfigError(f"data.mean must be finite and data.std above 0; got {list(mean)} and {list(std)}.")
         size = tuple(size) if given.image_size is None else (given.image_size, given.image_size)
         self.image_shape = (channels, *size)
         interpolation = v2.InterpolationMode(model.get("interpolation", "bicubic"))
         convert = partial(Image.Image.convert, mode=_MODES[channels])
         finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-        # Photographs lose their edges to a centre crop, as their models expect; small pictures are shown whole.
+        # Photographs get a centre crop, as their models expect; small images are used whole.
         whole = given.dataset in _ARRAYS or given.dataset in _TWO_PARTS
         crop_pct = 1.0 if whole else model.get("crop_pct", 1.0)
-        # What a checkpoint says of its images.
+        # Stored in the checkpoint as its input configuration.
         self.image_config = {
             "input_size": self.image_shape,
             "mean": list(mean),
@@ -196,26 +194,26 @@ class ClassifyData(DataModule):
         self._train_transform = v2.Compose([convert, *augment(given.augmentation, size, interpolation), *finish])
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled, augmented, whole batches only."""
+        """Training batches: shuffled, augmented, complete batches only."""
         loader: Any = self._loader("train")
         if not isinstance(loader, StreamLoader) and len(loader) == 0:
             images, needed = loader.sampler.size, loader.batch_size * loader.sampler.num_replicas
             raise DataError(
-                f"The training part has {images} images, fewer than one batch of {needed} on all devices. "
-                "Set data.batch_size lower."
+                f"The training split has {images} images, fewer than one batch of {needed} on all devices. "
+                "Reduce data.batch_size."
             )
         return loader
 
     def val_dataloader(self) -> DataLoader:
-        """In order, each image once."""
+        """Validation images in order, each once."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """In order, each image once."""
+        """Test images in order, each once."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """In order; a folder without a `test` sub-folder is taken whole, its images need no classes."""
+        """Images to predict, in order; a folder without a `test` sub-folder is used whole and needs no classes."""
         source = self._predicted
         if isinstance(source, IterableImageDataset):
             return self._loader("test")
@@ -223,7 +221,7 @@ class ClassifyData(DataModule):
         return ResumableLoader(dataset, batch_size=self.hparams.batch_size, num_workers=self.hparams.num_workers)
 
     def still_loader(self, split: str, most: int) -> DataLoader:
-        """Images of a split as they are evaluated, at most so many, drawn once.
+        """Images of a split with evaluation transforms, at most `most`, drawn once.
 
         Raises:
             ConfigError: The split is a stream.
@@ -231,8 +229,8 @@ class ClassifyData(DataModule):
         source = self._source(split)
         if self.is_stream(split):
             raise ConfigError(
-                f"{self.hparams.dataset!r} is a stream, of which no frozen backbone is measured: set model.report and "
-                "model.linear_start to false."
+                f"{self.hparams.dataset!r} is a stream; a frozen backbone cannot be measured on it: set model.report "
+                "and model.linear_start to false."
             )
         if len(source) > most:
             source = Subset(source, sorted(np.random.default_rng(0).permutation(len(source))[:most].tolist()))
@@ -243,19 +241,19 @@ class ClassifyData(DataModule):
         """Label of each training image.
 
         Raises:
-            ConfigError: The dataset tells them only by reading its images.
+            ConfigError: The dataset provides them only by reading its images.
         """
         source = self._source("train")
         labels = None if isinstance(source, IterableImageDataset) else labels_of(source)
         if labels is None:
             raise ConfigError(
-                f"The labels of {self.hparams.dataset!r} are not known before its images are read: leave out "
+                f"The labels of {self.hparams.dataset!r} are not known before its images are read: remove "
                 "data.balanced and model.class_weights."
             )
         return labels
 
     def is_stream(self, split: str) -> bool:
-        """Whether the images of a split can only be read in one order."""
+        """Whether the images of a split can only be read sequentially."""
         return isinstance(self._source(split), IterableImageDataset)
 
     def picture(self, split: str, index: int) -> Image.Image:
@@ -263,11 +261,11 @@ class ClassifyData(DataModule):
         return self._source(split)[index][0]
 
     def image_name(self, split: str, index: int) -> str:
-        """What to call an image of a split."""
+        """Name of an image of a split."""
         return name_of(self._source(split), index)
 
     def predicted_names(self) -> Iterator[str]:
-        """What to call each predicted image, in order."""
+        """Name of each predicted image, in order."""
         source = self._predicted
         if isinstance(source, IterableImageDataset):
             return map(str, itertools.count())
@@ -289,7 +287,7 @@ class ClassifyData(DataModule):
         return ReaderImages(FolderReader(folder, labelled=False))
 
     def _loader(self, part: str) -> DataLoader:
-        """The loader of a part, the training part shuffled and augmented."""
+        """The loader of a split; the training split is shuffled and augmented."""
         given, training, source = self.hparams, part == "train", self._source(part)
         transform = self._train_transform if training else self._eval_transform
         common = {
@@ -323,7 +321,7 @@ class ClassifyData(DataModule):
         return self.trainer.current_epoch if self.trainer is not None else 0
 
     def _source(self, part: str) -> Any:
-        """Images of a part, held out from the training part where it is the validation part and does not exist."""
+        """Images of a split; a missing validation split is held out from the training split."""
         if part == "test" and self._part("test") is None:
             return self._source("val")
         if part != "test" and self._part("val") is None:
@@ -331,16 +329,16 @@ class ClassifyData(DataModule):
         return self._part(part)
 
     def hold_out_each_class(self) -> None:
-        """Raise `val_fraction` to the hundredth that holds out an image of each class, where it is less."""
+        """Raise `val_fraction`, if needed, to the hundredth that holds out at least one image of each class."""
         if self._part("val") is None and (labels := self._part("train").labels) is not None:
             self.hparams.val_fraction = max(self.hparams.val_fraction, _least_fraction(labels))
 
     @cached_property
     def _held_out(self) -> dict[str, list[int]]:
-        """Which of the training images stay, and which are held out."""
+        """Indices of the training images that are kept, and of those held out."""
         labels = self._part("train").labels
         if labels is None:
-            raise DataError(f"No validation part can be held out of {self.hparams.dataset!r}: set data.val_split.")
+            raise DataError(f"No validation split can be held out of {self.hparams.dataset!r}: set data.val_split.")
         share, root = self.hparams.val_fraction, shorten(self.hparams.root)
         sizes = Counter(labels)
         least = min(sizes, key=lambda label: sizes[label])
@@ -348,20 +346,20 @@ class ClassifyData(DataModule):
         if sizes[least] < 2:
             name = self.class_names[least] if self.class_names else least
             raise DataError(
-                f"{root} has no validation part, and none can be held out: the class {name!r} has one image, and both "
-                "parts need one of each class. Give that class more images, or the folder the parts 'train' and 'val'."
+                f"{root} has no validation split, and none can be held out: the class {name!r} has one image, and both "
+                "splits need one of each class. Add images of that class, or use sub-folders 'train' and 'val'."
             )
         if min(held_out, len(labels) - held_out) < len(sizes):
             raise DataError(
-                f"{root} has no validation part, and none can be held out: {share:g} of {len(labels)} images are "
-                f"{held_out}, and both parts need one of each of the {len(sizes)} classes. Give it the parts 'train' "
+                f"{root} has no validation split, and none can be held out: {share:g} of {len(labels)} images are "
+                f"{held_out}, and both splits need one of each of the {len(sizes)} classes. Use sub-folders 'train' "
                 f"and 'val', or --data.val_fraction {_least_fraction(labels):g}."
             )
         train, val = require("sklearn.model_selection", "train").train_test_split(
             np.arange(len(labels)), test_size=share, stratify=labels, random_state=self.hparams.seed
         )
         parts = {"train": sorted(train.tolist()), "val": sorted(val.tolist())}
-        for part, other in (("val", "train"), ("train", "val")):  # a share of few images can round to none
+        for part, other in (("val", "train"), ("train", "val")):  # a fraction of few images can round to none
             for label in sorted(set(sizes) - {labels[row] for row in parts[part]}):
                 row = next(row for row in parts[other] if labels[row] == label)
                 parts[other].remove(row)
@@ -374,7 +372,7 @@ class ClassifyData(DataModule):
         return self._part("test") is None
 
     def describe(self, split: str) -> str:
-        """Images of a split, and of each of its classes."""
+        """Number of images of a split, and of each class."""
         if split == "predict":
             source = self._predicted
             return "a stream" if isinstance(source, IterableImageDataset) else f"{len(source):,} images"
@@ -385,14 +383,14 @@ class ClassifyData(DataModule):
         return f"{len(source):,} images" if labels is None else count_classes(labels, self.class_names)
 
     def left_out(self) -> list[str]:
-        """What the opened folders hold besides their images."""
+        """Files in the opened folders that are not images."""
         readers = [getattr(part, "reader", None) for part in (*self._own.values(), self.__dict__.get("_predicted"))]
         beside = [f"{self.hparams.root}: {first_names([f.name for f in self._beside])}"] if self._beside else []
         listings = [(reader.root, reader.left_out) for reader in readers if isinstance(reader, FolderReader)]
         return beside + [f"{root}: {listing.describe_left_out()}" for root, listing in listings if listing.left_out]
 
     def _part(self, part: str) -> Any:
-        """The dataset's own part, opened once, or None."""
+        """The dataset's own split, opened once, or None."""
         if part not in self._own:
             self._own[part] = self._open(part)
         return self._own[part]
@@ -414,7 +412,7 @@ class ClassifyData(DataModule):
 
     @cached_property
     def _folders(self) -> dict[str, Path | None]:
-        """The folder of each part."""
+        """The folder of each split."""
         if Path(self.hparams.root).is_file():
             raise DataError(f"There is no folder {shorten(self.hparams.root)}: it is a file.")
         found, self._beside = split_folders(self.hparams.root)
@@ -426,9 +424,9 @@ class ClassifyData(DataModule):
         if folder is None:
             if part == "train":
                 others = ", ".join(shorten(other) for other in found.values() if other)
-                raise DataError(f"{shorten(self.hparams.root)} has no folder 'train', but {others}.")
+                raise DataError(f"{shorten(self.hparams.root)} has no sub-folder 'train', but has {others}.")
             return None
-        # Classes are numbered by the training folder, also where this one lacks some.
+        # Classes are numbered by the training folder, even if this one lacks some.
         like = self._part("train").reader if part != "train" and found["train"] else None
         return ReaderImages(FolderReader(folder, like))
 

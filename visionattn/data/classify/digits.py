@@ -1,7 +1,7 @@
 """The embedded digits: 1,797 grey images of 8 x 8 pixels, 10 classes, inside the scikit-learn wheel.
 
-They are the test part of the UCI set "Optical Recognition of Handwritten Digits". The parts are drawn once and for all,
-stratified by class: 1,077 for training, 360 for validation, 360 for testing.
+They are the test split of the UCI dataset "Optical Recognition of Handwritten Digits". The splits are fixed and
+stratified by class: 1,077 images for training, 360 for validation, 360 for testing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SPLIT_SEED = 0
 
 
 def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of one part.
+    """Images and labels of one split.
 
     Args:
         split: `"train"`, `"val"` or `"test"`.
@@ -29,7 +29,7 @@ def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     datasets = require("sklearn.datasets", "train")
     selection = require("sklearn.model_selection", "train")
     images, labels = datasets.load_digits(return_X_y=True)
-    # Grey values are 0..16 in the file.
+    # The file stores grey values 0..16.
     images = np.rint(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     everything = np.arange(len(labels))
     train, rest = selection.train_test_split(everything, test_size=720, stratify=labels, random_state=_SPLIT_SEED)

@@ -1,7 +1,7 @@
 """MNIST and its relatives (Fashion-MNIST, KMNIST) in their original IDX files, packed with gzip or plain.
 
 An IDX file begins with two zero bytes, a type code (8 = unsigned byte), the number of dimensions, and one big-endian
-int32 a dimension; the data follow (http://yann.lecun.com/exdb/mnist).
+int32 per dimension; the data follow (http://yann.lecun.com/exdb/mnist).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     """Read an IDX file of unsigned bytes.
 
     Raises:
-        DataError: The file is missing, is no IDX file of unsigned bytes, or does not have the size its header says.
+        DataError: The file is missing, is not an IDX file of unsigned bytes, or its size differs from its header.
     """
     path = Path(path)
     try:
@@ -41,16 +41,16 @@ def read_idx(path: str | Path) -> np.ndarray:
     dimensions = data[3]
     start = 4 + 4 * dimensions
     if len(data) < start:
-        raise DataError(f"{path} ends inside its header.")
+        raise DataError(f"{path} is truncated: it ends inside its header.")
     shape = struct.unpack(f">{dimensions}I", data[4:start])
     expected = int(np.prod(shape, dtype=np.int64))
     if len(data) - start != expected:
-        raise DataError(f"{path} should hold {expected} bytes of shape {shape}, but holds {len(data) - start}.")
+        raise DataError(f"{path} must hold {expected} bytes for shape {shape}; it holds {len(data) - start}.")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 def _find(root: Path, name: str) -> Path:
-    """The file of that name: plain or packed, in `root` or in torchvision's sub-folder, dots or dashes in the name."""
+    """The file of that name: compressed or plain, in `root` or in torchvision's sub-folder, with dots or dashes."""
     for folder in (root, root / "raw", root / "MNIST" / "raw"):
         for spelling in (name, name.replace("-idx", ".idx")):
             for suffix in ("", ".gz"):
@@ -61,7 +61,7 @@ def _find(root: Path, name: str) -> Path:
 
 
 def load_mnist(root: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of one part.
+    """Images and labels of one split.
 
     Args:
         root: Folder with the four IDX files.
@@ -74,6 +74,6 @@ def load_mnist(root: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     images = read_idx(_find(root, f"{prefix}-images-idx3-ubyte"))
     labels = read_idx(_find(root, f"{prefix}-labels-idx1-ubyte"))
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise DataError(f"{root}: the {prefix} images {images.shape} and labels {labels.shape} do not belong together.")
+        raise DataError(f"{root}: the {prefix} images {images.shape} and labels {labels.shape} differ in number.")
     part = {"train": slice(None, -_HELD_OUT), "val": slice(-_HELD_OUT, None), "test": slice(None)}[split]
     return images[part], labels[part].astype(np.int64)

@@ -1,6 +1,6 @@
-"""Map-style datasets of (PIL image, label) over arrays, folders, timm's readers and torchvision's datasets.
+"""Map-style datasets of (PIL image, label) over arrays, folders, timm's readers and torchvision datasets.
 
-Each also says the name of an image, which a list of predictions needs, and all labels without reading an image.
+Each also gives the name of an image, for lists of predictions, and all labels without reading an image.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ __all__ = [
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first of many names, such as `cat, dog and 3 more`."""
+    """The first few of many names, such as `cat, dog and 3 more`."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(shorten(name, 40) for name in names[:5]) + more
 
 
-# What timm's users call the sub-folders with the parts of a folder dataset.
+# Names that timm accepts for the sub-folders of the splits.
 _FOLDERS = {
     "train": ("train", "training"),
     "val": ("val", "validation", "valid", "eval", "evaluation"),
@@ -50,30 +50,30 @@ _FOLDERS = {
 
 
 def check_root(dataset: str, root: str | None) -> None:
-    """Refuse a root that does not fit the dataset's name.
+    """Refuse a root that does not fit the dataset.
 
     Raises:
-        ConfigError: It is missing, or the dataset has none; or the dataset is one of an earlier version.
-        DataError: It does not exist. A single image may stand for a folder, to be predicted.
+        ConfigError: It is missing, or the dataset takes none; or the dataset belongs to an earlier version.
+        DataError: It does not exist. A single image is accepted for prediction.
     """
     if dataset == "cifar10-sheets":
         raise ConfigError(
-            "The dataset 'cifar10-sheets' is not read any more: use 'torch/cifar10' with torchvision's files in "
-            "data.root (data.download gets them), or write the sheets as a folder of images with "
+            "The dataset 'cifar10-sheets' is no longer supported: use 'torch/cifar10' with torchvision's files in "
+            "data.root (data.download gets them), or convert the sheets to a folder of images with "
             "tools/class_folders.py and use 'folder'."
         )
     on_disk = dataset in ("mnist", "folder")
     if root is None:
         if on_disk or dataset.startswith("torch/"):
             raise ConfigError(
-                f"The dataset {dataset!r} needs a folder: set data.root, or give it behind the recipe, as in "
+                f"The dataset {dataset!r} needs a folder: set data.root, or give it after the recipe, as in "
                 "visionattn fit RECIPE FOLDER."
             )
         return
     if dataset == "digits":
         raise ConfigError(
-            f"The digits are embedded, but data.root is {shorten(root)}: set data.dataset to what lies there, such "
-            "as folder, or leave out data.root."
+            f"The digits are embedded, but data.root is {shorten(root)}: set data.dataset to the dataset there, such "
+            "as folder, or remove data.root."
         )
     if on_disk and not Path(root).is_dir():
         if not Path(root).is_file():
@@ -83,35 +83,35 @@ def check_root(dataset: str, root: str | None) -> None:
 
 
 def split_folders(root: str | Path) -> tuple[dict[str, Path | None], list[Path]]:
-    """The folder of each part below a root, and other folders beside them.
+    """The folder of each split below a root, and other folders next to them.
 
-    Without any part, the root itself is the folder of the training part.
+    Without any split, the root itself is the training folder.
     """
     below = class_folders(root)
     by_name = {name.lower(): folder for name, folder in below.items()}
     found = {part: next((by_name[name] for name in names if name in by_name), None) for part, names in _FOLDERS.items()}
     others = [folder for folder in below.values() if folder not in found.values()]
-    # A folder `train` of images beside folders of cars and ships is a class, and not a part.
+    # A folder `train` of images next to folders of cars and ships is a class, not a split.
     if not any(found.values()) or (others and found["train"] and not class_folders(found["train"])):
         return {**dict.fromkeys(found), "train": Path(root)}, []
     return found, others
 
 
 def _natural(text: str) -> list[str | int]:
-    """Sorts as timm does: numbers by value, capitals like small letters."""
+    """Sort key of timm: numbers by value, case ignored."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())]
 
 
 class FolderReader(Reader):
-    """Images in folders of their classes, by the interface of timm's readers and in the order of timm's folder reader.
+    """Images in one folder per class, with the interface of timm's readers and in the order of timm's folder reader.
 
     A class is a folder directly below the root, with all of its sub-folders. Classes and files are sorted naturally
-    ("2" before "10", capitals like small letters).
+    ("2" before "10", case ignored).
 
     Args:
-        root: The folder; without labels, a single image too.
-        like: The training folder, whose labels the classes get; None numbers the classes found.
-        labelled: Read classes. Otherwise, as for a prediction, every image below the root has label 0.
+        root: The folder; without labels, also a single image.
+        like: The training folder, which defines the labels; None numbers the classes found.
+        labelled: Read classes. Otherwise, as for prediction, every image below the root has label 0.
 
     Raises:
         DataError: There is no such folder, no image in it, a class without images, or a class that `like` lacks.
@@ -151,11 +151,11 @@ class FolderReader(Reader):
             raise DataError(f"There are no images of the class {first_names(empty)} in {shorten(self.root)}: {hint}")
         if like is not None and found.keys() == {""} and "" not in like.class_to_idx:
             raise DataError(
-                f"The images in {shorten(self.root)} lie in no folders of classes, as in {shorten(like.root)}."
+                f"The images in {shorten(self.root)} must lie in one sub-folder per class, as in {shorten(like.root)}."
             )
         if like is not None and (unknown := sorted(set(found) - set(like.class_to_idx))):
             raise DataError(
-                f"{shorten(self.root)} has classes that {shorten(like.root)} lacks: {first_names(unknown)}."
+                f"{shorten(self.root)} has classes that are not in {shorten(like.root)}: {first_names(unknown)}."
             )
 
     def __getitem__(self, index: int) -> tuple[str, int]:
@@ -186,14 +186,14 @@ class ArrayImages(Dataset):
         return Image.fromarray(self.images[index]), self.labels[index]
 
     def name(self, index: int) -> str:
-        """What a list of predictions calls an image."""
+        """Name of an image in a list of predictions."""
         return str(index)
 
 
 class ReaderImages(Dataset):
     """Images of one of timm's readers.
 
-    Unlike timm's own dataset, which puts the next image in the place of an unreadable one, this one names the file.
+    Unlike timm's own dataset, which replaces an unreadable image by the next one, this one raises an error.
     """
 
     def __init__(self, reader: Any) -> None:
@@ -212,18 +212,18 @@ class ReaderImages(Dataset):
         except DataError:
             raise
         except Exception as error:
-            # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError.
+            # PIL raises almost any exception for damaged files: OSError, SyntaxError, struct.error, ValueError.
             name = self.reader.filename(index, absolute=True)
             raise DataError(f"Could not read the image {shorten(name)}: {shorten(error)}.") from error
         return image, label
 
     @property
     def labels(self) -> list[int] | None:
-        """Every label, without reading an image; None where the reader knows them only by reading."""
+        """All labels, without reading an image; None if the reader cannot provide them."""
         return [label for _, label in self.reader.samples] if hasattr(self.reader, "samples") else None
 
     def name(self, index: int) -> str:
-        """What a list of predictions calls an image."""
+        """Name of an image in a list of predictions."""
         return self.reader.filename(index)
 
 
@@ -244,17 +244,17 @@ class TorchvisionImages(Dataset):
 
     @property
     def labels(self) -> list[int] | None:
-        """Every label, without reading an image; None where the data set does not keep them."""
+        """All labels, without reading an image; None if the dataset does not keep them."""
         targets = getattr(self.dataset, "targets", None)
         return None if targets is None else [int(label) for label in targets]
 
     def name(self, index: int) -> str:
-        """What a list of predictions calls an image."""
+        """Name of an image in a list of predictions."""
         return str(index)
 
 
 def open_named(given: Any, split: str) -> Any:
-    """A part of a dataset that timm reads, as the settings of a data module name it.
+    """A split of a dataset that timm reads, as named in the settings of a data module.
 
     Raises:
         DataError: It cannot be opened.
@@ -274,7 +274,7 @@ def open_named(given: Any, split: str) -> Any:
         raise MissingPackageError(f"The dataset {given.dataset!r} needs the package {error.name!r}.") from error
     except Exception as error:
         raise DataError(
-            f"Could not open the part {split!r} of the dataset {given.dataset!r}: {shorten(error, 300)}"
+            f"Could not open the split {split!r} of the dataset {given.dataset!r}: {shorten(error, 300)}"
         ) from error
     if isinstance(dataset, IterableImageDataset):
         return dataset
@@ -282,7 +282,7 @@ def open_named(given: Any, split: str) -> Any:
 
 
 def labels_of(source: Any) -> list[int] | None:
-    """Label of each image of a part, which may be some images of another; None where they are not known."""
+    """Label of each image of a split, which may be a subset of another; None if they are not known."""
     if not isinstance(source, Subset):
         return source.labels
     whole: Any = source.dataset
@@ -290,6 +290,6 @@ def labels_of(source: Any) -> list[int] | None:
 
 
 def name_of(source: Any, index: int) -> str:
-    """What a list calls an image of a part, which may be some images of another."""
+    """Name of an image of a split, which may be a subset of another."""
     whole: Any = source.dataset if isinstance(source, Subset) else source
     return whole.name(source.indices[index] if isinstance(source, Subset) else index)

@@ -11,13 +11,13 @@ from visionattn.data.classify.albumentations_adapter import AlbumentationsTransf
 __all__ = ["AUGMENTATIONS", "augment", "fit", "middle"]
 
 AUGMENTATIONS = ("none", "shift", "crop-flip", "imagenet")
-ASPECT = 16  # of the sides of an image that is resized as a whole
+ASPECT = 16  # largest aspect ratio of an image that is resized whole
 
 
 def middle(image: Any) -> Any:
-    """The middle of an image whose long side is more than `ASPECT` times its short one; other images as they are.
+    """The middle of an image whose aspect ratio exceeds `ASPECT`; other images unchanged.
 
-    Resizing the short side of such an image would make its long one, of which the crop takes little, as long as memory.
+    Resizing the short side of such an image would make the long side huge, although the crop uses little of it.
     """
     height, width = v2.functional.get_size(image)
     longest = ASPECT * min(height, width)
@@ -27,11 +27,11 @@ def middle(image: Any) -> Any:
 
 
 def fit(size: tuple[int, int], interpolation: v2.InterpolationMode, crop_pct: float = 1.0) -> list[Any]:
-    """Transforms from an image of any size to the middle `crop_pct` of it, in `size`."""
+    """Transforms from an image of any size to a centre crop of `size`, `crop_pct` of its side."""
     height, width = (round(side / crop_pct) for side in size)
     if height != width:
         return [v2.Resize((height, width), interpolation), v2.CenterCrop(size)]
-    # A single number keeps the aspect of the image.
+    # A single number keeps the aspect ratio.
     return [middle, v2.Resize(height, interpolation), v2.CenterCrop(size)]
 
 

@@ -1,4 +1,4 @@
-"""Training, validation and test pairs for stereo matching and optical flow: generated, or from data sets' folders."""
+"""Training, validation and test pairs for stereo matching and optical flow: generated, or from dataset folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEAST, MULTIPLE = 192, 32
 
 
 def read_stereo(scene: Scene) -> MatchPair:
-    """A scene's views and truth as a field; of the right view where the data set knows it.
+    """A scene's views and its ground truth as a field; that of the right view if the dataset has it.
 
     Raises:
         DataError: A file is damaged.
@@ -39,13 +39,13 @@ def read_stereo(scene: Scene) -> MatchPair:
 
 
 class RandomWindows:
-    """Draws a window of a pair at a random scale, mirrored in half of the cases, its views' colours changed apart.
+    """Draws a window of a pair at a random scale, mirrored with probability 1/2, and changes the colours of each view.
 
     Args:
         size: Height and width of the window.
-        scaling: Largest factor by which pairs are enlarged or shrunk; those smaller than the window are enlarged to it.
+        scaling: Largest factor of enlarging or shrinking; pairs smaller than the window are enlarged to it.
         colours: Standard deviation of the logarithms of each view's brightness and of its channels.
-        exchange: Exchange the views of mirrored pairs, as stereo asks.
+        exchange: Exchange the views of mirrored pairs, as stereo requires.
     """
 
     def __init__(self, size: tuple[int, int], scaling: float, colours: float, exchange: bool) -> None:
@@ -59,7 +59,7 @@ class RandomWindows:
         height, width = self.size
         old = pair.seen.shape[1:]
         factor = self.scaling ** rng.uniform(-1, 1)
-        # Sides differ a little in scale, as the width of real lenses' images does.
+        # Height and width differ a little in scale, like images of real lenses.
         rows, columns = (
             max(least, round(side * factor * self.scaling ** rng.uniform(-0.2, 0.2)))
             for side, least in zip(old, self.size)
@@ -75,13 +75,13 @@ class RandomWindows:
 
 
 class FolderPairs(Dataset):
-    """Pairs read from files, as often as `length` asks, changed by a transform that seed, epoch and index draw.
+    """Pairs read from files, `length` per epoch, with a transform seeded by seed, epoch and index.
 
     Args:
         scenes: The files.
-        length: Pairs an epoch; None is each once.
-        transform: Changes a pair; None leaves it.
-        seed: Of the transform.
+        length: Pairs per epoch; None uses each pair once.
+        transform: Changes a pair; None leaves it unchanged.
+        seed: Seed of the transform.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class FolderPairs(Dataset):
 
 
 class PairTensors(SkippingDataset):
-    """Pairs as tensors with their number, `IGNORED` for the copies that even out ranks."""
+    """Pairs as tensors with their index, `IGNORED` for the copies that equalise the ranks."""
 
     def __init__(self, pairs: Dataset[MatchPair], training: bool = False) -> None:
         self.pairs = pairs
@@ -124,32 +124,32 @@ class PairTensors(SkippingDataset):
 class MatchData(DataModule):
     """Training, validation and test pairs for stereo matching and optical flow.
 
-    Batches are views uint8 (B, 2, 3, H, W), the left or first one first; fields (B, 2, H, W, 2) of float32, NaN where
-    the truth is not known (see `visionattn.data.matching.pairs`); what the other view sees (B, 2, H, W) of bool; and
-    numbers (B,), `IGNORED` for the copies that even out ranks. Training pairs have the crop's size; pairs from folders
-    are drawn as windows at random scales, mirrored, with colours of their own. Validation and test show folders' pairs
-    whole, one a batch, and the same generated ones each time.
+    Batches are views uint8 (B, 2, 3, H, W), the left or first one first; fields float32 (B, 2, H, W, 2), NaN where the
+    ground truth is unknown (see `visionattn.data.matching.pairs`); bool (B, 2, H, W), whether the other view sees the
+    pixel; and indices (B,), `IGNORED` for the copies that equalise the ranks. Training pairs have the size of the crop;
+    those from folders are drawn as windows at random scales, mirrored, with changed colours. Validation and test use
+    folders' pairs whole, one per batch, and the same generated pairs each time.
 
     Args:
-        train: Folders of data sets, laid out as `visionattn.data.matching.stereo` and
-            `visionattn.data.matching.flow_sets` say; None generates scenes (`visionattn.data.matching.scenes`).
+        train: Dataset folders, laid out as described in `visionattn.data.matching.stereo` and
+            `visionattn.data.matching.flow_sets`; None generates scenes (`visionattn.data.matching.scenes`).
         val: Likewise for validation.
-        test: Likewise for the test; None tests on the validation pairs.
-        layout: That of the folders; None finds out.
-        factor: By which the numbers of PNGs of disparities are larger than pixels, one for all scenes or by their names
+        test: Likewise for testing; None tests on the validation pairs.
+        layout: Layout of the folders; None detects it.
+        factor: Scale factor of disparities in PNG files, one for all scenes or by scene name
             (see `visionattn.data.matching.stereo.find_scenes`).
         flow: Optical flow instead of stereo; None takes the model's task.
-        crop_size: Height and width of training pairs and generated ones, multiples of 32 from 192 on.
-        epoch_pairs: Pairs that one epoch draws.
-        val_pairs: Generated pairs of the validation and of the test.
-        max_disparity: Of generated pairs, the largest disparity or motion in pixels.
-        photographs: Folders of pictures that generated surfaces show, beside procedural textures.
-        rectification: Of generated stereo pairs, the largest vertical error in pixels; validation has none.
-        scaling: Of folders' pairs, the largest factor of size.
-        colours: Of folders' pairs, how much each view's colours change (standard deviation of logarithms).
-        batch_size: Pairs a batch and device.
-        num_workers: Loading processes a device; the results do not depend on it.
-        seed: Of order, scenes and windows.
+        crop_size: Height and width of training and generated pairs, multiples of 32, at least 192.
+        epoch_pairs: Pairs per epoch.
+        val_pairs: Generated pairs for validation and for testing.
+        max_disparity: Largest disparity or motion of generated pairs, in pixels.
+        photographs: Folders of images to texture generated surfaces with, next to procedural textures.
+        rectification: Largest vertical error of generated stereo pairs, in pixels; validation has none.
+        scaling: Largest scale factor of pairs from folders.
+        colours: Colour change of each view of pairs from folders (standard deviation of logarithms).
+        batch_size: Pairs per batch and device.
+        num_workers: Loading processes per device; the results do not depend on it.
+        seed: Seed of order, scenes and windows.
     """
 
     def __init__(
@@ -173,22 +173,22 @@ class MatchData(DataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        # The logger would refuse the names that the model's parameters share.
+        # The logger rejects names that the hyper-parameters of model and data share.
         self.save_hyperparameters(logger=False)
         if min(crop_size) < LEAST or any(side % MULTIPLE for side in crop_size):
             raise ConfigError(
-                f"data.crop_size has multiples of {MULTIPLE} from {LEAST} on, but got {crop_size[0]} x {crop_size[1]}."
+                f"data.crop_size must be multiples of {MULTIPLE} from {LEAST} on; got {crop_size[0]} x {crop_size[1]}."
             )
         if scaling < 1 or colours < 0 or rectification < 0:
-            raise ConfigError("data.scaling is 1 or more, data.colours and data.rectification are 0 or more.")
+            raise ConfigError("data.scaling must be at least 1, data.colours and data.rectification at least 0.")
         self.check_counts(epoch_pairs=1, val_pairs=1)
         if epoch_pairs < batch_size:
-            raise ConfigError(f"data.epoch_pairs is {epoch_pairs}, less than one batch of {batch_size}.")
+            raise ConfigError(f"data.epoch_pairs must be at least data.batch_size ({batch_size}); got {epoch_pairs}.")
         self._pairs: dict[str, Dataset[MatchPair]] = {}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Size of the views that the model is trained on."""
+        """Size of the views during training."""
         return 3, *self.hparams.crop_size
 
     @property
@@ -196,7 +196,7 @@ class MatchData(DataModule):
         """Optical flow instead of stereo.
 
         Raises:
-            ConfigError: The model does the other.
+            ConfigError: The model is for the other task.
         """
         given = self.hparams.flow
         model = getattr(getattr(self.trainer, "lightning_module", None), "flow", None)
@@ -205,7 +205,7 @@ class MatchData(DataModule):
         return bool(given if model is None else model)
 
     def setup(self, stage: str) -> None:
-        """Find the pairs of the parts that the stage needs."""
+        """Find the pairs of the splits that the stage needs."""
         for part in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             if part not in self._pairs:
                 self._pairs[part] = self._open(part)
@@ -227,29 +227,29 @@ class MatchData(DataModule):
             photographs,
             self.flow,
             given.rectification if training else 0.0,
-            # Validation and test are of other scenes than training, and not of the same.
+            # Validation and test use other scenes than training, and than each other.
             seed=3 * given.seed + ("train", "val", "test").index(part),
         )
 
     def _find(self, folders: list[str] | str) -> Sequence[Any]:
-        """The scenes; what is assumed of their factors is told."""
+        """The scenes; logs what is assumed about their factors."""
         given = self.hparams
         if self.flow:
             if given.factor is not None:
-                raise ConfigError("data.factor is of disparities; files of flow state their unit: leave it out.")
+                raise ConfigError("data.factor applies to disparities only; flow files have a fixed unit: remove it.")
             return find_flow_scenes(folders, given.layout)
-        scenes = with_factors(find_scenes(folders, given.layout), given.factor)  # names may be of another split's
+        scenes = with_factors(find_scenes(folders, given.layout), given.factor)  # names can belong to another split
         for note in summarize((scene.name, note) for scene in scenes for note in scene.assumed()):
             require("lightning.pytorch.utilities", "train").rank_zero_warn(note)
         return scenes
 
     @property
     def tests_on_validation(self) -> bool:
-        """Whether there are folders for validation and none for the test."""
+        """Whether there are validation folders but no test folders."""
         return bool(self.hparams.val) and not self.hparams.test
 
     def describe(self, split: str) -> str:
-        """Pairs of a split, and where they come from."""
+        """Number and origin of the pairs of a split."""
         if split not in self._pairs:
             self._pairs[split] = self._open(split)
         pairs = self._pairs[split]

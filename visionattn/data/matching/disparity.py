@@ -1,18 +1,18 @@
-"""Files of disparity and optical flow, read and written: PFM, PNG of 16 bits, .flo, .npy and .npz.
+"""Disparity and optical flow files, read and written: PFM, 16-bit PNG, .flo, .npy and .npz.
 
-In memory a disparity is (H, W) and a flow (H, W, 2), x first, of float32 in pixels, and NaN says that there is no
-value. Each format says that in its own way:
+In memory a disparity is float32 (H, W) and a flow float32 (H, W, 2), x first, in pixels; NaN marks missing values.
+Each format marks them in its own way:
 
-| suffix | what | no value | source |
+| suffix | content | no value | source |
 | --- | --- | --- | --- |
 | .pfm | disparity as floats, rows from the bottom up | infinite | Middlebury, SceneFlow |
-| .png | disparity times 256 in 16 bits | 0 | KITTI |
-| .png | flow times 64 plus 2^15 in 16 bits, and a third channel | third channel 0 | KITTI |
+| .png | disparity times 256, 16 bits | 0 | KITTI |
+| .png | flow times 64 plus 2^15, 16 bits, and a mask as third channel | third channel 0 | KITTI |
 | .flo | flow as floats | above 1e9 | Middlebury |
 | .npy, .npz | floats | not finite | numpy |
 
-Files come from outside: each reader checks what the header states against the size of the file before it allocates, and
-any failure is one `DataError`.
+Files are untrusted: each reader checks the header against the file size before it allocates, and every failure is one
+`DataError`.
 """
 
 from __future__ import annotations
@@ -48,26 +48,26 @@ __all__ = [
 DISPARITY_FILES = (".pfm", ".png", ".npy", ".npz")
 FLOW_FILES = (".flo", ".png", ".npy", ".npz")
 FLO_MAGIC = np.float32(202021.25)
-NO_FLOW = 1e9  # a .flo holds larger numbers where there is no value
-GREY = ("L", "I", "I;16", "I;16B", "I;16L")  # PIL's modes of PNGs with one number per pixel
+NO_FLOW = 1e9  # larger values in a .flo mark missing values
+GREY = ("L", "I", "I;16", "I;16B", "I;16L")  # PIL modes of PNGs with one channel
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PFM_GAP = rb"(?:\s|#[^\n]*\n)+"
 PFM_HEADER = re.compile(rb"P([fF])" + PFM_GAP + rb"(\d+)" + PFM_GAP + rb"(\d+)" + PFM_GAP + rb"([^\s#]+)\s")
-LONGEST_HEADER = 1000  # bytes of a PFM's, which comments may lengthen
-DEFLATE = 1100  # more than the largest ratio of size that deflate reaches, 1032
+LONGEST_HEADER = 1000  # bytes of a PFM header, which may contain comments
+DEFLATE = 1100  # above 1032, the largest compression ratio of deflate
 
 
 def read_disparity(path: str | Path, divisor: float | Callable[[np.ndarray], float] | None = None) -> np.ndarray:
-    """Read a disparity: (H, W) of float32 in pixels, NaN where there is none.
+    """Read a disparity: float32 (H, W) in pixels, NaN where there is none.
 
     Args:
-        path: A .pfm, .png, .npy or .npz (with one array).
-        divisor: What the numbers of a PNG are divided by, such as 4 of Middlebury 2003 at quarter size. Or a function
-            that gives it for the numbers (H, W), which are of uint8 in a PNG of 8 bits. None: 256 in 16 bits, as
-            KITTI's; 8 bits need a number.
+        path: A .pfm, .png, .npy or .npz (with a single array).
+        divisor: Divisor of PNG values, such as 4 for Middlebury 2003 at quarter size, or a function that returns it for
+            the values (H, W), which are uint8 in an 8-bit PNG. None: 256 for 16 bits, as in KITTI; 8 bits require
+            a divisor.
 
     Raises:
-        DataError: The file is missing, damaged, too large, or holds something else.
+        DataError: The file is missing, damaged, too large, or has other content.
         InputError: The divisor is not a finite number above 0.
     """
     path = Path(path)
@@ -78,7 +78,7 @@ def read_disparity(path: str | Path, divisor: float | Callable[[np.ndarray], flo
         with _opened(path) as (file, size):
             values = _read_pfm(path, file, size) if suffix == ".pfm" else _read_numpy(path, file, size)
     if values.ndim != 2 or not values.size:
-        raise DataError(f"{shorten(path)} holds {values.shape}; a disparity has one number a pixel, (H, W).")
+        raise DataError(f"{shorten(path)} must hold one number per pixel, (H, W); its shape is {values.shape}.")
     values = _float32(values)
     return np.where(np.isfinite(values), values, np.float32(np.nan))
 
@@ -87,42 +87,42 @@ def read_png_header(path: str | Path) -> tuple[int, int, int, int]:
     """Height, width, bits per channel and colour type (0 is grey, 2 RGB) of a PNG file.
 
     Raises:
-        DataError: The file is missing, or no PNG.
+        DataError: The file is missing or not a PNG.
     """
     with _opened(Path(path)) as (file, _):
         start = file.read(26)
         if len(start) < 26 or not start.startswith(PNG_START):
-            raise DataError(f"{shorten(path)} is no PNG file.")
+            raise DataError(f"{shorten(path)} is not a PNG file.")
     width, height, depth, colour = struct.unpack(">IIBB", start[16:])
     return height, width, depth, colour
 
 
 def write_disparity(path: str | Path, disparity: np.ndarray) -> None:
-    """Write a disparity (H, W), NaN where there is none, in the format of the suffix, whole or not at all.
+    """Write a disparity (H, W), NaN where there is none, atomically in the format of the suffix.
 
     Raises:
-        InputError: The suffix is no format, the shape is another one, or a PNG, which holds 0 to below 256 pixels,
-            cannot hold the values.
+        InputError: The suffix or the shape is not supported, or the values do not fit a PNG, which holds 0 to
+            256 pixels (exclusive).
         StorageError: The file could not be written.
     """
     path = Path(path)
     suffix = _known(path, DISPARITY_FILES, InputError)
     if disparity.ndim != 2:
-        raise InputError(f"A disparity has one number a pixel, (H, W), but the shape is {disparity.shape}.")
+        raise InputError(f"A disparity must have one number per pixel, (H, W); its shape is {disparity.shape}.")
     valid = np.isfinite(disparity)
     values = np.where(valid, disparity, np.nan).astype(np.float32)
     if suffix == ".png":
         least, largest = (float(f(values[valid], initial=0)) for f in (np.min, np.max))
         if least < 0:
-            raise InputError(f"The least disparity is {least:.1f} pixels, and PNG begins at 0: write .pfm.")
+            raise InputError(f"The smallest disparity is {least:.1f} pixels; a PNG holds 0 to 255.99: write .pfm.")
         if largest * 256 >= 65535.5:
-            raise InputError(f"The largest disparity is {largest:.1f} pixels, and PNG ends at 255.99: write .pfm.")
-        # 0 says that there is no value, so that the smallest is 1.
+            raise InputError(f"The largest disparity is {largest:.1f} pixels; a PNG holds 0 to 255.99: write .pfm.")
+        # 0 means no value, so the smallest value is 1.
         numbers = np.where(valid, np.rint(values * 256).clip(1), 0).astype(np.uint16)
     with atomic_path(path) as temporary:
         if suffix == ".pfm":
             with temporary.open("wb") as file:
-                # A negative scale says little-endian.
+                # A negative scale means little-endian.
                 file.write(b"Pf\n%d %d\n-1\n" % values.shape[::-1])
                 file.write(np.where(valid, values, np.inf)[::-1].astype("<f4").tobytes())
         elif suffix == ".png":
@@ -132,13 +132,13 @@ def write_disparity(path: str | Path, disparity: np.ndarray) -> None:
 
 
 def read_flow(path: str | Path) -> np.ndarray:
-    """Read an optical flow: (H, W, 2) of float32 in pixels, x first, NaN where there is none.
+    """Read an optical flow: float32 (H, W, 2) in pixels, x first, NaN where there is none.
 
     Args:
-        path: A .flo, .png, .npy or .npz (with one array).
+        path: A .flo, .png, .npy or .npz (with a single array).
 
     Raises:
-        DataError: The file is missing, damaged, too large, or holds something else.
+        DataError: The file is missing, damaged, too large, or has other content.
         MissingPackageError: It is a PNG, and OpenCV is not installed.
     """
     path = Path(path)
@@ -147,17 +147,17 @@ def read_flow(path: str | Path) -> np.ndarray:
     with _opened(path) as (file, size):
         values = readers.get(suffix, _read_numpy)(path, file, size)
     if values.ndim != 3 or values.shape[2] != 2 or not values.size:
-        raise DataError(f"{shorten(path)} holds {values.shape}; a flow has two numbers a pixel, (H, W, 2).")
+        raise DataError(f"{shorten(path)} must hold two numbers per pixel, (H, W, 2); its shape is {values.shape}.")
     values = _float32(values)
-    valid = (np.abs(values) < NO_FLOW).all(axis=2, keepdims=True)  # false of NaN too
+    valid = (np.abs(values) < NO_FLOW).all(axis=2, keepdims=True)  # also false for NaN
     return np.where(valid, values, np.float32(np.nan))
 
 
 def write_flow(path: str | Path, flow: np.ndarray) -> None:
-    """Write a flow (H, W, 2), NaN where there is none, in the format of the suffix, whole or not at all.
+    """Write a flow (H, W, 2), NaN where there is none, atomically in the format of the suffix.
 
     Raises:
-        InputError: The suffix is no format, or a PNG, which ends at 512 pixels, cannot hold the largest.
+        InputError: The suffix is not supported, or a value does not fit a PNG, which holds up to 512 pixels.
         StorageError: The file could not be written.
         MissingPackageError: It is a PNG, and OpenCV is not installed.
     """
@@ -168,7 +168,7 @@ def write_flow(path: str | Path, flow: np.ndarray) -> None:
     if suffix == ".png":
         numbers = np.where(valid, np.rint(values * 64 + 2**15), 0)
         if numbers.min(initial=0) < 0 or numbers.max(initial=0) > 65535:
-            raise InputError("The flow reaches beyond 512 pixels, where PNG ends: write .flo.")
+            raise InputError("The flow exceeds 512 pixels, the limit of a PNG: write .flo.")
         rgb = np.concatenate([numbers, valid], axis=2).astype(np.uint16)
         cv2: Any = require("cv2", "images")
         encoded = cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))[1].tobytes()
@@ -187,15 +187,15 @@ def write_flow(path: str | Path, flow: np.ndarray) -> None:
 def _known(path: Path, suffixes: tuple[str, ...], error: type[VisionAttnError] = DataError) -> str:
     suffix = path.suffix.lower()
     if suffix not in suffixes:
-        raise error(f"{shorten(path)} ends in none of {', '.join(suffixes)}.")
+        raise error(f"{shorten(path)} must end in one of {', '.join(suffixes)}.")
     return suffix
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """A file from outside and its size in bytes; whatever fails while it is read becomes one `DataError`."""
+    """An untrusted file and its size in bytes; every failure while it is read becomes one `DataError`."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for its writer for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
             raise DataError(f"Could not read {shorten(path)}: it is not a regular file.")
         with path.open("rb") as file:
             yield file, os.fstat(file.fileno()).st_size
@@ -204,41 +204,41 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
     except FileNotFoundError as error:
         raise DataError(f"There is no file {shorten(path)}.") from error
     except Exception as error:
-        # Broken files make numpy, zipfile and zlib raise nearly anything.
+        # numpy, zipfile and zlib raise almost any exception for damaged files.
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"Could not read {shorten(path)}: {shorten(reason).rstrip('.')}.") from error
 
 
 def _float32(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite: no value
+    with np.errstate(over="ignore", invalid="ignore"):  # values beyond float32 become infinite: no value
         return values.astype(np.float32)
 
 
 def _check_size(path: Path, shape: tuple[int, ...], itemsize: int, stored: int) -> None:
-    """Raise `DataError` unless an array of that shape is small enough, and exactly what a file stores."""
+    """Raise `DataError` unless an array of that shape is small enough and matches the stored number of bytes."""
     if math.prod(shape) > 2 * MAX_PIXELS:
         size = shorten(" x ".join(map(str, shape)), 60)
-        raise DataError(f"Could not read {shorten(path)}: {size} values are more than the {2 * MAX_PIXELS:,} read.")
+        raise DataError(f"Could not read {shorten(path)}: {size} values exceed the limit of {2 * MAX_PIXELS:,}.")
     needed = math.prod(shape) * itemsize
     if needed != stored:
         size = " x ".join(map(str, shape))
-        raise DataError(f"Could not read {shorten(path)}: {size} values take {needed:,} bytes, it holds {stored:,}.")
+        raise DataError(f"Could not read {shorten(path)}: {size} values need {needed:,} bytes; it has {stored:,}.")
 
 
 def _read_pfm(path: Path, file: IO[bytes], size: int) -> np.ndarray:
     start = file.read(LONGEST_HEADER)
     header = PFM_HEADER.match(start)
     if header is None:
-        raise DataError(f"{shorten(path)} is no PFM: its header is {start[:20]!r}.")
+        raise DataError(f"{shorten(path)} is not a PFM file: its header is {start[:20]!r}.")
     if header[1] == b"F":
-        raise DataError(f"{shorten(path)} is a PFM of three channels; a disparity has one.")
+        raise DataError(f"{shorten(path)} is a PFM file with three channels; a disparity has one.")
     width, height = int(header[2]), int(header[3])
-    # Of the scale the sign counts, for the order of bytes; Middlebury's files do not mean its size.
+    # Only the sign of the scale is used, for the byte order; Middlebury's files do not intend its magnitude.
     scale = float(header[4])
     if not math.isfinite(scale) or scale == 0:
-        raise DataError(f"{shorten(path)} is no PFM: its scale is {scale}; a number below or above 0 is needed.")
+        raise DataError(f"{shorten(path)} is not a PFM file: its scale must be a nonzero number; got {scale}.")
     end = header.end()
-    # One white space ends the header. Further ones may belong to it or to the values: the size of the file tells.
+    # One white-space character ends the header. More can belong to it or to the values: the file size decides.
     behind = size - end - 4 * height * width
     if behind > 0 and start[end : end + behind].isspace():
         end += behind
@@ -251,10 +251,10 @@ def _read_pfm(path: Path, file: IO[bytes], size: int) -> np.ndarray:
 def _read_flo(path: Path, file: IO[bytes], size: int) -> np.ndarray:
     start = file.read(12)
     if start[:4] != FLO_MAGIC.astype("<f4").tobytes():
-        raise DataError(f"{shorten(path)} is no .flo: it does not begin with {FLO_MAGIC}.")
+        raise DataError(f"{shorten(path)} is not a .flo file: it does not begin with {FLO_MAGIC}.")
     width, height = struct.unpack("<ii", start[4:])
     if min(width, height) < 1:
-        raise DataError(f"{shorten(path)} is no .flo: its width is {width}, its height {height}.")
+        raise DataError(f"{shorten(path)} is not a .flo file: its size is {width} x {height}.")
     _check_size(path, (height, width, 2), 4, size - 12)
     return np.fromfile(file, "<f4", height * width * 2).reshape(height, width, 2)
 
@@ -262,17 +262,15 @@ def _read_flo(path: Path, file: IO[bytes], size: int) -> np.ndarray:
 def _read_disparity_png(path: Path, divisor: float | Callable[[np.ndarray], float] | None) -> np.ndarray:
     image = open_image(path, ["PNG"])
     if image.mode in ("1", "P"):
-        raise DataError(f"{shorten(path)} is a PNG of a palette or of 1 bit; disparities are grey of 8 or 16 bits.")
+        raise DataError(f"{shorten(path)} is a palette or 1-bit PNG; disparities must be grey with 8 or 16 bits.")
     numbers = np.asarray(image)
     if image.mode not in GREY:
-        return numbers  # whose shape tells
+        return numbers  # the caller rejects the shape
     if divisor is None and numbers.dtype == np.uint8:
-        raise DataError(
-            f"{shorten(path)} holds disparities in 8 bits times a factor that it does not say: give divisor."
-        )
+        raise DataError(f"{shorten(path)} holds 8-bit disparities with an unknown scale factor: give divisor.")
     by = divisor(numbers) if callable(divisor) else 256.0 if divisor is None else divisor
     if not 0 < by < math.inf:
-        raise InputError(f"The numbers of {shorten(path)} cannot be divided by {by}: the factor must be above 0.")
+        raise InputError(f"The divisor of {shorten(path)} must be a number above 0; got {by}.")
     with np.errstate(over="ignore"):
         return np.where(numbers > 0, numbers / np.float32(by), np.float32(np.nan))
 
@@ -281,14 +279,14 @@ def _read_flow_png(path: Path, file: IO[bytes], size: int) -> np.ndarray:
     cv2: Any = require("cv2", "images")
     height, width, *kind = read_png_header(path)
     if kind != [16, 2]:
-        raise DataError(f"{shorten(path)} is no PNG of three channels of 16 bits, as KITTI's flow is.")
+        raise DataError(f"{shorten(path)} is not a 16-bit PNG with three channels, as in KITTI.")
     if width * height > min(MAX_PIXELS, DEFLATE * size):
-        raise DataError(f"Could not read {shorten(path)}: it cannot hold {width} x {height} pixels.")
-    open_image(path, ["PNG"])  # PIL gives 8 bits only, but says what is damaged; OpenCV prints lines of its own
+        raise DataError(f"Could not read {shorten(path)}: it is too short for {width} x {height} pixels.")
+    open_image(path, ["PNG"])  # PIL reads 8 bits only, but reports damage; OpenCV prints to stderr
     pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or pixels.shape[2:] != (3,):
-        raise DataError(f"{shorten(path)} is no PNG of three channels of 16 bits, as KITTI's flow is.")
-    numbers = pixels[..., ::-1].astype(np.float32)  # OpenCV gives blue first
+        raise DataError(f"{shorten(path)} is not a 16-bit PNG with three channels, as in KITTI.")
+    numbers = pixels[..., ::-1].astype(np.float32)  # OpenCV returns BGR
     return np.where(numbers[..., 2:] > 0, (numbers[..., :2] - 2**15) / 64, np.nan)
 
 
@@ -300,26 +298,26 @@ def _read_numpy(path: Path, file: IO[bytes], size: int) -> np.ndarray:
         members = archive.infolist()
         names = [member.filename.removesuffix(".npy") for member in members]
         if len(members) != 1:
-            raise DataError(f"{shorten(path)} holds {len(members)} arrays ({shorten(', '.join(names))}), not one.")
+            raise DataError(f"{shorten(path)} must hold one array, not {len(members)} ({shorten(', '.join(names))}).")
         member = members[0]
         packed = 1 if member.compress_type == zipfile.ZIP_STORED else DEFLATE
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise DataError(f"Could not read {shorten(path)}: it is compressed by another method than numpy's.")
+            raise DataError(f"Could not read {shorten(path)}: its compression method is not numpy's.")
         if member.file_size > packed * min(member.compress_size, size):
-            raise DataError(f"Could not read {shorten(path)}: it cannot hold the {member.file_size:,} bytes it states.")
+            raise DataError(f"Could not read {shorten(path)}: it is too short for {member.file_size:,} bytes.")
         with archive.open(member) as content:
             return _read_npy(path, content, member.file_size)
 
 
 def _read_npy(path: Path, file: IO[bytes], size: int) -> np.ndarray:
-    """The array of an opened .npy file of that size, which may be a member of an archive."""
+    """The array of an open .npy file of that size, which can be a member of an archive."""
     header: Any = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in header:
-        raise DataError(f"Could not read {shorten(path)}: arrays of .npy version {version} are not numbers.")
+        raise DataError(f"Could not read {shorten(path)}: .npy version {version} is not supported.")
     shape, by_column, dtype = header[version](file)
     if dtype.kind not in "fiu":
-        raise DataError(f"{shorten(path)} holds values of type {shorten(dtype)}; numbers are needed.")
+        raise DataError(f"{shorten(path)} must hold numbers; its dtype is {shorten(dtype)}.")
     if any(side < 0 for side in shape):
         raise DataError(f"Could not read {shorten(path)}: its shape is {shorten(shape)}.")
     _check_size(path, shape, dtype.itemsize, size - file.tell())

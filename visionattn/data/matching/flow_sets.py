@@ -1,12 +1,12 @@
-"""Folders of image pairs with true optical flow, as their data sets lay them out.
+"""Folders of image pairs with ground-truth optical flow, in the layouts of their datasets.
 
-| layout | data set | first, second | truth | seen in both |
+| layout | dataset | first, second | ground truth | non-occluded |
 | --- | --- | --- | --- | --- |
 | sintel | MPI Sintel | clean/ and final/SCENE/frame_N.png, the next | flow/SCENE/frame_N.flo | occlusions/ |
 | chairs | FlyingChairs | N_img1.ppm, N_img2.ppm | N_flow.flo | where the match is inside |
 | kitti | KITTI 2015, 2012 | image_2/ or colored_0/N_10.png, N_11.png | flow_occ/N_10.png | flow_noc/ |
 
-The folder may be that of `training` or `data`, or above it. The truth is from the first image to the second alone.
+The folder can be `training` or `data`, or its parent. The ground truth is from the first image to the second only.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = ["FLOW_LAYOUTS", "FlowScene", "find_flow_scenes"]
 
 @dataclass(frozen=True)
 class FlowScene:
-    """A pair's files.
+    """The files of a pair.
 
     Attributes:
-        name: As a table calls it.
-        first: Image.
-        second: Image.
+        name: Name in tables.
+        first: First image.
+        second: Second image.
         truth: Flow from the first to the second.
-        hidden: Image that is not 0 where the second does not show a pixel of the first.
-        shown: Flow that is known only where it does.
-        invalid: Image that is not 0 where the truth does not count.
+        hidden: Image that is not 0 where a pixel of the first is occluded in the second.
+        shown: Flow that is known only where a pixel is not occluded.
+        invalid: Image that is not 0 where the ground truth is invalid.
     """
 
     name: str
@@ -49,10 +49,10 @@ class FlowScene:
     invalid: Path | None = None
 
     def read(self) -> MatchPair:
-        """Read all files; of the second image no truth is known.
+        """Read all files; the second image has no ground truth.
 
         Raises:
-            DataError: One is damaged, or sizes differ.
+            DataError: A file is damaged, or sizes differ.
         """
         views, flow = [read_rgb(path) for path in (self.first, self.second)], read_flow(self.truth)
         shapes = [array.shape[:2] for array in (*views, flow)]
@@ -83,18 +83,18 @@ class FlowScene:
 
 
 def find_flow_scenes(folders: str | Path | Iterable[str | Path], layout: str | None = None) -> list[FlowScene]:
-    """The pairs with truth in folders, sorted by name in each.
+    """The pairs with ground truth in folders, sorted by name in each.
 
     Args:
-        folders: Data sets' folders.
-        layout: One of `FLOW_LAYOUTS`; None finds out.
+        folders: Dataset folders.
+        layout: One of `FLOW_LAYOUTS`; None detects it.
 
     Raises:
-        ConfigError: There is no such layout.
-        DataError: There is no such folder, or no pair of a layout in it.
+        ConfigError: The layout is unknown.
+        DataError: A folder does not exist or holds no pair of a layout.
     """
     if layout is not None and layout not in FLOW_LAYOUTS:
-        raise ConfigError(f"There is no layout {shorten(layout)!r}. Choose from {', '.join(FLOW_LAYOUTS)}.")
+        raise ConfigError(f"layout must be one of {', '.join(map(repr, FLOW_LAYOUTS))}; got {shorten(layout)!r}.")
     scenes = []
     for folder in map(check_folder, [folders] if isinstance(folders, (str, Path)) else folders):
         finders = FLOW_LAYOUTS.values() if layout is None else [FLOW_LAYOUTS[layout]]
@@ -102,7 +102,7 @@ def find_flow_scenes(folders: str | Path | Iterable[str | Path], layout: str | N
         if not found:
             wanted = "any layout" if layout is None else f"the layout {layout}"
             raise DataError(
-                f"{shorten(folder)} holds no images with their flow in {wanted} of {', '.join(FLOW_LAYOUTS)}."
+                f"{shorten(folder)} holds no image pairs with flow in {wanted} of {', '.join(FLOW_LAYOUTS)}."
             )
         scenes += found
     return scenes

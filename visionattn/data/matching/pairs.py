@@ -1,7 +1,8 @@
-"""Pairs of views with the truth of their matches, and the geometry that keeps both true.
+"""Pairs of views with the ground truth of their matches, and geometric transforms of both.
 
-The truth is a field as `visionattn.models.match_stereo` has it: where a pixel's match lies in the other view, relative
-to itself, (x, y) in pixels. In stereo x is minus the disparity in the left view, the disparity in the right one.
+The ground truth is a field as in `visionattn.models.match_stereo`: the position of a pixel's match in the other view,
+relative to the pixel, (x, y) in pixels. In stereo x is minus the disparity in the left view and the disparity in the
+right one.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ class MatchPair(NamedTuple):
     """Both views, the left or first one first.
 
     Attributes:
-        views: (2, H, W, 3) of uint8.
-        fields: (2, H, W, 2) of float32 in pixels, NaN where the truth is not known.
-        seen: (2, H, W) of bool, what the other view sees too; False where the truth is not known.
+        views: uint8 (2, H, W, 3).
+        fields: float32 (2, H, W, 2) in pixels, NaN where the ground truth is unknown.
+        seen: bool (2, H, W), whether the other view sees the pixel too; False where the ground truth is unknown.
     """
 
     views: np.ndarray
@@ -36,14 +37,14 @@ def matches_inside(fields: np.ndarray) -> np.ndarray:
 
 
 def seen_by_order(fields: np.ndarray, tolerance: float = 1.0) -> np.ndarray:
-    """What the other view sees of a view whose stereo truth alone is known, from which pixels hide which.
+    """Which pixels the other view sees too, from the ground truth of one view alone, by the order of disparities.
 
     Args:
-        fields: (H, W, 2) with y of 0.
-        tolerance: In pixels; one that lies further in front at the same place hides.
+        fields: (H, W, 2) with y = 0.
+        tolerance: In pixels; a match in the same column that is nearer by more than this occludes a pixel.
 
     Returns:
-        (H, W) of bool: the match lies within the image, and no pixel of the row with a larger disparity has its match
+        bool (H, W): the match lies within the image, and no pixel of the row with a larger disparity has its match
         in the same column, rounded up or down.
     """
     height, width = fields.shape[:2]
@@ -65,7 +66,7 @@ def flip(pair: MatchPair, exchange: bool) -> MatchPair:
 
     Args:
         pair: A pair.
-        exchange: Exchange the views too: a mirrored stereo pair has its left camera on the right.
+        exchange: Exchange the views too: mirroring a stereo pair swaps its cameras.
     """
     mirrored = MatchPair(*(array[:, :, ::-1] for array in pair))
     fields = mirrored.fields * np.array([-1, 1], np.float32)
@@ -77,12 +78,12 @@ def _exchanged(pair: MatchPair) -> MatchPair:
 
 
 def resize(pair: MatchPair, height: int, width: int) -> MatchPair:
-    """Bring a pair to another size: views smoothly, truth from the nearest pixel, since a mean lies on no surface."""
+    """Resize a pair: views by interpolation, the field from the nearest pixel, since averages mix surfaces."""
     old_height, old_width = pair.seen.shape[1:]
     views = [
         Image.fromarray(np.ascontiguousarray(v)).resize((width, height), Image.Resampling.BILINEAR) for v in pair.views
     ]
-    # The nearest pixel lies beside the new one's centre, and so does its match: the field between both is kept.
+    # The nearest pixel is offset from the new one's centre, and so is its match: the difference of both is kept.
     row = ((np.arange(height) + 0.5) * (old_height / height)).astype(np.int64)
     column = ((np.arange(width) + 0.5) * (old_width / width)).astype(np.int64)
     nearest = np.ix_(np.arange(2), row, column)
@@ -91,7 +92,7 @@ def resize(pair: MatchPair, height: int, width: int) -> MatchPair:
 
 
 def crop(pair: MatchPair, top: int, left: int, height: int, width: int) -> MatchPair:
-    """Cut the same window out of both views; pixels whose match is cut off are seen no longer."""
+    """Cut the same window out of both views; pixels whose match is cut off are no longer marked as seen."""
     window = np.s_[:, top : top + height, left : left + width]
     cut = MatchPair(*(array[window] for array in pair))
     return cut._replace(seen=cut.seen & matches_inside(cut.fields))

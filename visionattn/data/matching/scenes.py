@@ -1,17 +1,17 @@
-"""Stereo pairs, and pairs for optical flow, with exact truth, made from nothing: random scenes of surfaces.
+"""Stereo and optical-flow pairs with exact ground truth, generated from random scenes of surfaces.
 
 A scene is a background of one to three planes (a wall, a floor), and objects before it: planes at all slants, curved
-surfaces, thin bars, fences, rings and leaves, with textures of `visionattn.data.matching.textures` or photographs, of
-which some repeat, some have hardly any contrast, and some reflect a light that lies elsewhere than they do. Both views
-are drawn from the surfaces themselves (`visionattn.data.matching.surfaces`): disparities are of no grid and exact, the
-nearest surface hides the others, and what a view alone sees is known, not guessed from the truth. A pixel at an outline
-mixes two surfaces; its truth is that of the one with more than half of it.
+surfaces, thin bars, fences, rings and leaves, with textures of `visionattn.data.matching.textures` or photographs.
+Some textures repeat, some have hardly any contrast, and some reflect a light at another depth than the surface. Both
+views are drawn from the surfaces themselves (`visionattn.data.matching.surfaces`): disparities are continuous and
+exact, the nearest surface occludes the others, and occlusion is computed, not estimated from the ground truth. A pixel
+at an outline mixes two surfaces; its ground truth is that of the surface that covers more than half of it.
 
-Then each view gets an exposure, colours, a blur, noise and 256 levels of its own, and the right one of a stereo pair
-can be a little too high or low and turned, as after an imperfect rectification: by less than a pixel or so, which the
-truth leaves out, as that of real data sets does.
+Then each view gets its own exposure, colours, blur, noise and 256 levels, and the right one of a stereo pair
+can be shifted vertically and turned a little, as after an imperfect rectification: by less than a pixel or so. The
+ground truth ignores this, as that of real datasets does.
 
-Everything about a sample follows from seed, epoch and index.
+Every sample is a function of seed, epoch and index.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from visionattn.errors import ConfigError
 
 __all__ = ["GeneratedPairs", "Look", "Scene", "draw_scene", "photograph_views", "render"]
 
-# By what share of it the disparity of an object varies.
+# Range of the relative variation of an object's disparity.
 RELIEF = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """How a surface looks.
+    """Appearance of a surface.
 
     Attributes:
         texture: (3, h, w) around 0.
-        density: Texture pixels a pixel of the view, about one at most.
-        angle: Of the texture to the surface.
+        density: Texture pixels per pixel of the view, about one at most.
+        angle: Angle between texture and surface.
         offset: Texture pixel at the origin, (2,).
-        colours: (3, 3), what each of the texture's channels adds to RGB.
+        colours: (3, 3), contribution of each texture channel to RGB.
         base: RGB in 0..1.
-        gradient: By how much the brightness changes a pixel along a and b.
+        gradient: Change of brightness per pixel along a and b.
         glint: Strength of a reflected light; 0 for none.
-        glint_place: Its centre on the surface, its radius, and how far apart the views see it beyond the surface.
+        glint_place: Its centre on the surface, its radius, and its extra disparity beyond that of the surface.
     """
 
     texture: torch.Tensor
@@ -78,7 +78,7 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Surfaces and how they look, one `Look` a surface; backgrounds first."""
+    """Surfaces and their appearance, one `Look` per surface; backgrounds first."""
 
     surfaces: Sequence[Surface]
     looks: Sequence[Look]
@@ -94,11 +94,11 @@ def draw_scene(
     """Draw a random scene.
 
     Args:
-        rng: Draws all.
+        rng: Random generator.
         size: Height and width of the views.
-        max_disparity: Largest disparity, or length of motion, in pixels; scenes have less of it too.
-        photographs: Picture files to use as textures beside procedural ones.
-        flow: Let surfaces move in two dimensions instead of showing depth.
+        max_disparity: Largest disparity, or length of motion, in pixels; many scenes stay below it.
+        photographs: Image files to use as textures, next to procedural ones.
+        flow: Move surfaces in two dimensions instead of showing depth.
     """
     height, width = size
     reach = float(np.exp(rng.uniform(np.log(min(8.0, max_disparity)), np.log(max_disparity))))
@@ -118,11 +118,11 @@ def draw_scene(
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int], reach: float) -> list[Surface]:
-    """A wall, often a floor, and sometimes a second wall; planes, whose disparity is positive all over the views."""
+    """A wall, often a floor, and sometimes a second wall: planes whose disparity is positive in both whole views."""
     height, width = size
     middle = np.array([width / 2, height / 2])
     wall = reach * rng.uniform(0.02, 0.5)
-    # Over half of the views and what the other view sees beyond them.
+    # Keeps the disparity positive over half the view and what the other view sees beyond it.
     across, down = (wall * rng.uniform(-0.6, 0.6) * rng.uniform() / side for side in (width / 2 + reach, height))
     planes = [Surface(middle, (0, 0, 0, across, down, wall))]
     if rng.random() < 0.6:
@@ -138,7 +138,7 @@ def _background(rng: np.random.Generator, size: tuple[int, int], reach: float) -
 
 
 def _relief(rng: np.random.Generator, shape: Shape, near: float) -> Quadric:
-    """A, B, D, E, F, C of an object: flat, slanted or curved, and never so steep that a view sees its back."""
+    """A, B, D, E, F, C of an object: flat, slanted or curved, but never so steep that a view sees its back."""
     r = shape.reach
     slant = rng.uniform(0, 0.5) if rng.random() < 0.7 else 0.0
     turn = rng.uniform(0, 2 * np.pi)
@@ -147,7 +147,7 @@ def _relief(rng: np.random.Generator, shape: Shape, near: float) -> Quadric:
         # A dome or a hollow, a cylinder, a saddle.
         forms = (np.array([1.0, 0, 1]), np.array([1.0, 0, 0]), rng.uniform(-1, 1, 3))
         bend = forms[rng.integers(3)] * rng.uniform(-0.25, 0.25) / r
-    # A steep large object would reach beyond the range, or behind the cameras.
+    # A steep large object would exceed the disparity range, or reach behind the cameras.
     steepest = RELIEF * near / max(slant * r + np.abs(bend).sum() * r * r, 1e-6)
     slant, bend = slant * min(1, steepest), bend * min(1, steepest)
     A, B, D = map(float, bend)
@@ -162,7 +162,7 @@ def _moving_background(rng: np.random.Generator, size: tuple[int, int], reach: f
 def _moving(
     rng: np.random.Generator, origin: np.ndarray, shape: Shape | None, reach: float, nearness: float, turn: float = 0.3
 ) -> Surface:
-    """A surface that is shifted, turned, enlarged and, where it is an object, bent."""
+    """A surface that is shifted, turned, enlarged and, for an object, bent."""
     direction, angle = rng.uniform(0, 2 * np.pi, 2)
     length = reach * rng.uniform()
     rotation, zoom, *shear = rng.uniform(-turn, turn, 4) * rng.uniform()
@@ -207,7 +207,7 @@ def _look(rng: np.random.Generator, scale: float, photographs: Sequence[Path], b
     number = int(rng.integers(len(photographs) if picture else POOL))
     texture = photograph(photographs[number]) if picture else procedural(number)
     if picture:
-        # From a picture that fills a third of the view to one that is larger than it.
+        # From an image that fills a third of the view to one that is larger than the view.
         density = min(texture.shape[1:]) / (scale * rng.uniform(0.3, 1.5))
         contrast, mixed = rng.uniform(0.15, 0.28), 0.1
     else:
@@ -226,10 +226,11 @@ def _look(rng: np.random.Generator, scale: float, photographs: Sequence[Path], b
 
 
 def render(scene: Scene, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw both views as perfect cameras would.
+    """Draw both views as ideal cameras would.
 
     Returns:
-        Views (2, H, W, 3) of float32, about 0..1; fields (2, H, W, 2) of float32; what the other view sees (2, H, W).
+        Views float32 (2, H, W, 3), about 0..1; fields float32 (2, H, W, 2); whether the other view sees each pixel,
+        (2, H, W).
     """
     height, width = size
     y, x = (axis.ravel() for axis in np.mgrid[:height, :width].astype(np.float64))
@@ -267,20 +268,20 @@ def _draw(scene: Scene, found: Seen, x: np.ndarray, y: np.ndarray, s: float) -> 
 
 
 class GeneratedPairs(Dataset):
-    """Random scenes as `MatchPair`s; a sample follows from seed, epoch and index, whatever process draws it.
+    """Random scenes as `MatchPair`s; a sample is a function of seed, epoch and index, in any process.
 
     Args:
-        length: Pairs an epoch.
+        length: Pairs per epoch.
         size: Height and width of the views.
         max_disparity: Largest disparity, or motion, in pixels.
-        photographs: Folders of pictures to use as textures beside procedural ones.
-        flow: Make pairs for optical flow.
-        rectification: Largest vertical error of the right view in pixels; half of the pairs have one. Not for flow.
-        seed: Of everything.
+        photographs: Folders of images to use as textures, next to procedural ones.
+        flow: Generate pairs for optical flow.
+        rectification: Largest vertical error of the right view in pixels, applied to half of the pairs; stereo only.
+        seed: Seed of all random draws.
 
     Raises:
-        ConfigError: The largest disparity does not lie between 1 pixel and the width.
-        DataError: There is no such folder, or no picture in it.
+        ConfigError: The largest disparity is not between 1 pixel and the width.
+        DataError: A folder does not exist or holds no image.
     """
 
     def __init__(
@@ -294,7 +295,7 @@ class GeneratedPairs(Dataset):
         seed: int = 0,
     ) -> None:
         if not 1 <= max_disparity <= size[1]:
-            raise ConfigError(f"The largest disparity of views {size[1]} wide is 1 to {size[1]}, not {max_disparity}.")
+            raise ConfigError(f"max_disparity must be between 1 and the width ({size[1]}); got {max_disparity}.")
         self.length = length
         self.size = size
         self.max_disparity = max_disparity
@@ -319,7 +320,7 @@ class GeneratedPairs(Dataset):
 
 
 def _turned(view: np.ndarray, shift: float, slope: float) -> np.ndarray:
-    """Move each column down by `shift`, and `slope` more at its right side, less at its left one: (H, W, 3), pixels."""
+    """Move each column down by `shift`, plus `slope` at the right edge and minus it at the left: (H, W, 3), pixels."""
     height, width = view.shape[:2]
     x = torch.linspace(-1, 1, width)
     y = torch.arange(height)[:, None] - (shift + slope * x)
@@ -330,14 +331,14 @@ def _turned(view: np.ndarray, shift: float, slope: float) -> np.ndarray:
 
 
 def photograph_views(views: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Take pictures of both views with two cameras: alike in half of the pairs, each in its own way in the others.
+    """Simulate two cameras: identical in half of the pairs, different in the others.
 
     Args:
-        views: (2, H, W, 3) of float32, about 0..1.
-        rng: Draws the cameras.
+        views: float32 (2, H, W, 3), about 0..1.
+        rng: Random generator of the cameras.
 
     Returns:
-        (2, H, W, 3) of uint8, after exposure, colours, gamma, blur and noise.
+        uint8 (2, H, W, 3), after exposure, colours, gamma, blur and noise.
     """
     apart = 1.0 if rng.random() < 0.5 else 0.1
     exposure = np.exp(rng.normal(0, 0.12) + apart * rng.normal(0, 0.06, (2, 1, 1, 1)))

@@ -1,19 +1,19 @@
-"""Folders of stereo pairs with true disparities, as their data sets lay them out.
+"""Folders of stereo pairs with ground-truth disparities, in the layouts of their datasets.
 
-| layout | data sets | left, right | truth | seen in both views |
+| layout | datasets | left, right | ground truth | non-occluded |
 | --- | --- | --- | --- | --- |
 | middlebury | Middlebury 2014, 2021 and evaluation 3, ETH3D | im0, im1 | disp0.pfm or disp0GT.pfm | mask0nocc.png |
 | middlebury2006 | Middlebury 2005, 2006 | view1, view5 | disp1.png | by disp5.png |
 | middlebury2003 | Middlebury 2003 | im2, im6 | disp2.png | by disp6.png |
 | kitti2015 | KITTI 2015 | image_2/, image_3/ | disp_occ_0/ | disp_noc_0/ |
 | kitti2012 | KITTI 2012 | colored_0/, colored_1/, or image_0/, image_1/ | disp_occ/ | disp_noc/ |
-| pairs | one's own | left, right | disp_left | nonocc.png, or by disp_right |
+| pairs | your own | left, right | disp_left | nonocc.png, or by disp_right |
 | sceneflow, fsd, booster, spring | | see `visionattn.data.matching.stereo_sets` | | |
 
-KITTI's files lie in folders by kind, those of the others in a folder for each scene. Where the truth of the right view
-says what is seen in both, it is within a pixel of the left view's at the match. PNGs hold the disparity times a factor
-that the file does not state. It is given, for all scenes or for each; otherwise it is KITTI's 256 for 16 bits, and for
-8 bits it goes by the height in the two layouts of Middlebury that have 8 bits. What was assumed is in a pair's notes.
+KITTI's files are in one folder per kind, those of the others in one folder per scene. If the right ground truth
+decides which pixels are non-occluded, it must be within a pixel of the left one at the match. PNGs hold the disparity
+times a factor that the file does not state. It is given, for all scenes or for each; otherwise it is KITTI's 256 for
+16 bits, and depends on the height in the two 8-bit layouts of Middlebury. A pair's notes say what was assumed.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from visionattn.errors import ConfigError, DataError, shorten
 
 __all__ = ["LAYOUTS", "Scene", "StereoPair", "find_scenes", "summarize", "with_factors"]
 
-# Names without suffix: left, right, truths of the left view, truths of the right view.
+# Names without suffix: left, right, ground truths of the left view, ground truths of the right view.
 SCENE_LAYOUTS = {
     "middlebury": ("im0", "im1", ("disp0", "disp0GT"), ("disp1", "disp1GT"), "mask0nocc"),
     "middlebury2006": ("view1", "view5", ("disp1",), ("disp5",), None),
     "middlebury2003": ("im2", "im6", ("disp2",), ("disp6",), None),
     "pairs": ("left", "right", ("disp_left",), ("disp_right",), "nonocc"),
 }
-# Folders: left, right, truth, truth of what both views see.
+# Folders: left, right, ground truth, ground truth of non-occluded pixels.
 KITTI_LAYOUTS = {
     "kitti2015": [("image_2", "image_3", "disp_occ_0", "disp_noc_0")],
     "kitti2012": [("colored_0", "colored_1", "disp_occ", "disp_noc"), ("image_0", "image_1", "disp_occ", "disp_noc")],
 }
-# Factor of 8 bits by the image's height: full, half, third and quarter size of 2003, 2005 and 2006; tsukuba of 2001.
+# Factor of 8-bit files by image height: full, half, third and quarter size of 2003, 2005 and 2006; tsukuba of 2001.
 FACTORS = {
     layout: {1500: 1.0, 750: 2.0, 375: 4.0, 1110: 1.0, 555: 2.0, 370: 3.0, 288: 16.0}
     for layout in ("middlebury2003", "middlebury2006")
@@ -56,21 +56,21 @@ def find_scenes(
     layout: str | None = None,
     factor: float | Mapping[str, float] | None = None,
 ) -> list[Scene]:
-    """The scenes with truth in folders, sorted by name in each.
+    """The scenes with ground truth in folders, sorted by name in each.
 
     Args:
-        folders: A data set's folder (of KITTI, that of `training` or above it), or that of a scene.
-        layout: One of `LAYOUTS`; None finds out.
-        factor: By which the numbers of PNGs, of 8 or 16 bits, are larger than disparities: one for all scenes, or some
-            scenes' by their names. None takes KITTI's 256 for 16 bits, and Middlebury's by the height for 8 bits in the
-            layouts middlebury2003 and middlebury2006; elsewhere there is none to take.
+        folders: Dataset folders (for KITTI, `training` or its parent), or a scene's folder.
+        layout: One of `LAYOUTS`; None detects it.
+        factor: Scale factor of 8- and 16-bit PNG disparities: one for all scenes, or one per scene name for some of
+                them. None uses KITTI's 256 for 16 bits, and Middlebury's by height for 8 bits in the
+                layouts middlebury2003 and middlebury2006; other 8-bit files have no default.
 
     Raises:
-        ConfigError: There is no such layout, no scene of a name that has a factor, or a factor is not above 0.
-        DataError: There is no such folder, or no scene of a layout in it.
+        ConfigError: The layout is unknown, a factor names no scene, or a factor is not above 0.
+        DataError: A folder does not exist or holds no scene of a layout.
     """
     if layout is not None and layout not in LAYOUTS:
-        raise ConfigError(f"There is no layout {shorten(layout)!r}. Choose from {', '.join(LAYOUTS)}.")
+        raise ConfigError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}; got {shorten(layout)!r}.")
     scenes: list[Scene] = []
     for folder in map(check_folder, [folders] if isinstance(folders, (str, Path)) else folders):
         found: list[Scene] = []
@@ -84,7 +84,7 @@ def find_scenes(
         else:
             wanted = "any layout" if layout is None else f"the layout {layout}"
             raise DataError(
-                f"{shorten(folder)} holds no stereo pair with its truth in {wanted} of {', '.join(LAYOUTS)}."
+                f"{shorten(folder)} holds no stereo pair with ground truth in {wanted} of {', '.join(LAYOUTS)}."
             )
         scenes += found
     names = {scene.name for scene in scenes}
@@ -97,7 +97,7 @@ def find_scenes(
 
 
 def with_factors(scenes: Iterable[Scene], factor: float | Mapping[str, float] | None) -> list[Scene]:
-    """Scenes whose factor is stated, for all or by their names; others keep theirs.
+    """Set the factor of scenes, for all or by name; others keep theirs.
 
     Raises:
         ConfigError: A factor is not above 0.
@@ -105,13 +105,13 @@ def with_factors(scenes: Iterable[Scene], factor: float | Mapping[str, float] | 
     by_name = factor if isinstance(factor, Mapping) else {}
     for value in by_name.values() if isinstance(factor, Mapping) else [factor]:
         if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"The factor of disparities is {value}; it must be a finite number above 0.")
+            raise ConfigError(f"The factor of disparities must be a finite number above 0; got {value}.")
     common = None if isinstance(factor, Mapping) else factor
     return [replace(scene, factor=by_name.get(scene.name, common or scene.factor)) for scene in scenes]
 
 
 def summarize(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """Notes of many scenes, pairs of a scene's name and a note, as one line for each note."""
+    """Merge notes, pairs of a scene name and a note, into one line per distinct note."""
     scenes: dict[str, list[str]] = {}
     for name, note in notes:
         scenes.setdefault(note, []).append(name)

@@ -1,4 +1,4 @@
-"""A stereo pair's files: which they are, and reading them."""
+"""The files of a stereo pair, and reading them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from visionattn.errors import DataError, InputError, shorten
 __all__ = ["KITTI_FACTOR", "Scene", "StereoPair", "check_folder", "files_below", "read_mask"]
 
 KITTI_FACTOR = 256.0
-"""By which the numbers of a PNG of 16 bits are larger than disparities, where nothing else is said."""
+"""Scale factor of disparities in 16-bit PNGs, unless stated otherwise."""
 
 
 @dataclass(frozen=True)
 class StereoPair:
-    """A scene's arrays.
+    """The arrays of a scene.
 
     Attributes:
-        left: (H, W, 3) of uint8.
+        left: uint8 (H, W, 3).
         right: Likewise.
-        truth: (H, W) of float32, disparity of the left view in pixels, NaN where it is not known.
-        nonocc: (H, W) of bool, what the right view sees too; None where the data set does not say.
-        right_truth: (H, W), disparity of the right view likewise; None where the data set has none.
-        notes: What was assumed of the files, in words.
+        truth: float32 (H, W), ground-truth disparity of the left view in pixels, NaN where unknown.
+        nonocc: bool (H, W), whether the right view sees the pixel too; None if the dataset does not say.
+        right_truth: (H, W), ground-truth disparity of the right view; None if the dataset has none.
+        notes: Assumptions about the files, as sentences.
     """
 
     left: np.ndarray
@@ -45,19 +45,19 @@ class StereoPair:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene's files.
+    """The files of a scene.
 
     Attributes:
-        name: As a table calls it.
-        left: Image.
-        right: Image.
+        name: Name in tables.
+        left: Left image.
+        right: Right image.
         truth: Disparity of the left view.
-        right_truth: Disparity of the right view, where there is one.
-        nonocc: Image that is 255 where both views see a pixel, or a disparity that is 0 elsewhere.
-        factor: By which the numbers of PNGs are larger than disparities; None takes KITTI's 256 for 16 bits, and for 8
-            bits what `factors` has.
-        decode: Reads a file of disparities as (H, W) of float32, NaN where there is none; None goes by the suffix.
-        factors: Factor of PNGs of 8 bits by the image's height, where the data set has fixed sizes; empty knows none.
+        right_truth: Disparity of the right view, if there is one.
+        nonocc: Image that is 255 at non-occluded pixels, or a disparity that is 0 at all others.
+        factor: Scale factor of disparities in PNGs; None uses KITTI's 256 for 16 bits and
+                `factors` for 8 bits.
+        decode: Reads a disparity file as float32 (H, W), NaN where there is none; None decides by suffix.
+        factors: Factor of 8-bit PNGs by image height, if the dataset has fixed sizes; otherwise empty.
     """
 
     name: str
@@ -74,11 +74,11 @@ class Scene:
         """Read all files.
 
         Raises:
-            DataError: One is damaged, sizes differ, or the factor of 8 bits is not known.
+            DataError: A file is damaged, sizes differ, or the factor of an 8-bit file is unknown.
             InputError: The factor is not a finite number above 0.
         """
         if self.factor is not None and not 0 < self.factor < math.inf:
-            raise InputError(f"The factor of {shorten(self.name)} is {self.factor}; it must be a number above 0.")
+            raise InputError(f"The factor of {shorten(self.name)} must be a number above 0; got {self.factor}.")
         notes: dict[str, None] = {}
         left, right = read_rgb(self.left), read_rgb(self.right)
         truth, nonocc, right_truth = self._read(self.truth, notes), None, None
@@ -100,10 +100,10 @@ class Scene:
         return StereoPair(left, right, truth, nonocc, right_truth, tuple(notes))
 
     def assumed(self) -> list[str]:
-        """What is assumed of the numbers in its PNGs, in words, from their headers alone.
+        """Assumptions about the values of its PNGs, as sentences, from their headers alone.
 
         Raises:
-            DataError: A header is damaged, or the factor of 8 bits is not known.
+            DataError: A header is damaged, or the factor of an 8-bit file is unknown.
         """
         notes: dict[str, None] = {}
         for path in (self.truth, self.right_truth):
@@ -118,35 +118,35 @@ class Scene:
         return read_disparity(path) if self.decode is None else self.decode(path)
 
     def _scales(self, path: Path, notes: dict[str, None]) -> bool:
-        """Whether a factor counts for a file; a note where one is given and does not."""
+        """Whether a factor applies to a file; adds a note if one is given but not used."""
         if self.decode is None and path.suffix.lower() == ".png":
             return True
         if self.factor is not None:
-            notes[f"{shorten(path.name)} holds pixels, so that the factor {self.factor:g} is not used"] = None
+            notes[f"{shorten(path.name)} holds disparities in pixels: the factor {self.factor:g} is not used"] = None
         return False
 
     def _factor(self, path: Path, is_8_bit: bool, height: int, notes: dict[str, None]) -> float:
-        """By which the numbers of a PNG are larger than disparities; a note where that is assumed."""
+        """Scale factor of disparities in a PNG; adds a note if it is assumed."""
         if self.factor is not None:
             return self.factor
         if not is_8_bit:
-            notes[f"disparities of 16 bits are divided by {KITTI_FACTOR:g}, as KITTI's are"] = None
+            notes[f"16-bit disparities are divided by {KITTI_FACTOR:g}, as in KITTI"] = None
             return KITTI_FACTOR
         if height not in self.factors:
             raise DataError(
-                f"{shorten(path)} holds disparities in 8 bits times a factor that it does not say: give --factor F for "
+                f"{shorten(path)} holds 8-bit disparities with an unknown scale factor: give --factor F for "
                 f"all scenes, or --factor {shorten(self.name, 40)}=F (factor= in Python, data.factor in training)."
             )
         factor = self.factors[height]
-        notes[f"disparities of 8 bits are divided by {factor:g}, as Middlebury's of {height} rows are"] = None
+        notes[f"8-bit disparities are divided by {factor:g}, as in Middlebury at {height} rows"] = None
         return factor
 
 
 def check_folder(path: str | Path) -> Path:
-    """The folder of a data set.
+    """The folder of a dataset.
 
     Raises:
-        DataError: There is none, or it cannot be reached.
+        DataError: It does not exist or cannot be read.
     """
     try:
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)
@@ -161,7 +161,7 @@ def check_folder(path: str | Path) -> Path:
 
 
 def files_below(folder: Path, pattern: str) -> list[Path]:
-    """The files anywhere below a folder that end as the pattern does, such as `left/*.pfm`, without hidden ones.
+    """The files anywhere below a folder that match the end of a pattern, such as `left/*.pfm`, without hidden ones.
 
     Raises:
         DataError: A folder below cannot be read.
@@ -179,12 +179,12 @@ def files_below(folder: Path, pattern: str) -> list[Path]:
 
 
 def read_mask(path: str | Path, above: int = 128) -> np.ndarray:
-    """Read an image that marks pixels: (H, W) of bool.
+    """Read an image that marks pixels: bool (H, W).
 
     Args:
-        path: The image. Colours become grey, transparency counts for nothing.
-        above: The largest grey value of 8 bits that marks nothing; Middlebury has 128 for occluded. With more bits it
-            is 0.
+        path: The image. Colours are converted to grey, transparency is ignored.
+        above: Pixels are marked if their 8-bit grey value exceeds this; Middlebury uses 128 for occluded. With more
+            bits it is 0.
 
     Raises:
         DataError: The file is damaged or not an image.
@@ -195,9 +195,9 @@ def read_mask(path: str | Path, above: int = 128) -> np.ndarray:
 
 
 def _consistent(truth: np.ndarray, right_truth: np.ndarray) -> np.ndarray:
-    """Where the right view's truth at the match is within a pixel of the left view's."""
+    """Where the right ground truth at the match is within a pixel of the left one."""
     width = truth.shape[1]
-    # Beyond the width there is no match; larger numbers would not fit an integer.
+    # No match lies beyond the width; larger numbers would overflow the integer.
     match = np.arange(width) - np.rint(np.nan_to_num(truth).clip(-width, width)).astype(np.int64)
     found = np.take_along_axis(right_truth, match.clip(0, width - 1), 1)
-    return (match >= 0) & (match < width) & (np.abs(truth - found) <= 1)  # NaN is not near anything
+    return (match >= 0) & (match < width) & (np.abs(truth - found) <= 1)  # False for NaN

@@ -1,15 +1,15 @@
-"""The large stereo data sets, whose files lie in parallel trees: SceneFlow, FSD, Booster and Spring.
+"""Large stereo datasets with parallel folder trees: SceneFlow, FSD, Booster and Spring.
 
-| layout | data set | left, right | truth |
+| layout | dataset | left, right | ground truth |
 | --- | --- | --- | --- |
 | sceneflow | SceneFlow | frames_*pass/.../left/N.png, right/ | disparity/.../left/N.pfm, right/ |
 | fsd | FSD | left/rgb/N.jpg, right/rgb/ | left/disparity/N.png |
 | booster | Booster | camera_00/im*.png, camera_02/ | disp_00.npy, disp_02.npy |
 | spring | Spring | frame_left/frame_left_N.png, frame_right/ | disp1_left/*_N.dsp5, disp1_right/ |
 
-SceneFlow's right truth has its sign turned if it is negative. FSD's PNGs have thousandths of a pixel in three digits to
-the base of 255. Booster's images of a scene differ in their light, its 0 is no value, and mask_00.png says what both
-views see. Spring's truth has twice the images' size; the pixel above and to the left of each four is read.
+Negative right disparities of SceneFlow change sign. FSD's PNGs hold thousandths of a pixel as three digits in
+base 255. Booster's images of a scene differ in lighting, 0 is no value, and mask_00.png marks non-occluded
+pixels. Spring's ground truth has twice the images' size; the upper left pixel of each four is read.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ SET_LAYOUTS: dict[str, Callable[[Path], Iterator[Scene]]] = {
 
 
 def _image(path: Path) -> Path | None:
-    """The image of a name without suffix."""
+    """The image of that name without suffix."""
     paths = (path.with_name(path.name + suffix) for suffix in SUFFIXES)
     return next((found for found in paths if found.is_file()), None)
 
@@ -108,7 +108,7 @@ def _without_zeros(path: Path) -> np.ndarray:
 def _three_digits(path: Path) -> np.ndarray:
     image = open_image(path, ["PNG"])
     if image.mode not in ("RGB", "RGBA"):
-        raise DataError(f"{shorten(path)} is no PNG of three channels, as FSD's disparities are.")
+        raise DataError(f"{shorten(path)} is not a PNG with three channels, as in FSD.")
     digits = np.asarray(image.convert("RGB"), np.float32)
     values = digits @ np.array([255 * 255, 255, 1], np.float32) / 1000
     return np.where(values > 0, values, np.float32(np.nan))
@@ -118,17 +118,17 @@ def _every_second(path: Path) -> np.ndarray:
     try:
         import h5py
     except ImportError as error:
-        raise MissingPackageError(f"{shorten(path)} is of HDF5: pip install h5py.") from error
+        raise MissingPackageError(f"{shorten(path)} is an HDF5 file, which needs h5py: pip install h5py.") from error
     try:
         with h5py.File(path) as file:
             stored = file["disparity"]
             if len(stored.shape) != 2 or stored.dtype.kind not in "fiu" or stored.size > 4 * MAX_PIXELS:
-                raise DataError(f"{shorten(path)} holds {stored.dtype} of {stored.shape}; a disparity is (H, W).")
+                raise DataError(f"{shorten(path)} must hold a disparity (H, W); it has {stored.dtype} {stored.shape}.")
             with np.errstate(over="ignore"):
                 values = stored[::2, ::2].astype(np.float32)
     except VisionAttnError:
         raise
     except Exception as error:
-        # Broken files make HDF5 raise nearly anything, as does a group in the place of an array.
+        # h5py raises almost any exception for damaged files, and for a group instead of an array.
         raise DataError(f"Could not read {shorten(path)}: {shorten(error).rstrip('.')}.") from error
     return np.where(np.isfinite(values), values, np.float32(np.nan))

@@ -1,22 +1,22 @@
-r"""Surfaces whose place in two views has a closed form, and which of them each view sees.
+r"""Surfaces whose position in two views has a closed form, and which of them each view sees.
 
-Between the views, at s = 0, lies a middle one. A surface is a function m of two coordinates (a, b) in pixels around its
-origin o there, along orthogonal unit vectors e and n, and view s (1/2 the left or first, -1/2 the right or second) has
+A middle view lies between the views, at s = 0. A surface is a function m of two coordinates (a, b) in pixels around its
+origin o there, along orthogonal unit vectors e and n. View s (1/2 the left or first, -1/2 the right or second) shows
 its point (a, b) at
 
     p = o + w + s (L w + t)         w = (a + s m(a, b)) e + b n         m = A a^2 + B a b + D b^2 + E a + F b + C
 
-In stereo e = (1, 0), L = 0 and t = 0, so that m is the disparity, half of which each view has: quadratic in the pixels
-of the middle view for planes (A = B = D = 0) and curved surfaces. In optical flow m bends the motion of the surface,
-whose affine part are L and t. The other way, from a pixel of view s to the surface,
+In stereo e = (1, 0), L = 0 and t = 0, so that m is the disparity, half of which applies to each view: quadratic in the
+pixels of the middle view for planes (A = B = D = 0) and curved surfaces. In optical flow m bends the motion of the
+surface, whose affine part is L and t. Conversely, from a pixel of view s to the surface,
 
     [alpha, b] = [e, n]^T (I + s L)^-1 (p - o - s t)
     a = 2 (alpha - s c) / (g + sqrt(g^2 + 4 s A (alpha - s c)))     g = 1 + s (B b + E), c = D b^2 + F b + C
 
-which is the root that faces the view, for A = 0 too; where the square root is of nothing positive, the view does not
-see the surface. The match of a pixel in the other view is its point placed there: exact, with no search.
+the root that faces the view, also for A = 0; where the argument of the square root is not positive, the view does not
+see the surface. The match of a pixel is the position of its point in the other view: exact, with no search.
 
-Which points belong to the surface, a shape says by a signed distance in (a, b). Of the surfaces at a pixel the view
+A shape says which points belong to the surface, by a signed distance in (a, b). Of the surfaces at a pixel the view
 sees the nearest: in stereo that of the largest disparity, in flow that of the largest `nearness`.
 """
 
@@ -42,7 +42,7 @@ class Shape:
     Attributes:
         kind: One of `SHAPES`.
         half: Half the sizes along the shape's own axes, in pixels.
-        angle: Of these axes to those of the surface.
+        angle: Angle between these axes and those of the surface.
         numbers: star: amplitude and phase of waves of the radius, from the second on. ring: width in pixels. fence:
             period and width of its bars in pixels. leaves: direction, phase and wavelength in pixels of each wave.
     """
@@ -54,12 +54,12 @@ class Shape:
 
     @property
     def reach(self) -> float:
-        """No point lies further from the origin."""
+        """Largest distance of a point from the origin."""
         waves = 1 + sum(abs(wave[0]) for wave in self.numbers) if self.kind == "star" else 1.0
         return waves * float(np.hypot(*self.half))
 
     def distance(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Signed distance of points from the outline, approximate away from it, in the shape of a and b."""
+        """Signed distance of points from the outline, approximate far from it, in the shape of a and b."""
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         u, v = cos * a + sin * b, cos * b - sin * a
         hu, hv = self.half
@@ -99,11 +99,11 @@ class Surface:
     Attributes:
         origin: o in pixels of the middle view, (2,), x first.
         quadric: A, B, D, E, F, C.
-        shape: Which points belong to it; None is all, a background.
+        shape: Which points belong to it; None is all of them, for a background.
         direction: e, a unit vector.
         linear: L, (2, 2).
         shift: t in pixels, (2,).
-        nearness: Which surface is seen where several are; None takes m.
+        nearness: Decides which of several surfaces is seen; None uses m.
     """
 
     origin: np.ndarray
@@ -115,16 +115,16 @@ class Surface:
     nearness: float | None = None
 
     def m(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Along e, how far apart the views see points, in pixels."""
+        """Displacement of points between the views along e, in pixels."""
         A, B, D, E, F, C = self.quadric
         return (A * a + B * b + E) * a + (D * b + F) * b + C
 
     def near(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """How near points are, comparable with those of other surfaces only."""
+        """Nearness of points, comparable only with those of other surfaces."""
         return self.m(a, b) if self.nearness is None else np.full_like(a, self.nearness)
 
     def points(self, x: np.ndarray, y: np.ndarray, s: float) -> tuple[np.ndarray, np.ndarray]:
-        """The points (a, b) that view s has at pixels (x, y); NaN where there is none."""
+        """The points (a, b) that view s shows at pixels (x, y); NaN where there is none."""
         A, B, D, E, F, C = self.quadric
         x, y = x - (self.origin[0] + s * self.shift[0]), y - (self.origin[1] + s * self.shift[1])
         if self.linear is not None:
@@ -139,7 +139,7 @@ class Surface:
             return np.where(below > 1e-6, 2 * rest / below, np.nan), b
 
     def field(self, a: np.ndarray, b: np.ndarray, s: float) -> np.ndarray:
-        """Where the other view has points, less where view s has them, (..., 2) in pixels, x first."""
+        """Position of points in the other view minus that in view s, (..., 2) in pixels, x first."""
         m = self.m(a, b)
         (ex, ey), (tx, ty) = self.direction, self.shift
         x, y = -2 * s * (m * ex + tx), -2 * s * (m * ey + ty)
@@ -151,11 +151,11 @@ class Surface:
         return np.stack([x, y], -1)
 
     def around(self, x: np.ndarray, y: np.ndarray, s: float) -> np.ndarray:
-        """Indices of the pixels (N,) that view s may have the surface at."""
+        """Indices of the pixels (N,) at which view s may see the surface."""
         if self.shape is None:
             return np.arange(len(x))
         A, B, D, E, F, C = self.quadric
-        r = self.shape.reach + 1  # half a pixel around it is blended
+        r = self.shape.reach + 1  # the outline is blended over half a pixel
         bend = abs(s) * ((abs(A) + abs(B) + abs(D)) * r * r + (abs(E) + abs(F)) * r)
         reach = (r + bend) * (1 + (abs(s) * np.linalg.norm(self.linear, 2) if self.linear is not None else 0))
         centre = s * C * np.array(self.direction)
@@ -166,12 +166,12 @@ class Surface:
 
 
 class Seen(NamedTuple):
-    """What a view sees at N pixels.
+    """The surfaces that a view sees at N pixels.
 
     Attributes:
-        top: Number of the nearest surface, (N,).
-        second: That of the surface blended with it at an outline.
-        weight: Share of the second one in the pixel, up to a half, 0 away from outlines.
+        top: Index of the nearest surface, (N,).
+        second: Index of the surface blended with it at an outline.
+        weight: Weight of the second one in the pixel, up to 1/2, 0 away from outlines.
     """
 
     top: np.ndarray
@@ -180,7 +180,7 @@ class Seen(NamedTuple):
 
 
 def look(surfaces: Sequence[Surface], x: np.ndarray, y: np.ndarray, s: float) -> Seen:
-    """Find the nearest surface at pixels (N,) of view s; one of the surfaces is a background."""
+    """Find the nearest surface at pixels (N,) of view s; one of the surfaces must be a background."""
     near, near_second = np.full((2, len(x)), -np.inf)
     top, second = np.zeros((2, len(x)), np.int16)
     cover = np.ones(len(x))
@@ -215,18 +215,18 @@ def look(surfaces: Sequence[Surface], x: np.ndarray, y: np.ndarray, s: float) ->
 def seen_by_other(
     surfaces: Sequence[Surface], top: np.ndarray, x: np.ndarray, y: np.ndarray, fields: np.ndarray, s: float
 ) -> np.ndarray:
-    """Which pixels of view s the other one sees too.
+    """Which pixels of view s the other view sees too.
 
     Args:
         surfaces: All of them.
         top: The nearest surface at each pixel, (N,).
         x: Pixels (N,).
         y: Likewise.
-        fields: Where their matches lie, relative to them, (N, 2).
+        fields: Positions of their matches relative to them, (N, 2).
         s: The view.
 
     Returns:
-        (N,) of bool: the other view has the same surface nearest at the match. Whether the match lies within the image
-        is not asked.
+        bool (N,): the other view has the same surface nearest at the match. Whether the match lies within the image
+        is not checked.
     """
     return look(surfaces, x + fields[:, 0], y + fields[:, 1], -s).top == top

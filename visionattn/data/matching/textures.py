@@ -1,8 +1,8 @@
-"""Textures of generated scenes: procedural ones, repeatable from a number, and photographs from folders.
+"""Textures of generated scenes: procedural ones, reproducible from an index, and photographs from folders.
 
-A texture is (3, h, w) of float32 around 0, of deviation about 1. A lookup takes texture pixels from the level of a
-pyramid that has about one of them a pixel of the view, cubically: so that what is smaller than a pixel is averaged
-instead of sampled, and sub-pixel shifts look like shifts.
+A texture is float32 (3, h, w) around 0, with a standard deviation of about 1. A lookup interpolates bicubically in the
+pyramid level with about one texture pixel per pixel of the view, so that details below a pixel are averaged
+instead of aliased, and sub-pixel shifts look like shifts.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ __all__ = ["KINDS", "POOL", "level", "lookup", "photograph", "procedural"]
 
 KINDS = ("noise", "shapes", "tiles", "waves")
 POOL = 64
-"""How many procedural textures there are."""
+"""Number of procedural textures."""
 SIDE = 256
 PHOTOGRAPH_SIDE = 512
-MOST_PIXELS = 1.2  # texture pixels a pixel of the view
+MOST_PIXELS = 1.2  # texture pixels per pixel of the view
 
 
 @lru_cache(maxsize=POOL)
 def procedural(number: int) -> torch.Tensor:
-    """The texture of a number below `POOL`, (3, 256, 256); kinds take turns. Its opposite sides fit."""
+    """The texture of an index below `POOL`, (3, 256, 256); kinds alternate. Its opposite sides match."""
     rng = np.random.default_rng((number, SIDE))
     image = {"noise": _noise, "shapes": _shapes, "tiles": _tiles, "waves": _waves}[KINDS[number % len(KINDS)]](rng)
     image -= image.mean((1, 2), keepdims=True)
@@ -38,7 +38,7 @@ def procedural(number: int) -> torch.Tensor:
 
 
 def _noise(rng: np.random.Generator) -> np.ndarray:
-    """Noise whose amplitude falls with a power of the frequency, its channels alike."""
+    """Noise whose amplitude falls with a power of the frequency, correlated between channels."""
     frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE))
     frequency[0, 0] = np.inf
     spectrum = np.fft.rfft2(rng.standard_normal((3, SIDE, SIDE))) * frequency ** -rng.uniform(0.6, 1.8)
@@ -47,10 +47,10 @@ def _noise(rng: np.random.Generator) -> np.ndarray:
 
 
 def _shapes(rng: np.random.Generator) -> np.ndarray:
-    """Discs and boxes of all sizes, one over the other, as in a heap of leaves."""
+    """Discs and boxes of all sizes on top of each other, as in a heap of leaves."""
     image = np.zeros((3, SIDE, SIDE)) + rng.uniform(0, 1, (3, 1, 1))
     for size in np.sort(rng.uniform(0.02, 0.4, 180) ** 1.5 * SIDE)[::-1]:
-        around = np.arange(-int(1.5 * size) - 1, int(1.5 * size) + 2)  # the corners of a box are sqrt(2) away
+        around = np.arange(-int(1.5 * size) - 1, int(1.5 * size) + 2)  # the corners of a box are at sqrt(2)
         cx, cy = rng.integers(0, SIDE, 2)
         turn, flat = rng.uniform(0, np.pi), rng.uniform(0.3, 1)
         u = np.cos(turn) * around + np.sin(turn) * around[:, None]
@@ -63,7 +63,7 @@ def _shapes(rng: np.random.Generator) -> np.ndarray:
 
 
 def _tiles(rng: np.random.Generator) -> np.ndarray:
-    """Bricks with joints, in shades of a colour: what repeats, with small differences."""
+    """Bricks with joints, in shades of a colour: a pattern that repeats with small differences."""
     rows, columns = rng.integers(4, 25, 2)
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE
     row = np.floor(y * rows).astype(int)
@@ -88,10 +88,10 @@ def _waves(rng: np.random.Generator) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def photograph(path: Path) -> torch.Tensor:
-    """A picture file as texture, at most 512 pixels a side.
+    """An image file as texture, at most 512 pixels per side.
 
     Raises:
-        DataError: It is damaged or no picture.
+        DataError: The file is damaged or not an image.
     """
     image = Image.fromarray(read_rgb(path))
     image.thumbnail((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE), Image.Resampling.BOX)
@@ -100,7 +100,7 @@ def photograph(path: Path) -> torch.Tensor:
 
 
 def level(texture: torch.Tensor, density: float) -> tuple[torch.Tensor, float]:
-    """The level of a texture's pyramid for a density of its pixels to those of the view, and the density there."""
+    """The pyramid level for a density of texture pixels per pixel of the view, and the density there."""
     halvings = max(0, math.ceil(math.log2(density / MOST_PIXELS)))
     halvings = min(halvings, int(math.log2(min(texture.shape[1:]))) - 2)
     factor = 2**halvings
@@ -108,7 +108,7 @@ def level(texture: torch.Tensor, density: float) -> tuple[torch.Tensor, float]:
 
 
 def lookup(texture: torch.Tensor, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Colours at texture pixels (u, v), mirrored at the sides, cubically: (N,), (N,) -> (3, N)."""
+    """Colours at texture pixels (u, v), mirrored at the sides, bicubic: (N,), (N,) -> (3, N)."""
     height, width = texture.shape[1:]
     grid = np.stack([(2 * u + 1) / width - 1, (2 * v + 1) / height - 1], -1).astype(np.float32)
     found = F.grid_sample(

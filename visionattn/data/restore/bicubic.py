@@ -1,17 +1,17 @@
-"""Bicubic resizing of 8-bit images by an integer factor, as MATLAB's `imresize(image, scale)` does it.
+"""Bicubic resizing of 8-bit images by an integer factor, equal to MATLAB's `imresize(image, scale)`.
 
-Super-resolution is trained and measured on pictures that MATLAB made smaller, and other libraries' bicubic differs from
-it visibly. For an output pixel i and a factor s (> 1 enlarges), along each axis,
+Super-resolution models are trained and evaluated on images downscaled by MATLAB; bicubic resizing of other libraries
+differs visibly. For an output pixel i and a factor s (> 1 enlarges), along each axis,
 
     u = (i + 1/2) / s - 1/2                                position in the input
-    w_j = k(m (u - j)) / sum_j k(m (u - j)),  m = min(s, 1)    when shrinking, the kernel is widened by 1/s
+    w_j = k(m (u - j)) / sum_j k(m (u - j)),  m = min(s, 1)    when downscaling, the kernel is widened by 1/s
     k(x) = 3/2 |x|^3 - 5/2 |x|^2 + 1                       |x| <= 1        (Keys' kernel with a = -1/2)
          = -1/2 |x|^3 + 5/2 |x|^2 - 4 |x| + 2              1 < |x| <= 2
 
-summed over all j, the outermost pixel standing for those beyond the border. Rows are resized first, then columns, and
-the values are rounded (half up) and clipped to 0..255 after each of the two. This equals the small pictures of Set5 and
-Set14 that the literature shares (SelfExSR, Huang et al., CVPR 2015) bit for bit; newer versions of MATLAB mirror the
-border instead, which changes about three small pixels at the edge.
+summed over all j, where the outermost pixel is replicated beyond the border. Rows are resized first, then columns, and
+the values are rounded (half up) and clipped to 0..255 after each of the two. This equals the low-resolution images of
+Set5 and Set14 used in the literature (SelfExSR, Huang et al., CVPR 2015) bit for bit; newer versions of MATLAB mirror
+the border instead, which changes about three low-resolution pixels at each edge.
 
 Kernel: R. Keys, Cubic convolution interpolation for digital image processing, IEEE TASSP 1981.
 """
@@ -26,37 +26,37 @@ from visionattn.errors import InputError
 
 __all__ = ["crop_to_multiple", "downscale", "upscale"]
 
-BLOCK = 2**22  # values that are summed at a time
+BLOCK = 2**22  # values summed at a time
 
 
 def downscale(image: np.ndarray, factor: int) -> np.ndarray:
-    """Make an image smaller.
+    """Downscale an image.
 
     Args:
         image: uint8 (H, W) or (H, W, C), H and W multiples of `factor`.
-        factor: Whole number, 1 or more.
+        factor: Integer, at least 1.
 
     Returns:
         uint8 (H / factor, W / factor) or (H / factor, W / factor, C).
 
     Raises:
-        InputError: The image is not 8-bit, or its size is no multiple.
+        InputError: The image is not 8-bit, or its size is not a multiple of `factor`.
     """
     _check(image, factor)
     if image.shape[0] % factor or image.shape[1] % factor:
         raise InputError(
-            f"An image of {image.shape[0]} x {image.shape[1]} is not made {factor} times smaller: its height and width "
-            "must be multiples. crop_to_multiple() cuts the rest off."
+            f"The height and width of an image must be multiples of {factor} to be downscaled by it; got "
+            f"{image.shape[0]} x {image.shape[1]}. Use crop_to_multiple()."
         )
     return _resize(image, image.shape[0] // factor, image.shape[1] // factor)
 
 
 def upscale(image: np.ndarray, factor: int) -> np.ndarray:
-    """Make an image larger.
+    """Upscale an image.
 
     Args:
         image: uint8 (H, W) or (H, W, C).
-        factor: Whole number, 1 or more.
+        factor: Integer, at least 1.
 
     Returns:
         uint8 (H * factor, W * factor) or (H * factor, W * factor, C).
@@ -69,10 +69,10 @@ def upscale(image: np.ndarray, factor: int) -> np.ndarray:
 
 
 def crop_to_multiple(image: np.ndarray, factor: int) -> np.ndarray:
-    """Cut rows off below and columns off at the right, until height and width are multiples of `factor`.
+    """Crop rows at the bottom and columns at the right until height and width are multiples of `factor`.
 
     Raises:
-        InputError: Nothing would be left.
+        InputError: The image is smaller than `factor`.
     """
     height, width = image.shape[0] // factor * factor, image.shape[1] // factor * factor
     if not height or not width:
@@ -82,11 +82,9 @@ def crop_to_multiple(image: np.ndarray, factor: int) -> np.ndarray:
 
 def _check(image: np.ndarray, factor: int) -> None:
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
-        raise InputError(
-            f"Bicubic resizing takes 8-bit images (H, W) or (H, W, C); given was {image.dtype} {image.shape}."
-        )
+        raise InputError(f"Bicubic resizing takes 8-bit images (H, W) or (H, W, C); got {image.dtype} {image.shape}.")
     if factor < 1:
-        raise InputError(f"The factor must be 1 or more, not {factor}.")
+        raise InputError(f"The factor must be at least 1; got {factor}.")
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -103,7 +101,7 @@ def _weighted_sum(lines: np.ndarray, size: int) -> np.ndarray:
     indices, weights = _contributions(len(lines), size)
     result = np.empty((size, lines.shape[1]), np.uint8)
     block = max(BLOCK // size, 1)
-    # Sums are of float64, which of a whole large image would take eight times its memory, and more than once.
+    # Float64 sums over a whole large image would take eight times its memory, more than once: it is summed in blocks.
     for start in range(0, lines.shape[1], block):
         columns = slice(start, start + block)
         total = np.zeros_like(result[:, columns], np.float64)
@@ -115,7 +113,7 @@ def _weighted_sum(lines: np.ndarray, size: int) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def _contributions(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which input pixels make up each output pixel: indices and weights, both (taps, new)."""
+    """The input pixels of each output pixel: indices and weights, both (taps, new)."""
     scale = new / old
     shrink = min(scale, 1.0)
     centre = (np.arange(new) + 0.5) / scale - 0.5
@@ -127,7 +125,7 @@ def _contributions(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _kernel(x: np.ndarray) -> np.ndarray:
-    """Keys' cubic with a = -1/2."""
+    """Keys' cubic kernel with a = -1/2."""
     x = np.abs(x)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2

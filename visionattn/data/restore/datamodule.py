@@ -1,7 +1,7 @@
-"""Pairs of small and large pictures for super-resolution: made from large ones by MATLAB's bicubic, or given as files.
+"""Low- and high-resolution image pairs for super-resolution: downscaled by MATLAB's bicubic, or given as files.
 
-A small patch at (y, x) of the small picture belongs to the large patch at (r y, r x). The small picture is made of the
-whole large one, so that patches at its border are what a model meets there.
+A low-resolution patch at (y, x) corresponds to the high-resolution patch at (r y, r x). The whole high-resolution image
+is downscaled, so that patches at the border equal those that a model sees at test time.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from visionattn.errors import ConfigError, DataError, InputError, shorten
 
 __all__ = ["RestoreData"]
 
-# Small pixels around a patch that bicubic shrinking by any factor looks at.
+# Low-resolution pixels around a patch that bicubic downscaling by any factor depends on.
 _MARGIN = 2
 
 
 class Pair(NamedTuple):
-    """A large picture uint8 (rH, rW, 3) and its small one (H, W, 3), None where it is to be made of the large one."""
+    """A high-resolution image uint8 (rH, rW, 3) and its low-resolution one (H, W, 3), None if not yet computed."""
 
     small: np.ndarray | None
     large: np.ndarray
@@ -44,15 +44,15 @@ class PairFiles(Dataset):
     """Pairs read from files.
 
     Args:
-        large: Files of the large pictures.
-        small: Files of their small ones; None for pictures without.
+        large: High-resolution image files.
+        small: Their low-resolution files; None if there are none.
         scale: Factor r between both.
-        shrink: Make small pictures that have no file by bicubic.
-        keep: Read all files now and keep the pairs in memory, instead of reading anew each time.
+        shrink: Compute missing low-resolution images by bicubic downscaling.
+        keep: Read all files now and keep the pairs in memory, instead of reading them each time.
 
     Raises:
-        DataError: Too many pictures are unreadable, or one that is read is.
-        InputError: A small picture has not the size of its large one divided by r.
+        DataError: Too many images are unreadable, or the requested one is.
+        InputError: The size of a low-resolution image is not that of its high-resolution one divided by r.
     """
 
     def __init__(self, large: list[Path], small: list[Path] | None, scale: int, shrink: bool, keep: bool) -> None:
@@ -87,25 +87,25 @@ class PairFiles(Dataset):
         small = read_rgb(self.small[index])
         if (large.shape[0], large.shape[1]) != (self.scale * small.shape[0], self.scale * small.shape[1]):
             raise InputError(
-                f"{self.small[index]} of {small.shape[0]} x {small.shape[1]} is not {self.large[index]} of "
-                f"{large.shape[0]} x {large.shape[1]} made {self.scale} times smaller."
+                f"{self.small[index]} must be {self.large[index]} downscaled {self.scale} times; got "
+                f"{small.shape[0]} x {small.shape[1]} for {large.shape[0]} x {large.shape[1]}."
             )
         return Pair(small, large)
 
 
 class CropsByArea(Dataset):
-    """Each pair as often as its share of all pixels, `length` in all.
+    """Each pair in proportion to its number of pixels, `length` crops in all.
 
     Args:
         pairs: The pairs.
-        areas: Size of each.
-        length: Crops an epoch.
+        areas: Size of each pair.
+        length: Crops per epoch.
     """
 
     def __init__(self, pairs: PairFiles, areas: list[int], length: int) -> None:
         self.pairs = pairs
         ends = np.cumsum(areas)
-        # The middles of equal parts of the whole area.
+        # Indices of the pairs at the middles of `length` equal segments of the total area.
         self._which = np.searchsorted(ends, (np.arange(length) + 0.5) * (ends[-1] / length), side="right")
 
     def __len__(self) -> int:
@@ -116,13 +116,13 @@ class CropsByArea(Dataset):
 
 
 class Degradation:
-    """What cameras and files do to a picture: blur before it is made smaller, then noise, then JPEG.
+    """Degradations of cameras and files: blur before downscaling, then noise, then JPEG.
 
-    The strength of each is drawn anew for every patch, evenly from 0 (no change) to its maximum.
+    The strength of each is drawn for every patch, uniformly from 0 (no change) to its maximum.
 
     Args:
-        blur: Largest standard deviation of a Gaussian blur, in pixels of the large picture.
-        noise: Largest standard deviation of Gaussian noise, in levels of 255.
+        blur: Largest standard deviation of a Gaussian blur, in pixels of the high-resolution image.
+        noise: Largest standard deviation of Gaussian noise, in levels of 0..255.
         jpeg: Lowest JPEG quality, below 95; None for no JPEG.
     """
 
@@ -156,12 +156,12 @@ class Degradation:
 
 
 class RandomPatches:
-    """Draws an aligned pair of patches from a pair of pictures, in one of eight orientations.
+    """Draws an aligned pair of patches from an image pair, in one of eight orientations.
 
     Args:
-        size: Side of the small patch.
+        size: Side of the low-resolution patch.
         scale: Factor r.
-        degradation: Applied to the small patch, which is then made of the surroundings of the large one.
+        degradation: Applied to the low-resolution patch, which is then computed from the high-resolution surroundings.
     """
 
     def __init__(self, size: int, scale: int, degradation: Degradation) -> None:
@@ -185,7 +185,7 @@ class RandomPatches:
         )
 
     def _shrink(self, picture: np.ndarray, top: int, left: int) -> np.ndarray:
-        """The patch of the small picture, made of no more of the large one than it depends on."""
+        """The low-resolution patch, computed from no more of the high-resolution image than it depends on."""
         r, size = self.scale, self.size
         margin = _MARGIN + math.ceil(3 * self.degradation.blur / r)
         above, before = max(top - margin, 0), max(left - margin, 0)
@@ -203,12 +203,12 @@ def _to_tensor(image: np.ndarray) -> torch.Tensor:
 
 
 def _whole(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pair with its small picture as tensors uint8 (3, H, W) and (3, rH, rW)."""
+    """A pair as tensors uint8 (3, H, W) and (3, rH, rW)."""
     return tuple(_to_tensor(picture) for picture in pair if picture is not None)  # type: ignore[return-value]
 
 
 class SeededPairs(SeededDataset):
-    """`SeededDataset` of pairs: gives the small picture, the large one and the pair's number (`IGNORED` for copies)."""
+    """`SeededDataset` of pairs: low resolution, high resolution and the pair's index (`IGNORED` for copies)."""
 
     def __getitem__(self, key: SampleKey | int) -> tuple[torch.Tensor, torch.Tensor, int]:
         (small, large), number = super().__getitem__(key)
@@ -216,29 +216,29 @@ class SeededPairs(SeededDataset):
 
 
 class RestoreData(DataModule):
-    """Training, validation and test pictures for super-resolution.
+    """Training, validation and test images for super-resolution.
 
-    Batches are small pictures uint8 (B, 3, H, W), large ones uint8 (B, 3, rH, rW), and numbers (B,), `IGNORED` for the
-    copies that even out ranks. Training draws aligned patches in eight orientations, each picture as often as its size
-    asks; validation and test show whole pictures, one a batch.
+    Batches are low-resolution images uint8 (B, 3, H, W), high-resolution ones uint8 (B, 3, rH, rW), and indices (B,),
+    `IGNORED` for the copies that equalise the ranks. Training draws aligned patches in eight orientations, in
+    proportion to image size; validation and test use whole images, one per batch.
 
     Args:
-        train: Folders of large training pictures (png, jpg, webp, bmp, tiff).
-        val: Folder of large validation pictures.
-        test: Folder of large test pictures; None tests on the validation pictures.
-        train_small: For each training folder, one of the small pictures of the same names (or DIV2K's: `birdx4.png`);
-            None makes them by bicubic.
-        val_small: Folder of the small validation pictures; None makes them by bicubic.
-        test_small: Folder of the small test pictures; None makes them by bicubic.
+        train: Folders of high-resolution training images (png, jpg, webp, bmp, tiff).
+        val: Folder of high-resolution validation images.
+        test: Folder of high-resolution test images; None tests on the validation images.
+        train_small: For each training folder, one of low-resolution images with the same names (or DIV2K's:
+                `birdx4.png`); None computes them by bicubic downscaling.
+        val_small: Folder of the low-resolution validation images; None computes them by bicubic downscaling.
+        test_small: Folder of the low-resolution test images; None computes them by bicubic downscaling.
         scale: Factor r; None takes the model's.
-        patch_size: Side of the small patches. Pictures with less are left out.
-        epoch_crops: Patches that one epoch draws.
-        batch_size: Patches a batch and device.
-        num_workers: Loading processes a device; the results do not depend on it.
-        memory_gb: Pictures are kept decoded in memory where all of a part need no more than this.
-        blur: Largest standard deviation of a blur, in pixels of the large picture, before it is made smaller.
-        noise: Largest standard deviation of noise in the small picture, in levels of 255.
-        jpeg: Lowest JPEG quality of the small picture, below 95; None for no JPEG.
+        patch_size: Side of the low-resolution patches. Smaller images are left out.
+        epoch_crops: Patches per epoch.
+        batch_size: Patches per batch and device.
+        num_workers: Loading processes per device; the results do not depend on it.
+        memory_gb: The decoded images of a split are kept in memory if they need at most this.
+        blur: Largest standard deviation of a blur before downscaling, in pixels of the high-resolution image.
+        noise: Largest standard deviation of noise in the low-resolution image, in levels of 0..255.
+        jpeg: Lowest JPEG quality of the low-resolution image, below 95; None for no JPEG.
         seed: Seed of order, patches and degradations.
     """
 
@@ -262,7 +262,7 @@ class RestoreData(DataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        # The logger would refuse the names that the model's parameters share.
+        # The logger rejects names that the hyper-parameters of model and data share.
         self.save_hyperparameters(logger=False)
         folders = {"train": _as_list(train), "val": _as_list(val), "test": _as_list(test or val)}
         small = {
@@ -273,16 +273,16 @@ class RestoreData(DataModule):
         for part, given in small.items():
             if given and len(given) != len(folders[part]):
                 raise ConfigError(
-                    f"data.{part} names {len(folders[part])} folders and data.{part}_small {len(given)}: give one of "
-                    "small pictures for each, in the same order."
+                    f"data.{part}_small must have one folder for each in data.{part} ({len(folders[part])}), in the "
+                    f"same order; got {len(given)}."
                 )
         self.check_counts(patch_size=1, epoch_crops=1, scale=1)
         if min(blur, noise) < 0 or (jpeg is not None and not 1 <= jpeg < 95):
-            raise ConfigError("data.blur and data.noise are 0 or more, and data.jpeg is a quality from 1 to 94.")
+            raise ConfigError("data.blur and data.noise must be at least 0, and data.jpeg a quality from 1 to 94.")
         self._degradation = Degradation(blur, noise, jpeg)
         if self._degradation and train_small:
             raise ConfigError(
-                "Given small pictures are not degraded: leave out data.train_small, or blur, noise and jpeg."
+                "Given low-resolution images are not degraded: remove data.train_small, or blur, noise and jpeg."
             )
         self._folders, self._small = folders, small
         self._broken: list[str] = []
@@ -290,7 +290,7 @@ class RestoreData(DataModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Size of the patches that the model gets."""
+        """Size of the model's input patches."""
         return 3, self.hparams.patch_size, self.hparams.patch_size
 
     @cached_property
@@ -298,19 +298,19 @@ class RestoreData(DataModule):
         """Factor r, given or the model's.
 
         Raises:
-            ConfigError: Neither is there, or both and they differ.
+            ConfigError: Neither is given, or both differ.
         """
         given = self.hparams.scale
         model = getattr(getattr(self.trainer, "lightning_module", None), "scale", None)
         if None not in (given, model) and given != model:
-            raise ConfigError(f"The model enlarges {model} times, but data.scale is {given}.")
+            raise ConfigError(f"The model upscales {model} times, but data.scale is {given}.")
         scale = given if model is None else model
         if scale is None:
-            raise ConfigError("Without a model to take it from, data.scale must be given.")
+            raise ConfigError("Without a model, data.scale must be given.")
         return scale
 
     def setup(self, stage: str) -> None:
-        """Read the pictures of the parts that the stage needs."""
+        """Open the image pairs of the splits that the stage needs."""
         for part in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             if part not in self._pairs:
                 self._pairs[part] = self._open(part)
@@ -320,18 +320,20 @@ class RestoreData(DataModule):
         given = self.hparams
         crops = CropsByArea(self._pairs["train"], self._areas, given.epoch_crops)
         if given.epoch_crops < given.batch_size * self._ranks[0]:
-            raise ConfigError(f"data.epoch_crops is {given.epoch_crops}, less than one batch of {given.batch_size}.")
+            raise ConfigError(
+                f"data.epoch_crops must be at least data.batch_size ({given.batch_size}); got {given.epoch_crops}."
+            )
         patches = RandomPatches(given.patch_size, self.scale, self._degradation)
         dataset = SeededPairs(crops, patches, given.seed, training=True)
         dataset.files = len(self._pairs["train"])
         return self._loader(dataset, given.batch_size, training=True)
 
     def val_dataloader(self) -> DataLoader:
-        """Whole validation pictures, one a batch."""
+        """Whole validation images, one per batch."""
         return self._loader(SeededPairs(self._pairs["val"], _whole, None), 1, training=False)
 
     def test_dataloader(self) -> DataLoader:
-        """Whole test pictures, one a batch."""
+        """Whole test images, one per batch."""
         return self._loader(SeededPairs(self._pairs["test"], _whole, None), 1, training=False)
 
     def _loader(self, dataset: SeededPairs, batch_size: int, training: bool) -> DataLoader:
@@ -352,9 +354,9 @@ class RestoreData(DataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _open(self, part: str) -> PairFiles:
-        """The pairs of a part, read now if they fit into memory."""
+        """The pairs of a split, read now if they fit into memory."""
         if not self._folders[part]:
-            raise ConfigError(f"There are no pictures: set data.{part if part == 'train' else 'val'} to a folder.")
+            raise ConfigError(f"There are no images: set data.{part if part == 'train' else 'val'} to a folder.")
         found = {folder: find_images(folder) for folder in self._folders[part]}
         large = [path for files in found.values() for path in files]
         small = None
@@ -389,7 +391,7 @@ class RestoreData(DataModule):
         return sizes
 
     def skipped(self) -> list[str]:
-        """The reason for each picture that could not be read so far."""
+        """The reason for each image that could not be read so far."""
         return list(dict.fromkeys([*self._broken, *super().skipped()]))
 
     @property
@@ -398,14 +400,14 @@ class RestoreData(DataModule):
         return not self.hparams.test
 
     def describe(self, split: str) -> str:
-        """Pictures of a split."""
+        """Number of images of a split."""
         if split not in self._pairs:
             self._pairs[split] = self._open(split)
         words = f"{len(self._pairs[split]):,} pictures"
         return f"{words}, {self.hparams.epoch_crops:,} patches per epoch" if split == "train" else words
 
     def left_out(self) -> list[str]:
-        """What lies in the folders of the opened splits and is no picture."""
+        """Files in the folders of the opened splits that are not images."""
         folders = dict.fromkeys(folder for split in self._pairs for folder in self._folders[split])
         described = {folder: list_images(folder).describe_left_out() for folder in folders}
         return [f"{shorten(folder)}: {words}" for folder, words in described.items() if words]
@@ -414,11 +416,11 @@ class RestoreData(DataModule):
         small = [path.name for path, is_kept in zip(large, kept) if not is_kept]
         side = self.scale * self.hparams.patch_size
         if len(small) == len(large):
-            raise DataError(f"No training picture has {side} pixels a side: make data.patch_size smaller.")
+            raise DataError(f"No training image has at least {side} pixels per side: reduce data.patch_size.")
         if small:
             names = ", ".join(small[:3]) + (" ..." if len(small) > 3 else "")
             warnings.warn(
-                f"{len(small)} of {len(large)} training pictures have less than {side} pixels a side and are left out: "
+                f"{len(small)} of {len(large)} training images have less than {side} pixels per side and are left out: "
                 f"{names}",
                 stacklevel=2,
             )
@@ -436,5 +438,5 @@ def _size(path: Path) -> tuple[int, int]:
         with Image.open(path, formats=FORMATS) as image:
             return image.height, image.width
     except Exception as error:
-        # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError.
-        raise DataError(f"Could not read the picture {shorten(path)}: {shorten(error)}.") from error
+        # PIL raises almost any exception for damaged files: OSError, SyntaxError, struct.error, ValueError.
+        raise DataError(f"Could not read the image {shorten(path)}: {shorten(error)}.") from error

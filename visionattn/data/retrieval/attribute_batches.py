@@ -1,4 +1,4 @@
-"""Batches in which each attribute has several images of several values, as losses of pairs and triplets need."""
+"""Batches with several images of several values per attribute, as pair and triplet losses need."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["AttributeSampler"]
 
 
 class AttributeSampler(EpochSampler):
-    """Sampler whose batches of C P K have, one attribute after the other, P values of it and K images of each.
+    """Sampler whose batches of C P K images hold, attribute after attribute, P values of it and K images of each.
 
-    Values are drawn anew for each batch. A value's images take turns in random order: none comes again before all have
-    come. Images whose value of an attribute is missing stand in the parts of other attributes only. A value with fewer
-    than K images gives some twice, and an attribute with fewer than P values gives more of each.
+    Values are drawn for each batch. The images of a value are used in random order: none repeats before all have been
+    used. Images with a missing value of an attribute are used for other attributes only. A value with fewer
+    than K images repeats some, and an attribute with fewer than P values uses more images of each.
 
-    Which batches an epoch has follows from seed, epoch and rank alone, so that `ResumableLoader` can begin inside it.
+    The batches of an epoch depend on seed, epoch and rank alone, so that `ResumableLoader` can begin inside it.
 
     Args:
-        labels: int64 (N, C), `MISSING` where a value is not known.
+        labels: int64 (N, C), `MISSING` where a value is unknown.
         values: P.
         items: K.
-        num_replicas: Number of ranks; each draws batches of its own.
+        num_replicas: Number of ranks; each draws its own batches.
         rank: This rank.
-        seed: Seed of the drawing.
+        seed: Seed of the draws.
 
     Raises:
         DataError: No image has a value of some attribute.
@@ -46,7 +46,7 @@ class AttributeSampler(EpochSampler):
         for column in labels.T.numpy():
             groups = [np.flatnonzero(column == label) for label in np.unique(column[column != MISSING])]
             if not groups:
-                raise DataError("An attribute has no value in any training image.")
+                raise DataError("No training image has a value of one of the attributes.")
             self._members.append(groups)
 
     def __len__(self) -> int:
@@ -67,6 +67,6 @@ class AttributeSampler(EpochSampler):
 
 
 def _turns(members: np.ndarray, generator: np.random.Generator) -> Iterator[int]:
-    """The members in random order, again and again."""
+    """The members in random order, repeated for ever."""
     while True:
         yield from generator.permutation(members).tolist()

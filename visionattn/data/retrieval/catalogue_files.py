@@ -1,14 +1,14 @@
-"""Files of retrieval data sets, read as catalogues or triplets.
+"""Dataset files of retrieval, read as catalogues or triplets.
 
-| layout | data sets | files below the root |
+| layout | datasets | files below the root |
 |---|---|---|
-| table | your own | the root is a CSV file: id, split, role, and a column an attribute |
+| table | your own | the root is a CSV file: id, split, role, and one column per attribute |
 | asen | FashionAI, DARN, DeepFashion by ASEN (AAAI 2020) | meta.json, filenames_*, label_train, query_*, candidate_* |
-| market1501 | Market-1501, and what names its files like it | bounding_box_train, query, bounding_box_test |
+| market1501 | Market-1501, and datasets with its file names | bounding_box_train, query, bounding_box_test |
 | cub | CUB-200-2011 | images.txt, image_class_labels.txt, classes.txt, images/ |
 | zappos | UT-Zappos50K triplets of conditional similarity networks (CVPR 2017) | filenames.json, tripletlists/ |
 
-No validation part is published of Market-1501 and CUB: every tenth training identity is held out for it.
+Market-1501 and CUB have no official validation split: every tenth training identity is held out for it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from visionattn.files import read_json, read_text
 __all__ = ["LAYOUTS", "Triplets", "read_catalogue", "read_triplets"]
 
 PARTS = ("train", "val", "test")
-COLUMNS = ("id", "image", "split", "role", "camera")  # of a table; all others are attributes
-LONGEST_LINE = 2**20  # characters of a table
+COLUMNS = ("id", "image", "split", "role", "camera")  # reserved columns of a table; all others are attributes
+LONGEST_LINE = 2**20  # characters
 MARKET = {"bounding_box_train": ("train", ""), "query": ("test", "query"), "bounding_box_test": ("test", "gallery")}
-# Identity and camera: 0002_c1s1_000451_03.jpg; identity -1 is of boxes that are not to be ranked, 0 of distractors.
+# Identity and camera: 0002_c1s1_000451_03.jpg; identity -1 marks boxes that are not ranked, 0 distractors.
 MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)")
 ZAPPOS = ("class", "closure", "gender", "heel")
 
@@ -51,18 +51,18 @@ def read_catalogue(
 
     Args:
         layout: One of `LAYOUTS`.
-        root: Folder of the data set, or the CSV file of a table.
-        images: Folder or zip file of the images; None for `images` or `images.zip` beside a table, and for what the
-            layout says otherwise.
-        attributes: Which attributes, in which order; None takes all.
+        root: Folder of the dataset, or the CSV file of a table.
+        images: Folder or zip file of the images; None uses `images` or `images.zip` next to a table, and the default
+                of the layout otherwise.
+        attributes: Attributes to use, in this order; None uses all.
         min_count: Values with fewer training items count as unknown.
 
     Raises:
-        ConfigError: There is no such layout or attribute.
-        DataError: A file is missing or damaged, images are missing, or ids occur twice.
+        ConfigError: The layout or an attribute is unknown.
+        DataError: A file is missing or damaged, images are missing, or ids are not unique.
     """
     if layout not in LAYOUTS:
-        raise ConfigError(f"There is no layout {shorten(layout)!r}. Choose from {', '.join(LAYOUTS)}.")
+        raise ConfigError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}; got {shorten(layout)!r}.")
     if min_count < 0:
         raise ConfigError(f"min_count must be at least 0; got {min_count}.")
     if not os.path.exists(root):
@@ -77,14 +77,14 @@ def read_catalogue(
 
 
 def _lines(path: Path) -> list[list[str]]:
-    """The words of each line that has any."""
+    """The words of each non-empty line."""
     return [line.split() for line in read_text(path).splitlines() if line.strip()]
 
 
 def _rows(root: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells by column of each row of a CSV file, after checks of its shape."""
     text = read_text(root)
-    # A line of separators alone would cost fifty times its size.
+    # Parsing a line of separators alone would take fifty times its size in memory.
     if max(map(len, io.StringIO(text, newline="")), default=0) > LONGEST_LINE:
         raise DataError(
             f"Could not read the table {shorten(root)}: it has a line of more than {LONGEST_LINE:,} characters."
@@ -96,8 +96,8 @@ def _rows(root: Path) -> Iterator[tuple[int, dict[str, str]]]:
         for row in reader:
             if row and len(row) != len(columns):
                 raise DataError(
-                    f"The table {shorten(root)}, line {reader.line_num}: it has {len(row)} cells, the first line has "
-                    f"{len(columns)}. A cell that holds a comma stands in double quotes."
+                    f"The table {shorten(root)}, line {reader.line_num} has {len(row)} cells, but the header has "
+                    f"{len(columns)}. Put cells that contain a comma in double quotes."
                 )
             if row:
                 yield reader.line_num, dict(zip(columns, map(str.strip, row)))
@@ -113,9 +113,11 @@ def _check_columns(root: Path, columns: list[str]) -> None:
             f"The table {shorten(root)} has no column {', '.join(missing)}; it has {shorten(', '.join(columns))}.{hint}"
         )
     if "" in columns:
-        raise DataError(f"The table {shorten(root)} has no name for its column {columns.index('') + 1}.")
+        raise DataError(
+            f"The table {shorten(root)} must name all columns; the name is missing for column {columns.index('') + 1}."
+        )
     if double := [column for column in columns if columns.count(column) > 1]:
-        raise DataError(f"The table {shorten(root)} has two columns {shorten(double[0])!r}.")
+        raise DataError(f"The table {shorten(root)} has the column {shorten(double[0])!r} twice.")
 
 
 def _table(root: Path, images: Path | None) -> tuple[ImageStore, tuple[str, ...], list[Item]]:
@@ -135,20 +137,22 @@ def _table(root: Path, images: Path | None) -> tuple[ImageStore, tuple[str, ...]
         if not row["id"]:
             raise DataError(f"{where}: the id is empty.")
         if row["id"] in seen:
-            raise DataError(f"The table {shorten(root)} has ids twice: {shorten(row['id'])}.")
+            raise DataError(f"The table {shorten(root)} has the id {shorten(row['id'])} more than once.")
         seen.add(row["id"])
         if row["split"] not in PARTS:
-            raise DataError(f"{where}: the split is {shorten(row['split'])!r}; it is one of {', '.join(PARTS)}.")
+            raise DataError(
+                f"{where}: the split must be one of {', '.join(map(repr, PARTS))}; got {shorten(row['split'])!r}."
+            )
         if row["split"] == "train":
             role = ""
         elif role not in ROLES:
-            raise DataError(f"{where}: the role is {shorten(role)!r}; it is one of {', '.join(ROLES)}.")
+            raise DataError(f"{where}: the role must be one of {', '.join(map(repr, ROLES))}; got {shorten(role)!r}.")
         image = row.get("image")
         if not image:
             named = by_stem.get(row["id"], [row["id"]])
             if len(named) > 1:
                 raise DataError(
-                    f"{where}: {first_names(named)} are all called {shorten(row['id'])}. Say which in a column image."
+                    f"{where}: {first_names(named)} all match {shorten(row['id'])}. Add a column 'image' with the file."
                 )
             image = named[0]
         values = tuple(row[attribute] or None for attribute in attributes)
@@ -183,10 +187,10 @@ def _asen(root: Path, images: Path | None) -> tuple[ImageStore, tuple[str, ...],
             named = words.get(names[attribute]) if known else None
             if not known or (named is not None and value >= len(named)):
                 raise DataError(
-                    f"{shorten(root / name)} has a line {shorten(' '.join(line))!r} that is not three known numbers: "
-                    "image, attribute and value."
+                    f"{shorten(root / name)} has the invalid line {shorten(' '.join(line))!r}: it must hold three "
+                    "known numbers: image, attribute and value."
                 )
-            # An image has a line for each attribute that is known of it.
+            # An image has one line for each of its known attributes.
             values = found.setdefault((files[part][image], part, role), [None] * len(names))
             values[attribute] = str(value if named is None else named[value])
     items = [Item(file, part, role, tuple(values)) for (file, part, role), values in found.items()]
@@ -194,7 +198,7 @@ def _asen(root: Path, images: Path | None) -> tuple[ImageStore, tuple[str, ...],
 
 
 def _number(word: str) -> int:
-    """A decimal number of up to 18 digits, or -1 for what is none."""
+    """A decimal number of up to 18 digits, or -1 if it is not one."""
     return int(word) if word.isdecimal() and len(word) <= 18 else -1
 
 
@@ -214,32 +218,33 @@ def _market(root: Path, images: Path | None) -> tuple[ImageStore, tuple[str, ...
 
 def _cub(root: Path, images: Path | None) -> tuple[ImageStore, tuple[str, ...], list[Item]]:
     files, classes, labels = (_pairs(root / f"{name}.txt") for name in ("images", "classes", "image_class_labels"))
-    # Retrieval is measured on classes that were not trained on: the first half trains.
+    # Retrieval is evaluated on unseen classes: the first half is for training.
     trained = {number for number in classes if 2 * int(number) <= len(classes)}
     items = []
     for number, file in files.items():
         label = labels.get(number, "")
         if label not in classes:
-            raise DataError(f"{shorten(root)}: the image {shorten(file)} is of no class that classes.txt knows.")
+            raise DataError(f"{shorten(root)}: the image {shorten(file)} has no class in classes.txt.")
         part, role = ("train", "") if label in trained else ("test", "both")
         items.append(Item(file, part, role, (classes[label],)))
     return ImageStore(images or root / "images"), ("class",), _hold_out(items)
 
 
 def _pairs(path: Path) -> dict[str, str]:
-    """Number -> what stands beside it."""
+    """Number -> name of each line."""
     found: dict[str, str] = {}
     for line in _lines(path):
         if len(line) != 2 or _number(line[0]) < 0 or line[0] in found:
             raise DataError(
-                f"{shorten(path)} has a line {shorten(' '.join(line))!r}; a number, each once, and a name are expected."
+                f"{shorten(path)} has the invalid line {shorten(' '.join(line))!r}: it must hold a "
+                "unique number and a name."
             )
         found[line[0]] = line[1]
     return found
 
 
 def _hold_out(items: list[Item]) -> list[Item]:
-    """Every tenth identity that is trained on becomes the validation part."""
+    """Move every tenth training identity to the validation split."""
     identities = sorted({item.values[0] or "" for item in items if item.part == "train"})
     held_out = set(identities[9::10])
     return [
@@ -249,14 +254,14 @@ def _hold_out(items: list[Item]) -> list[Item]:
 
 
 class Triplets(NamedTuple):
-    """Judgements that of two images one is nearer to a third, under a condition.
+    """Judgements which of two images is closer to a third, under a condition.
 
     Attributes:
-        images: Where the images are.
+        images: Location of the images.
         names: Name of each image that occurs.
         conditions: Name of each condition.
-        anchors, far, near: int64 (T,), numbers in `names`.
-        condition: int64 (T,), numbers in `conditions`.
+        anchors, far, near: int64 (T,), indices into `names`.
+        condition: int64 (T,), indices into `conditions`.
     """
 
     images: ImageStore
@@ -268,7 +273,7 @@ class Triplets(NamedTuple):
     condition: Tensor
 
     def take(self, places: Tensor) -> Triplets:
-        """The images at some places (M,) of `names`, in that order, and the triplets whose three are among them."""
+        """The images at some positions (M,) of `names`, in that order, and the triplets of these images only."""
         numbers = torch.full((len(self.names),), -1)
         numbers[places] = torch.arange(len(places))
         rows = numbers[torch.stack([self.anchors, self.far, self.near])]
@@ -279,20 +284,20 @@ class Triplets(NamedTuple):
 
 
 def read_triplets(root: str | Path, part: str, images: str | Path | None = None) -> Triplets:
-    """Read the Zappos triplets of a part.
+    """Read the Zappos triplets of a split.
 
     Args:
-        root: Folder with filenames.json (a JSON list, or a name a line) and, in tripletlists/, the files
-            CONDITION_tripletlist_PART.txt, whose lines are the numbers of anchor, far and near image.
+        root: Folder with filenames.json (a JSON list, or one name per line) and, in tripletlists/, the files
+                CONDITION_tripletlist_PART.txt, whose lines hold the indices of anchor, far and near image.
         part: train, val or test.
         images: Folder or zip file of the images; None for ut-zap50k-images in the root, or else the root.
 
     Raises:
-        ConfigError: There is no such part.
+        ConfigError: The split is unknown.
         DataError: A file is missing or damaged, or images are missing.
     """
     if part not in PARTS:
-        raise ConfigError(f"There is no part {shorten(part)!r}. Choose from {', '.join(PARTS)}.")
+        raise ConfigError(f"part must be one of {', '.join(map(repr, PARTS))}; got {shorten(part)!r}.")
     root = Path(root)
     published = root / "ut-zap50k-images"
     store = ImageStore(images or (published if os.path.isdir(published) else root))
@@ -303,30 +308,32 @@ def read_triplets(root: str | Path, part: str, images: str | Path | None = None)
         for line in _lines(path):
             if len(line) != 3 or not all(0 <= _number(word) < len(every) for word in line):
                 raise DataError(
-                    f"{shorten(path)} has a line {shorten(' '.join(line))!r} that is not three numbers of images: "
-                    f"anchor, far and near, each below {len(every)}, the number of names in filenames.json."
+                    f"{shorten(path)} has the invalid line {shorten(' '.join(line))!r}: it must hold the indices of "
+                    f"anchor, far and near image, each below {len(every)}, the number of names in filenames.json."
                 )
             rows.append((*map(int, line), condition))
     if not rows:
-        raise DataError(f"There are no triplets of the part {part!r} in {shorten(root / 'tripletlists')}.")
+        raise DataError(f"No triplets of the split {part!r} were found in {shorten(root / 'tripletlists')}.")
     table = torch.tensor(rows)
     used, places = table[:, :3].unique(return_inverse=True)
     names = [every[number] for number in used.tolist()]
     if missing := sorted(set(names) - set(store.names)):
-        raise DataError(f"{shorten(store.path)} lacks {len(missing)} images, {shorten(missing[0])} among them.")
+        raise DataError(f"{shorten(store.path)} has no images for {len(missing)} names, such as {shorten(missing[0])}.")
     anchors, far, near = places.unbind(1)
     return Triplets(store, names, ZAPPOS, anchors, far, near, table[:, 3])
 
 
 def _names(path: Path) -> list[str]:
-    """The names of images that a file lists."""
+    """The image names that a file lists."""
     try:
         text = read_text(path)
         names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (DataError, ValueError, RecursionError) as error:
-        raise DataError(f"Could not read {shorten(path)}, a JSON list or a name a line: {shorten(error)}") from error
+        raise DataError(
+            f"Could not read {shorten(path)} as a JSON list or one name per line: {shorten(error)}"
+        ) from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"Could not read {shorten(path)}, a JSON list or a name a line: some are not names.")
+        raise DataError(f"{shorten(path)} must be a JSON list of names or one name per line; some are not names.")
     return names
 
 

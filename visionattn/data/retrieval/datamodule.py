@@ -1,7 +1,7 @@
-"""Images with attributes, to train retrieval on: `visionattn fit` with `RetrieveTask` or `ReidentifyTask`.
+"""Images with attributes, for training retrieval: `visionattn fit` with `RetrieveTask` or `ReidentifyTask`.
 
-Batches are images (B, 3, H, W), labels int64 (B, C) with `MISSING` where a value is not known, and the items' places in
-their part (B,), `IGNORED` for the copies that even out ranks.
+Batches are images (B, 3, H, W), labels int64 (B, C) with `MISSING` where a value is unknown, and the items' indices in
+their split (B,), `IGNORED` for the copies that equalise the ranks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["EmbeddingData", "PartImages", "RetrieveData"]
 
 
 class PartImages(Dataset):
-    """The images of a part, with their places in it."""
+    """The images of a split, with their indices in it."""
 
     def __init__(self, store: ImageStore, part: Part) -> None:
         self.store = store
@@ -52,23 +52,23 @@ class _LabelledImages(SeededDataset):
 
 
 class EmbeddingData(DataModule):
-    """Images for a task that embeds them: their transforms follow from the model.
+    """Images for a task that computes embeddings; their transforms follow from the model.
 
-    The hyper-parameters are image_size, augmentation, batch_size, num_workers, seed and, where a set has it, erasing,
-    as `RetrieveData` describes them.
+    The hyper-parameters are image_size, augmentation, batch_size, num_workers, seed and, for some datasets, erasing,
+    as documented in `RetrieveData`.
     """
 
     def check_augmentation(self) -> None:
-        """Refuse what is no augmentation before the model is made.
+        """Refuse an unknown augmentation before the model is created.
 
         Raises:
-            ConfigError: It is neither known nor the path of a pipeline.
+            ConfigError: It is neither a known name nor the path of a pipeline.
         """
         augmentation = self.hparams.augmentation
         if augmentation not in AUGMENTATIONS and not augmentation.endswith((".json", ".yaml", ".yml")):
             raise ConfigError(
-                f"There is no augmentation {augmentation!r}. Choose from {', '.join(AUGMENTATIONS)}, or give the path "
-                "of a pipeline saved by albumentations (.json, .yaml)."
+                f"data.augmentation must be one of {', '.join(map(repr, AUGMENTATIONS))}, or the path "
+                f"of a pipeline saved by albumentations (.json, .yaml); got {augmentation!r}."
             )
 
     def setup(self, stage: str) -> None:
@@ -78,9 +78,9 @@ class EmbeddingData(DataModule):
         if self.hparams.image_size is not None:
             config["size"] = list(self.hparams.image_size)
         if len(config["size"]) != 2:
-            raise ConfigError(f"data.image_size is {config['size']}; it is height and width.")
+            raise ConfigError(f"data.image_size must be height and width; got {config['size']}.")
         self.image_shape = (3, *config["size"])
-        # What a checkpoint says of its images.
+        # Stored in the checkpoint as its input configuration.
         self.image_config = {
             "input_size": self.image_shape,
             "mean": list(config["mean"]),
@@ -129,28 +129,28 @@ class EmbeddingData(DataModule):
 
 
 class RetrieveData(EmbeddingData):
-    """Training, validation and test items of retrieval.
+    """Training, validation and test items for retrieval.
 
     Sizes and normalisation that are not given follow from the model.
 
     Args:
-        root: CSV file of a table, or folder of a data set (see `visionattn.data.retrieval.catalogue_files`).
+        root: CSV file of a table, or folder of a dataset (see `visionattn.data.retrieval.catalogue_files`).
         layout: table, asen, market1501 or cub.
-        images: Folder or zip file of the images; None for where the layout has them.
-        attributes: Which attributes, in which order; None takes all.
+        images: Folder or zip file of the images; None uses the default of the layout.
+        attributes: Attributes to use, in this order; None uses all.
         min_count: Values with fewer training items count as unknown.
-        values_per_batch: P, values of each attribute in a batch and device.
-        images_per_value: K, images of each of them; a batch is of C P K images.
+        values_per_batch: P, values of each attribute per batch and device.
+        images_per_value: K, images of each value; a batch has C P K images.
         batch_size: Images per batch and device in validation and test.
-        image_size: Height and width of the images that the model gets.
+        image_size: Height and width of the model's input images.
         augmentation: `"none"`, `"shift"`, `"crop-flip"`, `"imagenet"`, or the path of a pipeline saved by
-            `albumentations.save`; what changes colours hides an attribute colour.
-        erasing: Probability that a random rectangle of a training image is painted over (re-identification).
+            `albumentations.save`; colour changes hide a colour attribute.
+        erasing: Probability that a random rectangle of a training image is erased (re-identification).
         num_workers: Loading processes per device; the results do not depend on it.
-        seed: Seed of drawing and augmentation.
+        seed: Seed of draws and augmentation.
 
     Raises:
-        ConfigError: There is no such layout, attribute or augmentation, or a batch has fewer than two values.
+        ConfigError: The layout, an attribute or the augmentation is unknown, or a batch has fewer than two values.
         DataError: Files are missing or damaged.
     """
 
@@ -171,14 +171,16 @@ class RetrieveData(EmbeddingData):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        # The logger would refuse the names that the model's parameters share.
+        # The logger rejects names that the hyper-parameters of model and data share.
         self.save_hyperparameters(logger=False)
         if layout not in LAYOUTS:
-            raise ConfigError(f"There is no layout {layout!r}. Choose from {', '.join(LAYOUTS)}.")
+            raise ConfigError(f"data.layout must be one of {', '.join(map(repr, LAYOUTS))}; got {layout!r}.")
         self.check_augmentation()
         self.check_counts()
         if values_per_batch < 2 or images_per_value < 2:
-            raise ConfigError("data.values_per_batch and data.images_per_value are 2 or more: losses compare images.")
+            raise ConfigError(
+                "data.values_per_batch and data.images_per_value must be at least 2: losses compare images."
+            )
         self._parts: dict[str, Part] = {}
 
     @cached_property
@@ -189,17 +191,17 @@ class RetrieveData(EmbeddingData):
 
     @property
     def attribute_values(self) -> dict[str, list[str]]:
-        """Attribute -> its values in the training part, known before there is a model."""
+        """Attribute -> its values in the training split, known before the model is created."""
         return self.catalogue.values
 
     def part(self, name: str) -> Part:
-        """The items of a part, `"train"`, `"val"` or `"test"`."""
+        """The items of a split, `"train"`, `"val"` or `"test"`."""
         if name not in self._parts:
             self._parts[name] = self.catalogue.part(name)
         return self._parts[name]
 
     def describe(self, split: str) -> str:
-        """Images of a split, and for each attribute how many values they have."""
+        """Number of images of a split, and of values of each attribute."""
         part = self.part(split)
         words = f"{len(part.images):,} images"
         if split == "train":
@@ -218,11 +220,11 @@ class RetrieveData(EmbeddingData):
         return self._loader(dataset, sampler, sampler.batch_size)
 
     def val_dataloader(self) -> DataLoader:
-        """The validation part in order, each item once."""
+        """The validation split in order, each item once."""
         return self._ordered("val")
 
     def test_dataloader(self) -> DataLoader:
-        """The test part in order, each item once."""
+        """The test split in order, each item once."""
         return self._ordered("test")
 
     def _ordered(self, name: str) -> DataLoader:

@@ -29,21 +29,21 @@ __all__ = [
     "input_config",
 ]
 
-LARGEST = 8192  # pixels of a side of the images that a model gets
-EMBEDDING_TASKS = ("retrieve", "classify", None)  # None: backbones of timm state no task
+LARGEST = 8192  # largest side of an input image, in pixels
+EMBEDDING_TASKS = ("retrieve", "classify", None)  # None: timm's backbones have no task
 
 
 def input_config(model: nn.Module, size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """What images a model expects, in plain types: size (height, width), mean, std and interpolation.
+    """Input configuration of a model, in plain types: size (height, width), mean, std and interpolation.
 
-    They are those of its `pretrained_cfg`, which `visionattn.load` takes from the checkpoint.
+    They are taken from its `pretrained_cfg`, which `visionattn.load` reads from the checkpoint.
 
     Args:
-        model: A model of timm's registry.
-        size: Another size; None takes the model's.
+        model: A model from timm's registry.
+        size: Another size; None uses the model's.
 
     Raises:
-        InputError: The size is not two whole numbers from 1 to 8192.
+        InputError: The size is not two integers from 1 to 8192.
     """
     config: dict[str, Any] = resolve_model_data_config(model)
     return {
@@ -56,17 +56,15 @@ def input_config(model: nn.Module, size: tuple[int, int] | None = None) -> dict[
 
 def _checked_size(size: Sequence[int]) -> list[int]:
     if len(size) != 2 or not all(isinstance(side, int) and 1 <= side <= LARGEST for side in size):
-        raise InputError(
-            f"The image size must be height and width, from 1 to {LARGEST} each; got {shorten(list(size))}."
-        )
+        raise InputError(f"The image size must be height and width from 1 to {LARGEST}; got {shorten(list(size))}.")
     return list(size)
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Refuse a configuration that is not one of `input_config`, such as that of a damaged file.
+    """Refuse a configuration that does not come from `input_config`, such as that of a damaged file.
 
     Raises:
-        InputError: An entry is missing, or no image can be prepared by it.
+        InputError: An entry is missing or invalid.
     """
     try:
         _checked_size(config["size"])
@@ -81,15 +79,15 @@ def check_config(config: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def check_embedding(model: nn.Module, name: str, config: dict[str, Any]) -> None:
-    """Refuse a model that gives no finite embeddings of images of a size, by one pass.
+    """Refuse a model that does not return finite embeddings for its input size, by one forward pass.
 
     Args:
         model: The model, in evaluation mode.
-        name: What messages call it.
-        config: Of `input_config`.
+        name: Its name in messages.
+        config: Configuration from `input_config`.
 
     Raises:
-        InputError: It has another task, does not take that size, or gives something else.
+        InputError: It has another task, does not accept the size, or returns something else.
         CheckpointError: Its weights are not finite.
     """
     check_task(model, EMBEDDING_TASKS, name)
@@ -104,25 +102,25 @@ def check_embedding(model: nn.Module, name: str, config: dict[str, Any]) -> None
     image = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
     try:
         found = model(image)
-    # What a network's layers raise for a size or number of images that they are not made for.
+    # Errors that layers raise for an unsupported size or number of images.
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"{shorten(name)} cannot embed an image of {height} x {width} pixels: {shorten(error)}. The size must "
-            "be one that the model takes."
+            f"{shorten(name)} cannot embed an image of {height} x {width} pixels: {shorten(error)}. Choose a size "
+            "that the model accepts."
         ) from error
     shape = tuple(found.shape) if isinstance(found, Tensor) else ()
     expected = (1, len(conditions_of(model))) if conditions_of(model) else (1,)
     if len(shape) != len(expected) + 1 or shape[:-1] != expected:
         raise InputError(
-            f"{shorten(name)} cannot be used here: for one image it gives {shape or type(found).__name__}, not "
-            "embeddings (1, E), or (1, C, E) by C attributes."
+            f"{shorten(name)} cannot be used here: for one image it returns {shape or type(found).__name__}, not "
+            "embeddings (1, E), or (1, C, E) for C attributes."
         )
 
 
 def eval_transform(config: dict[str, Any]) -> v2.Compose:
-    """PIL image -> float (3, H, W), by a configuration of `input_config`.
+    """PIL image -> float (3, H, W), for a configuration from `input_config`.
 
-    A square has the middle of the image, up to its shorter sides; another size has the whole image, stretched.
+    A square size crops the middle of the image, up to its shorter sides; another size uses the whole image, stretched.
     """
     return v2.Compose(
         [
@@ -139,14 +137,14 @@ def finish(config: dict[str, Any]) -> list[Any]:
 
 
 def conditions_of(model: nn.Module) -> tuple[str, ...]:
-    """The attributes that a model embeds by, in order; none for a model with one embedding for all."""
+    """Names of the attributes that a model embeds by, in order; empty for a model with one embedding for all."""
     return tuple(getattr(model, "attributes", ()))
 
 
 def embed(model: nn.Module, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) -> L2-normalised float32 (B, C, E), one row for each condition of the model.
 
-    A model without conditions gives its features, as timm's models do with `num_classes=0`: (B, 1, E).
+    A model without conditions returns its features, as timm's models do with `num_classes=0`: (B, 1, E).
     """
     features = model(images).float()
     if features.ndim == 2:
@@ -155,12 +153,12 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def check_finite(embeddings: Tensor, names: Sequence[str], model_name: str) -> None:
-    """Refuse embeddings (B, C, E) that are not finite: no rank follows from them.
+    """Refuse embeddings (B, C, E) that are not finite, since they cannot be ranked.
 
     Args:
-        embeddings: Of images.
-        names: The images.
-        model_name: What messages call the model.
+        embeddings: Embeddings of images.
+        names: Names of the images.
+        model_name: Name of the model in messages.
 
     Raises:
         InputError: Some are not finite; the first is named.
@@ -168,4 +166,4 @@ def check_finite(embeddings: Tensor, names: Sequence[str], model_name: str) -> N
     good = embeddings.isfinite().flatten(1).all(dim=1)
     if not good.all():
         first = names[int((~good).int().argmax())]
-        raise InputError(f"{shorten(model_name)} gives an embedding of {shorten(first)} that is not finite.")
+        raise InputError(f"{shorten(model_name)} returns an embedding of {shorten(first)} that is not finite.")

@@ -1,8 +1,8 @@
-"""Triplets of images, to train retrieval on: `visionattn fit` with `TripletTask`.
+"""Triplets of images, for training retrieval: `visionattn fit` with `TripletTask`.
 
 Training batches are images (3 B, 3, H, W), anchor, far and near of each triplet in turn, and conditions int64 (B,).
-Validation and test embed each image that occurs once: batches are images (B, 3, H, W) and their places in the part's
-names (B,), `IGNORED` for the copies that even out ranks.
+Validation and test embed each image of the triplets once: batches are images (B, 3, H, W) and their indices in the
+names of the split (B,), `IGNORED` for the copies that equalise the ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TripletImages(Dataset):
 
 
 class _EveryImage(Dataset):
-    """Each image that occurs, with its place."""
+    """Each image of the triplets, with its index."""
 
     def __init__(self, given: Triplets) -> None:
         self.given = given
@@ -52,12 +52,12 @@ class _EveryImage(Dataset):
 
 
 def _stack(transform: Callable[[Image.Image], Tensor], images: list[Image.Image]) -> Tensor:
-    """Images, each transformed by itself -> (3, 3, H, W)."""
+    """Images, each transformed separately -> (3, 3, H, W)."""
     return torch.stack([transform(image) for image in images])
 
 
 def _collate(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Triplets -> a batch whose first axis is of images, as that of all tasks is."""
+    """Triplets -> a batch whose first axis runs over images, as in all tasks."""
     images, conditions = zip(*rows)
     return torch.cat(images), torch.tensor(conditions)
 
@@ -65,22 +65,22 @@ def _collate(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 class TripletData(EmbeddingData):
     """Training, validation and test triplets in the layout of Zappos (see `visionattn.data.retrieval.catalogue_files`).
 
-    An epoch has each training triplet once, in an order drawn anew; with `trainer.limit_train_batches` it has as many
-    as that, others each time. Sizes and normalisation that are not given follow from the model.
+    An epoch has each training triplet once, in a new random order; `trainer.limit_train_batches` shortens it
+    to other triplets each time. Sizes and normalisation that are not given follow from the model.
 
     Args:
         root: Folder with filenames.json and tripletlists/.
-        images: Folder or zip file of the images; None for where the layout has them.
-        triplets_per_batch: Triplets a training batch and device, each of three images.
-        batch_size: Images a batch and device in validation and test.
-        image_size: Height and width of the images that the model gets.
+        images: Folder or zip file of the images; None uses the default of the layout.
+        triplets_per_batch: Triplets per training batch and device, each of three images.
+        batch_size: Images per batch and device in validation and test.
+        image_size: Height and width of the model's input images.
         augmentation: `"none"`, `"shift"`, `"crop-flip"`, `"imagenet"`, or the path of a pipeline saved by
-            `albumentations.save`; the three images of a triplet draw theirs apart.
-        num_workers: Loading processes a device; the results do not depend on it.
+            `albumentations.save`; drawn separately for the three images of a triplet.
+        num_workers: Loading processes per device; the results do not depend on it.
         seed: Seed of order and augmentation.
 
     Raises:
-        ConfigError: There is no such augmentation, or a batch has no triplet.
+        ConfigError: The augmentation is unknown, or a batch has no triplet.
         DataError: Files are missing or damaged.
     """
 
@@ -96,7 +96,7 @@ class TripletData(EmbeddingData):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        # The logger would refuse the names that the model's parameters share.
+        # The logger rejects names that the hyper-parameters of model and data share.
         self.save_hyperparameters(logger=False)
         self.check_augmentation()
         self.check_counts(triplets_per_batch=1)
@@ -104,17 +104,17 @@ class TripletData(EmbeddingData):
 
     @property
     def attribute_values(self) -> dict[str, list[str]]:
-        """Condition -> no values, for triplets name none; known before there is a model."""
+        """Condition -> an empty list, since triplets have no values; known before the model is created."""
         return {name: [] for name in self.part("train").conditions}
 
     def part(self, name: str) -> Triplets:
-        """The triplets of a part, `"train"`, `"val"` or `"test"`."""
+        """The triplets of a split, `"train"`, `"val"` or `"test"`."""
         if name not in self._parts:
             self._parts[name] = read_triplets(self.hparams.root, name, self.hparams.images)
         return self._parts[name]
 
     def describe(self, split: str) -> str:
-        """Triplets and images of a split."""
+        """Number of triplets and images of a split."""
         part = self.part(split)
         return f"{len(part.anchors):,} triplets of {len(part.names):,} images under {len(part.conditions)} conditions"
 

@@ -1,12 +1,12 @@
-"""Folders of images and their masks, in the layouts of PASCAL VOC and ADE20K and in a plain one.
+"""Folders of images and their masks: the layouts of PASCAL VOC and ADE20K, and plain ones.
 
-    FOLDER/images/*.jpg                FOLDER/masks/*.png                  a fifth of the pairs tests
-    FOLDER/train/images, .../masks     FOLDER/val/images, .../masks        or test; images/train, masks/train too
+    FOLDER/images/*.jpg                FOLDER/masks/*.png                  a fifth of the pairs is the test split
+    FOLDER/train/images, .../masks     FOLDER/val/images, .../masks        or test; also images/train, masks/train
     FOLDER/JPEGImages                  FOLDER/SegmentationClass            ImageSets/Segmentation/{train,val}.txt
-    FOLDER/images/training             FOLDER/annotations/training         and validation; 0 is no class
+    FOLDER/images/training             FOLDER/annotations/training         and validation; 0 means no class
 
-A mask has the name of its image with another ending. The test part tests, the validation part where there is none; all
-others train.
+A mask has the name of its image with another suffix. The test split is used for testing, or the validation split if
+there is none; all others are for training.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class MaskPair(NamedTuple):
 
 
 class SegmentationSet(NamedTuple):
-    """What a folder holds.
+    """Content of a folder.
 
     Attributes:
         layout: "pairs", "VOC" or "ADE20K".
-        train: Pairs that train.
-        test: Pairs that test.
-        classes: Their names; None where the folder has none.
-        zero_is_ignored: Whether 0 in the masks is no class.
+        train: Training pairs.
+        test: Test pairs.
+        classes: Class names; None if the folder has none.
+        zero_is_ignored: Whether 0 in the masks means no class.
         told: How the pairs were divided.
     """
 
@@ -63,20 +63,20 @@ class SegmentationSet(NamedTuple):
 
 
 def read_classes(path: str | Path) -> tuple[str, ...]:
-    """Read the names of classes, one a line, the first of class 0.
+    """Read class names, one per line, the first for class 0.
 
     Raises:
-        DataError: The file cannot be read, or does not name two classes or more, each once.
+        DataError: The file cannot be read, or does not list at least two unique names.
     """
     names = [line.strip() for line in read_text(path).splitlines()]
     while names and not names[-1]:
         names.pop()
     if len(names) < 2 or "" in names:
         wrong = f"line {names.index('') + 1} is empty" if "" in names else f"it has {len(names)} line(s)"
-        raise DataError(f"{shorten(path)} must have a class in each line, two or more; {wrong}.")
+        raise DataError(f"{shorten(path)} must have one class per line, at least two; {wrong}.")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{shorten(path)} names the class {shorten(twice)} more than once.")
+        raise DataError(f"{shorten(path)} lists the class {shorten(twice)} more than once.")
     return tuple(names)
 
 
@@ -85,10 +85,10 @@ def read_segmentation(root: str | Path, classes: str | Path | None = None) -> Se
 
     Args:
         root: The folder.
-        classes: File of the names of classes; None takes `classes.txt` of the folder, or VOC's own names.
+        classes: File of class names; None uses `classes.txt` of the folder, or VOC's names.
 
     Raises:
-        DataError: The folder has none of the layouts, an image has no mask, or a part has no pairs.
+        DataError: The folder has none of the layouts, an image has no mask, or a split has no pairs.
     """
     root = Path(root)
     if not root.is_dir():
@@ -101,7 +101,7 @@ def read_segmentation(root: str | Path, classes: str | Path | None = None) -> Se
     ]
     layout, reader = next(((name, found) for name, found in readers if found), ("", None))
     if reader is None:
-        raise DataError(f"{shorten(root)} has no layout of images and masks that is read: {_LAYOUTS}.")
+        raise DataError(f"{shorten(root)} must have one of the layouts: {_LAYOUTS}.")
     train, test, told = reader(root)
     for part, pairs in (("training", train), ("test", test)):
         if not pairs:
@@ -136,7 +136,7 @@ def _read_ade(root: Path) -> tuple[list[MaskPair], list[MaskPair], str]:
 
 
 def _parts(root: Path) -> dict[str, tuple[Path, Path]]:
-    """Folders of the images and masks of each part."""
+    """Image and mask folders of each split."""
     names = ("train", *_VALIDATION, "test")
     found = {name: (root / name / "images", root / name / "masks") for name in names}
     if not found["train"][1].is_dir():
@@ -149,7 +149,7 @@ def _read_parts(root: Path) -> tuple[list[MaskPair], list[MaskPair], str]:
     parts = _parts(root)
     tests = next((name for name in ("test", *_VALIDATION) if name in parts), None)
     if tests is None:
-        raise DataError(f"{shorten(root)} has a part train, but none of the name test or val.")
+        raise DataError(f"{shorten(root)} has a split train, but no split test or val.")
     train = [
         pair for name, (images, masks) in parts.items() if name != tests for pair in _pair(find_images(images), masks)
     ]
@@ -178,9 +178,9 @@ def _pair(images: Sequence[Path], masks: Path) -> list[MaskPair]:
     if len(known) < len(listed):
         stems = [path.stem for path in listed]
         twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise DataError(f"{shorten(masks)} has several masks of the name {shorten(twice)}.")
+        raise DataError(f"{shorten(masks)} has several masks named {shorten(twice)}.")
     if missing := [path.name for path in images if path.stem not in known]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         names = ", ".join(shorten(name, 40) for name in missing[:3])
-        raise DataError(f"{shorten(masks)} lacks the masks of {names}{more}: a mask has the name of its image.")
+        raise DataError(f"{shorten(masks)} has no masks for {names}{more}: a mask must have the name of its image.")
     return [MaskPair(path, known[path.stem]) for path in images]

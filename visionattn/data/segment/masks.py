@@ -1,4 +1,4 @@
-"""Masks: images whose values are the classes of pixels."""
+"""Masks: images whose values are class indices of pixels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IGNORE = 255
 
 
 def _palette() -> np.ndarray:
-    """Colours of VOC: the bits of a class, spread over red, green and blue from the highest bit down."""
+    """VOC's colours: the bits of the class index, spread over red, green and blue from the highest bit down."""
     colours = np.zeros((256, 3), np.uint8)
     index = np.arange(256)
     for place in range(8):
@@ -30,17 +30,17 @@ def _palette() -> np.ndarray:
 
 
 PALETTE = _palette()
-"""RGB colours (256, 3) of the classes in overlays, those of PASCAL VOC."""
+"""RGB colours (256, 3) of the classes in overlays, as in PASCAL VOC."""
 
 
 def read_mask(path: str | Path, zero_is_ignored: bool = False) -> np.ndarray:
-    """Read the classes of an image's pixels.
+    """Read the class of each pixel.
 
-    The indices of a palette image and the values of a grey one are the classes; `IGNORE` stands for none.
+    The indices of a palette image and the values of a grey one are the classes; `IGNORE` means none.
 
     Args:
         path: A palette or grey image.
-        zero_is_ignored: 0 stands for no class and 1 is the first one, as in ADE20K.
+        zero_is_ignored: 0 means no class and 1 is the first one, as in ADE20K.
 
     Returns:
         uint8 (H, W).
@@ -51,8 +51,8 @@ def read_mask(path: str | Path, zero_is_ignored: bool = False) -> np.ndarray:
     image = open_image(path)
     if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L"):
         raise DataError(
-            f"The mask {shorten(path)} has the mode {image.mode}: a palette or grey image is required, whose values "
-            "are the indices of the classes."
+            f"The mask {shorten(path)} has the mode {image.mode}; a palette or grey image is required, whose values "
+            "are class indices."
         )
     values = np.array(image)
     if values.dtype == bool:
@@ -60,7 +60,7 @@ def read_mask(path: str | Path, zero_is_ignored: bool = False) -> np.ndarray:
     if values.min() < 0 or values.max() > IGNORE:
         raise DataError(
             f"The mask {shorten(path)} has the value {values.max() if values.max() > IGNORE else values.min()}; "
-            f"classes are 0 to 254, and {IGNORE} is ignored."
+            f"classes must be 0 to 254, or {IGNORE} for ignored pixels."
         )
     mask = values.astype(np.uint8)
     if zero_is_ignored:
@@ -69,10 +69,10 @@ def read_mask(path: str | Path, zero_is_ignored: bool = False) -> np.ndarray:
 
 
 def check_labels(mask: np.ndarray, path: str | Path, classes: Sequence[Any]) -> None:
-    """Refuse a mask with a class that has no name.
+    """Refuse a mask with a class index that has no name.
 
     Raises:
-        DataError: It has one.
+        DataError: The mask has one.
     """
     largest = int(mask[mask != IGNORE].max(initial=0))
     if largest >= len(classes):
@@ -83,5 +83,5 @@ def check_labels(mask: np.ndarray, path: str | Path, classes: Sequence[Any]) -> 
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Take the nearest pixel for each of (H, W)."""
+    """Resize to (H, W) by the nearest pixel."""
     return np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
