@@ -92,7 +92,7 @@ def test_a_stereo_pair_keeps_its_disparity_at_another_size(monkeypatch):
     [
         (RESTORE, "cat", "cat holds 4 images; a calibration needs at least 8"),
         (RESTORE, "absent", "no folder"),
-        ({"task": "stereo"}, "cat", "no stereo pair with its truth"),
+        ({"task": "stereo"}, "cat", "no stereo pair with ground truth"),
     ],
 )
 def test_too_few_are_refused(facts, place, message, folder):

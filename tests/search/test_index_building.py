@@ -319,7 +319,7 @@ def test_weights_and_embeddings_that_are_not_finite_make_no_index(folder, tmp_pa
             found = super().forward(x)
             return found / (x[:, 0].mean(dim=(1, 2)) >= x[:, 2].mean(dim=(1, 2)))[:, None, None]
 
-    with pytest.raises(InputError, match=r"toy gives an embedding of \S*png that is not finite"):
+    with pytest.raises(InputError, match=r"toy returns an embedding of \S*png that is not finite"):
         build_index(folder, tmp_path / "index", Overflowing(("colour", "kind"), 8).eval(), "toy")
     with pytest.raises(DataError, match=r"unfinished|holds no index"):
         ImageIndex(tmp_path / "index")
@@ -333,7 +333,7 @@ def test_weights_and_embeddings_that_are_not_finite_make_no_index(folder, tmp_pa
             lambda: match_stereo.va_match_stereo_nano(),
             "it is a 'stereo' model; a 'retrieve' or 'classify' model is required",
         ),
-        (lambda: torch.nn.Conv2d(3, 4, 3), r"for one image it gives \(1, 4, 22, 22\), not embeddings"),
+        (lambda: torch.nn.Conv2d(3, 4, 3), r"for one image it returns \(1, 4, 22, 22\), not embeddings"),
         (lambda: torch.nn.Conv2d(5, 4, 3), "cannot embed an image of 24 x 24 pixels"),
         (lambda: torch.nn.Bilinear(3, 3, 2), "cannot embed an image of 24 x 24 pixels"),
     ],
@@ -349,7 +349,7 @@ def test_models_without_embeddings_are_refused(folder, tmp_path, model, words):
 
 @pytest.mark.parametrize("size", [(0, 0), (-1, 24), (24, 10**9), (24,), (24, 24, 24)])
 def test_impossible_sizes_are_refused(folder, tmp_path, size):
-    with pytest.raises(InputError, match=r"image size must be height and width, from 1 to 8192 each; got"):
+    with pytest.raises(InputError, match=r"image size must be height and width from 1 to 8192 each; got"):
         build_index(folder, tmp_path / "index", toy(), "toy", image_size=size)
 
 

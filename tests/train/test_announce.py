@@ -66,7 +66,7 @@ def test_a_run_says_what_it_works_on_and_predictions_what_they_lack(pictures, ca
     assert "val/accuracy" in line
     assert "test (the validation split)" in output
     (at,) = [n for n, line in enumerate(output.splitlines()) if line.startswith("Skipped, since")]
-    assert output.splitlines()[at] == "Skipped, since they could not be read: 1 image"
+    assert output.splitlines()[at] == "Skipped because unreadable: 1 image"
     assert "pictures/train/dog/3.png" in output.splitlines()[at + 1]
     assert not Path("runs").exists()
 
@@ -96,7 +96,10 @@ def test_a_run_says_what_it_works_on_and_predictions_what_they_lack(pictures, ca
     ("break_it", "message"),
     [
         (lambda root: (root / "train/owl").mkdir(), "There are no images of the class owl in pictures/train"),
-        (lambda root: images(root / "val/ape", ["1.png"]), "pictures/val has classes that pictures/train lacks: ape."),
+        (
+            lambda root: images(root / "val/ape", ["1.png"]),
+            "pictures/val has classes that are not in pictures/train: ape.",
+        ),
         (lambda root: (root / "val").rename(root / "other"), "none can be held out: 0.1 of 8 images are 1"),
         (lambda root: [path.write_bytes(b"") for path in root.glob("train/dog/*.png")], "No image of the class 'dog'"),
     ],

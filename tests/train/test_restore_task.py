@@ -241,4 +241,4 @@ def test_scales_must_agree(tmp_path, pictures, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("small.yaml").write_text(SMALL)
     assert main(["fit", "--config", "small.yaml", "--data.scale=4"]) == 2
-    assert capsys.readouterr().err == "visionattn: The model enlarges 2 times, but data.scale is 4.\n"
+    assert capsys.readouterr().err == "visionattn: The model upscales 2 times, but data.scale is 4.\n"

@@ -223,13 +223,13 @@ def fails(capsys, *args):
         (["--model.opt=adamq"], "There is no optimizer 'adamq'. Near it: adam"),
         (["--model.sched=cosin"], "There is no schedule 'cosin'. Choose from cosine"),
         (["--model.model_args.width=3"], "does not take one of these arguments: "),
-        (["--data.augmentation=mirror"], "There is no augmentation 'mirror'. Choose from none, shift"),
+        (["--data.augmentation=mirror"], "data.augmentation must be one of 'none', 'shift'"),
         (["--data.dataset=folder"], "needs a folder: set data.root"),
         (["--data.dataset=folder", "--data.root=nowhere"], "There is no folder nowhere"),
-        (["--data.dataset=torch/mnist", "--data.root=nowhere"], "Could not open the part 'train'"),
+        (["--data.dataset=torch/mnist", "--data.root=nowhere"], "Could not open the split 'train'"),
         (["--data.dataset=hfds/beans"], "needs the package 'datasets'"),
         (["--data.in_chans=3"], "The model takes 1 channels, but data.in_chans is 3."),
-        (["--data.mean=[0.5,0.5,0.5]", "--data.std=[1]"], "data.mean has 3 numbers and data.std 1"),
+        (["--data.mean=[0.5,0.5,0.5]", "--data.std=[1]"], "data.mean has 3 values and data.std 1"),
         (["--data.batch_size=2000"], "has 1077 images, fewer than one batch of 2000"),
         (["--data.batch_size=63", "--model.cutmix=1"], "set data.batch_size to an even number"),
         (["--model.name=test_vit", "--data.image_size=40"], "'test_vit' does not take 40 x 40 images of 3 channels"),
@@ -307,7 +307,7 @@ def test_folder_of_images(tmp_path, monkeypatch, capsys):
     # Other classes, as many.
     (tmp_path / "pictures/owl").rename(tmp_path / "pictures/ape")
     message = fails(capsys, "test", "--ckpt_path", checkpoint, "--data.dataset=folder", "--data.root=pictures")
-    assert message == "The checkpoint was trained on the classes cat, dog, owl; the data have ape, cat, dog."
+    assert message == "The checkpoint was trained on the classes cat, dog, owl; the data has ape, cat, dog."
 
 
 def test_empty_folders_are_named(tmp_path, monkeypatch, capsys):

@@ -45,4 +45,6 @@ def test_shards_train_and_are_no_folder_to_measure_a_frozen_backbone_on(tmp_path
     assert "accuracy" in output
     assert main(["fit", *run, "--model.report=true"]) == 2
     error = capsys.readouterr().err
-    assert "is a stream, of which no frozen backbone is measured: set model.report and model.linear_start to" in error
+    assert (
+        "is a stream; a frozen backbone cannot be measured on it: set model.report and model.linear_start to" in error
+    )

@@ -241,9 +241,7 @@ def test_asen(tmp_path):
     assert test.is_query.tolist() == [True, True, False, False]
     for line in ("9 0 1", "-1 0 1", "0 -1 1", "0 0 -1", "0 0 7", "0 9 0", "0 0", "9" * 5000 + " 0 0"):
         (tmp_path / "query_test.txt").write_text(line + "\n")
-        with pytest.raises(
-            DataError, match=rf"query_test\.txt has a line '{line[:5]}.* three known numbers"
-        ):
+        with pytest.raises(DataError, match=rf"query_test\.txt has the invalid line '{line[:5]}.* three known numbers"):
             read_catalogue("asen", tmp_path)
     for content in ("[]", '{"ATTRIBUTES": "collar"}', '{"ATTRIBUTES": [1]}', "{", "[" * 10**5, "{}"):
         (tmp_path / "meta.json").write_text(content)

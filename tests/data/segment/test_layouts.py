@@ -84,7 +84,7 @@ def test_what_is_refused(tmp_path):
         read_segmentation(tmp_path)
     for name in ("1.png", "2.png", "2.tif"):
         image(tmp_path / "masks" / name, mode="L")
-    with pytest.raises(DataError, match="several masks of the name 2"):
+    with pytest.raises(DataError, match="several masks named 2"):
         read_segmentation(tmp_path)
     (tmp_path / "masks" / "2.tif").unlink()
     for path in (tmp_path / "images").iterdir():

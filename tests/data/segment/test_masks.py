@@ -54,7 +54,9 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(DataError, match=rf"colours\.png has the mode {mode}; a palette or grey image is required"):
             read_mask(tmp_path / "colours.png")
     Image.fromarray(np.array([[0, 300]], np.uint16)).save(tmp_path / "large.png")
-    with pytest.raises(DataError, match=r"large\.png has the value 300; classes are 0 to 254, and 255 is ignored"):
+    with pytest.raises(
+        DataError, match=r"large\.png has the value 300; classes must be 0 to 254, or 255 for ignored pixels"
+    ):
         read_mask(tmp_path / "large.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(DataError, match=r"broken\.png"):

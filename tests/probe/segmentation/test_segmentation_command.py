@@ -126,7 +126,7 @@ def test_voc_and_ade(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda root: (root / "train/masks/003.png").unlink(), r"lacks the masks of 003\.png"),
+        (lambda root: (root / "train/masks/003.png").unlink(), r"has no masks for 003\.png"),
         (lambda root: Image.new("L", (9, 9), 1).save(root / "train/masks/001.png"), r"001\.png has 9 x 9 pixels, and"),
         (lambda root: Image.new("RGB", (48, 48)).save(root / "val/masks/000.png"), r"000\.png has the mode RGB"),
         (lambda root: (root / "classes.txt").write_text("a\nb"), r"\.png has the class 2, but there are 2 classes"),

@@ -243,7 +243,7 @@ class Catalogue:
             ConfigError: An attribute does not exist.
         """
         if unknown := [name for name in attributes if name not in self.attributes]:
-            raise ConfigError(f"Attributes must be among {', '.join(self.attributes)}; got {first_names(unknown)}.")
+            raise ConfigError(f"There is no attribute {first_names(unknown)}. There are {', '.join(self.attributes)}.")
         if double := [name for name in attributes if attributes.count(name) > 1]:
             raise ConfigError(f"The attribute {shorten(double[0])} is given twice.")
         columns = [self.attributes.index(name) for name in attributes]
