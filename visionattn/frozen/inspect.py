@@ -125,10 +125,11 @@ def inspect(
     judgement = agreement(_predictor(model), judged, values, found.grid, logits=logits, masks=masks)
     rows, curves = [], []
     if policy is not None:
-        tiles = _tile_sides(found.grid)
+        side = _tile_side(found.grid)
         rows = measure_policies(
-            model, list(shown.split(BATCH)), read.labels, policy, budgets, **tiles, progress=console.print
-        )
+            model, list(shown.split(BATCH)), read.labels, policy, budgets,
+            query_tile=2 * side, key_tile=side, progress=console.print,
+        )  # fmt: skip
     if tokens or heads:
         curves = prune_curves(
             model, shown, read.labels, tokens=tokens, heads=heads,
@@ -191,7 +192,6 @@ def _predictor(model: nn.Module) -> Any:
     return predict
 
 
-def _tile_sides(grid: tuple[int, int]) -> dict[str, int]:
-    """Sides of tiles of queries and of keys: the usual ones, or smaller ones of small grids."""
-    side = 4 if min(grid) >= 16 else 2 if min(grid) >= 6 else 1
-    return {"query_tile": 2 * side, "key_tile": side}
+def _tile_side(grid: tuple[int, int]) -> int:
+    """Side of a tile of keys, half that of queries: the usual one, or a smaller one of a small grid."""
+    return 4 if min(grid) >= 16 else 2 if min(grid) >= 6 else 1
