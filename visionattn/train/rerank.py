@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from visionattn.blocks.rerank import PairEncoder
 from visionattn.checkpoints import create, load_weights
 from visionattn.data.retrieval.catalogue import Part
-from visionattn.data.retrieval.embedding import embed, input_config
+from visionattn.data.retrieval.embedding import embed
 from visionattn.data.retrieval.patches import read_patches
 from visionattn.errors import ConfigError
 from visionattn.metrics.ranking import score
@@ -114,7 +115,7 @@ class RerankTask(EmbeddingTask):
         if weights is not None:
             load_weights(self.net, weights, drop_classifier=True)
         self.base = copy.deepcopy(self.net).requires_grad_(False)
-        empty = torch.zeros(1, 3, *input_config(self.net)["size"])
+        empty = torch.zeros(1, *resolve_model_data_config(self.net)["input_size"])
         self.pair_encoder = PairEncoder(read_patches(self.base.eval(), empty).shape[-1], width, depth)
         self._patches = torch.empty(0)
         self._labels: Tensor | None = None
