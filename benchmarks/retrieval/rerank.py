@@ -32,6 +32,7 @@ import copy
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,8 +147,8 @@ def cached_maps(args: argparse.Namespace, parts: dict[str, Part], catalogue: Any
     return torch.load(path, weights_only=True)
 
 
-def k_reciprocal(vectors: Tensor, k1: int = 20, k2: int = 6, share: float = 0.3) -> Tensor:
-    """Distances (N, N) of unit vectors (N, E): of Jaccard between sets of mutual neighbours, mixed with the cosine's."""
+def k_reciprocal(vectors: Tensor, k1: int = 20, k2: int = 6, share: float = 0.3) -> Callable[[Tensor, Tensor], Tensor]:
+    """Distances of pairs of unit vectors (N, E): of Jaccard between sets of mutual neighbours, and the cosine's."""
     distances = (1 - vectors @ vectors.T).clamp(min=0)
     distances = (distances / distances.amax(dim=0)).T.contiguous()
     order = distances.argsort(dim=1, stable=True)
@@ -164,8 +165,12 @@ def k_reciprocal(vectors: Tensor, k1: int = 20, k2: int = 6, share: float = 0.3)
     features = torch.where(sets, (-distances).exp(), 0.0)
     features = features / features.sum(dim=1, keepdim=True)
     features = features[order[:, :k2]].mean(dim=1)
-    least = torch.stack([torch.minimum(row, features).sum(dim=1) for row in features])
-    return (1 - share) * (1 - least / (2 - least)) + share * distances
+
+    def compare(first: Tensor, second: Tensor) -> Tensor:
+        least = torch.minimum(features[first], features[second]).sum(dim=1)
+        return (1 - share) * (1 - least / (2 - least)) + share * distances[first, second]
+
+    return compare
 
 
 class Judge:
@@ -181,7 +186,7 @@ class Judge:
         return F.normalize(net(self.maps), dim=1)
 
     @torch.no_grad()
-    def reranked(self, vectors: Tensor, compare: Any) -> Tensor:
+    def reranked(self, vectors: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Cosines (Q, G), above them the 50 nearest in the order of `compare` (places, places) -> (P,)."""
         cosines = vectors[self.queries] @ vectors[self.gallery].T
         nearest = cosines.topk(RERANKED, dim=1).indices
@@ -258,7 +263,7 @@ def rankings(
         ("none", 0): judge.reranked(vectors, lambda a, b: (vectors[a] * vectors[b]).sum(dim=1)),
         ("late", 0): late(patches),
         ("late, std", 0): late(standard),
-        ("k-reciprocal", 0): judge.reranked(vectors, lambda a, b: -distances[a, b]),
+        ("k-reciprocal", 0): judge.reranked(vectors, lambda a, b: -distances(a, b)),
     }
     for cycle, (encoder, embedding) in enumerate(cycles(args, net, maps, seed), start=1):
         found["pair encoder", cycle] = judge.reranked(
@@ -279,7 +284,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="safetensors of EfficientNet-Lite0")
     parser.add_argument("--starts", nargs="+", choices=("pretrained", "trained"), default=["pretrained", "trained"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=1500, help="training images")
+    parser.add_argument("--images", type=int, default=800, help="training images")
     parser.add_argument("--partners", type=int, default=6, help="nearest and random images each, per image")
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--depth", type=int, default=2)
