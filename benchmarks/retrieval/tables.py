@@ -65,10 +65,34 @@ def dual_cross() -> str:
     return markdown(head, body) + f"\n{devices}, torch {rows[-1]['torch']}.\n"
 
 
+def rerank() -> str:
+    """Mean and spread over seeds, a row for each start and way to rank."""
+    rows = read_rows(RESULTS / "rerank.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["start"], row["method"], row["cycle"]), []).append(row)
+    measured = ("subCategory", "articleType", "baseColour", "map", "precision_at_10")
+    body = []
+    for (start, method, cycle), found in groups.items():
+        words = f"{method}, cycle {cycle}" if int(cycle) else method
+        shares = (spread([float(row[key]) for row in found], 1) for key in measured)
+        # Seeds are paired: each is compared with its own ranking by cosine.
+        plain_map = {row["seed"]: float(row["map"]) for row in groups[start, "none", "0"]}
+        gains = [float(row["map"]) - plain_map[row["seed"]] for row in found]
+        body.append([start, words, *shares, spread(gains, 2), str(len(found))])
+    head = ["start", "ranked by", *measured, "map, gain", "seeds"]
+    setting = "{images} training images, {partners} nearest and random partners each, width {width}, depth {depth}"
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    return markdown(head, body) + f"\n{setting.format(**rows[-1])}; {devices}, torch {rows[-1]['torch']}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "retrieval_heads": retrieval_heads,
     "retrieval_entanglement": retrieval_entanglement,
     "dual_cross": dual_cross,
+    "rerank": rerank,
     "search_index": lambda: plain("search_index"),
     "search_scale": lambda: plain("search_scale"),
     "retrieval_cost": lambda: plain("retrieval_cost"),
