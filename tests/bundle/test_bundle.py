@@ -142,7 +142,7 @@ def test_mistakes_of_the_command(tmp_path, capsys, monkeypatch):
     for line, told in (
         (f"export {VIT} --bundle a --output b.onnx", "not allowed with argument"),
         (f"export {VIT}", "one of the arguments --output --bundle is required"),
-        (f"export {VIT} --bundle a --no-check", "leave out --format and --no-check"),
+        (f"export {VIT} --bundle a --no-check", "leave out --format, --no-check and"),
         ("export va_minimal_vit_nano_patch7_28 --bundle a", "va_minimal_vit_nano_patch7_28"),
     ):
         assert main(line.split()) == 2

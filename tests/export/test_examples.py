@@ -90,7 +90,7 @@ def test_a_stereo_pair_keeps_its_disparity_at_another_size(monkeypatch):
 @pytest.mark.parametrize(
     ("facts", "place", "message"),
     [
-        (RESTORE, "cat", "cat holds 4 images; a calibration needs at least 8"),
+        (RESTORE, "cat", "cat contains 4 images; calibration needs at least 8"),
         (RESTORE, "absent", "no folder"),
         ({"task": "stereo"}, "cat", "no stereo pair with ground truth"),
     ],
@@ -101,5 +101,7 @@ def test_too_few_are_refused(facts, place, message, folder):
 
 
 def test_a_task_without_a_metric_is_refused():
-    with pytest.raises(InputError, match="task 'flow'; variants are measured for restore, classify, stereo only"):
+    with pytest.raises(
+        InputError, match=r"require a task among 'restore', 'classify', 'stereo'; .* has the task 'flow'"
+    ):
         check_task(spec_of(task="flow"))

@@ -134,11 +134,11 @@ def test_pair_of_inputs_in_steps(tmp_path):
         expected = model(left, right)
     for result, reference in zip(run(file.path, left, right), expected, strict=True):
         np.testing.assert_allclose(result, reference.numpy(), rtol=1e-4, atol=1e-6)
-    with pytest.raises(InputError, match="at least 16 and are multiples of 8"):
+    with pytest.raises(InputError, match="at least 16 and divisible by 8"):
         run(file.path, left[..., :12], right[..., :12])
-    with pytest.raises(InputError, match="left, right; 1 were given"):
+    with pytest.raises(InputError, match="left, right; got 1 arrays"):
         run(file.path, left)
-    with pytest.raises(InputError, match="differ in shape"):
+    with pytest.raises(InputError, match="must have the same shape"):
         run(file.path, left, right[..., :8, :])
 
 
@@ -147,7 +147,7 @@ def test_fixed_size_model_is_static(tmp_path):
     assert file.spec.dynamic_axes == ["batch"]
     assert [(row.batch, row.height, row.width) for row in file.rows] == [(1, 8, 8), (3, 8, 8)]
     assert run(file.path, np.ones((5, 3, 8, 8)))[0].shape == (5, 3)
-    with pytest.raises(InputError, match="9 x 8; this file takes 8 x 8 only"):
+    with pytest.raises(InputError, match="must be 8 x 8; got 9 x 8"):
         run(file.path, np.ones((1, 3, 9, 8)))
 
 
@@ -162,9 +162,9 @@ def test_static_size_on_request(tmp_path):
         (
             SpecialisedWidth(),
             ExportError,
-            "torch.export refuses SpecialisedWidth with dynamic batch, height, width.*constant.*--static",
+            "torch.export cannot export SpecialisedWidth with dynamic batch, height, width.*constant.*--static",
         ),
-        (OneSize(), InputError, "does not run at .*--static-size"),
+        (OneSize(), InputError, "fails in PyTorch at .*--static-size"),
     ],
 )
 def test_refused_dynamic_size_is_never_baked(model, error, message, tmp_path):
@@ -192,7 +192,7 @@ def test_fixed_batch(tmp_path):
     assert OnnxModel(file.path).spec.batch == 2
     assert [row.batch for row in file.rows] == [2, 2]
     assert run(file.path, np.ones((2, 3, 32, 32)))[0].shape == (2, 3)
-    with pytest.raises(InputError, match="takes 2 images at a time; 1 were given"):
+    with pytest.raises(InputError, match="must be 2; got 1"):
         run(file.path, np.ones((1, 3, 32, 32)))
     free = export_onnx(Toy(), tmp_path / "free.onnx", batch=1)
     assert free.spec.dynamic_axes == ["height", "width"]
@@ -216,11 +216,11 @@ def test_steps_are_told(tmp_path):
 
 
 def test_wrong_arguments(tmp_path):
-    with pytest.raises(InputError, match="operator set is 9; the exporter writes 18 to"):
+    with pytest.raises(InputError, match=r"operator set must be from 18 to .*; got 9"):
         export_onnx(Toy(), tmp_path / "model.onnx", opset=9)
-    with pytest.raises(InputError, match="at least 16 and are multiples of 8"):
+    with pytest.raises(InputError, match="at least 16 and divisible by 8"):
         export_onnx(Pair(), tmp_path / "model.onnx", input_size=(20, 24))
-    with pytest.raises(ExportError, match="gives 2 outputs, but its names for them are logits"):
+    with pytest.raises(ExportError, match="returns 2 outputs, but has the output names logits"):
         export_onnx(type("Unnamed", (Pair,), {"output_names": ("logits",)})(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -253,9 +253,12 @@ def toy_file(tmp_path_factory):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.ones((1, 1, 32, 32)), r"shape \(1, 1, 32, 32\); this file takes \(batch, 3, height, width\), .* RGB"),
-        (np.ones((3, 32, 32)), r"shape \(3, 32, 32\); this file takes"),
-        (np.ones((1, 3, 32, 32), np.uint8), r"uint8; this file takes floats.*mean \[0.5, 0.4, 0.3\]"),
+        (
+            np.ones((1, 1, 32, 32)),
+            r"must have the shape \(batch, 3, height, width\), .* RGB order; got \(1, 1, 32, 32\)",
+        ),
+        (np.ones((3, 32, 32)), r"got \(3, 32, 32\)"),
+        (np.ones((1, 3, 32, 32), np.uint8), r"must be floats.*mean \[0.5, 0.4, 0.3\].*got uint8"),
     ],
 )
 def test_wrong_input(toy_file, array, message):
@@ -273,12 +276,12 @@ def test_wrong_file(toy_file, tmp_path):
     foreign = onnx.load(toy_file)
     del foreign.metadata_props[:]
     onnx.save(foreign, tmp_path / "foreign.onnx")
-    with pytest.raises(InputError, match="does not carry the metadata"):
+    with pytest.raises(InputError, match="does not have the metadata"):
         OnnxModel(tmp_path / "foreign.onnx")
     renamed = onnx.load(toy_file)
     renamed.graph.input[0].name = renamed.graph.node[0].input[0] = "picture"
     onnx.save(renamed, tmp_path / "renamed.onnx")
-    with pytest.raises(InputError, match="other inputs or outputs than its metadata says: picture, logits"):
+    with pytest.raises(InputError, match=r"inputs or outputs of .* differ from its metadata: picture, logits"):
         OnnxModel(tmp_path / "renamed.onnx")
     os.mkfifo(tmp_path / "pipe.onnx")
     with open(tmp_path / "huge.onnx", "wb") as huge:

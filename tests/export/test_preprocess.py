@@ -67,11 +67,11 @@ def test_features_stay(tmp_path):
 @pytest.mark.parametrize("images", [PICTURES.astype(np.float32), PICTURES.transpose(0, 3, 1, 2), PICTURES[0]])
 def test_other_pictures_are_refused(images, tmp_path):
     file = wrapped(graphs.upscaler(tmp_path / "toy.onnx"))
-    with pytest.raises(InputError, match=r"takes pictures \(batch, height, width, 3\) of uint8, channels in RGB"):
+    with pytest.raises(InputError, match=r"must be uint8 images \(batch, height, width, 3\), channels in RGB"):
         file(images)
 
 
 def test_twice_is_refused(tmp_path):
     source = graphs.upscaler(tmp_path / "toy.onnx")
-    with pytest.raises(InputError, match="takes uint8 pictures already: leave out preprocess"):
+    with pytest.raises(InputError, match="already takes uint8 images: leave out --preprocess"):
         with_preprocessing(onnx.load(source), replace(OnnxModel(source).spec, input_type="uint8"))

@@ -23,7 +23,10 @@ def test_noise_and_prepared_images_are_taken(model):
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        (255, r"image holds values from 0 to 255; prepared images of this file are in -2\.5 to 3\.5: scale them to 0"),
+        (
+            255,
+            r"image has values from 0 to 255; preprocessed images of this file are in -2\.5 to 3\.5: scale them to 0",
+        ),
         (-200, r"values from -200 to 0"),
         (np.nan, "NaN or infinite"),
         (np.inf, "NaN or infinite"),

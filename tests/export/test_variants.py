@@ -96,13 +96,12 @@ def test_what_loses_too_much_is_not_written(tmp_path, monkeypatch):
     print_variants((first, fp16), console)
     printed = console.file.getvalue()
     assert "REFUSED" in printed
-    assert "net.fp16.onnx is not written: PSNR-Y in dB" in printed
+    assert "net.fp16.onnx was not written: PSNR-Y in dB" in printed
 
 
 def test_no_gain_is_said(written):
     slow = variants.replace(written[2][1], speed=0.77, recommended=False)
-    assert slow.describe().endswith("0.77 times the speed of float32 here: no gain on this processor, not recommended "
-                                    "for it.")  # fmt: skip
+    assert slow.describe().endswith("0.77 times the speed of float32 here: no gain on this processor, not recommended.")
 
 
 @pytest.mark.parametrize(
@@ -119,13 +118,13 @@ def test_outputs_are_refused_before_the_work(name, message, written, tmp_path):
 def test_three_images_are_too_few(written, tmp_path):
     for name in "abc":
         Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
-    with pytest.raises(DataError, match="holds 3 images; a calibration needs at least 8"):
+    with pytest.raises(DataError, match="contains 3 images; calibration needs at least 8"):
         write_variants(written[0], tmp_path / "net.onnx", int8=tmp_path)
 
 
 def test_a_variant_has_no_variants(written, tmp_path):
     shutil.copy(written[2][2].path, tmp_path / "half.onnx")
-    with pytest.raises(InputError, match="is a variant itself: give the float32 file"):
+    with pytest.raises(InputError, match="is itself a variant: give the float32 file"):
         write_variants(tmp_path / "half.onnx", fp16=True)
 
 

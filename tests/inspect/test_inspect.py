@@ -46,7 +46,7 @@ def test_another_model(stereo):
     torch.nn.init.ones_(other.conv.weight)
     found = check(stereo, model=other, threads=(1,))
     assert found.comparison == []
-    assert "does not compute what the model computes" in found.problems[0]
+    assert "differ from those of the model" in found.problems[0]
     found = check(stereo, model=toys.Labelled().eval(), threads=(1,))
     assert len(found.problems) == 1
 
@@ -79,16 +79,16 @@ def test_a_foreign_file_against_its_model(tmp_path):
 
 def test_what_is_wrong_is_said(tmp_path, stereo):
     nan = graphs.convolution(tmp_path / "nan.onnx", np.full((2, 3, 3, 3), np.nan, np.float32), shape=[1, 3, 8, 8])
-    assert check(nan, threads=(1,)).problems == ["At 8 x 8, batch 1: an output holds NaN or infinite values."]
+    assert check(nan, threads=(1,)).problems == ["At 8 x 8, batch 1: an output contains NaN or infinite values."]
     (problem,) = check(graphs.without_image(tmp_path / "vector.onnx")).problems
-    assert problem.startswith("No input is an image")
+    assert problem.startswith("The file has no image input")
     damaged = onnx.load(stereo)
     for entry in damaged.metadata_props:
         if entry.key == "input_size":
             entry.value = "[3"
     onnx.save(damaged, tmp_path / "damaged.onnx")
     problems = check(tmp_path / "damaged.onnx", threads=(1,)).problems
-    assert problems[0] == "Its metadata are damaged: the entry input_size is not JSON: [3."
+    assert problems[0] == "The metadata are invalid: the entry input_size is not JSON: [3."
 
 
 def test_mistakes(tmp_path, stereo):

@@ -21,10 +21,10 @@ def test_text_and_json(path, tmp_path, capsys):
         "  in   image: float, 1 x 3 x 16 x 16",
         "  1 nodes, tensors of up to 4 axes: Conv 1",
         "Metadata: none",
-        "  runs  16 x 16, batch 1: gives 1 x 2 x 16 x 16",
+        "  runs  16 x 16, batch 1: output 1 x 2 x 16 x 16",
         "  NNAPI: 1 of 1 nodes in 1 partition",
         "  2 threads: ",
-        "Nothing is wrong.",
+        "No problems found.",
     ):
         assert line in printed
     assert json.loads((tmp_path / "found.json").read_text())["structure"]["operators"] == {"Conv": 1}
@@ -34,4 +34,4 @@ def test_text_and_json(path, tmp_path, capsys):
 
 def test_problems_are_an_exit_code(tmp_path, capsys):
     assert main(["check", str(graphs.without_image(tmp_path / "a.onnx"))]) == 1
-    assert "Problem: No input is an image" in capsys.readouterr().out
+    assert "Problem: The file has no image input" in capsys.readouterr().out

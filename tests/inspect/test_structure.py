@@ -64,7 +64,7 @@ def test_external_data(tmp_path):
     onnx.save(model, tmp_path / "b.onnx", save_as_external_data=True, location="b.data")
     assert read_structure(tmp_path / "b.onnx")[0].external_data == ["b.data"]
     (tmp_path / "b.data").unlink()
-    with pytest.raises(InputError, match=r"b\.onnx keeps its weights in b\.data, which does not lie beside it"):
+    with pytest.raises(InputError, match=r"b\.onnx stores its weights in b\.data, which is missing"):
         read_structure(tmp_path / "b.onnx")
 
 
@@ -72,7 +72,7 @@ def test_what_is_no_file(tmp_path):
     whole = graphs.convolution(tmp_path / "a.onnx").read_bytes()
     for name, content in {"text": b"no model", "empty": b"", "cut": whole[:200], "zeros": bytes(500)}.items():
         (tmp_path / f"{name}.onnx").write_bytes(content)
-        with pytest.raises(InputError, match=rf"{name}\.onnx is not ONNX, or is cut short: ") as raised:
+        with pytest.raises(InputError, match=rf"{name}\.onnx is not an ONNX file, or is truncated: ") as raised:
             read_structure(tmp_path / f"{name}.onnx")
         assert "\n" not in str(raised.value)
     with open(tmp_path / "huge.onnx", "wb") as huge:

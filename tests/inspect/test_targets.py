@@ -1,4 +1,4 @@
-"""What phones and browsers compute of a graph."""
+"""Operators of a graph that are supported on phones and in browsers."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_a_graph_that_does_not_load(tmp_path):
     twist = helper.make_node("Twist", ["image"], ["result"], domain="my.own")
     found = find_targets(graphs.write(tmp_path / "a.onnx", [twist], domain="my.own"), False)
     assert [target.name for target in found] == NAMES
-    assert all("my.own" in target.fault and str(target).count("not known") == 1 for target in found)
+    assert all("my.own" in target.fault and str(target).count("unknown") == 1 for target in found)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Verified ONNX files: export, check against PyTorch, run. Needs `pip install 'visionattn[export]'`.
+"""Verified ONNX files: export, check against PyTorch, run. Requires `pip install 'visionattn[export]'`.
 
 `visionattn.export(MODEL, FILE)` calls `visionattn.export.api.export`.
 """

@@ -1,4 +1,4 @@
-"""`visionattn.export(MODEL, FILE)`: the function beside the command `visionattn export`."""
+"""`visionattn.export(MODEL, FILE)`: the function behind the command `visionattn export`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def export(
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[OnnxFile, ...]:
-    """Write a model as ONNX and check the file against PyTorch; write variants and measure them on real data.
+    """Export a model to ONNX and check the file against PyTorch; write variants and measure them on real data.
 
     A name without published weights is exported with random ones.
 
@@ -54,34 +54,34 @@ def export(
         model: Name in timm's registry, weight file, folder or module (see `visionattn.opening.open_model`).
         output: File to write. Its variants are named after it (see `visionattn.export.variants`).
         checkpoint: Weight file for a name.
-        num_classes: Number of classes for a name, if not its own.
+        num_classes: Number of classes for a name. Default: the model's.
         image_size: Side, or height and width, of a file of fixed size, and the first size of the check. Default: the
             model's.
         static_size: Fix height and width in the file.
-        batch: Fix the number of images at a time. Default: dynamic.
+        batch: Fixed batch size. Default: dynamic.
         opset: Version of the ONNX operator set.
-        int8: Write `F.int8.onnx` too: True calibrates by what installed packages hold, a path by the pictures, or
-            stereo scenes, in this folder.
-        fp16: Write `F.fp16.onnx` too.
-        preprocess: All files take uint8 pictures (B, H, W, C), and give pictures, probabilities or disparities.
-        test_data: Folder of real data that variants are measured on. Default: the calibration's.
-        format: "onnx", "ort" (of ONNX Runtime, for small builds) or "pt2" (a program of torch.export). Default: by the
-            suffix of `output`.
-        check: Compare the file with the model before it appears.
-        random_weights: Take random weights, always the same ones, for a name, also where some are published.
-        time_limit: Seconds of CPU time after which tracing is given up.
-        overwrite: Replace an output that exists.
-        progress: Called with a line at the beginning of each step.
+        int8: Also write `F.int8.onnx`. True calibrates on images from installed packages, a path on the images or
+            stereo scenes in that folder.
+        fp16: Also write `F.fp16.onnx`.
+        preprocess: All files take uint8 images (B, H, W, C) and return images, probabilities or disparities.
+        test_data: Folder of real data to measure variants on. Default: the calibration data.
+        format: "onnx", "ort" (ONNX Runtime's format, for small builds) or "pt2" (a program of torch.export). Default:
+            by the suffix of `output`.
+        check: Compare the file with the model before it is put in place.
+        random_weights: Use random weights (from a fixed seed) for a name, even if pretrained ones exist.
+        time_limit: Maximum CPU time for tracing, in seconds.
+        overwrite: Replace an existing output.
+        progress: Called with a line at the start of each step.
 
     Returns:
         The file with its variants, or the tower and the head of an attribute-retrieval model (see `export_retrieval`).
 
     Raises:
-        ExportError: The model cannot be exported in this form or in this time, or the file computes something else.
+        ExportError: The model cannot be exported in this form or in this time, or the file's outputs differ from it.
         InputError: The model does not accept the size, or the operator set does not exist.
         DataError: There are too few calibration images, or no real data to measure on.
         StorageError: The output exists or could not be written.
-        VisionAttnError: The model could not be opened, or random weights are asked for what has some.
+        VisionAttnError: The model could not be opened, or random weights are requested for a model that has weights.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size:
@@ -98,7 +98,7 @@ def export(
     network, weights, licence = open_model(model, checkpoint, random, image_size=size, **model_args)
     if random:
         draw_random_weights(network, size)
-    note = ", none are published for this name: give a weight file with --checkpoint (checkpoint=)" if without else ""
+    note = " (none are published for this name; give a weight file with --checkpoint (checkpoint=))" if without else ""
     if progress is not None:
         progress(f"Weights: {weights}{note}.")
     settings: dict[str, Any] = {
@@ -139,14 +139,14 @@ def export(
 
 
 def draw_random_weights(model: nn.Module, size: tuple[int, int] | None) -> None:
-    """Let the output of an untrained model depend on its image, or the check would prove nothing."""
-    # A layer that starts at zero, as classifiers do, would hide everything before it. Branches that end in batch norm
-    # stay small: with larger ones, deep networks of random weights amplify rounding beyond what the check allows.
+    """Initialise an untrained model so that its output depends on its image; otherwise the check proves nothing."""
+    # A layer initialised to zero, as in classifiers, would hide everything before it. Branches that end in batch norm
+    # stay small: with larger ones, deep networks of random weights amplify rounding errors beyond the tolerance.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02 if parameter.ndim > 1 else 0.01)
-        # Untrained batch norm does not normalise: over many layers the signal would vanish.
+        # Untrained batch norm does not normalise, so the signal would vanish over many layers.
         channels, *default = get_model_input_config(model)["input_size"]
         update_bn([torch.randn(2, channels, *(size or default))], model)

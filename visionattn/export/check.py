@@ -1,8 +1,8 @@
-"""Does the file compute what the model computes? ONNX Runtime against PyTorch, at several sizes and batches.
+"""Compare an exported file with its model: ONNX Runtime against PyTorch, at several sizes and batches.
 
-A Python branch on a size, or a pooling grid, is baked into a file without a word and is right at the size of the export
-only. So a file with dynamic axes is always run at sizes that the export has not seen, one of which no window or patch
-divides.
+A Python branch on a size, or a pooling grid, is silently baked into a file and is correct at the export size only. A
+file with dynamic axes is therefore always run at sizes that the export has not seen, one of which is not divisible by
+any window or patch.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from visionattn.export.spec import ExportSpec, size_text
 
 __all__ = ["TOLERANCE", "CheckRow", "check_onnx", "check_sizes", "print_rows"]
 
-# Largest absolute error that passes: the first number + the second x the spread of the reference over images.
+# Largest accepted absolute error: the first number + the second x the spread of the reference over images.
 TOLERANCE = (1e-6, 1e-4)
 
-# In addition, rounding: so many times float32's epsilon at the largest number of the output. An output may lie far from
-# 0 and hardly vary over images.
+# Additional tolerance for rounding, in multiples of float32's epsilon at the largest output value: an output may be far
+# from 0 and hardly vary over images.
 ROUNDINGS = 16
 
-# Share of an image's numbers that may be further away where the model decides: what depends on a decision that rounding
-# turned. A mistake is wrong in far more of them.
+# Fraction of an image's output values that may exceed the error if the model makes discrete decisions: rounding can
+# flip one, which changes the values that depend on it. A mistake in the export affects far more of them.
 OUTLIERS = 0.02
 
-# Draws of images for a model that decides: a decision that rounding turned stands in one of them, a mistake in all.
+# Draws of images for a model that makes decisions: a flipped decision occurs in one of them, a mistake in all.
 DRAWS = 4
 
-# A model whose outputs for two images are nearer than this says nothing of them: any file would agree with it.
+# If the outputs of a model for two images are closer than this, the check proves nothing: any file would agree.
 LEAST_SPREAD = 1e-4
 _CONSTANT = "the model's outputs for two images differ by"
 
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One comparison. One that is impossible, or proves nothing, has an infinite error and says why.
+    """One comparison. One that is impossible, or proves nothing, has an infinite error and a reason.
 
-    `errors` has the largest of each image, where the model decides the largest without the share of `OUTLIERS`.
-    `spread` is the largest difference between the model's outputs for two images: what an output says of its image.
-    `rounding` is the error of PyTorch itself in float32, where that was asked for.
+    `errors` has the largest error of each image; if the model makes decisions, without the fraction `OUTLIERS`.
+    `spread` is the largest difference between the model's outputs for two images: how much an output depends on them.
+    `rounding` is the error of PyTorch itself in float32, if it was computed.
     """
 
     output: str
@@ -68,7 +68,7 @@ class CheckRow:
 
     @property
     def error(self) -> float:
-        """The largest error of all images, NaN if there is one."""
+        """The largest error over all images, NaN if any is."""
         return float(np.max(self.errors))
 
     @property
@@ -83,12 +83,12 @@ class CheckRow:
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """A float32 CPU copy in evaluation mode: the caller's model keeps its mode, type and device."""
+    """A float32 copy on the CPU in evaluation mode; the caller's model keeps its mode, dtype and device."""
     return copy.deepcopy(model).eval().to("cpu", torch.float32).requires_grad_(False)
 
 
 def outputs_of(model: nn.Module, images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Run the model in PyTorch; one output counts as a sequence of one.
+    """Run the model in PyTorch; a single output is returned as a sequence of one.
 
     Raises:
         InputError: The model itself does not accept these images.
@@ -96,18 +96,18 @@ def outputs_of(model: nn.Module, images: Sequence[torch.Tensor]) -> tuple[torch.
     try:
         with torch.no_grad():
             outputs = model(*images)
-    # A model refuses a size in as many ways as there are layers.
+    # Each layer may reject a size with another type of exception.
     except Exception as error:
         raise InputError(
-            f"{type(model).__name__} itself does not run at {size_text(*images[0].shape[2:])}: {error} "
-            "If it takes one size only, export that size with --static-size (dynamic_size=False); if it takes "
-            "multiples of a number, state it as the attribute `size_multiple`."
+            f"{type(model).__name__} itself fails in PyTorch at {size_text(*images[0].shape[2:])}: {error} "
+            "If it takes only one size, export that size with --static-size (dynamic_size=False); if it takes "
+            "multiples of a number, set its attribute `size_multiple`."
         ) from error
     return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
 
 def scaled_size(size: int, factor: float, spec: ExportSpec) -> int:
-    """An accepted size near `factor * size`: a prime where any size is, since no window or patch divides it."""
+    """An accepted size near `factor * size`: a prime if any size is accepted, since no window or patch divides it."""
     size = max(round(factor * size), spec.size_minimum or 1, 2)
     if spec.size_multiple > 1:
         return spec.size_multiple * math.ceil(size / spec.size_multiple)
@@ -117,10 +117,10 @@ def scaled_size(size: int, factor: float, spec: ExportSpec) -> int:
 
 
 def check_sizes(spec: ExportSpec) -> list[tuple[int, int]]:
-    """The sizes that a file is checked at: its own and, if it is dynamic, two very different ones.
+    """The sizes at which a file is checked: its own and, if it is dynamic, two very different ones.
 
-    One is taller than wide and, where any size is accepted, no multiple of any window; the other is the stated minimum,
-    or wider than tall where none is stated.
+    One is taller than wide and, if any size is accepted, not a multiple of any window; the other is the stated
+    minimum, or wider than tall if none is stated.
     """
     height, width = spec.input_size[1:]
     if not spec.dynamic_size:
@@ -132,14 +132,14 @@ def check_sizes(spec: ExportSpec) -> list[tuple[int, int]]:
 
 
 def random_images(spec: ExportSpec, batch: int, size: tuple[int, int], seed: int) -> list[torch.Tensor]:
-    """One image batch an input, in the input range, normalised as the file's metadata says.
+    """One batch of images per input, in the input range, normalised as stated in the file's metadata.
 
-    Like photographs, an image varies as much over its whole as from pixel to pixel: it is the mean of noise on the grid
-    itself, on one half as fine, and so on. On pure noise a network trained on photographs may leave all bounds, where
-    rounding alone makes its outputs differ.
+    Like photographs, the images vary at all scales: each is the mean of noise on the pixel grid, on a grid half as
+    fine, and so on. On white noise, the activations of a network trained on photographs may explode, so that outputs
+    differ by rounding alone.
 
-    Several inputs are views of one scene, each image of which is moved sideways by its own few pixels: where nothing
-    matches, what is compared is which of many wrong matches rounding prefers.
+    Several inputs are views of one scene, each image shifted horizontally by a few pixels of its own. Without true
+    matches, the comparison would depend on which of many wrong matches rounding prefers.
     """
     generator = torch.Generator().manual_seed(seed)
     low, high = spec.input_range
@@ -162,7 +162,7 @@ def random_images(spec: ExportSpec, batch: int, size: tuple[int, int], seed: int
 
 
 def _halvings(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """A size, its half, and so on while both sides have a pixel."""
+    """A size, half of it, and so on, while both sides have a pixel."""
     height, width = size
     return [(height >> level, width >> level) for level in range(min(size).bit_length())]
 
@@ -177,23 +177,23 @@ def check_onnx(
 ) -> list[CheckRow]:
     """Compare an exported file in ONNX Runtime (CPU) with the model in PyTorch, on random images from a fixed seed.
 
-    A model whose attribute `decides` is true is compared in float64: where rounding turns a decision, neither of two
-    results in float32 is the right one.
+    A model whose attribute `decides` is true is compared in float64: if rounding flips a decision, neither of two
+    float32 results is the correct one.
 
     Args:
         model: The model that was exported. It is not changed.
         path: The file.
         sizes: Heights and widths. Default: `check_sizes` of what the file accepts.
-        batches: Batch sizes. Default: 1 and 3, or twice the one that the file is fixed to.
+        batches: Batch sizes. Default: 1 and 3, or the fixed one twice.
         tolerance: Absolute and relative part of the largest error that passes: `absolute + relative * spread`. The
             rounding of float32 is added to it (see `ROUNDINGS`).
 
     Returns:
-        One row an output, size and batch; all have passed.
+        One row per output, size and batch; all have passed.
 
     Raises:
         ExportError: The file is malformed, or some rows fail; the message lists them.
-        InputError: The file cannot be loaded, or the model itself does not run at a size.
+        InputError: The file cannot be loaded, or the model itself fails at a size.
     """
     onnx = require("onnx", "export")
     try:
@@ -231,25 +231,25 @@ def _raise_for(rows: Sequence[CheckRow], spec: ExportSpec) -> None:
     if constant:
         least, names = min(row.spread for row in constant), dict.fromkeys(row.output for row in constant)
         raise ExportError(
-            f"The output of {spec.model} ({', '.join(names)}) hardly depends on the image: those of two images differ "
-            f"by {least:.1g} only, so that a comparison proves nothing. Its weights are untrained, or the wrong ones: "
-            "give trained weights, or leave out the check by --no-check (check=False)."
+            f"The output of {spec.model} ({', '.join(names)}) hardly depends on the image: the outputs for two images "
+            f"differ by only {least:.1g}, so that a comparison proves nothing. The weights are untrained or wrong: "
+            "give trained weights, or skip the check with --no-check (check=False)."
         )
     if all(row.rounding > row.allowed for row in failed):
         raise ExportError(
-            f"What {spec.model} computes hangs on rounding: in float32 PyTorch itself is further from float64 than the "
-            f"check allows a file to be: {failed[0]}. Untrained weights do so: give trained ones, or leave out the "
-            "check by --no-check (check=False)."
+            f"The output of {spec.model} is numerically unstable: in float32, PyTorch itself differs from float64 by "
+            f"more than the check allows: {failed[0]}. Untrained weights can cause this: give trained weights, or skip "
+            "the check with --no-check (check=False)."
         )
-    text = f"The exported file does not compute what the model computes in {len(failed)} of {len(rows)} checks: "
+    text = f"The outputs of the exported file differ from those of the model in {len(failed)} of {len(rows)} checks: "
     first: dict[object, CheckRow] = {}
     for row in failed:
-        first.setdefault(row.reason or row, row)  # what fails for one reason everywhere is said once
+        first.setdefault(row.reason or row, row)  # report each reason once
     text += "; ".join(map(str, first.values())) + "."
     if spec.dynamic_size:
         text += (
-            " Errors that grow away from the size of the export come from a size baked in by a Python branch or by "
-            "pooling to a grid; --static-size exports one fixed size."
+            " Errors that grow with the distance from the export size come from a size baked in by a Python branch or "
+            "by pooling to a grid; --static-size (dynamic_size=False) exports one fixed size."
         )
     raise ExportError(text)
 
@@ -267,7 +267,7 @@ def _check_size(
     tolerance: tuple[float, float],
     seed: int,
 ) -> list[CheckRow]:
-    """Compare what is computed from float32 images with the model, in the model's dtype."""
+    """Compare the outputs of `compute` for float32 images with those of the model, in the model's dtype."""
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     images = [random_images(spec, batch, size, seed + number) for number, batch in enumerate(batches)]
     expected = [outputs_of(model, [image.to(dtype) for image in inputs]) for inputs in images]
@@ -281,7 +281,7 @@ def _check_size(
 
 
 def _better(one: CheckRow, other: CheckRow) -> CheckRow:
-    """One row of two draws: of each place in the batch the smaller error, and of what is allowed the less."""
+    """Merge the rows of two draws: the smaller error at each batch index, and the stricter tolerance."""
     if one.reason or other.reason:
         return other if one.reason else one
     strict = min(one, other, key=lambda row: row.allowed)
@@ -320,7 +320,7 @@ def _compare(
             why = f"{_CONSTANT} {spread:.1g} only"
         elif not why:
             difference = np.abs(result - reference.numpy()).reshape(batch, -1)
-            # With a share of 0 the largest; NaN stays NaN.
+            # With a fraction of 0, this is the maximum; NaN stays NaN.
             errors = tuple(np.quantile(difference, 1 - share, axis=1, method="lower").tolist())
         allowed = tolerance[0] + tolerance[1] * spread + rounding
         rows.append(CheckRow(name, batch, height, width, errors, spread, allowed, why))
@@ -332,7 +332,7 @@ def print_rows(rows: Sequence[CheckRow], console: Console) -> None:
     one_size = len({(row.height, row.width) for row in rows}) == 1
     table = Table(
         title="ONNX Runtime against PyTorch, random images",
-        caption="The file has one fixed size: no other was checked." if one_size else None,
+        caption="The file has one fixed size; no other size was checked." if one_size else None,
     )
     for header in ("output", "batch", "size", "error", "allowed", "spread", ""):
         table.add_column(header, justify="left" if header in ("output", "") else "right")

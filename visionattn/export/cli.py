@@ -1,4 +1,4 @@
-"""`visionattn export NAME|CKPT --output F`: a verified ONNX file of a name or weight file; `--bundle`: a folder."""
+"""`visionattn export NAME|CKPT --output F`: export a model to a verified ONNX file, or to a folder with `--bundle`."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     written.add_argument(
         "--bundle",
         metavar="FOLDER",
-        help="folder to write: the files with their card, licence, sample and a runner without PyTorch",
+        help="folder to write: the files with a card, licence, sample and a runner that does not need PyTorch",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME")
     parser.add_argument(
-        "--num-classes", type=whole_number(0), metavar="N", help="classes of NAME, if others than its own"
+        "--num-classes", type=whole_number(0), metavar="N", help="number of classes for NAME (default: the model's)"
     )
     parser.add_argument(
         "--image-size",
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="height and width of a file of fixed size, and the first that is checked",
+        help="height and width of a file of fixed size, and the first size of the check",
     )
     add_old_spelling(parser, "--input-size", "--image-size")
     parser.add_argument("--static-size", action="store_true", help="fix height and width in the file")
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch",
         type=whole_number(1, 2**16),
         metavar="N",
-        help="fix the number of images at a time, which is dynamic otherwise, also with --static-size",
+        help="fixed batch size (default: dynamic, also with --static-size)",
     )
     parser.add_argument("--opset", type=int, default=20, metavar="N", help="ONNX operator set (default: 20)")
     parser.add_argument(
@@ -61,29 +61,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=True,
         default=False,
         metavar="FOLDER",
-        help="write F.int8.onnx too, calibrated by the pictures, or stereo scenes, in FOLDER (default: those of "
+        help="also write F.int8.onnx, calibrated on the images or stereo scenes in FOLDER (default: images from "
         "installed packages)",
     )
-    parser.add_argument("--fp16", action="store_true", help="write F.fp16.onnx too")
+    parser.add_argument("--fp16", action="store_true", help="also write F.fp16.onnx")
     parser.add_argument(
-        "--preprocess", action="store_true", help="uint8 pictures in; pictures, probabilities or disparities out"
+        "--preprocess",
+        action="store_true",
+        help="take uint8 images and return images, probabilities or disparities",
     )
     parser.add_argument(
         "--test-data",
         metavar="FOLDER",
-        help="real data that variants are measured on: high-resolution pictures, a folder for each class, or stereo "
-        "scenes (default: the calibration's)",
+        help="real data to measure variants on: high-resolution images, one folder per class, or stereo scenes "
+        "(default: the calibration data)",
     )
     parser.add_argument("--format", choices=FORMATS, help="format of the files (default: by the suffix of --output)")
     parser.add_argument(
-        "--random-weights", action="store_true", help="random weights for NAME, also where some are published"
+        "--random-weights", action="store_true", help="use random weights for NAME, even if pretrained ones exist"
     )
     parser.add_argument(
         "--time-limit",
         type=number(0, above=True),
         default=TIME_LIMIT,
         metavar="SECONDS",
-        help=f"CPU time after which tracing is given up (default: {TIME_LIMIT:.0f})",
+        help=f"maximum CPU time for tracing (default: {TIME_LIMIT:.0f})",
     )
     parser.add_argument("--no-check", action="store_true", help="do not compare the file with the model")
 
@@ -92,11 +94,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        0: all files stand and, unless `--no-check` was given, have passed their check; 1: a variant loses too much and
-        was not written.
+        0: all files are written and, unless `--no-check` was given, have passed their check; 1: a variant lost too much
+        accuracy and was not written.
 
     Raises:
-        VisionAttnError: Anything else; no file is left.
+        VisionAttnError: Any other failure; no file is left behind.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
     settings: dict[str, Any] = {
@@ -129,10 +131,10 @@ def run(args: argparse.Namespace) -> int:
 def _write_bundle(args: argparse.Namespace, settings: dict[str, Any], console: Console) -> int:
     if args.format is not None or args.no_check or args.random_weights:
         raise InputError(
-            "A bundle holds checked ONNX files of trained weights: leave out --format and --no-check, and "
+            "A bundle contains checked ONNX files with trained weights: leave out --format, --no-check and "
             "--random-weights."
         )
-    from visionattn.export.bundle import export_bundle  # which needs ONNX Runtime
+    from visionattn.export.bundle import export_bundle  # needs ONNX Runtime
 
     bundle = export_bundle(args.model, args.bundle, **settings)
     _tell(args, bundle.files, console)

@@ -1,13 +1,13 @@
-"""Real data that an exported file is calibrated and measured with, prepared up to the uint8 pictures of its inputs.
+"""Real data for the calibration and evaluation of exported files, prepared up to the uint8 images of their inputs.
 
-| task | folder | truth |
+| task | folder | ground truth |
 | --- | --- | --- |
-| restore | high-resolution pictures | these; the network gets MATLAB's bicubic of them |
-| classify | pictures, or a folder for each class | the class's number, where there are classes |
-| stereo | scenes of `visionattn.data.matching.stereo` | disparity of the left view, where it can be read |
+| restore | high-resolution images | these; the input is their bicubic downscaling as in MATLAB |
+| classify | images, or one folder per class | index of the class, if there are classes |
+| stereo | scenes of `visionattn.data.matching.stereo` | disparity of the left view, if it can be read |
 
-Without a folder there are photographs inside the scikit-image wheel, cut into quarters, its stereo pair beside
-generated scenes, and for grey images scikit-learn's digits.
+Without a folder, examples are photographs from the scikit-image wheel, cut into quarters; for stereo, its stereo pair
+and generated scenes; for grey images, scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from visionattn.export.spec import ExportSpec
 __all__ = ["LEAST", "Example", "check_task", "feeds", "load_examples", "match_example"]
 
 LEAST = {"restore": 8, "classify": 8, "stereo": 4}
-"""How many pictures, or pairs, a calibration needs, by the tasks that have examples."""
+"""Minimum number of images, or pairs, for a calibration, for each task that has examples."""
 
 _MOST = {"restore": 16, "classify": 256, "stereo": 5}
-_SIDE = 512  # of a high-resolution picture, whose middle is taken
-_STEREO_SIDE = 768  # of a view, which is reduced to it
-_GENERATED = (2, (256, 384), 64.0)  # scenes, their size, their largest disparity
+_SIDE = 512  # of the centre crop of a high-resolution image
+_STEREO_SIDE = 768  # to which larger views are resized
+_GENERATED = (2, (256, 384), 64.0)  # number of scenes, their size, their largest disparity
 
 _T = TypeVar("_T")
 
@@ -49,9 +49,9 @@ class Example:
     """One example.
 
     Attributes:
-        images: A picture for each input, (H, W, C) of uint8.
-        truth: High-resolution picture (r H, r W, C), number of the class, or disparity (H, W) with NaN where it is not
-            known; None where there is none.
+        images: One image per input, uint8 (H, W, C).
+        truth: Ground truth: high-resolution image (r H, r W, C), class index, or disparity (H, W) with NaN where it is
+            not known; None if there is none.
     """
 
     images: tuple[np.ndarray, ...]
@@ -59,39 +59,39 @@ class Example:
 
 
 def check_task(spec: ExportSpec) -> None:
-    """Raise `InputError` for a file that there are no examples for."""
+    """Raise `InputError` for a file without suitable examples."""
     if spec.task not in LEAST:
         raise InputError(
-            f"{spec.model} has the task {spec.task!r}; variants are measured for {', '.join(LEAST)} only: leave out "
-            "--int8, --fp16 and --preprocess, and name a file that ends in .onnx."
+            f"Variants require a task among {', '.join(map(repr, LEAST))}; {spec.model} has the task {spec.task!r}. "
+            "Leave out --int8, --fp16 and --preprocess, and write a file that ends in .onnx."
         )
     if spec.input_size[0] not in (1, 3):
-        raise InputError(f"{spec.model} takes {spec.input_size[0]} channels; variants are measured on 1 or 3.")
+        raise InputError(f"Variants require a model with 1 or 3 channels; {spec.model} takes {spec.input_size[0]}.")
 
 
 def load_examples(spec: ExportSpec, folder: str | Path | Sequence[Example] | None, least: int = 1) -> list[Example]:
-    """Read examples, evenly spread over a folder that holds very many.
+    """Read examples; from a large folder, an evenly spaced subset.
 
     Args:
         spec: The file's metadata.
-        folder: Real data, or the examples themselves; None takes what installed packages hold.
-        least: How many are needed.
+        folder: Folder of real data, or the examples themselves; None uses images from installed packages.
+        least: Minimum number of examples.
 
     Raises:
-        DataError: There is no such folder, or there are too few examples in it.
-        MissingPackageError: The package with the pictures is not installed.
+        DataError: The folder does not exist, or contains too few examples.
+        MissingPackageError: The package with the images is not installed.
     """
     if folder is not None and not isinstance(folder, (str, Path)):
         return list(folder)
     found = _packaged(spec) if folder is None else _from_folder(spec, Path(folder))
     if len(found) < least:
         what = "stereo scenes" if spec.task == "stereo" else "images"
-        raise DataError(f"{shorten(folder)} holds {len(found)} {what}; a calibration needs at least {least}.")
+        raise DataError(f"{shorten(folder)} contains {len(found)} {what}; calibration needs at least {least}.")
     return found
 
 
 def feeds(spec: ExportSpec, example: Example) -> dict[str, np.ndarray]:
-    """An example as the file's inputs: a batch of one, or of equal ones where the file has a fixed batch."""
+    """An example as the file's inputs: a batch of one, or of copies if the file has a fixed batch size."""
     result = {}
     for name, image in zip(spec.input_names, example.images):
         if spec.input_type != "uint8":
@@ -114,7 +114,7 @@ def _from_folder(spec: ExportSpec, folder: Path) -> list[Example]:
     names = spec.labels if spec.labels and set(classes) <= set(spec.labels) else list(classes)
     known = len(classes) > 1 and (spec.num_classes in (0, len(names)))
     files = find_images(folder, recursive=True)
-    # Only files inside a class's own folder have its number.
+    # Only files inside a class folder have a label.
     number = {path: names.index(name) for name, path in classes.items()} if known else {}
     chosen = _spread(files, most)
     return _read(
@@ -142,7 +142,7 @@ def _packaged(spec: ExportSpec) -> list[Example]:
 
 @cache
 def _stereo_pairs() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Left view, right view and disparity; the photographs at two sizes, as generated scenes lose less in int8."""
+    """Left view, right view and disparity; photographs at two sizes, since generated scenes lose less in int8."""
     left, right, truth = require("skimage.data", "images").stereo_motorcycle()
     truth = np.where(np.isfinite(truth), truth, np.nan)
     half_left, half_right = (np.asarray(Image.fromarray(view).reduce(2)) for view in (left, right))
@@ -216,19 +216,19 @@ def _classified(spec: ExportSpec, image: Image.Image, label: int | None) -> Exam
 def _scene(spec: ExportSpec, scene: Any) -> Example:
     try:
         pair = scene.read()
-    except DataError:  # of a truth in PNGs whose factor is not stated, among others
+    except DataError:  # for example, ground truth in PNGs without a stated factor
         return match_example(spec, read_rgb(scene.left), read_rgb(scene.right), None)
     return match_example(spec, pair.left, pair.right, pair.truth)
 
 
 def match_example(spec: ExportSpec, left: np.ndarray, right: np.ndarray, truth: np.ndarray | None) -> Example:
-    """A stereo pair at a size that a file takes; its disparities grow with its width.
+    """Resize a stereo pair to a size that a file takes; disparities are scaled with the width.
 
     Args:
         spec: The file's metadata.
-        left: (H, W, 3) of uint8.
-        right: Likewise.
-        truth: Disparity of the left view (H, W), NaN where it is not known; None where nothing is.
+        left: uint8 (H, W, 3).
+        right: uint8 (H, W, 3).
+        truth: Ground-truth disparity of the left view (H, W), NaN where it is not known, or None.
     """
     height, width = left.shape[:2]
     if spec.dynamic_size:

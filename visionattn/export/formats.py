@@ -1,4 +1,4 @@
-"""Files beside ONNX: ONNX Runtime's own format, which loads faster, and programs of torch.export."""
+"""Formats other than ONNX: ONNX Runtime's own format, which loads faster, and programs of torch.export."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORMATS = ("onnx", "ort", "pt2")
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """ONNX Runtime's Python tools print, and advise through loggers what is done here already."""
+    """Silence ONNX Runtime's Python tools, which print, and log advice that is already followed here."""
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -41,10 +41,10 @@ def quiet() -> Iterator[None]:
 
 
 def find_format(output: str | Path, format: str | None = None) -> str:
-    """The format that an output has by its suffix.
+    """The format of an output by its suffix.
 
     Raises:
-        InputError: The suffix is none of a format, or of another than is asked for.
+        InputError: The suffix belongs to no format, or to another than the requested one.
     """
     suffix = Path(output).suffix.lower().removeprefix(".")
     if format is not None and format not in FORMATS:
@@ -53,15 +53,17 @@ def find_format(output: str | Path, format: str | None = None) -> str:
         endings = [f".{format}"] if format else [f".{name}" for name in FORMATS]
         raise InputError(f"Cannot write {shorten(output)}: the file name must end in {' or '.join(endings)}.")
     if format not in (None, suffix):
-        raise InputError(f"{shorten(output)} does not end in .{format}: name it so, or leave out --format (format=).")
+        raise InputError(
+            f"{shorten(output)} must end in .{format} for this format: rename it, or leave out --format (format=)."
+        )
     return suffix
 
 
 def write_ort(model: Any, path: Path) -> None:
-    """Write an `onnx.ModelProto` in ONNX Runtime's format, optimised for no processor in particular.
+    """Write an `onnx.ModelProto` in ONNX Runtime's format, optimised for no specific processor.
 
     Raises:
-        ExportError: ONNX Runtime refuses it.
+        ExportError: ONNX Runtime cannot convert it.
     """
     tools = require("onnxruntime.tools.convert_onnx_models_to_ort", "export")
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +74,7 @@ def write_ort(model: Any, path: Path) -> None:
                 tools.convert_onnx_models_to_ort(source, optimization_styles=[tools.OptimizationStyle.Fixed])
         # ONNX Runtime's exceptions share no base class but Exception.
         except Exception as error:
-            raise ExportError(f"ONNX Runtime refuses to convert to its format: {shorten(error, 300)}") from error
+            raise ExportError(f"ONNX Runtime cannot convert the model to its format: {shorten(error, 300)}") from error
         path.write_bytes(source.with_suffix(".ort").read_bytes())
 
 
@@ -92,22 +94,22 @@ def write_program(
     """Write a program of torch.export without operators of this package, and check it against the model.
 
     `torch.export.load` opens it without this package, and AOTInductor, ExecuTorch and LiteRT compile it. Its metadata
-    is JSON in the file `visionattn.json` inside (`extra_files`).
+    is JSON in the embedded file `visionattn.json` (`extra_files`).
 
     Args:
-        model: See `export_onnx`, as for all that follow.
-        path: Where the file shall stand.
+        model: See `export_onnx`, also for the following arguments.
+        path: File to write.
         input_size: Height and width of a file of fixed size.
         dynamic_size: Whether height and width are dynamic.
-        batch: Fix the number of images at a time.
-        weights: Where the weights come from.
+        batch: Fixed batch size.
+        weights: Origin of the weights.
         license: Licence of the weights.
-        check: Compare the program with the model before the file appears.
-        time_limit: Seconds of CPU time after which tracing is given up.
-        progress: Called with a line at the beginning of each step.
+        check: Compare the program with the model before the file is put in place.
+        time_limit: Maximum CPU time for tracing, in seconds.
+        progress: Called with a line at the start of each step.
 
     Raises:
-        ExportError: The model cannot be traced in this form, or the program computes something else.
+        ExportError: The model cannot be traced in this form, or the program's outputs differ from those of the model.
         InputError: The model does not accept the size.
         StorageError: The file could not be written.
     """
@@ -118,7 +120,7 @@ def write_program(
     program = onnx_files._trace(model, spec, time_limit)
     with atomic_path(path) as temporary:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the format's age
+            warnings.simplefilter("ignore")  # about the age of the format
             torch.export.save(program, temporary, extra_files={"visionattn.json": json.dumps(spec.to_metadata())})
             loaded = torch.export.load(temporary).module()
         if check:
@@ -132,7 +134,7 @@ def _check(model: nn.Module, program: nn.Module, spec: ExportSpec) -> list[Check
     rows = []
     height, width = spec.input_size[1:]
     sizes = [(height, width)]
-    if spec.dynamic_size:  # not the least size: a program of torch.export refuses axes that become 1 inside
+    if spec.dynamic_size:  # not the minimum size: a program of torch.export fails if an inner axis becomes 1
         factors = ((1.6, 0.6), (0.6, 1.6))
         sizes += [(scaled_size(height, y, spec), scaled_size(width, x, spec)) for y, x in factors]
     for size in sizes:
@@ -144,5 +146,5 @@ def _check(model: nn.Module, program: nn.Module, spec: ExportSpec) -> list[Check
             rows.append(CheckRow(name, batch, *size, tuple(errors), spread, TOLERANCE[0] + TOLERANCE[1] * spread))
     failed = [str(row) for row in rows if not row.passed]
     if failed:
-        raise ExportError(f"The program does not compute what the model computes: {'; '.join(failed)}.")
+        raise ExportError(f"The outputs of the program differ from those of the model: {'; '.join(failed)}.")
     return rows

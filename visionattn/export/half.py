@@ -1,4 +1,4 @@
-"""Float16: half the size. Inputs and outputs stay float32, and operators that float16 does not suit keep it."""
+"""Float16: half the size. Inputs and outputs, and operators that are not suited to float16, stay in float32."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["to_half"]
 
 
 def to_half(source: str | Path) -> Any:
-    """A float32 file as an `onnx.ModelProto` of float16.
+    """Convert a float32 file to a float16 `onnx.ModelProto`.
 
-    onnxconverter-common's converter of the same name writes files that do not load where positions are computed in the
-    graph, as in minimal ViTs of dynamic size and matching networks; this is ONNX Runtime's.
+    It uses ONNX Runtime's converter. The one of the same name in onnxconverter-common writes files that cannot be
+    loaded if positions are computed in the graph, as in minimal ViTs of dynamic size and matching networks.
 
     Raises:
-        ExportError: It cannot be converted.
+        ExportError: The file cannot be converted.
     """
     model = require("onnx", "export").load(source)
     convert = require("onnxruntime.transformers.float16", "export").convert_float_to_float16
     try:
         return convert(model, keep_io_types=True)
-    # The converter walks a graph that it did not make, and raises what Python raises.
+    # The converter does not validate the graph: any Python exception may occur.
     except Exception as error:
-        raise ExportError(f"ONNX Runtime's converter to float16 refuses the graph: {shorten(error, 300)}") from error
+        raise ExportError(f"ONNX Runtime cannot convert the graph to float16: {shorten(error, 300)}") from error

@@ -1,10 +1,10 @@
-"""A graph around the graph: uint8 pictures (B, H, W, C) in, what a user sees out, by plain ONNX operators.
+"""Pre- and postprocessing inside the graph, by standard ONNX operators: from uint8 images (B, H, W, C) to results.
 
 In:   x = (image (high - low) / 255 + low - mean) / std, then (B, C, H, W)
 Out:  restore      uint8 (B, r H, r W, C), clipped and rounded half up      "image"
       classify     softmax over the classes                                 "probabilities"
-      stereo       as it is, in pixels                                      "disparity"
-      without classes, as it is                                             "features"
+      stereo       unchanged, in pixels                                     "disparity"
+      without classes, unchanged                                            "features"
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ __all__ = ["output_kind", "with_preprocessing"]
 
 
 def output_kind(spec: ExportSpec) -> str:
-    """What the graph around a file's graph gives."""
+    """The kind of output of a graph with preprocessing."""
     if spec.task == "classify":
         return "probabilities" if spec.num_classes else "features"
     return {"restore": "image", "stereo": "disparity", "flow": "flow"}.get(spec.task, "features")
 
 
 def with_preprocessing(model: Any, spec: ExportSpec) -> tuple[Any, ExportSpec]:
-    """Put preparation and result into a graph.
+    """Add pre- and postprocessing to a graph.
 
     Args:
         model: An `onnx.ModelProto` of float32 inputs and outputs; not changed.
         spec: Its metadata.
 
     Returns:
-        The larger graph and its metadata, which are not yet in it.
+        The extended graph and its metadata, which are not yet stored in it.
 
     Raises:
-        InputError: Its inputs are uint8 already.
+        InputError: Its inputs are already uint8.
     """
     if spec.input_type == "uint8":
-        raise InputError(f"This file of {spec.model} takes uint8 pictures already: leave out preprocess.")
+        raise InputError(f"This file of {spec.model} already takes uint8 images: leave out --preprocess (preprocess=).")
     onnx = require("onnx", "export")
     wrapped = onnx.ModelProto()
     wrapped.CopyFrom(model)
@@ -67,7 +67,7 @@ def with_preprocessing(model: Any, spec: ExportSpec) -> tuple[Any, ExportSpec]:
 
 
 class _Nodes:
-    """Nodes and constants that are added to a graph."""
+    """Nodes and constants to add to a graph."""
 
     def __init__(self, onnx: Any) -> None:
         self.onnx = onnx
@@ -103,12 +103,12 @@ def _finish(nodes: _Nodes, name: str, kind: str) -> None:
     above = nodes.add("Add", [levels, nodes.constant(f"preprocess.{name}.half", 0.5)], f"preprocess.{name}.above")
     bounds = [nodes.constant(f"preprocess.{name}.least", 0.0), nodes.constant(f"preprocess.{name}.most", 255.0)]
     clipped = nodes.add("Clip", [above, *bounds], f"preprocess.{name}.clipped")
-    whole = nodes.add("Cast", [clipped], f"preprocess.{name}.uint8", to=nodes.onnx.TensorProto.UINT8)  # which cuts off
+    whole = nodes.add("Cast", [clipped], f"preprocess.{name}.uint8", to=nodes.onnx.TensorProto.UINT8)  # truncates
     nodes.add("Transpose", [whole], name, perm=[0, 2, 3, 1])
 
 
 def _rename(graph: Any, names: dict[str, str]) -> None:
-    """Give values of a graph, and of those inside it, other names; its inputs and outputs keep theirs."""
+    """Rename values in a graph and its subgraphs; inputs and outputs keep their names."""
     for node in graph.node:
         for values in (node.input, node.output):
             for place, name in enumerate(values):

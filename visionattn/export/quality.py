@@ -1,14 +1,14 @@
-"""What a variant loses and gains against its float32 file, on real data, by the metric of its task.
+"""Quality and speed of a variant compared with its float32 file, on real data, by the metric of its task.
 
 | task | metric | allowed loss |
 | --- | --- | --- |
 | restore | PSNR on Y | 0.06 dB |
 | classify with classes | accuracy | 0.5 points |
-| classify without | share of equal first classes | 1 point |
+| classify without | fraction of equal top-1 classes | 1 point |
 | features, with classes | mAP, each image against all others | 0.2 points |
 | features | mean cosine with the float32 file's | 0.0002 |
-| stereo with truth | bad-2 of the left view | 0.1 points |
-| stereo without | share of pixels more than 2 pixels from the float32 file's disparity | 1 point |
+| stereo with ground truth | bad-2 of the left view | 0.1 points |
+| stereo without | fraction of pixels more than 2 pixels from the float32 file's disparity | 1 point |
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from visionattn.metrics.ranking import rank
 
 __all__ = ["Quality", "Runner", "measure_quality", "measure_speed"]
 
-PAIRS, SECONDS = 25, 5.0  # most runs of each file when their speeds are compared, and when to stop
+PAIRS, SECONDS = 25, 5.0  # maximum number of runs of each file in a speed comparison, and maximum time
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Quality:
 
     Attributes:
         metric: Its name and unit.
-        reference: Of the float32 file.
-        value: Of the variant.
-        loss: By how much the variant is worse; below 0 it is better.
-        allowed: The largest loss that is accepted.
-        count: How many examples were measured.
+        reference: Value of the float32 file.
+        value: Value of the variant.
+        loss: How much worse the variant is; negative if it is better.
+        allowed: Largest accepted loss.
+        count: Number of examples.
     """
 
     metric: str
@@ -67,14 +67,14 @@ class Quality:
 
 
 class Runner:
-    """A file in ONNX Runtime with one thread.
+    """Runs a file in ONNX Runtime with one thread.
 
     Args:
         path: An exported file or variant.
         spec: Its metadata.
 
     Raises:
-        ExportError: ONNX Runtime does not load it.
+        ExportError: ONNX Runtime cannot load it.
     """
 
     def __init__(self, path: str | Path, spec: ExportSpec) -> None:
@@ -87,26 +87,26 @@ class Runner:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         # ONNX Runtime's exceptions share no base class but Exception.
         except Exception as error:
-            raise ExportError(f"ONNX Runtime does not load the variant: {shorten(error, 300)}") from error
+            raise ExportError(f"ONNX Runtime cannot load the variant: {shorten(error, 300)}") from error
 
     def __call__(self, example: Example) -> np.ndarray:
-        """The first output of an example, without the batch.
+        """The first output for an example, without the batch axis.
 
         Raises:
-            ExportError: ONNX Runtime does not run it.
+            ExportError: ONNX Runtime cannot run it.
         """
         return self.run(feeds(self.spec, example))[0]
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """The first output of inputs by name.
+        """The first output for inputs by name.
 
         Raises:
-            ExportError: ONNX Runtime does not run it.
+            ExportError: ONNX Runtime cannot run it.
         """
         try:
             return self.session.run(self.spec.output_names[:1], inputs)[0]
         except Exception as error:
-            raise ExportError(f"ONNX Runtime does not run the variant: {shorten(error, 300)}") from error
+            raise ExportError(f"ONNX Runtime cannot run the variant: {shorten(error, 300)}") from error
 
 
 def measure_quality(
@@ -115,10 +115,10 @@ def measure_quality(
     """Compare a variant's outputs with those of the float32 file (metrics: see the module).
 
     Args:
-        spec: Metadata of either.
-        examples: What both were given.
+        spec: Metadata of either file.
+        examples: Inputs of both files.
         reference: The float32 file's output for each example.
-        outputs: The variant's.
+        outputs: The variant's output for each example.
     """
     truths = [example.truth for example in examples]
     labelled = all(truth is not None for truth in truths)
@@ -127,7 +127,7 @@ def measure_quality(
         metric, allowed = "PSNR-Y in dB", 0.06
         before, after = (_psnr(results, truths, spec) for results in (reference, outputs))
     elif spec.task == "stereo":
-        # Without truth, the float32 file's own disparity stands for it.
+        # Without ground truth, the float32 file's disparity serves as such.
         metric, allowed, higher = ("bad-2 in %", 0.1, False) if labelled else ("moved by 2 pixels in %", 1.0, False)
         truths = truths if labelled else [output[0] for output in reference]
         before, after = (_bad_2(results, truths) for results in (reference, outputs))
@@ -149,9 +149,9 @@ def measure_quality(
 
 
 def measure_speed(reference: Runner, variant: Runner, example: Example) -> tuple[float, float]:
-    """How many times as fast a variant is: median of paired runs, and half the distance of its quartiles.
+    """Speed-up of a variant: median of paired runs, and half the interquartile range.
 
-    What counts is the thread's own time, so that other programs on the machine change little.
+    It is measured in CPU time of the thread, which other programs on the machine hardly affect.
     """
     inputs = [(runner, feeds(runner.spec, example)) for runner in (reference, variant)]
     ratios: list[float] = []

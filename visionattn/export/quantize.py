@@ -1,15 +1,14 @@
-"""Int8: unsigned activations of 8 bits, signed weights of 8 bits with a scale for each output channel.
+"""Int8 quantisation: unsigned 8-bit activations, signed 8-bit weights with one scale per output channel.
 
-Static where most weights are those of convolutions, and for stereo: ranges of activations come from calibration
-pictures, and convolutions, in stereo also products with weights, compute in int8. Dynamic elsewhere, as in vision
-transformers: ranges are those of each input, and products with weights compute in int8. Everything else stays in
-float, such as the positions of a bilinear softmax, products of two activations, normalisation. In stereo so does every
-layer that reads a concatenation, also after normalisation: features stand beside disparities there, whose range is that
-of the scene, and one scale for both loses the features.
+Static, if most weights belong to convolutions, and for stereo: activation ranges come from calibration images, and
+convolutions (for stereo, also matrix products with weights) compute in int8. Dynamic otherwise, as for vision
+transformers: ranges are computed from each input, and matrix products with weights compute in int8. Everything else
+stays in float, such as the positions of a bilinear softmax, products of two activations, and normalisation. For stereo,
+so does every layer that reads a concatenation, also after normalisation: it concatenates features with disparities,
+whose range depends on the scene, and one scale for both would lose the features.
 
-Nodes whose quantisation costs most for what it saves (the squared change of the result for each weight) are left in
-float one after the other, until the loss on the calibration examples is half of what is allowed: the other half is for
-pictures that the choice has not seen.
+Nodes whose quantisation costs most (squared change of the output per weight) are left in float one after the other,
+until the loss on the calibration examples is half of the allowed loss; the other half is a margin for unseen images.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from visionattn.export.spec import ExportSpec
 
 __all__ = ["Quantized", "quantize"]
 
-_PROBES = 2  # of the smallest examples, by which nodes are ranked
-_MOST_KEPT = 0.5  # share of the nodes that may stay in float before the attempt ends
-_GROWTH = 1.5  # of the number of nodes that stay in float, from one attempt to the next
+_PROBES = 2  # number of examples, the smallest, used to rank nodes
+_MOST_KEPT = 0.5  # largest fraction of nodes that may stay in float
+_GROWTH = 1.5  # factor of the number of nodes in float from one attempt to the next
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Quantized:
     Attributes:
         model: The graph, an `onnx.ModelProto`.
         kept: Names of the weights that stay in float.
-        quality: On the calibration examples.
+        quality: Quality on the calibration examples.
     """
 
     model: Any
@@ -56,17 +55,17 @@ def quantize(
     folder: Path,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Quantized:
-    """Quantise a float32 file and leave in float what costs too much.
+    """Quantise a float32 file, leaving those nodes in float that lose too much.
 
     Args:
         source: The file.
         spec: Its metadata.
-        examples: What it is calibrated by, and what nodes are chosen by.
-        folder: Where attempts are written to.
-        progress: Called with a line at the beginning of each step.
+        examples: Examples for calibration and for the choice of nodes.
+        folder: Folder for temporary files.
+        progress: Called with a line at the start of each step.
 
     Raises:
-        ExportError: There is nothing to quantise, or ONNX Runtime refuses the graph.
+        ExportError: There is nothing to quantise, or ONNX Runtime fails on the graph.
     """
     builder = _Static if _is_static(source, spec) else _Dynamic
     with quiet():
@@ -102,7 +101,7 @@ def _choose(
         kept = ranked[:count]
         model = built([name for name in names if name not in kept])
         quality = measure_quality(spec, examples, reference, outputs(attempt, examples))
-        # The exporter gives weights that it transposed names of its own.
+        # The exporter renames weights that it transposes: use the node's name instead.
         weights = tuple(weight if "." in (weight := made.nodes[name][0]) else name for name in kept)
         progress(f"Int8 with {count} of {len(names)} nodes in float: {quality}.")
         if quality.loss <= quality.allowed / 2:
@@ -111,7 +110,7 @@ def _choose(
         if count > _MOST_KEPT * len(names):
             return Quantized(model, weights, quality)
         if not ranked:
-            progress(f"Measuring what each of {len(names)} nodes costs.")
+            progress(f"Measuring the loss caused by each of {len(names)} nodes.")
             damage = {}
             probes = sorted(range(len(examples)), key=lambda place: examples[place].images[0].size)[:_PROBES]
             for name in names:
@@ -123,13 +122,13 @@ def _choose(
 
 
 def _distance(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> float:
-    """Mean squared difference, infinite where it is no number."""
+    """Mean squared difference, infinite if it is NaN."""
     differences = [np.square(one.astype(np.float64) - other).mean() for one, other in zip(reference, outputs)]
     return float(np.nan_to_num(np.mean(differences), nan=np.inf))
 
 
 def _weights(model: Any) -> dict[str, dict[str, tuple[str, int]]]:
-    """For convolutions and products with weights: node name -> name of the weight and its number of values."""
+    """For convolutions and products with weights: node name -> name of the weight and its number of elements."""
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
     found: dict[str, dict[str, tuple[str, int]]] = {"Conv": {}, "MatMul": {}, "Gemm": {}}
     for node in model.graph.node:
@@ -162,10 +161,10 @@ def _is_static(source: Path, spec: ExportSpec) -> bool:
 
 
 class _Dynamic:
-    """Builds graphs whose products with weights are int8, with the ranges of each input.
+    """Builds graphs whose products with weights are int8, with ranges computed from each input.
 
     Attributes:
-        nodes: What can be quantised: node name -> name of its weight, number of its values.
+        nodes: Nodes that can be quantised: node name -> name of its weight, its number of elements.
     """
 
     kinds = ("MatMul", "Gemm")
@@ -195,10 +194,10 @@ class _Dynamic:
 
 
 class _Static:
-    """Builds graphs whose convolutions, and in matching products with weights, are int8 with ranges of examples.
+    """Builds graphs whose convolutions (for stereo, also products with weights) are int8, with calibrated ranges.
 
     Attributes:
-        nodes: What can be quantised: node name -> name of its weight, number of its values.
+        nodes: Nodes that can be quantised: node name -> name of its weight, its number of elements.
     """
 
     def __init__(self, source: Path, spec: ExportSpec, examples: Sequence[Example], folder: Path) -> None:
@@ -214,7 +213,7 @@ class _Static:
         calibrator = calibrate.create_calibrator(
             source, list(self.kinds), str(folder / "augmented.onnx"), calibrate.CalibrationMethod.MinMax
         )
-        # One at a time: the calibrator would keep every activation of all.
+        # One at a time: otherwise the calibrator would keep the activations of all examples.
         for example in examples:
             calibrator.collect_data(_reader(feeds(spec, example)))
         self.ranges = calibrator.compute_data()
@@ -242,7 +241,7 @@ class _Static:
 
 
 def _reader(inputs: dict[str, np.ndarray]) -> Any:
-    """What the calibrator reads: these inputs, once."""
+    """A reader for the calibrator that yields these inputs once."""
     left = [inputs]
     base = require("onnxruntime.quantization", "export").CalibrationDataReader
     return type("Reader", (base,), {"get_next": lambda self: left.pop() if left else None})()

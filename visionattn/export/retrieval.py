@@ -1,7 +1,7 @@
-"""Attribute retrieval as two files: a tower, image to tokens, and a head, tokens and attributes to embeddings.
+"""Attribute retrieval as two files: a tower (image to tokens) and a head (tokens and attributes to embeddings).
 
-The tower is the work of a whole network, the head hardly any: tokens are computed once an image and asked for one
-attribute after the other, also for those of a later head. `F.onnx` names the pair `F.tower.onnx` and `F.head.onnx`.
+Nearly all computation is in the tower: compute the tokens of an image once, then its embedding for any attribute, also
+with a head that is trained later. `F.onnx` is the common name of the pair `F.tower.onnx` and `F.head.onnx`.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from visionattn.files import atomic_path
 
 __all__ = ["OnnxRetrieval", "check_retrieval", "export_retrieval", "pair_paths"]
 
-# Largest absolute error of an embedding, whose length is 1, that passes.
+# Largest accepted absolute error of an embedding, whose length is 1.
 TOLERANCE = 1e-4
 BATCHES = (1, 3, 4)
 AXES = ({0: "batch", 1: "tokens"}, {0: "conditions"})
 
 
 def pair_paths(path: str | Path) -> tuple[Path, Path]:
-    """The files of tower and head that `F.onnx` stands for."""
+    """The paths of tower and head for the common name `F.onnx`."""
     path = Path(path)
     return path.with_suffix(".tower.onnx"), path.with_suffix(".head.onnx")
 
 
 class _Tower(nn.Module):
-    """The part of a model before anything is asked, with what the model says of its input."""
+    """The part of a model that does not depend on the attribute, with the model's metadata about its input."""
 
     task = "retrieve"
     output_names = ("tokens",)
@@ -63,38 +63,38 @@ class OnnxRetrieval:
     """An exported pair, loaded for the CPU.
 
     Args:
-        path: What was given to `visionattn export`: the pair's common name `F.onnx`.
+        path: The output of `visionattn export`: the pair's common name `F.onnx`.
 
     Attributes:
         attributes: Names of the attributes, in the order of their ids.
-        tower: The file that makes tokens of images.
-        head: The file that makes embeddings of tokens.
+        tower: The file that computes tokens from images.
+        head: The file that computes embeddings from tokens.
 
     Raises:
-        InputError: A file is not there or cannot be loaded, or the two do not belong together.
+        InputError: A file does not exist or cannot be loaded, or the two do not belong together.
     """
 
     def __init__(self, path: str | Path) -> None:
         tower, head = pair_paths(path)
         self.tower, self.head = OnnxModel(tower), OnnxModel(head)
         if not self.tower.spec.pair or self.tower.spec.pair != self.head.spec.pair:
-            raise InputError(f"{tower} and {head} are of different models: export both again.")
+            raise InputError(f"{tower} and {head} belong to different models: export both again.")
         self.attributes = tuple(self.tower.spec.attributes or ())
 
     def tokens(self, images: Any) -> np.ndarray:
-        """Images (B, C, H, W), prepared as the tower's `spec` says, -> tokens (B, N, D)."""
+        """Images (B, C, H, W), preprocessed as stated in the tower's `spec`, -> tokens (B, N, D)."""
         return self.tower(images)[0]
 
     def embed(self, tokens: Any, conditions: Sequence[str | int] | None = None) -> np.ndarray:
         """Tokens (B, N, D) -> (B, C, E), of length 1.
 
         Args:
-            tokens: What `tokens` gives.
-            conditions: Names of attributes or their ids; None for all.
+            tokens: Output of `tokens`.
+            conditions: Names of attributes or their ids. Default: all.
 
         Raises:
-            InputError: The files have a fixed batch, and it is another.
-            UnknownNameError: An attribute that the files do not have.
+            InputError: The batch size differs from the fixed one of the files.
+            UnknownNameError: The files do not have an attribute.
         """
         every = range(len(self.attributes))
         tokens = np.asarray(tokens)
@@ -111,7 +111,7 @@ class OnnxRetrieval:
             return self.attributes.index(condition)
         if isinstance(condition, str) or not 0 <= condition < len(self.attributes):
             raise UnknownNameError(
-                f"There is no attribute {condition!r}. These files have {', '.join(map(repr, self.attributes))}."
+                f"The attribute must be one of {', '.join(map(repr, self.attributes))}; got {condition!r}."
             )
         return int(condition)
 
@@ -130,27 +130,28 @@ def export_retrieval(
     time_limit: float = TIME_LIMIT,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[OnnxFile, OnnxFile]:
-    """Write tower and head of an attribute-retrieval model, with free batch and number of conditions, and check both.
+    """Write tower and head of an attribute-retrieval model, with dynamic batch and number of conditions; check both.
 
     Args:
-        model: Of `visionattn.models.cca`. Not changed.
+        model: A model of `visionattn.models.cca`. Not changed.
         path: Common name `F.onnx` of the files (see `pair_paths`).
-        input_size: See `export_onnx`, as all that follow.
+        input_size: See `export_onnx`, also for the following arguments.
         dynamic_size: Whether height and width are dynamic.
-        batch: Fix the number of images at a time; the head then has a fixed number of tokens too where the size is
-            fixed. The number of conditions stays free.
+        batch: Fixed batch size; if the size is fixed too, the head has a fixed number of tokens. The number of
+            conditions stays dynamic.
         opset: Version of the ONNX operator set.
-        weights: Where the weights come from.
+        weights: Origin of the weights.
         license: Licence of the weights.
-        check: Compare the tower's tokens, then the pair's embeddings, with the model's before the files appear.
-        time_limit: Seconds of CPU time after which tracing the tower is given up.
+        check: Compare the tower's tokens, then the pair's embeddings, with the model's before the files are put in
+            place.
+        time_limit: Maximum CPU time for tracing the tower, in seconds.
         progress: See `export_onnx`.
 
     Returns:
         Tower and head; the head's rows are those of the pair.
 
     Raises:
-        ExportError: The model cannot be exported in this form, or the files compute something else.
+        ExportError: The model cannot be exported in this form, or the files' outputs differ from it.
         InputError: The model does not accept the size, or the operator set does not exist.
         StorageError: A file could not be written.
     """
@@ -183,7 +184,7 @@ def export_retrieval(
             dynamic_axes=[name for names in axes for name in names.values()],
         )
         if progress:
-            progress("The head: tracing, translating and checking it.")
+            progress("Tracing, translating and checking the head.")
         traced = _trace_head(model, spec, axes)
         program = translate(traced, spec, axes)
         program.save(str(second), external_data=False)
@@ -202,7 +203,7 @@ def _open_axes(tower: ExportSpec) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _trace_head(model: Any, spec: ExportSpec, axes: Sequence[dict[int, str]]) -> torch.export.ExportedProgram:
-    """Trace with several of everything that is dynamic, since 1 is a special case."""
+    """Trace with more than one element on each dynamic axis, since 1 is a special case."""
     weight = next(model.parameters())
     count = 7
     if 1 not in axes[0]:
@@ -212,7 +213,7 @@ def _trace_head(model: Any, spec: ExportSpec, axes: Sequence[dict[int, str]]) ->
     dims = tuple(dict.fromkeys(names, Dim.DYNAMIC) for names in axes)
     try:
         return trace(model.head, (tokens, torch.zeros(3, dtype=torch.long)), dims)
-    # The tracer raises what the traced code raises, and many kinds of its own.
+    # The tracer raises whatever the traced code raises, and many exceptions of its own.
     except Exception as error:
         raise refusal("torch.export", spec, error) from error
 
@@ -226,8 +227,8 @@ def check_retrieval(model: Any, tower: str | Path, head: str | Path) -> list[Che
         head: The other.
 
     Returns:
-        A row for each size that the tower is checked at, three batch sizes or twice the fixed one, and 1, 3 and all
-        attributes, where there are fewer with repeats; all have passed.
+        One row per size (those of the tower's check), batch size (three, or the fixed one twice) and number of
+        attributes (1, 3 and all; repeated if there are fewer); all have passed.
 
     Raises:
         ExportError: Some rows fail; the message lists them.
@@ -240,7 +241,7 @@ def check_retrieval(model: Any, tower: str | Path, head: str | Path) -> list[Che
         every = [outputs_of(model, [images])[0] for images in batches]  # (B, C, E) each
         found = [first(images.numpy())[0] for images in batches]
         spread = (torch.cat(every) - every[0][:1]).abs().max().item()
-        why = "" if spread >= LEAST_SPREAD else "the model's embeddings of two images are the same: load weights"
+        why = "" if spread >= LEAST_SPREAD else "the model's embeddings of two images are equal: load trained weights"
         for number in dict.fromkeys((1, 3, count)):
             ids = np.arange(count - number, count) % count
             for expected, tokens in zip(every, found):
@@ -252,7 +253,7 @@ def check_retrieval(model: Any, tower: str | Path, head: str | Path) -> list[Che
     failed = [row for row in rows if not row.passed]
     if failed:
         raise ExportError(
-            f"Tower and head do not compute what the model computes in {len(failed)} of {len(rows)} checks: "
+            f"The outputs of tower and head differ from those of the model in {len(failed)} of {len(rows)} checks: "
             + "; ".join(map(str, failed))
             + "."
         )

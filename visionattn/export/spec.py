@@ -1,17 +1,17 @@
-"""What an exported file says about itself: enough to prepare its inputs without this package.
+"""Metadata of an exported file: enough to prepare its inputs without this package.
 
-A model class states what its `pretrained_cfg` cannot say; each attribute may be left out:
+A model class states what its `pretrained_cfg` does not contain; each attribute is optional:
 
     task            what the model does                    default: "classify"
-    input_names     one image input a name                 default: ("image",)
-    output_names    one output a name                      default: ("logits",), without classes ("features",)
+    input_names     one name per image input               default: ("image",)
+    output_names    one name per output                    default: ("logits",), without classes ("features",)
     size_multiple   height and width are multiples of it   default: 1
     size_minimum    smallest height and width              default: the cfg's `min_input_size`, else not stated
-    scale           the output is so many times as large   default: not stated
-    radius          input pixels around its place that an output pixel depends on: what tiles have to overlap by
-    attributes      names of what it embeds an image for       default: not stated
-    decides         whether it takes decisions that rounding can turn, such as the largest of many scores; the check of
-                    a file then tries other images where outputs differ   default: False
+    scale           ratio of output to input size          default: not stated
+    radius          input pixels around its position that an output pixel depends on: the overlap that tiles need
+    attributes      names of the attributes that it embeds an image by       default: not stated
+    decides         whether it makes discrete decisions that rounding can flip, such as the largest of many scores; the
+                    check of a file then tries other images if outputs differ   default: False
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _CHOICES = {
     "precision": ("fp32", "fp16", "int8"),
     "output_kind": ("logits", "features", "probabilities", "image", "disparity", "flow"),
 }
-_LARGEST = 2**31  # of a size, a number of pixels or of images
+_LARGEST = 2**31  # bound for sizes, numbers of pixels and numbers of images
 
 
 def size_text(height: int, width: int) -> str:
-    """Write a size the way every message does."""
+    """Format a size for messages."""
     return f"{height} x {width}"
 
 
@@ -58,16 +58,16 @@ def size_text(height: int, width: int) -> str:
 class ExportSpec:
     """The metadata of an exported file. Each field is one key of the file's `metadata_props`; None is left out.
 
-    Texts are written as they are, everything else as JSON.
+    Strings are written unchanged, everything else as JSON.
     """
 
     model: str
     task: str
     input_names: list[str]
     output_names: list[str]
-    input_size: list[int]  # (C, H, W): H and W are examples where they are dynamic
+    input_size: list[int]  # (C, H, W); H and W are examples if they are dynamic
     dynamic_axes: list[str]
-    batch: int | None  # images at a time, where that is fixed
+    batch: int | None  # fixed batch size
     size_multiple: int
     size_minimum: int | None
     scale: int | None
@@ -83,14 +83,14 @@ class ExportSpec:
     num_classes: int
     labels: list[str] | None
     attributes: list[str] | None
-    pair: str | None  # the same in files that only work together
+    pair: str | None  # equal in files that only work together
     weights: str
     license: str
     opset: int
     visionattn: str
-    input_type: str | None = None  # "float32" or "uint8"; left out, the graph says which floats
+    input_type: str | None = None  # "float32" or "uint8"; if left out, the graph states the float type
     precision: str | None = None  # "fp32", "fp16" or "int8", in variants
-    output_kind: str | None = None  # what a graph with its preparation inside gives: "image", "probabilities" ...
+    output_kind: str | None = None  # output of a graph that includes preprocessing: "image", "probabilities" ...
 
     @classmethod
     def of(
@@ -103,7 +103,7 @@ class ExportSpec:
         license: str | None,
         batch: int | None = None,
     ) -> ExportSpec:
-        """Gather what the model, its class and its `pretrained_cfg` say (arguments: see `export_onnx`)."""
+        """Collect the metadata of a model, its class and its `pretrained_cfg` (arguments: see `export_onnx`)."""
         cfg = getattr(model, "pretrained_cfg", None) or {}
         traits = get_model_input_config(model)
         channels, *native = traits["input_size"]
@@ -142,7 +142,7 @@ class ExportSpec:
             opset=opset,
             visionattn=visionattn.__version__,
         )
-        # The export size itself has to be one that the model accepts.
+        # The model must accept the export size itself.
         spec.check_size(*spec.input_size[1:])
         return spec
 
@@ -152,11 +152,11 @@ class ExportSpec:
         return "height" in self.dynamic_axes
 
     def check_batch(self, batch: int) -> None:
-        """Raise `InputError` for a number of images that the file does not accept."""
+        """Raise `InputError` for a batch size that the file does not accept."""
         if self.batch is not None and batch != self.batch:
             raise InputError(
-                f"This file takes {self.batch} images at a time; {batch} were given. Export it without --batch for any "
-                "number."
+                f"The batch size of this file must be {self.batch}; got {batch}. Export it without --batch for any "
+                "batch size."
             )
 
     def check_size(self, height: int, width: int) -> None:
@@ -164,29 +164,29 @@ class ExportSpec:
         multiple, minimum = self.size_multiple, self.size_minimum or 1
         if not self.dynamic_size and [height, width] != self.input_size[1:]:
             raise InputError(
-                f"The input is {size_text(height, width)}; this file takes {size_text(*self.input_size[1:])} only. "
-                "Resize the image, or export the model with a dynamic size."
+                f"The input size of this file must be {size_text(*self.input_size[1:])}; got "
+                f"{size_text(height, width)}. Resize the image, or export the model with a dynamic size."
             )
         if min(height, width) < 1:
-            raise InputError(f"The input is {size_text(height, width)}; height and width must be at least 1.")
+            raise InputError(f"Height and width must be at least 1; got {size_text(height, width)}.")
         if height % multiple or width % multiple or min(height, width) < minimum:
-            steps = f" and are multiples of {multiple}" if multiple > 1 else ""
+            steps = f" and divisible by {multiple}" if multiple > 1 else ""
             raise InputError(
-                f"The input is {size_text(height, width)}; {self.model} takes heights and widths that are at least "
-                f"{minimum}{steps}. Resize or pad the image."
+                f"Height and width of the input of {self.model} must be at least {minimum}{steps}; got "
+                f"{size_text(height, width)}. Resize or pad the image."
             )
 
     def to_metadata(self) -> dict[str, str]:
-        """Write the fields as an ONNX file's key-value texts."""
+        """Convert the fields to the key-value strings of an ONNX file."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {key: v if isinstance(v, str) else json.dumps(v) for key, v in values if v is not None}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> ExportSpec:
-        """Read the fields back.
+        """Parse the fields.
 
         Raises:
-            InputError: A field is missing, or is not what this package writes.
+            InputError: A field is missing or invalid.
         """
         values: dict[str, Any] = {}
         schema: dict[str, Any] = {}
@@ -210,7 +210,7 @@ class ExportSpec:
         return spec
 
     def _contradiction(self) -> str | None:
-        """Which value no model can have, or None."""
+        """Describe a value that no model can have, or return None."""
         channels = self.input_size[0] if len(self.input_size) == 3 else 0
         counts = [*self.input_size, self.size_multiple, self.size_minimum, self.scale, self.batch]
         if not channels or not all(1 <= count < _LARGEST for count in counts if count is not None):
@@ -218,7 +218,7 @@ class ExportSpec:
         if self.radius is not None and not 0 <= self.radius < _LARGEST:
             return "the radius must be at least 0"
         if not self.input_names or not self.output_names:
-            return "there must be an input and an output"
+            return "there must be at least one input and one output"
         for key, allowed in _CHOICES.items():
             if (value := getattr(self, key)) is not None and value not in allowed:
                 return f"{key} must be one of {', '.join(map(repr, allowed))}; got {shorten(value)!r}"
@@ -240,11 +240,11 @@ def _finite(value: float) -> bool:
 
 
 def _whole(model: nn.Module, name: str) -> int | None:
-    # Models of others may use these names for something else.
+    # Other libraries' models may use these names for something else.
     value = getattr(model, name, None)
     return value if isinstance(value, int) else None
 
 
 def _listed(values: Any, length: int) -> list | None:
-    # A model built with other channels or classes than its cfg says has none of the cfg's.
+    # Values of the cfg do not apply to a model built with other channels or classes.
     return list(values) if values and len(values) == length else None

@@ -1,13 +1,13 @@
-"""Tracing by torch.export, with some functions replaced by forms that suit an exported graph.
+"""Tracing by torch.export, with some functions replaced by forms suited to an exported graph.
 
     our operators        their definitions, or forms for exported graphs (`visionattn.kernels.PlainForms`)
-    attention            softmax(s Q K^T) V with one Transpose of K; the exporter's own form computes its shape part by
-                         part, in 15 to 20 nodes an attention
-    SAME padding         timm's numbers without max and ceil: the expression of a size then grows by a few signs with
-                         each strided convolution, not three to four times
-    ReLU6, hard tanh     clamp, one Clip; the exporter takes them apart, for more than half of its time in a MobileNet
+    attention            softmax(s Q K^T) V with one Transpose of K; the exporter's own form computes the shape of that
+                         piece by piece, in 15 to 20 nodes per attention
+    SAME padding         timm's values without max and ceil: the expression of a size then grows by a few symbols with
+                         each strided convolution, instead of three- to fourfold
+    ReLU6, hard tanh     clamp, one Clip; the exporter decomposes them, which takes over half of its time in a MobileNet
 
-The rest is traced as it is.
+Everything else is traced unchanged.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from visionattn.kernels import PlainForms
 
 __all__ = ["TIME_LIMIT", "trace"]
 
-# Seconds of CPU time.
-TIME_LIMIT = 300.0
+TIME_LIMIT = 300.0  # seconds of CPU time
 
 
 class TimeLimitError(Exception):
-    """Tracing has taken as long as it may."""
+    """Tracing exceeded its time limit."""
 
 
 def trace(
@@ -44,11 +43,11 @@ def trace(
     Args:
         model: In evaluation mode.
         args: Example inputs.
-        dims: What is dynamic, for `torch.export`.
-        time_limit: Seconds of CPU time that it may take. The tracer is asked between two operations.
+        dims: Dynamic axes, for `torch.export`.
+        time_limit: Maximum CPU time in seconds; checked between two operations.
 
     Raises:
-        TimeLimitError: It takes longer.
+        TimeLimitError: Tracing takes longer.
         Exception: Whatever torch.export or the model raises.
     """
     with _same_padding(), _Forms(time_limit):
@@ -62,10 +61,11 @@ class _Forms(PlainForms):
         self.start = time.process_time()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Call the form to export in place of a function, and all else as it is."""
+        """Call the exportable form of a function if there is one, otherwise the function itself."""
         if time.process_time() - self.start > self.time_limit:
             raise TimeLimitError(
-                f"tracing took more than {self.time_limit:g} s of CPU time; --time-limit (time_limit=) allows more."
+                f"tracing took more than {self.time_limit:g} s of CPU time; raise the limit with --time-limit "
+                "(time_limit=)."
             )
         func = _FORMS.get(func, func)
         return super().__torch_function__(func, types, args, kwargs)
@@ -81,7 +81,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """As `torch.nn.functional.scaled_dot_product_attention`, from whose documentation it is."""
+    """Like `torch.nn.functional.scaled_dot_product_attention`, after its documentation."""
     if is_causal or enable_gqa or dropout_p or (attn_mask is not None and attn_mask.dtype == torch.bool):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

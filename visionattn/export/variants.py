@@ -1,9 +1,9 @@
-"""Variants of an exported file: smaller or faster numbers, uint8 pictures in, other formats.
+"""Variants of an exported file: lower precision, uint8 image inputs, other formats.
 
     F.onnx -> F.int8.onnx, F.fp16.onnx            --format ort: F.ort, F.int8.ort, F.fp16.ort
 
-Each is compared with the float32 file on real data by its task's metric (`visionattn.export.quality`) before it
-appears.
+Each is compared with the float32 file on real data by its task's metric (`visionattn.export.quality`) before it is
+written.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from visionattn.files import atomic_path, check_output
 
 __all__ = ["Variant", "check_data", "check_outputs", "print_variants", "variant_path", "write_variants"]
 
-GAIN = 1.05  # times the speed from which on a variant is worth having
-SMALLER = 0.75  # of the size, from which on float16 is
+GAIN = 1.05  # smallest speed-up at which a variant is recommended
+SMALLER = 0.75  # relative size below which a float16 variant is recommended
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A file of one model, and what it costs against the float32 file.
+    """A variant of an exported file, compared with the float32 file.
 
     Attributes:
         path: The file.
-        spec: The metadata in it.
+        spec: Its metadata.
         bytes: Its size; 0 if it was refused.
-        quality: The metric of the float32 file and of this one; None where nothing was measured.
-        speed: How many times as fast as the float32 file, one thread of this processor: median of paired runs.
-        spread: Half the distance between the quartiles of `speed`.
-        kept: Nodes that were left in float, since their quantisation costs too much.
-        recommended: Whether it gains something.
-        refused: Why it was not written; empty where the file stands.
+        quality: The metric of the float32 file and of this one; None if nothing was measured.
+        speed: Speed-up over the float32 file with one thread on this processor: median of paired runs.
+        spread: Half the interquartile range of `speed`.
+        kept: Nodes left in float, since their quantisation loses too much.
+        recommended: Whether it is faster or, for float16, smaller.
+        refused: Why it was not written; empty if it was.
     """
 
     path: Path
@@ -61,17 +61,17 @@ class Variant:
     refused: str = ""
 
     def describe(self) -> str:
-        """In words: why it was refused, or whether it is worth having."""
+        """One sentence: why it was refused, or its size and speed."""
         if self.refused:
-            return f"{self.path.name} is not written: {self.refused}."
+            return f"{self.path.name} was not written: {self.refused}."
         text = f"{self.path.name}: {self.bytes / 1e6:.2f} MB, {self.speed:.2f} times the speed of float32 here"
         if self.kept:
             text += f", {len(self.kept)} layers in float ({shorten(', '.join(self.kept))})"
-        return text + ("." if self.recommended else ": no gain on this processor, not recommended for it.")
+        return text + ("." if self.recommended else ": no gain on this processor, not recommended.")
 
 
 def variant_path(path: str | Path, precision: str) -> Path:
-    """The file of a variant of `F.onnx`: `F.int8.onnx`; "fp32" is the file itself."""
+    """The path of a variant of `F.onnx`, such as `F.int8.onnx`; "fp32" is the file itself."""
     path = Path(path)
     return path if precision == "fp32" else path.with_suffix(f".{precision}{path.suffix}")
 
@@ -79,18 +79,18 @@ def variant_path(path: str | Path, precision: str) -> Path:
 def check_outputs(
     output: str | Path, *, int8: bool | str | Path = False, fp16: bool = False, overwrite: bool = False
 ) -> None:
-    """Raise `InputError` where `write_variants` could not write its files (arguments: see there)."""
+    """Raise `InputError` if `write_variants` could not write its files (arguments: see there)."""
     if find_format(output) == "pt2":
         raise InputError(
-            "A program of torch.export has no variants: leave out --int8, --fp16 and --preprocess, or name a file that "
-            "ends in .onnx or .ort."
+            "A program of torch.export (.pt2) has no variants: leave out --int8, --fp16 and --preprocess, or write a "
+            "file that ends in .onnx or .ort."
         )
     for precision in _precisions(int8, fp16)[1:]:
         check_output(variant_path(output, precision), overwrite)
 
 
 def check_data(spec: ExportSpec, *, int8: bool | str | Path = False, test_data: str | Path | None = None) -> None:
-    """Raise what `write_variants` would for a task or its real data (arguments: see there)."""
+    """Raise the errors of `write_variants` about a task or its real data (arguments: see there)."""
     check_task(spec)
     if int8:
         load_examples(spec, _folder(int8), LEAST[spec.task])
@@ -117,26 +117,26 @@ def write_variants(
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Variant, ...]:
-    """Write variants of an exported float32 file; each is measured on real data before it appears.
+    """Write variants of an exported float32 file; each is measured on real data before it is written.
 
     Args:
-        source: A float32 file that `visionattn export` wrote.
-        output: Name that the variants' names follow from, ending in .onnx or .ort; it gets the float32 file, in that
-            format, with its preparation inside if `preprocess`. Default: `source`, which then stays.
-        int8: Write int8: True calibrates by pictures of installed packages, a path by those in this folder.
+        source: A float32 file written by `visionattn export`.
+        output: File ending in .onnx or .ort, after which the variants are named. The float32 file is written to it in
+            that format, with preprocessing if `preprocess`. Default: `source`, which is then not changed.
+        int8: Write int8: True calibrates on images from installed packages, a path on those in that folder.
         fp16: Write float16 with float32 inputs and outputs.
-        preprocess: Let all files take uint8 pictures (B, H, W, C), and give pictures, probabilities or disparities.
-        test_data: Real data to measure on: a folder of high-resolution pictures, class folders or stereo scenes, or
-            the examples themselves. Default: the calibration's.
-        overwrite: Replace files that exist.
-        progress: Called with a line at the beginning of each step.
+        preprocess: All files take uint8 images (B, H, W, C) and return images, probabilities or disparities.
+        test_data: Real data to measure on: a folder of high-resolution images, class folders or stereo scenes, or the
+            examples themselves. Default: the calibration data.
+        overwrite: Replace existing files.
+        progress: Called with a line at the start of each step.
 
     Returns:
-        One for each file, the float32 file first; those that lose more than their budget say so and are not written.
+        One per file, the float32 file first. Variants that exceed their allowed loss are not written; see `refused`.
 
     Raises:
-        InputError: The source is no float32 file of this package, or an output exists.
-        DataError: There are too few calibration pictures.
+        InputError: The source is not a float32 file of this package, or an output exists.
+        DataError: There are too few calibration images.
         StorageError: A file could not be written.
     """
     source = Path(source)
@@ -144,7 +144,7 @@ def write_variants(
     check_outputs(output, int8=int8, fp16=fp16, overwrite=overwrite)
     spec = OnnxModel(source).spec
     if spec.precision not in (None, "fp32") or spec.input_type == "uint8":
-        raise InputError(f"{shorten(source)} is a variant itself: give the float32 file that it was made of.")
+        raise InputError(f"{shorten(source)} is itself a variant: give the float32 file that it was made from.")
     check_task(spec)
     writes_first = output != source or preprocess
     if writes_first:
@@ -171,7 +171,7 @@ def write_variants(
 
 
 class _Writer:
-    """Writes graphs of one file, each after it was measured."""
+    """Writes the variants of one file, each after it was measured."""
 
     def __init__(
         self,
@@ -189,13 +189,13 @@ class _Writer:
         self.reference = [self.runner(example) for example in examples]
 
     def write(self, model: Any, precision: str, path: Path | None) -> Variant:
-        """Finish a graph, measure it and write it; without a path it stands already and is the measure."""
+        """Finish a graph, measure it and write it. Without a path, the source itself is reported as the reference."""
         if path is None:
             quality = measure_quality(self.spec, self.examples, self.reference, self.reference)
             return Variant(self.source, self.spec, self.source.stat().st_size, quality)
         model, spec = with_preprocessing(model, self.spec) if self.preprocess else (model, self.spec)
         spec = replace(spec, precision=precision)
-        del model.graph.value_info[:]  # shapes inside the graph, which quantisation adds
+        del model.graph.value_info[:]  # intermediate shapes, which quantisation adds
         del model.metadata_props[:]
         require("onnx", "export").helper.set_model_props(model, spec.to_metadata())
         file = self.folder / f"finished{path.suffix}"
@@ -224,8 +224,8 @@ class _Writer:
 
 
 def print_variants(variants: Sequence[Variant], console: Console) -> None:
-    """Print what was written as a table, and a line for each variant that was refused or gains nothing."""
-    table = Table(title="Variants against the float32 file, on real data")
+    """Print the variants as a table, then one line about each."""
+    table = Table(title="Variants compared with the float32 file, on real data")
     for header in ("file", "kB", "metric", "float32", "this", "loss", "speed", ""):
         table.add_column(header, justify="left" if header in ("file", "metric", "") else "right")
     for variant in variants:

@@ -1,11 +1,11 @@
-"""A folder that holds all that a model needs elsewhere: `visionattn export NAME --bundle FOLDER`.
+"""A self-contained folder to run a model without PyTorch: `visionattn export NAME --bundle FOLDER`.
 
     model.onnx, model.int8.onnx, model.fp16.onnx     the file and its variants
-    card.json, README.md                             what they are, lose and cost
-    LICENSE, labels.txt, weights.md                  what applies
-    sample/                                          an image and PyTorch's result of it
-    run.py, visionattn_runtime/                      the runner: numpy, pillow and onnxruntime
-    run.mjs, run.cpp                                 the same, shorter, for browsers and Node, and for C++
+    card.json, README.md                             description, quality loss and cost
+    LICENSE, labels.txt, weights.md                  if applicable
+    sample/                                          an image and PyTorch's result for it
+    run.py, visionattn_runtime/                      the runner: needs numpy, pillow and onnxruntime
+    run.mjs, run.cpp                                 shorter examples for browsers and Node, and for C++
 
 `python run.py --verify` verifies it without PyTorch.
 """
@@ -41,13 +41,13 @@ MODEL = "model.onnx"
 
 @dataclass(frozen=True)
 class Bundle:
-    """What was written.
+    """A bundle on disk.
 
     Attributes:
         folder: The bundle.
-        files: What `visionattn.export` wrote into it.
+        files: The exported files in it.
         card: The content of `card.json`.
-        rows: What verified it.
+        rows: The rows of its verification.
     """
 
     folder: Path
@@ -74,28 +74,28 @@ def export_bundle(
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Bundle:
-    """Export a model into a folder that needs nothing of PyTorch or of this package; it appears whole or not at all.
+    """Export a model to a folder that needs neither PyTorch nor this package; it is written completely or not at all.
 
     Args:
-        model: As `visionattn.export` takes it, with weights.
-        folder: The folder: new, empty, or with `overwrite` another bundle.
-        checkpoint: See `visionattn.export`, as all that follow.
-        num_classes: Number of classes for a name, if not its own.
+        model: A model with weights, as in `visionattn.export`.
+        folder: A new or empty folder or, with `overwrite`, another bundle.
+        checkpoint: See `visionattn.export`, also for the following arguments.
+        num_classes: Number of classes for a name. Default: the model's.
         image_size: Side, or height and width, of a file of fixed size, and the first size of the check.
         static_size: Fix height and width in the files.
-        batch: Fix the number of images at a time.
+        batch: Fixed batch size.
         opset: Version of the ONNX operator set.
-        int8: Add int8: True, or a folder to calibrate by.
+        int8: Add int8: True, or a folder of calibration data.
         fp16: Add float16.
-        preprocess: All files take uint8 pictures, and give pictures, probabilities or disparities.
-        test_data: Folder of real data that variants are measured on.
-        time_limit: Seconds of CPU time after which tracing is given up.
-        overwrite: Replace a bundle that exists.
-        progress: Called with a line at the beginning of each step.
+        preprocess: All files take uint8 images and return images, probabilities or disparities.
+        test_data: Folder of real data to measure variants on.
+        time_limit: Maximum CPU time for tracing, in seconds.
+        overwrite: Replace an existing bundle.
+        progress: Called with a line at the start of each step.
 
     Raises:
-        ExportError: The model cannot be exported, or the bundle does not verify.
-        InputError: The folder holds something else, or the model does not accept an argument.
+        ExportError: The model cannot be exported, or the verification of the bundle fails.
+        InputError: The folder contains something else, or the model does not accept an argument.
         VisionAttnError: The model could not be opened, or has no weights.
     """
     tell = progress or (lambda line: None)
@@ -119,24 +119,24 @@ def export_bundle(
             time_limit=time_limit,
             progress=progress,
         )
-        tell("Measuring the files, and writing their card.")
+        tell("Measuring the files and writing their card.")
         card = _fill(room, network, files, str(test_data or (int8 if isinstance(int8, (str, Path)) else "")))
         tell("Verifying the bundle.")
         rows = verify(room)
         failed = [f"{row.file} {row.finding}" for row in rows if not row.passed]
         if failed:
-            raise ExportError(f"The bundle does not verify: {'; '.join(failed)}.")
+            raise ExportError(f"The verification of the bundle failed: {'; '.join(failed)}.")
     return Bundle(Path(folder), tuple(_moved(file, Path(folder)) for file in files), card, rows)
 
 
 def _moved(file: OnnxFile, folder: Path) -> OnnxFile:
-    """What was written, where it stands now."""
+    """The file with its paths in the final folder."""
     variants = tuple(replace(variant, path=folder / variant.path.name) for variant in file.variants)
     return replace(file, path=folder / file.path.name, variants=variants)
 
 
 def _fill(folder: Path, network: nn.Module, files: tuple[OnnxFile, ...], data: str) -> dict[str, Any]:
-    """Write all that is not a model; give the card."""
+    """Write everything except the models, and return the card."""
     file, spec = files[0], files[0].spec
     sample = folder / "sample"
     sample.mkdir()
@@ -154,7 +154,7 @@ def _fill(folder: Path, network: nn.Module, files: tuple[OnnxFile, ...], data: s
         spec,
         described,
         {"images": [f"sample/{name}" for name in names], "expected": "sample/expected.npy", "source": source},
-        Path(data).name or "pictures of installed packages",
+        Path(data).name or "images from installed packages",
     )
     texts = {
         "README.md": cards.write_readme(card, spec),

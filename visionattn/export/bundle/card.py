@@ -1,4 +1,4 @@
-"""The card of a bundle: what the files are, what they lose and cost, and where they are from; as JSON and in words."""
+"""The card of a bundle, as JSON and Markdown: description, quality loss, cost and origin of the files."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def make_card(spec: ExportSpec, variants: list[dict[str, Any]], sample: dict[str
 
     Args:
         spec: The metadata of the float32 file.
-        variants: What `describe_file` gives of each file.
-        sample: Paths of the images and of the expected result, and where the images are from.
-        data: What the variants were measured on.
+        variants: Output of `describe_file` for each file.
+        sample: Paths of the images and of the expected result, and origin of the images.
+        data: Name of the data that the variants were measured on.
     """
     return {
         "format": FORMAT,
@@ -57,14 +57,14 @@ def make_card(spec: ExportSpec, variants: list[dict[str, Any]], sample: dict[str
 def describe_file(
     file: OnnxFile, variant: Variant | None, path: Path, folder: Path, expected: np.ndarray, images: Sequence[Path]
 ) -> dict[str, Any]:
-    """Everything that the card says of one file, measured here.
+    """Measure one file and return its entry of the card.
 
     Args:
-        file: What the export wrote.
-        variant: Its variant that stands at `path`; None where none were asked for, or the file is two.
-        path: The file; of a pair, its common name.
+        file: The exported file.
+        variant: Its variant at `path`; None without variants, or for a pair of files.
+        path: The file; for a pair, its common name.
         folder: The bundle.
-        expected: What PyTorch makes of the sample.
+        expected: PyTorch's result for the sample.
         images: The sample.
     """
     model = load(path, threads=1)
@@ -81,7 +81,7 @@ def describe_file(
         "nodes": structure.nodes,
         "metadata": model.texts,
         "error": error,
-        # What was found here, twice, and rounding: another processor adds in another order.
+        # Twice the error found here, plus rounding: another processor sums in another order.
         "allowed": 2 * error + TOLERANCE[0] + TOLERANCE[1] * spread,
         "quality": asdict(variant.quality) if variant and variant.quality else None,
         "speed": variant.speed if variant else 1.0,
@@ -123,18 +123,18 @@ def write_readme(card: dict[str, Any], spec: ExportSpec) -> str:
         f"Task: {card['task']}. Weights: {card['weights']}. Licence of the weights: {card['license']} (`LICENSE`).",
         f"Input: {', '.join(spec.input_names)}, {spec.input_order}, {size}"
         + (" or another size" if spec.dynamic_size else "")
-        + f"; output: {', '.join(spec.output_names)}. The files' metadata say how images are prepared.",
+        + f"; output: {', '.join(spec.output_names)}. The files' metadata state the preprocessing of images.",
         "\n".join([head, dashes, *rows]),
-        "error: how far 99.9 % of the values of the sample's result are from PyTorch's at most."
+        "error: largest deviation from PyTorch's result for the sample, over 99.9 % of its values."
         + (f" {quality[0]['metric']}: on {card['measured_on']}; speed: paired runs, one thread." if quality else "")
         + f" Times: one image of {size}, median, on {card['device']}, ONNX Runtime {card['versions']['onnxruntime']}.",
-        *([f"Not recommended, since nothing is gained here: {', '.join(weak)}."] if weak else []),
-        f"`sample/`: {card['sample']['source']}, and PyTorch's result of it.",
+        *([f"Not recommended, since there is no gain on this device: {', '.join(weak)}."] if weak else []),
+        f"`sample/`: {card['sample']['source']}, and PyTorch's result for it.",
         "## Use\n\nWithout PyTorch: `pip install numpy pillow onnxruntime`, then\n\n"
         f"    python run.py {_arguments(card, spec)}\n    python run.py --verify\n\n"
-        "The first runs a file, the second verifies this folder: hashes, metadata, and each file's result of the "
-        "sample. In Python: `from visionattn_runtime import load`. `run.mjs` is for browsers and Node, `run.cpp` for "
-        "C++.",
+        "The first command runs a file, the second verifies this folder: hashes, metadata, and each file's result for "
+        "the sample. In Python: `from visionattn_runtime import load`. `run.mjs` is for browsers and Node, `run.cpp` "
+        "for C++.",
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -155,13 +155,13 @@ def _arguments(card: dict[str, Any], spec: ExportSpec) -> str:
 
 
 def license_text(spec: ExportSpec) -> str:
-    """The licence of the weights, and the text of Apache-2.0, under which all else is."""
+    """The licence of the weights, and the text of Apache-2.0, the licence of everything else."""
     text = distribution("visionattn").read_text("licenses/LICENSE") or "https://www.apache.org/licenses/LICENSE-2.0\n"
     return f"Weights ({spec.weights}): {spec.license}.\nRunner and samples of code: Apache-2.0, as follows.\n\n{text}"
 
 
 def weights_card(spec: ExportSpec) -> str | None:
-    """What is known of weights that lie in this package: data, command, results; None of others."""
+    """The card of weights shipped with this package: data, command, results; None for other weights."""
     path = SHIPPED / f"{spec.model}.md"
     shipped = spec.weights.endswith(f"{spec.model}.safetensors") and path.is_file()
     return path.read_text(encoding="utf-8") if shipped else None

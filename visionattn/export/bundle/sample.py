@@ -1,4 +1,4 @@
-"""The sample of a bundle: an image, or two, and what PyTorch makes of them in the runner's own way."""
+"""The sample of a bundle: one or two images, and PyTorch's result for them with the runner's preprocessing."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PORTRAIT = "a part of the portrait of the astronaut Eileen Collins (NASA, public
 
 
 def sample_images(spec: ExportSpec) -> tuple[list[np.ndarray], str]:
-    """Choose images that a file takes, and say where they are from.
+    """Choose images that a file takes.
 
     Returns:
-        (H, W, C) of uint8 an input, and their source, for the card.
+        One uint8 image (H, W, C) per input, and their origin, for the card.
 
     Raises:
-        InputError: There are none for the task or the channels.
+        InputError: There are no images for the task or the number of channels.
         MissingPackageError: The package with the images is not installed.
     """
     if spec.task in ("stereo", "flow"):
@@ -39,15 +39,16 @@ def sample_images(spec: ExportSpec) -> tuple[list[np.ndarray], str]:
         return list(views), "a generated scene (visionattn.data.matching.scenes)"
     if spec.task not in LEAST or spec.input_size[0] not in (1, 3):
         raise InputError(
-            f"{spec.model} has the task {spec.task!r} and {spec.input_size[0]} channels; a bundle has a sample image, "
-            "which there is for grey and RGB images of the tasks " + ", ".join(sorted({*LEAST, "flow"})) + "."
+            f"A bundle needs a sample image, which is available for 1 or 3 channels and the tasks "
+            f"{', '.join(map(repr, sorted({*LEAST, 'flow'})))}; {spec.model} has the task {spec.task!r} and "
+            f"{spec.input_size[0]} channels."
         )
     image = load_examples(spec, None)[0].images[0]
     return [image], DIGIT if spec.input_size[0] == 1 and spec.task == "classify" else PORTRAIT
 
 
 def write_images(images: list[np.ndarray], spec: ExportSpec, folder: Path) -> list[str]:
-    """Write the images as PNG, and as PPM or PGM for the samples of code that decode no PNG.
+    """Write the images as PNG, and as PPM or PGM for the code samples that cannot decode PNG.
 
     Returns:
         The names of the PNG files.
@@ -62,15 +63,15 @@ def write_images(images: list[np.ndarray], spec: ExportSpec, folder: Path) -> li
 
 @torch.no_grad()
 def compute_expected(network: nn.Module, file: Model | Pair, images: list[Path]) -> np.ndarray:
-    """What the runner would give if PyTorch computed in it.
+    """The result of the runner with PyTorch in place of ONNX Runtime.
 
     Args:
         network: The model that was exported.
-        file: Its float32 file in the runner, of which only its way with images is used.
+        file: Its float32 file in the runner, of which only pre- and postprocessing are used.
         images: The sample.
 
     Raises:
-        InputError: The network does not take them.
+        InputError: The network does not accept them.
     """
     model: Any = network
 
@@ -80,7 +81,7 @@ def compute_expected(network: nn.Module, file: Model | Pair, images: list[Path])
     def of(file: Model, compute: Any) -> Any:
         return lambda feeds: compute(*(feeds[name] for name in file.spec["input_names"])).float().numpy()
 
-    # Attributes of the objects hide the methods of their class.
+    # Instance attributes override the methods of the class.
     if isinstance(file, Pair):
         vars(file.tower)["run"] = of(file.tower, lambda image: model.forward_tokens(torch.from_numpy(image)))
         vars(file.head)["run"] = of(file.head, lambda *arrays: model.head(*map(torch.from_numpy, arrays)))
@@ -89,11 +90,11 @@ def compute_expected(network: nn.Module, file: Model | Pair, images: list[Path])
     try:
         return file.predict(*images)
     except RunError as error:
-        raise InputError(f"The sample image is not taken: {error}") from error
+        raise InputError(f"The model does not accept the sample image: {error}") from error
 
 
 def draw_result(expected: np.ndarray, spec: ExportSpec) -> Image.Image | None:
-    """The expected result as a picture, for tasks that give one."""
+    """The expected result as an image, for tasks that have one."""
     if spec.task == "restore":
         pixels = np.floor(expected * 255 + 0.5).astype(np.uint8)
         return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

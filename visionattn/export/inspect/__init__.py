@@ -1,4 +1,4 @@
-"""Is an ONNX file what it says, where does it run, and what does it cost? `visionattn.check(FILE)`, for any file."""
+"""Check any ONNX file: validity, sizes at which it runs, supported devices and cost. `visionattn.check(FILE)`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ __all__ = ["FileCheck", "check"]
 
 @dataclass(frozen=True)
 class FileCheck:
-    """What was found out about an ONNX file.
+    """Result of checking an ONNX file.
 
     Attributes:
         path: The file.
         bytes: Its size, without external data.
-        structure: What it is made of.
-        metadata: What it says about itself, as texts.
-        spec: The metadata, read; None where `visionattn export` did not write them.
-        runs: At which sizes and batches it runs.
-        targets: What phones and browsers compute of it.
-        costs: Latency and memory, by threads.
-        comparison: The rows of a comparison with PyTorch that passed; None without a model.
-        problems: What is wrong, one line each.
+        structure: Its structure.
+        metadata: Its metadata as strings.
+        spec: The parsed metadata; None if `visionattn export` did not write it.
+        runs: Test runs at several sizes and batches.
+        targets: Operators supported on phones and in browsers.
+        costs: Latency and memory by number of threads.
+        comparison: The rows of a passed comparison with PyTorch; None without a model.
+        problems: Problems found, one line each.
     """
 
     path: Path
@@ -52,14 +52,14 @@ class FileCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """The result as JSON-serialisable values."""
         found = dataclasses.asdict(self)
         found["path"] = str(self.path)
-        del found["spec"]  # the metadata say it
+        del found["spec"]  # it repeats the metadata
         return found
 
 
@@ -72,28 +72,28 @@ def check(
     threads: tuple[int, ...] = (1, 2),
     progress: Callable[[str], None] | None = None,
 ) -> FileCheck:
-    """Check any ONNX file of images: its structure, where it runs and what that costs.
+    """Check any ONNX file that takes images: its structure, where it runs and its cost.
 
     Args:
         path: The file, written by this package or by another tool.
-        model: The PyTorch model that it was made of, to compare with: name, weight file or module.
+        model: The PyTorch model that it was exported from, for comparison: name, weight file or module.
         checkpoint: Weight file for a name.
-        image_size: Side, or height and width, to begin with. Default: what the file states, else the first of 224, 256,
-            64 and 32 that runs.
+        image_size: Side, or height and width, of the first run. Default: the size stated in the file, else the first
+            of 224, 256, 64 and 32 that runs.
         threads: Numbers of threads to time.
-        progress: Called with a line at the beginning of each step.
+        progress: Called with a line at the start of each step.
 
     Returns:
-        What was found; `problems` has what is wrong.
+        The result; `problems` lists what is wrong with the file.
 
     Raises:
-        InputError: There is no such file, it is not ONNX, lacks external data, or does not take the image size.
+        InputError: The file does not exist, is not ONNX, lacks external data, or does not take the image size.
         VisionAttnError: The model could not be opened.
     """
     tell = progress or (lambda line: None)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and min(size) < 1:
-        raise InputError(f"The image size must be at least 1 a side; got {size[0]} x {size[1]}.")
+        raise InputError(f"The image size must be at least 1 x 1; got {size[0]} x {size[1]}.")
     if any(count < 1 for count in threads):
         raise InputError(f"The number of threads must be at least 1; got {min(threads)}.")
     network = None
@@ -107,29 +107,29 @@ def check(
         try:
             spec = ExportSpec.from_metadata(metadata)
         except InputError as error:
-            problems.append(f"Its metadata are damaged: {error}.")
+            problems.append(f"The metadata are invalid: {error}.")
     runs: list[Run] = []
     costs: list[Cost] = []
     rows = None
     try:
         image_inputs(structure)
-        tell("Running it at several sizes and batches.")
+        tell("Running the file at several sizes and batches.")
         size = own_size(path, structure, spec, size)
         runs = find_runs(path, structure, spec, size)
         problems += [f"At {run}." for run in runs if run.fault and run.stated]
-        tell(f"Timing it with {' and '.join(map(str, threads))} threads.")
+        tell(f"Timing the file with {' and '.join(map(str, threads))} threads.")
         costs = measure_cost(path, structure, spec, size, threads)
     except InputError as error:
         if image_size is not None:
             raise
         problems.append(str(error))
-    tell("Looking at what phones and browsers compute.")
+    tell("Looking up the operators supported on phones and in browsers.")
     targets = find_targets(path, any(not run.fault for run in runs))
     if network is not None and size is not None:
-        tell("Comparing it with PyTorch.")
+        tell("Comparing the file with PyTorch.")
         try:
             rows, wrong = compare(path, structure, spec, network, size)
             problems += [wrong] if wrong else []
         except VisionAttnError as error:
-            problems.append(f"It cannot be compared with PyTorch: {error}")
+            problems.append(f"The file cannot be compared with PyTorch: {error}")
     return FileCheck(path, path.stat().st_size, structure, metadata, spec, runs, targets, costs, rows, problems)

@@ -1,4 +1,4 @@
-"""`visionattn check FILE`: what an ONNX file is, where it runs, and what it costs."""
+"""`visionattn check FILE`: check the structure of an ONNX file, where it runs, and its cost."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ from visionattn.files import atomic_path, check_output
 
 __all__ = ["add_arguments", "run"]
 
-SHOWN = 12  # operators, by frequency
+SHOWN = 12  # the most frequent operators
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("file", metavar="FILE", help="ONNX file, written by this package or by another tool")
-    parser.add_argument("--model", metavar="NAME|CKPT", help="model that it was made of, to compare with")
-    parser.add_argument("--checkpoint", metavar="CKPT", help="weights for --model, or all that is needed of it")
+    parser.add_argument("--model", metavar="NAME|CKPT", help="model that it was exported from, for comparison")
     parser.add_argument(
-        "--image-size", type=whole_number(1, 2**14), nargs=2, metavar=("H", "W"), help="height and width to begin with"
+        "--checkpoint", metavar="CKPT", help="weights for --model; enough on its own if it names its model"
     )
-    parser.add_argument("--json", metavar="F.json", help="write what was found there too")
+    parser.add_argument(
+        "--image-size",
+        type=whole_number(1, 2**14),
+        nargs=2,
+        metavar=("H", "W"),
+        help="height and width of the first run",
+    )
+    parser.add_argument("--json", metavar="F.json", help="also write the result to this file")
     parser.add_argument("--overwrite", action="store_true", help="replace the JSON file if it exists")
 
 
@@ -35,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        0, or 1 where something is wrong with the file.
+        0, or 1 if the file has problems.
 
     Raises:
         VisionAttnError: The file, or the model, cannot be read.
@@ -63,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(found: FileCheck) -> list[str]:
-    """What was found, in lines."""
+    """The result as lines of text."""
     structure = found.structure
     operators = [f"{name} {count}" for name, count in structure.operators.items()]
     more = [f"{len(operators) - SHOWN} more"] if len(operators) > SHOWN else []
@@ -83,7 +89,7 @@ def describe(found: FileCheck) -> list[str]:
     lines.append("Metadata" if found.metadata else "Metadata: none")
     lines += [f"  {shorten(key, 40)}: {shorten(value)}" for key, value in found.metadata.items()]
     lines += ["Sizes", *(f"  {'FAIL' if run.fault else 'runs'}  {run}" for run in found.runs)] if found.runs else []
-    lines += ["Phones and browsers", *(f"  {target}" for target in found.targets)]
+    lines += ["Supported operators on phones and in browsers", *(f"  {target}" for target in found.targets)]
     lines += ["Cost, one image of the first size", *(f"  {cost}" for cost in found.costs)] if found.costs else []
     lines += [f"Problem: {problem}" for problem in found.problems]
-    return lines + ["Nothing is wrong."] * found.passed
+    return lines + ["No problems found."] * found.passed

@@ -1,4 +1,4 @@
-"""A file against the PyTorch model that it was made of, also where another tool wrote it."""
+"""Compare a file, also of another tool, with the PyTorch model that it was exported from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from visionattn.export.spec import ExportSpec
 
 __all__ = ["compare"]
 
-# What half precision and int8 may lose of the spread of outputs; their export measures what it costs.
+# Absolute and relative tolerances (see `TOLERANCE`); the effect of fp16 and int8 on metrics is measured at export.
 TOLERANCES = {"fp32": TOLERANCE, "fp16": (1e-3, 2e-2), "int8": (1e-2, 0.25)}
 
 
@@ -27,18 +27,18 @@ def compare(
     Args:
         path: The file.
         structure: Its structure.
-        spec: Its metadata; None if it has none, then the model's are taken.
+        spec: Its metadata; None if it has none, then the model's are used.
         model: The model.
         size: Height and width, for a file without metadata.
 
     Returns:
-        Rows that passed, and what did not, in words; empty if all did.
+        The rows if all passed, and otherwise a message about those that did not.
 
     Raises:
-        InputError: The model does not run at a size that the file takes, or has other inputs.
+        InputError: The model fails at a size that the file takes, or has other inputs.
     """
     if spec is not None and spec.input_type == "uint8":
-        raise InputError("The file prepares its images itself: compare the float32 file that it was made of.")
+        raise InputError("The file includes preprocessing: compare the float32 file that it was made from.")
     with tempfile.TemporaryDirectory() as folder:
         if spec is None:
             path = _with_metadata(path, structure, model, size, Path(folder) / "model.onnx")
@@ -57,7 +57,7 @@ def _precision(structure: Structure, spec: ExportSpec | None) -> str:
 
 
 def _with_metadata(path: Path, structure: Structure, model: nn.Module, size: tuple[int, int], copy: Path) -> Path:
-    """A copy of a foreign file that says about itself what the model does."""
+    """A copy of a file of another tool, with the model's metadata."""
     onnx = require("onnx", "export")
     shape = structure.inputs[0].shape or []
     dynamic = any(isinstance(side, str) for side in shape[2:])

@@ -1,4 +1,4 @@
-"""At which sizes and batches a file runs, against what it says, and what that costs; in processes of their own."""
+"""Run a file at several sizes and batches, compare with its metadata, and measure the cost; in separate processes."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from visionattn.export.spec import ExportSpec, size_text
 
 __all__ = ["Cost", "Run", "find_runs", "measure_cost", "own_size"]
 
-GUESSES = (224, 256, 64, 32)  # sides to try where a file states no size
+GUESSES = (224, 256, 64, 32)  # sides to try if a file states no size
 BATCHES = (1, 3)
-TIMED = 1.0  # seconds of runs that a latency is the median of
-MOST_SECONDS = 300  # of a process
+TIMED = 1.0  # seconds of runs for the median latency
+MOST_SECONDS = 300  # time limit of a process
 LARGEST_SIDE = 2**14
-# Of the largest output: what may differ between an image alone and in a batch, since sums have another order.
+# Allowed difference between an image alone and in a batch, relative to the largest output: sums have another order.
 SAME = 1e-3
 _NUMPY = {"float": "float32", "double": "float64", "float16": "float16"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A pass with random images.
+    """A run with random images.
 
     Attributes:
-        height: Rows of the images.
-        width: Columns.
-        batch: Images at a time.
-        stated: Whether the file says that it takes them.
+        height: Height of the images.
+        width: Width of the images.
+        batch: Batch size.
+        stated: Whether the file's metadata allow this size.
         outputs: Shapes of the outputs; empty if it failed.
-        fault: Why it failed, that an output is not finite, or that an image in a batch gives something else than alone;
-            empty if nothing.
+        fault: Why it failed, that an output is not finite, or that an image gives another output in a batch than alone;
+            empty if there is no fault.
     """
 
     height: int
@@ -52,19 +52,20 @@ class Run:
 
     def __str__(self) -> str:
         shapes = ", ".join(" x ".join(map(str, shape)) for shape in self.outputs)
-        return f"{size_text(self.height, self.width)}, batch {self.batch}: {self.fault or f'gives {shapes}'}"
+        return f"{size_text(self.height, self.width)}, batch {self.batch}: {self.fault or f'output {shapes}'}"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a pass at the own size with one image takes.
+    """Cost of a run with one image at the file's own size.
 
     Attributes:
-        threads: Threads that compute.
-        milliseconds: Median; of one thread the processor's time, which other processes change less.
-        spread: Half the distance between the quartiles.
-        runs: Passes that were timed.
-        peak_bytes: Most memory that loading and running took beyond an empty process; 0 where the system does not say.
+        threads: Number of threads.
+        milliseconds: Median time; for one thread it is CPU time, which other processes affect less.
+        spread: Half the interquartile range.
+        runs: Number of timed runs.
+        peak_bytes: Peak memory of loading and running, beyond that of an empty process; 0 if the system does not report
+            it.
     """
 
     threads: int
@@ -91,7 +92,8 @@ def image_inputs(structure: Structure) -> list[Value]:
     if not found:
         stated = "; ".join(map(str, structure.inputs)) or "none"
         raise InputError(
-            f"No input is an image, which has 4 axes and 1, 3 or 4 channels: it has {shorten(stated)}. It was not run."
+            f"The file has no image input (4 axes, with 1, 3 or 4 channels), so it was not run; its inputs are "
+            f"{shorten(stated)}."
         )
     return found
 
@@ -105,16 +107,16 @@ def _axes(value: Value) -> tuple[int | str, int | str, int | str]:
 def own_size(
     path: Path, structure: Structure, spec: ExportSpec | None, asked: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """The size to begin with: what is asked for, what the file fixes or its metadata say, or the first guess that runs.
+    """The size of the first run: the requested one, that of the file or its metadata, or the first guess that runs.
 
     Raises:
-        InputError: No guess runs, or the file is not asked for a size that it can have.
+        InputError: No guess runs, or the file does not take the requested size.
     """
     batch, *fixed = _axes(image_inputs(structure)[0])
     stated = asked or (spec and tuple(spec.input_size[1:])) or (None, None)
     sides = [own if isinstance(own, int) else side for own, side in zip(fixed, stated)]
     if asked and list(asked) != sides:
-        raise InputError(f"The file takes {' x '.join(map(str, fixed))} only: leave out --image-size.")
+        raise InputError(f"The image size of this file must be {' x '.join(map(str, fixed))}: leave out --image-size.")
     if None not in sides:
         return sides[0], sides[1]  # type: ignore[return-value]
     guesses = [(sides[0] or guess, sides[1] or guess) for guess in GUESSES]
@@ -124,16 +126,16 @@ def own_size(
             return guess
     reason = found[0]["error"].rstrip(".") if found else "the process ended"
     raise InputError(
-        f"It states no size, and runs at none of {', '.join(map(str, GUESSES))} pixels a side: name one with "
-        f"--image-size H W. Reason: {shorten(reason)}."
+        f"The file states no image size and does not run at any of {', '.join(map(str, GUESSES))} pixels: give one "
+        f"with --image-size H W. Reason: {shorten(reason)}."
     )
 
 
 def find_runs(path: Path, structure: Structure, spec: ExportSpec | None, size: tuple[int, int]) -> list[Run]:
-    """Run a file at its own size and, where an axis is dynamic, at others; with one image, and with three.
+    """Run a file at its own size and, on dynamic axes, at others; with one image and with three.
 
-    The others are a multiple of 32 near 1.5 and 0.75 of the size, and primes near 0.6 and 1.6 of it, which no window
-    or patch divides. A file whose metadata state a multiple or a minimum says that it takes sizes of those alone.
+    The other sizes are a multiple of 32 near 1.5 and 0.75 times the size, and primes near 0.6 and 1.6 times, which are
+    not divisible by any window or patch. Sizes outside of a multiple or minimum in the metadata may fail.
     """
     batch, *sides = _axes(image_inputs(structure)[0])
     trials = []
@@ -145,13 +147,14 @@ def find_runs(path: Path, structure: Structure, spec: ExportSpec | None, size: t
     for (height, width, number), result in zip(trials, found):
         fault, outputs = result.get("error", ""), result.get("shapes", [])
         if not fault and not result["finite"]:
-            fault = "an output holds NaN or infinite values"
+            fault = "an output contains NaN or infinite values"
         elif not fault and (result["differs"] or 0) > SAME * max(result["largest"], 1e-6):
-            fault = f"the first of {number} images gives something else than alone: by {result['differs']:.2g}"
+            fault = f"the output for the first of {number} images differs from that of the image alone by "
+            fault += f"{result['differs']:.2g}"
         runs.append(Run(height, width, number, _is_stated(spec, height, width), outputs, fault))
     if len(found) < len(trials):
         height, width, number = trials[len(found)]
-        fault = f"the process ended, or took longer than {MOST_SECONDS} s: no memory, or a fault of ONNX Runtime"
+        fault = f"the process ended or exceeded {MOST_SECONDS} s: out of memory, or a crash of ONNX Runtime"
         runs.append(Run(height, width, number, _is_stated(spec, height, width), [], fault))
     return runs
 
@@ -159,7 +162,7 @@ def find_runs(path: Path, structure: Structure, spec: ExportSpec | None, size: t
 def measure_cost(
     path: Path, structure: Structure, spec: ExportSpec | None, size: tuple[int, int], threads: Sequence[int]
 ) -> list[Cost]:
-    """Time and memory of a pass with one image, by number of threads; none where it does not run."""
+    """Time and memory of a run with one image, for each number of threads with which it runs."""
     batch = _axes(image_inputs(structure)[0])[0]
     number = batch if isinstance(batch, int) else 1
     costs = []
@@ -176,7 +179,7 @@ def measure_cost(
 
 
 def _sizes(size: tuple[int, int], stated: Sequence[int | str]) -> list[tuple[int, int]]:
-    """The own size and, on dynamic axes, three others."""
+    """The file's own size and, on dynamic axes, three others."""
     free = [isinstance(side, str) for side in stated]
     others = [
         tuple(change(side, factor) if dynamic else side for side, factor, dynamic in zip(size, factors, free))
@@ -223,9 +226,9 @@ def _trial(
     threads: int,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Run `visionattn_runtime.trial`: the lines that it printed, fewer if it died."""
+    """Run `visionattn_runtime.trial` and return its output lines, fewer if it crashed."""
     if any(max(trial) > LARGEST_SIDE for trial in trials):
-        raise InputError(f"The image size must be at most {LARGEST_SIDE} a side.")
+        raise InputError(f"Height and width must be at most {LARGEST_SIDE}.")
     inputs = [_inputs(structure, spec, *trial) for trial in trials]
     plan = {"file": str(path.resolve()), "threads": threads, "seconds": seconds, "trials": inputs}
     command = [sys.executable, "-m", "visionattn_runtime.trial", json.dumps(plan)]
@@ -239,7 +242,7 @@ def _trial(
 
 
 def _inputs(structure: Structure, spec: ExportSpec | None, height: int, width: int, batch: int) -> dict[str, Any]:
-    """What each input gets, images first."""
+    """The type, shape and range of each input, images first."""
     images = image_inputs(structure)
     found: dict[str, Any] = {}
     low, high = _range(spec)
@@ -255,7 +258,7 @@ def _inputs(structure: Structure, spec: ExportSpec | None, height: int, width: i
 
 
 def _range(spec: ExportSpec | None) -> tuple[float, float]:
-    """Between which values prepared images lie, such that each channel may have all of them."""
+    """A range of values that preprocessed images can have in every channel."""
     if spec is None:
         return 0.0, 1.0
     (low, high), means, stds = spec.input_range, spec.mean or [0.0], spec.std or [1.0]

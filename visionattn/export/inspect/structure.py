@@ -1,4 +1,4 @@
-"""What an ONNX file is made of, read without running it."""
+"""The structure of an ONNX file, read without running it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Value:
 
     Attributes:
         name: Its name.
-        type: Its elements, such as "float" or "uint8".
-        shape: A number where an axis is fixed, its name or "?" where it is not; None where the rank is not known.
+        type: Element type, such as "float" or "uint8".
+        shape: A number for each fixed axis, its name or "?" for a dynamic one; None if the rank is not known.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Value:
 
     @property
     def layout(self) -> str | None:
-        """Of what may be a batch of images: "NCHW" or "NHWC"; else None."""
+        """Layout "NCHW" or "NHWC" if it can be a batch of images, otherwise None."""
         if self.shape is None or len(self.shape) != 4 or self.type not in ("float", "float16", "uint8", "double"):
             return None
         if self.shape[1] in CHANNELS:
@@ -47,21 +47,21 @@ class Value:
 
 @dataclass(frozen=True)
 class Structure:
-    """What a file is made of.
+    """The structure of a file.
 
     Attributes:
-        ir_version: Version of the format.
-        opsets: Version by domain; "" is ONNX's own.
-        producer: What wrote it.
-        inputs: Without those that the file itself gives values for.
-        outputs: All.
-        nodes: Number of operators, those of inner graphs included.
-        operators: How often each occurs, with its domain where that is not ONNX's own; the most frequent first.
-        custom_domains: Domains of operators that are not ONNX's own.
-        weights: Bytes of the constants, in the file and outside.
-        external_data: Files that hold constants.
-        highest_rank: Axes of the tensor with the most, as far as shapes can be inferred.
-        fault: What ONNX's checker finds wrong; empty if nothing.
+        ir_version: IR version.
+        opsets: Operator set version by domain; "" is ONNX's own domain.
+        producer: Tool that wrote the file.
+        inputs: Inputs, without those that have a value in the file.
+        outputs: Outputs.
+        nodes: Number of operators, including subgraphs.
+        operators: Count of each operator, most frequent first; with its domain if that is not ONNX's own.
+        custom_domains: Domains of operators outside of ONNX.
+        weights: Bytes of the constants, inside and outside of the file.
+        external_data: Files that contain constants.
+        highest_rank: Largest number of axes of a tensor, as far as shapes can be inferred.
+        fault: Message of ONNX's checker; empty if the file is valid.
     """
 
     ir_version: int
@@ -85,7 +85,7 @@ def read_structure(path: str | Path) -> tuple[Structure, dict[str, str]]:
         path: The file.
 
     Raises:
-        InputError: There is no such file, it is not ONNX, or lacks its external data.
+        InputError: The file does not exist, is not ONNX, or lacks its external data.
     """
     onnx = require("onnx", "export")
     path = checked_path(Path(path))
@@ -93,14 +93,19 @@ def read_structure(path: str | Path) -> tuple[Structure, dict[str, str]]:
         model = onnx.load(path, load_external_data=False)
         nodes = list(_nodes(model.graph))
         if not nodes or not model.graph.output:
-            raise ValueError("it holds no graph")
-    # Protobuf's parsers raise errors of several kinds.
+            raise ValueError("it contains no graph")
+    # Protobuf's parsers raise several types of exceptions.
     except Exception as error:
-        raise InputError(f"{shorten(path)} is not ONNX, or is cut short: {shorten(error).rstrip('.')}.") from error
+        raise InputError(
+            f"{shorten(path)} is not an ONNX file, or is truncated: {shorten(error).rstrip('.')}."
+        ) from error
     external = _external_data(onnx, model)
     missing = [name for name in external if not (path.parent / name).is_file()]
     if missing:
-        raise InputError(f"{shorten(path)} keeps its weights in {shorten(missing[0])}, which does not lie beside it.")
+        raise InputError(
+            f"{shorten(path)} stores its weights in {shorten(missing[0])}, which is missing: put it into the same "
+            "folder."
+        )
     counts = Counter(_name(node) for node in nodes)
     given = {tensor.name for tensor in model.graph.initializer}
     structure = Structure(
@@ -165,11 +170,11 @@ def _bytes(onnx: Any, tensor: Any) -> int:
 
 
 def _checked(onnx: Any, path: Path, model: Any) -> tuple[int, str]:
-    """The highest rank, and what is wrong."""
+    """The highest rank, and the message of ONNX's checker."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
         fault = ""
-    # The checker and shape inference raise errors of several kinds, RuntimeErrors among them.
+    # The checker and shape inference raise several types of exceptions, RuntimeError among them.
     except Exception as error:
         fault = shorten(error, _REASON)
     try:

@@ -1,8 +1,8 @@
-"""Which operators of a file phones and browsers compute themselves, as far as their runtimes' own tables say.
+"""Operators of a file that are supported on phones and in browsers, according to their runtimes' own tables.
 
-Phones: ONNX Runtime's usability checker, by type of operator and by whether shapes are fixed. Every change from and to
-the processor costs time, so that one partition with all nodes is what a phone wants. Browsers: WASM has the operators
-of the CPU; WebGPU and WebNN have fewer, and WebNN takes fixed shapes alone.
+Phones: ONNX Runtime's usability checker, by type of operator and by whether shapes are fixed. Each switch between
+accelerator and CPU costs time; the best case is one partition with all nodes. Browsers: WASM has the operators of the
+CPU; WebGPU and WebNN have fewer, and WebNN only takes fixed shapes.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from visionattn.errors import require, shorten
 
 __all__ = ["Target", "find_targets"]
 
-# The tables of ONNX Runtime Web of that version: names of operators, parted by blanks.
+# Tables of ONNX Runtime Web (version in the file): names of operators, separated by spaces.
 WEB_OPERATORS = json.loads(Path(__file__).with_name("web_operators.json").read_text())
 _REASON = 200
 
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime's share of a file, after ONNX Runtime's basic optimisation.
+    """Support of a file by one runtime, after ONNX Runtime's basic optimisation.
 
     Attributes:
         name: The runtime.
-        nodes: Operators in the graph.
-        supported: How many it computes.
-        partitions: Runs of operators that it computes, between which the processor does.
-        unsupported: Types that it does not compute.
-        dynamic: Operators that it would compute if their shapes were fixed.
-        fault: Why nothing was found out; empty if something was.
+        nodes: Number of operators in the graph.
+        supported: Number of supported operators.
+        partitions: Number of contiguous groups of supported operators; the CPU computes the rest.
+        unsupported: Types of unsupported operators.
+        dynamic: Number of operators that would be supported with fixed shapes.
+        fault: Why support could not be determined; empty otherwise.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Target:
 
     def __str__(self) -> str:
         if self.fault:
-            return f"{self.name}: not known, {self.fault}"
+            return f"{self.name}: unknown, {self.fault}"
         text = f"{self.name}: {self.supported} of {self.nodes} nodes"
         if self.partitions:
             text += f" in {self.partitions} partition{'s' * (self.partitions > 1)}"
@@ -56,22 +56,22 @@ class Target:
             text += f"; {self.dynamic} more with fixed shapes (--batch 1 --static-size)"
         if self.unsupported:
             shown = ", ".join(self.unsupported[:8]) + (", ..." if len(self.unsupported) > 8 else "")
-            text += f"; not {shown}"
+            text += f"; unsupported: {shown}"
         return text
 
 
 def find_targets(path: Path, loads: bool) -> list[Target]:
-    """What each runtime computes of a file.
+    """Determine the operators of a file that each runtime supports.
 
     Args:
         path: The file.
-        loads: Whether it runs on the CPU, and with it in WASM.
+        loads: Whether it runs on the CPU, and therefore in WASM.
     """
     names = ("NNAPI", "Core ML NeuralNetwork", "Core ML MLProgram", "WASM", "WebGPU", "WebNN")
     checker: Any = require("onnxruntime.tools.mobile_helpers.usability_checker", "export")
     tools: Any = require("onnxruntime.tools.onnx_model_utils", "export")
     runtime: Any = require("onnxruntime", "export")
-    runtime.set_default_logger_severity(4)  # what goes wrong is raised as well
+    runtime.set_default_logger_severity(4)  # errors are raised as well
     try:
         with tempfile.TemporaryDirectory() as folder:
             optimised = Path(folder) / "model.onnx"
@@ -84,7 +84,7 @@ def find_targets(path: Path, loads: bool) -> list[Target]:
                 "Core ML MLProgram": partial(coreml, config_filename="coreml_supported_mlprogram_ops.md"),
             }
             found = [_on_phone(name, model, check) for name, check in phones.items()]
-    # The tools raise what ONNX, its shape inference and ONNX Runtime raise.
+    # The tools raise any exception of ONNX, its shape inference and ONNX Runtime.
     except Exception as error:
         return [Target(name, fault=shorten(error, _REASON)) for name in names]
     finally:
