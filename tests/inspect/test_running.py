@@ -21,7 +21,7 @@ def test_a_dynamic_file_runs_at_all_sizes(tmp_path):
     assert [(run.batch, run.fault, run.stated) for run in found] == [(1, "", True), (3, "", True)] * 4
     assert {(run.height, run.width) for run in found[:2]} == {(224, 224)}
     assert found[1].outputs == [[3, 2, 224, 224]]
-    assert str(found[1]) == "224 x 224, batch 3: gives 3 x 2 x 224 x 224"
+    assert str(found[1]) == "224 x 224, batch 3: output 3 x 2 x 224 x 224"
     # One is a multiple of 32, two are primes.
     assert [(run.height % 32, run.width % 32) for run in found[2:4]] == [(0, 0)] * 2
     assert all(run.height % 2 and run.width % 2 for run in found[4:])
