@@ -78,7 +78,7 @@ MISTAKES = [
     ("check", r"required: FILE"),
     ("check absent.onnx", r"There is no file absent\.onnx"),
     ("check broken.onnx", r"broken\.onnx is not an ONNX file, or is truncated"),
-    ("check good.png", r"good\.png is not ONNX"),
+    ("check good.png", r"good\.png is not an ONNX file"),
     ("check photos", r"There is no file photos"),
     ("check pipe.onnx", r"There is no file pipe\.onnx"),
     ("check broken.onnx --json taken.onnx", r"taken\.onnx: the file name must end in \.json"),
