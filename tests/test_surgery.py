@@ -423,7 +423,7 @@ def test_what_cannot_be_replaced_is_named_with_what_can():
         visionattn.insert(model, SubspaceAttention, "classifier")
     with pytest.raises(InputError, match="mode must be one of 'residual', 'add', 'replace', or None; got 'delete'"):
         visionattn.insert(model, SubspaceAttention, "blocks.4.2", mode="delete")
-    with pytest.raises(InputError, match="96 channels, which 5 subspaces do not divide"):
+    with pytest.raises(InputError, match=r"dim \(96\) must be divisible by num_subspaces \(5\)"):
         visionattn.insert(model, functools.partial(SubspaceAttention, num_subspaces=5), "blocks.4.2", mode="replace")
     with pytest.raises(InputError, match="does not run with this block"):
         visionattn.insert(model, lambda dim: nn.Conv2d(dim, dim + 1, 1), ["blocks.4.1", "blocks.4.2"], mode="replace")

@@ -121,9 +121,9 @@ def test_one_more_condition_leaves_the_others_alone(block):
 
 
 def test_wrong_masks():
-    with pytest.raises(InputError, match="'none'; it can be one of learned, blocks, fixed"):
+    with pytest.raises(InputError, match="masks must be one of 'learned', 'blocks', 'fixed'; got 'none'"):
         ConditionalSimilarityMask(4, 2, masks="none")
-    with pytest.raises(InputError, match="9 masks have no block each of the 8 dimensions"):
+    with pytest.raises(InputError, match=r"embed_dim .8. must be at least num_conditions .9."):
         ConditionalSimilarityMask(4, 9, embed_dim=8, masks="fixed")
-    with pytest.raises(InputError, match="none is left: use masks='learned'"):
+    with pytest.raises(InputError, match="all dimensions are in use: use masks='learned'"):
         ConditionalSimilarityMask(4, 2, masks="fixed").add_conditions()

@@ -186,8 +186,8 @@ def test_operations():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_conditions": 0}, "at least one condition, but got 0"),
-        ({"num_heads": 3}, "the heads divide the width, but got dim 8, .* width 8, num_heads 3"),
+        ({"num_conditions": 0}, "num_conditions must be at least 1; got 0"),
+        ({"num_heads": 3}, "width divisible by num_heads; got dim 8, .* width 8, num_heads 3"),
         ({"num_tokens": 0}, "num_tokens 0"),
         ({"depth": 0}, "depth 0"),
     ],
@@ -212,5 +212,5 @@ def test_wrong_sizes(arguments, message):
     "head", [ConditionalCrossAttention, ConditionLinear, ConditionalSimilarityMask, AttributeSpecificAttention]
 )
 def test_conditions_of_other_kinds_are_refused(head, conditions, given):
-    with pytest.raises(InputError, match=rf"conditions must be a tensor \(C',\) of int64.*{given}"):
+    with pytest.raises(InputError, match=rf"conditions must be an int64 tensor \(C',\).*{given}"):
         head(8, 2)(torch.randn(1, 4, 8), conditions)

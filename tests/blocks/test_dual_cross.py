@@ -154,5 +154,5 @@ def test_training_through_pairs_moves_the_weights_of_self_attention():
 
 @pytest.mark.parametrize("block", [DualCrossAttention, DualCrossBlock, GlobalLocalCrossAttention])
 def test_heads_divide_the_width(block):
-    with pytest.raises(InputError, match="dim is 8, which 3 heads do not divide"):
+    with pytest.raises(InputError, match=r"dim \(8\) must be divisible by num_heads \(3\)"):
         block(8, 3)

@@ -221,7 +221,7 @@ def test_wrong_sizes_are_named(sizes):
 )
 def test_heads_that_do_not_fit_are_refused(change):
     given = {"query": torch.ones(8), "key_weight": torch.ones(8, 8), "value_weight": torch.ones(8, 8), "num_heads": 4}
-    with pytest.raises(InputError, match="to fold"):
+    with pytest.raises(InputError, match="Folding"):
         fold_multi_head(**given | change)
 
 

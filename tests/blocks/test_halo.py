@@ -125,11 +125,11 @@ def test_macs_are_those_of_the_arithmetic():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_heads": 3}, "8 channels, which 3 heads do not divide"),
-        ({"halo_size": -1}, "but got 8, 1 and -1"),
-        ({"block_size": 0}, "but got 0, 1 and 3"),
-        ({"border": "shift"}, "mask, zero"),
-        ({"index": "paper"}, "offset, timm"),
+        ({"num_heads": 3}, r"dim_out \(8\) must be divisible by num_heads \(3\)"),
+        ({"halo_size": -1}, "got 8, 1 and -1"),
+        ({"block_size": 0}, "got 0, 1 and 3"),
+        ({"border": "shift"}, "'mask', 'zero'"),
+        ({"index": "paper"}, "'offset', 'timm'"),
     ],
 )
 def test_refusals_name_the_numbers(arguments, message):

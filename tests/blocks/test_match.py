@@ -184,7 +184,7 @@ def test_half_precision_and_autocast(dtype):
         ({"num_heads": 3}, "num_heads 3"),
         ({"radius": 0}, "radius 0"),
         ({"dim_attn": 0}, "dim_attn 0"),
-        ({"similarity": "cosine"}, "l1, dot"),
+        ({"similarity": "cosine"}, "'l1', 'dot'"),
     ],
 )
 def test_refusals_name_the_numbers(block, arguments, message):

@@ -204,7 +204,7 @@ def test_nothing_is_projected_twice(similarity, values, products):
     [
         ({"similarity": "cosine"}, "pair, shared, collapsed, symmetric"),
         ({"values": "none"}, "projected, identity, shaped"),
-        ({"num_heads": 3}, "3 heads do not divide"),
+        ({"num_heads": 3}, r"must be divisible by num_heads \(3\)"),
     ],
 )
 def test_unknown_forms_say_what_is_known(arguments, message):

@@ -142,5 +142,5 @@ def test_padding_after_the_first_convolution_would_not_fuse():
 
 
 def test_wrong_sizes_are_named():
-    with pytest.raises(InputError, match="1 or more, but got 0, 3 and 2"):
+    with pytest.raises(InputError, match="at least 1; got 0, 3 and 2"):
         Conv3XC(0, 3)

@@ -177,10 +177,10 @@ def test_one_value_a_channel_has_no_statistics():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"dim": 10}, "10 channels, which 4 subspaces do not divide"),
+        ({"dim": 10}, r"dim \(10\) must be divisible by num_subspaces \(4\)"),
         ({"dim": 8, "num_subspaces": 0}, "8 channels, which 0 subspaces"),
-        ({"dim": 8, "form": "code"}, "'code'; it can be one of paper, module"),
-        ({"dim": 8, "gain": "double"}, "'double'; it can be one of paper, scaled, learned"),
+        ({"dim": 8, "form": "code"}, "form must be one of 'paper', 'module'; got 'code'"),
+        ({"dim": 8, "gain": "double"}, "gain must be one of 'paper', 'scaled', 'learned'; got 'double'"),
     ],
 )
 def test_wrong_arguments_are_named(settings, text):

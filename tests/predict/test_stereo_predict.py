@@ -121,7 +121,7 @@ def test_enlarged_views():
     # The least side of 4 is one of the views that the network sees.
     assert estimate_disparity(view(2, 3, 0.4), view(2, 3, 0.4), Stereo(), enlarge=2).shape == (2, 2, 3)
     for factor in (0.5, float("nan"), 1e6):
-        with pytest.raises(InputError, match=f"at least 1; got {factor}"):
+        with pytest.raises(InputError, match=f"1 or more, not {factor}"):
             estimate_disparity(left, right, Stereo(), enlarge=factor)
 
 

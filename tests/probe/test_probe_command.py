@@ -239,7 +239,7 @@ def test_absurd_numbers_are_refused(tmp_path, capsys, option, value, message):
         ([NAME, "--random", "--data", "digits", "--layers", "9"], "layers 0 to 5"),
         ([NAME, "--random", "--data", "digits", "--heads", "gap", "--export", "ep_8"], "none of the heads gap"),
         ([NAME, "--random", "--data", "digits", "--heads", "wave"], "There is no pooling 'wave'"),
-        ([NAME, "--random", "--data", "digits", "--heads", "ep_7"], "queries divide the output's width"),
+        ([NAME, "--random", "--data", "digits", "--heads", "ep_7"], "out_dim divisible by num_queries"),
         ([NAME, "--random", "--data", "digits", "--device", "moon"], "The device 'moon' cannot be used"),
     ],
 )

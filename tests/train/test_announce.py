@@ -58,14 +58,14 @@ def test_a_run_says_what_it_works_on_and_predictions_what_they_lack(pictures, ca
         "va_minimal_vit_nano_patch4_32 on cpu, precision 32-true, 1 epochs",
         "training: 8 images in 2 classes (cat 4, dog 4)",
         "validation: 4 images in 2 classes (cat 2, dog 2)",
-        "test: there is no test split; the validation split is measured in its place",
+        "test: there is no test split; the validation split is used instead",
         "left out in pictures/train: 1 with suffix .heic (4.heic)",
         f"run folder: {run}",
     ]
     (line,) = lines(output, "epoch 1/1: train/loss ")
     assert "val/accuracy" in line
     assert "test (the validation split)" in output
-    (at,) = [n for n, line in enumerate(output.splitlines()) if line.startswith("Skipped, since")]
+    (at,) = [n for n, line in enumerate(output.splitlines()) if line.startswith("Skipped because")]
     assert output.splitlines()[at] == "Skipped because unreadable: 1 image"
     assert "pictures/train/dog/3.png" in output.splitlines()[at + 1]
     assert not Path("runs").exists()
@@ -158,7 +158,7 @@ def test_stock_callbacks(pictures, capsys, name):
     averaged = {"averaged.ckpt"} if name == "StochasticWeightAveraging" else set()
     assert checkpoints == {"best.ckpt", "last.ckpt"} | averaged
     weights = "averaged.ckpt" if averaged else "best.ckpt"
-    assert f"the weights of this table in {run.resolve()}/checkpoints/{weights}" in capsys.readouterr().out
+    assert f"the weights of this table are in {run.resolve()}/checkpoints/{weights}" in capsys.readouterr().out
 
 
 def test_sigterm_saves_and_ends_with_143(tmp_path):

@@ -67,7 +67,7 @@ def test_other_schedules(tmp_path, sched):
 
 
 def test_schedule_needs_an_end(tmp_path):
-    with pytest.raises(ConfigError, match=r"A schedule must know where training ends"):
+    with pytest.raises(ConfigError, match=r"A schedule needs the length of training"):
         fit(tmp_path, {"max_epochs": -1})
 
 
@@ -191,7 +191,7 @@ def test_model_without_gradient_checkpointing(monkeypatch):
 
 def test_a_file_is_no_name(tmp_path):
     file = tmp_path / "weights.safetensors"
-    with pytest.raises(ConfigError, match=r"must be a name, got the file .*--model.model_args.checkpoint_path"):
+    with pytest.raises(ConfigError, match=r"must be a name; got the file .*--model.model_args.checkpoint_path"):
         ClassifyTask(str(file))
 
 

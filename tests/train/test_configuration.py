@@ -22,7 +22,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, "stand for more than 100,000 values"),
+        (BOMB, "expand to more than 100,000 values"),
         ("model: " + "[" * 100_000, "nested too deeply"),
         ("model: &a {name: *a}", "names 'a', which contains itself or is missing"),
         ("x" * (2**20 + 1), "1,048,577 characters is too long"),
@@ -38,7 +38,7 @@ def test_aliases_that_stand_for_little_are_read():
 
 
 def test_nan_is_named():
-    with pytest.raises(ConfigError, match=r"^model\.opt_args\.betas\[1\] is nan; give a number\.$"):
+    with pytest.raises(ConfigError, match=r"^model\.opt_args\.betas\[1\] must be a number; got nan\.$"):
         check_numbers({"model": {"init_args": {"opt_args": {"betas": [0.9, float("nan")]}}}})
     check_numbers({"trainer": {"gradient_clip_val": float("inf")}})
 
@@ -47,7 +47,7 @@ def test_nan_is_named():
     ("content", "message"),
     [
         ("trainer:\n  max_epochs: 1\n".encode("utf-16"), "given.yaml is not text in UTF-8: save it as UTF-8."),
-        (BOMB.encode(), "given.yaml: The settings stand for more than 100,000 values, or are nested too deeply."),
+        (BOMB.encode(), "given.yaml: The settings expand to more than 100,000 values, or are nested too deeply."),
         (b"- 1\n- 2\n", "given.yaml must hold settings, a YAML mapping; got a list."),
         (b"trainer: {max_epochs: [}", "given.yaml is not YAML: while parsing a flow node"),
         (None, "given.yaml is not a file of at most 1,048,576 bytes."),
@@ -70,9 +70,9 @@ def test_files_that_are_no_configuration(tmp_path, monkeypatch, capsys, content,
     [
         (["--trainer.num_nodes=-1"], "`num_nodes` must be a positive integer"),
         (["--trainer.accelerator=tpu"], "This needs the package 'torch_xla', which is not installed"),
-        (["--model.mixup=.nan"], "model.mixup is nan; give a number."),
-        (["--model.mixup=-3"], "model.mixup and model.cutmix must be 0 or more"),
-        (["--model.lr=.inf"], "model.lr must be a finite number, 0 or more; got inf."),
+        (["--model.mixup=.nan"], "model.mixup must be a number; got nan."),
+        (["--model.mixup=-3"], "model.mixup and model.cutmix must be at least 0"),
+        (["--model.lr=.inf"], "model.lr must be a finite number, at least 0; got inf."),
         (["--model.opt_args={betas: 5}"], "timm does not accept the settings of model.opt_args"),
         (["--model.sched_args={foo: 5}"], "timm does not accept the settings of model.sched_args"),
         (
@@ -80,7 +80,7 @@ def test_files_that_are_no_configuration(tmp_path, monkeypatch, capsys, content,
             "'os.system' cannot be used. Import path does not correspond to a subclass",
         ),
         (["--trainer.logger=WandbLogger"], "This needs the package 'wandb', which is not installed: pip install wandb"),
-        (["--trainer.callbacks+=BackboneFinetuning"], "The run could not begin (AttributeError: 'ClassifyTask' object"),
+        (["--trainer.callbacks+=BackboneFinetuning"], "The run could not start (AttributeError: 'ClassifyTask' object"),
         ([f"--model.name={'y' * 100_000}"], "There is no model 'yyyy"),
         (["--model.model_args.checkpoint_path=nowhere.pth"], "There is no file nowhere.pth"),
         (["--trainer.precision=7"], 'Parser key "trainer.precision": Expected a'),
@@ -114,5 +114,5 @@ def test_a_folder_without_a_recipe_gets_the_recipe_for_folders(tmp_path, monkeyp
     (tmp_path / "pictures").mkdir()
     assert main(["fit", "--data.root=pictures", "--print_config"]) == 0
     note, _, config = capsys.readouterr().out.partition("\n")
-    assert note == f"No recipe is named: {DEFAULT_RECIPE} is used, for images in folders of their classes."
+    assert note == f"No recipe is given: using {DEFAULT_RECIPE}, for images in one folder per class."
     assert yaml.safe_load(config)["trainer"]["max_epochs"] == 6

@@ -95,10 +95,10 @@ def test_the_command_line_knows_its_settings(tmp_path, monkeypatch, capsys):
     [
         (
             {"name": "vit_tiny_patch16_224", "model_args": None},
-            r"three branches of va_dcal_\* models: 'vit_tiny_patch16_224' has one",
+            r"va_dcal_\* model with three branches; 'vit_tiny_patch16_224' has one",
         ),
         ({"model_args": {**TINY, "sa_only": True}}, r"'va_dcal_nano_patch4_32' has one"),
-        ({"layer_decay": 0.7}, r"leave out model\.layer_decay"),
+        ({"layer_decay": 0.7}, r"remove model\.layer_decay"),
     ],
 )
 def test_bad_input(settings, message):

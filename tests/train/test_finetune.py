@@ -93,7 +93,9 @@ def test_a_checkpoint_of_a_run_names_its_model(tmp_path):
     assert task.hparams.checkpoint == str(file)
     assert torch.equal(next(task.net.parameters()), next(given.parameters()))
     save_file({"patch_embed.proj.weight": torch.ones(1)}, file)
-    with pytest.raises(CheckpointError, match=r"does not say its model: give the name by --model.name and the file by"):
+    with pytest.raises(
+        CheckpointError, match=r"does not identify its model: give the name by --model.name and the file by"
+    ):
         ClassifyTask(str(file))
     with pytest.raises(ConfigError, match=r"leave out model\.checkpoint"):
         ClassifyTask(str(file), checkpoint="other.pth")
@@ -156,7 +158,7 @@ def test_training_begins_with_the_linear_classifier_of_the_frozen_features(tmp_p
     assert begin.accuracy == pytest.approx(task.frozen.linear, abs=0.005)
     assert task.frozen.linear > 0.5
     assert "k-NN" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="does not say which layer is its classifier"):
+    with pytest.raises(ConfigError, match="does not identify its classifier layer"):
         frozen_by_stage(torch.nn.Linear(2, 2), 1)
 
 
@@ -191,10 +193,10 @@ def test_balanced_draws_are_even_and_follow_from_seed_and_epoch():
 def test_settings_out_of_range_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for option, message in (
-        ("--model.freeze=-2", "model.freeze must be -1 or more"),
+        ("--model.freeze=-2", "model.freeze must be at least -1"),
         ("--model.freeze=40", "which has"),
         ("--model.checkpoint=gone.pth", "There is no file gone.pth"),
-        ("--model.class_weights=true --data.balanced=true", "both even out the classes"),
+        ("--model.class_weights=true --data.balanced=true", "both balance the classes"),
     ):
         assert main(["fit", "--trainer.accelerator=cpu", *option.split()]) == 2
         error = capsys.readouterr().err

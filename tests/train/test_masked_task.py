@@ -120,10 +120,10 @@ def test_timms_vision_transformer():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"name": "resnet18", "model_args": None}, "no VisionTransformer"),
-        ({"mask_ratio": 1.0}, "shows 0"),
-        ({"mask_ratio": 0.0}, "shows 16"),
-        ({"decoder_dim": 18}, "multiple of 4"),
+        ({"name": "resnet18", "model_args": None}, "must be a VisionTransformer"),
+        ({"mask_ratio": 1.0}, "leaves 0"),
+        ({"mask_ratio": 0.0}, "leaves 16"),
+        ({"decoder_dim": 18}, "divisible by 4"),
     ],
 )
 def test_settings_that_are_refused(settings, words):

@@ -325,9 +325,9 @@ def test_the_recipe_is_found(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "va_span_ch26_x2", "model_args": {}}, "does not match views"),
-        ({"consistency": -1.0}, "are weights in the loss, 0 or more"),
-        ({"sched": "cosin"}, "There is no schedule 'cosin'"),
+        ({"name": "va_span_ch26_x2", "model_args": {}}, "must be a model of the task 'stereo' or 'flow'"),
+        ({"consistency": -1.0}, "must be at least 0"),
+        ({"sched": "cosin"}, "model.sched must be one of .*; got 'cosin'"),
         ({"model_args": {"depth": 3}}, "does not take one of these arguments"),
     ],
 )

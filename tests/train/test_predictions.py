@@ -71,7 +71,7 @@ def test_top_classes_and_all_probabilities_agree(best, tmp_path):
     [
         (["--top=4"], "--top must be from 1 to 3, the number of classes; got 4."),
         (["--top=0"], "--top must be from 1 to 3"),
-        (["--top=2", "--probabilities"], "leave out --top"),
+        (["--top=2", "--probabilities"], "remove --top"),
         (["--output=x.txt"], ".json"),
     ],
 )

@@ -182,7 +182,7 @@ def test_wrong_settings(table, settings, words):
 def test_too_few_images_and_pairs_are_refused(table):
     with pytest.raises(ConfigError, match=r"data\.neighbours must be below the 18 training images.*; got 18"):
         data(table, neighbours=18).pairs  # noqa: B018
-    with pytest.raises(ConfigError, match=r"data\.pairs_per_batch must be 1 or more; got 0"):
+    with pytest.raises(ConfigError, match=r"data\.pairs_per_batch must be at least 1; got 0"):
         data(table, pairs_per_batch=0)
 
 

@@ -214,7 +214,7 @@ def test_the_command_fits_resumes_and_tests(tmp_path, pictures, monkeypatch, cap
     assert main(["test", "--ckpt_path", f"{run}/checkpoints/best.ckpt", *data, "--trainer.accelerator=cpu"]) == 0
     assert f"{float(before['test/psnr_y'][0][1]):.4f}" in capsys.readouterr().out
     restore = RestoreTask("va_span_ch28_x2", model_args=TINY)
-    with pytest.raises(CheckpointError, match=r"is of the model 'va_span_ch26_x2'; asked for was the model 'va_"):
+    with pytest.raises(CheckpointError, match=r"is for the model 'va_span_ch26_x2', not for the model 'va_"):
         restore.on_load_checkpoint(best)
     with pytest.raises(CheckpointError, match=r"does not fit the model 'va_span_ch26_x2': .* and \d+ more"):
         task().on_load_checkpoint(best)
@@ -223,12 +223,12 @@ def test_the_command_fits_resumes_and_tests(tmp_path, pictures, monkeypatch, cap
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "l3"}, "There is no loss 'l3'. Choose from charbonnier, l1."),
-        ({"sched": "cosin"}, "There is no schedule 'cosin'"),
+        ({"loss": "l3"}, "model.loss must be one of 'charbonnier', 'l1'; got 'l3'."),
+        ({"sched": "cosin"}, "model.sched must be one of .*; got 'cosin'"),
         ({"opt": "adamq"}, "There is no optimizer 'adamq'"),
-        ({"teacher_weight": 0.0}, "above 0 and at most 1, not 0.0"),
-        ({"name": "va_minimal_vit_nano_patch7_28"}, "does not enlarge colour pictures"),
-        ({"model_args": {"in_chans": 1}}, "does not enlarge colour pictures"),
+        ({"teacher_weight": 0.0}, "above 0 and at most 1; got 0.0"),
+        ({"name": "va_minimal_vit_nano_patch7_28"}, "must be a model of the task 'restore' for colour images"),
+        ({"model_args": {"in_chans": 1}}, "must be a model of the task 'restore' for colour images"),
         ({"model_args": {"depth": 3}}, "does not take one of these arguments"),
     ],
 )

@@ -211,7 +211,7 @@ def fails(capsys, *args):
         (["--model.name=va_minimal_vit_nano_patch7_82"], "Did you mean va_minimal_vit_nano_patch7_28"),
         (
             ["--config=minimal_vit_digit"],
-            "There is no file and no recipe 'minimal_vit_digit'. The recipes are: classify/",
+            "There is no file or recipe 'minimal_vit_digit'. The recipes are: classify/",
         ),
         (["--model.lrr=1"], "There is no setting model.lrr. Did you mean model.lr"),
         (["--data.batchsize=1"], "There is no setting data.batchsize. Did you mean data.batch_size"),
@@ -220,8 +220,8 @@ def fails(capsys, *args):
             "There is no setting trainer.max_epoch_count. Did you mean trainer.max_epochs",
         ),
         (["--model.lr=fast"], '"model.lr": Expected a float. Got value: fast'),
-        (["--model.opt=adamq"], "There is no optimizer 'adamq'. Near it: adam"),
-        (["--model.sched=cosin"], "There is no schedule 'cosin'. Choose from cosine"),
+        (["--model.opt=adamq"], "There is no optimizer 'adamq'. Similar names: adam"),
+        (["--model.sched=cosin"], "model.sched must be one of 'cosine'"),
         (["--model.model_args.width=3"], "does not take one of these arguments: "),
         (["--data.augmentation=mirror"], "data.augmentation must be one of 'none', 'shift'"),
         (["--data.dataset=folder"], "needs a folder: set data.root"),
@@ -232,7 +232,7 @@ def fails(capsys, *args):
         (["--data.mean=[0.5,0.5,0.5]", "--data.std=[1]"], "data.mean has 3 values and data.std 1"),
         (["--data.batch_size=2000"], "has 1077 images, fewer than one batch of 2000"),
         (["--data.batch_size=63", "--model.cutmix=1"], "set data.batch_size to an even number"),
-        (["--model.name=test_vit", "--data.image_size=40"], "'test_vit' does not take 40 x 40 images of 3 channels"),
+        (["--model.name=test_vit", "--data.image_size=40"], "'test_vit' does not accept 40 x 40 images of 3 channels"),
         (["--ckpt_path=nowhere.ckpt"], "There is no checkpoint nowhere.ckpt"),
     ],
 )
@@ -258,11 +258,11 @@ def test_wrong_checkpoint(small, tmp_path, capsys):
     checkpoint = "--ckpt_path=runs/small/version_0/checkpoints/last.ckpt"
     other = ["--config", small, checkpoint]
     message = fails(capsys, "test", *other, "--model.name=va_minimal_vit_nano_patch4_32")
-    assert "The checkpoint is of the model 'va_minimal_vit_nano_patch7_28'" in message
+    assert "The checkpoint is for the model 'va_minimal_vit_nano_patch7_28'" in message
     message = fails(capsys, "fit", *other, "--model.model_args.depth=2")
     assert "net.blocks.1.norm1.weight is missing" in message
     assert "and 9 more" in message
-    assert "The checkpoint is of 10 classes; asked for was 4 classes" in fails(
+    assert "The checkpoint is for 10 classes, not for 4 classes" in fails(
         capsys, "test", *other, "--data.num_classes=4"
     )
     assert fails(capsys, "test", "--config", small) == (
@@ -270,18 +270,18 @@ def test_wrong_checkpoint(small, tmp_path, capsys):
     )
     weights = torch.load("runs/small/version_0/checkpoints/last.ckpt", weights_only=True)
     torch.save({**weights, "optimizer_states": []}, "partial.ckpt")
-    assert "has the states of 0 optimizers and 1 schedules, and the training has 1 and 1" in fails(
+    assert "has the states of 0 optimizers and 1 schedules, but the training has 1 and 1" in fails(
         capsys, "fit", "--config", small, "--ckpt_path=partial.ckpt", "--trainer.max_steps=2"
     )
     del weights["optimizer_states"]
     torch.save(weights, "weights_only.ckpt")
-    assert "holds weights only, so training cannot go on" in fails(
+    assert "holds weights only, so training cannot be resumed" in fails(
         capsys, "fit", "--config", small, "--ckpt_path=weights_only.ckpt"
     )
     Path("broken.ckpt").write_bytes(b"no checkpoint")
     assert "broken.ckpt cannot be read as a checkpoint" in fails(capsys, "test", "--ckpt_path=broken.ckpt")
     torch.save({"weight": torch.zeros(1)}, "weights.ckpt")
-    assert "weights.ckpt is not a checkpoint of a training run" in fails(capsys, "fit", "--ckpt_path=weights.ckpt")
+    assert "weights.ckpt is not a training checkpoint" in fails(capsys, "fit", "--ckpt_path=weights.ckpt")
 
 
 FOLDER = ["--data.dataset=folder", "--data.root=pictures", "--model.name=va_minimal_vit_nano_patch4_32"]
@@ -307,7 +307,7 @@ def test_folder_of_images(tmp_path, monkeypatch, capsys):
     # Other classes, as many.
     (tmp_path / "pictures/owl").rename(tmp_path / "pictures/ape")
     message = fails(capsys, "test", "--ckpt_path", checkpoint, "--data.dataset=folder", "--data.root=pictures")
-    assert message == "The checkpoint was trained on the classes cat, dog, owl; the data has ape, cat, dog."
+    assert message == "The checkpoint was trained on the classes cat, dog, owl; the data have ape, cat, dog."
 
 
 def test_empty_folders_are_named(tmp_path, monkeypatch, capsys):
@@ -315,7 +315,7 @@ def test_empty_folders_are_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "pictures").mkdir()
     assert "There are no images in pictures" in fails(capsys, "fit", *FOLDER)
     images(tmp_path / "pictures", ["1.png"])
-    assert "pictures holds one class only" in fails(capsys, "fit", *FOLDER)
+    assert "pictures has only one class" in fails(capsys, "fit", *FOLDER)
 
 
 def test_averaging_and_sharding_exclude_each_other():

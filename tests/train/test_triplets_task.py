@@ -137,8 +137,8 @@ def test_copies_trials_and_absent_conditions_do_not_count(tmp_path):
     ("make", "words"),
     [
         (lambda: task(attributes=None), "follow from TripletData"),
-        (lambda: task(margin=0.0), r"model\.margin is 0\.0; it is above 0"),
-        (lambda: task(sched="cosinus"), "no schedule 'cosinus'"),
+        (lambda: task(margin=0.0), r"model\.margin must be above 0"),
+        (lambda: task(sched="cosinus"), "model.sched must be one of .*; got 'cosinus'"),
         (lambda: TripletTask("test_resnet", attributes=CONDITIONS), "does not take one of these arguments"),
     ],
 )

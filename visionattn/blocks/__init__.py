@@ -1,4 +1,4 @@
-"""One attention mechanism a file: plain modules to copy into any network."""
+"""One attention mechanism per file: plain modules to copy into any network."""
 
 from visionattn.blocks.condition_heads import AttributeSpecificAttention, ConditionalSimilarityMask, ConditionLinear
 from visionattn.blocks.conditional import ConditionalCrossAttention

@@ -1,8 +1,8 @@
-r"""What conditional cross-attention is compared with: heads of the same interface, tokens and conditions to embeddings.
+r"""Baselines of conditional cross-attention: heads with the same interface, from tokens and conditions to embeddings.
 
-Tokens X (B, N, D); x is their mean (B, D), or the first of them where that is a class token.
+Tokens X (B, N, D); x is their mean (B, D), or the first token if it is a class token.
 
-    ConditionLinear              f_c = normalise(W_c x + b_c)                                     a linear head each
+    ConditionLinear              f_c = normalise(W_c x + b_c)                                     one linear head each
     ConditionalSimilarityMask    f_c = normalise((W x + b) * relu(m_c))                           CSN
     AttributeSpecificAttention   s_c = softmax over n of tanh(W_k X) tanh(W_a a_c) / sqrt(A)      ASEN: where, (B, N)
                                  x_c = sum over n of s_cn X_n                                     (B, D)
@@ -13,7 +13,7 @@ Sources: Conditional Similarity Networks, arXiv 1603.07810; Attribute-Specific E
 its second form, that of ASEN++, arXiv 2104.02429.
 
 Deviations, and why. Embeddings have length 1, as in training with cosines. CSN's penalties on masks and embeddings
-belong to a loss. What fixed masks are one or zero at is not trained.
+belong to a loss. Entries of fixed masks that are one or zero are not trained.
 """
 
 from functools import partial
@@ -35,7 +35,7 @@ def _pool(tokens: torch.Tensor, class_token: bool) -> torch.Tensor:
 
 
 class ConditionLinear(nn.Module):
-    """One linear map a condition (equations: see the module).
+    """One linear map per condition (equations: see the module).
 
     Args:
         dim: Width D of the tokens.
@@ -47,7 +47,7 @@ class ConditionLinear(nn.Module):
         tokens (B, N, D), conditions (C',), int64, or None for all -> (B, C', E), of length 1.
 
     Raises:
-        InputError: Less than one condition.
+        InputError: Fewer than one condition.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class ConditionLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.class_token = class_token
-        bound = dim**-0.5  # as nn.Linear starts
+        bound = dim**-0.5  # initialisation of nn.Linear
         # The last column is the bias.
         init = partial(nn.init.uniform_, a=-bound, b=bound)
         self.table = ConditionTable(num_conditions, (embed_dim, dim + 1), init, device=device, dtype=dtype)
 
     @torch.jit.ignore
     def add_conditions(self, count: int = 1) -> list[nn.Parameter]:
-        """Make room for more conditions (see `ConditionTable.append`)."""
+        """Add conditions (see `ConditionTable.append`)."""
         return self.table.append(count)
 
     def forward(self, tokens: torch.Tensor, conditions: torch.Tensor | None = None) -> torch.Tensor:
@@ -79,21 +79,21 @@ class ConditionLinear(nn.Module):
 
 
 class ConditionalSimilarityMask(nn.Module):
-    """One embedding for all conditions, of which a mask chooses what counts (equations: see the module).
+    """One embedding for all conditions, with a mask per condition (equations: see the module).
 
     Args:
         dim: Width D of the tokens.
         num_conditions: Conditions C.
         embed_dim: Width E of an embedding.
-        masks: `"learned"` from N(0.9, 0.7); `"blocks"`, learned from 1 in an own block of E / C dimensions and 0.1
-            elsewhere; `"fixed"`, 1 in the own block and 0 elsewhere.
+        masks: `"learned"` from N(0.9, 0.7); `"blocks"`, learned, initialised to 1 in a condition's block of E / C
+            dimensions and 0.1 elsewhere; `"fixed"`, 1 in the block and 0 elsewhere.
         class_token: Read the first token instead of the mean.
 
     Shape:
         tokens (B, N, D), conditions (C',), int64, or None for all -> (B, C', E), of length 1.
 
     Raises:
-        InputError: Unknown masks, less than one condition, or fewer dimensions than blocks.
+        InputError: Unknown masks, fewer than one condition, or fewer dimensions than blocks.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ class ConditionalSimilarityMask(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         if masks not in MASKS:
-            raise InputError(f"masks is {masks!r}; it can be one of {', '.join(MASKS)}.")
+            raise InputError(f"masks must be one of {', '.join(map(repr, MASKS))}; got {masks!r}.")
         if masks != "learned" and embed_dim < num_conditions:
-            raise InputError(f"{num_conditions} masks have no block each of the {embed_dim} dimensions.")
+            raise InputError(f"embed_dim ({embed_dim}) must be at least num_conditions ({num_conditions}).")
         self.masks = masks
         self.class_token = class_token
         self.proj = nn.Linear(dim, embed_dim, **dd)
@@ -125,13 +125,13 @@ class ConditionalSimilarityMask(nn.Module):
 
     @torch.jit.ignore
     def add_conditions(self, count: int = 1) -> list[nn.Parameter]:
-        """Make room for more conditions (see `ConditionTable.append`).
+        """Add conditions (see `ConditionTable.append`).
 
         Raises:
-            InputError: The masks are blocks, of which none is left.
+            InputError: The masks are blocks, and no block is left.
         """
         if self.masks != "learned":
-            raise InputError(f"Masks {self.masks!r} divide the dimensions, and none is left: use masks='learned'.")
+            raise InputError(f"With masks={self.masks!r} all dimensions are in use: use masks='learned'.")
         return self.table.append(count)
 
     def forward(self, tokens: torch.Tensor, conditions: torch.Tensor | None = None) -> torch.Tensor:
@@ -141,19 +141,19 @@ class ConditionalSimilarityMask(nn.Module):
 
 
 class AttributeSpecificAttention(nn.Module):
-    """Attention over places, then over channels, both by the condition (equations: see the module).
+    """Attention over positions, then over channels, both by the condition (equations: see the module).
 
     Args:
         dim: Width D of the tokens.
         num_conditions: Conditions C.
         embed_dim: Width E of an embedding.
-        width: Width A of a condition, and of what places are compared in.
+        width: Width A of a condition and of the comparison with positions.
 
     Shape:
         tokens (B, N, D), conditions (C',), int64, or None for all -> (B, C', E), of length 1.
 
     Raises:
-        InputError: Less than one condition.
+        InputError: Fewer than one condition.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class AttributeSpecificAttention(nn.Module):
 
     @torch.jit.ignore
     def add_conditions(self, count: int = 1) -> list[nn.Parameter]:
-        """Make room for more conditions (see `ConditionTable.append`)."""
+        """Add conditions (see `ConditionTable.append`)."""
         return self.table.append(count)
 
     def forward(self, tokens: torch.Tensor, conditions: torch.Tensor | None = None) -> torch.Tensor:

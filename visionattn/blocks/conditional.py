@@ -1,7 +1,7 @@
-r"""Conditional cross-attention: one image, many questions. A condition asks, the image's tokens answer.
+r"""Conditional cross-attention: one image, many questions. Conditions are queries, the image's tokens keys and values.
 
-With image tokens X (B, N, D), computed once, and conditions c = 1 .. C, each a row u_c of a table or a vector from
-outside, such as the text embedding of an attribute's name or a weighted mean of rows:
+With image tokens X (B, N, D), computed once, and conditions c = 1 .. C, each a row u_c of a table or an external
+vector, such as the text embedding of an attribute's name or a weighted mean of rows:
 
     e_c = u_c, m tokens of width W, or MLP(u_c)                    (m, W)
     Q   = LN(z) W_Q,  K = LN(X) W_K,  V = LN(X) W_V                z = e_c at first; heads of width d
@@ -9,21 +9,21 @@ outside, such as the text embedding of an attribute's name or a weighted mean of
     z   <- z + MLP(LN(z))                                          K blocks of these two lines, X stays as it is
     f_c = normalise(W_E [LN(z_1), .., LN(z_m)])                    (B, C, E), of length 1
 
-Rows do not see each other: C conditions in one pass are C single calls. The switch between attributes is the choice of
-c alone, and as X does not depend on it, a further condition costs a row, not a network.
+Rows do not see each other: C conditions in one pass equal C single calls. Switching between attributes changes
+c alone, and since X does not depend on it, a further condition costs a row, not a network.
 
-A second source of tokens R (B, M, D_R) can speak too, with keys and values of its own and a weight s: the bracket
+A second source of tokens R (B, M, D_R) can be added, with its own keys and values and a weight s: the bracket
 becomes softmax(Q K^T / sqrt(d)) V + s softmax(Q K'^T / sqrt(d)) V', K' = LN(R) W_K', V' = LN(R) W_V'. s = 0 gives the
 network without it.
 
-Sources: the idea of conditional cross-attention for attributes is that of CCA, arXiv 2307.13254, of which the abstract
-alone could be read: equations, sizes and losses here are ours, and no result of that paper is claimed. The decoupled
-second source is IP-Adapter's, arXiv 2308.06721. `explain` divides by the map of a general question as CARVE does, arXiv
+Sources: the idea of conditional cross-attention for attributes is from CCA, arXiv 2307.13254, of which only the
+abstract was available: equations, sizes and losses here are ours, and no result of that paper is claimed. The decoupled
+second source is IP-Adapter's, arXiv 2308.06721. `explain` divides by the map of a general question as in CARVE, arXiv
 2509.06461.
 
-Deviations, and why. K and V are never computed: Q_h K_h^T = (Q_h W_K,h^T) LN(X)^T, so that queries are taken to the
-tokens' width D and tokens are averaged before W_V is applied. It is the same function, at 2 N D a query and head
-instead of 2 N D W an image, so cheaper up to C m h = W or so. A bias of keys, which a softmax cancels, does not exist.
+Deviations, and why. K and V are never computed: Q_h K_h^T = (Q_h W_K,h^T) LN(X)^T, so queries are mapped to the
+tokens' width D and tokens are averaged before W_V is applied. It is the same function, at 2 N D per query and head
+instead of 2 N D W per image, so cheaper up to about C m h = W. Keys have no bias, which a softmax would cancel.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def _select(rows: list[torch.Tensor], conditions: torch.Tensor | None) -> torch.
 
 
 def _check_conditions(conditions: object) -> None:
-    """Anything else that indexes a table, such as an int or a mask, gives rows of other shapes."""
+    """Refuse other index types, such as an int or a mask, which would give rows of other shapes."""
     if isinstance(conditions, torch.Tensor):
         if conditions.ndim == 1 and conditions.dtype in (torch.int64, torch.int32):
             return
@@ -58,12 +58,12 @@ def _check_conditions(conditions: object) -> None:
     else:
         given = shorten(repr(conditions))
     raise InputError(
-        f"conditions must be a tensor (C',) of int64, such as torch.tensor([2]), or None for all; got {given}."
+        f"conditions must be an int64 tensor (C',), such as torch.tensor([2]), or None for all; got {given}."
     )
 
 
 class ConditionTable(nn.Module):
-    """What is learned of each condition alone: one parameter a condition, so that one can be trained by itself.
+    """Parameters of each condition: one parameter per condition, so that one can be trained alone.
 
     Args:
         num_conditions: Conditions C.
@@ -74,7 +74,7 @@ class ConditionTable(nn.Module):
         conditions (C',), int64, or None for all -> (C', *shape).
 
     Raises:
-        InputError: Less than one condition, or conditions that are not a tensor of that shape and dtype.
+        InputError: Fewer than one condition, or conditions that are not a tensor of that shape and dtype.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class ConditionTable(nn.Module):
     ) -> None:
         super().__init__()
         if num_conditions < 1:
-            raise InputError(f"There is at least one condition, but got {num_conditions}.")
+            raise InputError(f"num_conditions must be at least 1; got {num_conditions}.")
         self.init = init
         rows = [nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for _ in range(num_conditions)]
         self.rows = nn.ParameterList(rows)
@@ -96,10 +96,10 @@ class ConditionTable(nn.Module):
 
     @torch.jit.ignore
     def append(self, count: int = 1) -> list[nn.Parameter]:
-        """Add rows at the end, the others stay as they are.
+        """Add rows at the end; the others stay unchanged.
 
         Returns:
-            The new parameters: trained alone, they leave what other conditions give unchanged.
+            The new parameters: training only these leaves the results of other conditions unchanged.
         """
         new = [nn.Parameter(torch.empty_like(self.rows[0])) for _ in range(count)]
         for row in new:
@@ -109,12 +109,12 @@ class ConditionTable(nn.Module):
 
     def forward(self, conditions: torch.Tensor | None = None) -> torch.Tensor:
         """Rows (C', *shape)."""
-        # TorchScript knows no list of a ParameterList.
+        # TorchScript does not support a list of a ParameterList.
         return _select([row for row in self.rows], conditions)
 
 
 class _Reading(nn.Module):
-    """Keys and values of one source of tokens, by queries that are taken to the tokens' width."""
+    """Keys and values of one source of tokens, for queries that are mapped to the tokens' width."""
 
     def __init__(self, dim: int, width: int, num_heads: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class _Reading(nn.Module):
         self.value = nn.Linear(dim, width, **dd)
 
     def lift(self, q: torch.Tensor) -> torch.Tensor:
-        """Queries of each head in the tokens' width: (B, Q, W) -> (B, Q h, D)."""
+        """Queries of each head, mapped to the tokens' width: (B, Q, W) -> (B, Q h, D)."""
         weight = self.key.weight.unflatten(0, self.heads)  # (h, d, D)
         return torch.einsum("bqhd,hde->bqhe", q.unflatten(-1, self.heads), weight).flatten(1, 2)
 
@@ -139,7 +139,7 @@ class _Reading(nn.Module):
         return y.flatten(2) + self.value.bias
 
     def attention(self, q: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Shares (B, Q, h, N) that `forward` averages with."""
+        """Attention weights (B, Q, h, N) of `forward`."""
         scores = self.lift(q) @ self.norm(tokens).transpose(1, 2) * self.heads[1] ** -0.5
         return scores.softmax(-1).unflatten(1, (-1, self.heads[0]))
 
@@ -180,18 +180,18 @@ class ConditionalCrossAttention(nn.Module):
         num_conditions: Conditions C of the table.
         embed_dim: Width E of an embedding.
         width: Width W of a condition; D if None.
-        num_heads: Heads h. They divide W.
+        num_heads: Heads h. W must be divisible by it.
         num_tokens: Tokens m of a condition.
         depth: Blocks K.
         mlp_ratio: Hidden width of the MLPs as a multiple of W.
-        vector_dim: Width of the vectors u_c that an MLP makes conditions of. None: the table's rows are the conditions.
-        context_dim: Width D_R of the tokens of a second source; None for no such source.
+        vector_dim: Width of the vectors u_c, which an MLP maps to conditions. None: conditions are the table's rows.
+        context_dim: Width D_R of the tokens of a second source; None for no second source.
 
     Shape:
         tokens (B, N, D), conditions (C',), int64, or None for all -> (B, C', E), of length 1.
 
     Raises:
-        InputError: A size is less than 1, or the heads do not divide the width.
+        InputError: A size is less than 1, or the width is not divisible by the heads.
     """
 
     def __init__(
@@ -214,12 +214,12 @@ class ConditionalCrossAttention(nn.Module):
         width = dim if width is None else width
         if min(dim, embed_dim, width, num_heads, num_tokens, depth) < 1 or width % num_heads:
             raise InputError(
-                f"Sizes are 1 or more and the heads divide the width, but got dim {dim}, embed_dim {embed_dim}, width "
-                f"{width}, num_heads {num_heads}, num_tokens {num_tokens} and depth {depth}."
+                f"Sizes must be at least 1 and width divisible by num_heads; got dim {dim}, embed_dim {embed_dim}, "
+                f"width {width}, num_heads {num_heads}, num_tokens {num_tokens} and depth {depth}."
             )
         self.num_tokens = num_tokens
         shape = (num_tokens * width,) if vector_dim is None else (vector_dim,)
-        # Little beside what is read of the image, or all images would look alike at the start.
+        # Small compared with what is read from the image, or all images would look alike at the start.
         self.table = ConditionTable(num_conditions, shape, partial(nn.init.normal_, std=0.02), **dd)
         mapped = vector_dim is not None
         self.embed = Mlp(vector_dim, width, num_tokens * width, **dd) if mapped else nn.Identity()
@@ -229,7 +229,7 @@ class ConditionalCrossAttention(nn.Module):
 
     @torch.jit.ignore
     def add_conditions(self, count: int = 1) -> list[nn.Parameter]:
-        """Make room for more conditions (see `ConditionTable.append`)."""
+        """Add conditions (see `ConditionTable.append`)."""
         return self.table.append(count)
 
     def queries(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -239,11 +239,11 @@ class ConditionalCrossAttention(nn.Module):
     def forward_vectors(
         self, tokens: torch.Tensor, vectors: torch.Tensor, context: torch.Tensor | None = None, scale: float = 1.0
     ) -> torch.Tensor:
-        """Embed by conditions that need not be in the table.
+        """Embed with conditions that need not be in the table.
 
         Args:
             tokens: (B, N, D).
-            vectors: Conditions u_c, (C', vector_dim), or (C', m W) as the table's rows are without it.
+            vectors: Conditions u_c, (C', vector_dim), or without it (C', m W) like the table's rows.
             context: Tokens of the second source, (B, M, D_R), or None.
             scale: Weight s of the second source.
 
@@ -268,17 +268,17 @@ class ConditionalCrossAttention(nn.Module):
 
     @torch.jit.ignore
     def explain(self, tokens: torch.Tensor, conditions: torch.Tensor | None = None) -> torch.Tensor:
-        """Where a condition looks more than the mean condition does.
+        """Where a condition attends more than the mean condition.
 
-        The map of a condition is the attention of the last block to the tokens, the mean of its heads and tokens. It is
-        divided by that of the mean of the table's rows: what every question looks at, such as the middle, cancels.
+        The map of a condition is the attention of the last block to the tokens, averaged over heads and tokens. It is
+        divided by that of the mean of the table's rows: what every condition attends to, such as the centre, cancels.
 
         Args:
             tokens: (B, N, D).
             conditions: (C',), int64, or None for all.
 
         Returns:
-            (B, C', N): 1 where both look alike, above 1 where the condition looks more.
+            (B, C', N): 1 where both attend equally, above 1 where the condition attends more.
         """
         rows = self.table(None).mean(0, keepdim=True)
         z = self.queries(torch.cat([self.table(conditions), rows]))

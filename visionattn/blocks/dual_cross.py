@@ -1,16 +1,16 @@
-r"""Dual cross-attention: a class token looks again at the whole image, and training mixes in a second image's keys.
+r"""Dual cross-attention: a class token attends to the whole image again, and training adds keys of a second image.
 
-Tokens X (B, N + 1, C), a class token first. Beside self-attention (SA), S = softmax(Q K^T / sqrt(d)) of each head:
+Tokens X (B, N + 1, C), class token first. Besides self-attention (SA), S = softmax(Q K^T / sqrt(d)) of each head:
 
-    PWCA   softmax(Q_1 [K_1; K_2]^T / sqrt(d)) [V_1; V_2]      pair-wise: queries of an image, keys and values of it and
-                                                               of another one together, all weights those of SA;
-                                                               in training alone, the target is the first image's
+    PWCA   softmax(Q_1 [K_1; K_2]^T / sqrt(d)) [V_1; V_2]      pair-wise: queries of an image, keys and values of it
+                                                               and of another image together, with the weights of SA;
+                                                               in training only, the target is the first image's
     r      = e_0^T S~_L S~_{L-1} .. S~_1,  S~ = (mean over heads of S + I) / 2        (B, N + 1)
-                                                               roll-out: what the class token has gathered of each token
+                                                               roll-out: contribution of each token to the class token
     GLCA   softmax(Q^l K^T / sqrt(d)) V                        global-local: the class token and the R patches with the
-                                                               highest r ask, all tokens answer
+                                                               highest r are queries, all tokens are keys
 
-GLCA is one pre-norm block with weights of its own after the last block of SA. Each of the three gives a loss, weighted
+GLCA is one pre-norm block with its own weights after the last block of SA. Each of the three has a loss, weighted
 by learned w:
 
     L = sum over i of (exp(-w_i) L_i + w_i) / 2
@@ -18,9 +18,9 @@ by learned w:
 Sources: DCAL, arXiv 2205.02151; roll-out, arXiv 2005.00928; the weights are those of arXiv 1705.07115 as in FairMOT,
 arXiv 2004.01888. DCAL has no public code.
 
-Deviations, and why. Of the roll-out row 0 alone is wanted, so that it is L products of a vector and a matrix, and no
-N x N product. It is without gradient. The class token always is among the queries of GLCA, since it is what is read.
-The second image of a pair goes through PWCA too, as the first image of another pair: the paper says of neither.
+Deviations, and why. Only row 0 of the roll-out is needed, so it is computed as L products of a vector and a matrix,
+without an N x N product. It has no gradient. The class token always is a query of GLCA, since it is the output.
+The second image of a pair also passes through PWCA, as the first image of another pair: the paper specifies neither.
 """
 
 import torch
@@ -45,21 +45,21 @@ class DualCrossAttention(nn.Module):
 
     Args:
         dim: Channels C of the tokens.
-        num_heads: Heads. They divide C.
+        num_heads: Heads. C must be divisible by it.
         qkv_bias: Give queries, keys and values a bias.
 
     Shape:
         (B, N, C) -> (B, N, C).
 
     Raises:
-        InputError: `dim` is not a multiple of `num_heads`.
+        InputError: `dim` is not divisible by `num_heads`.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = True, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         if dim % num_heads:
-            raise InputError(f"dim is {dim}, which {num_heads} heads do not divide.")
+            raise InputError(f"dim ({dim}) must be divisible by num_heads ({num_heads}).")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -84,7 +84,7 @@ class DualCrossAttention(nn.Module):
         return self.merge(F.scaled_dot_product_attention(q, torch.cat([k, k2], 2), torch.cat([v, v2], 2)))
 
     def attention_map(self, x: torch.Tensor) -> torch.Tensor:
-        """The mean of the heads' S, (B, N, N), without gradient."""
+        """Mean of S over heads, (B, N, N), without gradient."""
         q, k, _ = self.split(x.detach())
         scores = q.detach() @ k.detach().transpose(-2, -1) * q.shape[-1] ** -0.5
         return scores.softmax(-1).mean(1)
@@ -93,11 +93,11 @@ class DualCrossAttention(nn.Module):
 class DualCrossBlock(nn.Module):
     """Pre-norm transformer block of self-attention or, with the same weights, pair-wise cross-attention.
 
-    Parameters have the names that they have in timm's ViT.
+    Parameter names are those of timm's ViT.
 
     Args:
         dim: Channels C of the tokens.
-        num_heads: Heads. They divide C.
+        num_heads: Heads. C must be divisible by it.
         mlp_ratio: Hidden width of the MLP as a multiple of C.
         qkv_bias: Give queries, keys and values a bias.
         drop_path: Probability of dropping a residual branch in training.
@@ -135,16 +135,16 @@ class DualCrossBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def attention_map(self, x: torch.Tensor) -> torch.Tensor:
-        """The mean of the heads' S over the block's input, (B, N, N), without gradient."""
+        """Mean of S over heads for the block's input, (B, N, N), without gradient."""
         return self.attn.attention_map(self.norm1(x))
 
 
 class GlobalLocalCrossAttention(nn.Module):
-    """GLCA: a pre-norm block in which some tokens ask and all answer (equations: see the module).
+    """GLCA: a pre-norm block with some tokens as queries and all as keys (equations: see the module).
 
     Args:
         dim: Channels C of the tokens.
-        num_heads: Heads. They divide C.
+        num_heads: Heads. C must be divisible by it.
         mlp_ratio: Hidden width of the MLP as a multiple of C.
         drop_path: Probability of dropping a residual branch in training.
 
@@ -152,7 +152,7 @@ class GlobalLocalCrossAttention(nn.Module):
         local (B, M, C), tokens (B, N, C) -> (B, M, C).
 
     Raises:
-        InputError: `dim` is not a multiple of `num_heads`.
+        InputError: `dim` is not divisible by `num_heads`.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class GlobalLocalCrossAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         if dim % num_heads:
-            raise InputError(f"dim is {dim}, which {num_heads} heads do not divide.")
+            raise InputError(f"dim ({dim}) must be divisible by num_heads ({num_heads}).")
         self.num_heads = num_heads
         self.norm1 = LayerNorm(dim, **dd)
         self.q = nn.Linear(dim, dim, **dd)
@@ -187,10 +187,10 @@ class GlobalLocalCrossAttention(nn.Module):
 
 
 def roll_out(maps: list[torch.Tensor]) -> torch.Tensor:
-    """What the first token has gathered of each token over layers of self-attention.
+    """Contribution of each token to the first token over layers of self-attention.
 
     Args:
-        maps: (B, N, N) a layer, the first layer first, rows that sum to 1.
+        maps: (B, N, N) per layer, the first layer first, rows that sum to 1.
 
     Returns:
         r, (B, N), which sums to 1.
@@ -207,8 +207,8 @@ def select_local(tokens: torch.Tensor, relevance: torch.Tensor, count: int) -> t
 
     Args:
         tokens: (B, N, C).
-        relevance: (B, N), such as `roll_out` gives; that of the first token does not matter.
-        count: How many others, R < N.
+        relevance: (B, N), such as the output of `roll_out`; the value of the first token is ignored.
+        count: Number R < N of other tokens.
 
     Returns:
         (B, 1 + R, C), the most relevant first.
@@ -218,7 +218,7 @@ def select_local(tokens: torch.Tensor, relevance: torch.Tensor, count: int) -> t
 
 
 class UncertaintyWeighting(nn.Module):
-    """Sum of losses with learned weights: sum over i of (exp(-w_i) L_i + w_i) / 2, w = 0 at the start.
+    """Sum of losses with learned weights: sum over i of (exp(-w_i) L_i + w_i) / 2, w is initialised to 0.
 
     Args:
         num_losses: Losses n.

@@ -1,23 +1,23 @@
-r"""Efficient probing: a few learned queries read frozen tokens, and each decides a part of the feature that results.
+r"""Efficient probing: a few learned queries pool frozen tokens, each for one slice of the output feature.
 
 With tokens X of shape (B, N, D), queries q_1 .. q_M of shape (D,), shared by all images, and a value matrix W of shape
-(D_o, D), cut by rows into M parts W_m of shape (D_o / M, D):
+(D_o, D), split by rows into M blocks W_m of shape (D_o / M, D):
 
     a_m = softmax over n of X q_m / sqrt(D)      (B, N)
     z_m = a_m X                                  (B, D)
     y_m = W_m z_m                                (B, D_o / M)
     y   = [y_1, ..., y_M]                        (B, D_o)
 
-There is no projection of keys, queries or outputs, no norm and no position: M D + D D_o parameters. A query acts in the
-whole width D, where a head of multi-head attention sees a slice of it; only the values are split. Multi-head
-cross-attention with one learned query is a special case, which `fold_multi_head` writes in this form.
+There is no projection of keys, queries or outputs, no norm and no position: M D + D D_o parameters. A query uses the
+whole width D, whereas a head of multi-head attention sees a slice of it; only the values are split. Multi-head
+cross-attention with one learned query is a special case, which `fold_multi_head` converts to this form.
 
 Source: Efficient Probing, arXiv 2506.10178.
 
-Deviations, and why. Values are projected after they are averaged, 4 M N D + 2 D D_o operations an image; the authors
-project all N tokens first, 2 N D D_o of their 2 N D D_o + 2 M N D + 2 N D_o. W_m is linear, so that both are the same
-function, with a value bias too, since shares sum to 1. The batch norm that follows in the authors' probe belongs to the
-classifier. Tokens can be masked, and the attention is handed out.
+Deviations, and why. Values are projected after averaging, 4 M N D + 2 D D_o operations per image; the authors
+project all N tokens first, 2 N D D_o of their 2 N D D_o + 2 M N D + 2 N D_o. W_m is linear, so both are the same
+function, also with a value bias, since attention weights sum to 1. The batch norm that follows in the authors' probe
+belongs to the classifier. Tokens can be masked, and the attention can be returned.
 """
 
 import torch
@@ -35,13 +35,13 @@ class EfficientProbing(nn.Module):
         dim: Width D of the tokens.
         num_queries: Queries M.
         out_dim: Width D_o of the feature, a multiple of M; D if None.
-        value_bias: Add a bias to the values, as a folded head with a batch norm needs it.
+        value_bias: Add a bias to the values, as a folded head with a batch norm requires.
 
     Shape:
         (B, N, D) -> (B, D_o), any N.
 
     Raises:
-        InputError: A width or the number of queries is less than 1, or M does not divide D_o.
+        InputError: A width or the number of queries is less than 1, or D_o is not divisible by M.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class EfficientProbing(nn.Module):
         out_dim = dim if out_dim is None else out_dim
         if min(dim, num_queries, out_dim) < 1 or out_dim % num_queries:
             raise InputError(
-                f"Widths and queries are 1 or more and the queries divide the output's width, but got dim {dim}, "
+                f"Widths and num_queries must be at least 1 and out_dim divisible by num_queries; got dim {dim}, "
                 f"out_dim {out_dim} and num_queries {num_queries}."
             )
         self.num_queries = num_queries
@@ -71,9 +71,9 @@ class EfficientProbing(nn.Module):
 
         Args:
             tokens: (B, N, D).
-            mask: (B, N), bool, True for a token that takes part. An image without any gives zeros, or the bias.
-            return_attention: Give the shares a_m too. TorchScript, where a function has one return type, and an fx
-                trace of this module by itself give the feature alone.
+            mask: (B, N), bool, True for valid tokens. An image without any gives zeros, or the bias.
+            return_attention: Also return the attention weights a_m. TorchScript, where a function has one return type,
+            and an fx trace of this module alone return only the feature.
 
         Returns:
             The feature (B, D_o), or the feature and the attention (B, M, N).
@@ -83,7 +83,7 @@ class EfficientProbing(nn.Module):
         y = torch.einsum("bmd,mod->bmo", z, weight).flatten(1)
         if self.value.bias is not None:
             y = y + self.value.bias
-        # Compared by identity: in an fx trace the argument is no bool.
+        # Compared by identity: in an fx trace the argument is not a bool.
         if torch.jit.is_scripting() or return_attention is not True:
             return y
         return y, attention
@@ -98,20 +98,20 @@ def fold_multi_head(
     mean: torch.Tensor | None = None,
     inv_std: torch.Tensor | None = None,
 ) -> EfficientProbing:
-    """Write multi-head cross-attention with one learned query, such as AIM's pooling, as efficient probing.
+    """Convert multi-head cross-attention with one learned query, such as AIM's pooling, to efficient probing.
 
     Head h of width d scores token x by u_h . K_h x' / sqrt(d) and averages V_h x', where x' = s (x - mean) is the token
-    after a batch norm without affine, in evaluation. What all tokens share cancels in the softmax, so that
+    after a batch norm without affine, in evaluation. Terms shared by all tokens cancel in the softmax, so
 
         q_h = sqrt(D / d) s K_h^T u_h      W_h = V_h diag(s)      bias = -V (s mean)
 
-    in float64, then in the dtype of the weights.
+    computed in float64 and returned in the dtype of the weights.
 
     Args:
-        query: The learned query u, K numbers in any shape.
-        key_weight: Of the key projection, (K, D).
-        value_weight: Of the value projection, (D_o, D).
-        num_heads: Heads, which become the queries: M = `num_heads` divides K and D_o.
+        query: The learned query u, K elements in any shape.
+        key_weight: Weight of the key projection, (K, D).
+        value_weight: Weight of the value projection, (D_o, D).
+        num_heads: Heads, which become the queries: K and D_o must be divisible by M = `num_heads`.
         mean: Running mean of the batch norm, (D,); without one the result has no value bias.
         inv_std: s = 1 / sqrt(running variance + eps), (D,); ones if None.
 
@@ -119,7 +119,7 @@ def fold_multi_head(
         The pooling, with new parameters on the device of the weights.
 
     Raises:
-        InputError: The sizes do not fit each other.
+        InputError: The sizes do not match.
     """
     norms = [x for x in (mean, inv_std) if x is not None]
     if (
@@ -131,8 +131,8 @@ def fold_multi_head(
     ):
         given = ", ".join(str(tuple(x.shape)) for x in (query, key_weight, value_weight, *norms))
         raise InputError(
-            f"A head of {num_heads} heads to fold has a query of K numbers, weights (K, D) and (D_o, D), a mean and an "
-            f"inverse deviation (D,), and the heads divide K and D_o, but got the shapes {given}."
+            f"Folding {num_heads} heads needs a query of K elements, weights (K, D) and (D_o, D), a mean and an "
+            f"inverse deviation (D,), with K and D_o divisible by the heads; got the shapes {given}."
         )
     (keys, dim), device = key_weight.shape, key_weight.device
     has_bias = mean is not None

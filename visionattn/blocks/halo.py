@@ -8,16 +8,16 @@ pixels around it, w = b + 2h pixels wide. Query i and key j of a window, at coor
     l_ij    = q_i . k_j / sqrt(D) + q_i . U[w - 1 + j_y - i_y] + q_i . V[w - 1 + j_x - i_x]
     y_i     = sum over j of softmax_j(l_ij) v_j
 
-with tables U, V of 2w - 1 rows that all heads share. h = 0 gives windows that do not overlap, a block as large as the
-map gives global attention. With stride s, every s-th query of each axis asks, and the window stays whole.
+with tables U, V of 2w - 1 rows that all heads share. h = 0 gives windows that do not overlap; a block as large as the
+map gives global attention. With stride s, only every s-th query of each axis is computed; the window stays whole.
 
 Sources: HaloNet, arXiv 2103.12731; the relative logits are those of arXiv 1904.09925. Parameters have the names and
 layout of timm's `HaloAttn`.
 
-Deviations, and why. What lies outside the map takes no part (`border="mask"`); the paper's zero padding, and timm's,
-gives it a share of the softmax (`border="zero"`), so that a network's output there depends on how far the map was
-padded. Rows of the tables stand for true distances at every stride (`index="offset"`); timm counts subsampled queries
-(`index="timm"`), which is the same at stride 1. Any size is taken: maps are padded to whole blocks and cropped.
+Deviations, and why. Positions outside the map are masked (`border="mask"`); zero padding, as in the paper and timm,
+gives them part of the softmax (`border="zero"`), so that a network's output there depends on how far the map was
+padded. Rows of the tables are true offsets at every stride (`index="offset"`); timm counts subsampled queries
+(`index="timm"`), which is the same at stride 1. Any size is accepted: maps are padded to whole blocks and cropped.
 """
 
 import torch
@@ -31,7 +31,7 @@ __all__ = ["HaloAttention", "RelativeTables"]
 
 
 class RelativeTables(nn.Module):
-    """Vectors of relative positions, a table for each axis: `height_rel` and `width_rel`, (2w - 1, D)."""
+    """Vectors of relative positions, one table per axis: `height_rel` and `width_rel`, (2w - 1, D)."""
 
     def __init__(self, window_size: int, dim_head: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class RelativeTables(nn.Module):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """Start with relative logits of order 1 for queries of order 1."""
+        """Initialise for relative logits of order 1 for queries of order 1."""
         for table in (self.height_rel, self.width_rel):
             trunc_normal_(table, std=table.shape[1] ** -0.5)
 
@@ -51,23 +51,23 @@ class HaloAttention(nn.Module):
 
     Args:
         dim: Channels C of the input.
-        dim_out: Channels of the output, C if None. A multiple of `num_heads`: the heads' value width Dv follows.
+        dim_out: Channels of the output, C if None; divided by `num_heads` it gives the heads' value width Dv.
         num_heads: Heads.
         dim_head: Width D of queries and keys; if None that of the values.
         block_size: Side b of a block in pixels.
         halo_size: Pixels h around it.
-        stride: Subsampling s of the queries. Where it does not divide the block, all queries ask and the output is
-            averaged over s x s pixels.
+        stride: Subsampling s of the queries. If the block is not divisible by it, all queries are computed and the
+            output is averaged over s x s pixels.
         qkv_bias: Give the projections a bias.
-        avg_down: With a stride, average the output instead of subsampling queries, whether it divides the block or not.
-        scale_pos_embed: Divide the relative logits by sqrt(D) too, as those of the keys.
-        border: What lies outside the map: `"mask"`, nothing, or `"zero"`, keys and values of zeros.
+        avg_down: With a stride, average the output instead of subsampling queries, for any block size.
+        scale_pos_embed: Divide the relative logits by sqrt(D) too, like those of the keys.
+        border: Keys outside the map: `"mask"` excludes them, `"zero"` uses keys and values of zero.
         index: Rows of the relative tables: `"offset"` or `"timm"`.
 
     Shape:
-        (B, C, H, W) -> (B, dim_out, H', W'), any H and W. H' = ceil(H / s), or floor(H / s) where it is an average.
+        (B, C, H, W) -> (B, dim_out, H', W'), any H and W. H' = ceil(H / s), or floor(H / s) if averaged.
 
-    Raises:
+    InputError: The output is not divisible by the heads, a size is out of range, or a choice is unknown.
         InputError: The heads do not divide the output, a size is negative or zero, or a choice is unknown.
     """
 
@@ -92,16 +92,16 @@ class HaloAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         dim_out = dim_out or dim
         if dim_out % num_heads:
-            raise InputError(f"The output has {dim_out} channels, which {num_heads} heads do not divide.")
+            raise InputError(f"dim_out ({dim_out}) must be divisible by num_heads ({num_heads}).")
         if min(block_size, stride) < 1 or halo_size < 0:
             raise InputError(
-                f"block_size and stride are 1 or more and halo_size is 0 or more, but got {block_size}, {stride} and "
+                f"block_size and stride must be at least 1 and halo_size at least 0; got {block_size}, {stride} and "
                 f"{halo_size}."
             )
         if border not in BORDERS:
-            raise InputError(f"border is {border!r}; it can be one of {', '.join(BORDERS)}.")
+            raise InputError(f"border must be one of {', '.join(map(repr, BORDERS))}; got {border!r}.")
         if index not in INDICES:
-            raise InputError(f"index is {index!r}; it can be one of {', '.join(INDICES)}.")
+            raise InputError(f"index must be one of {', '.join(map(repr, INDICES))}; got {index!r}.")
         average = stride > 1 and (avg_down or block_size % stride != 0)
         self.num_heads = num_heads
         self.block_size = block_size
@@ -114,7 +114,7 @@ class HaloAttention(nn.Module):
         self.table_scale = self.dim_head**-0.5 if scale_pos_embed else 1.0
 
         self.q = nn.Conv2d(dim, num_heads * self.dim_head, 1, stride=self.query_stride, bias=qkv_bias, **dd)
-        # Of each head D rows for keys, then Dv rows for values.
+        # For each head D rows for keys, then Dv rows for values.
         self.kv = nn.Conv2d(dim, num_heads * (self.dim_head + self.dim_head_v), 1, bias=qkv_bias, **dd)
         self.pos_embed = RelativeTables(block_size + 2 * halo_size, self.dim_head, **dd)
         self.pool = nn.AvgPool2d(stride) if average else nn.Identity()
@@ -122,7 +122,7 @@ class HaloAttention(nn.Module):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """Start with projections that keep the variance of their input."""
+        """Initialise projections that keep the variance of their input."""
         for projection in (self.q, self.kv):
             trunc_normal_(projection.weight, std=projection.in_channels**-0.5)
             if projection.bias is not None:

@@ -1,26 +1,26 @@
-r"""MatchAttention: attention to a small window around where each pixel believes its match to be.
+r"""MatchAttention: attention to a small window around the current estimate of each pixel's match.
 
-Tokens X (B, H, W, D) carry features and, as ordinary channels, positions that attention itself corrects. Each of h
+Tokens X (B, H, W, D) carry features and, as ordinary channels, positions that the attention itself updates. Each of h
 heads of width c has a field rho (B, H, W, h, 2) in pixels, (x, y): query i at pixel p_i attends to the M = (2r + 2)^2
 keys around the real-valued centre p_i + rho_i, by their negative L1 distance. All heads may share one field.
 
     s_im = -|q_i - k_m|_1 / sqrt(c)
     A_i  = BilinearSoftmax(s_i)        softmaxes over the four sub-windows of (2r + 1)^2 keys, interpolated bilinearly
-    o_i  = sum over m of A_im v_m      (B, H, W, h c), heads side by side
+    o_i  = sum over m of A_im v_m      (B, H, W, h c), heads concatenated
 
-    self     q, k, v = W_q, W_k, W_v [X, n]     n (B, H, W, 1): 1 where the pixel is seen in both views, else 0
+    self     q, k, v = W_q, W_k, W_v [X, n]     n (B, H, W, 1): 1 for non-occluded pixels, else 0
              Y = W_p o
     cross    q = W_q X, k, v = W_k, W_v X~      X~: tokens of the other view
-             Y = W_p [SiLU(W_g X) * o, A]       with the h M numbers of A themselves, head by head: where in its window
-                                                a match lies is what corrects a position
+             Y = W_p [SiLU(W_g X) * o, A]       with the h M elements of A, head by head: the position
+                                                of a match in its window corrects the field
 
-The equations of windows, clamping at borders and bilinear softmax stand at `visionattn.kernels.match_attention`.
+Equations of windows, clamping at borders and bilinear softmax: see `visionattn.kernels.match_attention`.
 
 Source: MatchAttention, arXiv 2510.14260. No projection has a bias.
 
-Deviations, and why. Each softmax has the maximum of its own sub-window; with one for all, as in the authors' CUDA code,
-a key far above the rest takes the weight of sub-windows that do not hold it. Positions are computed in float32 whatever
-the tokens are, since in wide images the steps of half precisions are as large as pixels.
+Deviations, and why. Each softmax subtracts the maximum of its own sub-window; with a shared one, as in the authors'
+CUDA code, a key far above the rest takes the weight of sub-windows that do not contain it. Positions are float32 for
+any dtype of the tokens, since in wide images the steps of half precision are as large as pixels.
 """
 
 import torch
@@ -40,11 +40,11 @@ class _Matching(nn.Module):
         super().__init__()
         if min(dim, dim_attn, num_heads, radius) < 1 or dim_attn % num_heads:
             raise InputError(
-                "Widths, heads and radius are 1 or more and the heads divide the attention's width, but got dim "
+                "Widths, num_heads and radius must be at least 1 and dim_attn divisible by num_heads; got dim "
                 f"{dim}, dim_attn {dim_attn}, num_heads {num_heads} and radius {radius}."
             )
         if similarity not in SIMILARITIES:
-            raise InputError(f"similarity is {similarity!r}; it can be one of {', '.join(SIMILARITIES)}.")
+            raise InputError(f"similarity must be one of {', '.join(map(repr, SIMILARITIES))}; got {similarity!r}.")
         self.num_heads = num_heads
         self.radius = radius
         self.similarity = similarity
@@ -67,7 +67,7 @@ class _Matching(nn.Module):
 
 
 class MatchAttention(_Matching):
-    """Attention of a map to itself around fields of its own (equations: see the module).
+    """Self-attention of a map around its own fields (equations: see the module).
 
     Args:
         dim: Channels D of the tokens, positions included.
@@ -77,10 +77,10 @@ class MatchAttention(_Matching):
         similarity: `"l1"`, the negative distance, or `"dot"`, the scalar product.
 
     Shape:
-        x (B, H, W, D), field (B, H, W, h or 1, 2), visible (B, H, W, 1) -> (B, H, W, D), H and W of 2r + 2 or more.
+        x (B, H, W, D), field (B, H, W, h or 1, 2), visible (B, H, W, 1) -> (B, H, W, D), H and W at least 2r + 2.
 
     Raises:
-        InputError: A size is less than 1, the heads do not divide the width, or the similarity is unknown.
+        InputError: A size is less than 1, the width is not divisible by the heads, or the similarity is unknown.
     """
 
     def __init__(
@@ -115,10 +115,10 @@ class MatchCrossAttention(_Matching):
         similarity: `"l1"`, the negative distance, or `"dot"`, the scalar product.
 
     Shape:
-        x (B, H, W, D), other (B, H, W, D), field (B, H, W, h or 1, 2) -> (B, H, W, D), H and W of 2r + 2 or more.
+        x (B, H, W, D), other (B, H, W, D), field (B, H, W, h or 1, 2) -> (B, H, W, D), H and W at least 2r + 2.
 
     Raises:
-        InputError: A size is less than 1, the heads do not divide the width, or the similarity is unknown.
+        InputError: A size is less than 1, the width is not divisible by the heads, or the similarity is unknown.
     """
 
     def __init__(

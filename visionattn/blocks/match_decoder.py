@@ -1,42 +1,42 @@
 r"""The decoder of MatchStereo and MatchFlow: from two views' features to a field of relative positions for each.
 
-Both views go through all of it in one batch, the first half the left, the second half the right: x~ is x with the
-halves exchanged. A field f (2B, H, W, 2) says in pixels, (x, y), where a pixel's match lies in the other view, relative
-to itself.
+Both views are processed in one batch, the first half left, the second half right: x~ is x with the
+halves exchanged. A field f (2B, H, W, 2) is the position, (x, y) in pixels, of a pixel's match in the other view,
+relative to the pixel.
 
-Start, at the lowest scale, with q, k = W_q LN x of the left view, W_k LN x of the right one. In stereo, on each row,
+The initial match, at the lowest scale, with q, k = W_q LN x of the left view, W_k LN x of the right. In stereo, by row,
 
     S[y, x, x'] = q[y, x] . k[y, x'] / sqrt(C)
     P[y, x, d]  = softmax over d of (S[y, x, x - d] where x >= d, else 0)         d = 0 .. W - 1
     P[y, x, d] <- P[y, d, d] where x < d
     d^          = argmax over d of the mean of P over d - 2 .. d + 2, zeros outside, kept in 2 .. W - 3
     p_j         = P[y, x, d^ + j] where that is at least 1 / W, else 0            j = -2 .. 2
-    f           = (-sum over j of p_j (d^ + j) / sum over j of p_j, 0)            0 where all p_j are
+    f           = (-sum over j of p_j (d^ + j) / sum over j of p_j, 0)            0 if all p_j are
 
-and for the right view the same on mirrored rows, with +. An impossible disparity takes part in the softmax with a score
-of 0, and then has the probability of its disparity at the nearest pixel that allows it. In flow, S (H W, H W) compares
-all pixels, P is its softmax over those of the other view, means go over 5 x 5 numbers of this matrix, whose neighbours
-are pixels one after the other, sums over 5 x 5 pixels, and f is the mean position less p.
+and for the right view the same on mirrored rows, with +. An impossible disparity enters the softmax with a score
+of 0, and then gets the probability of its disparity at the nearest pixel that allows it. In flow, S (H W, H W) compares
+all pixels, P is its softmax over those of the other view, means are over 5 x 5 elements of this matrix, in which
+neighbours are consecutive pixels, sums over 5 x 5 pixels, and f is the mean position minus p.
 
-A layer has a learnt scale g (2,) and positions s (2B, H, W, 2h) of each of h heads for self attention:
+A layer has a learned scale g (2,) and positions s (2B, H, W, 2h) of each of h heads for self-attention:
 
     n(p)     = 1 if |f(p) + f~(p + f(p))|_1 < 2, else 0                       f~ bilinear, zeros outside; no gradient
-    x, f, s += Self(LN [x, g f, s], p + s, n)                                 the increment of f divided by g
+    x, f, s += Self(LN [x, g f, s], p + s, n)                                 the update of f divided by g
     x, f    += Cross(LN [x, g f], the same of the other view, p + f)          likewise
     x       += W_2 (GELU(DW a) * b) + b_2     [a, b] = W_1 LN x + b_1         DW: 3 x 3 by channel, with a bias
 
-In stereo, y of f is set to 0 after either attention.
+In stereo, y of f is set to 0 after each attention.
 
-Convex upsampling by k gives each of k x k pixels a mean of the field at 3 x 3 around it, zeros outside the map:
+Convex upsampling by k replaces each pixel by k x k averages of the field at 3 x 3 around it, zeros outside the map:
 
-    w   = softmax over the 9 neighbours of the 9 k^2 numbers W'' ReLU(W' * F) at each pixel
+    w   = softmax over the 9 neighbours of the 9 k^2 outputs W'' ReLU(W' * F) at each pixel
     up  = sum over the 9 neighbours of w (k f)                                    (B, k H, k W, 2)
 
 Source: MatchAttention, arXiv 2510.14260.
 
-Deviations, and why. Fields and positions keep the dtype that they come in, float32 from the start on, and get
-increments: the authors carry them in the tokens, where half precisions round them; without rounding both are the same.
-Disparities of the start are gathered at once, where the authors loop over them: such a loop does not export.
+Deviations, and why. Fields and positions keep their input dtype, float32 from the initial match on, and receive
+updates: the authors carry them in the tokens, where half precision rounds them; without rounding both are the same.
+The initial disparities are gathered at once, where the authors loop over them: such a loop cannot be exported.
 """
 
 import torch
@@ -68,16 +68,16 @@ def visible_pixels(field: torch.Tensor, threshold: float = 2.0) -> torch.Tensor:
 
     Args:
         field: f of both views, (2B, H, W, 2).
-        threshold: How far from the pixel it may point, in pixels, |x| + |y|.
+        threshold: Allowed distance from the pixel, in pixels, |x| + |y|.
 
     Returns:
-        n, (2B, H, W, 1): 1 for pixels seen in both views, 0 for others.
+        n, (2B, H, W, 1): 1 for non-occluded pixels, 0 for others.
     """
     field = field.detach()
     H, W = field.shape[1:3]
     x = torch.arange(W, dtype=field.dtype, device=field.device)
     y = torch.arange(H, dtype=field.dtype, device=field.device).unsqueeze(1)
-    # The corners of the map are at -1 and 1.
+    # Corners of the map are at -1 and 1.
     grid = torch.stack([(x + field[..., 0]) * (2 / (W - 1)) - 1, (y + field[..., 1]) * (2 / (H - 1)) - 1], -1)
     back = F.grid_sample(exchange_views(field).permute(0, 3, 1, 2), grid, align_corners=True)
     distance = (field + back.permute(0, 2, 3, 1)).abs().sum(-1, keepdim=True)
@@ -85,7 +85,7 @@ def visible_pixels(field: torch.Tensor, threshold: float = 2.0) -> torch.Tensor:
 
 
 class ConvGLU(nn.Module):
-    """MLP whose hidden numbers are gated by their neighbourhood (equations: see the module).
+    """MLP with hidden units gated by their neighbourhood (equations: see the module).
 
     Args:
         dim: Channels C.
@@ -111,20 +111,20 @@ class ConvGLU(nn.Module):
 
 
 class MatchLayer(nn.Module):
-    """A decoder layer: self attention, cross attention, MLP (equations: see the module).
+    """A decoder layer: self-attention, cross-attention, MLP (equations: see the module).
 
     Args:
         dim: Channels C of the features, and width of the attentions.
         num_heads: Heads h.
         radius: Radius r of a sub-window.
-        flow: Keep the y of fields; without it, rows match rows.
+        flow: Keep the y of fields; without it, rows match rows only.
 
     Shape:
-        x (2B, H, W, C), field (2B, H, W, 2), positions (2B, H, W, 2h) -> x, the field after self attention, the field
-        after cross attention, positions. H and W of 2r + 2 or more.
+        x (2B, H, W, C), field (2B, H, W, 2), positions (2B, H, W, 2h) -> x, the field after self-attention, the field
+            after cross-attention, positions. H and W at least 2r + 2.
 
     Raises:
-        InputError: A size is less than 1, or the heads do not divide C.
+        InputError: A size is less than 1, or C is not divisible by the heads.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class MatchLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, field: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Correct features, fields and positions of both views."""
+        """Update features, fields and positions of both views."""
         dim, two, heads = self.split
         visible = visible_pixels(field).to(x.dtype)
 
@@ -170,21 +170,21 @@ class MatchLayer(nn.Module):
 
 
 def convex_upsample(field: torch.Tensor, logits: torch.Tensor, factor: int) -> torch.Tensor:
-    """Enlarge fields, each new pixel's a mean of 3 x 3 old ones, and scale them with the map.
+    """Upsample fields, each new pixel an average of 3 x 3 old ones, and scale their values by the factor.
 
     Args:
-        field: (B, H, W, channels), in pixels of this scale.
+        field: (B, H, W, channels), in pixels of this resolution.
         logits: (B, H, W, 9 k^2), neighbours first, then rows and columns of new pixels.
         factor: k.
 
     Returns:
-        (B, k H, k W, channels), in pixels of the new scale.
+        (B, k H, k W, channels), in pixels of the new resolution.
     """
     H, W = field.shape[1:3]
     padded = F.pad(field.permute(0, 3, 1, 2) * factor, (1, 1, 1, 1)).unsqueeze(2)  # (B, channels, 1, H + 2, W + 2)
     logits = logits.permute(0, 3, 1, 2).unflatten(1, (9, factor * factor)).to(field.dtype)  # (B, 9, k k, H, W)
-    # Products and sums of whole maps: autocast would round the fields in a matrix product, and ONNX Runtime computes a
-    # softmax over any axis but the last several times as slowly.
+    # Products and sums of whole maps: autocast would round the fields in a matrix product, and in ONNX Runtime a
+    # softmax over any axis but the last is several times slower.
     weights = (logits - logits.detach().amax(1, keepdim=True)).exp()
     up = padded[..., :H, :W] * weights[:, :1]
     for n in range(1, 9):
@@ -194,7 +194,7 @@ def convex_upsample(field: torch.Tensor, logits: torch.Tensor, factor: int) -> t
 
 
 class ConvexUpsampling(nn.Module):
-    """Upsampling of fields by weights that features decide (equations: see the module).
+    """Upsampling of fields by weights computed from features (equations: see the module).
 
     Args:
         dim: Channels of the features.
@@ -221,14 +221,14 @@ class ConvexUpsampling(nn.Module):
 
 
 class CorrelationStart(nn.Module):
-    """The first fields, from a correlation of each pixel with all of its row, or of the other view (see the module).
+    """The initial fields, from the correlation of each pixel with its row or the whole other view (see the module).
 
     Args:
         dim: Channels C.
         flow: Compare with all pixels of the other view instead of those of one row.
 
     Shape:
-        (2B, H, W, C) -> (2B, H, W, 2), in float32 or float64; W of 5 or more, in flow H too.
+        (2B, H, W, C) -> (2B, H, W, 2), in float32 or float64; W at least 5, in flow H too.
     """
 
     def __init__(self, dim: int, flow: bool = False, device=None, dtype=None) -> None:
@@ -240,7 +240,7 @@ class CorrelationStart(nn.Module):
         self.k = nn.Linear(dim, dim, bias=False, **dd)
 
     def match(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the first fields and what they are read from.
+        """Compute the initial fields and their probabilities.
 
         Returns:
             f (2B, H, W, 2), and P as (2B, H, W, W), disparities last, or in flow (2B, H W, H W), other pixels last.
@@ -257,7 +257,7 @@ class CorrelationStart(nn.Module):
         return self.match(x)[0]
 
 
-@torch.fx.wrap  # as one node, since a trace does not know dtypes
+@torch.fx.wrap  # as one node, since dtypes are unknown in a trace
 def _widened(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -295,9 +295,9 @@ def _flow_start(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def _mean(p: torch.Tensor, taps: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Mean of places (..., n, 1 or 2) under the probabilities at taps (..., n), without those below average."""
+    """Mean of positions (..., n, 1 or 2) under the probabilities at taps (..., n), without those below average."""
     shares = p.gather(-1, taps)
     shares = shares * (shares >= 1 / p.shape[-1])
     total = shares.sum(-1, keepdim=True)
-    total = total.masked_fill(total == 0, 1)  # 0 then, with gradients of 0
+    total = total.masked_fill(total == 0, 1)  # the result is 0, with zero gradients
     return (shares.unsqueeze(-1) * places).sum(-2) / total

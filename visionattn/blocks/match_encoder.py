@@ -1,13 +1,13 @@
-"""The encoder of MatchStereo and MatchFlow: features of a view at 1/4 to 1/32 of its size, and their way up again.
+"""The encoder of MatchStereo and MatchFlow: features of a view at 1/4 to 1/32 of its size, and their fusion.
 
-Of images in 0..1, of which it takes 2 x - 1:
+Images in 0..1 are mapped to 2 x - 1:
 
     stem    3 x 3 at stride 2 -> C_1 / 2, instance norm, GELU, 3 x 3 at stride 2 -> C_1, instance norm, GELU
     block   x += W_2 DW(GELU(W_1 LN x))      W_1: C -> 2C, DW: 3 x 3 by channel, W_2: 2C -> C, no biases
             x += W_4 GELU(W_3 LN x)          likewise
-    down    3 x 3 at stride 2 of LN x, with a bias, between sizes
+    down    3 x 3 at stride 2 of LN x, with a bias, between resolutions
 
-The decoder, at each size but the smallest, makes one map of the encoder's features E and its own x of half that size:
+At each resolution but the lowest, the decoder fuses the encoder's features E and its own x at half the resolution:
 
     fusion  3 x 3 ReLU(1 x 1 [E, transposed convolution of x])      2 x 2 at stride 2
 
@@ -128,11 +128,11 @@ class MatchEncoder(nn.Module):
 
 
 class MatchFusion(nn.Module):
-    """Features of a size and those of half of it become one map (equations: see the module).
+    """Fuse features of a resolution with those of half of it (equations: see the module).
 
     Args:
-        dim_low: Channels of the smaller map.
-        dim: Channels C of the other, and of the result.
+        dim_low: Channels of the low-resolution map.
+        dim: Channels C of the high-resolution map, and of the output.
 
     Shape:
         skip (B, 2H, 2W, C), x (B, H, W, dim_low) -> (B, 2H, 2W, C).

@@ -5,29 +5,29 @@ With tokens X of shape (B, N, C), H heads of width D = C / H, each head h mixes 
     A_h = softmax(S_h)                       (B, N, N), rows sum to 1
     Y   = concat_h(A_h V_h) W_O              (B, N, C)
 
-`similarity` chooses S_h; a projection that is not needed is neither stored nor computed:
+`similarity` selects S_h; a projection that is not needed is neither stored nor computed:
 
     pair        S_h = X W_Q,h (X W_K,h)^T / sqrt(D)     2 C^2 parameters
     shared      the same with W_K = W_Q                   C^2, positive semi-definite
     collapsed   S_h = X W_h X^T / sqrt(C)               H C^2: smaller than the pair only for H = 1
     symmetric   S_h = X T_h T_h^T X^T / sqrt(C)         H C (C + 1) / 2, T_h lower triangular, positive semi-definite
 
-`values` chooses what is mixed:
+`values` selects what is mixed:
 
     projected   V = X W_V, output projection W_O        2 C^2 parameters
     identity    V_h = the h-th slice of X's channels, no W_O: tokens are averaged, never transformed
     shaped      as identity, with A_h replaced by alpha_h I + beta_h A_h - gamma_h 11^T / N  (3 H parameters)
 
-The block around it may leave out the MLP.
+The surrounding block may omit the MLP.
 
 Sources: "Reducing the Transformer Architecture to a Minimum", arXiv 2410.13732 (no MLP, collapsed and symmetric
-similarity, values left out); "Simplifying Transformer Blocks", arXiv 2311.01906 (shaped attention).
+similarity, no values); "Simplifying Transformer Blocks", arXiv 2311.01906 (shaped attention).
 
-Deviations, and why. Scores are scaled by the square root of the width that they sum over, and T starts so small that
+Deviations, and why. Scores are scaled by the square root of the width that they sum over, and T is initialised so that
 a normalised token's score with itself is 1 on average: drawn from N(0, 1) it would be sqrt(C) (C + 1) / 2, the softmax
 one-hot and the network untrainable. The paper's collapsed and symmetric forms have one head; more are allowed here at
-the cost above. Shaped attention keeps W_Q = 0 at the start, so that alpha = beta = gamma = 1 give the identity, and
-needs no skip; the source's value matrix in the first layer and its gain on the MLP branch are left out.
+the cost above. Shaped attention starts with W_Q = 0, so that alpha = beta = gamma = 1 give the identity, and
+needs no skip; the source's value matrix in the first layer and its gain on the MLP branch are omitted.
 """
 
 import torch
@@ -47,17 +47,17 @@ class MinimalAttention(nn.Module):
     """Attention whose similarity and values are reduced to what a task needs (equations: see the module).
 
     Args:
-        dim: Channels C of the tokens.
+        num_heads: Heads H. C must be divisible by it.
         num_heads: Heads H. C must be a multiple of it.
         similarity: `"pair"`, `"shared"`, `"collapsed"` or `"symmetric"`.
         values: `"projected"`, `"identity"` or `"shaped"`.
-        bias: Give the linear projections a bias. The triangular T has none.
+        bias: Add a bias to the linear projections. The triangular T has none.
 
     Shape:
         (B, N, C) -> (B, N, C), any N >= 1.
 
     Raises:
-        InputError: An unknown form, or `dim` is not a multiple of `num_heads`.
+        InputError: A form is unknown, or `dim` is not divisible by `num_heads`.
     """
 
     def __init__(
@@ -73,17 +73,17 @@ class MinimalAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         if similarity not in SIMILARITIES:
-            raise InputError(f"similarity is {similarity!r}; it can be one of {', '.join(SIMILARITIES)}.")
+            raise InputError(f"similarity must be one of {', '.join(map(repr, SIMILARITIES))}; got {similarity!r}.")
         if values not in VALUES:
-            raise InputError(f"values is {values!r}; it can be one of {', '.join(VALUES)}.")
+            raise InputError(f"values must be one of {', '.join(map(repr, VALUES))}; got {values!r}.")
         if dim % num_heads:
-            raise InputError(f"dim is {dim}, which {num_heads} heads do not divide.")
+            raise InputError(f"dim ({dim}) must be divisible by num_heads ({num_heads}).")
         self.dim = dim
         self.num_heads = num_heads
         self.similarity = similarity
         self.values = values
 
-        # Widths of q, k and v inside the one projection; 0 where X itself, q or T takes the place.
+        # Widths of q, k and v inside the one projection; 0 where X itself, q or T replaces it.
         self.widths = [
             {"pair": dim, "shared": dim, "collapsed": num_heads * dim, "symmetric": 0}[similarity],
             dim if similarity == "pair" else 0,
@@ -101,7 +101,7 @@ class MinimalAttention(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        # Places are in no file: after `to_empty` or on the meta device they hold nothing.
+        # The indices are not saved: after `to_empty` or on the meta device they are undefined.
         if self.place is not None:
             if self.place.is_meta and state_dict:
                 device = next(iter(state_dict.values())).device
@@ -110,7 +110,7 @@ class MinimalAttention(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Start with scores of order 1: of any two tokens, or of a token with itself in the semi-definite forms."""
+        """Initialise for scores of order 1: of any two tokens, or of a token with itself in the semi-definite forms."""
         unit = self.dim**-0.5  # keeps the variance of normalised tokens
         if self.qkv is not None:
             trunc_normal_(self.qkv.weight, std=unit)
@@ -132,7 +132,7 @@ class MinimalAttention(nn.Module):
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
-        """Where in `triangle` each entry of T stands; entries above the diagonal point one past its end, at a zero."""
+        """Index in `triangle` of each entry of T; entries above the diagonal point one past its end, at a zero."""
         if self.place is not None:
             index = torch.arange(self.dim, device=self.place.device)
             row, column = index[:, None], index[None, :]
@@ -144,7 +144,7 @@ class MinimalAttention(nn.Module):
         return f"{self.dim}, heads={self.num_heads}, similarity={self.similarity}, values={self.values}"
 
     def triangular(self) -> torch.Tensor:
-        """The H matrices T_h side by side, (C, H C), rows filled from the stored numbers in order."""
+        """The H matrices T_h concatenated, (C, H C), rows filled from the stored elements in order."""
         full = F.pad(self.triangle, (0, 1)).index_select(1, self.place)
         return full.view(self.num_heads, self.dim, self.dim).transpose(0, 1).flatten(1)
 
@@ -153,7 +153,7 @@ class MinimalAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values, each (B, H, N, width); what is the same tensor is computed once."""
+        """Queries, keys and values, each (B, H, N, width); equal ones are computed once."""
         q, k, v = x, x, x
         if self.qkv is not None:
             q, k, v = self.qkv(x).split(self.widths, dim=-1)
@@ -193,14 +193,14 @@ class MinimalAttention(nn.Module):
 class MinimalBlock(nn.Module):
     """Pre-norm residual block: X + attention(norm(X)), then X + MLP(norm(X)) if there is an MLP.
 
-    Shaped attention carries the identity itself, so that its skip is left out (arXiv 2311.01906).
+    Shaped attention contains the identity itself, so its skip is omitted (arXiv 2311.01906).
 
     Args:
         dim: Channels C of the tokens.
         num_heads: Heads of the attention.
         similarity: See `MinimalAttention`.
         values: See `MinimalAttention`.
-        mlp_ratio: Hidden width of the MLP as a multiple of C; 0 leaves the MLP and its norm out.
+        mlp_ratio: Hidden width of the MLP as a multiple of C; 0 omits the MLP and its norm.
         drop_path: Probability of dropping a residual branch in training.
 
     Shape:

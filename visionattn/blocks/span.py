@@ -1,4 +1,4 @@
-r"""SPAN's block: attention without parameters, from the sign and size of the features themselves.
+r"""SPAN's block: parameter-free attention, from the sign and magnitude of the features themselves.
 
 A block takes x (B, C, H, W). Three 3 x 3 convolutions give features h, and an odd function of h weighs the sum of both:
 
@@ -6,10 +6,10 @@ A block takes x (B, C, H, W). Three 3 x 3 convolutions give features h, and an o
     h  = conv3(SiLU(conv2(s1)))
     O  = (h + x) * (sigmoid(h) - 0.5)         all (B, C, H, W)
 
-The weight lies in (-1/2, 1/2) and is odd: strong features of either sign pass, weak ones are suppressed. Nothing leads
-around the product.
+The weight lies in (-1/2, 1/2) and is odd: strong features of either sign pass, weak ones are suppressed. No skip
+bypasses the product.
 
-Each convolution can be trained in branches and used as one. With gain g and zero padding of x before all else,
+Each convolution can be trained with branches and used as one. With gain g and zero padding of x before everything else,
 
     branches  W3 * (W2 * (W1 * x)) + Ws * x   W1 (gC_in, C_in, 1, 1), W2 (gC_out, gC_in, 3, 3), W3 (C_out, gC_out, 1, 1)
                                               and Ws (C_out, C_in, 1, 1), each with a bias B1, B2, B3, Bs
@@ -17,13 +17,13 @@ Each convolution can be trained in branches and used as one. With gain g and zer
               W[o,i,u,v] = sum_{b,a} W3[o,b] W2[b,a,u,v] W1[a,i] + [u = v = centre] Ws[o,i]
               B[o]       = sum_b W3[o,b] (B2[b] + sum_{a,u,v} W2[b,a,u,v] B1[a]) + B3[o] + Bs[o]
 
-which are equal at the border too, since the padding carries B1 through W1 as the inside does.
+which are also equal at the border, since the padding carries B1 through W1 as the interior does.
 
 Source: SPAN, arXiv 2311.12770.
 
-Deviations, and why. Fusing happens once, in float64, and deletes the branches; the authors' code fuses anew at every
-call, in the dtype of the weights. The block hands out s1 after its SiLU: that is what the authors' networks concatenate
-(their SiLU works in place on what they call the raw convolution).
+Deviations, and why. Fusing happens once, in float64, and deletes the branches; the authors' code fuses at every
+call, in the dtype of the weights. The block returns s1 after its SiLU: this is what the authors' networks concatenate
+(their SiLU works in place on the output of the convolution).
 """
 
 import torch
@@ -36,19 +36,19 @@ __all__ = ["SPAB", "Conv3XC"]
 
 
 class Conv3XC(nn.Module):
-    """A 3 x 3 convolution, as one or in branches (equations: see the module).
+    """A 3 x 3 convolution, plain or with branches (equations: see the module).
 
     Args:
         in_chans: Input channels C_in.
         out_chans: Output channels C_out.
         gain: Width g of the branches as a multiple of the channels.
-        branches: Build the branches, for training; `fuse` makes them one convolution.
+        branches: Build the branches, for training; `fuse` merges them into one convolution.
 
     Shape:
         (B, C_in, H, W) -> (B, C_out, H, W), any H and W.
 
     Raises:
-        InputError: A number of channels, or the gain, is less than 1.
+        InputError: Channels or the gain are less than 1.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class Conv3XC(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         if min(in_chans, out_chans, gain) < 1:
-            raise InputError(f"Channels and gain are 1 or more, but got {in_chans}, {out_chans} and {gain}.")
+            raise InputError(f"Channels and gain must be at least 1; got {in_chans}, {out_chans} and {gain}.")
         self.in_chans = in_chans
         self.out_chans = out_chans
         self.gain = gain
         wide_in, wide_out = gain * in_chans, gain * out_chans
         self.conv = None if branches else nn.Conv2d(in_chans, out_chans, 3, padding=1, **dd)
-        # The padding stands at the first 1 x 1 convolution, so that the 3 x 3 one needs none.
+        # The first 1 x 1 convolution pads, so that the 3 x 3 one needs no padding.
         self.expand = nn.Conv2d(in_chans, wide_in, 1, padding=1, **dd) if branches else None
         self.mix = nn.Conv2d(wide_in, wide_out, 3, **dd) if branches else None
         self.project = nn.Conv2d(wide_out, out_chans, 1, **dd) if branches else None
@@ -82,7 +82,7 @@ class Conv3XC(nn.Module):
     @torch.jit.ignore
     @torch.no_grad()
     def fuse(self) -> None:
-        """Make the branches one 3 x 3 convolution, computed in float64; a fused layer stays as it is."""
+        """Merge the branches into one 3 x 3 convolution, computed in float64; a fused layer stays unchanged."""
         if self.conv is not None:
             return
         w1, w2, w3, ws = (layer.weight.double() for layer in (self.expand, self.mix, self.project, self.skip))
@@ -96,10 +96,10 @@ class Conv3XC(nn.Module):
     @torch.jit.ignore
     @torch.no_grad()
     def unfuse(self) -> None:
-        """Give the one convolution branches that compute exactly the same; a layer that has some stays as it is.
+        """Replace the one convolution by branches that compute exactly the same; a layer with branches stays unchanged.
 
-        The first 1 x 1 convolution copies the channels, the 3 x 3 one reads the first copy and gives the result in
-        copies, the last 1 x 1 one takes the first of them, and the skip is zero. All branches receive gradients.
+        The first 1 x 1 convolution copies the channels, the 3 x 3 one reads the first copy and writes its result to
+        all copies, the last 1 x 1 one reads the first of them, and the skip is zero. All branches receive gradients.
         """
         if self.conv is None:
             return
@@ -150,7 +150,7 @@ class SPAB(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, H, W) -> O and s1, both (B, C, H, W)."""
-        in_place = not self.training  # fresh memory costs time; autograd would copy what is overwritten
+        in_place = not self.training  # allocation costs time; autograd would copy overwritten tensors
         s1 = F.silu(self.conv1(x), inplace=in_place)
         h = self.conv3(F.silu(self.conv2(s1), inplace=in_place))
         return torch.ops.visionattn.symmetric_gate(h, x), s1

@@ -1,33 +1,33 @@
-r"""Subspace attention (ULSAM): each group of channels has one map that says where, made by two numbers a channel.
+r"""Subspace attention (ULSAM): one spatial attention map per group of channels, from two parameters per channel.
 
-The C channels of x (B, C, H, W) are cut into g subspaces F_n of G = C / g neighbours, each with an attention map of its
-own:
+The C channels of x (B, C, H, W) are split into g subspaces F_n of G = C / g adjacent channels, each with its own
+attention map:
 
     A_n = softmax over H W of PW(maxpool_3x3(DW(F_n)))      (B, 1, H, W), sums to 1
     Y_n = F_n (1 + A_n)                                     (B, G, H, W)
 
-DW is a 1 x 1 depthwise convolution, one number a channel; PW a 1 x 1 convolution with one filter: 2 C parameters for
-any g, and 2 C H W multiply-accumulates. The pool has stride 1 and -inf around the map.
+DW is a 1 x 1 depthwise convolution, one parameter per channel; PW a 1 x 1 convolution with one filter: 2 C parameters
+for any g, and 2 C H W multiply-accumulates. The pool has stride 1 and pads with -inf.
 
-`form` chooses what stands around the convolutions:
+`form` selects the layers around the convolutions:
 
     paper     the equations above
     module    as in the authors' code: both convolutions with a bias, then batch norm (momentum 0.9) and ReLU; 5 C + 3 g
               parameters. ReLU gives all positions of negative logits the same weight.
 
-`gain` chooses what multiplies x:
+`gain` selects what multiplies x:
 
     paper     1 + A_n. A is 1 / (H W) on average, so that the block is nearly the identity: its mean gain is 1.0051 at
               14 x 14 and 1.0003 at 56 x 56.
     scaled    1 + H W A_n: a mean gain of 2 at every size.
-    learned   1 + lambda_n H W A_n, one more parameter a subspace; it starts at 0, so that an inserted block changes
-              nothing at first.
+    learned   1 + lambda_n H W A_n, one more parameter per subspace; initialised to 0, so that an inserted block changes
+                      nothing at first.
 
 Source: ULSAM, arXiv 2006.15102.
 
 Deviations, and why. All subspaces are computed at once, by one operator, instead of in g branches. `scaled` and
-`learned` are not in the paper: they let the map have a say at any size. In training, a bias before batch norm cancels
-out: it is stored, as the authors' module does, and its gradient is 0.
+`learned` are not in the paper: they make the map effective at any size. In training, a bias before batch norm cancels
+out: it is stored, as in the authors' module, and its gradient is 0.
 """
 
 import torch
@@ -62,7 +62,7 @@ def fold_norm(
     norm_bias: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a batch norm multiplies the weight of the convolution before it by, and the bias of both, all (K,)."""
+    """Scale of the preceding convolution's weight, and the folded bias, both (K,)."""
     slope = norm_weight * (var + eps).rsqrt()
     return slope, norm_bias + (bias - mean) * slope
 
@@ -70,12 +70,12 @@ def fold_norm(
 class SubspaceAttention(nn.Module):
     """A spatial gate for each group of channels (equations: see the module).
 
-    A state dict of the authors' module (keys `subspaces.N.conv_dws.weight` and so on) loads into `form="module"` as it
-    is.
+    A state dict of the authors' module (keys `subspaces.N.conv_dws.weight` and so on) loads into `form="module"`
+    directly.
 
     Args:
         dim: Channels C.
-        num_subspaces: Subspaces g. C must be a multiple of it.
+        num_subspaces: Subspaces g. C must be divisible by it.
         form: `"paper"` or `"module"`.
         gain: `"paper"`, `"scaled"` or `"learned"`.
 
@@ -83,10 +83,10 @@ class SubspaceAttention(nn.Module):
         (B, C, H, W) -> (B, C, H, W), any H and W.
 
     Raises:
-        InputError: The subspaces do not divide the channels, or a choice is unknown.
+        InputError: The channels are not divisible by the subspaces, or a choice is unknown.
     """
 
-    is_gate = True  # `visionattn.insert` puts it behind a layer without a skip connection
+    is_gate = True  # `visionattn.insert` inserts it after a layer without a skip connection
 
     def __init__(
         self,
@@ -100,11 +100,11 @@ class SubspaceAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         if num_subspaces < 1 or dim < 1 or dim % num_subspaces:
-            raise InputError(f"There are {dim} channels, which {num_subspaces} subspaces do not divide.")
+            raise InputError(f"dim ({dim}) must be divisible by num_subspaces ({num_subspaces}).")
         if form not in FORMS:
-            raise InputError(f"form is {form!r}; it can be one of {', '.join(FORMS)}.")
+            raise InputError(f"form must be one of {', '.join(map(repr, FORMS))}; got {form!r}.")
         if gain not in GAINS:
-            raise InputError(f"gain is {gain!r}; it can be one of {', '.join(GAINS)}.")
+            raise InputError(f"gain must be one of {', '.join(map(repr, GAINS))}; got {gain!r}.")
         g, module = num_subspaces, form == "module"
         self.rectify = module
         self.scaled = gain != "paper"
@@ -121,7 +121,7 @@ class SubspaceAttention(nn.Module):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """Start as convolutions of these shapes do in PyTorch, a learned gain at 0."""
+        """Initialise like PyTorch convolutions of these shapes, a learned gain to 0."""
         for weight, bias, fan_in in ((self.scale, self.shift, 1), (self.point, self.offset, self.point.shape[1])):
             for parameter in (weight, bias):
                 if parameter is not None:
@@ -150,7 +150,7 @@ class SubspaceAttention(nn.Module):
         return y
 
     def forward_of_running(self, x: torch.Tensor) -> torch.Tensor:
-        """The module form with running statistics: batch norm is part of scale, shift, point and offset."""
+        """The module form with running statistics: batch norm is folded into scale, shift, point and offset."""
         first, second = self.norm, self.norm_logits
         slope, shift = fold_norm(self.shift, first.running_mean, first.running_var, first.weight, first.bias, self.eps)
         slope_logits, offset = fold_norm(
@@ -163,20 +163,20 @@ class SubspaceAttention(nn.Module):
         return y
 
     def forward_of_batch(self, x: torch.Tensor) -> torch.Tensor:
-        """The module form with the statistics of the batch, which go into the running ones."""
+        """The module form with batch statistics, which update the running ones."""
         first, second = self.norm, self.norm_logits
         # DW is an affine map of x: its statistics are those of x, mapped.
         pixels, count = x.flatten(2), x.shape[0] * x.shape[2] * x.shape[3]
         mean = pixels.sum(2).sum(0) / count  # (C,)
         var = (pixels - mean[:, None]).square().sum(2).sum(0) / count * self.scale.square()
         mean = mean * self.scale
-        # A bias before the norm cancels out, but distributed training expects a gradient of it.
+        # A bias before the norm cancels out, but distributed training expects a gradient for it.
         slope, shift = fold_norm(0 * self.shift, mean, var, first.weight, first.bias, self.eps)
         offset = second.bias + 0 * self.offset
         y, logits = torch.ops.visionattn.subspace_attention(
             x, self.scale * slope, shift, self.point, second.weight, offset, self.gain, True, self.scaled, self.eps
         )
-        # The norms are called for their running statistics alone; two pixels can have those of all.
+        # The norms are called only to update their running statistics; two pixels can represent those of all.
         self.norm_logits(logits.detach() + self.offset[:, None, None])  # type: ignore[misc]
         apart = (var * (count / (count - 1) / 2)).sqrt()
         mean = mean + self.shift
@@ -186,9 +186,9 @@ class SubspaceAttention(nn.Module):
     @torch.jit.ignore
     @torch.no_grad()
     def fuse(self) -> None:
-        """Fold both batch norms into the convolutions, in float64; without any, the block stays as it is.
+        """Fold both batch norms into the convolutions, in float64; without any, the block stays unchanged.
 
-        The fused block computes with the running statistics, in training too.
+        The fused block uses the running statistics, in training too.
         """
         if self.norm is None:
             return
@@ -203,7 +203,7 @@ class SubspaceAttention(nn.Module):
 
 
 def _convert_published(module, state_dict, prefix, *_) -> None:
-    """Turn the entries of the authors' module into ours, in place; other state dicts stay as they are."""
+    """Convert the entries of the authors' module to ours, in place; other state dicts stay unchanged."""
     number = 0
     parts: dict[str, list[torch.Tensor]] = {}
     while f"{prefix}subspaces.{number}.conv_dws.weight" in state_dict:

@@ -1,4 +1,4 @@
-"""One LightningModule a task, and the command line over them."""
+"""One LightningModule per task, and the command line over them."""
 
 from visionattn.errors import require
 

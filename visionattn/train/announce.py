@@ -1,4 +1,4 @@
-"""What a run says while it goes: what it works on at its start, and a line for each epoch where no bar can be drawn."""
+"""Console output of a run: a summary at its start, and one line per epoch if no progress bar can be drawn."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _SPLITS = {"train": "training", "val": "validation", "test": "test", "predict": 
 
 
 def say(trainer: Any, what: Any) -> None:
-    """Print, on the first rank alone."""
+    """Print, on the first rank only."""
     if trainer.is_global_zero:
         Console(soft_wrap=True, highlight=False).print(what, markup=False)
 
 
 def run_title(model: Any) -> str:
-    """What a run is called: the name of its network, or of its task."""
+    """Title of a run: the name of its network, or of its task."""
     return getattr(model.hparams, "name", type(model).__name__)
 
 
 class Announcement(Callback):
-    """Says at the start of a run: device, images of each split and class, what is left out, and the run's folder.
+    """Prints at the start of a run: device, images per split and class, what is left out, and the run's folder.
 
     Attributes:
-        has_begun: Whether batches are being worked on, so that what is restored from a checkpoint has been.
+        has_begun: Whether processing of batches has begun, so that a checkpoint has been restored.
         can_test: Whether the data have a test split, or test on the validation split.
     """
 
@@ -45,11 +45,11 @@ class Announcement(Callback):
         self._said = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Say it, once."""
+        """Print the summary, once."""
         if self._said:
             return
         self._said = True
-        # All ranks open their data now, so that a folder that cannot be used ends all of them.
+        # All ranks open their data now, so that an unusable folder ends all of them.
         lines = self._lines(trainer, pl_module)
         folder = trainer.log_dir
         if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run:
@@ -74,36 +74,36 @@ class Announcement(Callback):
         for split in splits:
             try:
                 if split == "test" and data.tests_on_validation:
-                    lines.append("test: there is no test split; the validation split is measured in its place")
+                    lines.append("test: there is no test split; the validation split is used instead")
                 else:
                     lines.append(f"{_SPLITS[split]}: {data.describe(split)}")
             except DataError as error:
                 if split != "test" or not fitting:
                     raise
-                # What trains can do without a test.
+                # Training works without a test split.
                 self.can_test = False
                 lines.append(f"test: none ({shorten(error, 200)})")
         lines += [f"left out in {shorten(line, 400)}" for line in data.left_out()]
         return lines
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
-        """Batches are worked on."""
+        """Processing has begun."""
         self.has_begun = True
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Batches are worked on."""
+        """Processing has begun."""
         self.has_begun = True
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Batches are worked on."""
+        """Processing has begun."""
         self.has_begun = True
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Batches are worked on."""
+        """Processing has begun."""
         self.has_begun = True
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """Batches are worked on."""
+        """Processing has begun."""
         self.has_begun = True
 
 
@@ -121,20 +121,20 @@ def _length(trainer: Any) -> str:
 
 
 class EpochLines(ProgressBar):
-    """One line for each epoch, with the measures that a progress bar would show: for output that is not a terminal."""
+    """One line per epoch, with the metrics that a progress bar would show, for output that is not a terminal."""
 
     def __init__(self) -> None:
         super().__init__()
         self._since = time.monotonic()
 
     def disable(self) -> None:
-        """Lightning's tuners ask for quiet; a line for each epoch is quiet."""
+        """Called by Lightning's tuners; one line per epoch needs no silencing."""
 
     def enable(self) -> None:
         """Counterpart of `disable`."""
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to count the seconds."""
+        """Start the timer."""
         self._since = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

@@ -1,4 +1,4 @@
-"""Writing checkpoints whole or not at all."""
+"""Writing checkpoints atomically."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["AtomicCheckpointIO"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, put under their name only when they are complete.
+    """Lightning's checkpoint files, moved to their final name only when complete.
 
-    A full disk leaves the previous checkpoint untouched and raises `StorageError`; a file that is no checkpoint raises
+    A full disk leaves the previous checkpoint untouched and raises `StorageError`; an invalid checkpoint file raises
     `CheckpointError`. Remote paths (`s3://...`) are written by Lightning.
     """
 
@@ -41,14 +41,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except IsADirectoryError as error:
             raise CheckpointError(f"{shorten(path)} is a folder: give the checkpoint, then the images.") from error
         except Exception as error:
-            # Broken archives and pickles raise RuntimeError, UnpicklingError, EOFError, KeyError and more.
+            # Damaged archives and pickles raise RuntimeError, UnpicklingError, EOFError, KeyError and more.
             raise CheckpointError(
-                f"{path} cannot be read as a checkpoint: it is damaged, of another format, or holds more than tensors "
+                f"{path} cannot be read as a checkpoint: it is damaged, has another format, or holds more than tensors "
                 "and plain values."
             ) from error
         if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
             raise CheckpointError(
-                f"{shorten(path)} is not a checkpoint of a training run. Weights alone are loaded by model_args: "
+                f"{shorten(path)} is not a training checkpoint. To load weights only, use model_args: "
                 "{checkpoint_path: FILE}."
             )
         if wrong := _fault(checkpoint):
@@ -56,7 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-# What Lightning and the tasks look at before they look closer.
+# Entries that Lightning and the tasks read first.
 _ENTRIES: dict[str, type] = {
     "state_dict": dict,
     "hyper_parameters": dict,
@@ -71,9 +71,9 @@ _ENTRIES: dict[str, type] = {
 
 
 def _fault(checkpoint: dict[str, Any]) -> str | None:
-    """What in a checkpoint is of another type than Lightning writes, in words, or None."""
+    """Description of an entry whose type differs from what Lightning writes, or None."""
     if not all(isinstance(key, str) for key in checkpoint):
-        return "one of its keys is not a text"
+        return "one of its keys is not a string"
     for key, kind in _ENTRIES.items():
         if key not in checkpoint:
             continue
@@ -83,7 +83,7 @@ def _fault(checkpoint: dict[str, Any]) -> str | None:
         if isinstance(value, int) and value < 0:
             return f"its {key} is {value}"
     if not re.fullmatch(r"\d+\.\d+[\w.+-]*", str(checkpoint["pytorch-lightning_version"])):
-        return "it names no version of Lightning"
+        return "it has no Lightning version"
     for key, value in checkpoint["state_dict"].items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             return f"its weight {shorten(key, 60)} is not a dense tensor"

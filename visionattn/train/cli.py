@@ -55,13 +55,13 @@ __all__ = ["TrainCLI", "find_recipe", "main", "recipes"]
 
 _ARGUMENTS = {"fit": "RECIPE [FOLDER]", **dict.fromkeys(("validate", "test", "predict"), "CHECKPOINT [FOLDER]")}
 _COMMANDS = tuple(_ARGUMENTS)
-# Lightning's warnings that a checkpoint holds what only training needs.
+# Lightning's warnings about checkpoint entries that only training needs.
 LONGEST_MESSAGE = 1000
 _ONLY_FOR_TRAINING = "Be aware that when using `ckpt_path`|The dirpath has changed"
 
 
 def _as_list(value: Any) -> list[Any]:
-    """What may be given as nothing, one thing or several."""
+    """A value that can be None, a single item or a list, as a list."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -70,13 +70,13 @@ def _as_list(value: Any) -> list[Any]:
 class TrainCLI(LightningCLI):
     """LightningCLI with this package's defaults.
 
-    Any LightningModule and LightningDataModule may be named by `model.class_path` and `data.class_path`; without them
-    the task is classification. The best checkpoint is the one with the highest `monitor` of the task's class. Runs land
-    in `runs/RECIPE/version_N`: config.yaml, metrics.csv, checkpoints/best.ckpt and checkpoints/last.ckpt. A run that is
-    resumed from its last.ckpt goes on in its own folder.
+    `model.class_path` and `data.class_path` accept any LightningModule and LightningDataModule; the default
+    task is classification. The best checkpoint is the one with the highest `monitor` of the task's class. Runs are
+    written to `runs/RECIPE/version_N`: config.yaml, metrics.csv, checkpoints/best.ckpt and checkpoints/last.ckpt. A run
+    that is resumed from its last.ckpt continues in its own folder.
 
     Args:
-        args: Arguments of the command line.
+        args: Command-line arguments.
     """
 
     trainer: Any
@@ -88,7 +88,7 @@ class TrainCLI(LightningCLI):
         asked = expand_positionals(args)
         args = with_recipe(asked)
         if args != asked and getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"No recipe is named: {DEFAULT_RECIPE} is used, for images in folders of their classes.")
+            print(f"No recipe is given: using {DEFAULT_RECIPE}, for images in one folder per class.")
         resolved, configs = resolve_configs(args)
         self._run_name = configs[-1].stem if configs else None
         if self._run_name == "config":
@@ -122,10 +122,10 @@ class TrainCLI(LightningCLI):
         except Exception as error:
             if self._running:
                 raise
-            raise ConfigError(explain(error)) from error  # what a configuration names raises nearly anything
+            raise ConfigError(explain(error)) from error  # classes named in a configuration raise almost any exception
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Default task, link and checkpoints."""
+        """Default task, linked arguments and checkpoints."""
         parser.set_defaults(
             {
                 "model": {"class_path": "visionattn.train.classify.ClassifyTask"},
@@ -134,7 +134,7 @@ class TrainCLI(LightningCLI):
         )
         for argument, source in FROM_DATA.items():
             parser.link_arguments(f"data.{source}", f"model.init_args.{argument}", apply_on="instantiate")
-        # Lightning's save_last saves the last best one, not the last: a second callback does.
+        # Lightning's save_last keeps the last best checkpoint, not the last one: a second callback does.
         for name, settings in {
             "best": {"filename": "best", "mode": "max"},
             "last": {"filename": "last"},
@@ -147,24 +147,24 @@ class TrainCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         for action in parser._actions:
             if action.dest == "ckpt_path":
-                action.help = "checkpoint to take weights, and in fit the state, from; --checkpoint FILE is the same"
+                action.help = "checkpoint with the weights and, for fit, the state; --checkpoint FILE is an alias"
         if subcommand == "predict":
-            parser.add_argument("--output", type=str | None, help="CSV or JSON file (predictions.csv)")
-            parser.add_argument("--top", type=int, default=1, help="the likeliest classes of each image, so many")
-            parser.add_argument("--probabilities", action="store_true", help="the probability of every class")
-            parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
+            parser.add_argument("--output", type=str | None, help=".csv or .json file (default: predictions.csv)")
+            parser.add_argument("--top", type=int, default=1, help="number of most likely classes per image")
+            parser.add_argument("--probabilities", action="store_true", help="write the probability of every class")
+            parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
         if subcommand == "test":
-            parser.add_argument("--output", type=str | None, help="folder of a report of a classifier")
-            parser.add_argument("--overwrite", action="store_true", help="replace a report in that folder")
+            parser.add_argument("--output", type=str | None, help="folder for a report (classifiers only)")
+            parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, with errors in plain words."""
+        """Parse; errors are one line."""
         command = next((arg for arg in args if arg in _COMMANDS), None)
         try:
             with said_by_checkpoint(args) as before:
                 self.config = parser.parse_args([*args[:1], *before, *args[1:]])
-        except Exception as error:  # jsonargparse and the classes that a configuration names raise nearly anything
+        except Exception as error:  # jsonargparse and named classes raise almost any exception
             settings = list(self._parser(command).get_defaults().keys(branches=True)) if command else []
             raise ConfigError(explain_option(error, args, settings, command)) from error
         check_numbers(self.config.get(self.config.subcommand))
@@ -175,17 +175,17 @@ class TrainCLI(LightningCLI):
             given.best.monitor = getattr(task, "monitor", OptimizedTask.monitor)
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would put the checkpoint's model in the place of the one that was asked for.
+        # Lightning would replace the requested model by the checkpoint's.
         pass
 
     def before_instantiate_classes(self) -> None:
-        """Only training writes its configuration, and needs what only training wrote."""
+        """Write a configuration, and require training settings, for training only."""
         if self.subcommand != "fit":
             self.save_config_callback = None
             warnings.filterwarnings("ignore", message=_ONLY_FOR_TRAINING)
 
     def instantiate_classes(self) -> None:
-        """Instantiate; a model that gets a checkpoint's weights looks for no others."""
+        """Instantiate; a model that is restored from a checkpoint loads no other weights."""
         given = self.config[self.subcommand]
         self._configured = self.config
         ckpt_path = given.get("ckpt_path")
@@ -198,13 +198,13 @@ class TrainCLI(LightningCLI):
                 model.init_args[key] = value
         super().instantiate_classes()
         if card is not None and self.subcommand != "fit" and hasattr(self.model, "net"):
-            # Of a checkpoint of another model, the check of its weights says more.
+            # For the checkpoint of another model, the check of its weights gives a better message.
             with contextlib.suppress(CheckpointError):
                 card.apply(self.model.net)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Add what every run has."""
-        self.config = self._configured  # which a run saves
+        """Add the settings that every run has."""
+        self.config = self._configured  # saved by the run
         given = self._get(self.config_init, "trainer")
         callbacks = _as_list(given.callbacks)
         if self.subcommand == "fit":
@@ -222,7 +222,7 @@ class TrainCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _logger(self) -> CSVLogger:
-        """A new folder, or that of the run that is resumed."""
+        """A new run folder, or that of the resumed run."""
         ckpt_path = self._get(self.config_init, "ckpt_path")
         if ckpt_path is not None:
             folder = Path(ckpt_path).resolve().parent.parent
@@ -234,11 +234,11 @@ class TrainCLI(LightningCLI):
         return CSVLogger(runs if "://" in runs else str(Path(runs).resolve()), name=name)
 
     def before_fit(self) -> None:
-        """Refuse what Lightning would only warn about."""
+        """Raise errors where Lightning would only warn."""
         check_averaging(self.trainer)
 
     def after_fit(self) -> None:
-        """Validate the best checkpoint, test it where the task has a test, and sum up."""
+        """Validate the best checkpoint, test it if the task has a test, and print a summary."""
         trainer = self.trainer
         if trainer.fast_dev_run:
             return
@@ -246,10 +246,10 @@ class TrainCLI(LightningCLI):
         best, last = self._get(self.config_init, "best"), self._get(self.config_init, "last")
         chosen = best.best_model_path or last.best_model_path or None
         if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
-            # The average is made when training ends, behind the last of the other checkpoints.
+            # The average is computed at the end of training, after the other checkpoints.
             chosen = str(Path(best.dirpath or trainer.default_root_dir) / "averaged.ckpt")
             trainer.save_checkpoint(chosen)
-        # Averaged weights are the checkpoint's weights; the callback would put back the others.
+        # Averaged weights are the checkpoint's weights; the callback would restore the others.
         trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, WeightAveraging)]
         warnings.filterwarnings("ignore", message=_ONLY_FOR_TRAINING)
         evaluations = {"val": trainer.validate}
@@ -262,7 +262,7 @@ class TrainCLI(LightningCLI):
         tell_skipped(self)
         if "test" in measured and self.model.hparams.get("report"):
             report_test(self, Path(trainer.log_dir or trainer.default_root_dir) / "report")
-        say(trainer, f"The run is in {trainer.log_dir}; the weights of this table in {chosen}.")
+        say(trainer, f"The run is in {trainer.log_dir}; the weights of this table are in {chosen}.")
 
     def validate(self, **kwargs: Any) -> None:
         """Validate and print."""
@@ -297,7 +297,7 @@ class TrainCLI(LightningCLI):
         self.exit_code = int(tell_skipped(self))
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run; say plainly where a checkpoint cannot be restored, and leave nothing of a run that never began."""
+        """Run; explain why a checkpoint cannot be restored, and remove the folder of a run that never began."""
         self._running = True
         try:
             super()._run_subcommand(subcommand)
@@ -307,20 +307,20 @@ class TrainCLI(LightningCLI):
             ckpt_path = self._get(self.config_init, "ckpt_path")
             reason = f"{type(error).__name__}: {shorten(error, 200)}"
             if ckpt_path is None:
-                raise ConfigError(f"The run could not begin ({reason}).") from error
-            raise CheckpointError(f"The run could not begin from {shorten(ckpt_path)} ({reason}).") from error
+                raise ConfigError(f"The run could not start ({reason}).") from error
+            raise CheckpointError(f"The run could not start from {shorten(ckpt_path)} ({reason}).") from error
         finally:
             if subcommand == "fit":
                 _remove_unused(self.trainer)
 
     def _check_weights(self) -> None:
-        """Refuse to measure what nobody trained."""
+        """Refuse to evaluate untrained weights."""
         if self._get(self.config_init, "ckpt_path") is None and not getattr(self.model, "starts_trained", True):
             raise ConfigError("The model has no trained weights: give --checkpoint FILE, or set model.pretrained.")
 
 
 def check_averaging(trainer: Any) -> None:
-    """Refuse averaged weights of a sharded model.
+    """Refuse weight averaging for a sharded model.
 
     Raises:
         ConfigError: Lightning's averaging copies the whole model to each device, before it is sharded.
@@ -330,12 +330,12 @@ def check_averaging(trainer: Any) -> None:
     if averaging and isinstance(trainer.strategy, sharding):
         raise ConfigError(
             f"{averaging[0]} does not work with sharded models ({type(trainer.strategy).__name__}): it would hold the "
-            "whole model on each device and average wrong weights. Use the strategy ddp, or leave the averaging out."
+            "whole model on each device and average wrong weights. Use the strategy ddp, or remove the averaging."
         )
 
 
 def _resume_command(args: Sequence[str], checkpoint: Path) -> str:
-    """What to type in order to go on."""
+    """The command line that resumes a run."""
     config = checkpoint.parent.parent / "config.yaml"
     if config.is_file():
         return shlex.join(["visionattn", "fit", "--config", str(config), "--checkpoint", str(checkpoint)])
@@ -343,7 +343,7 @@ def _resume_command(args: Sequence[str], checkpoint: Path) -> str:
 
 
 def _remove_unused(trainer: Any) -> None:
-    """Remove the folder of a run that ended before it had a checkpoint or a row of measures."""
+    """Remove the folder of a run that ended before it had a checkpoint or any metrics."""
     logger = trainer.logger
     if type(logger) is not CSVLogger or not trainer.is_global_zero or "://" in logger.log_dir:
         return
@@ -352,7 +352,7 @@ def _remove_unused(trainer: Any) -> None:
     if files <= {"config.yaml", "hparams.yaml"}:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in (folder.parent, folder.parent.parent):
-            with contextlib.suppress(OSError):  # it holds other runs
+            with contextlib.suppress(OSError):  # the folder holds other runs
                 parent.rmdir()
 
 
@@ -360,13 +360,13 @@ def main(args: Sequence[str]) -> int:
     """Run one of the four commands.
 
     Args:
-        args: Arguments behind `visionattn`, the command first.
+        args: Arguments after `visionattn`, the command first.
 
     Returns:
-        Exit code: 0; 1 after a prediction that skipped images; 2 after a message about wrong input; 130 after Ctrl-C;
+        Exit code: 0; 1 after a prediction that skipped images; 2 after an error message; 130 after Ctrl-C;
         143 after SIGTERM.
     """
-    # The table at the end says what Lightning's notes would, and its advertisements are not needed here.
+    # The final table replaces these notes of Lightning, and its advertisements are not needed.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for note in (".*LeafSpec", "The number of training batches", "Checkpoint directory"):
@@ -375,7 +375,7 @@ def main(args: Sequence[str]) -> int:
         require("jsonargparse", "train")
         use_bounded_yaml()
         exit_code = TrainCLI(args).exit_code
-        # Lightning leaves the processes joined, and their threads abort now and then when Python ends under them.
+        # Lightning leaves processes to be joined, and their threads sometimes abort when Python exits.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except Interrupted as stop:
@@ -386,9 +386,9 @@ def main(args: Sequence[str]) -> int:
         print("Aborted.", file=sys.stderr)
         return 130
     except SystemExit as stop:
-        # Lightning turns a Ctrl-C into an exit.
+        # Lightning turns Ctrl-C into an exit.
         if isinstance(stop.__context__, KeyboardInterrupt):
-            print("Aborted without saving; the last checkpoint saved before is untouched.", file=sys.stderr)
+            print("Aborted without saving; the last saved checkpoint is untouched.", file=sys.stderr)
             return 130
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Reading configurations: YAML within bounds, values that are numbers, and faults in plain words."""
+"""Reading configurations: bounded YAML, checks for NaN, and one-line error messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 DEFAULT_RECIPE = "classify/finetune_folder"
-"""What trains on a folder of images where no recipe is named."""
+"""Default recipe for training on a folder of images."""
 LONGEST_TEXT = 2**20
 MOST_NODES = 100_000
 DEEPEST = 50
@@ -48,7 +48,7 @@ def read_file(path: Path) -> None:
     """Check that a configuration file can be read.
 
     Raises:
-        ConfigError: It is no regular file, too large, not of UTF-8, or beyond the bounds of `check_text`.
+        ConfigError: It is not a regular file, too large, not UTF-8, or beyond the bounds of `check_text`.
     """
     try:
         if not path.is_file() or path.stat().st_size > LONGEST_TEXT:
@@ -70,13 +70,13 @@ def read_file(path: Path) -> None:
 
 
 def check_text(text: str) -> None:
-    """Bound what a YAML text expands to, before it is built: aliases can name each other, and nesting has no end.
+    """Bound the expansion of a YAML text before it is built: aliases can be recursive, and nesting is unlimited.
 
     Raises:
-        ConfigError: It is too long, too deep, or stands for too many values.
+        ConfigError: It is too long, too deep, or expands to too many values.
     """
     if len(text) > LONGEST_TEXT:
-        raise ConfigError(f"A setting of {len(text):,} characters is too long; at most {LONGEST_TEXT:,} are read.")
+        raise ConfigError(f"A setting must have at most {LONGEST_TEXT:,} characters; got {len(text):,}.")
     if len(text) < _HARMLESS and "*" not in text:
         return
     sizes: dict[str, int] = {}
@@ -107,29 +107,29 @@ def check_text(text: str) -> None:
         if so_far + size > MOST_NODES:
             break
     if open_nodes[-1][1] > MOST_NODES or len(open_nodes) > DEEPEST:
-        raise ConfigError(f"The settings stand for more than {MOST_NODES:,} values, or are nested too deeply.")
+        raise ConfigError(f"The settings expand to more than {MOST_NODES:,} values, or are nested too deeply.")
 
 
 def use_bounded_yaml() -> None:
-    """Let jsonargparse read YAML by `check_text`, in files and in options of the command line."""
+    """Let jsonargparse check YAML by `check_text`, in files and in command-line options."""
 
     def load(text: str) -> Any:
         check_text(text)
         return _loaders_dumpers.yaml_load(text)
 
     jsonargparse.set_loader("yaml", load, exceptions=(yaml.YAMLError,))
-    # Defaults of Lightning's callbacks are such texts, which a run's config.yaml must be able to hold.
+    # Defaults of Lightning's callbacks are such texts, and must be representable in a run's config.yaml.
     yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, text: dumper.represent_str(text.value))
 
 
 def check_numbers(settings: Any, name: str = "") -> None:
-    """Refuse settings that are not numbers.
+    """Refuse NaN settings.
 
     Raises:
         ConfigError: A value is NaN.
     """
     if isinstance(settings, float) and math.isnan(settings):
-        raise ConfigError(f"{name.replace('.init_args', '')} is nan; give a number.")
+        raise ConfigError(f"{name.replace('.init_args', '')} must be a number; got nan.")
     if isinstance(settings, Mapping) or hasattr(settings, "as_dict"):
         for key, value in dict(vars(settings) if hasattr(settings, "as_dict") else settings).items():
             check_numbers(value, f"{name}.{key}" if name else str(key))
@@ -139,7 +139,7 @@ def check_numbers(settings: Any, name: str = "") -> None:
 
 
 def with_recipe(args: Sequence[str]) -> list[str]:
-    """`fit` on a folder without a recipe or a data set's name gets the recipe for folders."""
+    """Add the default recipe to `fit` on a folder without a recipe or a dataset name."""
     options = {arg.partition("=")[0] for arg in args}
     names_data = any(option in ("--data", "--data.class_path", "--data.dataset") for option in options)
     if args[:1] != ["fit"] or "--data.root" not in options or names_data or options & {"--config", "-c", "--ckpt_path"}:
@@ -148,7 +148,7 @@ def with_recipe(args: Sequence[str]) -> list[str]:
 
 
 def argument_names(kind: type) -> list[str]:
-    """What a task or a data module takes, with what it passes on to its bases by `**`."""
+    """Arguments of a task or data module, including those passed on to its bases by `**`."""
     names = (name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters)  # type: ignore[misc]
     return list(dict.fromkeys(names))
 
@@ -160,7 +160,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def missing_package(error: BaseException) -> str | None:
-    """What to install, where an error says that a package is missing."""
+    """How to install a package, if an error says that it is missing."""
     required = re.search(r"Requirement '([A-Za-z][\w.-]*)[^']*' not met", str(error))
     package = required[1] if required else None
     if package is None and isinstance(error, ModuleNotFoundError) and error.name:
@@ -171,10 +171,10 @@ def missing_package(error: BaseException) -> str | None:
 
 
 def explain(error: BaseException) -> str:
-    """Why a configuration cannot be used, in one line.
+    """Why a configuration is invalid, in one line.
 
     Args:
-        error: What parsing or building raised; jsonargparse wraps what the constructors of model and data raise.
+        error: Exception from parsing or building; jsonargparse wraps those of the model's and the data's constructors.
     """
     for cause in _chain(error):
         if isinstance(cause, (VisionAttnError, MisconfigurationException)):
@@ -201,10 +201,10 @@ def _plain(text: str) -> str:
 
 
 def explain_option(error: Exception, args: Sequence[str], settings: Collection[str], command: str | None) -> str:
-    """As `explain`, and of an option that does not exist the name that was probably meant.
+    """Like `explain`, and suggests similar names for an unknown option.
 
     Args:
-        error: What the parser raised.
+        error: Exception from the parser.
         args: The command line.
         settings: All settings of the command.
         command: The command; None if it is unknown.
@@ -230,15 +230,15 @@ def explain_option(error: Exception, args: Sequence[str], settings: Collection[s
 
 
 def explain_fault(error: BaseException | None) -> str | None:
-    """The message of a user's mistake or a fault of the machine; None for a fault of the program."""
-    # jsonargparse wraps what the constructors of model and data raise.
+    """The message of a user error or a system error; None for a bug in the program."""
+    # jsonargparse wraps exceptions from the constructors of model and data.
     while error is not None:
         if isinstance(error, (VisionAttnError, MisconfigurationException)):
             return str(error)
         if message := missing_package(error):
             return message
         if isinstance(error, torch.OutOfMemoryError):
-            return "There is not enough memory on the device: set data.batch_size lower, or the images' size."
+            return "Out of device memory: reduce data.batch_size or the image size."
         if isinstance(error, MemoryError):
             return "There is not enough memory for this."
         if isinstance(error, OSError) and error.errno is not None:
@@ -250,6 +250,6 @@ def explain_fault(error: BaseException | None) -> str | None:
 
 
 def _raised_by_lightning(error: BaseException) -> bool:
-    """Whether Lightning itself refuses something, such as a measure to watch that nobody logs."""
+    """Whether Lightning itself raised the error, such as for a monitored metric that is never logged."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("lightning.")

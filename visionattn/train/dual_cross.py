@@ -1,15 +1,15 @@
 r"""Training a DCAL classifier: a loss on each of its three branches, summed with learned weights.
 
-With the logits of self-attention, global-local and pair-wise cross-attention, targets y, and numbers w that are learned
-from 0, beside the network and not in it:
+With the logits of self-attention, global-local and pair-wise cross-attention, targets y, and scalars w that are learned
+from 0 and are not part of the network:
 
     L_i  = cross-entropy(logits_i, y)                        i in {sa, glca, pwca}
     loss = sum over i of (exp(-w_i) L_i + w_i) / 2
 
-Pair-wise cross-attention pairs each image with the one before it in the batch, so that batches must be shuffled; it has
-the weights of self-attention throughout, and is gone after training.
+Pair-wise cross-attention pairs each image with the previous one in the batch, so batches must be shuffled; it shares
+the weights of self-attention, and is removed after training.
 
-Source: DCAL, arXiv 2205.02151; the weights of the losses, arXiv 1705.07115.
+Source: DCAL, arXiv 2205.02151; the loss weights, arXiv 1705.07115.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ __all__ = ["DualCrossTask"]
 
 
 class DualCrossTask(ClassifyTask):
-    """A DCAL classifier and how it is trained (equations: see the module).
+    """A DCAL classifier and its training (equations: see the module).
 
     Args:
         name: Name of the model in timm's registry, one of `va_dcal_*`.
-        settings: Those of `ClassifyTask`, but for layer_decay; `compile` compiles evaluation alone.
+        settings: Arguments of `ClassifyTask`, except layer_decay; `compile` compiles evaluation only.
 
     Raises:
         ConfigError: The model is not a DCAL network, or is built with `sa_only`.
@@ -44,18 +44,18 @@ class DualCrossTask(ClassifyTask):
     def __init__(self, name: str = "va_dcal_nano_patch4_32", **settings: Any) -> None:
         super().__init__(name, **settings)
         if not isinstance(self.net, DualCrossTransformer) or self.net.sa_only:
-            raise ConfigError(f"DualCrossTask trains the three branches of va_dcal_* models: {name!r} has one.")
+            raise ConfigError(f"DualCrossTask needs a va_dcal_* model with three branches; {name!r} has one.")
         if self.hparams.layer_decay is not None:
-            raise ConfigError("DualCrossTask has one learning rate for all layers: leave out model.layer_decay.")
+            raise ConfigError("DualCrossTask uses one learning rate for all layers: remove model.layer_decay.")
         self.weighting = UncertaintyWeighting(len(DualCrossBranches._fields))
 
     @property
     def trained(self) -> nn.Module:
-        """The network and the weights of its losses."""
+        """The network and its loss weights."""
         return self
 
     def no_weight_decay(self) -> set[str]:
-        """What timm's optimizers are told to exempt: what the network exempts."""
+        """Parameters without weight decay in timm's optimizers: those that the network exempts."""
         return {f"net.{name}" for name in self.net.no_weight_decay()}
 
     def losses(self, images: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> DualCrossBranches:

@@ -1,7 +1,7 @@
-"""Where fine-tuning begins, and which parameters train: a model with weights but a new classifier, frozen by stage.
+"""Initial weights and trainable parameters of fine-tuning: pretrained models with a new classifier, frozen by stage.
 
-Beginning with the linear classifier of the frozen features, instead of a random one, keeps the features from being
-distorted by its first gradients (Kumar et al., arXiv 2202.10054).
+Starting from the linear classifier of the frozen features, instead of a random one, keeps its first gradients from
+distorting the features (Kumar et al., arXiv 2202.10054).
 """
 
 from __future__ import annotations
@@ -34,39 +34,39 @@ __all__ = [
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 MOST_IMAGES = 10_000
-"""Training images at most that measure a frozen backbone, of which its memory holds a vector each."""
+"""Maximum number of training images for evaluating a frozen backbone; one vector per image is kept in memory."""
 
 
 def names_file(name: Any) -> bool:
-    """Whether `model.name` is a file, and no name of a model."""
+    """Whether `model.name` is a file rather than a model name."""
     if not isinstance(name, str) or name.startswith(HOSTED) or timm.is_model(name.split(".")[0]):
         return False
     return os.path.exists(name)
 
 
 def of_file(path: str, model_args: dict[str, Any] | None, checkpoint: str | None) -> tuple[str, dict[str, Any], str]:
-    """Name, arguments and weight file of the model that `model.name` gave as a file.
+    """Name, arguments and weight file of a model whose `model.name` is a file.
 
     Raises:
-        CheckpointError: The file does not say its model, or cannot be read.
-        ConfigError: Another file of weights is given too.
+        CheckpointError: The file does not identify its model, or cannot be read.
+        ConfigError: Another weight file is given too.
     """
     if checkpoint is not None:
-        raise ConfigError(f"model.name is the file {shorten(path)}: leave out model.checkpoint, or give a name.")
+        raise ConfigError(f"model.name is the file {shorten(path)}: remove model.checkpoint, or give a model name.")
     if Path(path).is_dir():
-        raise ConfigError(f"model.name is a folder: give local-dir:{shorten(path)} for one written by save_for_hf.")
+        raise ConfigError(f"model.name is a folder: use local-dir:{shorten(path)} for a folder written by save_for_hf.")
     try:
         card = read_card(path)
         if card is not None:
             name, args = card.name, card.model_args
         else:
-            model: Any = load(path)  # a file of a model of ours, which its shapes say
+            model: Any = load(path)  # identifies models of this package by their weight shapes
             name, args = model.pretrained_cfg["architecture"], {}
     except CheckpointError as error:
         if not Path(path).is_file() or "For a model of timm" not in str(error):
             raise
         raise CheckpointError(
-            f"{shorten(path)} does not say its model: give the name by --model.name and the file by "
+            f"{shorten(path)} does not identify its model: give the name by --model.name and the file by "
             f"--model.checkpoint {shorten(path)}."
         ) from error
     args = {key: value for key, value in args.items() if key not in ("num_classes", "in_chans")}
@@ -74,11 +74,11 @@ def of_file(path: str, model_args: dict[str, Any] | None, checkpoint: str | None
 
 
 def create_to_tune(name: str, pretrained: bool, checkpoint: str | None, **model_args: Any) -> nn.Module:
-    """A model with the weights of a file or the published ones, and a classifier of its own.
+    """A model with a new classifier and the weights of a file or the published ones.
 
     Raises:
-        CheckpointError: The weights do not fit or cannot be had; the message says what to do.
-        UnknownNameError: There is no such model.
+        CheckpointError: The weights do not fit or are not available; the message says what to do.
+        UnknownNameError: The model is unknown.
     """
     if checkpoint is not None:
         model = create(name, **model_args)
@@ -96,7 +96,7 @@ def create_to_tune(name: str, pretrained: bool, checkpoint: str | None, **model_
 
 
 def judge_frozen(net: nn.Module, data: Any) -> FrozenBackbone:
-    """Judge a backbone on the validation split of a data module, by at most `MOST_IMAGES` images of each split.
+    """Evaluate a backbone on the validation split of a data module, with at most `MOST_IMAGES` images of each split.
 
     Raises:
         ConfigError: The data are a stream.
@@ -107,10 +107,10 @@ def judge_frozen(net: nn.Module, data: Any) -> FrozenBackbone:
 
 
 def start_linear(net: nn.Module, found: FrozenBackbone) -> None:
-    """Give a model's classifier the weights of the linear classifier of its frozen features.
+    """Initialise a model's classifier with the linear classifier of its frozen features.
 
     Raises:
-        ConfigError: The model's classifier is not one linear layer on these features.
+        ConfigError: The model's classifier is not a single linear layer on these features.
     """
     model: Any = net
     classifier, weights = model.get_classifier(), found.weights
@@ -118,7 +118,7 @@ def start_linear(net: nn.Module, found: FrozenBackbone) -> None:
         return
     if not isinstance(classifier, nn.Linear) or classifier.weight.shape != weights[0].shape or classifier.bias is None:
         raise ConfigError(
-            f"The classifier of {type(net).__name__} is not one linear layer: set model.linear_start to false."
+            f"The classifier of {type(net).__name__} is not a single linear layer: set model.linear_start to false."
         )
     with torch.no_grad():
         classifier.weight.copy_(weights[0])
@@ -126,10 +126,10 @@ def start_linear(net: nn.Module, found: FrozenBackbone) -> None:
 
 
 def weights_of_classes(data: Any) -> Tensor:
-    """Weights (K,) of the loss of each class, n / (K n_c), whose mean over the n training images is 1.
+    """Loss weight of each class (K,), n / (K n_c), whose mean over the n training images is 1.
 
     Raises:
-        ConfigError: The data do not say their labels without being read.
+        ConfigError: The labels are not known without reading the images.
     """
     counts = Counter(data.training_labels())
     total, classes = counts.total(), data.num_classes
@@ -140,13 +140,13 @@ def classifier_parameters(net: nn.Module) -> set[str]:
     """Names of the parameters of a model's classifier.
 
     Raises:
-        ConfigError: The model does not say which these are.
+        ConfigError: The model does not identify its classifier.
     """
     heads = classifier_keys(net)
     found = {name for name, _ in net.named_parameters() if name.startswith(heads)} if heads else set()
     if not found:
         raise ConfigError(
-            f"{type(net).__name__} does not say which layer is its classifier: leave out model.freeze, "
+            f"{type(net).__name__} does not identify its classifier layer: remove model.freeze, "
             "model.head_epochs and model.linear_start."
         )
     return found
@@ -157,7 +157,7 @@ def frozen_by_stage(net: nn.Module, stages: int) -> set[str]:
 
     Args:
         net: A model of timm.
-        stages: How many, the stem counting as one; -1 for all but the classifier.
+        stages: Number of stages, the stem counting as one; -1 for all but the classifier.
 
     Raises:
         ConfigError: The model has fewer stages, or does not name them.
@@ -175,14 +175,14 @@ def frozen_by_stage(net: nn.Module, stages: int) -> set[str]:
     groups = [names for names in groups if names]
     if not 0 < stages < len(groups):
         raise ConfigError(
-            f"model.freeze must be from 0 to {len(groups) - 1} for {shorten(type(net).__name__)}, which has "
+            f"model.freeze must be 0 to {len(groups) - 1} for {shorten(type(net).__name__)}, which has "
             f"{len(groups)} stages, or -1 for all but the classifier; got {stages}."
         )
     return set().union(*groups[:stages])
 
 
 def hold_statistics(net: nn.Module, every: bool) -> None:
-    """Keep the running statistics of all batch norms in training, or of those whose parameters are frozen."""
+    """Keep the running statistics of all batch norms in training, or only of those with frozen parameters."""
     for module in net.modules():
         own = list(module.parameters(recurse=False))
         if isinstance(module, BATCH_NORMS) and (every or (own and not any(weight.requires_grad for weight in own))):

@@ -1,9 +1,9 @@
-"""What `visionattn validate`, `test` and `predict` take from a checkpoint, so that its path is enough.
+"""Settings that `visionattn validate`, `test` and `predict` read from a checkpoint, so that its path is enough.
 
-The checkpoint's task, its hyper-parameters and those of its data module become a configuration, read before what the
-command line says. Weights are the checkpoint's: nothing that the training began with is looked for again. A checkpoint
-is not trusted as a recipe is: it can only name tasks and data of this package, or such as the user has imported, and no
-data on a server.
+The checkpoint's task, its hyper-parameters and those of its data module become a configuration, which command-line
+options override. The weights are the checkpoint's: initial weights of the training are not loaded again. Unlike a
+recipe, a checkpoint is untrusted: it can only name tasks and data modules of this package or already imported ones, and
+no remote data.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ POSITIONALS: dict[str, tuple[str, ...]] = {
     "fit": ("config", "data.root"),
     **dict.fromkeys(EVALUATIONS, ("ckpt_path", "data.root")),
 }
-"""What the arguments without names are, of each command."""
+"""Positional arguments of each command."""
 _CHECKPOINT = re.compile(r"--checkpoint(?==|$)")
 _CLASSIFICATION = "visionattn.data.classify.ClassifyData"
-# What only training uses.
+# Settings that only training uses.
 _FOR_TRAINING = {"augmentation": "none", "download": False, "teacher": None}
 _SERVERS = re.compile(r"://|^\s*pipe:|^(hfds|hfids|tfds)/", re.IGNORECASE)
 
@@ -45,8 +45,8 @@ _SERVERS = re.compile(r"://|^\s*pipe:|^(hfds|hfids|tfds)/", re.IGNORECASE)
 def expand_positionals(args: Sequence[str]) -> list[str]:
     """`predict FILE FOLDER` -> `predict --ckpt_path FILE --data.root FOLDER`, likewise for validate and test.
 
-    `fit RECIPE FOLDER` is `fit --config RECIPE --data.root FOLDER`. Lightning's name of the option `--checkpoint`, of
-    all four commands, is `--ckpt_path`.
+    `fit RECIPE FOLDER` is `fit --config RECIPE --data.root FOLDER`. The option `--checkpoint` of all four commands
+    becomes Lightning's `--ckpt_path`.
     """
     args = [_CHECKPOINT.sub("--ckpt_path", arg) for arg in args]
     if not args or args[0] not in POSITIONALS:
@@ -55,10 +55,10 @@ def expand_positionals(args: Sequence[str]) -> list[str]:
     while len(args) > 1 + len(named) and len(named) < 2 and not args[1 + len(named)].startswith("-"):
         named.append(args[1 + len(named)])
     if args[0] == "fit" and named and Path(named[0]).suffix in WEIGHT_FILES:
-        return args  # a checkpoint is no recipe
+        return args  # a checkpoint is not a recipe
     names = POSITIONALS[args[0]]
     if args[0] == "fit" and len(named) == 1 and Path(named[0]).is_dir():
-        names = ("data.root",)  # by the recipe for folders
+        names = ("data.root",)  # uses the recipe for folders
     options = [f"--{option}={value}" for option, value in zip(names, named)]
     return [args[0], *options, *args[1 + len(named) :]]
 
@@ -75,14 +75,14 @@ def _find_option(args: Sequence[str], option: str) -> str | None:
 
 
 def _settings(path: str, args: Sequence[str]) -> dict[str, Any]:
-    """The configuration that a checkpoint stands for.
+    """The configuration stored in a checkpoint.
 
     Args:
         path: The checkpoint.
-        args: The command line, whose options for model and data come after it.
+        args: The command line; its options for model and data take precedence.
 
     Raises:
-        CheckpointError: The file cannot be read, does not say its task, or names something that is not trusted.
+        CheckpointError: The file cannot be read, does not identify its task, or names something untrusted.
     """
     content = AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
     card = Card.read(content)
@@ -90,7 +90,7 @@ def _settings(path: str, args: Sequence[str]) -> dict[str, Any]:
     name = _find_option(args, "model.name")
     if not any(re.match(r"--model(=|\.class_path|$)", arg) for arg in args):
         model = _model(path, content, card)
-        # Options change a setting each; of another network the checkpoint says nothing.
+        # Options change single settings; for another network the checkpoint's settings do not apply.
         if name is None or name == model["init_args"].get("name"):
             settings["model"] = model
     if not any(re.match(r"--data(=|\.class_path|$)", arg) for arg in args):
@@ -100,11 +100,11 @@ def _settings(path: str, args: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def said_by_checkpoint(args: Sequence[str]) -> Iterator[list[str]]:
-    """Options before all others: of a command that is given a checkpoint and no recipe, what the checkpoint says.
+    """Options from a checkpoint, placed before all others, for a command with a checkpoint and no recipe.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read, or does not say it.
-        ConfigError: Training shall go on from a checkpoint without the configuration that lies in its run.
+        CheckpointError: The checkpoint cannot be read, or lacks them.
+        ConfigError: Training is resumed from a checkpoint without the configuration of its run.
     """
     path = _find_option(args, "ckpt_path")
     if path is None or any(arg.startswith(("--config", "-c")) for arg in args):
@@ -112,7 +112,7 @@ def said_by_checkpoint(args: Sequence[str]) -> Iterator[list[str]]:
         return
     config = Path(path).resolve().parent.parent / "config.yaml"
     if args[0] == "fit" and config.is_file():
-        raise ConfigError(f"Training goes on by its own configuration: give --config {shorten(config)} too.")
+        raise ConfigError(f"Resuming needs the configuration of the run: add --config {shorten(config)}.")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "checkpoint.yaml"
         file.write_text(yaml.safe_dump(_settings(path, args)))
@@ -123,7 +123,7 @@ def _model(path: str, content: Mapping[str, Any], card: Card | None) -> dict[str
     given = content.get("hyper_parameters") or {}
     if "_class_path" not in given:
         raise CheckpointError(
-            f"{shorten(path)} does not say its task: give the run's configuration with --config RUN/config.yaml."
+            f"{shorten(path)} does not identify its task: give the run's configuration with --config RUN/config.yaml."
         )
     task = trusted_class(path, given["_class_path"], LightningModule)
     values = {key: value for key, value in _arguments(path, task, given).items() if key not in FROM_DATA}
@@ -139,19 +139,19 @@ def _data(path: str, content: Mapping[str, Any], card: Card | None, args: Sequen
     root = _find_option(args, "data.root")
     if classification and _find_option(args, "data.dataset") is None:
         if root is None and "dataset" not in values:
-            raise CheckpointError(f"{shorten(path)} does not say its data: give a folder of images with --data.root.")
-        # New images to predict lie in a folder, whatever kind of data the model was trained on.
+            raise CheckpointError(f"{shorten(path)} does not identify its data: give an image folder with --data.root.")
+        # Images to predict are read from a folder, whatever data the model was trained on.
         if root is not None and (args[0] == "predict" or values.get("root") is None):
             values |= {"dataset": "folder", "root": None}
     if root is not None:
         values["root"] = root
     elif place := next((text for text in _texts(values) if _SERVERS.search(text)), None):
         raise CheckpointError(
-            f"{shorten(path)} names data that are not on this machine, {shorten(place)!r}: give the run's "
+            f"{shorten(path)} names data that is not on this machine, {shorten(place)!r}: give the run's "
             "configuration with --config RUN/config.yaml, or a folder with --data.root."
         )
     if card is not None and "num_classes" in card.model_args and classification:
-        # New images need not lie in folders of their classes.
+        # Images to predict need no class folders.
         values["num_classes"] = values.get("num_classes") or card.model_args["num_classes"] or None
     return {"class_path": class_path, "init_args": values}
 
@@ -164,16 +164,16 @@ def _arguments(path: str, kind: type, given: Mapping[str, Any]) -> dict[str, Any
     known = argument_names(kind)
     if unknown := [key for key in values if key not in known]:
         raise CheckpointError(
-            f"{shorten(path)} has hyper-parameters that {kind.__name__} does not take: {shorten(', '.join(unknown))}."
+            f"{shorten(path)} has hyper-parameters that {kind.__name__} does not accept: {shorten(', '.join(unknown))}."
         )
     return values | {key: value for key, value in _FOR_TRAINING.items() if key in values}
 
 
 def trusted_class(path: str, class_path: Any, base: type) -> type:
-    """A class that a checkpoint names, of this package or already imported.
+    """A class that a checkpoint names, from this package or already imported.
 
     Raises:
-        CheckpointError: It is another one.
+        CheckpointError: It is any other class.
     """
     module, _, name = str(class_path).rpartition(".")
     if module.startswith("visionattn."):
@@ -184,8 +184,8 @@ def trusted_class(path: str, class_path: Any, base: type) -> type:
     found = getattr(sys.modules.get(module), name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise CheckpointError(
-            f"{shorten(path)} names the class {shorten(class_path)!r}, which is not part of visionattn, and what "
-            "checkpoints name is not imported: give the run's configuration with --config RUN/config.yaml."
+            f"{shorten(path)} names the class {shorten(class_path)!r}, which is not part of visionattn; classes named "
+            "in checkpoints are not imported: give the run's configuration with --config RUN/config.yaml."
         )
     return found
 
@@ -198,11 +198,11 @@ def _texts(value: Any) -> list[str]:
 
 
 def without_sources(values: Mapping[str, Any], card: Card | None) -> dict[str, Any]:
-    """Arguments of a task without the weights that it began with; a checkpoint has later ones.
+    """Arguments of a task without the initial weights of its training; the checkpoint has the trained ones.
 
     Args:
         values: The arguments.
-        card: Of the checkpoint: it knows how a model from a repository is built.
+        card: Card of the checkpoint, which describes how a model from a repository is built.
     """
     values = dict(values)
     args = {key: value for key, value in (values.get("model_args") or {}).items() if key not in WEIGHT_SOURCES}

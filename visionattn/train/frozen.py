@@ -1,4 +1,4 @@
-"""What a backbone knows before it is trained: k-NN and a linear classifier on the vectors that its classifier reads."""
+"""Evaluating a backbone before training: k-NN and a linear classifier on the input vectors of its classifier."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 
 
 class Vectors(Features):
-    """A vector of each image, held in memory.
+    """One vector per image, held in memory.
 
     Args:
         vectors: (n, D).
@@ -45,14 +45,14 @@ class Vectors(Features):
 
 @dataclass(frozen=True)
 class FrozenBackbone:
-    """What was measured on the validation images.
+    """Results on the validation images.
 
     Attributes:
-        neighbours: k-NN, the better of cosine and standardised channels by held-out training images.
+        neighbours: k-NN, the better of cosine and standardised channels on held-out training images.
         linear: Accuracy of the linear classifier; NaN if it diverged.
         interval: Its 95 % interval.
         head: The linear classifier; None if it diverged.
-        train_images: Number of training images that were read.
+        train_images: Number of training images that could be read.
         val_images: Number of validation images.
     """
 
@@ -76,7 +76,7 @@ class FrozenBackbone:
 
     @property
     def weights(self) -> tuple[Tensor, Tensor] | None:
-        """Weight (K, D) and bias (K,) of the linear classifier on the vectors as they are; None if it diverged."""
+        """Weight (K, D) and bias (K,) of the linear classifier on unstandardised vectors; None if it diverged."""
         if self.head is None:
             return None
         norm, classifier = self.head.norm, self.head.classifier
@@ -88,10 +88,10 @@ class FrozenBackbone:
 
 @torch.no_grad()
 def read_vectors(net: nn.Module, loader: Any, classes: Sequence[str]) -> Vectors:
-    """The vector of each image that the classifier of a timm model reads, in evaluation mode.
+    """The input vector of the classifier of a timm model for each image, in evaluation mode.
 
     Args:
-        net: On its device; its modes are put back.
+        net: On its device; its modes are restored.
         loader: Batches of images and labels, on the CPU.
         classes: Names of the classes.
 
@@ -113,14 +113,14 @@ def read_vectors(net: nn.Module, loader: Any, classes: Sequence[str]) -> Vectors
     vectors, labels = (torch.cat(parts) for parts in zip(*read))
     vectors, labels = vectors[labels != IGNORED], labels[labels != IGNORED]
     if not vectors.isfinite().all():
-        raise DataError("The backbone gives NaN or infinite features: its weights are damaged.")
+        raise DataError("The backbone returns NaN or infinite features: its weights are damaged.")
     return Vectors(vectors, labels, classes)
 
 
 def judge_vectors(train: Vectors, val: Vectors, seed: int = 0) -> FrozenBackbone:
-    """Judge a frozen backbone by its vectors: k-NN, and a linear classifier on standardised vectors.
+    """Evaluate a frozen backbone by its vectors: k-NN, and a linear classifier on standardised vectors.
 
-    k, temperature, learning rate and epoch are chosen by held-out training images, never by the validation images.
+    k, temperature, learning rate and epoch are chosen on held-out training images, never on the validation images.
     """
     found = [
         nearest_neighbours(train, val, source="mean", standardize=flag, seed=seed).chosen for flag in (False, True)

@@ -1,15 +1,15 @@
-r"""Masked image modelling: a ViT learns from images without labels, by painting in what it is not shown.
+r"""Masked image modelling: a ViT learns from unlabelled images by reconstructing masked patches.
 
-An image is cut into N patches of p x p pixels; t_n in R^{p p C} is patch n, less its own mean, over its own deviation.
-A random quarter of the patches, V, is shown to the encoder, which is the network that is wanted; a small decoder sees
-its output, and in place of each hidden patch one learned vector u, all with positions:
+An image is cut into N patches of p x p pixels; t_n in R^{p p C} is patch n, normalised to zero mean and unit variance.
+The encoder, the network to be trained, sees a random quarter of the patches, V; a small decoder sees
+its output, and one learned vector u in place of each hidden patch, all with positions:
 
     z   = encoder(patches in V)                              (B, 1 + |V|, C)
     y_n = W z_n  for n in V,  else u,  plus position n       (B, 1 + N, C')
     L   = mean over n not in V of |head(decoder(y))_n - t_n|^2 / (p p C)
 
-The patches that are hidden cost the encoder nothing: a step takes about a quarter of a supervised one. Predicting each
-patch's mean costs L = 1, so that 1 - L is the share of the hidden patches' variance that is explained.
+Hidden patches cost the encoder nothing: a step takes about a quarter of a supervised one. Predicting each
+patch's mean gives L = 1, so 1 - L is the fraction of the hidden patches' variance that is explained.
 
 Source: Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377.
 """
@@ -34,7 +34,7 @@ __all__ = ["MaskedTask"]
 
 
 class PatchDecoder(nn.Module):
-    """What paints: encoded visible tokens -> every patch's pixels. Thrown away after training.
+    """Decoder that reconstructs all patches from the encoded visible ones; discarded after pre-training.
 
     Args:
         in_dim: Width C of the encoder.
@@ -43,7 +43,7 @@ class PatchDecoder(nn.Module):
         num_heads: Heads.
         grid: Height and width of the image in patches.
         num_prefix_tokens: Tokens of the encoder before the patches.
-        patch_values: Numbers of a patch, p p times the image's channels.
+        patch_values: Elements of a patch, p p times the number of image channels.
     """
 
     positions: torch.Tensor
@@ -68,7 +68,7 @@ class PatchDecoder(nn.Module):
         self.head = nn.Linear(dim, patch_values)
 
     def forward(self, encoded: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        """Encoded (B, prefix + |V|, C) and the places of V (B, |V|) -> (B, N, patch_values)."""
+        """Encoded (B, prefix + |V|, C) and the indices of V (B, |V|) -> (B, N, patch_values)."""
         y = self.embed(encoded)
         prefix, visible = y.tensor_split([self.num_prefix_tokens], dim=1)
         places = shown[..., None].expand_as(visible)
@@ -83,11 +83,11 @@ class MaskedTask(OptimizedTask):
     Args:
         name: Name of a model in timm's registry that is a `VisionTransformer` with learned positions.
         model_args: Further arguments of the model.
-        mask_ratio: Share of the patches that are hidden.
+        mask_ratio: Fraction of the patches that is hidden.
         decoder_dim: Width of the decoder.
         decoder_depth: Blocks of the decoder.
         decoder_heads: Heads of the decoder.
-        **optimization: Those of `OptimizedTask`; `compile` compiles encoder and decoder.
+        **optimization: Arguments of `OptimizedTask`; `compile` compiles encoder and decoder.
     """
 
     net: Any
@@ -103,24 +103,24 @@ class MaskedTask(OptimizedTask):
         decoder_heads: int = 4,
         **optimization: Any,
     ) -> None:
-        # Without a classifier; `visionattn.load` reads here how the network was made.
+        # Without a classifier; `visionattn.load` reads here how to build the network.
         model_args = {**(model_args or {}), "num_classes": 0}
         super().__init__(**optimization)
-        # Under the command line these are what the recipe says and the data have.
+        # Set by the recipe and the data on the command line.
         self.hparams["model_args"] = model_args
         self.hparams.pop("num_classes", None)
         encoder: Any = create(name, **model_args)
         if not isinstance(encoder, VisionTransformer) or encoder.pos_embed is None:
-            raise ConfigError(f"{name!r} is no VisionTransformer with learned positions, whose patches can be hidden.")
+            raise ConfigError(f"model.name must be a VisionTransformer with learned positions; got {name!r}.")
         grid = encoder.patch_embed.grid_size
         self.num_shown = round(grid[0] * grid[1] * (1 - mask_ratio))
         if not 0 < self.num_shown < grid[0] * grid[1]:
             raise ConfigError(
-                f"model.mask_ratio is {mask_ratio}: of {grid[0]} x {grid[1]} patches it shows {self.num_shown}; it "
-                "must show at least one, and not all."
+                f"model.mask_ratio must leave at least one of {grid[0]} x {grid[1]} patches visible, and not all; "
+                f"{mask_ratio} leaves {self.num_shown}."
             )
         if decoder_dim % 4 or decoder_dim % decoder_heads:
-            raise ConfigError(f"model.decoder_dim is {decoder_dim}: it must be a multiple of 4 and of the heads.")
+            raise ConfigError(f"model.decoder_dim ({decoder_dim}) must be divisible by 4 and by model.decoder_heads.")
         self.net = encoder
         self.decoder = PatchDecoder(
             encoder.embed_dim,
@@ -140,16 +140,16 @@ class MaskedTask(OptimizedTask):
 
     @property
     def data_config(self) -> dict[str, Any]:
-        """What images the model expects: input_size, mean, std, interpolation, crop_pct."""
+        """Input configuration of the model: input_size, mean, std, interpolation, crop_pct."""
         return resolve_model_data_config(self.net)
 
     @property
     def compiled(self) -> list[nn.Module]:
-        """The encoder's blocks and the decoder; the encoder as a whole is not called."""
+        """The encoder's blocks and the decoder; the encoder's forward is not called as a whole."""
         return [self.net.blocks, self.decoder]
 
     def encode(self, images: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) and the places of the patches shown (B, |V|) -> tokens (B, prefix + |V|, C)."""
+        """Images (B, C, H, W) and the indices of visible patches (B, |V|) -> tokens (B, prefix + |V|, C)."""
         net: Any = self.net
         tokens = net.norm_pre(net._pos_embed(net.patch_embed(images)))
         prefix, patches = tokens.tensor_split([net.num_prefix_tokens], dim=1)
@@ -161,7 +161,7 @@ class MaskedTask(OptimizedTask):
 
         Args:
             images: (B, C, H, W).
-            order: (B, N), a permutation of the patches of each image: the first are shown.
+            order: (B, N), a permutation of the patches of each image: the first ones are visible.
         """
         shown, hidden = order.tensor_split([self.num_shown], dim=1)
         painted = self.decoder(self.encode(images, shown), shown)
@@ -176,14 +176,14 @@ class MaskedTask(OptimizedTask):
         return nn.functional.unfold(images, (height, width), stride=(height, width)).transpose(1, 2)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Loss of one batch; labels are not looked at."""
+        """Loss of one batch; labels are ignored."""
         images = batch[0]
         loss = self.losses(images, self._orders(images, None)).mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        """Explained variance of the hidden patches, the same ones in every epoch."""
+        """Explained variance of the hidden patches, with the same mask in every epoch."""
         images, labels = batch
         generator = torch.Generator(images.device).manual_seed(batch_idx)
         losses = self.losses(images, self._orders(images, generator))[labels != IGNORED]
@@ -191,7 +191,7 @@ class MaskedTask(OptimizedTask):
             self.val_loss.update(losses)
 
     def on_validation_epoch_end(self) -> None:
-        """State the measure."""
+        """Log the metric."""
         loss = self.val_loss.compute()
         self.log("val/loss", loss)
         self.log("val/explained_variance", 1 - loss, prog_bar=True)

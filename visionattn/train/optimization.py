@@ -1,4 +1,4 @@
-"""Optimizers and schedules of all tasks: timm's, the schedule stepped each update."""
+"""Optimizers and schedules of all tasks: timm's, with the schedule stepped at each update."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ __all__ = ["FROM_DATA", "SCHEDULES", "OptimizedTask"]
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 
 FROM_DATA = {"num_classes": "num_classes", "attributes": "attribute_values"}
-"""Arguments that a task which has them gets from the data module: argument -> attribute of the data module."""
+"""Task arguments that follow from the data module: argument -> attribute of the data module."""
 
 
 class OptimizedTask(LightningModule):
-    """A task whose network is `net`, and how it is optimized.
+    """A task whose network is `net`, and its optimization.
 
-    A task takes these settings behind its own, as `**optimization`, and names those whose default it changes.
+    A task accepts these settings after its own, as `**optimization`, and lists those whose default it changes.
 
     Args:
         opt: Name of the optimizer, one of `timm.optim.list_optimizers()`.
         lr: Peak learning rate.
-        weight_decay: Weight decay; norms, biases and what the model exempts have none.
+        weight_decay: Weight decay; not applied to norms, biases and what the model exempts.
         opt_args: Further arguments of the optimizer, such as `betas`.
-        sched: Schedule, stepped each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
-        warmup_epochs: Epochs of linear warm-up, part of the whole.
+        sched: Schedule, stepped at each update: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none.
+        warmup_epochs: Epochs of linear warm-up, included in the total.
         min_lr: Learning rate at the end.
-        sched_args: Further arguments of timm's `create_scheduler_v2`; halving at epochs 50 and 80 is sched multistep
-            with `{decay_milestones: [50, 80], decay_rate: 0.5}`.
-        channels_last: Keep maps in memory with their channels side by side, which convolutions on GPUs prefer.
+        sched_args: Further arguments of timm's `create_scheduler_v2`; to halve the rate at epochs 50 and 80, use
+            multistep with `{decay_milestones: [50, 80], decay_rate: 0.5}`.
+        channels_last: Use the channels_last memory format, which is faster for convolutions on GPUs.
         compile: Compile the model.
 
     Raises:
-        ConfigError: There is no such optimizer or schedule, or a number is out of range.
+        ConfigError: The optimizer or schedule is unknown, or a number is out of range.
     """
 
     hparams: Any
     trainer: Any
     net: nn.Module
     monitor: ClassVar[str] = "val/accuracy"
-    """The measure whose highest value makes the best checkpoint."""
+    """The metric whose highest value selects the best checkpoint."""
     prediction_columns: ClassVar[tuple[str, ...]] = ()
-    """What a prediction says of an image, a column each; empty where `visionattn predict` writes no file."""
+    """Columns of a prediction; empty if `visionattn predict` writes no file."""
     told: ClassVar[dict[str, str]] = {"name": "the model {!r}"}
-    """Hyper-parameters that a checkpoint must share with the task, and how messages tell their values."""
+    """Hyper-parameters that a checkpoint must share with the task, and how messages show their values."""
 
     def __init__(
         self,
@@ -75,53 +75,53 @@ class OptimizedTask(LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()  # those of the task too: Lightning reads the frames of all constructors
+        self.save_hyperparameters()  # includes the task's: Lightning reads the frames of all constructors
         self.check_names()
 
     def check_names(self) -> None:
-        """Refuse names that timm would only refuse when training begins.
+        """Refuse names that timm would reject only when training starts.
 
         Raises:
-            ConfigError: There is no such schedule or optimizer; near names are suggested.
+            ConfigError: The schedule or optimizer is unknown; similar names are suggested.
         """
         sched, opt, name = self.hparams.sched, self.hparams.opt, self.hparams.get("name")
         if isinstance(name, str) and not timm.is_model(name.split(".")[0]) and is_file(name):
             raise ConfigError(
-                f"model.name must be a name, got the file {shorten(name)}: name the model that its weights are of, and "
-                f"give the file by --model.model_args.checkpoint_path {shorten(name)}."
+                f"model.name must be a name; got the file {shorten(name)}: give the name of its model, and "
+                f"the file by --model.model_args.checkpoint_path {shorten(name)}."
             )
         for name in ("lr", "weight_decay", "warmup_epochs", "min_lr"):
             if not 0 <= self.hparams[name] < math.inf:
-                raise ConfigError(f"model.{name} must be a finite number, 0 or more; got {self.hparams[name]}.")
+                raise ConfigError(f"model.{name} must be a finite number, at least 0; got {self.hparams[name]}.")
         if sched not in SCHEDULES:
-            raise ConfigError(f"There is no schedule {sched!r}. Choose from {', '.join(SCHEDULES)}.")
+            raise ConfigError(f"model.sched must be one of {', '.join(map(repr, SCHEDULES))}; got {sched!r}.")
         if opt.lower() not in timm.optim.list_optimizers():
             known = [str(known) for known in timm.optim.list_optimizers()]
             nearest = difflib.get_close_matches(opt, known, cutoff=0.4)
-            raise ConfigError(f"There is no optimizer {opt!r}. Near it: {', '.join(nearest) or 'none'}.")
+            raise ConfigError(f"There is no optimizer {opt!r}. Similar names: {', '.join(nearest) or 'none'}.")
 
     @property
     def starts_trained(self) -> bool:
-        """Whether the network began with weights that somebody trained."""
-        # A task without `pretrained` does not ask.
+        """Whether the network started from trained weights."""
+        # A task without `pretrained` has none to check.
         return self.hparams.get("pretrained", True) or "checkpoint_path" in (self.hparams.get("model_args") or {})
 
     def for_use(self) -> nn.Module:
-        """The network as it is used after training."""
+        """The network for inference after training."""
         return self.net
 
     def prediction_rows(self, output: Any, class_names: list[str] | None) -> Iterator[list[Any]]:
-        """The values of `prediction_columns` for each image of a batch, from what `predict_step` gave."""
+        """The values of `prediction_columns` for each image of a batch, from the output of `predict_step`."""
         raise NotImplementedError
 
     @property
     def trained(self) -> nn.Module:
-        """What the optimizer trains: the network."""
+        """The module that the optimizer trains: the network."""
         return self.net
 
     @property
     def parameter_groups(self) -> Callable[[nn.Module], list[dict[str, Any]]] | None:
-        """Groups of the trained parameters with rates of their own, in `lr_scale`; None for timm's groups."""
+        """Parameter groups with their own learning rates, in `lr_scale`; None for timm's groups."""
         return None
 
     @property
@@ -130,21 +130,21 @@ class OptimizedTask(LightningModule):
         return [self.net]
 
     def setup(self, stage: str) -> None:
-        """Order the network's memory, and compile."""
+        """Set the memory format, and compile."""
         if self.hparams.channels_last:
-            self.net.to(memory_format=torch.channels_last)  # a convolution's output has the order of its weights
+            self.net.to(memory_format=torch.channels_last)  # convolutions return the memory format of their weights
         if self.hparams.compile:
             for module in self.compiled:
-                # In place: torch.compile(module) would put its own prefix before every key of the checkpoint.
+                # In place: torch.compile(module) would add a prefix to every key of the checkpoint.
                 module.compile()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Log the learning rate, the highest of all layers."""
-        # Lightning's LearningRateMonitor has a column for each group of parameters, and needs a logger.
+        # Lightning's LearningRateMonitor logs one column per parameter group, and needs a logger.
         self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what the network needs to be used (`visionattn.card`): how it is built, its images and its classes."""
+        """Save how to use the network (`visionattn.card`): its construction, input images and classes."""
         data = getattr(self.trainer, "datamodule", None)
         config = {**getattr(data, "image_config", {}), "label_names": getattr(data, "class_names", None)}
         card = Card.of(self.net, config, self.hparams.get("attributes"))
@@ -152,33 +152,33 @@ class OptimizedTask(LightningModule):
             checkpoint[KEY] = card.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model or with weights that are no numbers, before torch lists its keys."""
+        """Refuse the checkpoint of another model or with invalid weights, before torch lists its keys."""
         saved = checkpoint.get("hyper_parameters")
         self.check_checkpoint(saved if isinstance(saved, dict) else {})
         state = checkpoint["state_dict"]
         if wrong := weights.mismatches(state, self.state_dict()):
             raise CheckpointError(
-                f"The checkpoint does not fit the model {self.hparams.name!r}: {weights.name_some(wrong)}. Were "
-                "model.model_args others?"
+                f"The checkpoint does not fit the model {self.hparams.name!r}: {weights.name_some(wrong)}. Check "
+                "model.model_args."
             )
         weights.check_values(state, self.state_dict(), "The checkpoint")
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
-            # Only training goes on with them.
+            # Only training needs these entries.
             for key in ("loops", "callbacks"):
                 checkpoint.pop(key, None)
 
     def check_checkpoint(self, saved: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose hyper-parameters are those of another model.
+        """Refuse a checkpoint with hyper-parameters of another model.
 
         Raises:
-            CheckpointError: They are.
+            CheckpointError: A hyper-parameter differs.
         """
         own = {**self.hparams, "name": base_name(self.hparams.name)}
         saved = {**saved, "name": base_name(saved.get("name", own["name"]))}
         for key, words in self.told.items():
             if key in saved and saved[key] != own[key]:
                 raise CheckpointError(
-                    f"The checkpoint is of {shorten(words.format(saved[key]))}; asked for was {words.format(own[key])}."
+                    f"The checkpoint is for {shorten(words.format(saved[key]))}, not for {words.format(own[key])}."
                 )
 
     def configure_optimizers(self) -> Any:
@@ -186,7 +186,7 @@ class OptimizedTask(LightningModule):
         given = self.hparams
         opt_args = dict(given.opt_args or {})
         if given.opt in ("adam", "adamw") and self.device.type == "cpu":
-            opt_args.setdefault("fused", True)  # PyTorch's choice on a CPU goes through the parameters one by one
+            opt_args.setdefault("fused", True)  # PyTorch's CPU default loops over the parameters
         optimizer = _make(
             "model.opt_args",
             timm.optim.create_optimizer_v2,
@@ -205,12 +205,12 @@ class OptimizedTask(LightningModule):
 
     def _schedule(self, optimizer: Any) -> Any:
         given = self.hparams
-        # The length of an epoch is not known before.
+        # The length of an epoch is not known earlier.
         self.trainer.fit_loop.setup_data()
         batches, updates = self.trainer.num_training_batches, self.trainer.estimated_stepping_batches
         if math.isinf(batches) or math.isinf(updates):
             raise ConfigError(
-                "A schedule must know where training ends: set trainer.max_epochs or trainer.max_steps, and for a "
+                "A schedule needs the length of training: set trainer.max_epochs or trainer.max_steps, and for a "
                 "stream of unknown length trainer.limit_train_batches; or set model.sched to none."
             )
         updates_per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
@@ -229,7 +229,7 @@ class OptimizedTask(LightningModule):
         return scheduler
 
     def on_train_start(self) -> None:
-        """Schedule another peak learning rate where Lightning's LearningRateFinder has set one."""
+        """Rebuild the schedule if Lightning's LearningRateFinder has set another peak learning rate."""
         lr = self.hparams.lr
         if lr == self._scheduled_lr:
             return
@@ -241,7 +241,7 @@ class OptimizedTask(LightningModule):
         self._scheduled_lr = lr
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Timm's schedules are told the number of updates; callbacks put torch's schedulers in their place."""
+        """Pass the number of updates to timm's schedules; callbacks replace them by torch's schedulers."""
         if isinstance(scheduler, Scheduler):
             scheduler.step_update(num_updates=self.trainer.global_step)
         else:
@@ -249,7 +249,7 @@ class OptimizedTask(LightningModule):
 
 
 def _make(setting: str, factory: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a factory of timm makes, or which setting it refuses."""
+    """Call a factory of timm; an error names the rejected setting."""
     try:
         return factory(*args, **kwargs)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:

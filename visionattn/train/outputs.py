@@ -1,4 +1,4 @@
-"""What a run leaves besides its checkpoints: the table of measures, a report, and what could not be read."""
+"""Files of a run other than its checkpoints: the table of metrics, a report, and a list of unreadable images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["check_report", "report_test", "tell_skipped", "write_summary"]
 
 
 def write_summary(cli: Any, measured: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Table of what was measured on each split, and of what the model costs."""
+    """Write a table of the metrics of each split, and of the cost of the model."""
     model, data = cli.model, cli.datamodule
     rows: dict[str, dict[str, str]] = {}
     for part, metrics in measured.items():
@@ -50,21 +50,21 @@ def write_summary(cli: Any, measured: Mapping[str, Mapping[str, torch.Tensor]]) 
 
 
 def check_report(cli: Any, folder: str) -> None:
-    """Refuse a folder that holds a report already, and a task that has none.
+    """Refuse a folder that already holds a report, and a task without reports.
 
     Raises:
         ConfigError: The task is not classification.
-        InputError: The folder holds a report, or cannot be one.
+        InputError: The folder holds a report, or cannot be used for one.
     """
     if not hasattr(cli.model, "judgements"):
-        raise ConfigError(f"--output is for the reports of classifiers, and not for {type(cli.model).__name__}.")
+        raise ConfigError(f"--output writes reports of classifiers only; the task is {type(cli.model).__name__}.")
     check_folder(folder)
     if (Path(folder) / "report.html").exists() and not cli._get(cli.config_init, "overwrite"):
         raise InputError(f"{shorten(folder)} holds a report: give another folder, or --overwrite.")
 
 
 def report_test(cli: Any, folder: Path) -> None:
-    """Write the report of the test that was just run."""
+    """Write the report of the test that has just run."""
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     if trainer.world_size > 1 or not hasattr(data, "picture"):
         say(trainer, "No report: it is written by `visionattn test CHECKPOINT FOLDER --output REPORT`, on one device.")
@@ -85,7 +85,7 @@ def report_test(cli: Any, folder: Path) -> None:
 
 
 def tell_skipped(cli: Any) -> bool:
-    """List the images of all ranks that could not be read, and say whether there are any."""
+    """List the unreadable images of all ranks, and return whether there are any."""
     skipped = cli.datamodule.skipped() if isinstance(cli.datamodule, DataModule) else []
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         ranks: list[Any] = [None] * torch.distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""The file that `visionattn predict` writes: a row for each image, as CSV or JSON."""
+"""The file that `visionattn predict` writes: one row per image, as CSV or JSON."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Form", "check_form", "predictions_path", "write_predictions"]
 
 
 class Form(NamedTuple):
-    """What the file says of each image.
+    """Content of the file for each image.
 
     Attributes:
-        top: Number of the likeliest classes.
-        probabilities: The probability of every class instead.
+        top: Number of most likely classes.
+        probabilities: Write the probability of every class instead.
     """
 
     top: int = 1
@@ -31,17 +31,17 @@ class Form(NamedTuple):
 
 
 def check_form(cli: Any, top: int, probabilities: bool) -> Form:
-    """What was asked for.
+    """Check the options.
 
     Raises:
-        ConfigError: There are not so many classes, or the task has none, or both options are given.
+        ConfigError: `top` exceeds the number of classes, the task has no classes, or both options are given.
     """
     if (top, probabilities) == (1, False):
         return Form()
     if not hasattr(cli.model, "judgements"):
-        raise ConfigError(f"--top and --probabilities are for classifiers, and not for {type(cli.model).__name__}.")
+        raise ConfigError(f"--top and --probabilities need a classifier; the task is {type(cli.model).__name__}.")
     if top != 1 and probabilities:
-        raise ConfigError("--probabilities has every class already: leave out --top.")
+        raise ConfigError("--probabilities includes every class: remove --top.")
     classes = cli.model.hparams.num_classes
     if not 1 <= top <= classes:
         raise ConfigError(f"--top must be from 1 to {classes}, the number of classes; got {top}.")
@@ -49,13 +49,13 @@ def check_form(cli: Any, top: int, probabilities: bool) -> Form:
 
 
 def predictions_path(trainer: Any, output: str | None) -> Path:
-    """Where this rank's predictions go."""
+    """Path of this rank's predictions."""
     path = Path(output) if output else Path(trainer.default_root_dir) / "predictions.csv"
     return path.with_stem(f"{path.stem}-rank{trainer.global_rank}") if trainer.world_size > 1 else path
 
 
 def write_predictions(cli: Any, outputs: list[Any], path: Path, form: Form) -> None:
-    """Write each image that could be read: its name, and what the task predicts."""
+    """Write the name and the prediction of each readable image."""
     classes = getattr(cli.datamodule, "class_names", None)
     columns, rows = _table(cli.model, outputs, classes, form)
     records = (dict(zip(columns, row)) for row in _named(cli, rows))
@@ -64,7 +64,7 @@ def write_predictions(cli: Any, outputs: list[Any], path: Path, form: Form) -> N
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         if path.suffix == ".json":
-            # Names need not be text that UTF-8 holds: JSON escapes them.
+            # Names may not be valid UTF-8: JSON escapes them.
             json.dump([_nested(record, form) for record in records], file, indent=1)
             file.write("\n")
         else:
@@ -75,7 +75,7 @@ def write_predictions(cli: Any, outputs: list[Any], path: Path, form: Form) -> N
 
 
 def _table(model: Any, outputs: list[Any], classes: list[str] | None, form: Form) -> tuple[list[str], Iterator[Any]]:
-    """Names of the columns, and the values of each image behind its name."""
+    """Column names, and the values of each image after its name."""
     if form == Form():
         return ["image", *model.prediction_columns], (
             row for output in outputs for row in model.prediction_rows(output, classes)
@@ -100,11 +100,11 @@ def _digits(value: Tensor) -> str:
 
 
 def _named(cli: Any, rows: Iterator[Any]) -> Iterator[list[Any]]:
-    """The rows of this rank behind the names of their images, without those that could not be read."""
+    """The rows of this rank after the names of their images, without unreadable images."""
     trainer, data = cli.trainer, cli.datamodule
     names = data.predicted_names() if hasattr(data, "predicted_names") else itertools.count()
     unread = data.unpredicted() if hasattr(data, "unpredicted") else set()
-    # Ranks take turns.
+    # Ranks interleave their images.
     named = itertools.islice(enumerate(names), trainer.global_rank, None, trainer.world_size)
     for row, (index, name) in zip(rows, named):
         if index not in unread:
@@ -112,7 +112,7 @@ def _named(cli: Any, rows: Iterator[Any]) -> Iterator[list[Any]]:
 
 
 def _nested(record: dict[str, Any], form: Form) -> dict[str, Any]:
-    """A row as JSON has it: probabilities are numbers, and several classes a list or a mapping."""
+    """A row for JSON: probabilities are numbers, and several classes a list or a mapping."""
     image, *values = record.items()
     if form.probabilities:
         return {"image": image[1], "probabilities": {name: float(value) for name, value in values}}

@@ -26,10 +26,10 @@ def recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """A file as it is, or the packaged recipe of that name, with or without its folder.
+    """An existing file, or the packaged recipe of that name, with or without its folder.
 
     Raises:
-        UnknownNameError: There is neither.
+        UnknownNameError: Neither exists.
     """
     path = Path(name)
     if len(name) < 1024 and "\0" not in name and path.exists():
@@ -39,7 +39,7 @@ def find_recipe(name: str) -> Path:
     matches = [key for key in packaged if name.removesuffix(".yaml") in (key, key.split("/")[1])]
     if len(matches) == 1:
         return packaged[matches[0]]
-    raise UnknownNameError(f"There is no file and no recipe {shorten(name)!r}. The recipes are: {', '.join(packaged)}.")
+    raise UnknownNameError(f"There is no file or recipe {shorten(name)!r}. The recipes are: {', '.join(packaged)}.")
 
 
 def resolve_configs(args: Sequence[str]) -> tuple[list[str], list[Path]]:

@@ -22,15 +22,15 @@ __all__ = ["ReidentifyTask"]
 
 
 class ReidentifyTask(RankedTask):
-    """A backbone that tells individuals apart, and how it is trained (equations: see the module).
+    """A backbone that distinguishes individuals, and its training (equations: see the module).
 
     Args:
         name: Name of a model in timm's registry; its pooled features are the embedding.
         model_args: Further arguments of the model, such as `img_size` or `checkpoint_path`.
-        attributes: The one attribute, the identity -> its values; follows from the data.
-        pretrained: Begin with the published weights.
-        label_smoothing: Share of the target that is spread over all identities.
-        **optimization: Those of `OptimizedTask`.
+        attributes: The single attribute, the identity -> its values; follows from the data.
+        pretrained: Start from the published weights.
+        label_smoothing: Fraction of the target that is spread over all identities.
+        **optimization: Arguments of `OptimizedTask`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The report of a classifier: how good it is, class by class, what it confuses, and how it learned.
+"""The report of a classifier: metrics, per-class results, confusion matrix and learning curves.
 
-`report.html` is one file without scripts. Beside it lie `results.json`, `per_class.csv`, `confusion_matrix.csv` and
-.png, `predictions.csv` and `mistakes.jpg`.
+`report.html` is a single file without scripts. The same folder holds `results.json`, `per_class.csv`,
+`confusion_matrix.csv` and .png, `predictions.csv` and `mistakes.jpg`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from visionattn.train.results import Results
 __all__ = ["draw_confusion", "draw_mistakes", "learning_curves", "write_report"]
 
 MISTAKES = 24
-NUMBERED = 30  # classes at most whose cells show numbers and names
+NUMBERED = 30  # largest number of classes whose cells show counts and names
 _CELL, _LABEL, _THUMB = 46, 150, 144
 
 
@@ -42,17 +42,17 @@ def write_report(
     """Write the report of a classifier.
 
     Args:
-        folder: Where its files go; those of an earlier report are replaced.
-        results: What the classifier said of the split.
-        data: Data module, which shows the images.
-        split: Of the data: val or test.
-        title: Of the page.
-        settings: What the page says of the run, as plain values.
-        frozen: The backbone before it was trained, if it was measured.
-        metrics: Table of the training, metrics.csv, if there is one.
+        folder: Output folder; files of an earlier report are replaced.
+        results: Predictions on the split.
+        data: Data module, which provides the images.
+        split: Split of the data: val or test.
+        title: Title of the page.
+        settings: Settings of the run to show, as plain values.
+        frozen: Results of the frozen backbone before training, if measured.
+        metrics: Metrics table of the training, metrics.csv, if there is one.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         StorageError: A file could not be written.
@@ -79,12 +79,12 @@ def write_report(
     sections.append(
         Section(
             "Confusion matrix",
-            ["Rows are the images' classes, columns the predicted ones; darker cells hold a larger share of the row."],
+            ["Rows are the true classes, columns the predicted ones; darker cells hold a larger fraction of the row."],
             pictures=[("confusion_matrix.png", "Confusion matrix")],
         )
     )
     if worst:
-        words = [f"The {len(worst)} mistakes of the highest confidence: class, predicted class, confidence."]
+        words = [f"The {len(worst)} mistakes with the highest confidence: true class, predicted class, confidence."]
         sections.append(Section("Worst mistakes", words, pictures=[("mistakes.jpg", "Worst mistakes")]))
     sections += curves
     write_pages(sections, folder)
@@ -96,7 +96,7 @@ def _finite(value: float) -> float | None:
 
 
 def _predictions(results: Results, names: list[str]) -> list[dict[str, Any]]:
-    """A row for each image."""
+    """One row per image."""
     columns = (results.labels, results.predictions, results.confidences, results.own)
     return [
         {
@@ -117,7 +117,7 @@ def _share(value: float | None) -> str:
 def _overview(
     results: Results, split: str, title: str, settings: Mapping[str, Any], frozen: FrozenBackbone | None
 ) -> Section:
-    """The measures of the whole split, and the frozen backbone's."""
+    """Metrics of the whole split, and of the frozen backbone."""
     found = results.summary()
     low, high = results.interval
     table = [["measure", f"{split}, %"], ["accuracy", f"{_share(found['accuracy'])} [{_share(low)}, {_share(high)}]"]]
@@ -139,9 +139,9 @@ def _classes(results: Results) -> Section:
 
 
 def learning_curves(metrics: Path) -> list[Section]:
-    """Accuracy and loss of each epoch, from the table that the CSV logger wrote; none where it has no epochs.
+    """Accuracy and loss per epoch, from the CSV logger's table; empty if it has no epochs.
 
-    The closing evaluation of the best checkpoint stands in the table as if it were of one epoch more.
+    The final evaluation of the best checkpoint appears in the table as one more epoch.
     """
     values: dict[str, dict[int, list[float]]] = {"train/loss": {}, "val/loss": {}, "val/accuracy": {}}
     trained = 0
@@ -162,12 +162,12 @@ def learning_curves(metrics: Path) -> list[Section]:
     accuracy = Curves("accuracy.svg", labels, {"validation": points["val/accuracy"]}, "accuracy, %")
     both = {"training": points["train/loss"], "validation": points["val/loss"]}
     loss = Curves("loss.svg", labels, both, "loss", percent=False)
-    words = ["By epoch. The training loss is that of augmented images, with label smoothing and mixing where set."]
+    words = ["Per epoch. The training loss is on augmented images, with label smoothing and mixing if set."]
     return [Section("Learning curves", words, curves=accuracy), Section("Loss", curves=loss)]
 
 
 def draw_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...]) -> None:
-    """Write a confusion matrix (K, K) as a picture, each row shaded by its shares; few classes have names and numbers.
+    """Write a confusion matrix (K, K) as an image, cells shaded by their fraction of the row; few classes get labels.
 
     Raises:
         StorageError: The file could not be written.
@@ -204,7 +204,7 @@ def _fill_cells(picture: Image.Image, confusion: Tensor, shares: Tensor, classes
 
 
 def draw_mistakes(path: Path, results: Results, rows: list[int], data: Any, split: str) -> None:
-    """Write a contact sheet of images, each with its class, what it was taken for, and how surely.
+    """Write a contact sheet of images, each with its true class, predicted class and confidence.
 
     Raises:
         StorageError: The file could not be written.

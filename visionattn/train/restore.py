@@ -2,9 +2,9 @@
 
     out = net(small / 255)
     L = (1 - w) l(out, large / 255) + w l(out, teacher(small / 255))      w = 0 without a teacher
-    l = mean sqrt(d^2 + eps^2)  (Charbonnier)   or   mean |d|  (l1)       d the difference of a colour value
+    l = mean sqrt(d^2 + eps^2)  (Charbonnier)   or   mean |d|  (l1)       d is the difference of a colour value
 
-Validation measures PSNR as the benchmarks do (`visionattn.metrics.luma`).
+Validation computes PSNR as the benchmarks do (`visionattn.metrics.luma`).
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ LOSSES = ("charbonnier", "l1")
 
 
 class RestoreTask(OptimizedTask):
-    """A model that enlarges pictures and how it is trained.
+    """A super-resolution model and its training.
 
     Args:
-        name: Name of the model in timm's registry; it takes RGB in 0..1 and states its `scale`.
-        model_args: Further arguments of the model. Of SPAN, `branches: true` trains each convolution in branches; it is
-            measured fused, and `visionattn.load` reads the checkpoint fused.
-        pretrained: Begin with the published weights.
+        name: Name of the model in timm's registry; it takes RGB in 0..1 and has a `scale`.
+        model_args: Further arguments of the model. For SPAN, `branches: true` trains each convolution as several
+            branches; they are fused for evaluation, and `visionattn.load` fuses the checkpoint.
+        pretrained: Start from the published weights.
         loss: charbonnier or l1.
-        eps: Where Charbonnier's loss turns from square to absolute, in units of the 0..1 range.
+        eps: Where Charbonnier's loss changes from quadratic to linear, in units of the 0..1 range.
         teacher: Checkpoint of a model of the same scale, read by `visionattn.load`, whose output is a second target.
-        teacher_weight: Share w of the teacher in the loss, above 0, at most 1.
-        **optimization: Those of `OptimizedTask`.
+        teacher_weight: Weight w of the teacher in the loss, above 0, at most 1.
+        **optimization: Arguments of `OptimizedTask`.
     """
 
     monitor = "val/psnr_y"
@@ -60,28 +60,28 @@ class RestoreTask(OptimizedTask):
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, min_lr=min_lr, **optimization)
         if loss not in LOSSES:
-            raise ConfigError(f"There is no loss {loss!r}. Choose from {', '.join(LOSSES)}.")
+            raise ConfigError(f"model.loss must be one of {', '.join(map(repr, LOSSES))}; got {loss!r}.")
         if not 0 < teacher_weight <= 1:
-            raise ConfigError(f"model.teacher_weight is above 0 and at most 1, not {teacher_weight}.")
+            raise ConfigError(f"model.teacher_weight must be above 0 and at most 1; got {teacher_weight}.")
         self.net = create(name, pretrained=pretrained, **(model_args or {}))
         net: Any = self.net
         if getattr(net, "task", None) != "restore" or net.in_chans != 3:
-            raise ConfigError(f"{name!r} does not enlarge colour pictures; models of the task 'restore' do.")
+            raise ConfigError(f"model.name must be a model of the task 'restore' for colour images; got {name!r}.")
         self.scale: int = net.scale
-        # In tuples, torch does not see the networks: they belong neither to the checkpoint nor to the optimizer.
+        # In tuples, torch does not register the networks, neither for the checkpoint nor for the optimizer.
         self._teacher: tuple[torch.nn.Module, ...] = ()
         self._measured: tuple[torch.nn.Module, ...] = ()
         self.val_psnr, self.test_psnr = MeanMetric(), MeanMetric()
 
     def setup(self, stage: str) -> None:
-        """Read the teacher too."""
+        """Load the teacher too."""
         super().setup(stage)
         given = self.hparams
         if stage == "fit" and given.teacher is not None and not self._teacher:
             teacher: Any = load(Path(given.teacher))
             if getattr(teacher, "scale", None) != self.scale:
                 raise ConfigError(
-                    f"The teacher {given.teacher} enlarges {getattr(teacher, 'scale', None)} times, the model "
+                    f"The teacher {given.teacher} upscales {getattr(teacher, 'scale', None)} times, the model "
                     f"{self.scale} times."
                 )
             self._teacher = (teacher.requires_grad_(False),)
@@ -91,7 +91,7 @@ class RestoreTask(OptimizedTask):
         return self.net(images)
 
     def on_fit_start(self) -> None:
-        """Take the teacher to the device."""
+        """Move the teacher to the device."""
         for teacher in self._teacher:
             teacher.to(self.device)
 
@@ -115,33 +115,33 @@ class RestoreTask(OptimizedTask):
         return (difference.square() + self.hparams.eps**2).sqrt().mean()
 
     def on_validation_epoch_start(self) -> None:
-        """Fuse a copy, as it will be used."""
+        """Fuse a copy for evaluation."""
         self._measured = (self.for_use(),)
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        """PSNR of the validation pictures."""
+        """PSNR of the validation images."""
         self._measure(batch, self.val_psnr)
         self.log("val/psnr_y", self.val_psnr, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Let the copy go."""
+        """Release the copy."""
         self._measured = ()
 
     def on_test_epoch_start(self) -> None:
-        """Fuse a copy, as it will be used."""
+        """Fuse a copy for evaluation."""
         self._measured = (self.for_use(),)
 
     def test_step(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        """PSNR of the test pictures."""
+        """PSNR of the test images."""
         self._measure(batch, self.test_psnr)
         self.log("test/psnr_y", self.test_psnr)
 
     def on_test_epoch_end(self) -> None:
-        """Let the copy go."""
+        """Release the copy."""
         self._measured = ()
 
     def for_use(self) -> torch.nn.Module:
-        """A fused copy of a network that can be fused, else the network."""
+        """A fused copy of a network that can be fused, else the network itself."""
         net: Any = self.net
         return copy.deepcopy(net).fuse() if hasattr(net, "fuse") else net
 

@@ -1,4 +1,4 @@
-"""What a classifier got right and wrong on a split, image by image, and the measures that follow from it."""
+"""Predictions of a classifier on a split, image by image, and metrics computed from them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = ["Judgements", "Results"]
 
 
 class Judgements:
-    """Collects what a classifier says of the images of a split, in their order; a few numbers for each image."""
+    """Collects the predictions on a split in the order of its images; a few numbers per image."""
 
     def __init__(self) -> None:
         self._batches: list[tuple[Tensor, ...]] = []
 
     def clear(self) -> None:
-        """Forget all."""
+        """Discard everything."""
         self._batches = []
 
     def update(self, probabilities: Tensor, labels: Tensor) -> None:
-        """Keep a batch.
+        """Add a batch.
 
         Args:
             probabilities: (B, K).
@@ -44,7 +44,7 @@ class Judgements:
         self._batches.append(tuple(part.cpu() for part in (labels, predictions, confidences, own[:, 0], better)))
 
     def results(self, classes: Sequence[str]) -> Results | None:
-        """What was collected; None where no image could be read."""
+        """The collected results; None if no image could be read."""
         if not self._batches:
             return None
         labels, predictions, confidences, own, better = (torch.cat(parts) for parts in zip(*self._batches))
@@ -58,16 +58,16 @@ class Judgements:
 
 @dataclass(frozen=True)
 class Results:
-    """A classifier on the images of a split.
+    """Predictions of a classifier on a split.
 
     Attributes:
         classes: Names of the K classes.
         places: Index of each image in its split, int64 (n,).
         labels: Class of each image, int64 (n,).
-        predictions: Likeliest class of each image, int64 (n,).
+        predictions: Most likely class of each image, int64 (n,).
         confidences: Probability of that class, (n,).
-        own: Probability of the image's own class, (n,).
-        better: How many classes are likelier than the image's own, int64 (n,).
+        own: Probability of the true class, (n,).
+        better: Number of classes that are more likely than the true one, int64 (n,).
     """
 
     classes: tuple[str, ...]
@@ -79,12 +79,12 @@ class Results:
     better: Tensor
 
     def top(self, k: int) -> float:
-        """Share of the images whose class is among the k likeliest."""
+        """Fraction of the images whose true class is among the k most likely."""
         return float((self.better < k).double().mean())
 
     @property
     def accuracy(self) -> float:
-        """Share of the images whose likeliest class is right."""
+        """Fraction of the images whose most likely class is correct."""
         return float((self.predictions == self.labels).double().mean())
 
     @property
@@ -94,19 +94,19 @@ class Results:
 
     @property
     def confusion(self) -> Tensor:
-        """Number of images of each class (rows) that are taken for each class (columns), int64 (K, K)."""
+        """Number of images per true class (rows) and predicted class (columns), int64 (K, K)."""
         return multiclass_confusion_matrix(self.predictions, self.labels, len(self.classes))
 
     @property
     def balanced_accuracy(self) -> float:
-        """Mean of the recalls of the classes that have images."""
+        """Mean recall of the classes that have images."""
         recalls = multiclass_recall(self.predictions, self.labels, len(self.classes), average=None)
         return float(recalls[self.labels.bincount(minlength=len(self.classes)) > 0].double().mean())
 
     def per_class(self) -> list[dict[str, Any]]:
-        """A row for each class: its name, number of images, precision, recall and F1.
+        """One row per class: name, number of images, precision, recall and F1.
 
-        A class without images has no recall and no F1: they are None.
+        Recall and F1 of a class without images are None.
         """
         measures = {
             name: function(self.predictions, self.labels, len(self.classes), average=None).tolist()
@@ -130,13 +130,13 @@ class Results:
         ]
 
     def worst(self, count: int) -> list[int]:
-        """Rows of the mistakes that the classifier was surest of, the surest first."""
+        """Rows of the mistakes with the highest confidence, in descending order."""
         wrong = (self.predictions != self.labels).nonzero()[:, 0]
         order = self.confidences[wrong].argsort(descending=True, stable=True)
         return wrong[order][:count].tolist()
 
     def summary(self) -> dict[str, Any]:
-        """The measures of the whole split, as plain values."""
+        """Metrics of the whole split, as plain values."""
         low, high = self.interval
         found = {
             "images": len(self.labels),

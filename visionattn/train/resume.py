@@ -62,19 +62,20 @@ class ExactResume(Callback):
     """Makes a resumed run equal to an uninterrupted one, and Ctrl-C and SIGTERM safe ways to interrupt it.
 
     Lightning restores weights, optimizer, schedule and counters. This callback adds the states of the random generators
-    of torch, CUDA, numpy (timm's Mixup draws from it) and Python, for each rank, and the place of a `ResumableLoader`.
-    (Lightning saves that place too, but forgets to restore it once the number of updates was asked for, which every
+    of torch, CUDA, numpy (used by timm's Mixup) and Python, for each rank, and the position of a `ResumableLoader`.
+    (Lightning saves that position too, but does not restore it once the number of updates was queried, which every
     schedule does.)
 
-    The first signal lets training go on to the next safe place, saves `last.ckpt` there and raises `Interrupted`; a
-    second one aborts at once. Safe is the end of an update (gradients not yet applied are not saved) that no validation
-    follows (Lightning would leave it out after a resume), or else the beginning of the next epoch. Ranks agree on it.
+    After the first signal training continues to the next safe point, saves `last.ckpt` there and raises `Interrupted`;
+    a second signal aborts at once. A safe point is the end of an update (gradients not yet applied are not saved)
+    without a following validation (Lightning would skip it after a resume), or else the start of the next epoch.
+    Ranks agree on it.
     """
 
     def __init__(self) -> None:
         self._loader: Any = None
         self._to_restore: dict[str, Any] = {}
-        self._states: tuple[int, int] | None = None  # of optimizers and schedules in the checkpoint
+        self._states: tuple[int, int] | None = None  # numbers of optimizers and schedules in the checkpoint
         self._updates = 0
         self._signum = 0
         self._saved: Path | None = None
@@ -82,7 +83,7 @@ class ExactResume(Callback):
         self._process = os.getpid()
 
     def state_dict(self) -> dict[str, Any]:
-        """Random states of all ranks, and the place in the data."""
+        """Random states of all ranks, and the position in the data."""
         ranks: list[Any] = [_random_state()]
         if torch.distributed.is_initialized():
             state, ranks = ranks[0], [None] * torch.distributed.get_world_size()
@@ -90,11 +91,11 @@ class ExactResume(Callback):
         return {"ranks": ranks, "loader": self._loader.state_dict() if self._loader is not None else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the states until training begins."""
+        """Keep the states until training starts."""
         self._to_restore = state_dict
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Say that an epoch has just ended where the next just begins: resumed there, Lightning leaves it out."""
+        """Record the end of an epoch if the next has just begun: Lightning would skip that one on resume."""
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
         if epochs["current"]["ready"] > epochs["current"]["started"] > 0:
             for period in ("current", "total"):
@@ -102,16 +103,16 @@ class ExactResume(Callback):
                 epochs[period]["completed"] -= 1
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights alone, and keep Lightning from counting an epoch twice.
+        """Refuse checkpoints with weights only, and keep Lightning from counting an epoch twice.
 
-        It does the latter where max_steps is set and the end of an epoch was saved.
+        The latter occurs if max_steps is set and the checkpoint was saved at the end of an epoch.
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if "optimizer_states" not in checkpoint:
             raise CheckpointError(
-                "The checkpoint holds weights only, so training cannot go on from it. To begin a new training with "
-                "these weights, give the file as model.model_args.checkpoint_path instead."
+                "The checkpoint holds weights only, so training cannot be resumed from it. To start a new training "
+                "from these weights, give the file as model.model_args.checkpoint_path instead."
             )
         self._states = len(checkpoint["optimizer_states"]), len(checkpoint.get("lr_schedulers", ()))
         try:
@@ -119,25 +120,25 @@ class ExactResume(Callback):
             epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
             counts = [*epochs["total"].values(), *epochs["current"].values(), *batches["total"].values()]
             if not all(isinstance(count, int) and count >= 0 for count in counts):
-                raise ValueError("a count of epochs or batches is not a number of them")
+                raise ValueError("a count of epochs or batches is not a valid number")
             if trainer.max_steps != -1 and epochs["current"]["processed"] > epochs["current"]["completed"]:
-                # Say that the last batch is just done and not yet counted, which Lightning takes for what it is.
+                # Mark the last batch as done but not yet counted, as Lightning expects.
                 for period in ("current", "total"):
                     epochs[period]["processed"] -= 1
                     batches[period]["completed"] -= 1
                 loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"Training cannot go on from the checkpoint: its progress is damaged ({shorten(repr(error))})."
+                f"Training cannot be resumed from the checkpoint: its progress is damaged ({shorten(repr(error))})."
             ) from error
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Go to the place in the data, and listen to signals."""
-        # Lightning restores as many as there are states, and begins the others anew without a word.
+        """Go to the position in the data, and install signal handlers."""
+        # Lightning restores as many states as there are, and silently restarts the others.
         if self._states not in (None, (len(trainer.optimizers), len(trainer.lr_scheduler_configs))):
             raise CheckpointError(
-                f"Training cannot go on from the checkpoint: it has the states of {self._states[0]} optimizers and "
-                f"{self._states[1]} schedules, and the training has {len(trainer.optimizers)} and "
+                f"Training cannot be resumed from the checkpoint: it has the states of {self._states[0]} optimizers "
+                f"and {self._states[1]} schedules, but the training has {len(trainer.optimizers)} and "
                 f"{len(trainer.lr_scheduler_configs)}."
             )
         self._loader = trainer.train_dataloader if hasattr(trainer.train_dataloader, "load_state_dict") else None
@@ -147,16 +148,16 @@ class ExactResume(Callback):
         self._listen()
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
-        """Listen to signals before loading processes inherit what others do on them."""
+        """Install signal handlers before loading processes inherit other ones."""
         self._listen()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """A safe place, with the epoch before validated and saved."""
+        """A safe point: the previous epoch is validated and saved."""
         if trainer.current_epoch > 0 and self._must_stop(trainer):
             raise Interrupted(self._save(trainer), self._signum or signal.SIGINT)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Stop after the last batch was logged; restore the random states before the first draws from them."""
+        """Stop after the last batch was logged; restore the random states before the first draw."""
         if self._saved is not None:
             raise Interrupted(self._saved, self._signum or signal.SIGINT)
         ranks = self._to_restore.get("ranks", [])
@@ -165,21 +166,21 @@ class ExactResume(Callback):
             _set_random_state(ranks[trainer.global_rank])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A safe place after an update, unless the epoch ends."""
+        """A safe point after an update, unless the epoch ends."""
         updated, self._updates = trainer.global_step != self._updates, trainer.global_step
         if updated and not trainer.is_last_batch and self._must_stop(trainer):
             self._saved = self._save(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Not a safe place after all."""
+        """Not a safe point after all."""
         self._saved = None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._restore_handlers()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._restore_handlers()
 
     def _must_stop(self, trainer: Any) -> bool:
@@ -192,7 +193,7 @@ class ExactResume(Callback):
         return checkpoint
 
     def _listen(self) -> None:
-        # Python gives signals to the main thread only.
+        # Python delivers signals to the main thread only.
         if threading.current_thread() is threading.main_thread() and not self._previous_handlers:
             self._signum, self._process = 0, os.getpid()
             for signum in (signal.SIGINT, signal.SIGTERM):
@@ -200,13 +201,13 @@ class ExactResume(Callback):
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signum = signum
-        # A second signal does what it always did.
+        # A second signal uses the original handler.
         self._restore_handlers()
         if os.getpid() != self._process:
-            return  # a loading process, which the training needs until it stops
+            return  # a loading process, needed until the training stops
         if getattr(rank_zero_only, "rank", 0) == 0:
             again = "Press Ctrl-C again" if signum == signal.SIGINT else "Send SIGTERM again"
-            print(f"\nStopping as soon as the state can be saved. {again} to abort without.", flush=True)
+            print(f"\nStopping as soon as the state can be saved. {again} to abort without saving.", flush=True)
 
     def _restore_handlers(self) -> None:
         for signum, handler in self._previous_handlers.items():

@@ -1,4 +1,4 @@
-r"""Training retrieval: embeddings f_c of an image under each attribute c, near where the values of c are equal.
+r"""Training retrieval: embeddings f_c of an image under each attribute c, close if their values of c are equal.
 
     loss = mean over attributes c of  l(f_c of the images with a value of c, their values)
 
@@ -6,7 +6,7 @@ r"""Training retrieval: embeddings f_c of an image under each attribute c, near 
     multi_similarity  arXiv 1904.06627
     proxy_anchor      arXiv 2003.13911; learned proxies of each value
 
-An attribute of which a batch has one value gives 0. Losses and miners are pytorch-metric-learning's.
+An attribute with one value in a batch gives 0. Losses and miners are pytorch-metric-learning's.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ MINERS = ("none", "semihard", "hard", "multi_similarity")
 
 
 class EmbeddingTask(OptimizedTask, ABC):
-    """A task that is validated and tested by the embeddings of a part's images, each embedded once.
+    """A task that is validated and tested by the embeddings of a split's images, each embedded once.
 
-    The network is `net`; `attributes` of the hyper-parameters names each attribute and its values. A batch of an
-    evaluation begins with images and ends with their places in their part.
+    The network is `net`; the hyper-parameter `attributes` maps each attribute to its values. An evaluation batch
+    begins with images and ends with their indices in the split.
     """
 
     def __init__(self, **optimization: Any) -> None:
@@ -47,17 +47,17 @@ class EmbeddingTask(OptimizedTask, ABC):
 
     @property
     def trained(self) -> nn.Module:
-        """The network and what its loss learns."""
+        """The network and the parameters of its loss."""
         return self
 
     def no_weight_decay(self) -> set[str]:
-        """What timm's optimizers are told to exempt: what the network exempts."""
+        """Parameters without weight decay in timm's optimizers: those that the network exempts."""
         exempt: Any = getattr(self.net, "no_weight_decay", set)
         return {f"net.{name}" for name in exempt()}
 
     @property
     def input_config(self) -> dict[str, Any]:
-        """What images the model expects: size, mean, std, interpolation."""
+        """Input configuration of the model: size, mean, std, interpolation."""
         return input_config(self.net)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -73,16 +73,16 @@ class EmbeddingTask(OptimizedTask, ABC):
         self._found.append((self(batch[0]), batch[-1]))
 
     def on_validation_epoch_end(self) -> None:
-        """State how good the embeddings are."""
+        """Log the quality of the embeddings."""
         self._judge("val")
 
     def on_test_epoch_end(self) -> None:
-        """State how good the embeddings are."""
+        """Log the quality of the embeddings."""
         self._judge("test")
 
     @abstractmethod
     def judge(self, name: str, embeddings: Tensor, part: Any) -> None:
-        """Log how good the embeddings (N, C, E) of a part's images are; `name` is val or test."""
+        """Log the quality of the embeddings (N, C, E) of a split's images; `name` is val or test."""
 
     def _judge(self, name: str) -> None:
         embeddings, places = (torch.cat(tensors) for tensors in zip(*self._found))
@@ -95,7 +95,7 @@ class EmbeddingTask(OptimizedTask, ABC):
         self.judge(name, embeddings, self.trainer.datamodule.part(name).take(places.cpu()))
 
     def check_checkpoint(self, saved: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model or of other attributes."""
+        """Refuse a checkpoint of another model or with other attributes."""
         super().check_checkpoint(saved)
         names, own = list(saved.get("attributes", self.hparams.attributes)), list(self.hparams.attributes)
         if names != own:
@@ -105,13 +105,13 @@ class EmbeddingTask(OptimizedTask, ABC):
 
 
 class RankedTask(EmbeddingTask):
-    """A task that is validated and tested by ranking each part's gallery for its queries."""
+    """A task that is validated and tested by ranking each split's gallery for its queries."""
 
     monitor = "val/map"
 
     def judge(self, name: str, embeddings: Tensor, part: Part) -> None:
-        """Rank, and state mAP and recall."""
-        if not (part.is_query.any() and part.is_gallery.any()):  # a trial of a few batches
+        """Rank, and log mAP and recall."""
+        if not (part.is_query.any() and part.is_gallery.any()):  # Lightning's sanity check with a few batches
             return
         scores = score_part(embeddings, part, tuple(self.hparams.attributes))
         plain, weighted = means(scores)
@@ -125,14 +125,14 @@ class RankedTask(EmbeddingTask):
 
 
 def create_conditional(name: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:
-    """A model that embeds images by the attributes of its settings.
+    """A model that embeds images by the attributes in its settings.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: The model does not.
     """
     net = create(name, pretrained=pretrained, **settings)
     if conditions_of(net) != tuple(settings["attributes"]):
-        raise ConfigError(f"{name!r} does not embed images by attributes; models va_cca_* do.")
+        raise ConfigError(f"model.name must be a va_cca_* model, which embeds images by attributes; got {name!r}.")
     return net
 
 
@@ -141,13 +141,13 @@ class AttributeLoss(nn.Module):
 
     Args:
         loss: triplet, multi_similarity or proxy_anchor.
-        miner: Which triplets or pairs count: none (all), semihard, hard or multi_similarity.
+        miner: Triplets or pairs to use: none (all), semihard, hard or multi_similarity.
         margin: m of the triplet loss.
         values: Number of values of each attribute.
         embed_dim: E.
 
     Raises:
-        ConfigError: There is no such loss or miner, or they do not go together.
+        ConfigError: The loss or miner is unknown, or they cannot be combined.
         MissingPackageError: pytorch-metric-learning is not installed.
     """
 
@@ -155,11 +155,9 @@ class AttributeLoss(nn.Module):
         super().__init__()
         for what, name, known in (("loss", loss, LOSSES), ("miner", miner, MINERS)):
             if name not in known:
-                raise ConfigError(f"There is no {what} {name!r}. Choose from {', '.join(known)}.")
+                raise ConfigError(f"model.{what} must be one of {', '.join(map(repr, known))}; got {name!r}.")
         if loss == "proxy_anchor" and miner != "none":
-            raise ConfigError(
-                "proxy_anchor compares images with proxies, of which nothing is mined: set miner to none."
-            )
+            raise ConfigError("proxy_anchor compares images with proxies and needs no mining: set model.miner to none.")
         losses = require("pytorch_metric_learning.losses", "train")
         miners = require("pytorch_metric_learning.miners", "train")
         cosine = require("pytorch_metric_learning.distances", "train").CosineSimilarity()
@@ -177,13 +175,13 @@ class AttributeLoss(nn.Module):
         self.losses = nn.ModuleList([make(count) for count in values])
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Embeddings (B, C, E) and labels int64 (B, C), `MISSING` where a value is not known -> the mean loss."""
+        """Embeddings (B, C, E) and labels int64 (B, C), `MISSING` where a value is unknown -> the mean loss."""
         found = []
         for column, loss in enumerate(self.losses):
             kept = labels[:, column] != MISSING
             own, values = embeddings[kept, column], labels[kept, column]
             if len(values.unique()) < 2:
-                # All parameters stay in the graph, for DDP asks each for a gradient.
+                # All parameters stay in the graph, since DDP requires a gradient for each.
                 found.append(0 * own.sum() + sum(0 * parameter.sum() for parameter in loss.parameters()))
             else:
                 found.append(loss(own, values, self.miner(own, values) if self.miner is not None else None))
@@ -191,20 +189,20 @@ class AttributeLoss(nn.Module):
 
 
 class RetrieveTask(RankedTask):
-    """A model that embeds images by attributes, and how it is trained (equations: see the module).
+    """A model that embeds images by attributes, and its training (equations: see the module).
 
     Args:
-        name: Name in timm's registry of a model that takes `attributes` and gives (B, C, E), such as
+        name: Name in timm's registry of a model that takes `attributes` and returns (B, C, E), such as
             `va_cca_vit_tiny_patch16_224`, or `va_cca` with any `backbone` in `model_args`.
         model_args: Further arguments of the model, such as `embed_dim`, `head` and `backbone_checkpoint`.
         attributes: Attribute -> its values; follows from the data.
-        pretrained: Begin with the published weights.
+        pretrained: Start from the published weights.
         loss: triplet, multi_similarity or proxy_anchor.
-        miner: Which triplets or pairs count: none (all), semihard, hard or multi_similarity.
+        miner: Triplets or pairs to use: none (all), semihard, hard or multi_similarity.
         margin: m of the triplet loss.
-        backbone_rate: Learning rate of the backbone as a share of that of the head and the loss; 0 freezes it, with the
-            statistics of its batch norms.
-        **optimization: Those of `OptimizedTask`.
+        backbone_rate: Learning rate of the backbone relative to that of the head and the loss; 0 freezes it, including
+            the statistics of its batch norms.
+        **optimization: Arguments of `OptimizedTask`.
     """
 
     def __init__(
@@ -220,17 +218,17 @@ class RetrieveTask(RankedTask):
         **optimization: Any,
     ) -> None:
         if not 0 <= backbone_rate < math.inf:
-            raise ConfigError(f"model.backbone_rate must be a finite number, 0 or more; got {backbone_rate}.")
+            raise ConfigError(f"model.backbone_rate must be a finite number, at least 0; got {backbone_rate}.")
         if not attributes:
             raise ConfigError("Retrieval needs attributes with values: they follow from RetrieveData.")
         settings = {**(model_args or {}), "attributes": list(attributes)}
-        # `visionattn.load` reads here how the network was made, and needs no weights that training began with.
+        # `visionattn.load` reads here how to build the network, without the initial weights.
         model_args = {key: value for key, value in settings.items() if key not in BEGINNING}
         super().__init__(**optimization)
         self.net = create_conditional(name, pretrained, settings)
         self._backbone = {key for key, _ in self.named_parameters() if key.startswith("net.backbone.")}
         if backbone_rate != 1 and not self._backbone:
-            raise ConfigError(f"{name!r} has no backbone apart from its head: leave out model.backbone_rate.")
+            raise ConfigError(f"{name!r} has no separate backbone: remove model.backbone_rate.")
         if backbone_rate == 0:
             self.net.backbone.requires_grad_(False)
         with torch.no_grad():
@@ -241,11 +239,11 @@ class RetrieveTask(RankedTask):
 
     @property
     def parameter_groups(self) -> Callable[[nn.Module], list[dict[str, Any]]] | None:
-        """How the trained parameters are grouped where the backbone has a rate of its own."""
+        """Parameter groups if the backbone has its own learning rate."""
         return None if self.hparams.backbone_rate in (0, 1) else self._groups
 
     def _groups(self, module: nn.Module) -> list[dict[str, Any]]:
-        """What trains, by weight decay and learning rate: the backbone's is `backbone_rate` of the others'."""
+        """Trainable parameters by weight decay and learning rate; the backbone's is scaled by `backbone_rate`."""
         given, exempt = self.hparams, self.no_weight_decay()
         groups: dict[tuple[float, bool], dict[str, Any]] = {}
         for name, parameter in module.named_parameters():
@@ -253,7 +251,7 @@ class RetrieveTask(RankedTask):
                 continue
             rate = given.backbone_rate if name in self._backbone else 1.0
             decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
-            # timm's schedules multiply with lr_scale; without a schedule nothing does.
+            # timm's schedules multiply by lr_scale; without a schedule nothing does.
             lr = rate * given.lr if given.sched == "none" else given.lr
             settings = {"lr": lr, "lr_scale": rate, "weight_decay": given.weight_decay if decays else 0.0}
             group = groups.setdefault((rate, decays), {"params": [], **settings})
@@ -261,7 +259,7 @@ class RetrieveTask(RankedTask):
         return list(groups.values())
 
     def on_train_epoch_start(self) -> None:
-        """Keep a frozen backbone as it is in evaluation."""
+        """Keep a frozen backbone in evaluation mode."""
         if self.hparams.backbone_rate == 0:
             self.net.backbone.eval()  # type: ignore[union-attr]
 

@@ -1,4 +1,4 @@
-"""A metrics file that a resumed run goes on with."""
+"""A metrics file that a resumed run continues."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["ResumedLogger"]
 
 
 class ResumedLogger(CSVLogger):
-    """CSVLogger into the folder of an earlier run; Lightning's own would delete what is there.
+    """CSVLogger into the folder of an earlier run; Lightning's own would delete its files.
 
     Args:
         folder: Folder of the run.
-        updates: Number of updates in the checkpoint; what was logged after them will be logged again.
+        updates: Number of updates in the checkpoint; later log entries are discarded, since they will be logged again.
     """
 
     def __init__(self, folder: str | Path, updates: int) -> None:
@@ -29,7 +29,7 @@ class ResumedLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The writer, filled with the rows of the earlier run."""
+        """The writer, initialised with the rows of the earlier run."""
         if self._experiment is None:
             file = Path(self.log_dir) / "metrics.csv"
             rows = []

@@ -1,33 +1,34 @@
 r"""Training stereo matching and optical flow: models of the tasks "stereo" and "flow".
 
-A pass gives fields f_1 .. f_J of both views, in the order in which they come: after the self and the cross attention of
-each layer, and what is upsampled between sizes, each in pixels of its own map, of stride k_j; the field f of full size;
-and the start's probabilities P. The truth is t, with y = 0 in stereo, for both views where it is known for both.
+A forward pass returns fields f_1 .. f_J of both views in this order: after the self- and the cross-attention of
+each layer, and after each upsampling, each in pixels of its own map, of stride k_j; the field f at full resolution;
+and the probabilities P of the initial match. The ground truth is t, with y = 0 in stereo, for both views if both are
+known.
 
     L = sum over j of g^(J - j) L_j / sum over j of g^(J - j)  +  L_full  +  c L_both  +  s L_start       g = 0.9
 
     L_j     = mean over K_j of r(f_j - t_k)       r(e) = sqrt(|e|^2 + 0.1^2) - 0.1
-    L_full  = mean over the pixels with truth of r((f - t) / 4)
+    L_full  = mean over the pixels with ground truth of r((f - t) / 4)
     L_both  = mean over V of r((f(p) + f~(p + f(p))) / 4)                                  f~: the other view's field
-    L_start = mean over K of the cross entropy of P with t at 1/32, shared by the whole pixels around it
+    L_start = mean over K of the cross entropy of P with t at 1/32, spread over the integer pixels around it
 
-t_k is the truth of a map of stride k: of each k x k pixels, the mean of those within k of their median, divided by k.
-K_j are the pixels that have it, for fields after cross attention only those that both views see; V are the pixels whose
-match points back to them within 2 pixels and which truth does not call occluded. Each term has its reason:
+t_k is the ground truth of a map of stride k: of each k x k pixels, the mean of those within k of their median, divided
+by k. K_j are the pixels that have it, for fields after cross-attention only the non-occluded ones; V are the pixels
+whose match points back to them within 2 pixels and which are not occluded in the ground truth. Reasons for each term:
 
-- r is a distance near nothing and linear far away: outliers, which a network has at every outline, do not rule.
-- Fields are measured in pixels of their own map, since a layer cannot do better than a fraction of one, and the field
-  of full size in those of the map at 1/4 that it is upsampled from: so no size drowns the others. Weights rise, because
-  early fields serve later ones.
-- A plain mean over k x k pixels lies between two surfaces wherever these contain an outline, on neither.
-- Cross attention looks for a pixel's match. Where the other view does not see it, there is none, and a loss there would
-  teach to match something else. What knows such pixels is self attention, which has their neighbours: its fields have a
+- r is quadratic near 0 and linear far away, so that outliers, which occur at every outline, do not dominate.
+- Fields are measured in pixels of their own map, since a layer cannot be more precise than a fraction of one, and the
+  full-resolution field in those of the 1/4 map that it is upsampled from, so that no resolution dominates. Weights
+  rise, because early fields serve later ones.
+- A plain mean over k x k pixels lies between two surfaces at an outline, on neither.
+- Cross-attention searches for a pixel's match. An occluded pixel has none, and a loss there would
+  teach to match something else. Self-attention can fill such pixels from their neighbours: its fields have a
   loss everywhere.
-- Each view's field is judged by itself by the other terms. L_both ties them, needs no truth, and so reaches the pixels
-  that sparse truth leaves out.
-- The start is read off P around its largest entry. Where that lies wrong no gradient says so: L_start does.
+- The other terms judge each view's field separately. L_both ties them, needs no ground truth, and so reaches the pixels
+  that sparse ground truth leaves out.
+- The initial match is read off P around its largest entry. If that is wrong, no gradient corrects it: L_start does.
 
-The paper (arXiv 2510.14260) names a consistency-constrained loss without printing it here; this one is ours.
+The paper (arXiv 2510.14260) mentions a consistency-constrained loss without stating it; this one is our own.
 """
 
 from __future__ import annotations
@@ -65,27 +66,27 @@ def robust(difference: torch.Tensor) -> torch.Tensor:
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of values where the mask is true, 0 where it is nowhere."""
-    # Values are chosen, not multiplied: those of unknown truth may be NaN, and so would be their gradients.
+    """Mean of values where the mask is true; 0 if it is true nowhere."""
+    # Values are selected, not multiplied: where the ground truth is unknown they may be NaN, and so would be gradients.
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
 def coarse_truth(truth: torch.Tensor, seen: torch.Tensor, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The truth of a map of a stride k (equation: see the module).
+    """The ground truth of a map of stride k (equation: see the module).
 
     Args:
-        truth: (B, H, W, 2) in pixels, NaN where it is not known; H and W multiples of k.
-        seen: (B, H, W) of bool, pixels that the other view sees too.
+        truth: (B, H, W, 2) in pixels, NaN where unknown; H and W multiples of k.
+        seen: bool (B, H, W), non-occluded pixels.
         stride: k.
 
     Returns:
-        t_k (B, H / k, W / k, 2) in pixels of the map, NaN where no pixel has truth; and (B, H / k, W / k) of bool,
-        where the other view sees most of the pixels that it is the mean of.
+        t_k (B, H / k, W / k, 2) in pixels of the map, NaN where no pixel has ground truth; and bool (B, H / k, W / k),
+        where most of the averaged pixels are non-occluded.
     """
     B, H, W = seen.shape
     blocks = truth.view(B, H // stride, stride, W // stride, stride, 2).permute(0, 1, 3, 5, 2, 4).flatten(-2)
     median = blocks.nanmedian(-1, keepdim=True).values  # (B, h, w, 2, 1)
-    near = ((blocks - median).abs() <= stride).all(-2)  # (B, h, w, k k), false of NaN
+    near = ((blocks - median).abs() <= stride).all(-2)  # (B, h, w, k k), False for NaN
     count = near.sum(-1)
     total = torch.where(near.unsqueeze(-2), blocks, 0).sum(-1)
     mean = total / count.unsqueeze(-1) / stride  # 0 / 0 is NaN
@@ -103,13 +104,13 @@ def there_and_back(field: torch.Tensor) -> torch.Tensor:
 
 
 def start_loss(probability: torch.Tensor, truth: torch.Tensor, known: torch.Tensor, flow: bool) -> torch.Tensor:
-    """Cross entropy of the start's probabilities with the truth at 1/32.
+    """Cross entropy of the initial match's probabilities with the ground truth at 1/32.
 
     Args:
         probability: P of `MatchFields`.
         truth: (2B, h, w, 2) in pixels of the map.
-        known: (2B, h, w) of bool, pixels to look at.
-        flow: What P is over: pixels of the other view instead of disparities.
+        known: bool (2B, h, w), pixels to use.
+        flow: Whether P is over pixels of the other view instead of disparities.
     """
     h, w = truth.shape[1:3]
     truth = torch.where(known.unsqueeze(-1), truth, 0)
@@ -131,21 +132,21 @@ def start_loss(probability: torch.Tensor, truth: torch.Tensor, known: torch.Tens
 
 
 class MatchTask(OptimizedTask):
-    """A model that finds matches between two views and how it is trained (loss: see the module).
+    """A model that matches two views, and its training (loss: see the module).
 
     Args:
-        name: Name of the model in timm's registry, of the task "stereo" or "flow".
+        name: Name of the model in timm's registry, for the task "stereo" or "flow".
         model_args: Further arguments of the model, such as `depths`.
-        pretrained: Begin with the published weights.
-        mask_occluded: Leave the pixels that one view alone sees out of the loss of fields after cross attention.
+        pretrained: Start from the published weights.
+        mask_occluded: Leave occluded pixels out of the loss of fields after cross-attention.
         consistency: c, weight of the consistency between the views.
-        start: s, weight of the start's cross entropy.
-        grad_checkpointing: Compute each decoder layer again for gradients instead of keeping what it computed.
-        **optimization: Those of `OptimizedTask`.
+        start: s, weight of the initial match's cross entropy.
+        grad_checkpointing: Recompute each decoder layer in the backward pass instead of keeping its activations.
+        **optimization: Arguments of `OptimizedTask`.
     """
 
     monitor = "val/within_2"
-    """Percent of the pixels within 2 pixels of the truth."""
+    """Percentage of pixels within 2 pixels of the ground truth."""
 
     def __init__(
         self,
@@ -162,11 +163,11 @@ class MatchTask(OptimizedTask):
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, **optimization)
         if consistency < 0 or start < 0:
-            raise ConfigError("model.consistency and model.start are weights in the loss, 0 or more.")
+            raise ConfigError("model.consistency and model.start must be at least 0.")
         self.net = create(name, pretrained=pretrained, **(model_args or {}))
         net: Any = self.net
         if getattr(net, "task", None) not in ("stereo", "flow"):
-            raise ConfigError(f"{name!r} does not match views; models of the tasks 'stereo' and 'flow' do.")
+            raise ConfigError(f"model.name must be a model of the task 'stereo' or 'flow'; got {name!r}.")
         if grad_checkpointing:
             net.set_grad_checkpointing()
         self.flow: bool = net.task == "flow"
@@ -181,16 +182,16 @@ class MatchTask(OptimizedTask):
         return net.forward_fields(views[:, 0], views[:, 1])
 
     def losses(self, found: MatchFields, truth: torch.Tensor, seen: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The terms of the loss, unweighted: sequence, full, both, start.
+        """The unweighted terms of the loss: sequence, full, both, start.
 
         Args:
-            found: Of views whose sides are multiples of 32.
-            truth: (2B, H, W, 2) in pixels, left views first, NaN where it is not known.
-            seen: (2B, H, W) of bool, pixels that the other view sees too.
+            found: Fields of views whose sides are multiples of 32.
+            truth: (2B, H, W, 2) in pixels, left views first, NaN where unknown.
+            seen: bool (2B, H, W), non-occluded pixels.
         """
         W = truth.shape[2]
         coarse = {stride: coarse_truth(truth, seen, stride) for stride in STRIDES}
-        # In the order in which they come: what is upsampled comes before the first layer of its size.
+        # In the order in which they come: an upsampled field comes before the first layer of its resolution.
         waiting = {W // field.shape[2]: field for field in found.upsampled}
         fields: list[tuple[torch.Tensor, bool]] = []
         for after_self, after_cross in zip(found.after_self, found.after_cross):
@@ -236,7 +237,7 @@ class MatchTask(OptimizedTask):
         self._measure(batch, self.val_errors)
 
     def on_validation_epoch_end(self) -> None:
-        """State the measures."""
+        """Log the metrics."""
         self._state("val", self.val_errors)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -244,7 +245,7 @@ class MatchTask(OptimizedTask):
         self._measure(batch, self.test_errors)
 
     def on_test_epoch_end(self) -> None:
-        """State the measures."""
+        """Log the metrics."""
         self._state("test", self.test_errors)
 
     def _measure(self, batch: Batch, means: Any) -> None:

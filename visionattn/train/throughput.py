@@ -1,4 +1,4 @@
-"""How fast images pass through, data loading included."""
+"""Throughput in images per second, data loading included."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["ImagesPerSecond"]
 
 
 class ImagesPerSecond(Callback):
-    """Logs `train/images_per_second` each epoch, validation left out, and `test/images_per_second`.
+    """Logs `train/images_per_second` each epoch, without validation, and `test/images_per_second`.
 
-    The first element of a batch are its images; the ranks' images are added up.
+    The first element of a batch holds its images; the images of all ranks are summed.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class ImagesPerSecond(Callback):
         self._seconds, self._since = self._seconds + now - self._since, now
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to count."""
+        """Start the timer."""
         self._restart()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -39,7 +39,7 @@ class ImagesPerSecond(Callback):
         self._count(trainer, batch, trainer.is_last_batch)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave out the validation."""
+        """Exclude the validation."""
         self._since = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -48,7 +48,7 @@ class ImagesPerSecond(Callback):
             pl_module.log("train/images_per_second", self._images / self._seconds, rank_zero_only=True)
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to count."""
+        """Start the timer."""
         self._restart()
 
     def on_test_batch_end(

@@ -1,10 +1,10 @@
-r"""Training retrieval on given triplets: of two images, `near` is nearer to the anchor than `far`, under a condition c.
+r"""Training retrieval on triplets: under a condition c, an image `near` is closer to the anchor than an image `far`.
 
-    d_c(x, y) = 1 - cos(f_c(x), f_c(y))                                                the space of the row's condition
+    d_c(x, y) = 1 - cos(f_c(x), f_c(y))                                                in the space of condition c
     loss      = mean over triplets of  max(0, d_c(anchor, near) - d_c(anchor, far) + m)
 
-the loss of conditional similarity networks (arXiv 1603.07810), on cosine; torch's. Judged is the share of triplets with
-d_c(anchor, near) < d_c(anchor, far), for each condition, and the mean of these shares.
+This is the loss of conditional similarity networks (arXiv 1603.07810), with cosine distance; computed by torch. The
+metric is the fraction of triplets with d_c(anchor, near) < d_c(anchor, far), for each condition, and its mean.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ __all__ = ["TripletTask"]
 
 
 def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Vectors of length 1 (B, E) -> 1 - cos (B,)."""
+    """Unit vectors (B, E) -> 1 - cos (B,)."""
     return 1 - (x * y).sum(dim=-1)
 
 
 class TripletTask(EmbeddingTask):
-    """A model that embeds images by conditions, trained on triplets (equations: see the module).
+    """A model that embeds images by conditions, and its training on triplets (equations: see the module).
 
     Args:
-        name: Name in timm's registry of a model that takes `attributes` and gives (B, C, E), such as
+        name: Name in timm's registry of a model that takes `attributes` and returns (B, C, E), such as
             `va_cca_vit_tiny_patch16_224`, or `va_cca` with any `backbone` in `model_args`.
         model_args: Further arguments of the model, such as `embed_dim`, `head` and `backbone_checkpoint`.
         attributes: Each condition, without values; follows from the data.
-        pretrained: Begin with the published weights.
+        pretrained: Start from the published weights.
         margin: m.
-        **optimization: Those of `OptimizedTask`.
+        **optimization: Arguments of `OptimizedTask`.
 
     Raises:
         ConfigError: There are no conditions, the model does not embed by them, or the margin is not above 0.
@@ -57,9 +57,9 @@ class TripletTask(EmbeddingTask):
         if not attributes:
             raise ConfigError("Triplets need conditions to embed by: they follow from TripletData.")
         if margin <= 0:
-            raise ConfigError(f"model.margin is {margin}; it is above 0, or all images may fall together.")
+            raise ConfigError(f"model.margin must be above 0, to keep embeddings from collapsing; got {margin}.")
         settings = {**(model_args or {}), "attributes": list(attributes)}
-        # `visionattn.load` reads here how the network was made, and needs no weights that training began with.
+        # `visionattn.load` reads here how to build the network, without the initial weights.
         model_args = {key: value for key, value in settings.items() if key not in BEGINNING}
         super().__init__(**optimization)
         self.net = create_conditional(name, pretrained, settings)
@@ -68,7 +68,7 @@ class TripletTask(EmbeddingTask):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch: images (3 B, 3, H, W), anchor, far and near in turn, and conditions int64 (B,)."""
         images, conditions = batch
-        # All conditions are embedded, so that each parameter has a gradient, as DDP asks.
+        # All conditions are embedded, so that each parameter has a gradient, as DDP requires.
         spaces = self(images).unflatten(0, (len(conditions), 3))  # (B, 3, C, E)
         anchors, far, near = spaces[torch.arange(len(conditions)), :, conditions].unbind(dim=1)  # (B, E)
         loss = self.loss(anchors, near, far)
@@ -76,8 +76,8 @@ class TripletTask(EmbeddingTask):
         return loss
 
     def judge(self, name: str, embeddings: Tensor, part: Triplets) -> None:
-        """State the share of triplets that is right, by condition and in the mean."""
-        if not len(part.anchors):  # a trial of a few batches
+        """Log the fraction of correctly ordered triplets, by condition and on average."""
+        if not len(part.anchors):  # Lightning's sanity check with a few batches
             return
         shares = score_triplets(embeddings, part)
         del shares["all"]

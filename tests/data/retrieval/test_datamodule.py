@@ -205,7 +205,7 @@ def test_other_wrong_input(tmp_path):
         found.part("val")
     with pytest.raises(ConfigError, match=r"no attribute cut\. There are colour, kind"):
         read_catalogue("table", path, attributes=["cut"])
-    with pytest.raises(ConfigError, match=r"no layout 'darn'. Choose from table, asen"):
+    with pytest.raises(ConfigError, match=r"layout must be one of 'table', 'asen', .*; got 'darn'"):
         read_catalogue("darn", path)
     with pytest.raises(DataError, match=r"There is no file or folder"):
         read_catalogue("table", tmp_path / "no.csv")

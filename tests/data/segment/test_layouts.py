@@ -93,7 +93,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(DataError, match="no training images"):
         read_segmentation(tmp_path)
     (tmp_path / "train" / "masks").mkdir(parents=True)
-    with pytest.raises(DataError, match="none of the name test or val"):
+    with pytest.raises(DataError, match="no split test or val"):
         read_segmentation(tmp_path)
 
 

@@ -146,7 +146,7 @@ class ClassifyData(DataModule):
             self.class_names = names
         elif names and self.class_names and names != self.class_names:
             raise DataError(
-                f"The checkpoint was trained on the classes {first_names(names)}; the data has "
+                f"The checkpoint was trained on the classes {first_names(names)}; the data have "
                 f"{first_names(self.class_names)}."
             )
 

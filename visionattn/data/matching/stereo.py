@@ -62,8 +62,8 @@ def find_scenes(
         folders: Dataset folders (for KITTI, `training` or its parent), or a scene's folder.
         layout: One of `LAYOUTS`; None detects it.
         factor: Scale factor of 8- and 16-bit PNG disparities: one for all scenes, or one per scene name for some of
-                them. None uses KITTI's 256 for 16 bits, and Middlebury's by height for 8 bits in the
-                layouts middlebury2003 and middlebury2006; other 8-bit files have no default.
+            them. None uses KITTI's 256 for 16 bits, and Middlebury's by height for 8 bits in the
+            layouts middlebury2003 and middlebury2006; other 8-bit files have no default.
 
     Raises:
         ConfigError: The layout is unknown, a factor names no scene, or a factor is not above 0.

@@ -55,7 +55,7 @@ class Scene:
         right_truth: Disparity of the right view, if there is one.
         nonocc: Image that is 255 at non-occluded pixels, or a disparity that is 0 at all others.
         factor: Scale factor of disparities in PNGs; None uses KITTI's 256 for 16 bits and
-                `factors` for 8 bits.
+            `factors` for 8 bits.
         decode: Reads a disparity file as float32 (H, W), NaN where there is none; None decides by suffix.
         factors: Factor of 8-bit PNGs by image height, if the dataset has fixed sizes; otherwise empty.
     """

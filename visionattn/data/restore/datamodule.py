@@ -227,7 +227,7 @@ class RestoreData(DataModule):
         val: Folder of high-resolution validation images.
         test: Folder of high-resolution test images; None tests on the validation images.
         train_small: For each training folder, one of low-resolution images with the same names (or DIV2K's:
-                `birdx4.png`); None computes them by bicubic downscaling.
+            `birdx4.png`); None computes them by bicubic downscaling.
         val_small: Folder of the low-resolution validation images; None computes them by bicubic downscaling.
         test_small: Folder of the low-resolution test images; None computes them by bicubic downscaling.
         scale: Factor r; None takes the model's.

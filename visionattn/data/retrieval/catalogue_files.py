@@ -53,7 +53,7 @@ def read_catalogue(
         layout: One of `LAYOUTS`.
         root: Folder of the dataset, or the CSV file of a table.
         images: Folder or zip file of the images; None uses `images` or `images.zip` next to a table, and the default
-                of the layout otherwise.
+            of the layout otherwise.
         attributes: Attributes to use, in this order; None uses all.
         min_count: Values with fewer training items count as unknown.
 
@@ -288,7 +288,7 @@ def read_triplets(root: str | Path, part: str, images: str | Path | None = None)
 
     Args:
         root: Folder with filenames.json (a JSON list, or one name per line) and, in tripletlists/, the files
-                CONDITION_tripletlist_PART.txt, whose lines hold the indices of anchor, far and near image.
+            CONDITION_tripletlist_PART.txt, whose lines hold the indices of anchor, far and near image.
         part: train, val or test.
         images: Folder or zip file of the images; None for ut-zap50k-images in the root, or else the root.
 
