@@ -276,5 +276,5 @@ def test_no_images(function):
 
 @pytest.mark.parametrize("change", [{"heads": 0}, {"dim": 0}, {"size": (0, 8)}, {"size": (8, 0)}])
 def test_nothing_to_attend_to_is_refused(change):
-    with pytest.raises(InputError, match=r"one head, channel and pixel or more, but got q: \(2, "):
+    with pytest.raises(InputError, match=r"at least one head, channel and pixel; got q: \(2, "):
         operator(*arguments(**change))

@@ -377,8 +377,8 @@ def test_poisoned_memory_at_other_radii():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"radius": 0}, "radius of 1 or more"),
-        ({"radius": 3}, "window of 8 x 8 pixels, but got radius 3"),
+        ({"radius": 0}, "radius of at least 1"),
+        ({"radius": 3}, "window, 8 x 8 pixels; got radius 3"),
         ({"similarity": "cosine"}, "'l1', 'dot'"),
         ({"q": torch.zeros(2, 42, 2, 4)}, r"q: \(2, 42, 2, 4\)"),
         ({"k": torch.zeros(2, 6, 7, 2, 5)}, r"k: \(2, 6, 7, 2, 5\)"),

@@ -212,7 +212,7 @@ def test_keeps_channels_last():
     ("place", "shape", "text"),
     [
         (0, (2, 6, 4), r"x: \(2, 6, 4\)"),
-        (0, (2, 6, 0, 4), "one pixel or more"),
+        (0, (2, 6, 0, 4), "at least one pixel"),
         (1, (5,), r"scale and shift \(C,\)"),
         (3, (4, 2), r"point \(g, G\) with g G = C"),
         (5, (2,), r"offset: \(2,\)"),

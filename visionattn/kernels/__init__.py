@@ -1,7 +1,7 @@
-"""Operators: one a file, each with its definition, its kernels and its registration in `torch.ops.visionattn`.
+"""Operators, one per file, each with its definition, its kernels and its registration in `torch.ops.visionattn`.
 
-Blocks call `torch.ops.visionattn.<operator>(...)`, which torch.fx, TorchScript, torch.compile and torch.export take as
-one node. An exporter that must not see our operators replaces them by their definitions:
+Blocks call `torch.ops.visionattn.<operator>(...)`, which torch.fx, TorchScript, torch.compile and torch.export treat as
+one node. For exporters that do not support our operators, replace them by their definitions:
 
     program = torch.export.export(model, args).run_decompositions(visionattn.kernels.decompositions())
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
-# One line an operator: importing the file registers it.
+# One line per operator: importing the file registers it.
 from visionattn.kernels import (  # noqa: F401
     halo_attention,
     match_attention,
@@ -27,9 +27,9 @@ __all__ = ["PlainForms", "decompositions", "kernels_enabled"]
 
 
 def decompositions() -> dict[OpOverload, Callable]:
-    """Give the table of operators and plain definitions for `ExportedProgram.run_decompositions`.
+    """Table of operators and plain definitions for `ExportedProgram.run_decompositions`.
 
-    It holds our operators alone, so the core ATen operators of a program stay as they are.
+    It contains our operators only, so the core ATen operators of a program stay unchanged.
     """
     return dict(DEFINITIONS)
 
@@ -37,12 +37,12 @@ def decompositions() -> dict[OpOverload, Callable]:
 class PlainForms(TorchFunctionMode):
     """Within this context every operator is traced as its plain definition, or as its plain form for exported graphs.
 
-    A program traced so needs no `run_decompositions(decompositions())`, a second pass over its graph that takes longer
-    than tracing where sizes are symbolic.
+    A program traced in this context needs no `run_decompositions(decompositions())`, a second pass over its graph that
+    takes longer than tracing with symbolic sizes.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Call the plain form in place of an operator, and all else as it is."""
+        """Replace operators by their plain form; call all other functions unchanged."""
         operator = getattr(func, "default", func)  # `torch.ops.visionattn.<operator>` has one overload
         forms = DEFINITIONS | EXPORTED
         function = forms.get(operator, func) if isinstance(operator, OpOverload) else func

@@ -1,8 +1,8 @@
-"""What the operator files share: the kernel switch, input checks, and the registration of all that is not a kernel.
+"""Shared code of the operator files: the kernel switch, input checks, and registration of everything but kernels.
 
-An operator computes with its kernels where plain tensors are computed with, or differentiated once in reverse mode.
-All else has no rule of its own and takes the plain definition, which PyTorch can differentiate and batch in any way:
-tangents of forward mode, the transforms of `torch.func`, and second derivatives. Any nesting of these gives the right
+An operator uses its kernels for plain tensors and for first-order reverse-mode derivatives.
+Everything else uses the plain definition, which PyTorch can differentiate and batch in any way:
+forward-mode tangents, the transforms of `torch.func`, and second derivatives. Any nesting of these gives correct
 values, at the definition's cost in time and memory.
 """
 
@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from visionattn.errors import InputError
 from visionattn.kernels._plain.processor import multiplies_bfloat16
 
-# torch warns at this import where Triton is absent, which is no fault: `kernels_enabled` takes the plain form there.
+# torch warns at this import if Triton is absent, which is not an error: `kernels_enabled` selects the plain form then.
 logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
 from torch.utils.flop_counter import register_flop_formula  # noqa: E402
 
@@ -41,14 +41,14 @@ __all__ = [
 # Forward operator -> plain definition. Every operator file adds its own line.
 DEFINITIONS: dict[OpOverload, Callable] = {}
 
-# Forward operator -> another plain form of it, where there is one that runs faster in the runtimes of exported graphs.
+# Forward operator -> another plain form, if there is one that is faster in the runtimes of exported graphs.
 EXPORTED: dict[OpOverload, Callable] = {}
 
 _LIBRARY = torch.library.Library("visionattn", "FRAGMENT")
 
 
 def kernels_enabled(device: torch.device) -> bool:
-    """Tell whether Triton kernels run on a device; where they do not, operators take their plain form.
+    """Whether Triton kernels run on a device; otherwise operators use their plain form.
 
     They run on NVIDIA devices from compute capability 8.0 on, with Triton installed, unless the environment variable
     `VISIONATTN_KERNELS` is `0`. The variable is read at every call.
@@ -58,7 +58,7 @@ def kernels_enabled(device: torch.device) -> bool:
 
 @functools.cache
 def _runs_triton(device: torch.device) -> bool:
-    # ROCm devices call themselves cuda too; no kernel here was ever compiled for one.
+    # ROCm devices are called cuda too; no kernel here was ever compiled for one.
     return (
         torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -71,7 +71,7 @@ def check_alike(operator: str, **tensors: Tensor) -> None:
 
     Args:
         operator: Name to use in the message.
-        tensors: Tensors under the names that the operator's signature gives them.
+        tensors: Tensors by their names in the operator's signature.
 
     Raises:
         InputError: They are not.
@@ -81,7 +81,7 @@ def check_alike(operator: str, **tensors: Tensor) -> None:
         return
     given = ", ".join(f"{name}: {tensor.dtype} on {tensor.device}" for name, tensor in tensors.items())
     raise InputError(
-        f"{operator} takes floating-point tensors of one dtype on one device, but got {given}. "
+        f"{operator} takes floating-point tensors of one dtype on one device; got {given}. "
         "Convert them with .to(), or run under torch.autocast, which casts them together."
     )
 
@@ -108,14 +108,14 @@ def register(
     Args:
         operator: Name of a forward operator in `torch.ops.visionattn`.
         definition: Plain form of the operator that PyTorch can differentiate; it goes into `DEFINITIONS`.
-        check: Called with the operator's arguments, raises `InputError` for what it cannot take.
+        check: Called with the operator's arguments, raises `InputError` for invalid ones.
         save: `setup_context` of `torch.library.register_autograd`.
         differentiate: `backward` of `torch.library.register_autograd`; it calls `<operator>_backward`.
-        gradient: Plain form of `<operator>_backward` that PyTorch can differentiate. None for one that takes the
-            cotangents and the operator's arguments, and gives the gradient of each tensor among these.
+        gradient: Plain form of `<operator>_backward` that PyTorch can differentiate. None for the default: it takes the
+                cotangents and the operator's arguments, and returns the gradient of each tensor among these.
         kept: Positions of arguments that keep their precision under autocast.
         exported: Plain form for exported graphs. None for the definition.
-        plain_in_bfloat16: Differentiate the definition itself on CPUs that multiply bfloat16, where that is faster.
+        plain_in_bfloat16: Differentiate the definition itself on CPUs that multiply bfloat16, where this is faster.
     """
     forward = getattr(torch.ops.visionattn, operator).default
     backward = getattr(torch.ops.visionattn, f"{operator}_backward").default
@@ -161,15 +161,15 @@ def register(
 def _register_autograd(
     operator: OpOverload, formula: Info, define: Callable, in_bfloat16: Callable | None = None
 ) -> None:
-    """Differentiate by a formula in reverse mode; in any other way, through the plain form.
+    """Differentiate by a formula in reverse mode; otherwise through the plain form.
 
-    `CustomOpDef.register_autograd` looks at nothing but `requires_grad`: the kernel would run on the values of dual
-    tensors, and their tangents would be lost without a word.
+    `CustomOpDef.register_autograd` checks only `requires_grad`: the kernel would run on the primal values of dual
+    tensors, and their tangents would be lost silently.
     """
     differentiate = make_autograd_impl(operator, formula)
 
     def call(keyset, *args):
-        # The level is -1 outside `dual_level`, which is nearly always.
+        # The level is -1 outside `dual_level`, which is nearly always the case.
         if forward_ad._current_level >= 0 and any(_has_tangent(arg) for arg in args):
             return define(*args)
         if in_bfloat16 is not None and multiplies_bfloat16(args[0]) and _needs_gradient(args):
@@ -178,9 +178,9 @@ def _register_autograd(
 
     name = operator._schema.name.removeprefix("visionattn::")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.11 warns of the override that is asked for
+        warnings.simplefilter("ignore")  # torch 2.11 warns about the intended override
         _LIBRARY.impl(name, call, "Autograd", with_keyset=True, allow_override=True)
-    # Where a transform of torch.func is active, an operator comes here first; its plain form then meets the transform.
+    # If a transform of torch.func is active, the operator is dispatched here first; its plain form then meets it.
     _LIBRARY.impl(name, define, "FuncTorchDynamicLayerFrontMode")
 
 
@@ -202,13 +202,13 @@ def _gradient_of(definition: Callable, outputs: int) -> Callable:
 
 
 def gradients(function: Callable, args, cotangents, needed) -> tuple[Tensor | None, ...]:
-    """Gradients of a plain function by those of its arguments that are `needed`, differentiable themselves.
+    """Gradients of a plain function with respect to its `needed` arguments, differentiable themselves.
 
     Args:
         function: Gives a tensor or a tuple of tensors.
         args: Its arguments.
         cotangents: One for each output, None for zeros.
-        needed: A truth value for each argument.
+        needed: A bool for each argument.
 
     Returns:
         One gradient for each argument, None where it is not needed.
@@ -230,7 +230,7 @@ def gradients(function: Callable, args, cotangents, needed) -> tuple[Tensor | No
 
 
 def widened(function: Callable) -> Callable:
-    """Let a plain form compute half precisions in float32, as kernels do, and round what it gives."""
+    """Let a plain form compute half precision in float32, as kernels do, and round the result."""
 
     def call(*args):
         dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
@@ -245,11 +245,11 @@ def _is_half(value) -> bool:
 
 
 def _register_autocast(forward: OpOverload, backward: OpOverload, kept: tuple[int, ...]) -> None:
-    """Let an operator cast its inputs together under `torch.autocast`, to the dtype that is in force there.
+    """Cast the inputs of an operator together under `torch.autocast`, to its current dtype.
 
-    Under autocast a block receives low-precision activations beside float32 parameters. Float64 tensors are left
-    alone, as in PyTorch's own rules. (`torch.library.register_autocast` would fix the dtype at registration.)
-    The backward operator, if it runs under autocast too, takes what the forward pass kept, and computes without it.
+    Under autocast a block receives low-precision activations and float32 parameters. Float64 tensors are left
+    unchanged, as in PyTorch's own rules. (`torch.library.register_autocast` would fix the dtype at registration.)
+    The backward operator, if it runs under autocast too, uses what the forward pass saved, and disables autocast.
     """
 
     def register(device: str) -> None:

@@ -7,33 +7,33 @@ pixels on each side, w = b + 2h pixels wide. Query i and key j of a window, at i
     l_ij = q_i . k_j / sqrt(D) + q_i . U[row(i_y, j_y)] + q_i . V[row(i_x, j_x)]
     o_i  = sum over j of softmax_j(l_ij) v_j
 
-    q           (B, heads, D, H', W')    H' = ceil(H / s): with stride s, every s-th pixel of each axis asks
+    q           (B, heads, D, H', W')    H' = ceil(H / s): with stride s, every s-th pixel of each axis is a query
     k           (B, heads, D, H, W)
     v           (B, heads, Dv, H, W)
     height_rel  (2w - 1, D)              U, shared by all heads
     width_rel   (2w - 1, D)              V
-    out         (B, heads, Dv, H', W')   memory channels-last where that of q is, else contiguous
+    out         (B, heads, Dv, H', W')   channels-last if q is, else contiguous
 
 `index` says which row of a table belongs to a query and a key:
 
     "offset"   row = (w - 1) + j - s i    the true distance in pixels, up to a constant
     "timm"     row = (w - 1) + j - i      i counts subsampled queries, as in timm; the same at stride 1
 
-`border` says what lies outside the map, where a map that b does not divide ends inside its last blocks:
+`border` defines the keys outside the map; a map not divisible by b ends inside its last blocks:
 
-    "mask"     nothing: such keys take no part in the softmax
-    "zero"     keys and values of zeros, which take a share of the softmax (timm's and the paper's padding)
+        "mask"     none: such keys are excluded from the softmax
+        "zero"     keys and values of zeros, which enter the softmax (timm's and the paper's padding)
 
 Dtypes: float64, float32, bfloat16, float16, all arguments of one; half precisions are computed in float32.
-Tolerance, forward and gradients, as a share of the float64 result's largest magnitude, or of 1 where that is less:
+Tolerance, forward and gradients, relative to the float64 result's largest magnitude, or to 1 if that is less:
     float64 1e-13, float32 1e-5, bfloat16 2e-2, float16 2e-3.
 Form: chunks of blocks whose logits stay in a CPU's cache. Only the arguments are kept for the backward pass, which
-computes the softmax again.
-Kernels: Triton on CUDA, for heads up to 128 wide, 16 for the gradients of float32, and windows up to 32; what is beyond
-that, float64 and other devices take the plain form.
-Exported graphs have another plain form, in `visionattn.kernels._plain.exported_halo_attention`.
-Limits: b must be a multiple of s.
-Second derivatives, forward mode and the transforms of `torch.func` take the definition, and its memory.
+recomputes the softmax.
+Kernels: Triton on CUDA, for heads up to 128 wide, 16 for the gradients of float32, and windows up to 32; larger ones,
+float64 and other devices use the plain form.
+Exported graphs use another plain form, in `visionattn.kernels._plain.exported_halo_attention`.
+Limits: b must be divisible by s.
+Second derivatives, forward mode and the transforms of `torch.func` use the definition, with its memory cost.
 Sources: HaloNet, arXiv 2103.12731; the relative logits are those of arXiv 1904.09925.
 """
 
@@ -101,30 +101,30 @@ def _check(q, k, v, height_rel, width_rel, block_size, halo_size, stride, border
     check_alike("halo_attention", **tensors, **({} if grad is None else {"grad": grad}))
     if block_size < 1 or halo_size < 0 or stride < 1 or block_size % stride:
         raise InputError(
-            f"halo_attention takes a block of 1 pixel or more that the stride divides and a halo of 0 pixels or more, "
-            f"but got block_size {block_size}, stride {stride} and halo_size {halo_size}."
+            f"halo_attention needs block_size at least 1 and divisible by stride, and halo_size at least 0; "
+            f"got block_size {block_size}, stride {stride} and halo_size {halo_size}."
         )
     if border not in BORDERS or index not in INDICES:
         raise InputError(
-            f"halo_attention's border is one of {', '.join(BORDERS)} and its index one of {', '.join(INDICES)}, "
-            f"but got {border!r} and {index!r}."
+            f"halo_attention's border must be one of {', '.join(map(repr, BORDERS))} and its index one of "
+            f"{', '.join(map(repr, INDICES))}; got {border!r} and {index!r}."
         )
     given = ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in tensors.items())
     if q.ndim != 5 or k.ndim != 5 or v.ndim != 5:
-        raise InputError(f"halo_attention takes q, k and v as (B, heads, channels, height, width), but got {given}.")
+        raise InputError(f"halo_attention takes q, k and v as (B, heads, channels, height, width); got {given}.")
     if 0 in (*k.shape[1:], v.shape[2]):
-        raise InputError(f"halo_attention takes one head, channel and pixel or more, but got {given}.")
+        raise InputError(f"halo_attention needs at least one head, channel and pixel; got {given}.")
     size = tuple((pixels + stride - 1) // stride for pixels in k.shape[3:])
     if q.shape[:3] != k.shape[:3] or v.shape[:2] != k.shape[:2] or v.shape[3:] != k.shape[3:] or q.shape[3:] != size:
         raise InputError(
             f"halo_attention takes q (B, heads, D, H', W'), k (B, heads, D, H, W) and v (B, heads, Dv, H, W) with "
-            f"H' = ceil(H / {stride}), but got {given}."
+            f"H' = ceil(H / {stride}); got {given}."
         )
     table = (2 * (block_size + 2 * halo_size) - 1, q.shape[2])
     if height_rel.shape != table or width_rel.shape != table:
         raise InputError(
             f"halo_attention takes relative tables of shape {tuple(table)}, 2 * ({block_size} + 2 * {halo_size}) - 1 "
-            f"rows for block_size {block_size} and halo_size {halo_size}, but got {given}."
+            f"rows for block_size {block_size} and halo_size {halo_size}; got {given}."
         )
 
 
@@ -246,5 +246,5 @@ def _(q, k, v, height_rel, width_rel, block_size, halo_size, stride, *settings, 
 
 @register_flop_formula(torch.ops.visionattn.halo_attention_backward)
 def _(grad, q, k, v, height_rel, width_rel, block_size, halo_size, stride, *settings, out_shape=None) -> int:
-    """Two products for each of the forward pass, as autograd over the definition; those computed again do not count."""
+    """Two products for each of the forward pass, as in autograd of the definition; recomputed ones do not count."""
     return 4 * sum(_products(q, k, v, block_size, halo_size, stride))

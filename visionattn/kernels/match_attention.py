@@ -1,11 +1,11 @@
-r"""Match attention: every pixel attends to a small window around a real-valued position of its own.
+r"""Match attention: every pixel attends to a small window around its own real-valued position.
 
 Query i at pixel p_i = (x, y) has a field rho_i, in pixels: the window's centre relative to p_i. Positions are (x, y).
 
     c_i = clamp(p_i + rho_i)     x to [r, W - 1 - r - 1e-3], y to [r, H - 1 - r - 1e-3]
     n_i = floor(c_i)             (u, v) = c_i - n_i
 
-The extended window of n + 2 pixels a side, n = 2r, holds the keys at n_i + (dx, dy), dx and dy in -r .. r + 1, numbered
+The extended window of n + 2 pixels per side, n = 2r, has the keys n_i + (dx, dy), dx and dy in -r .. r + 1, numbered
 row by row, m = (dy + r) (2r + 2) + (dx + r), M = (2r + 2)^2 of them. With scores
 
     s_im = -|q_i - k_m|_1 / sqrt(D)      similarity "l1"
@@ -20,32 +20,32 @@ bilinear softmax interpolates the softmaxes over the four (2r + 1)^2 sub-windows
 
     q, k       (B, H, W, heads, D)
     v          (B, H, W, heads, Dv)
-    field      (B, H, W, heads, 2)  rho, or (B, H, W, 1, 2) for a field that all heads share
+    field      (B, H, W, heads, 2)  rho, or (B, H, W, 1, 2) for a field shared by all heads
     out        (B, H, W, heads, Dv)
     attention  (B, H, W, heads, M)  A
 
-Windows near the border lie inside the map, shifted. With cotangents g of o and h of A, the gradients are
+Windows near the border are shifted to lie inside the map. With cotangents g of o and h of A, the gradients are
 
     G_m   = h_m + g . v_m                     of A
     dw_t  = sum over m of alpha_tm G_m        of w; rho_x gets (1 - v)(dw_ne - dw_nw) + v (dw_se - dw_sw), rho_y
-                                              (1 - u)(dw_sw - dw_nw) + u (dw_se - dw_ne), each 0 where c was outside
+                                              (1 - u)(dw_sw - dw_nw) + u (dw_se - dw_ne), each 0 where c was clamped
     ds_m  = sum over t of w_t alpha_tm (G_m - dw_t)
     grad_q = -sum over m of ds_m sign(q - k_m) / sqrt(D), grad_k_m the terms of that sum, grad_v_m = A_m g
 
 with sign(0) = 0; floor is constant almost everywhere, and jumps leave gradients of rho one-sided at integers.
 
-Dtypes: float64, float32, bfloat16, float16, q, k and v of one (autocast casts them together). The field is of any:
-positions, floor and weights are computed in float32, or float64 for float64 q, and autocast leaves the field alone:
-from pixel 512 to 1024 float16 has steps of 1/2 pixel and bfloat16 of 4. Half precisions are computed in float32.
-Tolerance, forward and gradients, as a share of the float64 result's largest magnitude, or of 1 where that is less:
+Dtypes: float64, float32, bfloat16, float16, the same for q, k and v (autocast casts them together). The field can have
+any: positions, floor and weights are computed in float32, or float64 for float64 q, and autocast does not cast it:
+from pixel 512 to 1024 float16 has steps of 1/2 pixel and bfloat16 of 4. Half precision is computed in float32.
+Tolerance, forward and gradients, relative to the float64 result's largest magnitude, or to 1 if that is less:
     float64 1e-13, float32 1e-5, bfloat16 2e-2, float16 2e-3.
 Form: chunks of queries whose gathered keys stay in a CPU's cache. Only the arguments are kept for the backward pass,
-which computes the attention again. Each softmax has the maximum of its own sub-window: with one for all four, a key far
-above the others in one of them would leave the rest without weight.
-Kernels: Triton on CUDA, forward to radius 3 and backward to radius 2, beyond which registers end; there, float64 and
-other devices take the plain form.
-Limits: H and W of 2r + 2 or more.
-Second derivatives, forward mode and the transforms of `torch.func` take the definition, and its memory.
+which recomputes the attention. Each softmax subtracts the maximum of its own sub-window: with one for all four, a key
+far above the others in one of them would leave the rest without weight.
+Kernels: Triton on CUDA, forward to radius 3 and backward to radius 2 (larger radii exceed the registers); larger radii,
+float64 and other devices use the plain form.
+Limits: H and W at least 2r + 2.
+Second derivatives, forward mode and the transforms of `torch.func` use the definition, with its memory cost.
 Source: MatchAttention, arXiv 2510.14260.
 """
 
@@ -72,7 +72,7 @@ __all__ = ["SIMILARITIES", "bilinear_softmax", "match_attention_definition", "ma
 
 SIMILARITIES = ("l1", "dot")
 
-# About exp(-80): where all shares of a sub-window underflow, it has no weights of its own.
+# About exp(-80): where all weights of a sub-window underflow, it has no weights of its own.
 _LEAST_SHARE = 1e-35
 
 
@@ -86,9 +86,9 @@ def match_attention_definition(
 def match_attention_exported(
     q: Tensor, k: Tensor, v: Tensor, field: Tensor, radius: int, similarity: str
 ) -> tuple[Tensor, Tensor]:
-    """The definition, as it is exported to ONNX: with one softmax for all sub-windows.
+    """The definition as exported to ONNX: with one softmax for all sub-windows.
 
-    The scores of a sub-window that are all more than 80 below the highest of the extended window then count as equal.
+    If all scores of a sub-window are more than 80 below the highest of the extended window, they count as equal.
     """
     return _attend(q, k, v, field, radius, similarity, _bilinear_by_one_softmax)
 
@@ -102,17 +102,17 @@ def _attend(
     similarity: str,
     bilinear: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Attend by an interpolation of softmaxes. Keys are gathered as rows of a table of heads: the fastest in ONNX."""
-    # P pixels of all images are one axis: some runtimes take five axes at most.
+    """Attend by interpolated softmaxes. Keys are gathered as rows of a table of heads: the fastest form in ONNX."""
+    # P pixels of all images are one axis: some runtimes support five axes at most.
     dtype, side, D = computed_in(q.dtype), 2 * radius + 2, q.shape[4]
     first, right, down = (x.flatten(0, 2) for x in windows(field.to(dtype), q.shape[3], radius))
     rows = first.unsqueeze(-1) + key_offsets(q, radius)  # (P, heads, M)
     keys = F.embedding(rows, k.reshape(-1, D)).to(dtype)  # (P, heads, M, D)
     query = q.flatten(0, 2).unsqueeze(-2).to(dtype)
     if similarity == "l1":
-        # A row of the window against the query as many times: ONNX Runtime broadcasts runs of D numbers slowly.
+        # A row of the window minus the repeated query: ONNX Runtime broadcasts runs of D elements slowly.
         away = keys.view(*rows.shape[:2], side, side * D) - query.repeat(1, 1, 1, side)
-        # Not a norm, which becomes ReduceL1: MNN computes another sum for it.
+        # Not a norm, which becomes ReduceL1: MNN computes a different sum for it.
         scores = -away.view(keys.shape).abs().sum(-1) * D**-0.5
     else:
         scores = (query @ keys.transpose(-1, -2)).squeeze(-2) * D**-0.5
@@ -127,7 +127,7 @@ def bilinear_softmax(scores: Tensor, fraction: Tensor) -> Tensor:
 
     Args:
         scores: (..., M), M the square of an even number, row by row.
-        fraction: (..., 2), (u, v) in [0, 1]: how far the centre is from the first sub-window's towards the last's.
+        fraction: (..., 2), (u, v) in [0, 1]: position of the centre between the first and the last sub-window's.
 
     Returns:
         The attention (..., M), which sums to 1.
@@ -136,7 +136,7 @@ def bilinear_softmax(scores: Tensor, fraction: Tensor) -> Tensor:
 
 
 def _within(scores: Tensor) -> Tensor:
-    """Which keys of the extended window each sub-window holds, as 1 and 0: (4, M), nw, ne, sw, se."""
+    """Which keys of the extended window each sub-window contains, as 1 and 0: (4, M), nw, ne, sw, se."""
     along = torch.arange(round(scores.shape[-1] ** 0.5), device=scores.device)
     halves = torch.stack([along < along.shape[0] - 1, along > 0]).to(scores.dtype)
     return (halves[:, None, :, None] * halves[None, :, None, :]).flatten(2).flatten(0, 1)
@@ -160,24 +160,25 @@ def _check(q, k, v, field, radius, similarity, **others: Tensor) -> None:
     check_alike("match_attention", q=q, k=k, v=v, **others)
     if not field.is_floating_point() or field.device != q.device:
         raise InputError(
-            f"match_attention takes a field of floating-point numbers on {q.device}, where q is, but got "
+            f"match_attention takes a floating-point field on {q.device}, the device of q; got "
             f"{field.dtype} on {field.device}."
         )
     given = ", ".join(f"{n}: {tuple(x.shape)}" for n, x in {"q": q, "k": k, "v": v, "field": field}.items())
     if any(x.ndim != 5 for x in (q, k, v, field)) or k.shape != q.shape or v.shape[:4] != q.shape[:4]:
         raise InputError(
             f"match_attention takes q and k (B, H, W, heads, D), v (B, H, W, heads, Dv) and a field "
-            f"(B, H, W, heads or 1, 2), but got {given}."
+            f"(B, H, W, heads or 1, 2); got {given}."
         )
     if field.shape[:3] != q.shape[:3] or field.shape[3] not in (1, q.shape[3]) or field.shape[4] != 2:
-        raise InputError(f"match_attention takes a field (B, H, W, heads or 1, 2) for q's B, H, W, but got {given}.")
+        raise InputError(f"match_attention takes a field (B, H, W, heads or 1, 2) for q's B, H, W; got {given}.")
     if similarity not in SIMILARITIES:
-        raise InputError(f"match_attention's similarity is one of {', '.join(SIMILARITIES)}, but got {similarity!r}.")
+        known = ", ".join(map(repr, SIMILARITIES))
+        raise InputError(f"match_attention's similarity must be one of {known}; got {similarity!r}.")
     side = 2 * radius + 2
     if radius < 1 or q.shape[1] < side or q.shape[2] < side:
         raise InputError(
-            f"match_attention takes a radius of 1 or more and maps that hold its window of {side} x {side} pixels, "
-            f"but got radius {radius} and {given}."
+            f"match_attention needs a radius of at least 1 and maps of at least its window, {side} x {side} pixels; "
+            f"got radius {radius} and {given}."
         )
 
 
@@ -247,7 +248,7 @@ def _(grad, grad_attention, q, k, v, field, radius, similarity):
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.settings = inputs[4:]
-    ctx.set_materialize_grads(False)  # the attention often has none
+    ctx.set_materialize_grads(False)  # the attention often has no gradient
 
 
 def _differentiate(ctx, grad: Tensor | None, grad_attention: Tensor | None):
@@ -275,11 +276,11 @@ def _products(q, v, radius: int, similarity: str) -> int:
 
 @register_flop_formula(torch.ops.visionattn.match_attention)
 def _(q, k, v, field, radius, similarity, out_shape=None) -> int:
-    """Products alone: distances and softmaxes do not count, as nowhere."""
+    """Products only: distances and softmaxes are not counted, as usual."""
     return 2 * _products(q, v, radius, similarity)
 
 
 @register_flop_formula(torch.ops.visionattn.match_attention_backward)
 def _(grad, grad_attention, q, k, v, field, radius, similarity, out_shape=None) -> int:
-    """Two products for each of the forward pass, as autograd over the definition; those computed again do not count."""
+    """Two products for each of the forward pass, as in autograd of the definition; recomputed ones do not count."""
     return 4 * _products(q, v, radius, similarity)

@@ -1,11 +1,11 @@
-"""Multi-query pooling: learned queries average the tokens of each image, which are keys and values at once.
+"""Multi-query pooling: learned queries average the tokens of each image, which are both keys and values.
 
-    a_bm = softmax over n of q_m . x_bn / sqrt(D)      over the tokens that the mask marks True
+    a_bm = softmax over n of q_m . x_bn / sqrt(D)      over the tokens with mask True
     z_bm = sum over n of a_bmn x_bn
 
     x          (B, N, D)   tokens
-    q          (M, D)      queries, shared by all images; those of several heads stand below each other
-    mask       (B, N)      bool, True for a token that takes part; None for all
+    q          (M, D)      queries, shared by all images; several heads are stacked
+    mask       (B, N)      bool, True for valid tokens; None for all
     scales     (B, N)      s, where x is int8: the tokens are then s_bn x_bn; None where x is not
     z          (B, M, D)
     attention  (B, M, N)   a; zeros, as z and all gradients, for an image without any token
@@ -14,24 +14,24 @@ With cotangents g of z and h of the attention, the gradients are
 
     d_bmn  = a_bmn (e_bmn - sum over n of a_bmn e_bmn) / sqrt(D)      e_bmn = g_bm . x_bn + h_bmn
     grad_q = sum over b, n of d_bmn x_bn                              (M, D)
-    grad_x = sum over m of (a_bmn g_bm + d_bmn q_m)                   (B, N, D), computed where x requires it alone
+    grad_x = sum over m of (a_bmn g_bm + d_bmn q_m)                   (B, N, D), computed only if x requires it
 
-The attention is handed out and kept for the backward pass: it is M / D of the tokens' size, and computing it again,
-from its logarithmic sum, would be a third product with the tokens beside the two that grad_q needs.
+The attention is returned and kept for the backward pass: it has M / D of the tokens' size, and recomputing it
+from its log-sum-exp would be a third product with the tokens besides the two that grad_q needs.
 
-No float copy of all int8 tokens is made: the CPU form converts a chunk at a time, and the kernels multiply them as they
-are and give the scales to what has a number a token, the logits, the attention that averages, and d before it meets x.
-Neither such tokens nor scales have a gradient.
+No float copy of all int8 tokens is made: the CPU form converts a chunk at a time, and the kernels multiply them
+unscaled and apply the scales to per-token values: the logits, the attention that averages, and d before its product
+with x. Such tokens and scales have no gradient.
 
-Dtypes: float64, float32, bfloat16, float16, x and q of one (autocast casts them together); half precisions are computed
-in float32, the backward pass from the attention as it was rounded. With x of int8, q says what z and the attention are,
-and scales are of any floating dtype, which autocast leaves alone.
-Tolerance, forward and gradients, as a share of the float64 result's largest magnitude, or of 1 where that is less:
+Dtypes: float64, float32, bfloat16, float16, the same for x and q (autocast casts them together); half precision is
+computed in float32, the backward pass from the rounded attention. With int8 x, z and the attention have q's dtype,
+and scales have any floating dtype, which autocast does not cast.
+Tolerance, forward and gradients, relative to the float64 result's largest magnitude, or to 1 if that is less:
     float64 1e-13, float32 1e-5, bfloat16 2e-2, float16 2e-3.
 Form: chunks of images whose tokens stay in a CPU's cache between the two products that read them.
-Kernels: Triton on CUDA; float64 there, tensors without a number, and other devices take the plain form.
-Limits: tokens that are masked, and their scales, must be finite.
-Second derivatives, forward mode and the transforms of `torch.func` take the definition, and its memory.
+Kernels: Triton on CUDA; float64 there, empty tensors, and other devices use the plain form.
+Limits: masked tokens, and their scales, must be finite.
+Second derivatives, forward mode and the transforms of `torch.func` use the definition, with its memory cost.
 Source: Efficient Probing, arXiv 2506.10178. There values are projected before they are averaged; averaged first, the
 tokens serve as values.
 """
@@ -65,7 +65,7 @@ def multi_query_pool_definition(
         attention = logits.softmax(-1)
     else:
         absent = ~mask.unsqueeze(1)
-        # A finite number: where all are absent, the softmax of -inf would be NaN.
+        # A finite number: if all tokens are masked, the softmax of -inf would be NaN.
         attention = logits.masked_fill(absent, torch.finfo(logits.dtype).min).softmax(-1).masked_fill(absent, 0)
     return attention @ x, attention
 
@@ -73,25 +73,25 @@ def multi_query_pool_definition(
 def _check(x: Tensor, q: Tensor, mask: Tensor | None = None, scales: Tensor | None = None, **others: Tensor) -> None:
     if (x.dtype == torch.int8) != (scales is not None):
         raise InputError(
-            f"multi_query_pool takes scales with tokens of int8, and with no others, but got x: {x.dtype} "
+            f"multi_query_pool takes scales only with int8 tokens; got x: {x.dtype} "
             f"{'without' if scales is None else 'with'} scales."
         )
     check_alike("multi_query_pool", **({} if x.dtype == torch.int8 else {"x": x}), q=q, **others)
     if x.ndim != 3 or q.ndim != 2 or x.shape[2] != q.shape[1]:
         raise InputError(
-            f"multi_query_pool takes x (B, N, D) and q (M, D), but got x: {tuple(x.shape)}, q: {tuple(q.shape)}."
+            f"multi_query_pool takes x (B, N, D) and q (M, D); got x: {tuple(x.shape)}, q: {tuple(q.shape)}."
         )
     if scales is not None and (
         not scales.is_floating_point() or scales.shape != x.shape[:2] or not scales.device == x.device == q.device
     ):
         raise InputError(
             f"multi_query_pool takes int8 x and floating-point scales of shape {tuple(x.shape[:2])} on {q.device}, "
-            f"where q is, but got {tuple(scales.shape)}, {scales.dtype} on {scales.device}, and x on {x.device}."
+            f"the device of q; got {tuple(scales.shape)}, {scales.dtype} on {scales.device}, and x on {x.device}."
         )
     if mask is not None and (mask.dtype != torch.bool or mask.device != x.device or mask.shape != x.shape[:2]):
         raise InputError(
-            f"multi_query_pool takes a mask of shape {tuple(x.shape[:2])}, torch.bool on {x.device}, True for tokens "
-            f"that take part, but got {tuple(mask.shape)}, {mask.dtype} on {mask.device}."
+            f"multi_query_pool takes a mask of shape {tuple(x.shape[:2])}, torch.bool on {x.device}, True for valid "
+            f"tokens; got {tuple(mask.shape)}, {mask.dtype} on {mask.device}."
         )
 
 
@@ -156,9 +156,9 @@ def _(grad_z, grad_attention, x, q, scales, attention, needs_x):
 def _save(ctx, inputs, output) -> None:
     x, q, _, scales = inputs
     if scales is not None and scales.requires_grad:
-        raise InputError("multi_query_pool has no gradient of the scales, but they require one: detach them.")
+        raise InputError("multi_query_pool does not support gradients of the scales: detach them.")
     ctx.save_for_backward(x, q, scales, output[1])
-    ctx.set_materialize_grads(False)  # the attention mostly has none
+    ctx.set_materialize_grads(False)  # the attention mostly has no gradient
 
 
 def _differentiate(ctx, grad_z: Tensor | None, grad_attention: Tensor | None):
@@ -181,7 +181,7 @@ def _gradient(
     attention: Tensor,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients as they stand above; the attention is an output, whose own derivatives lead on to x and q."""
+    """The gradients as in the module; the attention is an output, whose own derivatives lead on to x and q."""
 
     def by_attention(grad_z, grad_attention, x, q, scales, attention) -> tuple[Tensor, Tensor]:
         tokens = x if scales is None else x.to(q.dtype) * scales.to(q.dtype).unsqueeze(2)

@@ -1,11 +1,11 @@
 """Subspace attention: ULSAM's spatial gate, one softmax over the positions of a map for each group of channels.
 
-The C channels are cut into g subspaces of G = C / g neighbours. With n the subspace of channel c, and p, q positions,
+The C channels are split into g subspaces of G = C / g adjacent ones. With n the subspace of channel c, p, q positions,
 
-    t_cp = rho(scale_c x_cp + shift_c)                       rho: ReLU, or nothing where not `rectify`
-    l_np = sum over c in n of point_c max of t_cq            over the 3 x 3 positions q around p; outside lies -inf
+    t_cp = rho(scale_c x_cp + shift_c)                       rho: ReLU, or the identity without `rectify`
+    l_np = sum over c in n of point_c max of t_cq            over the 3 x 3 positions q around p; -inf outside
     s_np = rho(weight_n (l_np - mean_n) / sqrt(var_n + eps) + offset_n)    mean and biased variance of l over B, H, W;
-           rho(l_np + offset_n)                                            where there is no weight
+           rho(l_np + offset_n)                                            without a weight
     A_np = softmax over the H W positions of s_np
     y_cp = x_cp (1 + gain_n k A_np)                          k = H W where `scaled`, so that k A is 1 on average, or 1
 
@@ -16,21 +16,21 @@ The C channels are cut into g subspaces of G = C / g neighbours. With n the subs
     offset  (g,)      None for 0
     gain    (g,)      None for 1
     y       (B, C, H, W)    in the memory layout of `torch.empty_like(x)`
-    l       (B, g, H, W)    handed out for running statistics
+    l       (B, g, H, W)    returned for running statistics
 
-ULSAM's paper has scale and point alone. Its published module has all but the gain; what batch norm it has before the
+ULSAM's paper has scale and point only. Its published module has all but the gain; its batch norm before the
 first ReLU is an affine map of x.
 
-Of equal largest values in a 3 x 3 window, the first in reading order has the gradient, as in `F.max_pool2d`.
+Of equal maxima in a 3 x 3 window, the first in reading order receives the gradient, as in `F.max_pool2d`.
 
-Dtypes: float64, float32, bfloat16, float16, of all tensors the same (autocast casts them together); half precisions are
+Dtypes: float64, float32, bfloat16, float16, the same for all tensors (autocast casts them together); half precision is
 computed in float32.
-Tolerance, forward and gradients, as a share of the float64 result's largest magnitude, or of 1 where that is less:
+Tolerance, forward and gradients, relative to the float64 result's largest magnitude, or to 1 if that is less:
     float64 1e-12, float32 2e-5, bfloat16 2e-2, float16 2e-3.
-Form: the largest of three columns, then of three rows, each as two passes over whole maps; PyTorch's CPU kernel of the
-pool goes from window to window, and takes most of the time of the branches that ULSAM is usually written in.
-Kernels: Triton on CUDA; float64 there, no images, and other devices take the plain form.
-Second derivatives, forward mode and the transforms of `torch.func` take the definition, and its memory.
+Form: the maximum of three columns, then of three rows, each as two passes over whole maps; PyTorch's CPU kernel of the
+pool works window by window, and takes most of the time of the usual implementation in branches.
+Kernels: Triton on CUDA; float64 there, empty batches, and other devices use the plain form.
+Second derivatives, forward mode and the transforms of `torch.func` use the definition, with its memory cost.
 Source: ULSAM, Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks, arXiv 2006.15102.
 """
 
@@ -90,13 +90,13 @@ def _check(x, scale, shift, point, weight, offset, gain, rectify, scaled, eps, *
     optional = {"shift": shift, "weight": weight, "offset": offset, "gain": gain}
     vectors = {"scale": scale} | {name: tensor for name, tensor in optional.items() if tensor is not None}
     check_alike("subspace_attention", x=x, point=point, **vectors, **others)
-    wanted = "subspace_attention takes x (B, C, H, W) of one pixel or more and point (g, G) with g G = C"
+    wanted = "subspace_attention takes x (B, C, H, W) with at least one pixel and point (g, G) with g G = C"
     given = ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in {"x": x, "point": point, **vectors}.items())
     if x.ndim != 4 or point.ndim != 2 or point.shape[0] * point.shape[1] != x.shape[1] or 0 in x.shape[1:]:
-        raise InputError(f"{wanted}, but got {given}.")
+        raise InputError(f"{wanted}; got {given}.")
     C, g = x.shape[1], point.shape[0]
     if any(tensor.shape != (C if name in ("scale", "shift") else g,) for name, tensor in vectors.items()):
-        raise InputError(f"{wanted}, scale and shift (C,), weight, offset and gain (g,), but got {given}.")
+        raise InputError(f"{wanted}, scale and shift (C,), weight, offset and gain (g,); got {given}.")
 
 
 def _use_triton(x: Tensor) -> bool:
@@ -179,7 +179,7 @@ def _(grad, grad_logits, logits, x, scale, shift, point, *others):
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1], *inputs[:7])
     ctx.settings = inputs[7:]
-    ctx.set_materialize_grads(False)  # the logits mostly have none
+    ctx.set_materialize_grads(False)  # the logits mostly have no gradient
 
 
 def _differentiate(ctx, grad: Tensor | None, grad_logits: Tensor | None):
@@ -190,7 +190,7 @@ def _differentiate(ctx, grad: Tensor | None, grad_logits: Tensor | None):
 
 
 def _gradient(grad: Tensor, grad_logits: Tensor | None, logits: Tensor, *args) -> tuple[Tensor, ...]:
-    """The logits are computed again, so that their derivatives are those of the arguments."""
+    """The logits are recomputed, so that their derivatives are those of the arguments."""
     needed = [isinstance(arg, Tensor) for arg in args]
     found = gradients(widened(subspace_attention_definition), args, (grad, grad_logits), needed)[:7]
     C, (g, G) = args[0].shape[1], args[3].shape
@@ -210,13 +210,13 @@ register(
 
 @register_flop_formula(torch.ops.visionattn.subspace_attention)
 def _(x, *others, out_shape=None) -> int:
-    """Both 1 x 1 convolutions, one multiplication a number each."""
+    """Both 1 x 1 convolutions, one multiplication per element each."""
     B, C, H, W = x
     return 4 * B * C * H * W
 
 
 @register_flop_formula(torch.ops.visionattn.subspace_attention_backward)
 def _(grad, grad_logits, logits, x, *others, out_shape=None) -> int:
-    """Two convolutions for each of the forward pass, as autograd over the definition."""
+    """Two convolutions for each of the forward pass, as in autograd of the definition."""
     B, C, H, W = x
     return 8 * B * C * H * W

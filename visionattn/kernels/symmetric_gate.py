@@ -11,15 +11,15 @@ With s = sigmoid(h) and a cotangent g, the gradients are
     grad_x = g * (s - 0.5)
     grad_h = g * ((s - 0.5) + (h + x) * s * (1 - s))
 
-They need h and x alone; autograd over the definition keeps three tensors of that size. On CPUs that multiply bfloat16
-it has the gradients of bfloat16 all the same: to compute the sigmoid again takes longer.
+They need only h and x; autograd of the definition keeps three tensors of that size. On CPUs that multiply bfloat16
+it is still used for bfloat16 gradients: recomputing the sigmoid takes longer.
 
 Dtypes: float64, float32, bfloat16, float16; h and x of one dtype (autocast casts them together).
-Tolerance, forward and gradients, as a share of the float64 result's largest magnitude, or of 1 where that is less:
+Tolerance, forward and gradients, relative to the float64 result's largest magnitude, or to 1 if that is less:
     float64 1e-14, float32 1e-6, bfloat16 2e-2, float16 2e-3. (Outside the Triton kernels, bfloat16 and float16 round
-    sigmoid(h) before 0.5 is taken off, as the definition does: the gate is then off by up to 2^-9 and 2^-12.)
-Kernels: Triton on CUDA, computing in float32; float64 there, and other devices, take the plain form.
-Second derivatives, forward mode and the transforms of `torch.func` take the definition, and its memory.
+    sigmoid(h) before 0.5 is subtracted, as in the definition: the gate error is then up to 2^-9 and 2^-12.)
+Kernels: Triton on CUDA, computing in float32; float64 there, and other devices, use the plain form.
+Second derivatives, forward mode and the transforms of `torch.func` use the definition, with its memory cost.
 Source: SPAN, Swift Parameter-free Attention Network, arXiv 2311.12770.
 """
 
@@ -45,7 +45,7 @@ def _check(**tensors: Tensor) -> None:
     h = tensors["h"]
     if any(tensor.shape != h.shape for tensor in tensors.values()):
         given = ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise InputError(f"symmetric_gate takes tensors of one shape, but got {given}. Nothing is broadcast.")
+        raise InputError(f"symmetric_gate takes tensors of the same shape; got {given}. Nothing is broadcast.")
 
 
 def _use_triton(h: Tensor) -> bool:
@@ -116,5 +116,5 @@ register(
 
 @register_flop_formula([torch.ops.visionattn.symmetric_gate, torch.ops.visionattn.symmetric_gate_backward])
 def _(*shapes, out_shape=None) -> int:
-    """Zero, as for the definition: PyTorch counts the multiplications of contractions alone, and here are none."""
+    """Zero, as for the definition: PyTorch counts multiplications of contractions only, and there are none."""
     return 0

@@ -1,1 +1,1 @@
-"""The form of each operator in plain PyTorch that CPUs run: `forward` and `backward`, arguments as of the operator."""
+"""Plain PyTorch form of each operator for CPUs: `forward` and `backward`, with the operator's arguments."""

@@ -1,16 +1,16 @@
 """The form of `visionattn.kernels.halo_attention` for exported graphs, whose runtimes execute one operation at a time.
 
-It computes what the definition does, with what is cheap in such runtimes:
+It computes the same as the definition, with operations that are cheap in such runtimes:
 
-- The relative logits are h_i,jy + v_i,jx, one number for each row and column of the window. One product with a constant
-  matrix of zeros and ones spreads both over all keys; runtimes broadcast runs of w numbers slowly.
-- No key has a logit of -inf: its exponential becomes a denormal number in some runtimes, each many times slower than
-  others. A key outside the map takes over the logit of the nearest one inside, and has no share in the sums:
+- The relative logits are h_i,jy + v_i,jx, one value for each row and column of the window. One product with a constant
+  matrix of zeros and ones expands both to all keys; runtimes broadcast runs of w elements slowly.
+- No key has a logit of -inf: in some runtimes its exponential becomes a denormal number, many times slower than
+  others. A key outside the map takes the logit of the nearest one inside, and is excluded from the sums:
 
       o_i = sum over j of p_ij m_j v_j / sum over j of p_ij m_j      m_j: 1 inside the map, 0 outside
 
-  Those sums come from one product with values that have a channel of m behind them.
-- Windows are rows of a table of pixels that has heads ahead of pixels, so that nothing is transposed afterwards.
+  These sums come from one product with values that have m as an additional channel.
+- Windows are rows of a table of pixels with heads before pixels, so that nothing is transposed afterwards.
 - No tensor has more than five axes.
 """
 

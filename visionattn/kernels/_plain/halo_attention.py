@@ -1,7 +1,7 @@
 """The plain form of `visionattn.kernels.halo_attention` for CPUs.
 
-The logits of all blocks together are w^2 / D times as large as q, far beyond any cache: chunks of blocks go from the
-projections to the output one after the other.
+The logits of all blocks together are w^2 / D times as large as q, far beyond any cache: blocks are processed in chunks,
+each from the projections to the output.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ def table_rows(queries: int, window: int, stride: int, index: str, device: torch
 
 
 def border_bias(pixel: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """What to add to the logits of a key at each coordinate: 0 inside the map, -inf outside."""
+    """Bias of the logits for a key at each coordinate: 0 inside the map, -inf outside."""
     outside = torch.logical_or(pixel < 0, pixel >= size)
     return torch.zeros(pixel.shape, dtype=dtype, device=pixel.device).masked_fill(outside, float("-inf"))
 
 
 # Logits of a chunk. On CPUs 2 MiB of float32, about the size of a core's second-level cache, was the fastest of 0.5 to
-# 8 MiB; elsewhere, starting an operation costs more than missing a cache.
+# 8 MiB; on other devices, starting an operation costs more than missing a cache.
 _CHUNK_ON_CPU, _CHUNK_ELSEWHERE = 2**19, 2**26
 
 _Chunk = tuple[slice, slice, slice]  # images, rows of blocks, columns of blocks
 
 
 class Blocked:
-    """One call's arguments, cut into blocks of queries and windows of keys, and the passes over them."""
+    """The arguments of a call, cut into blocks of queries and windows of keys, and the passes over them."""
 
     def __init__(self, q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index) -> None:
         H, W = k.shape[3:]
@@ -80,7 +80,7 @@ class Blocked:
         return border_bias(first + torch.arange(self.window, device=first.device), size, self.dtype)
 
     def chunks(self) -> Iterator[_Chunk]:
-        """Give all blocks in groups whose logits are of about the wanted number."""
+        """Groups of all blocks with about the intended number of logits."""
         B, ny, nx, heads = self.q.shape[:4]
         wanted = _CHUNK_ON_CPU if self.q.device.type == "cpu" else _CHUNK_ELSEWHERE
         room = max(1, wanted // (heads * (self.queries * self.window) ** 2))
@@ -89,7 +89,7 @@ class Blocked:
             yield slice(image, image + images), slice(row, row + rows), slice(column, column + columns)
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """Memory that every chunk uses again: asking for it anew costs more than what is done with it."""
+        """Memory reused by all chunks: allocating it anew costs more than the computation in it."""
         size = math.prod(shape)
         if name not in self.memory or self.memory[name].numel() < size:
             self.memory[name] = self.like_q.new_empty(size, dtype=self.dtype)
@@ -142,7 +142,7 @@ class Blocked:
             flat_q = q.flatten(1, 2)
             g = self.gather("grad", grad_blocks[chunk]).flatten(1, 2)
             slope = torch.bmm(g, v, out=self.scratch("slope", *p.shape))  # of the weights
-            # k and v have been read for the last time when their memory takes their gradients.
+            # k and v are not read again: their memory is reused for their gradients.
             self.add_windows(grad_v, chunk, torch.bmm(g.transpose(1, 2), p, out=v))
             torch.ops.aten._softmax_backward_data.out(slope, p, -1, self.dtype, grad_input=slope)  # of the logits
             slope_q = torch.bmm(slope, k.transpose(1, 2)).mul_(self.scale).view(q.shape)
@@ -164,7 +164,7 @@ class Blocked:
         )
 
     def add_windows(self, target: Tensor, chunk: _Chunk, update: Tensor) -> None:
-        """Add windows where they lie in a key map. Those `apart` blocks from each other do not overlap."""
+        """Add windows at their positions in a key map. Those `apart` blocks from each other do not overlap."""
         windows = self.windows(target)[chunk]
         update = update.view(windows.shape)
         apart = -(-self.window // self.block)
@@ -178,7 +178,7 @@ class Blocked:
 
 
 def _padded(x: Tensor, margin: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Copy a map into zeros, unless it is already what is wanted."""
+    """Copy a map into zeros, unless it already has the right size and dtype."""
     H, W = x.shape[3:]
     if margin == 0 and (height, width) == (H, W) and x.dtype == dtype:
         return x
@@ -192,7 +192,7 @@ def _zeros(like: Tensor, margin: int, height: int, width: int, dtype: torch.dtyp
 
 
 def empty_map(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    """A map with the memory order of another: channels-last or contiguous."""
+    """A map with the memory format of another: channels-last or contiguous."""
     B, heads = like.shape[:2]
     if like.stride(2) == 1 != like.stride(4):
         return like.new_empty(B, *size, heads, channels).permute(0, 3, 4, 1, 2)
@@ -200,7 +200,7 @@ def empty_map(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
 
 
 def cropped(x: Tensor, like: Tensor) -> Tensor:
-    """The top left of a map, in the size, memory order and dtype of another, whose number of channels may differ."""
+    """The top left of a map, in the size, memory format and dtype of another, whose number of channels may differ."""
     H, W = like.shape[3:]
     out = empty_map(like, x.shape[2], (H, W))
     if x.shape == out.shape and x.stride() == out.stride() and x.dtype == out.dtype:

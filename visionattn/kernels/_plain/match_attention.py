@@ -1,7 +1,7 @@
 """The plain form of `visionattn.kernels.match_attention` for CPUs.
 
-The keys of all windows together are M times as large as k: chunks of queries of single heads, whatever image they are
-of, go from the gathered keys to the output one after the other.
+The keys of all windows together are M times as large as k: queries of single heads, of any image, are processed in
+chunks, each from the gathered keys to the output.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MARGIN = 1e-3  # keeps floor(c) + r + 1 inside the map
 
 
 def sub_windows(radius: int) -> list[list[int]]:
-    """Entries of the extended window that belong to each sub-window: nw, ne, sw, se."""
+    """Indices of each sub-window in the extended window: nw, ne, sw, se."""
     side = 2 * radius + 2
     return [
         [y * side + x for y in range(down, down + side - 1) for x in range(right, right + side - 1)]
@@ -42,7 +42,7 @@ def bilinear_weights(u: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def windows(field: Tensor, heads: int, radius: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where windows lie.
+    """Positions of the windows.
 
     Returns:
         The row of each window's first key in a table (B H W heads, ...) as (B, H, W, heads), and the fractions u and v
@@ -66,8 +66,8 @@ def positions(field: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def floor_position(position: Tensor, radius: int, size: int) -> tuple[Tensor, Tensor]:
-    """First pixel of the window along an axis, and how far the centre is from its integer neighbour."""
-    # Not Tensor.clamp, whose gradient on a bound depends on the version of PyTorch: here it is that of the inside.
+    """First pixel of the window along an axis, and the distance of the centre from its integer neighbour."""
+    # Not Tensor.clamp, whose gradient at a bound depends on the version of PyTorch: here it is that of the interior.
     last = size - 1 - radius - MARGIN
     centre = position.masked_fill(position < radius, radius).masked_fill(position > last, last)
     whole = centre.floor().long().clamp(radius, size - 2 - radius)  # again, for NaN
@@ -75,7 +75,7 @@ def floor_position(position: Tensor, radius: int, size: int) -> tuple[Tensor, Te
 
 
 def key_offsets(like: Tensor, radius: int) -> Tensor:
-    """Rows of the window's keys in the table, less the first one's, (M,)."""
+    """Rows of the window's keys in the table, relative to the first one, (M,)."""
     W, heads = like.shape[2:4]
     step = torch.arange(2 * radius + 2, device=like.device)
     return ((step.unsqueeze(1) * W + step) * heads).flatten()
@@ -85,8 +85,8 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Numbers in the gathered keys of a chunk, of one query at least. On CPUs 2 MiB of float32 is about the size of a core's
-# second-level cache; elsewhere, starting an operation costs more than missing a cache.
+# Elements of the gathered keys of a chunk, for at least one query. On CPUs 2 MiB of float32 is about the size of a
+# core's second-level cache; on other devices, starting an operation costs more than missing a cache.
 _CHUNK_ON_CPU, _CHUNK_ELSEWHERE = 2**19, 2**26
 
 
@@ -112,7 +112,7 @@ class Matched:
             yield slice(start, start + queries)
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """Memory that every chunk uses again: asking for it anew costs more than what is done with it."""
+        """Memory reused by all chunks: allocating it anew costs more than the computation in it."""
         size = math.prod(shape)
         if name not in self.memory or self.memory[name].numel() < size:
             self.memory[name] = self.q.new_empty(size, dtype=self.dtype)
@@ -132,7 +132,7 @@ class Matched:
 
         Returns:
             rows (G M) of the tables, q (G, D), keys (G, M, D), alpha (4, (2r + 1)^2, G), w (4, 1, G) and the attention
-            (G, M). That queries are the last axis is what lets a softmax over few keys be vectorised.
+            (G, M). Queries are the last axis, so that a softmax over few keys is vectorised.
         """
         rows = (self.first[chunk, None] + self.offsets).flatten()
         q, keys = self.q[chunk].to(self.dtype), self.gather("k", self.k, rows)
@@ -149,7 +149,7 @@ class Matched:
         return x.t().contiguous().index_select(0, self.sub_windows).view(4, -1, len(x))
 
     def join(self, x: Tensor) -> Tensor:
-        """Sum what belongs to one entry of the extended window, (4, (2r + 1)^2, G) -> (G, M)."""
+        """Sum the values for each entry of the extended window, (4, (2r + 1)^2, G) -> (G, M)."""
         total = x.new_zeros(len(self.offsets), x.shape[2])
         return _add_rows(total, self.sub_windows, x.flatten(0, 1)).t().contiguous()
 
@@ -161,7 +161,7 @@ class Matched:
         for chunk in self.chunks():
             rows, *_, a = self.attend(chunk)
             flat_attention[chunk] = a
-            # Products of so small matrices are slower.
+            # Matrix products of this size are slower.
             flat_out[chunk] = self.gather("v", self.v, rows).mul_(a.unsqueeze(2)).sum(1)
         return out, attention
 
@@ -217,7 +217,7 @@ class Matched:
 
 
 def _add_rows(table: Tensor, rows: Tensor, update: Tensor) -> Tensor:
-    """Add rows of an update to those of a table, in an order that is the same in every call."""
+    """Add rows of an update to those of a table, in a deterministic order."""
     if table.device.type == "cpu":
         return table.index_add_(0, rows, update)
     return table.index_put_((rows,), update, accumulate=True)

@@ -1,11 +1,11 @@
 """The plain form of `visionattn.kernels.multi_query_pool` for CPUs.
 
-Chunks of images whose tokens stay in a cache are read once as keys and as values.
+Images are processed in chunks whose tokens stay in a cache and are read once as keys and as values.
 
-Where the processor multiplies bfloat16, its tokens are multiplied as they are, with sums in float32, which are rounded
-when they are stored. Two products keep 16 bits of a logit: the second takes the rounded first one off before it is
-rounded itself. In the backward pass, whatever all tokens add to an attention's slope cancels, so the first token's
-share is taken off before the sum is rounded.
+If the processor multiplies bfloat16, its tokens are multiplied unconverted, with float32 sums that are rounded
+when they are stored. Two products keep 16 bits of a logit: the second subtracts the rounded first one before it is
+rounded itself. In the backward pass, terms that all tokens add to the attention's gradient cancel, so the first token's
+term is subtracted before the sum is rounded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from visionattn.kernels._plain.processor import multiplies_bfloat16
 
 __all__ = ["backward", "forward"]
 
-# Numbers in the tokens of a chunk, of one image at least. On CPUs 1 MiB of float32 is about a core's second-level
-# cache; elsewhere, starting an operation costs more than missing a cache.
+# Elements of the tokens of a chunk, for at least one image. On CPUs 1 MiB of float32 is about a core's second-level
+# cache; on other devices, starting an operation costs more than missing a cache.
 _CHUNK_ON_CPU, _CHUNK_ELSEWHERE = 2**18, 2**26
-_CHUNK_OF_BFLOAT16 = 2**23  # a product of bfloat16 takes long to start
+_CHUNK_OF_BFLOAT16 = 2**23  # bfloat16 products have a high start-up cost
 
 
 def _chunks(x: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Images, and their tokens as they are computed with."""
+    """Images, and their tokens in the dtype of the computation."""
     B, N, D = x.shape
     wanted = _CHUNK_ON_CPU if x.device.type == "cpu" else _CHUNK_ELSEWHERE
     if dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""What the processor can do, for plain forms that depend on it."""
+"""Capabilities of the processor, for plain forms that depend on them."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ __all__ = ["multiplies_bfloat16"]
 
 
 def multiplies_bfloat16(x: Tensor) -> bool:
-    """Tell whether x is bfloat16 on a CPU with instructions that multiply it and sum in float32."""
+    """Whether x is bfloat16 on a CPU with instructions that multiply it and sum in float32."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

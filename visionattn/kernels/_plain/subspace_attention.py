@@ -1,7 +1,7 @@
 """The plain form of `visionattn.kernels.subspace_attention` for CPUs.
 
-on contiguous maps. Nothing here works on a 3 x 3 window: shifted whole maps are compared, in long runs of memory that
-the processor takes 8 or 16 numbers at a time.
+It works on contiguous maps. No operation works on 3 x 3 windows: shifted whole maps are compared, in long runs of
+memory that the processor handles 8 or 16 elements at a time.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 __all__ = ["Attention", "backward", "computed", "empty_logits", "forward"]
 
-# Numbers in the maps of a chunk, of one subspace of an image at least. On CPUs the dozen maps of half a MiB that a
-# chunk needs lie in a core's caches; elsewhere, starting an operation costs more than missing a cache.
+# Elements of the maps of a chunk, for at least one subspace of an image. On CPUs the dozen maps of half a MiB of a
+# chunk fit in a core's caches; on other devices, starting an operation costs more than missing a cache.
 _CHUNK_ON_CPU, _CHUNK_ELSEWHERE = 2**17, 2**26
 
 _Chunk = tuple[slice, slice]  # images, subspaces
@@ -32,7 +32,7 @@ def _chunks(x: Tensor) -> Iterator[_Chunk]:
 
 
 def computed(*tensors: Tensor | None) -> list:
-    """Tensors in the dtype of the computation, contiguous: what is broadcast with them takes over their strides."""
+    """Tensors in the dtype of the computation, contiguous, since results of broadcasting inherit their strides."""
     half = (torch.bfloat16, torch.float16)
     return [
         tensor if tensor is None else (tensor.float() if tensor.dtype in half else tensor).contiguous()
@@ -41,14 +41,14 @@ def computed(*tensors: Tensor | None) -> list:
 
 
 def _run(x: Tensor) -> Tensor:
-    """Maps (..., H, W) as contiguous runs (..., H W) in the dtype of the computation, copied where they are not yet."""
+    """Maps (..., H, W) as contiguous runs (..., H W) in the dtype of the computation, copied if necessary."""
     return computed(x.contiguous())[0].flatten(-2)
 
 
 def _largest_of_columns(x: Tensor) -> Tensor:
-    """The largest of each value and its neighbours left and right, (P, H, W) -> the same.
+    """The maximum of each value and its neighbours left and right, (P, H, W) -> the same.
 
-    The maps are compared as one long row, then their first and last columns are put right.
+    The maps are compared as one long row, then their first and last columns are corrected.
     """
     if x.shape[2] == 1:
         return x
@@ -61,7 +61,7 @@ def _largest_of_columns(x: Tensor) -> Tensor:
 
 
 def _largest_of_rows(x: Tensor) -> Tensor:
-    """The largest of each value and its neighbours above and below, (P, H, W) -> the same."""
+    """The maximum of each value and its neighbours above and below, (P, H, W) -> the same."""
     if x.shape[1] == 1:
         return x
     out = torch.empty_like(x)
@@ -72,14 +72,14 @@ def _largest_of_rows(x: Tensor) -> Tensor:
 
 
 def _give_to(target: Tensor, share: Tensor, equal: Tensor) -> None:
-    """Add to `target` the entries of `share` where `equal` is 1, and take them from `share`."""
+    """Move the entries of `share` where `equal` is 1 to `target`."""
     equal *= share
     share -= equal
     target += equal
 
 
 def _back_through_rows(grad: Tensor, x: Tensor, largest: Tensor) -> Tensor:
-    """The gradient of `_largest_of_rows` by x; `grad` is used up. The first of equal rows has it."""
+    """The gradient of `_largest_of_rows` for x; `grad` is overwritten. The first of equal rows receives it."""
     if x.shape[1] == 1:
         return grad
     out = torch.zeros_like(x)
@@ -90,7 +90,7 @@ def _back_through_rows(grad: Tensor, x: Tensor, largest: Tensor) -> Tensor:
 
 
 def _back_through_columns(grad: Tensor, x: Tensor, largest: Tensor) -> Tensor:
-    """The gradient of `_largest_of_columns` by x; `grad` is used up. The first of equal columns has it."""
+    """The gradient of `_largest_of_columns` for x; `grad` is overwritten. The first of equal columns receives it."""
     if x.shape[2] == 1:
         return grad
     out = torch.zeros_like(x)
@@ -104,7 +104,7 @@ def _back_through_columns(grad: Tensor, x: Tensor, largest: Tensor) -> Tensor:
 
 
 class _Pooled:
-    """The pooled maps t of a chunk, and what leads back from them."""
+    """The pooled maps t of a chunk, and their backward pass."""
 
     def __init__(self, x: Tensor, scale: Tensor, shift: Tensor | None, rectify: bool) -> None:
         self.x, self.scale, self.rectify = _run(x), scale.unsqueeze(2), rectify  # (b, n, G, H W), (n, G, 1)
@@ -112,12 +112,12 @@ class _Pooled:
         self.rows = _largest_of_columns(self.y)
         self.largest = _largest_of_rows(self.rows)
         t = self.largest.view(self.x.shape)
-        # A shift of all leaves the largest where it is, and so does ReLU.
+        # A common shift does not change which value is the largest, nor does ReLU.
         t = t if shift is None else t + shift.unsqueeze(2)
         self.t = t.relu() if rectify else t
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients by x (b, n, G, H W), scale and shift (n, G), from that of t, which is used up."""
+        """The gradients of x (b, n, G, H W), scale and shift (n, G), from that of t, which is overwritten."""
         if self.rectify:
             torch.ops.aten.threshold_backward.grad_input(grad, self.t, 0, grad_input=grad)
         by_shift = grad.sum((0, 3))
@@ -128,7 +128,7 @@ class _Pooled:
 
 
 class Attention:
-    """From the logits of all images (B, g, H W) to what multiplies x, and back."""
+    """From the logits of all images (B, g, H W) to the factor of x, and the backward pass."""
 
     def __init__(self, logits, weight, offset, gain, rectify: bool, scaled: bool, eps: float) -> None:
         self.weight, self.gain, self.rectify = weight, gain, rectify
@@ -146,7 +146,7 @@ class Attention:
         self.gate = (gate if gain is None else gate * gain[:, None]).add_(1).unsqueeze(2)  # (B, g, 1, H W)
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The gradients by the logits, weight, offset and gain, from that of the gate (B, g, H W)."""
+        """The gradients of the logits, weight, offset and gain, from that of the gate (B, g, H W)."""
         by_gain = (grad * self.weights).sum((0, 2)) * self.factor
         grad = grad * (self.factor if self.gain is None else self.factor * self.gain[:, None])
         grad = torch.ops.aten._softmax_backward_data(grad, self.weights, -1, grad.dtype)
@@ -187,12 +187,12 @@ def forward(x, scale, shift, point, weight, offset, gain, rectify, scaled, eps) 
 def backward(
     grad, grad_logits, logits, x, scale, shift, point, weight, offset, gain, rectify, scaled, eps
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients by all tensors from x on, whether they are there or not."""
+    """The gradients of all tensors from x on, including absent ones."""
     g = point.shape[0]
     grads, maps, by_x = grad.unflatten(1, (g, -1)), x.unflatten(1, (g, -1)), torch.empty_like(x)
     scale, shift, point, weight, offset, gain = computed(scale, shift, point, weight, offset, gain)
     scale, shift = _by_subspace(g, scale, shift)
-    # Those handed out in half precision are rounded, and its ReLU would take some for the other side of 0.
+    # The returned logits in half precision are rounded, and for some ReLU would be on the other side of 0.
     l = _run(logits) if logits.dtype == point.dtype else _logits(maps, scale, shift, point, rectify)
     attention = Attention(l, weight, offset, gain, rectify, scaled, eps)
     by_gate = torch.empty_like(l)

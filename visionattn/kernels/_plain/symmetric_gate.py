@@ -1,7 +1,7 @@
 """The plain form of `visionattn.kernels.symmetric_gate` for CPUs.
 
-Fresh memory is most of the cost on a CPU, so steps work in place: one buffer beside the result in the forward, none
-beside the two results in the backward.
+Allocation is most of the cost on a CPU, so steps work in place: one buffer besides the result in the forward pass, none
+besides the two results in the backward pass.
 """
 
 from __future__ import annotations

@@ -1,3 +1,3 @@
 """Triton kernels of the operators, and their launchers."""
 
-ALL_REGISTERS = {"maxnreg": 255}  # else ptxas keeps some bytes in memory to fit one program more
+ALL_REGISTERS = {"maxnreg": 255}  # otherwise ptxas spills some bytes to fit one more program

@@ -1,7 +1,7 @@
-"""Launchers of the Triton kernels of `visionattn.kernels.halo_attention`, and the tiles that they take.
+"""Launchers of the Triton kernels of `visionattn.kernels.halo_attention`, and their tile sizes.
 
-Tensors whose channels do not lie side by side are copied. Float32 is multiplied in TF32 where
-`torch.backends.cuda.matmul.allow_tf32` says so, else in three TF32 products.
+Tensors whose channels are not contiguous are copied. Float32 is multiplied in TF32 if
+`torch.backends.cuda.matmul.allow_tf32` is set, otherwise in three TF32 products.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
 class Tiles(NamedTuple):
-    """What a kernel is compiled with, and how many tiles of its own a block has."""
+    """Compile-time parameters of a kernel, and its number of tiles per block."""
 
     count: int
     constants: dict[str, int]
@@ -47,7 +47,7 @@ class Tiles(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What tiles depend on."""
+    """Sizes that determine the tiles."""
 
     D: int
     DV: int
@@ -77,10 +77,10 @@ class Shape(NamedTuple):
 
 
 def tiles_of_queries(shape: Shape, backward: bool = False, recompute: bool = False) -> Tiles:
-    """Tiles of the kernels whose programs have queries and go over a window, some keys at a time.
+    """Tiles of the kernels whose programs have queries and loop over a window, some keys at a time.
 
     Args:
-        shape: See there.
+        shape: Sizes of the call.
         backward: Tiles of the backward kernel instead of the forward one.
         recompute: Tiles of the forward kernel where it recomputes for the backward pass.
     """
@@ -120,9 +120,9 @@ def tiles_of_keys(shape: Shape) -> Tiles:
 
 
 def _numbered(side: int, most: int) -> tuple[int, int, int]:
-    """How a block's pixels are cut into tiles: how many, how large, and numbers from one row of the block to the next.
+    """How a block's pixels are cut into tiles: number, size, and index pitch from one row of the block to the next.
 
-    That pitch is a power of two where it takes no more tiles: other divisions cost registers and a tenth of the time.
+    The pitch is a power of two if that takes no more tiles: other divisions cost registers and a tenth of the time.
     """
     size = min(most, max(16, triton.next_power_of_2(side * side)))
     count, pitch = triton.cdiv(side * side, size), triton.next_power_of_2(side)
@@ -130,7 +130,7 @@ def _numbered(side: int, most: int) -> tuple[int, int, int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of tensors of a dtype are computed; that of half precisions is given by the dtype."""
+    """Input precision of products of a dtype; half precision is determined by the dtype."""
     return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
@@ -140,7 +140,7 @@ def _from_shared(device: torch.device) -> bool:
 
 
 class _Call:
-    """One call's arguments, and the kernels over them."""
+    """The arguments of a call, and the kernels over them."""
 
     def __init__(self, q, k, v, height_rel, width_rel, block_size, halo_size, stride, border, index) -> None:
         self.maps = [_dense(x) for x in (q, k, v)]

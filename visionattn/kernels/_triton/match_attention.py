@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels of `visionattn.kernels.match_attention`, and what they are compiled with."""
+"""Launchers of the Triton kernels of `visionattn.kernels.match_attention`, and their compile-time parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "match_attention_fwd_kernel",
 ]
 
-# Threads of a program. Of a small map, small programs are enough for more of a chip's processors.
+# Threads of a program. For a small map, small programs occupy more of a chip's multiprocessors.
 LARGE_BLOCK, SMALL_BLOCK, FEW = 128, 32, 2**17
 
 
@@ -35,8 +35,8 @@ class Launch(NamedTuple):
 
     Attributes:
         constants: Compile-time arguments.
-        block: How many queries or keys a program has, one a thread.
-        registers: The most that a thread takes, of kernels (`"fwd"`, `"bwd_q"`) that have a limit.
+        block: Number of queries or keys of a program, one per thread.
+        registers: Maximum registers per thread, for kernels (`"fwd"`, `"bwd_q"`) with a limit.
     """
 
     constants: dict[str, Any]
@@ -49,11 +49,11 @@ class Launch(NamedTuple):
 
 
 def launch(count: int, heads: int, D: int, DV: int, radius: int, similarity: str, dtype: torch.dtype) -> Launch:
-    """How a call of so many queries, all heads of all images, is launched."""
+    """Launch parameters of a call with this number of queries, over all heads of all images."""
     block = LARGE_BLOCK if count > FEW else SMALL_BLOCK
     chunk = min(16 // dtype.itemsize, triton.next_power_of_2(max(D, DV)))
     constants = {"HEADS": heads, "RADIUS": radius, "D": D, "DV": DV, "CHUNK": chunk, "L1": similarity == "l1"}
-    # Without a limit, ptxas keeps some bytes in memory: to fit one program more, or where it takes all registers.
+    # Without a limit, ptxas spills some bytes, to fit one more program or where it uses all registers.
     registers = {}
     if radius == 1 and block == SMALL_BLOCK:
         registers = {"fwd": 96}
@@ -165,7 +165,7 @@ def backward_q(
 def _backward_kv(
     grad: Tensor | None, q: Tensor, k: Tensor, v: Tensor, found: OfQueries, radius: int, similarity: str
 ) -> tuple[Tensor, Tensor]:
-    """Sort queries by where their windows begin, and launch the backward kernel over keys."""
+    """Sort queries by the start of their windows, and launch the backward kernel over keys."""
     launched = _launch(q, v, radius, similarity)
     count = q.shape[:4].numel()
     dk, dv = torch.empty_like(k), torch.empty_like(v)
@@ -194,7 +194,7 @@ def _backward_kv(
 
 
 def _or(optional: Tensor | None, instead: Tensor) -> Tensor:
-    """The argument, or another tensor in its place where there is none: the kernel does not read that one."""
+    """The argument, or another tensor if it is None: the kernel does not read that one."""
     return instead if optional is None else optional
 
 

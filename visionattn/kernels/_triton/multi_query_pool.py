@@ -1,14 +1,14 @@
 """Triton kernels of `visionattn.kernels.multi_query_pool`.
 
-A program has one image and a tile of queries. It goes over the tokens twice, as keys and as values, close enough in
-time for the second pass to find them in the second-level cache; what it needs between the passes goes through memory,
+A program has one image and a tile of queries. It loops over the tokens twice, as keys and as values, close enough in
+time for the second pass to hit the second-level cache; intermediate results go through memory,
 so that neither the number of tokens nor their width is bounded by registers. The gradient of the queries is a sum over
-images: programs sum groups of them, and PyTorch sums the groups, always in the same order. Nothing is added atomically.
+images: programs sum groups of them, and PyTorch sums the groups, always in the same order, without atomic additions.
 
-Products are the tensor cores'. Those with the logits' gradient take it in TF32, for half precisions too: in float16
-small gradients would vanish. Float32 is multiplied in TF32 where `torch.backends.cuda.matmul.allow_tf32` says so, else
-in three TF32 products, which lose little more than float32 itself. Tokens of int8 become the other factor's dtype in
-registers, which all of these hold exactly.
+Products run on tensor cores. Those with the logits' gradient use TF32, also for half precision: in float16
+small gradients would vanish. Float32 is multiplied in TF32 if `torch.backends.cuda.matmul.allow_tf32` is set, otherwise
+in three TF32 products, which are almost as accurate as float32. Int8 tokens are converted in registers to the other
+factor's dtype, which represents them exactly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 LOG2_E = math.log2(math.e)
-PROGRAMS = 512  # that share the sum over images: some for each multiprocessor
+PROGRAMS = 512  # for the sum over images: some for each multiprocessor
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _load_rows(ptr, rows, n_rows, stride, columns, n_columns):
 
 @triton.jit
 def _load_scales(ptr, image, offs_n, N):
-    """A scale a token of int8, as a row in float32, zeros outside."""
+    """Scales of int8 tokens, one per token, as a row in float32, zeros outside."""
     return tl.load(ptr + image * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
 
 
@@ -129,7 +129,7 @@ def multi_query_pool_fwd_kernel(
             attention = _load_rows(attention_ptr, offs_m, M, N, offs_n, N)
             x = _load_rows(x_ptr, offs_n, N, x_stride_n, offs_d, D)
             if SCALED:
-                # In TF32 for half precisions too: a small share of a small scale would vanish in float16.
+                # In TF32 for half precision too: a small weight times a small scale would vanish in float16.
                 attention = attention.to(tl.float32) * _load_scales(scales_ptr, image, offs_n, N)
                 x = x.to(tl.float32)
             z = tl.dot(attention, x, z, input_precision=PRECISION)
@@ -253,7 +253,7 @@ def multi_query_pool_bwd_x_kernel(
 
 
 class Tiles(NamedTuple):
-    """Sizes of tiles, and what else a program is compiled with."""
+    """Sizes of tiles, and other compile-time parameters."""
 
     queries: int
     tokens: int
@@ -272,19 +272,19 @@ class Tiles(NamedTuple):
 
 
 def tiles(M: int, dtype: torch.dtype, int8_backward: bool = False) -> Tiles:
-    """Choose tiles for a number of queries: 16 at least, for tensor cores, and no more than registers hold."""
+    """Choose tiles for a number of queries: at least 16, for tensor cores, and no more than registers hold."""
     queries = min(32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(M)))
     return Tiles(queries, 64, 64, warps=4 if queries == 16 else 8, all_registers=int8_backward)
 
 
 def tiles_of_tokens(M: int, dtype: torch.dtype) -> Tiles:
-    """Choose those of the kernel whose programs have tokens: in float32 fewer of them, for the registers' sake."""
+    """Choose tiles of the kernel whose programs have tokens: fewer of them in float32, to save registers."""
     tile = tiles(M, dtype)
     return tile._replace(tokens=32) if dtype == torch.float32 else tile
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of tensors of a dtype are computed; that of half precisions is given by the dtype."""
+    """Input precision of products of a dtype; half precision is determined by the dtype."""
     return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
@@ -371,15 +371,15 @@ def backward(
 
 
 def _sizes(x: Tensor, M: int) -> dict[str, int]:
-    """Sizes and strides of tokens, by the kernels' names."""
+    """Sizes and strides of tokens, by the kernels' parameter names."""
     return {"M": M, "N": x.shape[1], "D": x.shape[2], "x_stride_b": x.stride(0), "x_stride_n": x.stride(1)}
 
 
 def _dense(optional: Tensor | None, instead: Tensor) -> Tensor:
-    """The argument, or another tensor in its place where there is none: the kernel does not read that one."""
+    """The argument, or another tensor if it is None: the kernel does not read that one."""
     return instead if optional is None else optional.contiguous()
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
-    """Give tokens whose channels lie side by side."""
+    """Tokens with contiguous channels."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()

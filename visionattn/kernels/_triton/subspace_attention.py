@@ -33,7 +33,7 @@ __all__ = [
     "subspace_attention_fwd_logits_kernel",
 ]
 
-TILE = {"BLOCK_C": 4, "BLOCK_P": 256}  # channels and positions: 8 numbers a thread
+TILE = {"BLOCK_C": 4, "BLOCK_P": 256}  # channels and positions: 8 elements per thread
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
@@ -274,7 +274,7 @@ def _launch(kernel, grid: tuple[int, int], x: Tensor, **arguments: Any) -> None:
 
 
 def _sizes(x: Tensor, point: Tensor) -> dict[str, int]:
-    """Sizes of the kernels that need rows and columns, by their names."""
+    """Sizes of the kernels that need rows and columns, by their parameter names."""
     return {"g": point.shape[0], "G": point.shape[1], "H": x.shape[2], "W": x.shape[3]}
 
 
@@ -359,7 +359,7 @@ def backward(
     (B, C, H, W), (g, G) = x.shape, point.shape
     grad, dense, point = grad.contiguous(), x.contiguous(), point.contiguous()
     scale, shift = _dense(scale, shift)
-    # Those handed out in half precision are rounded, and their ReLU would take some for the other side of 0.
+    # The returned logits in half precision are rounded, and for some ReLU would be on the other side of 0.
     if logits.dtype == torch.float32:
         l = logits.contiguous().flatten(2)
     else:

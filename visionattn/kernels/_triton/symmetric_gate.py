@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["backward", "forward", "symmetric_gate_bwd_kernel", "symmetric_gate_fwd_kernel"]
 
-# Eight elements a thread with four warps: one 16-byte access for bfloat16, two for float32.
+# Eight elements per thread with four warps: one 16-byte access for bfloat16, two for float32.
 BLOCK = 1024
 
 
@@ -51,7 +51,7 @@ def backward(grad: Tensor, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dense(tensor: Tensor, like: Tensor) -> Tensor:
-    """Give the tensor with the strides of `like`, so that one offset addresses the same element in every buffer."""
+    """The tensor with the strides of `like`, so that one offset addresses the same element in every buffer."""
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
