@@ -75,10 +75,10 @@ def test_images_of_another_size(tmp_path):
 
 def test_numbers_beside_a_file(tmp_path):
     read(tmp_path, MIDDLEBURY)
-    with pytest.raises(InputError, match="says --focal, --doffs: leave that out"):
+    with pytest.raises(InputError, match="already gives --focal, --doffs: leave that out"):
         open_calibration(tmp_path / "calib.txt", 3.0, None, doffs=1.0)
     assert open_calibration(None, 100.0, 0.2, doffs=3.0, fy=99.0) == Calibration(100, 0.2, 3, None, 99)
-    with pytest.raises(InputError, match=r"--fy needs --focal and --baseline, or --calibration\."):
+    with pytest.raises(InputError, match=r"--fy requires --focal and --baseline, or --calibration\."):
         open_calibration(None, None, None, fy=99.0)
 
 

@@ -61,7 +61,7 @@ def test_another_task_is_named():
         TorchEngine(nn.Conv2d(3, 3, 1))
     unfinished = Repeat()
     del unfinished.scale
-    with pytest.raises(InputError, match="Repeat does not state its scale"):
+    with pytest.raises(InputError, match="Repeat lacks the attributes scale"):
         TorchEngine(unfinished)
 
 
@@ -109,8 +109,8 @@ def test_the_faster_one_is_taken_if_it_agrees(images, monkeypatch):
     times = {}
     monkeypatch.setattr(engines, "_timed", lambda engine, images: (engine(images), times[engine]))
     for seconds, offset, taken, reason in [
-        (0.5, 0.0, True, "ONNX Runtime: 1.00 s a tile in PyTorch, 0.50 s in ONNX Runtime"),
-        (2.0, 0.0, False, "PyTorch: 1.00 s a tile"),
+        (0.5, 0.0, True, "ONNX Runtime: 1.00 s per tile in PyTorch, 0.50 s in ONNX Runtime"),
+        (2.0, 0.0, False, "PyTorch: 1.00 s per tile"),
         (0.5, 0.1, False, "differ by 0.1"),
         (0.5, float("nan"), False, "differ by nan"),
     ]:

@@ -100,14 +100,14 @@ def test_exchanged_views_are_told(folder, capsys):
     assert run("stereo", "l.png", "r.png", "a.pfm") == 0
     assert "exchanged" not in capsys.readouterr().out
     assert run("stereo", "r.png", "l.png", "b.pfm") == 0
-    assert "note: r.png: its matches lie to the right, so that left and right seem to be exchanged" in (
+    assert "note: r.png: its matches lie to the right, so left and right seem to be swapped" in (
         capsys.readouterr().out
     )
 
 
 def test_the_bound_is_told(folder, pair, capsys):
     assert run("stereo", *pair, "out.pfm", "--max-pixels", 50) == 0
-    assert "note: l.png: 8 x 12 pixels are more than the bound of 50, so that they were matched at 5 x 8" in (
+    assert "note: l.png: 8 x 12 pixels exceed the maximum of 50: the pair was matched at 5 x 8" in (
         capsys.readouterr().out
     )
     assert read_disparity(folder / "out.pfm").shape == (8, 12)
@@ -125,12 +125,15 @@ def test_options_reach_the_matcher(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["l.png", "r.png", "o.png", "--focal", "3"], "--focal without --baseline"),
-        (["l.png", "r.png", "o.png", "--baseline", "3"], "--baseline without --focal"),
-        (["l.png", "r.png", "o.png", "--focal", "3", "--baseline", "-1"], "The baseline is -1.0; it must be more"),
-        (["l.png", "r.png", "o.png", "--ply"], "--ply needs --focal and --baseline"),
-        (["l.png", "r.png", "o.png", "--principal-point", "1", "1"], "--principal-point needs --focal"),
-        (["l.png", "r.png", "o.png", "--max-pixels", "0"], "The bound is 0 pixels"),
+        (["l.png", "r.png", "o.png", "--focal", "3"], "--focal requires --baseline"),
+        (["l.png", "r.png", "o.png", "--baseline", "3"], "--baseline requires --focal"),
+        (
+            ["l.png", "r.png", "o.png", "--focal", "3", "--baseline", "-1"],
+            "The baseline must be above 0 and less than 1e+09; got -1.0",
+        ),
+        (["l.png", "r.png", "o.png", "--ply"], "--ply requires --focal and --baseline"),
+        (["l.png", "r.png", "o.png", "--principal-point", "1", "1"], "--principal-point requires --focal"),
+        (["l.png", "r.png", "o.png", "--max-pixels", "0"], "max_pixels must be at least 1; got 0"),
         (["l.png", "r.png", "o.png", "--format", "pfm"], "leave out --format, which is for folders"),
         (["l.png", "none.png", "o.png"], "There is no file or folder none.png"),
         (["left", "right", "out"], "left holds no image or video"),
@@ -154,11 +157,11 @@ def test_mistakes_are_one_message(folder, pair, capsys, arguments, message):
 def test_views_that_do_not_belong_together(folder, pair, capsys):
     save(folder / "r.png", view(8, 13, 0.4))
     assert run("stereo", *pair, "out.png") == 1
-    assert "l.png is 8 x 12 and r.png is 8 x 13; both must have one size" in capsys.readouterr().out
+    assert "l.png is 8 x 12 and r.png is 8 x 13; both must have the same size" in capsys.readouterr().out
     for name in ("left/a.png", "left/b.png", "right/a.png"):
         save(folder / name, view(8, 12, 0.4))
     assert run("stereo", "left", "right", "out") == 2
-    assert "right lacks the other images of b.png: names must be equal" in capsys.readouterr().err
+    assert "right has no images with the names of b.png: names must match" in capsys.readouterr().err
 
 
 def test_weights_of_a_named_model(folder, pair, monkeypatch):
@@ -188,7 +191,7 @@ def test_too_small(folder, capsys):
     for name in ("l.png", "r.png"):
         save(folder / name, view(3, 12, 0.4))
     assert run("stereo", "l.png", "r.png", "out.png") == 1
-    assert "failed: l.png: The images are of 3 x 12 pixels; a side of 4 is the least" in capsys.readouterr().out
+    assert "failed: l.png: Height and width must be at least 4 pixels; got 3 x 12" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", ["flo", "png", "npy"])
@@ -206,9 +209,9 @@ def test_flow_along_a_folder(folder, capsys):
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["a.flo", "b.flo"]
     np.testing.assert_allclose(read_flow(folder / "out" / "b.flo"), 0.4 * GAIN, rtol=1e-5)
     assert run("flow", "left/a.png", "out.flo") == 2
-    assert "left/a.png is one image; flow is between two images" in capsys.readouterr().err
+    assert "left/a.png is one image; flow requires two images" in capsys.readouterr().err
     assert run("flow", "a", "b", "c", "out") == 2
-    assert "Flow takes one input or two and an output, but there are 3 inputs" in capsys.readouterr().err
+    assert "Flow takes one or two inputs and an output; got 3 inputs" in capsys.readouterr().err
 
 
 def fake_videos(monkeypatch, folder, frames, sizes=None):
@@ -242,7 +245,7 @@ def test_videos_show_colours_of_one_range(folder, monkeypatch, capsys):
     first, second = (picture[0, 0].astype(int) for picture in shown)
     assert first[0] > 100  # red: the largest of the first frame
     assert second[1] > 200  # green: half of it
-    assert "note: l.mp4: --nonocc: of images only" in capsys.readouterr().out
+    assert "note: l.mp4: --nonocc: for images only" in capsys.readouterr().out
 
 
 def test_flow_along_a_video(folder, monkeypatch):
@@ -337,10 +340,10 @@ def test_names_that_pair_up_in_two_ways(folder, capsys):
     for name in ("left/a.png", "left/b.png", "right/a.png", "right/b.png", "right/c.png"):
         save(folder / name, view(8, 12, 0.4))
     assert run("stereo", "left", "right", "out") == 0
-    assert "note: right: 1 without another image in left left out." in capsys.readouterr().out
+    assert "note: right: left out 1 without a partner in left." in capsys.readouterr().out
     save(folder / "right/a.jpg", view(8, 12, 0.4))
     assert run("stereo", "left", "right", "out", "--overwrite") == 2
-    assert "have one name: which is meant does not show" in capsys.readouterr().err
+    assert "have the same name, so the pair is ambiguous" in capsys.readouterr().err
 
 
 def test_frames_are_sorted_by_their_numbers(folder):
@@ -373,7 +376,10 @@ def test_without_an_output_a_picture_is_written(folder, pair, capsys):
 def test_a_png_of_numbers_is_told(folder, pair, capsys):
     assert run("stereo", *pair, "out.png") == 0
     assert "out_color" not in "".join(path.name for path in folder.iterdir())
-    assert "holds disparities times 256 in 16 bits, which look dark; --color adds a picture" in capsys.readouterr().err
+    assert (
+        "contains disparities times 256 in 16 bits, which look dark; --color adds a colour image"
+        in capsys.readouterr().err
+    )
     for arguments in (["a.png", "--color"], ["a.pfm"], ["b.png", "--format", "color"], []):
         assert run("stereo", *pair, *arguments) == 0
         assert capsys.readouterr().err == ""

@@ -94,10 +94,10 @@ def test_files_are_what_the_functions_give(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (3, "neither an array"),
-        (torch.zeros(1, 3, 8, 12), r"\(1, 3, 8, 12\) of torch.float32; this takes floats \(C, H, W\)"),
+        (3, "must be an array"),
+        (torch.zeros(1, 3, 8, 12), r"must be floats \(C, H, W\); got torch.float32 \(1, 3, 8, 12\)"),
         (torch.zeros(3, 8, 12, dtype=torch.uint8), "torch.uint8"),
-        (view(8, 13, 0.4), "both must have one size"),
+        (view(8, 13, 0.4), "must have the same size"),
     ],
 )
 def test_images_that_are_not_accepted(image, message):
@@ -135,5 +135,5 @@ def test_exported_files_and_their_variants(tmp_path, monkeypatch):
         visionattn.stereo(left, right, tmp_path / "toy.onnx", checkpoint="a.pth")
     with pytest.raises(InputError, match="its task is 'stereo', not 'flow'"):
         visionattn.flow(left, right, tmp_path / "toy.onnx")
-    with pytest.raises(InputError, match="finds no start at half the size"):
+    with pytest.raises(InputError, match="does not support a low-resolution start"):
         visionattn.stereo(left, right, tmp_path / "toy.onnx", low_resolution_start=True)

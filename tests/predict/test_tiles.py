@@ -37,7 +37,7 @@ def test_a_long_strip_is_cut_along_its_length_only():
 
 
 def test_memory_that_is_all_overlap_is_an_error():
-    with pytest.raises(InputError, match="overlap takes 42"):
+    with pytest.raises(InputError, match="overlap alone takes 42"):
         plan(100, 100, 42 * 42, 21)
 
 

@@ -161,8 +161,8 @@ def test_the_old_spelling_of_the_type_works(folder, capsys):
             ["in.png", "out.png", "--model", "va_minimal_vit_nano_patch7_28"],
             "it is a 'classify' model; a 'restore' model",
         ),
-        (["in.png", "out.png", "--scale", "3"], "No weights for x3 are shipped, only for x2 and x4"),
-        (["in.png", "out.png", "--model", "net.pth", "--scale", "4"], "net.pth enlarges 2 times, not 4"),
+        (["in.png", "out.png", "--scale", "3"], "No weights are shipped for x3, only for x2 and x4"),
+        (["in.png", "out.png", "--model", "net.pth", "--scale", "4"], "scale of net.pth is 2, not 4"),
         (
             ["in.png", "out.png", "--model", "net.onnx", "--dtype", "float16"],
             "runs in ONNX Runtime in its own precision",
@@ -253,8 +253,8 @@ def test_a_size_for_all(folder, capsys):
     found = {path.name: pixels_of(path).shape[:2] for path in (folder / "out").iterdir()}
     assert found == {"small.png": (15, 30), "large.png": (20, 30), "tiny.png": (22, 30)}
     out = capsys.readouterr().out
-    assert "note: in/large.png: it is as large already, and was only brought to 20 x 30 pixels." in out
-    assert "note: in/tiny.png: beyond 2 times as high, it was enlarged by interpolation." in out
+    assert "note: in/large.png: it is already at least as large, and was only reduced to 20 x 30 pixels." in out
+    assert "note: in/tiny.png: beyond a factor of 2, it was enlarged by interpolation." in out
     assert upscale("in/small.png", "one.png", "--width", 30, "--compare") == 0
     assert pixels_of(folder / "one_compare.png").shape == (20 + 28, 84, 3)
 

@@ -1,4 +1,4 @@
-"""A matching network that sees its views enlarged: finer results for more pixels."""
+"""A matching network on enlarged views: finer results at a higher cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from visionattn.errors import InputError
 __all__ = ["LARGEST", "EnlargedViews"]
 
 LARGEST = 64.0
-"""The largest factor: 4096 times the pixels."""
+"""Largest factor: 4096 times the pixels."""
 
 
 class EnlargedViews(nn.Module):
@@ -22,15 +22,15 @@ class EnlargedViews(nn.Module):
 
         y(p) = network(up(first), up(second))(s p) / s        up: bicubic, within 0..1
 
-    A small network is off by a share of the pixels of its finest map, whatever their size: of enlarged views these are
-    smaller. It takes s^2 times the work, and what lies s times as far apart must still be found.
+    The error of a small network is a fraction of a pixel of its finest map; on enlarged views, such a pixel covers less
+    of the image. The cost is s^2 times as high, and displacements that are s times as large must still be found.
 
     Args:
-        network: Takes two views (B, 3, H, W), RGB in 0..1, and gives (B, C, H, W) in pixels.
+        network: Takes two views (B, 3, H, W), RGB in 0..1, and returns (B, C, H, W) in pixels.
         factor: s, from 1 to `LARGEST`.
 
     Shape:
-        (B, 3, H, W) twice -> (B, C, H, W), in pixels of the views as they are given.
+        (B, 3, H, W) twice -> (B, C, H, W), in pixels of the original views.
 
     Raises:
         InputError: The factor is less than 1 or too large.
@@ -39,7 +39,7 @@ class EnlargedViews(nn.Module):
     def __init__(self, network: Any, factor: float) -> None:
         super().__init__()
         if not 1 <= factor <= LARGEST:
-            raise InputError(f"Views can be enlarged by a factor of 1 or more, not {factor}; {LARGEST:g} is the most.")
+            raise InputError(f"The factor of enlargement must be from 1 to {LARGEST:g}; got {factor}.")
         self.network = network
         self.factor = factor
         self.task = network.task
@@ -53,6 +53,6 @@ class EnlargedViews(nn.Module):
         views = (F.interpolate(view, large, mode="bicubic").clamp(0, 1) for view in (first, second))
         found = self.network(*views)
         result = F.interpolate(found, size, mode="bilinear") / self.factor
-        if self.task == "stereo":  # where 0 is no disparity, so that a mean with it is none either
+        if self.task == "stereo":  # 0 means no disparity, so interpolated values that include one have none either
             result = result.masked_fill(F.interpolate((found <= 0).to(found.dtype), size, mode="bilinear") > 0, 0)
         return result

@@ -1,8 +1,8 @@
-"""Pictures in, pictures out: any size, alpha, 16 bit and grey, within the memory.
+"""Apply models to images of any size, with alpha, 16 bits or grey, within the available memory.
 
-`visionattn.upscale`, `stereo` and `flow` take an image, or two: arrays, PIL images, tensors or paths. `upscale_files`,
+`visionattn.upscale`, `stereo` and `flow` take one or two images: arrays, PIL images, tensors or paths. `upscale_files`,
 `stereo_files` and `flow_files`, which the commands call, take files, folders and videos. `estimate_disparity` and
-`estimate_flow` give what a network gives. `build_index` and `ImageIndex`, the commands
+`estimate_flow` return a network's raw output. `build_index` and `ImageIndex`, the commands
 `visionattn index` and `visionattn search`, find images by attributes.
 """
 

@@ -1,4 +1,4 @@
-"""The options that `visionattn upscale`, `visionattn stereo` and `visionattn flow` share."""
+"""Shared options of `visionattn upscale`, `visionattn stereo` and `visionattn flow`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,27 @@ __all__ = ["add_computing_arguments", "add_matching_arguments", "add_model_argum
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, kinds: str) -> None:
-    """Add `--model` and `--checkpoint`; `kinds` says what a model may be."""
+    """Add `--model` and `--checkpoint`; `kinds` is the help text of the former."""
     parser.add_argument("--model", metavar="NAME|FILE", help=kinds)
-    parser.add_argument("--checkpoint", metavar="FILE", help="weight file of the model named, where it says too little")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="weight file for --model NAME, if the file does not identify its model"
+    )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what becomes of outputs that exist."""
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-    parser.add_argument("--skip-existing", action="store_true", help="leave outputs that exist: resumes a stopped run")
+    """Add the options about existing outputs."""
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    parser.add_argument("--skip-existing", action="store_true", help="keep existing outputs: resumes a stopped run")
 
 
 def add_computing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--device` and `--dtype`."""
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1 (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if available), cpu, cuda:1 (default: auto)")
     parser.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float16 on a GPU, else that of the weights"
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="auto: float16 on a GPU, otherwise that of the weights",
     )
     add_old_spelling(parser, "--precision", "--dtype", PRECISIONS)
 
@@ -35,34 +40,38 @@ def add_computing_arguments(parser: argparse.ArgumentParser) -> None:
 def add_matching_arguments(
     parser: argparse.ArgumentParser, formats: tuple[str, ...], picture: str | None = None
 ) -> None:
-    """Add what stereo and flow share.
+    """Add the shared options of stereo and flow.
 
     Args:
-        parser: The command's.
-        formats: Suffixes, the first one being the default.
-        picture: Name of a further format, that of pictures for the eye.
+        parser: The command's parser.
+        formats: Suffixes; the first one is the default.
+        picture: Name of an additional format, that of colour images.
     """
     names = [suffix[1:] for suffix in formats] + ([picture] if picture else [])
-    looked_at = f"; {picture}: a picture" if picture else ""
+    looked_at = f"; {picture}: a colour image" if picture else ""
     add_model_arguments(parser, "name of the zoo, weight file or exported .onnx")
-    parser.add_argument("--format", choices=names, help=f"of the files in a folder (default: {names[0]}{looked_at})")
-    parser.add_argument("--color", "--colour", action="store_true", help="also write NAME_color.png, for the eye")
-    parser.add_argument("--nonocc", action="store_true", help="also write NAME_nonocc.png: white where both see it")
+    parser.add_argument(
+        "--format", choices=names, help=f"format of the files in a folder (default: {names[0]}{looked_at})"
+    )
+    parser.add_argument("--color", "--colour", action="store_true", help="also write NAME_color.png, a colour image")
+    parser.add_argument("--nonocc", action="store_true", help="also write NAME_nonocc.png: white where not occluded")
     add_output_arguments(parser)
     add_computing_arguments(parser)
     parser.add_argument(
         "--max-pixels",
         type=whole_number(0),
         metavar="N",
-        help="larger images are reduced to N (default: by the free memory)",
+        help="reduce larger images to N pixels (default: by the free memory)",
     )
     parser.add_argument(
-        "--low-resolution-start", action="store_true", help="start from half the size: for images of 2K and more"
+        "--low-resolution-start",
+        action="store_true",
+        help="start from the result at half the size: for images of 2K and more",
     )
     parser.add_argument(
         "--enlarge",
         type=number(1, LARGEST),
         default=1.0,
         metavar="S",
-        help="match images S times as large: finer, slower",
+        help="enlarge images by S before matching: finer, slower",
     )

@@ -1,4 +1,4 @@
-"""Pictures of disparity and flow for the eye."""
+"""Colour images of disparity and flow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchvision.utils import flow_to_image
 
 __all__ = ["disparity_colours", "flow_colours", "usual_top"]
 
-# Coefficients of x^0 to x^5 of red, green and blue: the colour map Turbo by A. Mikhailov in polynomials by R. Du,
+# Coefficients of x^0 to x^5 for red, green and blue: the colour map Turbo by A. Mikhailov as polynomials by R. Du,
 # copyright 2019 Google LLC, Apache-2.0 (turbo_colormap.glsl).
 TURBO = np.array(
     [
@@ -18,25 +18,25 @@ TURBO = np.array(
     ],
     np.float32,
 )
-TOP = 99.5  # percentile that is shown as the largest, so that single wrong pixels do not take the colours
+TOP = 99.5  # percentile shown as the largest value, so that outliers do not dominate the colours
 
 
 def usual_top(disparity: np.ndarray) -> float:
-    """The disparity to show as the largest of a picture, or 1 where none is above 0."""
+    """The disparity to show as the largest of an image, or 1 if none is above 0."""
     valid = disparity[np.isfinite(disparity)]
     top = float(np.percentile(valid, TOP)) if valid.size else 0.0
     return top if top > 0 else 1.0
 
 
 def disparity_colours(disparity: np.ndarray, top: float | None = None) -> np.ndarray:
-    """Turbo's colours, blue for 0 (far) to red for `top` (near), black where there is no value.
+    """Turbo's colours, from blue for 0 (far) to red for `top` (near); black where there is no value.
 
     Args:
         disparity: (H, W) in pixels.
-        top: What is red; default `usual_top`.
+        top: Value shown in red. Default: `usual_top`.
 
     Returns:
-        (H, W, 3) of uint8.
+        uint8 (H, W, 3).
     """
     top = usual_top(disparity) if top is None else top
     valid = np.isfinite(disparity)
@@ -48,13 +48,13 @@ def disparity_colours(disparity: np.ndarray, top: float | None = None) -> np.nda
 
 
 def flow_colours(flow: np.ndarray) -> np.ndarray:
-    """The colour wheel of Baker et al. (IJCV 2011): direction as hue, length as saturation, the longest being full.
+    """The colour wheel of Baker et al. (IJCV 2011): direction as hue, length as saturation, full for the longest.
 
     Args:
         flow: (H, W, 2), x first; black where it is NaN.
 
     Returns:
-        (H, W, 3) of uint8.
+        uint8 (H, W, 3).
     """
     valid = np.isfinite(flow).all(axis=2, keepdims=True)
     field = torch.from_numpy(np.where(valid, flow, 0).astype(np.float32)).movedim(2, 0)

@@ -1,4 +1,4 @@
-"""A picture that shows bicubic interpolation and the network side by side."""
+"""An image that shows bicubic interpolation and the network side by side."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from visionattn.predict.images.picture import Picture, on_white
 
 __all__ = ["side_by_side"]
 
-MOST = 1600  # pixels a side of each half; a larger result is shown by its middle
+MOST = 1600  # largest side of each half in pixels; a larger result is cropped to its centre
 STRIP = 28
 
 
 def side_by_side(source: np.ndarray, result: np.ndarray) -> Picture:
-    """Left the bicubic enlargement, right the network's, each labelled: the same part of the same size.
+    """Bicubic upscaling on the left, the network's result on the right, labelled: the same region at the same size.
 
     Args:
-        source: (H, W, C) of uint8 or uint16.
-        result: (r H, r W, C), the same type.
+        source: uint8 or uint16 (H, W, C).
+        result: (r H, r W, C), of the same type.
     """
     scale = result.shape[0] // source.shape[0]
     rows, columns = (_middle(side, max(MOST // scale, 1)) for side in source.shape[:2])

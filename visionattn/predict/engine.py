@@ -1,8 +1,8 @@
-"""What computes a tile: PyTorch, or an exported file in ONNX Runtime; `open_engine` opens what a user names.
+"""Engines that compute a tile: PyTorch, or an exported file in ONNX Runtime; `open_engine` opens one by name.
 
-An engine is called with a float tensor (B, C, h, w) in 0..1 on the CPU and gives (B, C, r h, r w), same type, not
-clamped. It states `scale`, `channels`, `radius` (pixels of the input that reach one of the result), `dtype` of its
-input, and `bytes_per_pixel` and `device` for the size of tiles.
+An engine is called with a float tensor (B, C, h, w) in 0..1 on the CPU and returns (B, C, r h, r w) of the same type,
+not clamped. It states `scale`, `channels`, `radius` (of the input pixels that an output pixel depends on), `dtype` of
+its input, and `bytes_per_pixel` and `device` for the size of tiles.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ __all__ = [
 ]
 
 ENGINES = ("auto", "torch", "onnxruntime")
-# Exporting for ONNX Runtime takes about ten seconds; a run shorter than this does not earn them back.
+# Export for ONNX Runtime takes about ten seconds, which does not pay off in runs shorter than this, in seconds.
 WORTH_TIMING = 60.0
-SAMPLE = 192  # pixels a side of what is timed
+SAMPLE = 192  # side of the timed sample in pixels
 
-# Nearer than half an 8-bit level: the two engines give the same picture.
+# Less than half an 8-bit level: the two engines give the same image.
 AGREEMENT = 1e-3
-# ONNX Runtime keeps what it has allocated: measured 1.1 to 1.2 times what PyTorch is reckoned to take.
+# ONNX Runtime keeps its allocations: it was measured to take 1.1 to 1.2 times the estimate for PyTorch.
 ARENA = 1.25
 
 
@@ -55,19 +55,22 @@ def check_upscaler(model: nn.Module) -> None:
     check_task(model, "restore")
     missing = [key for key in ("scale", "in_chans", "radius") if not hasattr(model, key)]
     if missing:
-        raise InputError(f"{type(model).__name__} does not state its {', '.join(missing)} as attributes.")
+        raise InputError(f"{type(model).__name__} lacks the attributes {', '.join(missing)}.")
     if getattr(model, "out_chans", facts.in_chans) != facts.in_chans:
-        raise InputError(f"{type(model).__name__} makes {facts.out_chans} channels of {facts.in_chans}: not taken.")
+        raise InputError(
+            f"{type(model).__name__} must have as many output as input channels; got {facts.out_chans} and "
+            f"{facts.in_chans}."
+        )
 
 
 class Engine(ABC):
-    """What all engines state, taken from a model of the task "restore".
+    """Base class of engines, with the properties of a model of the task "restore".
 
     Args:
-        model: States `task`, `scale`, `in_chans` and `radius`.
+        model: A model with the attributes `task`, `scale`, `in_chans` and `radius`.
 
     Raises:
-        InputError: The model does something else than upscaling.
+        InputError: The model is not an upscaler.
     """
 
     name: str
@@ -94,7 +97,7 @@ class TorchEngine(Engine):
 
     Args:
         model: A model of the task "restore". Not changed.
-        dtype: As `Network` takes it; what is computed again is a tile.
+        dtype: As in `Network`; single tiles are computed again.
     """
 
     name = "torch"
@@ -115,12 +118,12 @@ class TorchEngine(Engine):
 class OnnxEngine(Engine):
     """An exported file or variant in ONNX Runtime, on the CPU, in the file's own precision.
 
-    One that takes uint8 pictures gets tiles rounded to 8 bits, and so does its result: nothing is lost of pictures of 8
-    bits, but the lower half of those of 16.
+    For a file that takes uint8 images, tiles and results are rounded to 8 bits: nothing is lost for 8-bit images, but
+    the lower 8 bits of 16-bit images are.
 
     Args:
         file: The file.
-        model: The model that it was exported from, for its facts. Default: the zoo's model of the name in the file.
+        model: The model that it was exported from, for its attributes. Default: the zoo's model named in the file.
     """
 
     name = "onnxruntime"
@@ -130,10 +133,10 @@ class OnnxEngine(Engine):
         if spec.task != "restore":
             raise InputError(f"The ONNX file of {spec.model} does not upscale images: its task is {spec.task!r}.")
         if not spec.dynamic_size:
-            raise InputError(f"The ONNX file of {spec.model} takes one size only: export it without --static-size.")
+            raise InputError(f"The ONNX file of {spec.model} takes only one size: export it without --static-size.")
         super().__init__(model or create(spec.model, in_chans=spec.input_size[0]).eval())
         self.file = file
-        # The exported model may have been built with other arguments than its name has.
+        # The exported model may have been built with other arguments than those of its name.
         self.scale = spec.scale or self.scale
         self.radius = self.radius if spec.radius is None else spec.radius
         self.device = torch.device("cpu")
@@ -155,21 +158,23 @@ class OnnxEngine(Engine):
             ExportError: The model cannot be exported.
         """
         with tempfile.TemporaryDirectory() as folder:
-            # Its outputs are compared on the picture itself, which says more than random images.
+            # Its outputs are compared on the image itself, which is a better check than random images.
             file = export_onnx(model, Path(folder) / "model.onnx", check=False)
             return cls(OnnxModel(file.path), model)
 
 
 def default_name(scale: int) -> str:
-    """The model that is shipped for a scale.
+    """Name of the shipped model for a scale.
 
     Raises:
-        InputError: None is.
+        InputError: There is none.
     """
     name = f"va_span_ch26_x{scale}"
     if name not in TRAINED_HERE:
         scales = " and ".join(shipped.rpartition("_")[2] for shipped in TRAINED_HERE)
-        raise InputError(f"No weights for x{scale} are shipped, only for {scales}: give your own with --model FILE.")
+        raise InputError(
+            f"No weights are shipped for x{scale}, only for {scales}: give a weight file with --model FILE."
+        )
     return name
 
 
@@ -182,10 +187,10 @@ def open_engine(
     dtype: str | torch.dtype = "auto",
     engine: str = "auto",
 ) -> Engine:
-    """Open what upscales (arguments: see `visionattn.upscale`).
+    """Open an upscaling engine (arguments: see `visionattn.upscale`).
 
     Raises:
-        VisionAttnError: There is no such model or file, or it does something else; or arguments contradict each other.
+        VisionAttnError: The model or file does not exist, or has another task; or arguments contradict each other.
     """
     if engine not in ENGINES:
         raise InputError(f"engine must be one of {', '.join(map(repr, ENGINES))}; got {shorten(engine)!r}.")
@@ -210,17 +215,17 @@ def open_engine(
     else:
         found = TorchEngine(open_network(model, checkpoint, "restore", device), dtype)
     if scale and found.scale != scale:
-        raise InputError(f"{name} enlarges {found.scale} times, not {scale}: leave out --scale.")
+        raise InputError(f"The scale of {name} is {found.scale}, not {scale}: leave out --scale.")
     return found
 
 
 def choose_engine(engine: Engine, pixels: np.ndarray, pictures: int) -> tuple[Engine, str | None]:
-    """Where `pictures` such pictures take long on the CPU, the faster of two engines, and a line that says why.
+    """Return the faster of two engines if `pictures` such images take long on the CPU, and the reason.
 
     Args:
-        engine: What computes them so far.
-        pixels: One of them, (H, W, C) of uint8, uint16 or floats in 0..1.
-        pictures: How many there are.
+        engine: The current engine.
+        pixels: One of the images, (H, W, C) of uint8, uint16 or floats in 0..1.
+        pictures: Number of images.
     """
     if not isinstance(engine, TorchEngine) or engine.device.type != "cpu" or engine.compute_dtype != torch.float32:
         return engine, None
@@ -234,7 +239,7 @@ def choose_engine(engine: Engine, pixels: np.ndarray, pictures: int) -> tuple[En
 
 
 def faster(engine: TorchEngine, images: Tensor) -> tuple[Engine, str]:
-    """Time an engine and the same model in ONNX Runtime on a tile; give the faster one, and a line that says why.
+    """Time an engine and the same model in ONNX Runtime on a tile; return the faster one and the reason.
 
     Args:
         engine: A model on the CPU.
@@ -247,7 +252,7 @@ def faster(engine: TorchEngine, images: Tensor) -> tuple[Engine, str]:
         return engine, "PyTorch: ONNX Runtime is not installed"
     except VisionAttnError as error:
         return engine, f"PyTorch: {error}"
-    times = f"{seconds:.2f} s a tile in PyTorch, {their_seconds:.2f} s in ONNX Runtime"
+    times = f"{seconds:.2f} s per tile in PyTorch, {their_seconds:.2f} s in ONNX Runtime"
     difference = float((mine - theirs).abs().max())
     if not difference <= AGREEMENT:
         return engine, f"PyTorch: the outputs of ONNX Runtime differ by {difference:.2g}"
@@ -255,7 +260,7 @@ def faster(engine: TorchEngine, images: Tensor) -> tuple[Engine, str]:
 
 
 def _timed(engine: Engine, images: Tensor) -> tuple[Tensor, float]:
-    """The second pass counts: the first allocates and prepares."""
+    """Run twice and time the second run: the first one allocates and prepares."""
     engine(images)
     start = time.perf_counter()
     result = engine(images)

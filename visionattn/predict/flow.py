@@ -1,4 +1,4 @@
-"""Optical flow between two images: where each point of the first one lies in the second."""
+"""Optical flow between two images: the displacement of each point from the first image to the second."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["FlowMatch", "estimate_flow", "flow", "flow_seen_in_both", "match_ima
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FlowMatch:
-    """How two images move.
+    """Optical flow between two images.
 
     Attributes:
-        flow: (H, W, 2) of float32: x and y in pixels, from the first image to the second.
-        backward: Likewise, from the second image to the first.
-        nonocc: (H, W) of bool: which pixels of the first image the second one shows too (see `flow_seen_in_both`).
-        notes: What is worth knowing, in words.
+        flow: float32 (H, W, 2): x and y in pixels, from the first image to the second.
+        backward: float32 (H, W, 2), from the second image to the first.
+        nonocc: bool (H, W): the non-occluded pixels of the first image (see `flow_seen_in_both`).
+        notes: Notes for the user.
     """
 
     flow: np.ndarray
@@ -53,28 +53,28 @@ def flow(
     low_resolution_start: bool = False,
     enlarge: float = 1.0,
 ) -> FlowMatch:
-    """Find the optical flow between two images, both ways.
+    """Estimate the optical flow between two images, forward and backward.
 
     Args:
         first: An array (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; a PIL image; a float tensor (C, H, W) in
-            0..1; or the path of an image file, which is read upright. Grey or RGB, alpha is laid on white.
-        second: Likewise, of the same size.
-        model: A model of the task "flow": its name, a weight file, or the module. No weights are shipped.
+            0..1; or the path of an image file (EXIF orientation is applied). Grey or RGB; alpha is composited on white.
+        second: The same, with the same size.
+        model: A model with the task "flow": its name, a weight file, or the module. No weights are shipped.
         checkpoint: Weight file for a name.
-        device: "auto" (a GPU where there is one; a module stays where it is), "cpu", "cuda:1".
-        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
-        max_pixels: Larger images are reduced to this many pixels, and the result enlarged. Default: what half of the
-            free memory holds.
-        low_resolution_start: Start from what the model finds at half the size, as its authors do from 2K on.
-        enlarge: Let the model see images so many times as high and wide, which makes its result finer.
+        device: "auto" (a GPU if available; a module stays on its device), "cpu", "cuda:1".
+        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, otherwise the type of the weights).
+        max_pixels: Larger images are reduced to this many pixels, and the result enlarged. Default: as many as fit half
+            of the free memory.
+        low_resolution_start: Start from the result at half the size, as the authors do for images of 2K and more.
+        enlarge: Factor by which images are enlarged for the model; the result becomes finer.
 
     Returns:
-        The flow both ways, and what both images show.
+        The flow in both directions, and a mask of the non-occluded pixels.
 
     Raises:
         InputError: Sizes, type or values of the images, the model or an argument are not accepted.
-        DataError: There is no such image file, or it is damaged.
-        VisionAttnError: There is no such model, or it has no weights.
+        DataError: An image file does not exist, or is damaged.
+        VisionAttnError: The model does not exist, or has no weights.
     """
     images = [pixels_of(image) for image in (first, second)]
     matcher = open_matcher(
@@ -93,7 +93,7 @@ def flow(
 
 
 def match_images(matcher: Matcher, first: np.ndarray, second: np.ndarray) -> FlowMatch:
-    """Match two images by an open network (errors: see `flow`)."""
+    """Match two images with an open network (errors: see `flow`)."""
     found = matcher(first, second)
     forward, backward = (way.transpose(1, 2, 0) for way in (found[:2], found[2:]))
     return FlowMatch(forward, backward, flow_seen_in_both(found), matcher.notes)
@@ -110,21 +110,21 @@ def estimate_flow(
     enlarge: float = 1.0,
     precision: str | None = None,
 ) -> np.ndarray:
-    """Estimate the optical flow between two images, both ways.
+    """Estimate the optical flow between two images, forward and backward.
 
     Args:
-        first: (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; grey or RGB, alpha is laid on white.
-        second: Likewise, of the same size.
-        model: Of the task "flow"; its device computes.
-        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
-        max_pixels: Larger images are reduced to this many pixels, and the result enlarged. Default: what half of the
-            free memory holds.
-        low_resolution_start: Start from what the model finds at half the size, as its authors do from 2K on.
-        enlarge: Let the model see images so many times as high and wide, which makes its result finer.
+        first: (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; grey or RGB; alpha is composited on white.
+        second: The same, with the same size.
+        model: A module with the task "flow"; it runs on its own device.
+        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, otherwise the type of the weights).
+        max_pixels: Larger images are reduced to this many pixels, and the result enlarged. Default: as many as fit half
+            of the free memory.
+        low_resolution_start: Start from the result at half the size, as the authors do for images of 2K and more.
+        enlarge: Factor by which images are enlarged for the model; the result becomes finer.
         precision: Old spelling of `dtype`: "fp32", "fp16" or "bf16".
 
     Returns:
-        (4, H, W) of float32: x and y from the first image to the second, then from the second to the first, in pixels.
+        float32 (4, H, W): x and y from the first image to the second, then from the second to the first, in pixels.
 
     Raises:
         InputError: Sizes, type or values of the images, the model or an argument are not accepted.
@@ -133,14 +133,14 @@ def estimate_flow(
 
 
 def flow_seen_in_both(flow: np.ndarray, tolerance: float = 1.0) -> np.ndarray:
-    """Which pixels of the first image the second one shows too, by the consistency of both flows.
+    """Find the non-occluded pixels of the first image by forward-backward consistency.
 
     Args:
         flow: (4, H, W), forward and backward.
-        tolerance: Pixels by which the way there and back may miss the start.
+        tolerance: Largest forward-backward error, in pixels.
 
     Returns:
-        (H, W) of bool: False is occluded, out of the second image, or wrong.
+        bool (H, W): False where a pixel is occluded, outside of the second image, or wrong.
     """
     height, width = flow.shape[1:]
     rows, columns = np.mgrid[:height, :width]

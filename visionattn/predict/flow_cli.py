@@ -29,10 +29,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        0 when every output was written or skipped as asked, 1 when some were not.
+        0 if every output was written or skipped as requested, 1 otherwise.
 
     Raises:
-        VisionAttnError: Nothing could be started: no such input, model or folder.
+        VisionAttnError: The run could not start: an input, the model or the folder is missing.
     """
     keep_freed_memory()
     return call_with(flow_files, args).exit_code

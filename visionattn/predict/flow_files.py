@@ -39,33 +39,33 @@ def flow_files(
     low_resolution_start: bool = False,
     enlarge: float = 1.0,
 ) -> Outcome:
-    """Find the optical flow of files, with a line for each.
+    """Estimate the optical flow of files, with one line of output per pair.
 
     Args:
         inputs: Two images, folders or patterns; or one video, folder or pattern of frames.
-        output: A file, whose suffix says the format; or a folder.
-        model: See `visionattn.flow`, as for the arguments that are not here.
-        checkpoint: Likewise.
-        format: Of the files in a folder: the suffix of one of `FLOW_FILES` without its dot; default "flo".
-        color: Also write NAME_color.png, for the eye.
-        nonocc: Also write NAME_nonocc.png: white where both images show it.
-        overwrite: Replace outputs that exist.
-        skip_existing: Leave outputs that exist, which goes on with a run that was stopped.
+        output: A file, whose suffix determines the format; or a folder.
+        model: See `visionattn.flow`.
+        checkpoint: See `visionattn.flow`.
+        format: Format of the files in a folder: a suffix of `FLOW_FILES` without the dot; default "flo".
+        color: Also write NAME_color.png, a colour image.
+        nonocc: Also write NAME_nonocc.png: white where a pixel is not occluded.
+        overwrite: Replace existing outputs.
+        skip_existing: Keep existing outputs, to resume an interrupted run.
         device: See `visionattn.flow`.
-        dtype: Likewise.
-        max_pixels: Likewise.
-        low_resolution_start: Likewise.
-        enlarge: Likewise.
+        dtype: See `visionattn.flow`.
+        max_pixels: See `visionattn.flow`.
+        low_resolution_start: See `visionattn.flow`.
+        enlarge: See `visionattn.flow`.
 
     Returns:
-        What was written, skipped and failed: a pair that cannot be matched does not end the run.
+        The written, skipped and failed outputs; a failed pair does not end the run.
 
     Raises:
-        VisionAttnError: Nothing could be started: no such input, model or folder.
+        VisionAttnError: The run could not start: an input, the model or the folder is missing.
     """
     named = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
     if len(named) not in (1, 2):
-        raise InputError(f"Flow takes one input or two and an output, but there are {len(named)} inputs.")
+        raise InputError(f"Flow takes one or two inputs and an output; got {len(named)} inputs.")
     beside = [name for name, asked in (("color", color), ("nonocc", nonocc)) if asked]
     alone = len(named) == 1
     found, names = (pairs.consecutive(named[0]), []) if alone else pairs.pair_up(named[0], named[1], output)
@@ -92,14 +92,14 @@ def flow_files(
 
 @dataclass
 class _Work:
-    """Does one job after the other with what they share."""
+    """Runs the jobs one after the other with a shared matcher."""
 
     matcher: Matcher
     color: bool
     nonocc: bool
 
     def __call__(self, job: Job, bar: Bar, remaining: int) -> list[str]:
-        """Read, match, write; or raise what keeps it from that. The output comes last: with it, the job is done."""
+        """Read, match and write, or raise an error. The output is written last: it marks the job as done."""
         with pairs.naming(job):
             return self._video(job, bar) if job.is_video else self._images(job)
 
@@ -118,7 +118,7 @@ class _Work:
         before: list[np.ndarray] = []
 
         def show(frame: np.ndarray, other: np.ndarray | None = None) -> np.ndarray | None:
-            if other is None:  # one video: from the frame before to this one
+            if other is None:  # one video: from the previous frame to this one
                 before.append(frame)
                 if len(before) == 1:
                     return None
@@ -129,5 +129,5 @@ class _Work:
 
         pairs.convert_pair(job, bar, show)
         if self.nonocc:
-            notes["--nonocc: of images only, a video shows the colours of flow"] = None
+            notes["--nonocc: for images only; a video shows the colours of flow"] = None
         return list(notes)

@@ -1,7 +1,7 @@
-"""Two images through a matching network: pixels of any kind in, fields in pixels out, within a bound of memory.
+"""Run a matching network on two images of any pixel type, with bounded memory.
 
-Images beyond the bound are reduced to it, and what is found is enlarged again: a network that looks for its matches
-along the whole width cannot be cut into tiles as an upscaler can.
+Larger images are reduced to the bound, and the result is enlarged: a network that searches for matches along the whole
+width cannot be split into tiles as an upscaler can.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ __all__ = ["SHIPPED", "Matcher", "as_tensor", "describe_unknown", "open_matcher"
 
 SHIPPED = {"stereo": "va_match_stereo_nano"}  # the default model of a task
 PEAKS = {"u1": 255.0, "u2": 65535.0}
-UNKNOWN_MEMORY = 2**31  # bytes, where the system does not say what is free
+UNKNOWN_MEMORY = 2**31  # bytes to assume if the system does not report its free memory
 
 
 class Matcher:
-    """A matching network with a type of numbers and a bound of memory.
+    """A matching network with a dtype and a memory bound.
 
     Args:
-        model: Takes two images (B, 3, H, W), RGB in 0..1, gives (B, C, H, W) in pixels, and states its `task`. Its
-            device computes.
+        model: Takes two images (B, 3, H, W), RGB in 0..1, returns (B, C, H, W) in pixels, and states its `task`. It
+            runs on its own device.
         task: "stereo" or "flow".
-        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
-        max_pixels: Largest height times width that is computed. Default: what half of the free memory holds, by the
-            tensors that a small pass keeps alive.
-        low_resolution_start: Let the model find a start at half the size first, as its authors do from 2K on.
-        enlarge: Let the model see images so many times as high and wide (see `EnlargedViews`).
+        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, otherwise the type of the weights).
+        max_pixels: Largest height times width to compute. Default: as many as fit half of the free memory, estimated
+            from the live tensors of a small forward pass.
+        low_resolution_start: Start from the result at half the size, as the authors do for images of 2K and more.
+        enlarge: Factor by which images are enlarged for the model (see `EnlargedViews`).
 
     Attributes:
-        notes: What is worth knowing of the last pair, in words.
-        unknown: Of the last stereo pair, the share of the left view's pixels without a disparity.
+        notes: Notes on the last pair.
+        unknown: Fraction of the left view's pixels without a disparity in the last stereo pair.
 
     Raises:
-        InputError: The model does something else, or an argument is not accepted.
+        InputError: The model has another task, or an argument is not accepted.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class Matcher:
     ) -> None:
         check_task(model, task)
         if max_pixels is not None and max_pixels < 1:
-            raise InputError(f"The bound is {max_pixels} pixels; it must be 1 or more.")
+            raise InputError(f"max_pixels must be at least 1; got {max_pixels}.")
         self.task = task
         self.enlarge = enlarge
         if low_resolution_start:
             if not hasattr(model, "low_resolution_start"):
-                raise InputError(f"{type(model).__name__} finds no start at half the size: leave that out.")
+                raise InputError(f"{type(model).__name__} does not support a low-resolution start: leave it out.")
             model = _FromHalfSize(model)
         if enlarge != 1:
             model = EnlargedViews(model, enlarge)
@@ -79,19 +79,19 @@ class Matcher:
         self.unknown = 0.0
 
     def __call__(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Match two images of one size.
+        """Match two images of the same size.
 
         Args:
-            first: (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1: grey or RGB, alpha is laid on white.
-            second: Likewise; the type may differ.
+            first: (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; grey or RGB; alpha is composited on white.
+            second: The same; the type may differ.
 
         Returns:
-            (C, H, W) of float32: what the model gives, in pixels of these images. Stereo networks give no disparity
-            below 0, and 0 is where they end: such pixels are NaN.
+            float32 (C, H, W): the model's output in pixels of these images. Disparities of stereo networks are clamped
+            at 0: such pixels are NaN.
 
         Raises:
-            InputError: The images differ in size or are too small, their type or values are not accepted, the memory
-                does not suffice, or the result is not finite.
+            InputError: The images differ in size or are too small, their type or values are not accepted, there is not
+                enough memory, or the result is not finite.
         """
         self.notes = []
         self.network.notes.clear()
@@ -99,24 +99,24 @@ class Matcher:
         sizes = [tuple(image.shape[2:]) for image in images]
         if sizes[0] != sizes[1]:
             raise InputError(
-                f"The images are of {sizes[0][0]} x {sizes[0][1]} and {sizes[1][0]} x {sizes[1][1]} pixels; both must "
-                "have one size, and be rectified for it in stereo. Crop or scale one of them."
+                f"Both images must have the same size (for stereo, after rectification); got {sizes[0][0]} x "
+                f"{sizes[0][1]} and {sizes[1][0]} x {sizes[1][1]} pixels. Crop or resize one of them."
             )
         height, width = sizes[0]
         if min(height, width) < self.minimum:
             raise InputError(
-                f"The images are of {height} x {width} pixels; a side of {self.minimum} is the least: enlarge them."
+                f"Height and width must be at least {self.minimum} pixels; got {height} x {width}: enlarge the images."
             )
         images = self._reduced(images)
         result = self.network(*images)
         if not result.isfinite().all():
-            raise InputError("The network's result is not finite: its weights are broken, or are not for this task.")
+            raise InputError("The network's output is not finite: its weights are damaged, or belong to another task.")
         if self.network.notes:
-            self.notes.append(f"{self.network.notes[0]}, so that it was computed again")
+            self.notes.append(f"{self.network.notes[0]}, so the pair was computed again")
         unknown = result <= 0 if self.task == "stereo" else torch.zeros_like(result, dtype=torch.bool)
         if result.shape[2:] != (height, width):
             ratios = [width / result.shape[3], height / result.shape[2]]
-            # Flow has x and y of both ways, stereo x of both views.
+            # Flow has x and y in both directions, stereo has x for both views.
             factors = torch.tensor(2 * (ratios if self.task == "flow" else ratios[:1]))[:, None, None]
             result = F.interpolate(result, (height, width), mode="bilinear") * factors
             unknown = F.interpolate(unknown.float(), (height, width), mode="bilinear") > 0
@@ -125,7 +125,7 @@ class Matcher:
         return result[0].numpy()
 
     def _reduced(self, images: list[Tensor]) -> list[Tensor]:
-        """The images within the bound, with a note where they were not."""
+        """Reduce the images to the bound, with a note if they exceed it."""
         height, width = images[0].shape[2:]
         if height * width <= self.max_pixels:
             return images
@@ -133,17 +133,18 @@ class Matcher:
         size = max(int(height * ratio), 1), max(int(width * ratio), 1)
         if min(size) < self.minimum:
             raise InputError(
-                f"{height} x {width} pixels reduced to the bound of {self.max_pixels} are {size[0]} x {size[1]}, and a "
-                f"side of {self.minimum} is the least: raise --max-pixels (max_pixels=), or lower --enlarge (enlarge=)."
+                f"{height} x {width} pixels reduced to at most {self.max_pixels} pixels are {size[0]} x {size[1]}, but "
+                f"sides must be at least {self.minimum}: raise --max-pixels (max_pixels=), or lower --enlarge "
+                "(enlarge=)."
             )
         self.notes.append(
-            f"{height} x {width} pixels are more than the bound of {self.max_pixels}, so that they were matched at "
-            f"{size[0]} x {size[1]} and the result enlarged"
+            f"{height} x {width} pixels exceed the maximum of {self.max_pixels}: the pair was matched at "
+            f"{size[0]} x {size[1]} pixels, and the result enlarged"
         )
         return [F.interpolate(image, size, mode="bilinear", antialias=True) for image in images]
 
     def _default_pixels(self) -> int:
-        """What half of the free memory holds, by a small pass of the network at the size that it sees itself."""
+        """Number of pixels that fit half of the free memory, estimated from a small forward pass of the network."""
         model = self.network.model
         if isinstance(model, EnlargedViews):
             model = model.network
@@ -166,13 +167,13 @@ def open_matcher(
 
     Args:
         task: "stereo" or "flow".
-        model: As `open_network` takes it; None is the one that is shipped, unless there is a checkpoint.
-        checkpoint: Likewise.
-        device: Likewise.
+        model: As in `open_network`; None for the shipped model, unless a checkpoint is given.
+        checkpoint: As in `open_network`.
+        device: As in `open_network`.
         **matching: Further arguments of `Matcher`.
 
     Raises:
-        VisionAttnError: There is no such model, file or device, it has no weights, or it does something else.
+        VisionAttnError: The model, file or device does not exist, or the model has no weights or another task.
     """
     if model is None and checkpoint is None:
         model = SHIPPED.get(task)
@@ -182,7 +183,7 @@ def open_matcher(
 
 
 class _FromHalfSize(nn.Module):
-    """A matching network that starts from what it finds at half the size."""
+    """A matching network that starts from its result at half the size."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -197,26 +198,26 @@ class _FromHalfSize(nn.Module):
 
 
 def describe_unknown(share: float) -> list[str]:
-    """The note on pixels without a disparity, in words; none where all have one."""
+    """A note on pixels without a disparity; empty if all have one."""
     if share <= 0:
         return []
     shown = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
     return [
-        f"{shown} of the left view have no disparity, since the network found them at 0 or beyond: what is very far "
-        "away, or further than where the axes of cameras that converge meet"
+        f"{shown} of the left view have no disparity, since the network found 0 or less: these points are very far "
+        "away or, for converging cameras, behind the point where their axes meet"
     ]
 
 
 def pixels_of(image: object) -> tuple[np.ndarray, list[str]]:
-    """The pixels (H, W) or (H, W, C) of what a user gives, and notes of what a file lost.
+    """The pixels (H, W) or (H, W, C) of an image, and notes on what was lost when reading a file.
 
     Args:
-        image: An array, which stays as it is; a PIL image; a float tensor (C, H, W) in 0..1; or the path of an image
-            file, which is read upright.
+        image: An array, which is returned unchanged; a PIL image; a float tensor (C, H, W) in 0..1; or the path of an
+            image file (EXIF orientation is applied).
 
     Raises:
-        DataError: There is no such image file, or it is damaged.
-        InputError: It is none of these.
+        DataError: The image file does not exist, or is damaged.
+        InputError: The image has another type.
     """
     if isinstance(image, np.ndarray):
         return image, []
@@ -226,16 +227,16 @@ def pixels_of(image: object) -> tuple[np.ndarray, list[str]]:
     if isinstance(image, Image.Image):
         return Picture.of(image).pixels, []
     if not isinstance(image, Tensor):
-        raise InputError("The image is neither an array (H, W) or (H, W, C), a PIL image, a tensor nor a path.")
+        raise InputError("The image must be an array (H, W) or (H, W, C), a PIL image, a tensor or a path.")
     if not image.is_floating_point() or image.ndim != 3:
-        raise InputError(f"The tensor is {tuple(image.shape)} of {image.dtype}; this takes floats (C, H, W).")
+        raise InputError(f"The tensor must be floats (C, H, W); got {image.dtype} {tuple(image.shape)}.")
     return image.detach().float().cpu().movedim(0, -1).numpy(), []
 
 
 def as_tensor(pixels: np.ndarray) -> Tensor:
-    """Pixels (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1 -> RGB (1, 3, H, W) of float32 in 0..1.
+    """Convert pixels (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1 to RGB, float32 (1, 3, H, W) in 0..1.
 
-    Grey is replicated, and what alpha makes transparent becomes white.
+    Grey is replicated, and alpha is composited on white.
 
     Raises:
         InputError: Shape, type or values are not accepted.
@@ -243,16 +244,16 @@ def as_tensor(pixels: np.ndarray) -> Tensor:
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or not pixels.size or pixels.shape[2] > 4:
-        raise InputError(f"The image's shape is {pixels.shape}; this takes (H, W) and (H, W, C) with C of 1 to 4.")
+        raise InputError(f"The image must have the shape (H, W) or (H, W, C) with 1 to 4 channels; got {pixels.shape}.")
     if pixels.dtype.str[1:] not in PEAKS and pixels.dtype.kind != "f":
-        raise InputError(f"The image's type is {pixels.dtype}; this takes uint8, uint16 and floats in 0..1.")
+        raise InputError(f"The image must be uint8, uint16 or floats in 0..1; got {pixels.dtype}.")
     if pixels.dtype.kind == "f":
         if not np.isfinite(pixels).all():
-            raise InputError("The image holds values that are not finite (NaN or infinite): replace them.")
+            raise InputError("The image contains values that are not finite (NaN or infinite): replace them.")
         if pixels.min() < 0 or pixels.max() > 1:
             raise InputError(
-                f"The image holds floats from {pixels.min()} to {pixels.max()}; floats are 0..1: divide by the largest "
-                "possible value, and clip."
+                f"Floats must be in 0..1; got {pixels.min()} to {pixels.max()}: divide by the largest possible value, "
+                "and clip."
             )
     values = torch.from_numpy(pixels.astype(np.float32) / np.float32(PEAKS.get(pixels.dtype.str[1:], 1.0)))
     if values.shape[2] in (2, 4):

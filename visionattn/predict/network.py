@@ -1,4 +1,4 @@
-"""A model in a chosen type of numbers, with words for what does not fit the memory."""
+"""A model in a chosen dtype, with clear errors if the memory is insufficient."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # old s
 
 
 def weight_of(model: nn.Module) -> Tensor:
-    """A weight, whose device and type are the model's; a number on the CPU for a model without weights."""
+    """A weight, whose device and dtype are the model's; a scalar on the CPU for a model without weights."""
     return next(model.parameters(), torch.zeros(()))
 
 
 def open_network(
     model: str | Path | nn.Module | None, checkpoint: str | Path | None, task: str, device: str | torch.device
 ) -> nn.Module:
-    """Open a model on the device that computes.
+    """Open a model on a device.
 
     Args:
-        model: As `open_model` takes it, or an exported file. A module is not changed.
-        checkpoint: Likewise.
-        task: What it must be for.
-        device: As `find_device` takes it; "auto" leaves a module where it is.
+        model: As in `open_model`, or an exported file. A module is not changed.
+        checkpoint: As in `open_model`.
+        task: Required task.
+        device: As in `find_device`; "auto" leaves a module on its device.
 
     Raises:
-        VisionAttnError: There is no such model, file or device, it has no weights, or it does something else.
+        VisionAttnError: The model, file or device does not exist, or the model has no weights or another task.
     """
     if is_onnx_file(model):
         if checkpoint is not None or (device != "auto" and find_device(device).type != "cpu"):
             raise InputError(
-                f"{shorten(model)} has its weights and runs on the CPU here: leave out --checkpoint and --device."
+                f"{shorten(model)} contains its weights and runs on the CPU here: leave out --checkpoint and --device."
             )
         return OnnxNetwork(str(model), task)
     found = open_model(model, checkpoint, task=task).model
@@ -64,12 +64,12 @@ def open_network(
 
 
 def is_onnx_file(name: object) -> bool:
-    """Whether what a user names as a model is an exported file, by its suffix."""
+    """Whether the name of a model is an exported file, by its suffix."""
     return isinstance(name, (str, Path)) and str(name).lower().endswith((".onnx", ".ort"))
 
 
 def to_pictures(images: Tensor) -> np.ndarray:
-    """Floats (B, C, H, W) in 0..1 -> pictures (B, H, W, C) of uint8."""
+    """Floats (B, C, H, W) in 0..1 -> uint8 images (B, H, W, C)."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).contiguous().numpy()
 
 
@@ -78,14 +78,14 @@ class OnnxNetwork(nn.Module):
 
     Args:
         path: The file.
-        task: What it must be for.
+        task: Required task.
 
     Attributes:
-        outline: The zoo's model of that name, without its weights: what memory is reckoned by.
+        outline: The zoo's model of that name, without its weights, to estimate the memory.
 
     Raises:
-        InputError: The file is not there, cannot be loaded, does something else, or takes one size only.
-        UnknownNameError: It is of no model of the zoo.
+        InputError: The file does not exist, cannot be loaded, has another task, or takes only one size.
+        UnknownNameError: The zoo has no model of that name.
     """
 
     def __init__(self, path: str | Path, task: str) -> None:
@@ -96,7 +96,7 @@ class OnnxNetwork(nn.Module):
         if spec.task != task:
             raise InputError(f"{shorten(path)} cannot be used here: its task is {spec.task!r}, not {task!r}.")
         if not spec.dynamic_size or spec.batch not in (None, 1):
-            raise InputError(f"{shorten(path)} has one size or batch: export it without --static-size and --batch.")
+            raise InputError(f"{shorten(path)} has a fixed size or batch: export it without --static-size and --batch.")
         self.size_minimum = spec.size_minimum or 1
         self.outline = create(spec.model).eval()
         self.eval()
@@ -109,23 +109,23 @@ class OnnxNetwork(nn.Module):
 
 
 class Network:
-    """Runs a model on its own device in a chosen type.
+    """Runs a model on its own device in a chosen dtype.
 
     Args:
         model: Not changed.
-        dtype: "float32", "float16", "bfloat16" or such a type of PyTorch, or "auto": float16 on a GPU, the weights' own
-            type on a CPU. Where the result of a half precision is not finite, it is computed again with the model's
-            own weights, and a note is left.
-        remedy: What to do where the memory ends, for the message.
+        dtype: "float32", "float16", "bfloat16", the same as a `torch.dtype`, or "auto": float16 on a GPU, the type of
+            the weights on a CPU. If a half-precision result is not finite, it is computed again with the model's own
+            weights, and a note is added.
+        remedy: Advice for the message if the memory is insufficient.
 
     Attributes:
         model: The model in evaluation mode.
         device: Its device.
-        compute_dtype: What is computed in.
-        notes: One for each result that was computed again.
+        compute_dtype: The dtype of the computation.
+        notes: One note per result that was computed again.
 
     Raises:
-        InputError: There is no such type.
+        InputError: The dtype does not exist.
     """
 
     def __init__(self, model: nn.Module, dtype: str | torch.dtype, remedy: str) -> None:
@@ -152,10 +152,10 @@ class Network:
 
     @torch.no_grad()
     def __call__(self, *images: Tensor) -> Tensor:
-        """Run the model: floats (B, C, H, W) on the CPU in, the result in their type on the CPU out.
+        """Run the model on floats (B, C, H, W) on the CPU; returns the result in their dtype on the CPU.
 
         Raises:
-            InputError: The memory does not suffice.
+            InputError: There is not enough memory.
         """
         result = self._compute(self._fast, images)
         if self._fast is not self.model and not result.isfinite().all():

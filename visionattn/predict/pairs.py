@@ -1,4 +1,4 @@
-"""What `stereo_files` and `flow_files` share: pairs of files, their jobs, what is written beside, and videos."""
+"""Shared code of `stereo_files` and `flow_files`: pairs of files, their jobs, additional outputs, and videos."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ Found = tuple[Sequence[tuple[Path, ...]], bool]
 
 
 def pair_up(first: str | Path, second: str | Path, output: str | Path | None = None) -> tuple[Found, list[Path]]:
-    """Two files, or those of two folders or patterns that belong together by their names.
+    """Pair two files, or the files of two folders or patterns by their names.
 
-    Sub-folders of folders are read too. Files of patterns belong together by their names, or, where these are not
-    unique, by the folders that `*` stands for: "*/im0.png" and "*/im1.png".
+    Subfolders are included. Files of patterns are paired by their names or, if these are not unique, by the folders
+    that `*` matches: "*/im0.png" and "*/im1.png".
 
     Args:
         first: File, folder or pattern.
-        second: Likewise.
-        output: Its folder is no input.
+        second: File, folder or pattern.
+        output: The output, whose folder is excluded from the inputs.
 
     Returns:
-        The files, and what each pair is called, without a suffix.
+        The pairs of files, and the name of each without a suffix.
 
     Raises:
-        DataError: There are no files, some lack their other one, or two have the same name but for the suffix.
+        DataError: There are no files, some have no partner, or two have the same name except for the suffix.
     """
     without = None if output is None else Path(output)
     (ones, several), (others, _) = (batch.files_of(given, True, without) for given in (first, second))
@@ -60,19 +60,21 @@ def pair_up(first: str | Path, second: str | Path, output: str | Path | None = N
     by_name: dict[Path, Path] = {}
     for path in others:
         if (same := by_name.setdefault(_name(second, path, whole), path)) is not path:
-            raise DataError(f"{shorten(same)} and {shorten(path)} have one name: which is meant does not show.")
+            raise DataError(
+                f"{shorten(same)} and {shorten(path)} have the same name, so the pair is ambiguous: rename one."
+            )
     if missing := [shorten(path.name, 40) for path, name in zip(ones, names) if name not in by_name]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise DataError(
-            f"{shorten(second)} lacks the other images of {', '.join(missing[:3])}{more}: names must be equal."
+            f"{shorten(second)} has no images with the names of {', '.join(missing[:3])}{more}: names must match."
         )
     if unused := len(by_name.keys() - set(names)):
-        print(f"note: {shorten(second)}: {unused} without another image in {shorten(first)} left out.")
+        print(f"note: {shorten(second)}: left out {unused} without a partner in {shorten(first)}.")
     return ([(path, by_name[name]) for path, name in zip(ones, names)], several), names
 
 
 def _name(given: str | Path, path: Path, whole: bool) -> Path:
-    """What a file of a folder or pattern is called, without a suffix: `whole` with the folders of a pattern."""
+    """The name of a file of a folder or pattern, without a suffix; with `whole`, including the folders of a pattern."""
     if os.path.isdir(given):
         return path.relative_to(given).with_suffix("")
     parts = Path(given).parts
@@ -93,9 +95,7 @@ def consecutive(source: str | Path) -> Found:
     files.sort(key=_frame_order)
     if len(files) == 1:
         if files[0].suffix.lower() not in VIDEOS:
-            raise DataError(
-                f"{shorten(source)} is one image; flow is between two images, or along a video or a folder."
-            )
+            raise DataError(f"{shorten(source)} is one image; flow requires two images, a video or a folder of frames.")
         return [(files[0],)], several
     return [*pairwise(files)], True
 
@@ -122,17 +122,17 @@ def jobs_of(
         output: File or folder.
         form: Suffix of what is written into a folder, without its dot; videos keep their names.
         default: Suffix where no form is given.
-        also: Gives the files that stand beside an output.
-        names: What each is called, without a suffix; default the names of the first files.
+        also: Returns the additional files written next to an output.
+        names: Name of each without a suffix. Default: the names of the first files.
 
     Raises:
-        InputError: There is a form beside an output whose suffix says it.
-        StorageError: Nothing can be written to the output.
+        InputError: A format is given for an output whose suffix determines it.
+        StorageError: The output cannot be written.
     """
     files, several = found
     folder, named = batch.target_folder(output, several)
     if form and not named:
-        raise InputError(f"The suffix of {output} says the format: leave out --format, which is for folders.")
+        raise InputError(f"The suffix of {output} determines the format: leave out --format, which is for folders.")
     suffix = f".{form}" if form else default
     jobs = []
     for sources, name in zip(files, names or [Path(sources[0].stem) for sources in files]):
@@ -145,13 +145,13 @@ def jobs_of(
 
 
 def image_beside(target: Path, name: str) -> Path:
-    """Where a picture next to an output stands."""
+    """Path of an image next to an output."""
     return target.with_name(f"{target.stem}_{name}.png")
 
 
 @contextmanager
 def naming(job: Job) -> Iterator[None]:
-    """Let errors say which job they are of."""
+    """Prefix errors with the name of the job."""
     try:
         yield
     except InputError as error:
@@ -164,7 +164,7 @@ def read_pair(job: Job) -> tuple[Picture, Picture]:
     """Both images of a job.
 
     Raises:
-        DataError: One is damaged, or no image.
+        DataError: One is damaged, or not an image.
         InputError: They have different sizes.
     """
     first, second = (read(path) for path in job.sources)
@@ -173,7 +173,7 @@ def read_pair(job: Job) -> tuple[Picture, Picture]:
 
 
 def convert_pair(job: Job, bar: Bar, convert: Callable[..., np.ndarray | None]) -> None:
-    """Make a video of frames of the job's videos (see `convert_videos`), as large as they are."""
+    """Convert the job's videos (see `convert_videos`) to a video of the same size."""
     videos = [probe(source) for source in job.sources]
     sizes = [(video.height, video.width) for video in videos]
     _check_sizes(job, sizes)
@@ -184,10 +184,10 @@ def convert_pair(job: Job, bar: Bar, convert: Callable[..., np.ndarray | None]) 
 def _check_sizes(job: Job, sizes: Sequence[tuple[int, ...]]) -> None:
     if len(set(sizes)) > 1:
         stated = " and ".join(f"{path} is {h} x {w}" for path, (h, w) in zip(job.sources, sizes))
-        raise InputError(f"{stated}; both must have one size. Crop or scale one of them.")
+        raise InputError(f"{stated}; both must have the same size. Crop or resize one of them.")
 
 
 def beside(target: Path, name: str, pixels: np.ndarray) -> None:
-    """Write a picture (H, W) or (H, W, 3) of uint8 beside the output, as NAME_name.png."""
+    """Write a uint8 image (H, W) or (H, W, 3) next to the output, as NAME_name.png."""
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
     write(image_beside(target, name), Picture(pixels))

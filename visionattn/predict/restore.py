@@ -1,6 +1,6 @@
-"""`upscale` for what a program holds, an array, PIL image, tensor or path, and the loop over tiles.
+"""`upscale` for an array, PIL image, tensor or path, and the loop over tiles.
 
-The loop writes each tile straight into the result, so that beside the two pictures only one tile is in memory.
+The loop writes each tile directly into the result, so that only one tile is in memory besides input and result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from visionattn.progress import counted, session_console
 __all__ = ["bleed", "reduce", "restore", "shrinks", "steps_of", "tiles_of", "upscale"]
 
 PEAKS = {"u1": 255.0, "u2": 65535.0}
-# Float tensors that rounding makes of a tile's result: the clamped one, the rounded one, the one in its final type.
+# Tensors that rounding creates from a tile's result: the clamped one, the rounded one, the one in its final type.
 COPIES = 3
 MOST_MEMORY = 2**30  # MiB, which is a pebibyte
 
@@ -49,38 +49,39 @@ def upscale(
     """Upscale an image.
 
     A colour model is applied to a grey image by replicating its channel and averaging the result; a one-channel model
-    to each channel of a colour image. A second or fourth channel that the model does not know is alpha: it is upscaled
-    apart, and colours are continued below transparent pixels first, so that no dark fringe appears.
+    is applied to each channel of a colour image. A second or fourth channel that the model does not take is alpha: it
+    is upscaled separately. Colours are first extended below transparent pixels, to avoid dark fringes.
 
     Args:
         image: An array (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; a PIL image; a float tensor (C, H, W) or
-            (B, C, H, W) in 0..1; or the path of an image file, which is read upright. RGB order.
-        model: A model of the task "restore": its name, a weight file, an exported .onnx or .ort file, or the
-            module. Default: the one that is shipped for `scale`.
-        scale: How many times as high and wide: 2, 3 or 4, default 4. Another model states its own.
-        width: Pixels of the result instead of `scale` times as many: Lanczos' filter brings what the network gives to
-            them; a picture that is larger already is only reduced.
-        height: Likewise. With both, the result is the largest within them; the ratio of sides always stays.
+            (B, C, H, W) in 0..1; or the path of an image file (EXIF orientation is applied). RGB order.
+        model: A model with the task "restore": its name, a weight file, an exported .onnx or .ort file, or the module.
+            Default: the shipped model for `scale`.
+        scale: Upscaling factor: 2, 3 or 4, default 4. Other models have their own.
+        width: Width of the result in pixels, instead of `scale`: the network's output is resampled with a Lanczos
+            filter; an image that is already larger is only reduced.
+        height: Height of the result in pixels. With both, the result is the largest within them; the aspect ratio is
+            always kept.
         checkpoint: Weight file for a name.
-        memory: MiB that a pass of the network may take; larger images are cut into tiles. Default: half of what is
-            free, on a CPU at most 256.
-        overlap: Pixels by which tiles overlap on each side. Default: the model's radius, which is exact.
-        device: "auto" (a GPU where there is one; a module stays where it is), "cpu", "cuda:1". The image may lie
-            elsewhere.
-        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
-        engine: "torch", "onnxruntime", or "auto": the faster one where an image in tiles takes a CPU over a minute.
+        memory: Memory of a forward pass in MiB; larger images are split into tiles. Default: half of the free memory,
+            on a CPU at most 256.
+        overlap: Overlap of tiles on each side, in pixels. Default: the model's radius, which is exact.
+        device: "auto" (a GPU if available; a module stays on its device), "cpu", "cuda:1". The image may be on another
+            device.
+        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, otherwise the type of the weights).
+        engine: "torch", "onnxruntime", or "auto": the faster one if a tiled image takes over a minute on a CPU.
         precision: Old spelling of `dtype`: "fp32", "fp16" or "bf16".
 
     Returns:
-        The same kind, type and channels as the image, of the size asked for or r times as high and wide, clamped, and
-        rounded where the type is an integer. PIL images of other modes than L, LA, RGB, RGBA and I;16 become RGB or
-        RGBA. A path gives a PIL image.
+        The same kind, type and channels as the image, in the requested size or r times as high and wide; clamped, and
+        rounded for integer types. PIL images in other modes than L, LA, RGB, RGBA and I;16 become RGB or RGBA. A path
+        returns a PIL image.
 
     Raises:
         InputError: Shape, type or values of the image, the model or an argument are not accepted, or a file has 16-bit
-            colours, which PIL images cannot hold.
-        DataError: There is no such image file, or it is damaged.
-        VisionAttnError: There is no such model, or it has no weights.
+            colours, which PIL does not support.
+        DataError: The image file does not exist, or is damaged.
+        VisionAttnError: The model does not exist, or has no weights.
     """
     check_sides(width, height)
     picture = _picture_of(image)
@@ -97,7 +98,7 @@ def upscale(
         return Picture(enlarge(picture.pixels), icc=picture.icc, exif=picture.exif, dpi=picture.dpi).image()
     if isinstance(image, Tensor):
         batch = image.detach().cpu()[(None,) * (4 - image.ndim)].movedim(1, -1)  # (B, H, W, C)
-        # numpy knows no bfloat16.
+        # numpy does not support bfloat16.
         batch = batch if batch.dtype == torch.float64 else batch.float()
         result = torch.stack([torch.from_numpy(enlarge(one.numpy())) for one in batch]).movedim(-1, 1)
         return result.reshape(*image.shape[:-2], *result.shape[-2:]).to(image)
@@ -106,25 +107,25 @@ def upscale(
 
 
 def shrinks(pixels: np.ndarray, size: tuple[int, int]) -> bool:
-    """Whether a picture (H, W, C) is as large as a size already, so that there is nothing for a network to do."""
+    """Whether an image (H, W, C) is at least as large as a size, so that the network is not needed."""
     return size[0] <= pixels.shape[0] and size[1] <= pixels.shape[1]
 
 
 def reduce(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bring (H, W, C) to a smaller size; colours are continued below transparent pixels first."""
+    """Reduce (H, W, C) to a smaller size; colours are first extended below transparent pixels."""
     if pixels.shape[2] in (2, 4):
         pixels = np.concatenate([bleed(pixels[..., :-1], pixels[..., -1:]), pixels[..., -1:]], axis=2)
     return resample(pixels, size)
 
 
 def _picture_of(image: object) -> Picture | None:
-    """The picture of a file or a PIL image; None for an array or a tensor. Raises for what is not taken."""
+    """The image of a file or a PIL image; None for an array or a tensor. Raises for other types."""
     if isinstance(image, (str, os.PathLike)):
         picture = read(Path(image))
         if picture.pixels.dtype == np.uint16 and picture.pixels.shape[2] > 1:
             raise InputError(
-                f"{shorten(image)} has colours of 16 bits, which a PIL image cannot hold: write the result to a file "
-                "with visionattn.upscale_files, or give an array."
+                f"{shorten(image)} has 16-bit colours, which PIL does not support: write the result to a file with "
+                "visionattn.upscale_files, or give an array."
             )
         return picture
     if isinstance(image, Image.Image):
@@ -132,17 +133,17 @@ def _picture_of(image: object) -> Picture | None:
     if isinstance(image, Tensor):
         if not image.is_floating_point() or image.ndim not in (3, 4):
             raise InputError(
-                f"The tensor is {tuple(image.shape)} of {image.dtype}; this takes floats (C, H, W) or (B, C, H, W)."
+                f"The tensor must be floats (C, H, W) or (B, C, H, W); got {image.dtype} {tuple(image.shape)}."
             )
     elif not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
-        raise InputError("The image is neither an array (H, W) or (H, W, C), a PIL image, a tensor nor a path.")
+        raise InputError("The image must be an array (H, W) or (H, W, C), a PIL image, a tensor or a path.")
     return None
 
 
 def _with_progress(
     engine: Engine, pixels: np.ndarray, overlap: int | None, memory: float | None, choose: bool
 ) -> np.ndarray:
-    """`restore`; an image in tiles shows its progress in a session, and may be given to a faster engine."""
+    """Call `restore`; for an image in tiles, show the progress and possibly use a faster engine."""
     _check(pixels)
     steps = steps_of(engine, pixels.shape, overlap, memory)
     if steps <= 2:
@@ -163,15 +164,15 @@ def restore(
     """Upscale an array (H, W, C) of uint8, uint16 or floats in 0..1; the result has its type and channels.
 
     Args:
-        engine: What computes a tile.
-        pixels: The picture. A channel count that the engine does not take is split as `upscale` says.
-        overlap: Pixels, default the engine's radius.
-        memory: MiB of a pass.
+        engine: Engine that computes a tile.
+        pixels: The image. Channels that the engine does not take are handled as in `upscale`.
+        overlap: Overlap in pixels. Default: the engine's radius.
+        memory: Memory of a forward pass in MiB.
         advance: Called after each tile.
 
     Raises:
-        InputError: Type, values or channels are not accepted, or the result is not finite, of another size, or larger
-            than the memory.
+        InputError: Type, values or channels are not accepted, or the result is not finite, has a wrong size, or exceeds
+            the memory.
     """
     _check(pixels)
     height, width, channels = pixels.shape
@@ -189,14 +190,14 @@ def restore(
 
 
 def tiles_of(engine: Engine, height: int, width: int, overlap: int | None, memory: float | None) -> list[Tile]:
-    """The tiles of a picture.
+    """The tiles of an image.
 
     Raises:
-        InputError: Overlap or memory is negative, no number, or too small for a tile.
+        InputError: Overlap or memory is negative or NaN, or the memory is too small for a tile.
     """
     overlap = engine.radius if overlap is None else overlap
     if overlap < 0:
-        raise InputError(f"The overlap is {overlap}; it is a number of pixels, 0 or more.")
+        raise InputError(f"The overlap must be at least 0 pixels; got {overlap}.")
     if memory is not None and not 0 < memory <= MOST_MEMORY:
         raise InputError(f"The memory must be more than 0 and at most {MOST_MEMORY} MiB; got {memory}.")
     budget = default_memory(engine.device) if memory is None else memory * MIB
@@ -205,16 +206,16 @@ def tiles_of(engine: Engine, height: int, width: int, overlap: int | None, memor
 
 
 def steps_of(engine: Engine, shape: tuple[int, ...], overlap: int | None, memory: float | None) -> int:
-    """How many tiles `restore` computes of a picture (H, W, C): with alpha, each twice."""
+    """Number of tiles that `restore` computes for an image (H, W, C): with alpha, each twice."""
     height, width, channels = shape
     return len(tiles_of(engine, height, width, overlap, memory)) * (2 if channels in (2, 4) else 1)
 
 
 def bleed(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Continue the colours below transparent pixels: (H, W, C) and (H, W, 1) -> (H, W, C).
+    """Extend the colours below transparent pixels: (H, W, C) and (H, W, 1) -> (H, W, C).
 
-    What lies under an alpha of 0 is often black, and an upscaler would mix it into the visible edge. Each such pixel
-    takes the mean of the visible pixels in the smallest block of 2, 4, 8 ... pixels a side that holds any.
+    Pixels with an alpha of 0 are often black, and an upscaler would mix them into the visible edge. Each such pixel
+    takes the mean of the visible pixels in the smallest square block of 2, 4, 8 ... pixels that contains any.
     """
     hidden = torch.from_numpy(alpha[..., 0] == 0)
     if not hidden.any() or hidden.all():
@@ -228,7 +229,7 @@ def bleed(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _pyramid(values: Tensor, weight: Tensor) -> Tensor:
-    """Weighted values (1, C, H, W) and weights (1, 1, H, W) -> values everywhere; some weight is not 0."""
+    """Fill values (1, C, H, W), multiplied by weights (1, 1, H, W), where the weight is 0; some weight must not be."""
     height, width = weight.shape[-2:]
     mean = values / weight.clamp(min=1e-12)
     if weight.all():
@@ -240,34 +241,34 @@ def _pyramid(values: Tensor, weight: Tensor) -> Tensor:
 
 def _check(pixels: np.ndarray) -> None:
     if pixels.dtype.str[1:] not in PEAKS and pixels.dtype.kind != "f":
-        raise InputError(f"The image's type is {pixels.dtype}; this takes uint8, uint16 and floats in 0..1.")
+        raise InputError(f"The image must be uint8, uint16 or floats in 0..1; got {pixels.dtype}.")
     if not pixels.size or pixels.ndim != 3:
-        raise InputError(f"The image's shape is {pixels.shape}: there are no pixels in it.")
+        raise InputError(f"The image has no pixels: its shape is {pixels.shape}.")
     if pixels.dtype.kind == "f" and not (pixels.min() >= 0 and pixels.max() <= 1):
         raise InputError(
-            f"The image holds floats from {pixels.min()} to {pixels.max()}; floats are 0..1: divide by the largest "
-            "possible value, and clip."
+            f"Floats must be in 0..1; got {pixels.min()} to {pixels.max()}: divide by the largest possible value, and "
+            "clip."
         )
 
 
 def _check_result(height: int, width: int, bytes_each: int) -> None:
-    """Refuse a result that no memory of this machine holds: the system would end the process instead."""
+    """Refuse a result larger than the machine's memory: otherwise the system would kill the process."""
     total = total_memory()
     if total is not None and height * width * bytes_each > total:
         raise InputError(
-            f"The result of {height} x {width} pixels takes {height * width * bytes_each / 2**30:.1f} GiB, which is "
-            f"more than the {total / 2**30:.1f} GiB of memory of this machine: cut the picture into parts."
+            f"The result of {height} x {width} pixels takes {height * width * bytes_each / 2**30:.1f} GiB, more than "
+            f"the {total / 2**30:.1f} GiB of memory of this machine: split the image."
         )
 
 
 def _colours(channels: int, engine: Engine) -> int:
-    """How many of an image's channels are colours."""
+    """Number of colour channels of an image."""
     if channels == engine.channels or channels in (1, 3):
         colours = channels
     elif channels in (2, 4):
         colours = channels - 1
     else:
-        raise InputError(f"The image has {channels} channels; this takes 1 (grey) to 4 (RGB and alpha).")
+        raise InputError(f"The image must have 1 (grey) to 4 (RGB and alpha) channels; got {channels}.")
     if colours not in (1, engine.channels) and engine.channels != 1:
         raise InputError(f"The image has {colours} colour channels; the model takes {engine.channels}.")
     return colours
@@ -283,8 +284,8 @@ def _fill(
 ) -> None:
     """Compute all tiles of `source` (H, W, C) into `target` (r H, r W, C).
 
-    `bounded` keeps each pixel within the least and largest of its input pixel's 3 x 3 neighbours: what is opaque stays
-    opaque, and what is fully transparent stays so.
+    `bounded` clamps each pixel to the range of its input pixel's 3 x 3 neighbourhood: opaque and fully transparent
+    regions stay so.
     """
     peak = PEAKS.get(source.dtype.str[1:], 1.0)
     for tile in tiles:
@@ -293,9 +294,11 @@ def _fill(
         result = _apply(engine, image)
         expected = (*image.shape[:2], engine.scale * image.shape[2], engine.scale * image.shape[3])
         if tuple(result.shape) != expected:
-            raise InputError(f"The network made {tuple(result.shape)} of {tuple(image.shape)}; {expected} is required.")
+            raise InputError(
+                f"The network's output for {tuple(image.shape)} must be {expected}; got {tuple(result.shape)}."
+            )
         if not result.isfinite().all():
-            raise InputError("The network's result is not finite: its weights are broken, or are not for this task.")
+            raise InputError("The network's output is not finite: its weights are damaged, or belong to another task.")
         if bounded:
             result = _between(result, image, engine.scale)
         rows, columns = tile.inside(engine.scale)
@@ -307,7 +310,7 @@ def _fill(
 
 
 def _apply(engine: Engine, image: Tensor) -> Tensor:
-    """(1, C, h, w) -> (1, C, r h, r w) whatever the engine's channels: see `upscale`."""
+    """(1, C, h, w) -> (1, C, r h, r w) for any number of channels of the engine: see `upscale`."""
     channels = image.shape[1]
     if channels == engine.channels:
         return engine(image)

@@ -1,4 +1,4 @@
-"""`upscale_files`: pictures, folders of pictures and videos, enlarged by a super-resolution model."""
+"""`upscale_files`: apply a super-resolution model to images, folders of images and videos."""
 
 from __future__ import annotations
 
@@ -46,32 +46,32 @@ def upscale_files(
     dtype: str | torch.dtype = "auto",
     engine: str = "auto",
 ) -> Outcome:
-    """Upscale files, folders and videos, with a progress bar and a line for each.
+    """Upscale files, folders and videos, with a progress bar and one line of output per file.
 
     Args:
-        inputs: Files, folders or patterns, or one of them.
-        output: A file, whose suffix says the format; or the folder for several.
-        model: See `visionattn.upscale`, as for the arguments that are not here.
-        scale: Likewise.
-        width: Likewise; of images only.
-        height: Likewise.
-        format: Of the images in a folder, the suffix of one of `FORMATS` without its dot; default their own.
-        quality: Of JPEG and WebP, 1 to 100; default 95.
-        checkpoint: Likewise.
-        overwrite: Replace outputs that exist.
-        skip_existing: Leave outputs that exist, which goes on with a run that was stopped.
+        inputs: One or several files, folders or patterns.
+        output: A file, whose suffix determines the format; or a folder for several.
+        model: See `visionattn.upscale`.
+        scale: See `visionattn.upscale`.
+        width: See `visionattn.upscale`; for images only.
+        height: See `visionattn.upscale`; for images only.
+        format: Format of images in a folder: a suffix of `FORMATS` without the dot. Default: that of the input.
+        quality: Quality of JPEG and WebP, 1 to 100; default 95.
+        checkpoint: See `visionattn.upscale`.
+        overwrite: Replace existing outputs.
+        skip_existing: Keep existing outputs, to resume an interrupted run.
         compare: Also write NAME_compare.png: bicubic interpolation and the network side by side.
         memory: See `visionattn.upscale`.
-        overlap: Likewise.
-        device: Likewise.
-        dtype: Likewise.
-        engine: "torch", "onnxruntime", or "auto": the faster one where the run takes a CPU over a minute.
+        overlap: See `visionattn.upscale`.
+        device: See `visionattn.upscale`.
+        dtype: See `visionattn.upscale`.
+        engine: "torch", "onnxruntime", or "auto": the faster one if the run takes over a minute on a CPU.
 
     Returns:
-        What was written, skipped and failed: a file that cannot be done does not end the run.
+        The written, skipped and failed files; a failed file does not end the run.
 
     Raises:
-        VisionAttnError: Nothing could be started: no such input, model or folder.
+        VisionAttnError: The run could not start: an input, the model or the folder is missing.
     """
     check_sides(width, height)
     if quality is not None and not 1 <= quality <= 100:
@@ -80,13 +80,13 @@ def upscale_files(
         raise InputError(f"format must be one of {', '.join(FORMATS)}; got {shorten(format)!r}.")
     jobs = _jobs([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs, output, compare, format)
     computes = open_engine(model, checkpoint, scale=scale, device=device, dtype=dtype, engine=engine)
-    tiles_of(computes, 1, 1, overlap, memory)  # which says what is wrong with these two
+    tiles_of(computes, 1, 1, overlap, memory)  # checks these two arguments
     work = _Work(computes, engine == "auto", memory, overlap, compare, (width, height), quality)
     return batch.run(jobs, work, tuple(picture.WRITABLE), overwrite=overwrite, skip_existing=skip_existing)
 
 
 def _jobs(inputs: Sequence[str | Path], output: str | Path, compare: bool, form: str | None) -> list[Job]:
-    """What to do, in order; the output's folder exists and can be written to."""
+    """The jobs in order; the output's folder exists and is writable."""
     found: list[tuple[Path, Path]] = []  # each input, and the output's path in a folder
     several = len(inputs) > 1
     for given in inputs:
@@ -97,7 +97,7 @@ def _jobs(inputs: Sequence[str | Path], output: str | Path, compare: bool, form:
         several |= many
     folder, named = batch.target_folder(output, several)
     if form and not named:
-        raise InputError(f"The suffix of {output} says the format: leave out --format, which is for folders.")
+        raise InputError(f"The suffix of {output} determines the format: leave out --format, which is for folders.")
     jobs = []
     for source, name in found:
         target = folder / name if named else Path(output)
@@ -107,7 +107,7 @@ def _jobs(inputs: Sequence[str | Path], output: str | Path, compare: bool, form:
 
 
 def _named(source: Path, form: str | None) -> Path:
-    """The output's name: the input's, in the format asked for, or one that can be written."""
+    """The output's name: the input's, with the suffix of the requested format, or of one that can be written."""
     if form is not None and source.suffix.lower() not in VIDEOS:
         return source.with_suffix(f".{form}")
     return source if source.suffix.lower() in (*picture.WRITABLE, *VIDEOS) else source.with_suffix(".png")
@@ -119,18 +119,18 @@ def _comparison(target: Path) -> Path:
 
 @dataclass
 class _Work:
-    """Does one job after the other with what they share."""
+    """Runs the jobs one after the other with a shared engine."""
 
     engine: Engine
-    choosing: bool  # whether a faster engine may still take over
+    choosing: bool  # whether a faster engine may still be chosen
     memory: float | None
     overlap: int | None
     compare: bool
-    sides: tuple[int | None, int | None]  # width and height that are asked for
+    sides: tuple[int | None, int | None]  # requested width and height
     quality: int | None
 
     def __call__(self, job: Job, bar: Bar, remaining: int) -> list[str]:
-        """Read, upscale, write; or raise what keeps it from that. `remaining` jobs are left, with this one."""
+        """Read, upscale and write, or raise an error. `remaining` is the number of jobs left, including this one."""
         self.engine.notes.clear()
         notes = (self._video if job.is_video else self._image)(job, bar, remaining)
         if self.engine.notes:
@@ -141,16 +141,18 @@ class _Work:
         height, width = picture.size_of(job.source)
         scale = self.engine.scale
         if self.sides == (None, None):
-            # Orientation may still swap the two, which changes nothing here.
+            # The orientation may still swap the two, which does not matter here.
             picture.check_size(job.target, scale * height, scale * width)
         source = picture.read(job.source)
         pixels = source.pixels
         size = fit(pixels.shape, *self.sides)
         if size is not None:
             picture.check_size(job.target, *size)
-        # The output comes last: with it, the job is done.
+        # The output is written last: it marks the job as done.
         if size is not None and shrinks(pixels, size):
-            source.notes.append(f"it is as large already, and was only brought to {size[0]} x {size[1]} pixels")
+            source.notes.append(
+                f"it is already at least as large, and was only reduced to {size[0]} x {size[1]} pixels"
+            )
             source.pixels = reduce(pixels, size)
         else:
             self._choose_engine(pixels, remaining, bar)
@@ -160,7 +162,7 @@ class _Work:
                 picture.write(_comparison(job.target), side_by_side(pixels, source.pixels))
             if size is not None:
                 if size[0] > source.pixels.shape[0]:
-                    source.notes.append(f"beyond {scale} times as high, it was enlarged by interpolation")
+                    source.notes.append(f"beyond a factor of {scale}, it was enlarged by interpolation")
                 source.pixels = resample(source.pixels, size)
         picture.write(job.target, source, self.quality)
         return source.notes
@@ -172,7 +174,7 @@ class _Work:
 
         if self.sides != (None, None):
             raise InputError(
-                f"{shorten(job.source)}: --width and --height are of images, a video is enlarged by --scale."
+                f"{shorten(job.source)}: --width and --height are for images only; use --scale for videos."
             )
         notes = upscale_video(job.source, job.target, enlarge, self.engine.scale, bar.advance, bar.expect)
         return [*notes, "--compare is for images, not for video"] if self.compare else notes
@@ -181,7 +183,7 @@ class _Work:
         return restore(self.engine, pixels, self.overlap, self.memory, advance)
 
     def _choose_engine(self, pixels: np.ndarray, pictures: int, bar: Bar) -> None:
-        """Once in a run, where `pictures` such pictures take long, let the faster engine do them."""
+        """Once per run, if `pictures` such images take long, switch to the faster engine."""
         if self.choosing:
             self.choosing = False
             self.engine, reason = choose_engine(self.engine, pixels, pictures)

@@ -1,4 +1,4 @@
-"""The size that a picture shall have, and the step from what a network gives to that size."""
+"""The requested size of an image, and resampling to that size."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from visionattn.errors import InputError
 
 __all__ = ["check_sides", "fit", "resample"]
 
-LARGEST = 2**20  # pixels of a side
+LARGEST = 2**20  # largest side in pixels
 
 
 def check_sides(width: int | None, height: int | None) -> None:
-    """Raise `InputError` for a width or height that no picture has."""
+    """Raise `InputError` for an invalid width or height."""
     for name, side in (("width", width), ("height", height)):
         if side is not None and not 1 <= side <= LARGEST:
             raise InputError(f"The {name} must be from 1 to {LARGEST} pixels; got {side}.")
 
 
 def fit(shape: tuple[int, ...], width: int | None, height: int | None) -> tuple[int, int] | None:
-    """Height and width of a picture (H, W, ...) at its own ratio: as wide, as high, or the largest within both.
+    """Height and width of an image (H, W, ...) at its aspect ratio: as wide, as high, or the largest within both.
 
     Args:
-        shape: Of the picture.
-        width: Pixels, or None.
-        height: Likewise. None for both gives None.
+        shape: Shape of the image.
+        width: Width in pixels, or None.
+        height: Height in pixels, or None. The result is None if both are.
     """
     rows, columns = shape[:2]
     ratios = [side / own for side, own in ((height, rows), (width, columns)) if side is not None]
@@ -35,7 +35,7 @@ def fit(shape: tuple[int, ...], width: int | None, height: int | None) -> tuple[
 
 
 def resample(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bring (H, W, C) to another height and width by Lanczos' filter; the type stays, and so does its range.
+    """Resample (H, W, C) to another height and width with a Lanczos filter; type and range are kept.
 
     Args:
         pixels: uint8, uint16 or floats in 0..1.

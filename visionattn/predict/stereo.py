@@ -1,8 +1,8 @@
-"""Disparity of a rectified stereo pair, and what follows from it: where both views see a point, and how far it is.
+"""Disparity of a rectified stereo pair, with its non-occluded pixels and depth.
 
-A point at the column x of the left view lies at x - d of the right one, in the same row. A camera of focal length f
-pixels, at a distance of b metres from the other, sees it at a depth of f b / (d + o) metres, where o is by how much the
-principal point of the right view lies further right than the left's (`doffs` of Middlebury's calib.txt, else 0).
+A point at column x of the left view is at column x - d of the right one, in the same row. With a focal length of f
+pixels and a baseline of b metres, its depth is f b / (d + o) metres, where o is the column of the right view's
+principal point minus the left's (`doffs` in Middlebury's calib.txt, otherwise 0).
 """
 
 from __future__ import annotations
@@ -34,26 +34,24 @@ __all__ = [
     "stereo",
 ]
 
-EXCHANGED = (
-    "its matches lie to the right, so that left and right seem to be exchanged: the result is of no use if they are"
-)
-ABSURD = 1e9  # of a calibration, in pixels or metres
-# Of the search for exchanged views: width that they are reduced to, side of the windows that are compared, how much of
-# the usual difference a match may have, shift in reduced pixels from which on its sign counts, and the share of the
-# windows and of the signs that make a verdict.
+EXCHANGED = "its matches lie to the right, so left and right seem to be swapped; if they are, the result is not usable"
+ABSURD = 1e9  # upper bound of calibration values, in pixels or metres
+# Detection of swapped views: width to which they are reduced, side of the compared windows, largest cost of a match
+# relative to the median, smallest shift in reduced pixels that counts, and the minimum fractions of counted windows and
+# of their signs.
 WIDTH, WINDOW, MATCHING, SHIFT, ENOUGH, VERDICT = 192, 7, 0.5, 2, 0.05, 0.75
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StereoMatch:
-    """What a stereo pair shows.
+    """Result of stereo matching.
 
     Attributes:
-        disparity: (H, W) of float32: the disparities of the left view in pixels, above 0; NaN is not known.
-        right: Likewise, of the right view.
-        nonocc: (H, W) of bool: which pixels of the left view the right one sees too (see `seen_in_both`).
-        depth: (H, W) of float32 in metres, NaN where it is infinite; None without a calibration.
-        notes: What is worth knowing, in words.
+        disparity: float32 (H, W): disparities of the left view in pixels, above 0; NaN where not known.
+        right: float32 (H, W): disparities of the right view.
+        nonocc: bool (H, W): the non-occluded pixels of the left view (see `seen_in_both`).
+        depth: float32 (H, W) in metres, NaN where it is infinite; None without a calibration.
+        notes: Notes for the user.
     """
 
     disparity: np.ndarray
@@ -97,30 +95,30 @@ def stereo(
 
     Args:
         left: An array (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; a PIL image; a float tensor (C, H, W) in
-            0..1; or the path of an image file, which is read upright. Grey or RGB, alpha is laid on white.
-        right: Likewise, of the same size.
-        model: A model of the task "stereo": its name, a weight file, an exported .onnx or .ort file, or the module.
-            Default: the one that is shipped.
+            0..1; or the path of an image file (EXIF orientation is applied). Grey or RGB; alpha is composited on white.
+        right: The same, with the same size.
+        model: A model with the task "stereo": its name, a weight file, an exported .onnx or .ort file, or the module.
+            Default: the shipped model.
         checkpoint: Weight file for a name.
         calibration: File of Middlebury, KITTI or OpenCV (see `visionattn.predict.calibration`), for `depth`.
-        focal: Focal length in pixels, for `depth`, where there is no file.
-        baseline: Distance of the cameras in metres, with `focal`, or instead of the file's.
+        focal: Focal length in pixels, for `depth` without a file.
+        baseline: Distance of the cameras in metres, with `focal`, or to override that of the file.
         doffs: Column of the right view's principal point minus the left's, in pixels.
-        device: "auto" (a GPU where there is one; a module stays where it is), "cpu", "cuda:1".
-        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
-        max_pixels: Larger pairs are reduced to this many pixels, and the result enlarged. Default: what half of the
-            free memory holds.
-        low_resolution_start: Start from what the model finds at half the size, as its authors do from 2K on.
-        enlarge: Let the model see images so many times as high and wide, which makes its result finer.
+        device: "auto" (a GPU if available; a module stays on its device), "cpu", "cuda:1".
+        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, otherwise the type of the weights).
+        max_pixels: Larger pairs are reduced to this many pixels, and the result enlarged. Default: as many as fit half
+            of the free memory.
+        low_resolution_start: Start from the result at half the size, as the authors do for images of 2K and more.
+        enlarge: Factor by which images are enlarged for the model; the result becomes finer.
 
     Returns:
-        Disparities, what both views see, and depth where the cameras are known. A note says where the rows of the views
-        do not match, or left and right seem to be exchanged.
+        Disparities, a mask of the non-occluded pixels, and depth if the cameras are known. A note tells if the rows of
+        the views do not match, or left and right seem to be swapped.
 
     Raises:
         InputError: Sizes, type or values of the images, the model or an argument are not accepted.
-        DataError: There is no such image or calibration file, or it is damaged.
-        VisionAttnError: There is no such model, or it has no weights.
+        DataError: An image or calibration file does not exist, or is damaged.
+        VisionAttnError: The model does not exist, or has no weights.
     """
     cameras = open_calibration(calibration, focal, baseline, doffs=doffs)
     views = [pixels_of(image) for image in (left, right)]
@@ -142,7 +140,7 @@ def stereo(
 def match_views(
     matcher: Matcher, left: np.ndarray, right: np.ndarray, cameras: Calibration | None = None
 ) -> StereoMatch:
-    """Match two views by an open network (arguments and errors: see `stereo`)."""
+    """Match two views with an open network (arguments and errors: see `stereo`)."""
     own = None if cameras is None else cameras.at(*left.shape[:2])
     found = matcher(left, right)
     notes = [EXCHANGED] if looks_exchanged(left, right) else describe_rows(left, right)
@@ -167,20 +165,20 @@ def open_calibration(
     fy: float | None = None,
     **needing: object,
 ) -> Calibration | None:
-    """What is known of the cameras, from a file or from numbers (see `stereo`).
+    """The calibration of the cameras, from a file or from values (see `stereo`).
 
     Args:
-        calibration: The file, of which only the baseline may be given apart.
+        calibration: The file; of its values, only the baseline can be overridden.
         focal: Focal length in pixels.
         baseline: Distance of the cameras in metres.
         doffs: Column of the right view's principal point minus the left's, in pixels.
         principal_point: Column and row in the left view.
         fy: Focal length in pixels along columns.
-        **needing: Arguments that say nothing without a calibration.
+        **needing: Arguments that require a calibration.
 
     Raises:
-        DataError: There is no such file, or it is damaged.
-        InputError: There is a gap, or no sense in the numbers.
+        DataError: The file does not exist, or is damaged.
+        InputError: A value is missing or invalid.
     """
     numbers = {"focal": focal, "doffs": doffs, "principal_point": principal_point, "fy": fy}
     if calibration is None:
@@ -191,7 +189,7 @@ def open_calibration(
             depth(np.ones((1, 1)), fy, baseline)
         return Calibration(focal, baseline, doffs, principal_point and (principal_point[0], principal_point[1]), fy)
     if given := [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value]:
-        raise InputError(f"The calibration file says {', '.join(given)}: leave that out.")
+        raise InputError(f"The calibration file already gives {', '.join(given)}: leave that out.")
     found = read_calibration(calibration)
     if baseline is not None:
         found = replace(found, baseline=baseline, notes=())
@@ -200,22 +198,24 @@ def open_calibration(
 
 
 def check_calibration(focal: float | None, baseline: float | None, **needing: object) -> None:
-    """Raise `InputError` for a calibration with a gap, or without sense.
+    """Raise `InputError` for an incomplete or invalid calibration.
 
     Args:
         focal: Focal length in pixels.
         baseline: Distance of the cameras in metres.
-        **needing: Arguments that say nothing without the two.
+        **needing: Arguments that require both.
     """
     if focal is not None and baseline is not None:
-        depth(np.ones((1, 1)), focal, baseline)  # which says what is wrong with their values
+        depth(np.ones((1, 1)), focal, baseline)  # checks their values
         return
     if (focal is None) != (baseline is None):
         given, lacking = ("--focal", "--baseline") if baseline is None else ("--baseline", "--focal")
-        raise InputError(f"{given} without {lacking}: depth is focal length times baseline by disparity. Give both.")
+        raise InputError(
+            f"{given} requires {lacking}: depth is focal length times baseline divided by disparity. Give both."
+        )
     for name, value in needing.items():
         if value:
-            raise InputError(f"--{name.replace('_', '-')} needs --focal and --baseline, or --calibration.")
+            raise InputError(f"--{name.replace('_', '-')} requires --focal and --baseline, or --calibration.")
 
 
 def estimate_disparity(
@@ -232,20 +232,20 @@ def estimate_disparity(
     """Estimate the disparities of a rectified stereo pair.
 
     Args:
-        left: (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; grey or RGB, alpha is laid on white.
-        right: Likewise, of the same size.
-        model: Of the task "stereo"; its device computes.
-        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, else the weights' type).
-        max_pixels: Larger pairs are reduced to this many pixels, and the result enlarged. Default: what half of the
-            free memory holds.
-        low_resolution_start: Start from what the model finds at half the size, as its authors do from 2K on.
-        enlarge: Let the model see images so many times as high and wide, which makes its result finer.
+        left: (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; grey or RGB; alpha is composited on white.
+        right: The same, with the same size.
+        model: A module with the task "stereo"; it runs on its own device.
+        dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, otherwise the type of the weights).
+        max_pixels: Larger pairs are reduced to this many pixels, and the result enlarged. Default: as many as fit half
+            of the free memory.
+        low_resolution_start: Start from the result at half the size, as the authors do for images of 2K and more.
+        enlarge: Factor by which images are enlarged for the model; the result becomes finer.
         precision: Old spelling of `dtype`: "fp32", "fp16" or "bf16".
 
     Returns:
-        (2, H, W) of float32: the disparities of the left and of the right view, in pixels, above 0. NaN is where the
-        network found a match at 0 or beyond: at an infinite distance, or, of converging cameras, behind the point where
-        their axes meet. A network that looks one way only cannot tell how far beyond.
+        float32 (2, H, W): the disparities of the left and of the right view, in pixels, above 0. NaN where the network
+        found a match at 0 or less: at an infinite distance or, for converging cameras, behind the point where their
+        axes meet. The network searches in one direction only, and cannot tell how far behind.
 
     Raises:
         InputError: Sizes, type or values of the images, the model or an argument are not accepted.
@@ -254,14 +254,14 @@ def estimate_disparity(
 
 
 def seen_in_both(disparity: np.ndarray, tolerance: float = 1.0) -> np.ndarray:
-    """Which pixels of the left view the right one sees too, by the consistency of both disparities.
+    """Find the non-occluded pixels of the left view by left-right consistency.
 
     Args:
-        disparity: (2, H, W), of the left and of the right view; NaN, and what is not above 0, is not known.
-        tolerance: Pixels by which the two may differ at a match.
+        disparity: (2, H, W), of the left and of the right view; NaN and values not above 0 are not known.
+        tolerance: Largest difference of the two at a match, in pixels.
 
     Returns:
-        (H, W) of bool: False is occluded, out of the right view, wrong, or not known.
+        bool (H, W): False where a pixel is occluded, outside of the right view, wrong, or not known.
     """
     left, right = (np.where(view > 0, view, np.nan) for view in disparity)
     width = left.shape[1]
@@ -284,29 +284,30 @@ def depth(disparity: np.ndarray, focal: float, baseline: float, doffs: float = 0
         doffs: Column of the right view's principal point minus the left's, in pixels.
 
     Returns:
-        (H, W) of float32; NaN where it is infinite.
+        float32 (H, W); NaN where it is infinite.
 
     Raises:
-        InputError: Focal length or baseline is not more than 0, or a number is absurd.
+        InputError: Focal length or baseline is not above 0, or a value is too large.
     """
     for name, value in (("focal length", focal), ("baseline", baseline)):
         if not 0 < value < ABSURD:
-            raise InputError(f"The {name} is {value}; it must be more than 0, and less than {ABSURD:g}.")
+            raise InputError(f"The {name} must be above 0 and less than {ABSURD:g}; got {value}.")
     if not abs(doffs) < ABSURD:
-        raise InputError(f"The difference of the principal points is {doffs} pixels; it must be less than {ABSURD:g}.")
+        raise InputError(f"The difference of the principal points must be less than {ABSURD:g} pixels; got {doffs}.")
     total = disparity + doffs
     return np.where(total > 0, focal * baseline / np.where(total > 0, total, 1), np.nan).astype(np.float32)
 
 
 def looks_exchanged(left: np.ndarray, right: np.ndarray) -> bool:
-    """Whether the left view seems to be the right one: matches lie to the right instead of to the left.
+    """Whether left and right views seem to be swapped: matches lie to the right instead of to the left.
 
-    Windows of the reduced views are compared at all shifts up to a third of the width, both ways, by the sum of
-    absolute differences from their mean. A network cannot tell: it looks one way only.
+    Windows of the reduced views are compared at all shifts up to a third of the width, in both directions, by the sum
+    of absolute differences after subtraction of the local mean. The network cannot detect this: it searches in one
+    direction only.
 
     Args:
-        left: (H, W) or (H, W, C), as of `estimate_disparity`.
-        right: Likewise, of the same size.
+        left: (H, W) or (H, W, C), as in `estimate_disparity`.
+        right: The same, with the same size.
     """
     views = [_reduced_grey(as_tensor(pixels)) for pixels in (left, right)]
     width = views[0].shape[3]
@@ -329,7 +330,7 @@ def looks_exchanged(left: np.ndarray, right: np.ndarray) -> bool:
 
 
 def _reduced_grey(image: Tensor) -> Tensor:
-    """(1, 3, H, W) -> (1, 1, h, w) of at most `WIDTH` columns, without its local mean."""
+    """(1, 3, H, W) -> (1, 1, h, w) with at most `WIDTH` columns, minus its local mean."""
     grey = image.mean(1, keepdim=True)
     ratio = min(1.0, WIDTH / grey.shape[3])
     size = max(1, round(grey.shape[2] * ratio)), max(1, round(grey.shape[3] * ratio))

@@ -1,4 +1,4 @@
-"""`stereo_files`: disparity, depth and point clouds of rectified stereo pairs, of files, folders and videos."""
+"""`stereo_files`: disparity, depth and point clouds of rectified stereo pairs in files, folders and videos."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from visionattn.predict.videos.video import VIDEOS
 __all__ = ["FORMATS", "PICTURE", "stereo_files"]
 
 FORMATS = (".png", ".pfm", ".npy", ".npz")  # the first is the default in folders
-PICTURE = "color"  # the format of what is only looked at
-PLACE = Path("disparity")  # of the output where none is named
+PICTURE = "color"  # the format of colour images
+PLACE = Path("disparity")  # default output
 
 
 def stereo_files(
@@ -54,40 +54,40 @@ def stereo_files(
     ply: bool = False,
     principal_point: tuple[float, float] | None = None,
 ) -> Outcome:
-    """Match stereo pairs of files, with a line for each.
+    """Match stereo pairs in files, with one line of output per pair.
 
     Args:
-        left: Image, video, folder (with its sub-folders) or pattern.
-        right: Likewise, of the same names where there are several.
-        output: A file, whose suffix says the format; or a folder. Default: a picture for the eye, disparity.png, or
+        left: Image, video, folder (with its subfolders) or pattern.
+        right: The same for the right view, with the same names if there are several.
+        output: A file, whose suffix determines the format; or a folder. Default: a colour image, disparity.png, or
             several in the folder disparity.
-        model: See `visionattn.stereo`, as for the arguments that are not here.
-        checkpoint: Likewise.
-        format: Of the files in a folder: "png" (KITTI's, of 16 bits), "pfm", "npy", "npz", or "color": pictures for the
-            eye, also for an output that is a .png. Default "png" in a folder that is named.
-        color: Also write NAME_color.png, for the eye.
-        nonocc: Also write NAME_nonocc.png: white where both views see it.
+        model: See `visionattn.stereo`.
+        checkpoint: See `visionattn.stereo`.
+        format: Format of the files in a folder: "png" (KITTI's, 16 bits), "pfm", "npy", "npz", or "color": colour
+            images, also for a .png output. Default: "png" in a named folder.
+        color: Also write NAME_color.png, a colour image.
+        nonocc: Also write NAME_nonocc.png: white where a pixel is not occluded.
         right_disparity: Also write NAME_right, the disparities of the right view.
-        overwrite: Replace outputs that exist.
-        skip_existing: Leave outputs that exist, which goes on with a run that was stopped.
+        overwrite: Replace existing outputs.
+        skip_existing: Keep existing outputs, to resume an interrupted run.
         device: See `visionattn.stereo`.
-        dtype: Likewise.
-        max_pixels: Likewise.
-        low_resolution_start: Likewise.
-        enlarge: Likewise.
+        dtype: See `visionattn.stereo`.
+        max_pixels: See `visionattn.stereo`.
+        low_resolution_start: See `visionattn.stereo`.
+        enlarge: See `visionattn.stereo`.
         calibration: See `visionattn.stereo`: also write NAME_depth.
         focal: Focal length in pixels: also write NAME_depth.
-        fy: Focal length along columns where it is another one, for `ply`.
-        baseline: Distance of the cameras in metres, with `focal`, or instead of the file's.
+        fy: Focal length along columns if it differs, for `ply`.
+        baseline: Distance of the cameras in metres, with `focal`, or to override that of the file.
         doffs: See `visionattn.stereo`.
-        ply: Also write NAME.ply: points that both views see, coloured.
-        principal_point: Column and row in the left view, for `ply`; default its middle.
+        ply: Also write NAME.ply: a point cloud of the non-occluded pixels, coloured.
+        principal_point: Column and row in the left view, for `ply`. Default: its centre.
 
     Returns:
-        What was written, skipped and failed: a pair that cannot be matched does not end the run.
+        The written, skipped and failed outputs; a failed pair does not end the run.
 
     Raises:
-        VisionAttnError: Nothing could be started: no such input, model or folder, or a calibration with a gap.
+        VisionAttnError: The run could not start: an input, the model, the folder or a calibration value is missing.
     """
     cameras = open_calibration(
         calibration, focal, baseline, doffs=doffs, principal_point=principal_point, fy=fy, ply=ply
@@ -114,13 +114,13 @@ def stereo_files(
 
 
 def _suffix_of(source: Path) -> str:
-    """Of the output where none is named."""
+    """Suffix of the default output."""
     return source.suffix if source.suffix.lower() in VIDEOS else ".png"
 
 
 @dataclass
 class _Work:
-    """Does one job after the other with what they share; its `matcher` is set once the jobs are known."""
+    """Runs the jobs one after the other with a shared `matcher`, which is set once the jobs are known."""
 
     as_picture: bool
     color: bool
@@ -132,7 +132,7 @@ class _Work:
     matcher: Matcher = field(init=False)
 
     def files_beside(self, target: Path) -> list[Path]:
-        """What is written beside an output."""
+        """Additional files written next to an output."""
         images = [pairs.image_beside(target, name) for name in ("color", "nonocc") if getattr(self, name)]
         right = [_beside(target, "right")] if self.right_disparity else []
         right += [pairs.image_beside(target, "right_color")] if right and self.color else []
@@ -140,7 +140,7 @@ class _Work:
         return images + right + depth + ([target.with_suffix(".ply")] if self.ply else [])
 
     def __call__(self, job: Job, bar: Bar, remaining: int) -> list[str]:
-        """Read, match, write; or raise what keeps it from that. The output comes last: with it, the job is done."""
+        """Read, match and write, or raise an error. The output is written last: it marks the job as done."""
         with pairs.naming(job):
             return self._video(job, bar) if job.is_video else self._images(job)
 
@@ -158,7 +158,7 @@ class _Work:
         return notes
 
     def _write(self, target: Path, disparity: np.ndarray) -> None:
-        """Write disparities as a picture, or as numbers and perhaps a picture beside them."""
+        """Write disparities as a colour image, or as values, optionally with a colour image."""
         colours = disparity_colours(disparity) if self.as_picture or self.color else None
         if colours is not None:
             write(target if self.as_picture else pairs.image_beside(target, "color"), Picture(colours))
@@ -180,7 +180,7 @@ class _Work:
 
     def _video(self, job: Job, bar: Bar) -> list[str]:
         notes: dict[str, None] = {}
-        top: list[float] = []  # the colours of all frames mean the same
+        top: list[float] = []  # the same colour scale for all frames
         unknown: list[float] = []
 
         def show(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -199,9 +199,9 @@ class _Work:
     def _left_out(self) -> list[str]:
         given = {"nonocc": self.nonocc, "right": self.right_disparity, "focal": self.cameras, "ply": self.ply}
         asked = [f"--{name}" for name, value in given.items() if value]
-        return [f"{', '.join(asked)}: of images only, a video shows the colours of disparity"] if asked else []
+        return [f"{', '.join(asked)}: for images only; a video shows the colours of disparity"] if asked else []
 
 
 def _beside(target: Path, name: str) -> Path:
-    """Where numbers next to an output stand, in its format."""
+    """Path of additional values next to an output, in its format."""
     return target.with_stem(f"{target.stem}_{name}")

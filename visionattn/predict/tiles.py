@@ -1,8 +1,8 @@
-"""Tiles that overlap by the network's receptive radius, so that the seams are exact, in a bounded memory.
+"""Tiles that overlap by the network's receptive radius: exact results in bounded memory.
 
-A pixel of the result depends on input pixels within the radius only. A window that reaches that far beyond the part
-that is kept therefore computes what the whole picture would. At the picture's border the window ends there as well, and
-the network pads it as it would pad the picture.
+A pixel of the result depends only on input pixels within the radius. A window that extends that far beyond the kept
+region therefore gives the same result as the whole image. At the image's border, the window ends too, and the network
+pads it as it would pad the image.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from visionattn.predict.network import weight_of
 __all__ = ["MIB", "WORKSPACE", "Tile", "bytes_per_pixel", "default_memory", "free_memory", "plan", "total_memory"]
 
 MIB = 2**20
-# A convolution keeps copies of its input and output in a layout of its own. Process memory beside the live tensors was
-# measured on a CPU for SPAN of 26 to 48 channels at tiles of 128 to 1024 pixels: 1.1 to 2.0 times the live tensors.
+# A convolution keeps copies of its input and output in its own layout. Measured on a CPU for SPAN with 26 to 48
+# channels and tiles of 128 to 1024 pixels, process memory besides the live tensors was 1.1 to 2.0 times their size.
 WORKSPACE = 2.0
-# Most that the default takes on a CPU. Pages of larger activations come from the system anew at every layer: SPAN took
-# 7 microseconds a pixel in tiles of 256 pixels a side, 11 in 512 and 29 in 1024.
+# Upper bound of the default on a CPU. Larger activations are allocated from the system anew in every layer: SPAN took
+# 7 microseconds per pixel in tiles of 256 x 256 pixels, 11 in 512 x 512 and 29 in 1024 x 1024.
 MOST_ON_CPU = 256 * MIB
-PROBE = 48  # pixels a side: small, and large enough that weights do not count as activations
+PROBE = 48  # side in pixels: small, but large enough that weights do not count as activations
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One step of the loop, in pixels of the input: the window that is read, and the part of it that is kept."""
+    """One step of the loop, in input pixels: the window to read, and the region of it to keep."""
 
     window: tuple[slice, slice]  # rows, columns
     kept: tuple[slice, slice]
 
     def inside(self, scale: int) -> tuple[slice, slice]:
-        """Where the kept part lies in the window's result."""
+        """Slices of the kept region in the window's result."""
         return tuple(  # type: ignore[return-value]
             slice(scale * (kept.start - window.start), scale * (kept.stop - window.start))
             for window, kept in zip(self.window, self.kept)
         )
 
     def target(self, scale: int) -> tuple[slice, slice]:
-        """Where the kept part lies in the picture's result."""
+        """Slices of the kept region in the image's result."""
         return tuple(slice(scale * kept.start, scale * kept.stop) for kept in self.kept)  # type: ignore[return-value]
 
 
 def plan(height: int, width: int, pixels: int, overlap: int) -> list[Tile]:
-    """Cut a picture into tiles of about equal size; one tile if the picture fits.
+    """Split an image into tiles of about equal size; one tile if the image fits.
 
     Args:
-        height: Rows of the picture.
-        width: Columns of the picture.
-        pixels: Most pixels that a window may have.
-        overlap: Pixels by which a window reaches beyond the part that is kept, on each side inside the picture.
+        height: Height of the image.
+        width: Width of the image.
+        pixels: Maximum number of pixels in a window.
+        overlap: Pixels by which a window extends beyond the kept region, on each side inside the image.
 
     Raises:
-        InputError: A window of so few pixels would be all overlap.
+        InputError: A window of so few pixels would consist of overlap only.
     """
     side = max(1, math.isqrt(max(pixels, 1)))
     rows = min(height, side)
@@ -73,13 +73,13 @@ def plan(height: int, width: int, pixels: int, overlap: int) -> list[Tile]:
 
 
 def _cut(length: int, window: int, overlap: int) -> list[tuple[slice, slice]]:
-    """Windows and kept parts along one side."""
+    """Windows and kept regions along one axis."""
     if window >= length:
         return [(slice(0, length), slice(0, length))]
     kept = window - 2 * overlap
     if kept < 1:
         raise InputError(
-            f"The memory allows tiles of {window} pixels a side, and the overlap takes {2 * overlap} of them: "
+            f"The memory allows tiles of {window} x {window} pixels, but the overlap alone takes {2 * overlap}: "
             "raise --memory (memory=), or lower --overlap (overlap=)."
         )
     step = math.ceil(length / math.ceil(length / kept))
@@ -88,7 +88,7 @@ def _cut(length: int, window: int, overlap: int) -> list[tuple[slice, slice]]:
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive beside the model's own, and their peak."""
+    """Counts the bytes of live tensors, without the model's own, and their peak."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -120,15 +120,15 @@ class _LiveTensors(TorchDispatchMode):
 
 @torch.no_grad()
 def bytes_per_pixel(model: nn.Module, channels: int, side: int = PROBE, views: int = 1) -> float:
-    """Memory that a network's pass takes, in bytes a pixel of its input.
+    """Memory of a forward pass, in bytes per input pixel.
 
-    The peak of the live tensors in a small pass, times `WORKSPACE` for what the convolutions take beside them.
+    It is estimated as the peak of the live tensors in a small pass, times `WORKSPACE` for buffers of convolutions.
 
     Args:
         model: The network.
-        channels: Of an image.
-        side: Height and width of the small pass.
-        views: How many images the network takes; a pixel is one place in all of them.
+        channels: Number of channels of an image.
+        side: Height and width in the small pass.
+        views: Number of images that the network takes; a pixel counts once for all of them.
     """
     weight = weight_of(model)
     shape = (1, channels, side, side)
@@ -138,7 +138,7 @@ def bytes_per_pixel(model: nn.Module, channels: int, side: int = PROBE, views: i
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free where a device keeps its tensors; None where the system does not say."""
+    """Free memory of a device in bytes; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -148,7 +148,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def total_memory() -> int | None:
-    """Bytes of memory that the machine has; None where the system does not say."""
+    """Memory of the machine in bytes; None if the system does not report it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -156,7 +156,7 @@ def total_memory() -> int | None:
 
 
 def default_memory(device: torch.device) -> int:
-    """Bytes that a pass may take: half of what is free, on a CPU at most `MOST_ON_CPU`."""
+    """Memory bound of a forward pass in bytes: half of the free memory, on a CPU at most `MOST_ON_CPU`."""
     free = free_memory(device)
     half = MOST_ON_CPU if free is None else free // 2
     return half if device.type == "cuda" else min(half, MOST_ON_CPU)

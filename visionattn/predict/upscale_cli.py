@@ -19,34 +19,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     formats = ", ".join(suffix[1:] for suffix in (*READABLE, *VIDEOS))
     parser.add_argument("inputs", metavar="input", nargs="+", help=f"files, folders or patterns ({formats})")
-    parser.add_argument("output", help="file, or folder for several inputs; the suffix says the format")
+    parser.add_argument("output", help="file, or folder for several inputs; the suffix determines the format")
     add_model_arguments(parser, "name of the zoo, weight file or exported .onnx")
-    parser.add_argument("--scale", type=int, choices=(2, 3, 4), help="pick our model of that factor (default: 4)")
+    parser.add_argument("--scale", type=int, choices=(2, 3, 4), help="factor of the shipped model (default: 4)")
     for side, other in (("width", "height"), ("height", "width")):
         parser.add_argument(
-            f"--{side}", type=whole_number(1), metavar="PIXELS", help=f"of the result; with --{other}, at most"
+            f"--{side}", type=whole_number(1), metavar="PIXELS", help=f"{side} of the result; with --{other}, at most"
         )
     names = [suffix[1:] for suffix in FORMATS]
-    parser.add_argument("--format", choices=names, help="of the images in a folder (default: their own)")
+    parser.add_argument("--format", choices=names, help="format of the images in a folder (default: that of the input)")
     parser.add_argument(
-        "--quality", type=whole_number(1, 100), metavar="N", help="of JPEG and WebP, to 100 (default: 95)"
+        "--quality", type=whole_number(1, 100), metavar="N", help="quality of JPEG and WebP, 1 to 100 (default: 95)"
     )
     add_output_arguments(parser)
     parser.add_argument("--compare", action="store_true", help="also write bicubic and network side by side")
-    parser.add_argument("--memory", type=float, metavar="MIB", help="memory of a pass; larger pictures are tiled")
-    parser.add_argument("--overlap", type=int, metavar="PIXELS", help="of tiles (default: the model's radius, exact)")
+    parser.add_argument(
+        "--memory", type=float, metavar="MIB", help="memory of a forward pass; larger images are split into tiles"
+    )
+    parser.add_argument(
+        "--overlap", type=int, metavar="PIXELS", help="overlap of tiles (default: the model's radius, exact)"
+    )
     add_computing_arguments(parser)
-    parser.add_argument("--engine", choices=ENGINES, default="auto", help="auto: the faster, in long runs")
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="auto: the faster one in long runs")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        0 when every picture was written or skipped as asked, 1 when some were not.
+        0 if every image was written or skipped as requested, 1 otherwise.
 
     Raises:
-        VisionAttnError: Nothing could be started: no such input, model or folder.
+        VisionAttnError: The run could not start: an input, the model or the folder is missing.
     """
     keep_freed_memory()
     return call_with(upscale_files, args).exit_code
