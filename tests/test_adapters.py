@@ -79,7 +79,7 @@ def test_a_function_says_how_its_images_are_prepared():
     ("function", "message"),
     [
         (3, "A function of images is required; got int"),
-        (lambda images: "text", "must give a tensor; got str"),
+        (lambda images: "text", "must return a tensor; got str"),
         (lambda images: images.sum(), r"gives no layers .* 0-d tensor|must give"),
         (lambda images: images[:, 0, 0, 0], r"must give .B, D., .B, N, D. or .B, D, H, W."),
         (lambda images: images.new_zeros(5, 4), r"for images \(1, 3, 32, 32\); got \(5, 4\)"),
@@ -142,7 +142,7 @@ def test_names_of_torchvision(tmp_path):
     assert torch.equal(first, second)
     with pytest.raises(UnknownNameError, match="Did you mean torchvision/resnet18"):
         open_backbone("torchvision/resnet19", random=True)
-    with pytest.raises(CheckpointError, match="needs --checkpoint FILE, as nothing is fetched for it, or --random"):
+    with pytest.raises(CheckpointError, match="needs --checkpoint FILE, since nothing is downloaded, or --random"):
         open_backbone("torchvision/resnet18")
     with pytest.raises(CheckpointError, match=r"net\.pth does not fit resnet50"):
         open_backbone("torchvision/resnet50", tmp_path / "net.pth")

@@ -195,7 +195,7 @@ MISTAKES = [
     (f"probe {VIT} va_lost --random --data digits", r"There is no model 'va_lost'"),
     (f"probe {VIT} {VIT}=broken.pth --data digits", r"No weights are published|broken\.pth"),
     (f"probe {VIT} {VIT} --random --data digits", r"is given twice"),
-    ("probe --compare photos", r"photos is no folder of a report"),
+    ("probe --compare photos", r"photos is not the folder of a report"),
     (f"probe {VIT} --compare photos", r"--compare takes reports only"),
     (f"probe {VIT} --random --data photos --embed notes.txt", r"notes\.txt"),
     (f"probe {VIT} --random --data lost --embed new.npz", r"There is no file or folder lost"),

@@ -427,7 +427,7 @@ def test_what_cannot_be_replaced_is_named_with_what_can():
         visionattn.insert(model, functools.partial(SubspaceAttention, num_subspaces=5), "blocks.4.2", mode="replace")
     with pytest.raises(InputError, match="does not run with this block"):
         visionattn.insert(model, lambda dim: nn.Conv2d(dim, dim + 1, 1), ["blocks.4.1", "blocks.4.2"], mode="replace")
-    with pytest.raises(InputError, match=r"'blocks\.4\.2' is or lies in 'blocks\.4'"):
+    with pytest.raises(InputError, match=r"'blocks\.4\.2' is or is inside 'blocks\.4'"):
         visionattn.insert(model, SubspaceAttention, ["blocks.4.2", "blocks.4"])
     assert list(model.state_dict()) == keys
     with pytest.raises(InputError, match="give insert an input_size"):

@@ -224,13 +224,13 @@ def test_bad_input():
     model = create("vit_tiny_patch16_224")
     with pytest.raises(UnknownNameError, match="no mixer 'windows': did you mean 'window'"):
         visionattn.swap(model, "windows")
-    with pytest.raises(InputError, match="ResNet has no attention layer that swap knows"):
+    with pytest.raises(InputError, match="ResNet has no attention layer that swap supports"):
         visionattn.swap(timm.create_model("resnet18"), "hsa")
-    with pytest.raises(InputError, match="'silu_cross' has projections of its own"):
+    with pytest.raises(InputError, match="'silu_cross' has its own projections"):
         visionattn.swap(model, "silu_cross")
     with pytest.raises(InputError, match="'window' does not take side"):
         visionattn.swap(model, "window", side=3)
-    with pytest.raises(InputError, match=r"No attention layer is called 'stages\.\*'; there are blocks\.0\.attn"):
+    with pytest.raises(InputError, match=r"No attention layer matches 'stages\.\*'; there are blocks\.0\.attn"):
         visionattn.swap(model, "hsa", where="stages.*")
     with pytest.raises(InputError, match="every must be at least 1; got 0"):
         visionattn.swap(model, "hsa", every=0)

@@ -16,7 +16,7 @@ from visionattn.swapping import swap
 
 moved.install()
 
-# Functions, those beside each command among them. What it needs is imported when it is used.
+# Functions, including those of each command. Their modules are imported when they are used.
 _COMMANDS = {
     "arena": "visionattn.arena",
     "check": "visionattn.export.inspect",

@@ -1,8 +1,8 @@
-"""Networks of other libraries as backbones: any function, torchvision's models, vision models of transformers.
+"""Networks of other libraries as backbones: any function, torchvision models, vision models of transformers.
 
-Each becomes a module with what timm's models offer to a reader of tokens: `forward_intermediates`, `num_prefix_tokens`,
-`has_class_token` and `pretrained_cfg`. A layer gives maps (B, D, H, W), or tokens (B, P + N, D) whose first P are the
-class token and registers, or features (B, D), which are one patch token.
+Each becomes a module with the token interface of timm's models: `forward_intermediates`, `num_prefix_tokens`,
+`has_class_token` and `pretrained_cfg`. A layer returns maps (B, D, H, W), or tokens (B, P + N, D) whose first P are the
+class token and registers, or features (B, D), which count as one patch token.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = ["CLASSIFIERS", "AdaptedModel", "FunctionModel", "TorchvisionModel", "
 
 
 CLASSIFIERS = ("fc", "classifier", "heads", "head")
-"""What torchvision calls the last layers of its classifiers."""
+"""Names of the last layers of torchvision's classifiers."""
 
 
 class AdaptedModel(nn.Module):
     """Base of adapted networks.
 
     Args:
-        name: Of the network.
+        name: Name of the network.
         image_size: Side of the images.
-        mean: Of their normalisation, a number a channel.
-        std: Likewise.
+        mean: Mean for normalisation, one value per channel.
+        std: Standard deviation, likewise.
         num_prefix_tokens: Tokens before the patches, P.
         has_class_token: Whether the first of them is a class token; the others are registers.
     """
@@ -64,7 +64,7 @@ class AdaptedModel(nn.Module):
         }
 
     def read(self, images: Tensor, norm: bool) -> list[Tensor]:
-        """What the layers give; with `norm`, the last one what the network's own head reads."""
+        """Outputs of the layers; with `norm`, the last one is the input of the network's own head."""
         raise NotImplementedError
 
     def forward_intermediates(
@@ -76,7 +76,7 @@ class AdaptedModel(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """As timm's models: layers as maps (B, D, H, W), or as tokens (B, N, D) where `output_fmt` is "NLC"."""
+        """As in timm's models: layers as maps (B, D, H, W), or as tokens (B, N, D) if `output_fmt` is "NLC"."""
         layers = self.read(x, norm)
         chosen = layers if indices is None else [layers[index] for index in indices]
         found = [self._split(layer, x, return_prefix_tokens, output_fmt) for layer in chosen]
@@ -85,7 +85,7 @@ class AdaptedModel(nn.Module):
     def _split(self, layer: Tensor, images: Tensor, with_prefix: bool, output_fmt: str) -> Any:
         if len(layer) != len(images) or layer.ndim not in (2, 3, 4):
             raise InputError(
-                f"{self.name} must give (B, D), (B, N, D) or (B, D, H, W) for images "
+                f"{self.name} must return (B, D), (B, N, D) or (B, D, H, W) for images "
                 f"{tuple(images.shape)}; got {tuple(layer.shape)}."
             )
         layer = layer.unsqueeze(1) if layer.ndim == 2 else layer
@@ -98,31 +98,31 @@ class AdaptedModel(nn.Module):
         return (patches, prefix) if with_prefix else patches
 
     def _grid(self, count: int, images: Tensor) -> tuple[int, int]:
-        """Height and width of the patches: of the shape of the images."""
+        """Height and width of the patch grid, with the aspect ratio of the images."""
         height, width = images.shape[2:]
         rows = round((count * height / width) ** 0.5)
         if count == 0 or rows == 0 or rows * (count // rows) != count or rows * width != count // rows * height:
             raise InputError(
-                f"{self.name} gives {count} patch tokens for images of {height} x {width} "
-                "pixels, which form no grid of that shape: say how many of its tokens are no patches (class_token, "
+                f"{self.name} returns {count} patch tokens for images of {height} x {width} "
+                "pixels, which form no grid of that shape: state how many of its tokens are not patches (class_token, "
                 "registers)."
             )
         return rows, count // rows
 
 
 class FunctionModel(AdaptedModel):
-    """Any function of images (B, C, H, W) that gives tokens, features or a map (see the module).
+    """Any function of images (B, C, H, W) that returns tokens, features or a map (see the module).
 
     Args:
-        function: A module, which is read as it is, or another callable. What this one computes with is not known: its
-            answer to one image stands for its weights.
+        function: A module, or another callable. The weights of a callable are unknown: its
+            output for one image identifies them.
         image_size: Side of the images.
-        mean: Of their normalisation; the default is ImageNet's.
+        mean: Mean for normalisation; the default is ImageNet's.
         std: Likewise.
         class_token: The first token is a class token.
-        registers: Tokens behind it that are no patches.
-        device: Where a function that is no module wants its images.
-        name: In reports; the function's own by default.
+        registers: Number of tokens after it that are not patches.
+        device: Device of the images for a function that is not a module.
+        name: Name in reports; the function's own by default.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class FunctionModel(AdaptedModel):
         try:
             return torch.as_tensor(found).to(images.device)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{self.name} must give a tensor; got {shorten(type(found).__name__)}.") from error
+            raise InputError(f"{self.name} must return a tensor; got {shorten(type(found).__name__)}.") from error
 
     def read(self, images: Tensor, norm: bool) -> list[Tensor]:
         """See `AdaptedModel.read`."""
@@ -160,13 +160,13 @@ class FunctionModel(AdaptedModel):
 
 
 class TorchvisionModel(AdaptedModel):
-    """A classifier of torchvision, whose last linear layers are taken off.
+    """A torchvision classifier without its last linear layers.
 
-    Layers are its stages; the last one is what its pooling reads, or of a ViT the tokens behind the final norm, which
+    Layers are its stages; the last one is the input of its pooling, or for a ViT the tokens after the final norm, which
     is applied to its other layers too.
 
     Args:
-        model: Such as `torchvision.models.resnet50()`. It is changed.
+        model: Such as `torchvision.models.resnet50()`. It is modified.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -195,7 +195,7 @@ class TorchvisionModel(AdaptedModel):
             return [(f"{part}.{name}", module) for name, module in found.named_children()]
         names = [name for name, _ in net.named_children() if name.startswith(("layer", "stage", "Mixed_", "inception"))]
         if not names:
-            raise InputError(f"{type(net).__name__} of torchvision has no stages that could be read.")
+            raise InputError(f"{type(net).__name__} of torchvision is not supported: it has no stages.")
         return [(name, getattr(net, name)) for name in names]
 
     def read(self, images: Tensor, norm: bool) -> list[Tensor]:
@@ -213,7 +213,7 @@ class TorchvisionModel(AdaptedModel):
 
 @contextmanager
 def _watching(model: nn.Module, stages: Sequence[str], found: dict[str, Tensor]) -> Iterator[None]:
-    """Keep what stages give and what the pooling reads; without hooks outside of the block a model can be copied."""
+    """Record the outputs of stages and the input of the pooling, with temporary hooks, so that models can be copied."""
 
     def keep(name: str) -> Callable[..., None]:
         return lambda module, args, output: found.__setitem__(name, output)
@@ -233,9 +233,9 @@ class TransformersModel(AdaptedModel):
     """A vision model of Hugging Face transformers: its layers are its hidden states, the last one `last_hidden_state`.
 
     Args:
-        model: Such as `AutoModel.from_pretrained(FOLDER)`; of a model of images and texts, its `vision_model` is read.
-        folder: Where its `preprocessor_config.json` lies, with size and normalisation; without it these are the
-            model's and ImageNet's.
+        model: Such as `AutoModel.from_pretrained(FOLDER)`; of a model of images and texts, its `vision_model` is used.
+        folder: Folder of its `preprocessor_config.json` with size and normalisation; without it the model's size
+            and ImageNet's normalisation are used.
     """
 
     def __init__(self, model: nn.Module, folder: str | Path | None = None) -> None:
@@ -256,7 +256,7 @@ class TransformersModel(AdaptedModel):
         if last.ndim == 3:
             patch = getattr(config, "patch_size", None)
             patches = (size // patch) ** 2 if isinstance(patch, int) else 0
-            # Where tokens were merged there are fewer than patches, and no others.
+            # Models that merge tokens return fewer tokens than patches, and no prefix tokens.
             self.num_prefix_tokens = max(0, last.shape[1] - patches) if patches <= last.shape[1] else 0
             self.has_class_token = self.num_prefix_tokens > 0
 
@@ -273,7 +273,7 @@ class TransformersModel(AdaptedModel):
 
 
 def _preprocessing(config: Any, folder: str | Path | None) -> tuple[int, Sequence[float], Sequence[float]]:
-    """Side of the images, mean and deviation, of a model of transformers."""
+    """Side of the images, mean and standard deviation of a model of transformers."""
     size: Any = getattr(config, "image_size", None) or 224
     statistics = [tuple(values) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
     if getattr(config, "num_channels", 3) == 1:
@@ -295,7 +295,7 @@ def _preprocessing(config: Any, folder: str | Path | None) -> tuple[int, Sequenc
 
 
 def adapt(model: nn.Module) -> nn.Module:
-    """A module as a backbone: one of torchvision or transformers is adapted, any other stays as it is."""
+    """A module as a backbone: those of torchvision or transformers are adapted, any other is returned unchanged."""
     if hasattr(model, "forward_intermediates"):
         return model
     module = type(model).__module__

@@ -1,4 +1,4 @@
-"""Command-line arguments: numbers that are finite and in a range, and old spellings of options."""
+"""Command-line arguments: bounded finite numbers, and old spellings of options."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
     """The type of a finite number from `low` to `high`, for `add_argument(..., type=number(0, 1))`.
 
     Args:
-        low: The least.
-        high: The largest.
-        above: Leave out `low` itself.
+        low: The minimum.
+        high: The maximum.
+        above: Exclude `low` itself.
     """
     wanted = "a finite number"
     if low > -math.inf:
@@ -46,8 +46,8 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     """The type of a whole number from `low` to `high`.
 
     Args:
-        low: The least.
-        high: The largest; None is no bound.
+        low: The minimum.
+        high: The maximum; None for no bound.
     """
     wanted = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
 
@@ -66,7 +66,7 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
 def add_old_spelling(
     parser: argparse.ArgumentParser, old: str, new: str, values: Mapping[str, str] | None = None
 ) -> None:
-    """Accept the old spelling of an option, with a line that says the new one.
+    """Accept the old spelling of an option, and print a note with the new one.
 
     Args:
         parser: The parser, which has the option `new`.
@@ -90,7 +90,7 @@ def add_old_spelling(
 
 
 def call_with(function: Callable[..., Result], args: argparse.Namespace) -> Result:
-    """Call a function with those parsed arguments that have the names of its parameters; each must have one."""
+    """Call a function with the parsed arguments that have the names of its parameters; each must have one."""
     return function(**{name: getattr(args, name) for name in inspect.signature(function).parameters})
 
 
@@ -104,5 +104,5 @@ class _OldSpelling(argparse.Action):
         given = self.values_now.get(values, values) if isinstance(values, str) else values
         value = f" {given}" if given != values else ""
         print(f"visionattn: note: {option} is now {self.now.option_strings[0]}{value}.", file=sys.stderr)
-        self.now.required = False  # it has its value
+        self.now.required = False  # its value is set
         self.now(parser, namespace, given, option)

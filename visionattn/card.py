@@ -1,18 +1,18 @@
-"""What a checkpoint says of its model, so that nothing else is needed to use it, and what is made of it.
+"""Model cards: what a checkpoint stores about its model, so that it can be used alone.
 
-A task saves one dictionary of plain values beside the weights, under the key `visionattn`:
+A task saves one dictionary of plain values next to the weights, under the key `visionattn`:
 
-    format        of this dictionary: 1
+    format        version of this dictionary: 1
     version       of the library that wrote it
     task          classify, features, retrieve, restore, stereo or flow
     name          of the model in timm's registry
-    model_args    arguments that build it, as timm gives them
-    config        what images it was trained on, under timm's names: input_size (C, H, W), mean, std, interpolation,
-                  crop_pct and crop_mode; for a classifier whose data name their classes also label_names
+    model_args    arguments that build it, as timm accepts them
+    config        input images of the training, with timm's names: input_size (C, H, W), mean, std, interpolation,
+                  crop_pct and crop_mode; for a classifier with named classes also label_names
     attributes    of a retrieval model: each name with its values
 
-Reading a card neither imports nor fetches anything: the name must be in timm's registry, and where weights came from
-is left out of the arguments.
+Reading a card neither imports nor downloads anything: the name must be in timm's registry, and arguments with
+the source of weights are omitted.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ WEIGHT_SOURCES = (
     "backbone_checkpoint",
     "cache_dir",
 )
-"""Arguments of models that say where weights come from, which a checkpoint has itself."""
+"""Model arguments with the source of weights, which a checkpoint contains itself."""
 
 TASKS = ("classify", "features", "retrieve", "restore", "stereo", "flow")
 _CONFIG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
 _INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 _CROP_MODES = ("center", "squash", "border")
-# Sets of small images, which are shown whole; others are cropped as their model asks.
+# Datasets of small images, which are used whole; others are cropped as their model requires.
 _SHOWN_WHOLE = re.compile(r"digits|mnist|cifar10-sheets|torch/(cifar100?|k?mnist|fashion_mnist|qmnist)")
-# Branches serve training; the fused form reads them.
+# Branches are for training; the fused form reads them.
 _LEFT_OUT = (*WEIGHT_SOURCES, "branches", "features_only", "out_indices")
 _ELSEWHERE = re.compile(r"://|^\s*(hf[-_]hub|local-dir):", re.IGNORECASE)
 _LARGEST_SIDE = 2**16
@@ -60,10 +60,10 @@ _MOST_VALUES, _DEEPEST, _LONGEST_TEXT = 10**6, 8, 1000
 
 
 def describe(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Write into timm's `pretrained_cfg` of a model what images it takes, and what its classes are called.
+    """Write the input images and the class names of a model into its `pretrained_cfg`.
 
-    What `config` does not say follows from the model as it is built: its size, where it was built for one, and its
-    channels. Images of other channels than the model's weights were published for have the mean of their statistics.
+    Entries missing in `config` follow from the model: its image size, if fixed, and its
+    channels. If the channels differ from those of the published weights, the statistics are averaged.
 
     Args:
         model: A model of timm's registry.
@@ -80,7 +80,7 @@ def describe(model: nn.Module, config: Mapping[str, Any]) -> None:
             cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * channels
     cfg["input_size"] = (channels, *size)
     if config.get("input_size"):
-        # What is used in tests is what was used in training.
+        # Tests use the same size as training.
         cfg = {key: value for key, value in cfg.items() if key not in ("test_input_size", "test_crop_pct")}
         if not traits["fixed_input_size"]:
             net._traits = {**getattr(net, "_traits", {}), "img_size": None}
@@ -89,9 +89,9 @@ def describe(model: nn.Module, config: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint says of its model (entries: see the module).
+    """Description of a checkpoint's model (entries: see the module).
 
-    `config` may lack entries: the model's own then hold.
+    Entries missing in `config` are the model's own.
     """
 
     name: str
@@ -108,11 +108,11 @@ class Card:
         config: Mapping[str, Any] | None = None,
         attributes: Mapping[str, Sequence[str]] | None = None,
     ) -> Card | None:
-        """The card of a model that was trained.
+        """The card of a trained model.
 
         Args:
             model: The network.
-            config: What images it was trained on; entries that are missing or None are the model's own.
+            config: Input images of the training; missing entries and None use the model's own.
             attributes: Names and values, of a retrieval model.
 
         Returns:
@@ -125,7 +125,7 @@ class Card:
         own = resolve_model_data_config(net)
         given = {key: value for key, value in (config or {}).items() if value is not None}
         classes = getattr(net, "num_classes", 0)
-        # Models that timm's builder did not make need not take what it adds, such as num_classes.
+        # Models that timm's builder did not create need not accept what it adds, such as num_classes.
         args = get_model_args(net) if hasattr(net, "_traits") else net._model_args
         return cls(
             name,
@@ -137,21 +137,21 @@ class Card:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in a checkpoint."""
+        """Plain values, as stored in a checkpoint."""
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Card | None:
-        """The card in a checkpoint, or what one of before there were cards says in its hyper-parameters.
+        """The card in a checkpoint, or for an older checkpoint one made from its hyper-parameters.
 
         Args:
             content: The checkpoint's entries.
 
         Returns:
-            The card, or None where the file is of another origin and says nothing of its model.
+            The card, or None if the file has another origin and does not describe its model.
 
         Raises:
-            CheckpointError: The entries are damaged, or name something that would have to be fetched.
+            CheckpointError: The entries are damaged, or name something that would have to be downloaded.
         """
         stated = content.get(KEY)
         if stated is None:
@@ -159,12 +159,12 @@ class Card:
         if stated is None:
             return None
         if wrong := _fault(stated):
-            raise CheckpointError(f"What the checkpoint says of its model is damaged: {wrong}.")
+            raise CheckpointError(f"The model card in the checkpoint is damaged: {wrong}.")
         args = {key: value for key, value in stated["model_args"].items() if key not in _LEFT_OUT}
         if place := _place_elsewhere(args):
             raise CheckpointError(
-                f"The checkpoint names {shorten(place)!r} as a part of its model. Files are loaded without fetching "
-                "anything: give that argument of the model yourself."
+                f"The checkpoint names {shorten(place)!r} as a part of its model. Files are loaded without downloading "
+                "anything: pass that argument of the model yourself."
             )
         return cls(
             _architecture(stated["name"]),
@@ -180,17 +180,17 @@ class Card:
         )
 
     def apply(self, model: nn.Module) -> None:
-        """Write what the card says into the model's `pretrained_cfg`, timm's own place for it.
+        """Write the card's entries into the model's `pretrained_cfg`.
 
         Raises:
-            CheckpointError: The model takes no images of the size or the channels that the card says.
+            CheckpointError: The model does not accept images of the card's size or channels.
         """
         traits = get_model_input_config(model)
         size = tuple(self.config.get("input_size", traits["input_size"]))
         takes = traits["input_size"] if traits["fixed_input_size"] else (traits["input_size"][0], *size[1:])
         if size != tuple(takes):
             raise CheckpointError(
-                f"The checkpoint says images of {' x '.join(map(str, size))}, but its model takes "
+                f"The checkpoint is for images of {' x '.join(map(str, size))}, but its model takes "
                 f"{' x '.join(map(str, takes))}."
             )
         config = dict(self.config)
@@ -200,7 +200,7 @@ class Card:
 
 
 def _from_hyper_parameters(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What Lightning's checkpoints of before there were cards say, as a card says it."""
+    """Hyper-parameters of older Lightning checkpoints in the form of a card."""
     given = content.get("hyper_parameters")
     if not isinstance(given, dict) or "name" not in given:
         return None
@@ -243,7 +243,7 @@ def _plain(value: Any) -> Any:
 
 
 def _fault(stated: Any) -> str | None:
-    """What keeps a card from being one, in words, or None."""
+    """What makes a card invalid, as text, or None."""
     if not isinstance(stated, dict):
         return f"it is a {type(stated).__name__}, not a dictionary"
     if wrong := plain_fault(stated):
@@ -252,7 +252,7 @@ def _fault(stated: Any) -> str | None:
         return f"its format is {shorten(stated['format'])}, and this version reads {FORMAT}: update visionattn"
     for key, kind in {"name": str, "model_args": dict, "config": dict}.items():
         if not isinstance(stated.get(key), kind):
-            return f"its {key} must be a {kind.__name__}, but is {shorten(repr(stated.get(key)), 60)}"
+            return f"its {key} must be a {kind.__name__}, got {shorten(repr(stated.get(key)), 60)}"
     for key, kind in {"task": str, "version": str, "attributes": dict}.items():
         if not isinstance(stated.get(key), (kind, type(None))):
             return f"its {key} must be a {kind.__name__}, but is {shorten(repr(stated[key]), 60)}"
@@ -290,7 +290,7 @@ def _is_list(values: Any, kind: type) -> bool:
 
 
 def plain_fault(stated: Any) -> str | None:
-    """What in nested values is not plain, too deep or too much, in words, or None."""
+    """What in nested values is not plain, too deep or too large, as text, or None."""
     # Without recursion: a dictionary may contain itself.
     waiting: list[tuple[Any, int]] = [(stated, 0)]
     seen = 0
@@ -316,7 +316,7 @@ def plain_fault(stated: Any) -> str | None:
 
 
 def _place_elsewhere(value: Any) -> str | None:
-    """A text among plain values that names a server, a repository or a folder, or None."""
+    """A string among plain values that names a server, a repository or a folder, or None."""
     if isinstance(value, str):
         return value if _ELSEWHERE.search(value) else None
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -330,7 +330,7 @@ def base_name(name: str) -> str:
 
 
 def _architecture(name: str) -> str:
-    """The name of the registry for what a checkpoint calls its model.
+    """The registry name for a model name in a checkpoint.
 
     Raises:
         CheckpointError: There is none.

@@ -1,4 +1,4 @@
-"""A weight file becomes a ready model: `visionattn.load(FILE)`."""
+"""Building a model from a weight file: `visionattn.load(FILE)`."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from visionattn.weights import cca, match_stereo, span
 __all__ = ["HOSTED", "classifier_keys", "create", "create_pretrained", "load", "load_weights", "read_card"]
 
 HOSTED = ("hf-hub:", "hf_hub:", "local-dir:")
-"""What names of weights, instead of architectures, begin with."""
+"""Prefixes of names that stand for weights instead of architectures."""
 
 
 def create(
     name: str, *, pretrained: bool = False, checkpoint_path: str | Path | None = None, **model_args: Any
 ) -> nn.Module:
-    """`timm.create_model` with errors in plain words.
+    """`timm.create_model` with one-line errors.
 
-    The model's `pretrained_cfg` says the size and the channels that it was built for.
+    The model's `pretrained_cfg` has the size and the channels that it was built for.
 
     Args:
         name: Name in timm's registry, or `hf-hub:REPOSITORY` or `local-dir:FOLDER`.
-        pretrained: With the published weights.
-        checkpoint_path: With the weights of a file, which must fit.
+        pretrained: Load the published weights.
+        checkpoint_path: Load the weights of a file, which must fit.
         **model_args: Further arguments of the model.
 
     Raises:
@@ -57,7 +57,7 @@ def create(
     except VisionAttnError:
         raise
     except Exception as error:
-        # Constructors and servers fail in as many ways as there are.
+        # Constructors and servers raise all kinds of exceptions.
         raise _explained(name, pretrained, model_args, error) from error
     describe(model, {})
     if checkpoint_path and Path(checkpoint_path).suffix in (".npz", ".npy"):
@@ -75,7 +75,7 @@ def _check_name(name: Any) -> None:
 
 
 def _explained(name: str, pretrained: bool, model_args: Mapping[str, Any], error: Exception) -> Exception:
-    """What went wrong while a model was built."""
+    """The error to raise for a failure to build a model."""
     first = shorten(str(error).strip().partition("\n")[0] or type(error).__name__, 300).rstrip(".")
     shown = shorten(name)
     unknown = re.search(r"unexpected keyword argument '(\w+)'", first)
@@ -103,7 +103,7 @@ def create_pretrained(name: str, check: Callable[[nn.Module], None] | None = Non
 
     Args:
         name: Name in timm's registry, or `hf-hub:REPOSITORY` or `local-dir:FOLDER`.
-        check: Raises an error for a model that does something else; before weights are downloaded, where it can be.
+        check: Raises an error for an unsuitable model; called before weights are downloaded, if possible.
         **model_args: Further arguments of the model.
 
     Raises:
@@ -133,18 +133,18 @@ def create_pretrained(name: str, check: Callable[[nn.Module], None] | None = Non
 
 
 def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Module:
-    """Make the model that a weight file belongs to, with its weights, ready for inference.
+    """Build the model that a weight file belongs to, with its weights, ready for inference.
 
-    Of a checkpoint of `visionattn fit`, timm's `model.pretrained_cfg` says what the model was trained on: input_size,
+    For a checkpoint of `visionattn fit`, timm's `model.pretrained_cfg` describes the training images: input_size,
     mean, std, interpolation, crop_pct, crop_mode and label_names. Nothing is imported or downloaded.
 
     Args:
         path: A checkpoint of `visionattn fit`, a file of bare weights (safetensors, or a pickle, wrapped as training
             code wraps it or not, in our layout or, of the families SPAN and MatchStereo, a published one), either file
             of ncnn's pair .param and .bin, or a folder written by timm's `save_for_hf`.
-        name: Model name, where the file does not say it and its shapes fit several. The authors' MatchFlow files need
-            it: they look like those of MatchStereo, as which they are read without it.
-        **model_args: Arguments of the model that neither file nor name gives.
+        name: Model name, if the file does not contain it and its shapes fit several. The authors' MatchFlow files need
+            it: without it they are read as MatchStereo, whose shapes they share.
+        **model_args: Further arguments of the model.
 
     Returns:
         The model on the CPU in evaluation mode.
@@ -184,16 +184,16 @@ def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Mod
 
 
 def read_card(path: str | Path) -> Card | None:
-    """What a checkpoint says of its model; None for a file of bare weights.
+    """The card in a checkpoint; None for a file of bare weights.
 
     Raises:
-        CheckpointError: The file is unreadable, or what it says is damaged.
+        CheckpointError: The file is unreadable, or its card is damaged.
     """
     return _read(Path(path))[1]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Card | None]:
-    """The content of a weight file, and what it says of its model."""
+    """The content of a weight file, and its card."""
     ncnn = path.suffix in (".param", ".bin") and path.with_suffix(".param").is_file()
     content: dict[str, Any] = dict(span.read_ncnn(path)) if ncnn else weights.read(path)
     with _naming(path):
@@ -202,7 +202,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Card | None]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Let errors say which file they are of, and what damaged weights cause be one line."""
+    """Add the file name to errors, and turn errors from damaged weights into one line."""
     try:
         yield
     except VisionAttnError as error:
@@ -210,15 +210,15 @@ def _naming(path: Path) -> Iterator[None]:
             raise
         raise CheckpointError(f"{shorten(path)}: {error}") from error
     except Exception as error:
-        # What tells layouts apart looks at shapes that a damaged file need not have.
+        # Detecting the layout uses shapes that a damaged file need not have.
         reason = f"{type(error).__name__}: {shorten(error)}"
         raise CheckpointError(
-            f"{shorten(path)} is damaged: its weights have no shapes of a network ({reason})."
+            f"{shorten(path)} is damaged: its weights do not have the shapes of a network ({reason})."
         ) from error
 
 
 def classifier_keys(model: nn.Module) -> tuple[str, ...]:
-    """How the names of the weights of a timm model's classifier begin; there can be several, or none."""
+    """Prefixes of the weight names of a timm model's classifier; there can be several, or none."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     classifier = config.get("classifier") or ()
     return tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
@@ -236,7 +236,7 @@ def _without_classifier(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
 
 
 def load_weights(model: nn.Module, path: str | Path, drop_classifier: bool = False) -> None:
-    """Load a file of weights into a model that it must fit; what the file says of its images becomes the model's.
+    """Load a weight file into a model that it must fit; the input images in its card become the model's.
 
     Args:
         model: A model of timm's registry.
@@ -261,7 +261,7 @@ def load_weights(model: nn.Module, path: str | Path, drop_classifier: bool = Fal
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
-    """Give a model weights that must fit and be numbers."""
+    """Load weights that must fit and be finite."""
     own = model.state_dict()
     state = _fitting(state, own, source, name)
     weights.check_values(state, own, shorten(source))
@@ -283,16 +283,16 @@ def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str
 
 
 class _TooLarge(CheckpointError):
-    """A model is larger than the file that it was to be built for."""
+    """A model is larger than its weight file allows."""
 
 
 @contextmanager
 def _bounded(state: Mapping[str, Tensor]) -> Iterator[None]:
-    """Stop the building of a model that grows far beyond the weights that it shall get.
+    """Abort building a model that grows far beyond its weights.
 
-    What a file says of its model can be anything, such as a depth of a million.
+    A file can declare anything about its model, such as a depth of a million.
     """
-    # A form in branches is several times as large as the fused one.
+    # A form with branches is several times as large as the fused one.
     tensors, elements = 1000 + 16 * len(state), 2**24 + 16 * weights.count_bytes(state)
     modules = 20 * tensors
     thread = threading.get_ident()
@@ -321,12 +321,12 @@ def _bounded(state: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _build(path: Path, name: str, args: dict[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
-    """Build a model for the weights of a file, after its form without memory was found to fit.
+    """Build a model for the weights of a file, after checking on the meta device that it fits.
 
     Raises:
         CheckpointError: The model would be far larger than the file, or its weights do not fit.
     """
-    # No size is larger than what the file holds.
+    # No size can exceed the content of the file.
     largest = 2**16 + weights.count_bytes(state)
     if large := _large_number(args, largest):
         raise CheckpointError(f"{shorten(path)} does not fit {name}: its arguments hold the number {large:.4g}.")
@@ -338,7 +338,7 @@ def _build(path: Path, name: str, args: dict[str, Any], state: Mapping[str, Tens
             except (ConfigError, CheckpointError) as error:
                 if not isinstance(error.__cause__, (NotImplementedError, RuntimeError)):
                     raise
-                shape = None  # some models compute while they are built
+                shape = None  # some models compute in their constructor
         if shape is not None:
             _fitting(state, shape.state_dict(), str(path), name)
             return create(name, **args)
@@ -363,7 +363,7 @@ def _identify(path: Path, state: dict[str, Tensor]) -> tuple[str, dict[str, Any]
     fitting, nearest = [], []
     # Without a mixer, va_vit_* have the shapes of minimal ViTs.
     names = [name for name in models.names() if not name.startswith("va_vit_")]
-    # To build every name takes many seconds; a family shares the key of its first convolution.
+    # Building every model takes many seconds; a family shares the key of its first convolution.
     cards: dict[str, Any] = {name: timm.get_pretrained_cfg(name) for name in names}
     likely = [name for name in names if f"{cards[name].first_conv}.weight" in state]
     for name in likely or names:
@@ -372,7 +372,7 @@ def _identify(path: Path, state: dict[str, Tensor]) -> tuple[str, dict[str, Any]
             with torch.device("meta"), _bounded(state):
                 wanted = timm.create_model(name, **settings).state_dict()
         except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError, _TooLarge):
-            continue  # such a number of classes or channels cannot be built
+            continue  # cannot be built with this number of classes or channels
         wrong = weights.mismatches(state, wanted)
         nearest.append((len(wrong), name, wrong))
         if not wrong:
@@ -382,7 +382,7 @@ def _identify(path: Path, state: dict[str, Tensor]) -> tuple[str, dict[str, Any]
     if fitting:
         choice = ", ".join(name for name, _ in fitting)
         raise CheckpointError(
-            f"{shorten(path)} fits several models: {choice}. Say which: visionattn.load(FILE, name=...)."
+            f"{shorten(path)} fits several models: {choice}. Choose one: visionattn.load(FILE, name=...)."
         )
     if not nearest:
         raise CheckpointError(f"{shorten(path)} fits no model of this package.")
@@ -394,7 +394,7 @@ def _identify(path: Path, state: dict[str, Tensor]) -> tuple[str, dict[str, Any]
 
 
 def _adaptation(name: str, state: dict[str, Tensor]) -> dict[str, Any]:
-    """Arguments that make classes and image channels those of the file."""
+    """Arguments that set classes and image channels to those of the file."""
     config: Any = timm.get_pretrained_cfg(name)
     settings = cca.settings(state)
     head = state.get(f"{config.classifier}.weight")

@@ -22,12 +22,12 @@ import torch
 import visionattn
 from visionattn.errors import InputError, VisionAttnError, require, shorten
 
-LONGEST_MESSAGE = 1000  # characters of an error, on one line
+LONGEST_MESSAGE = 1000  # maximum length of an error message
 TERMINATED = 128 + signal.SIGTERM
 
 
 class Command(NamedTuple):
-    """A command, and where its arguments and its work are."""
+    """A command, and the module of its arguments and its implementation."""
 
     help: str
     module: str
@@ -36,36 +36,34 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "quickstart": Command(
-        "see it all in three minutes, nothing is downloaded", "visionattn.quickstart", run="run_command"
-    ),
+    "quickstart": Command("tour in three minutes, without downloads", "visionattn.quickstart", run="run_command"),
     "list": Command("show the models", "visionattn.zoo", "add_list_arguments", "run_list"),
     "show": Command("show one model's card", "visionattn.zoo", "add_show_arguments", "run_show"),
     "export": Command("write a checked ONNX file", "visionattn.export.cli"),
     "check": Command(
         "check any ONNX file: structure, sizes, phones and browsers, cost", "visionattn.export.inspect.cli"
     ),
-    "upscale": Command("enlarge pictures and videos", "visionattn.predict.upscale_cli"),
+    "upscale": Command("upscale images and videos", "visionattn.predict.upscale_cli"),
     "stereo": Command("disparity, depth and point clouds of stereo pairs", "visionattn.predict.stereo_cli"),
     "flow": Command("optical flow between images, or along a video", "visionattn.predict.flow_cli"),
     "index": Command(
-        "prepare a folder of images for search", "visionattn.search.cli", "add_index_arguments", "run_index"
+        "build a search index of an image folder", "visionattn.search.cli", "add_index_arguments", "run_index"
     ),
     "search": Command(
-        "find images like one, by any model or by attributes such as colour",
+        "find similar images, by any model or by attributes such as colour",
         "visionattn.search.cli",
         "add_search_arguments",
         "run_search",
     ),
     "duplicates": Command(
-        "find images of an index that are nearly the same",
+        "find near-duplicate images in an index",
         "visionattn.search.cli",
         "add_duplicates_arguments",
         "run_duplicates",
     ),
-    "evaluate": Command("measure models by their benchmark's protocol", "visionattn.evaluate.cli"),
-    "probe": Command("judge a frozen backbone by heads that read its tokens", "visionattn.probe.cli"),
-    "inspect": Command("look into the attention of a frozen backbone", "visionattn.frozen.cli"),
+    "evaluate": Command("evaluate models by their benchmark's protocol", "visionattn.evaluate.cli"),
+    "probe": Command("evaluate a frozen backbone by heads on its tokens", "visionattn.probe.cli"),
+    "inspect": Command("inspect the attention of a frozen backbone", "visionattn.frozen.cli"),
     "arena": Command("measure attention mechanisms side by side", "visionattn.arena.cli"),
     "demo": Command("serve a page whose models run in the browser", "visionattn.demo.cli"),
 }
@@ -73,21 +71,21 @@ COMMANDS = {
 
 TRAINING = {
     "fit": "train a model by a recipe",
-    "validate": "measure a checkpoint on the validation images",
-    "test": "measure a checkpoint on the test images",
+    "validate": "evaluate a checkpoint on the validation split",
+    "test": "evaluate a checkpoint on the test split",
     "predict": "write a checkpoint's predictions, or those of a probed head (--head)",
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are."""
+    """A parser with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{shorten(message, LONGEST_MESSAGE // 2).rstrip('.')}. See {self.prog} --help.")
 
 
 class _PrintCompletion(argparse.Action):
-    """Print a script that completes commands, options and files in a shell, and end."""
+    """Print a shell completion script for commands, options and files, and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         whole = _parser(*COMMANDS)
@@ -97,7 +95,7 @@ class _PrintCompletion(argparse.Action):
 
 
 def _complete_files(parser: argparse.ArgumentParser) -> None:
-    """Let arguments that are neither numbers nor choices be completed by names of files, or of folders."""
+    """Complete arguments that are neither numbers nor choices with file or folder names."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for own in action.choices.values():
@@ -108,7 +106,7 @@ def _complete_files(parser: argparse.ArgumentParser) -> None:
 
 
 def _parser(*wanted: str) -> argparse.ArgumentParser:
-    """The parser of all commands; only the wanted ones are imported, which know their own arguments."""
+    """The parser of all commands; only the wanted ones are imported, to add their arguments."""
     parser = _Parser(prog="visionattn", description="Vision models built from efficient attention.")
     parser.add_argument("--version", action="version", version=f"visionattn {visionattn.__version__}")
     parser.add_argument(
@@ -134,7 +132,7 @@ def _run(argv: list[str]) -> int:
         parser = _Parser(prog="visionattn predict", description="Classify images by a head of `visionattn probe`.")
         predict_cli.add_arguments(parser)
         return predict_cli.run(parser.parse_args(argv[1:]))
-    # Lightning's parser knows the options of training commands; ours only lists the commands.
+    # Lightning's parser has the options of training commands; this one only lists the commands.
     if argv and argv[0] in TRAINING:
         for package in ("lightning", "jsonargparse"):
             require(package, "train")
@@ -147,12 +145,12 @@ def _run(argv: list[str]) -> int:
 
 
 class _Terminated(BaseException):
-    """SIGTERM arrived: what is half-written is cleaned up on the way out."""
+    """SIGTERM was received: temporary files are removed while it propagates."""
 
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM in this process raise an exception, so that temporary files are removed; forked ones just end."""
+    """Let SIGTERM raise an exception, so that temporary files are removed; forked processes just end."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
@@ -171,12 +169,12 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _prepare_streams() -> None:
-    """Standard streams that may be closed, or may not know all letters of a file name."""
+    """Handle standard streams that are closed, or that cannot encode all characters of a file name."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The next file that is opened would get the number, and what native code prints would land in it.
+            # The next opened file would get this descriptor, and output of native code would be written to it.
             null = os.open(os.devnull, os.O_RDWR)
             if null != descriptor:
                 os.dup2(null, descriptor)
@@ -193,8 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 when all went well, 1 when a batch went on past failures, 2 for a mistake of the user or a fault of the
-        machine (a full disk, no memory), told on one line, 130 after Ctrl-C, 143 after SIGTERM.
+        0 on success, 1 if a batch had failures, 2 for a user error or a system error (a full disk,
+        no memory), reported on one line, 130 after Ctrl-C, 143 after SIGTERM.
     """
     _prepare_streams()
     try:
@@ -202,12 +200,12 @@ def main(argv: list[str] | None = None) -> int:
             code = _run(sys.argv[1:] if argv is None else argv)
         message = None
     except BrokenPipeError:
-        code, message = 1, None  # the reader of a pipe has seen enough
+        code, message = 1, None  # the reader closed the pipe
     except VisionAttnError as error:
         code, message = 2, shorten(error, LONGEST_MESSAGE)
     except OSError as error:
         reason = error.strerror or shorten(error, LONGEST_MESSAGE // 2) or type(error).__name__
-        # Without a name it is a stream that is open already.
+        # An error without a file name comes from an open stream.
         where = shorten(error.filename) if error.filename else "standard output, or an open file"
         code, message = 2, f"{where}: {reason.rstrip('.')}."
     except ModuleNotFoundError as error:
@@ -222,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         code, message = TERMINATED, "stopped by SIGTERM."
     broken = _flush(sys.stdout)
     if broken and not isinstance(broken, BrokenPipeError):
-        # What failed may have been this output itself.
+        # The output itself may have failed.
         code, message = 2, f"Could not write to standard output: {broken.strerror}."
     elif broken and code == 0:
         code = 1
@@ -234,12 +232,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Whether PyTorch found no memory: on a CPU it says so in a RuntimeError."""
+    """Whether PyTorch ran out of memory: on a CPU it raises a RuntimeError."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _flush(stream: TextIO) -> OSError | None:
-    """Write what is still buffered; if that fails, let Python not try again, and complain, when it ends."""
+    """Flush a stream; on failure, keep Python from trying again, with a message, at exit."""
     try:
         stream.flush()
     except OSError as error:

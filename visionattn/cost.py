@@ -1,4 +1,4 @@
-"""What a network costs: parameters and multiply-accumulates."""
+"""The cost of a network: parameters and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["Savings", "count_macs", "count_parameters"]
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers that training can change."""
+    """Number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def count_macs(model: nn.Module, *input_size: tuple[int, ...]) -> int:
-    """Multiply-accumulates of one forward pass for a batch of one, counted on the meta device: nothing is computed.
+    """Multiply-accumulates of one forward pass for a batch of one, counted on the meta device: without computation.
 
-    Matrix products, convolutions and attention products are counted, half of what torch's FLOP counter reports;
-    element-wise work is not.
+    Matrix products, convolutions and attention products are counted, half of the value of torch's FLOP counter;
+    element-wise operations are not.
 
     Args:
         model: Network; it is copied, not changed.
@@ -36,7 +36,7 @@ def count_macs(model: nn.Module, *input_size: tuple[int, ...]) -> int:
 
 
 class Savings(NamedTuple):
-    """Parameters and multiply-accumulates (of one image) of a model before and after a change."""
+    """Parameters and multiply-accumulates (per image) of a model before and after a change."""
 
     parameters_before: int
     parameters_after: int

@@ -1,4 +1,4 @@
-"""The device of `--device` and `device=`."""
+"""Choosing the device of `--device` and `device=`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["find_device"]
 
 
 def find_device(device: str | torch.device = "auto") -> torch.device:
-    """A device that computes here.
+    """A device that is available.
 
     Args:
-        device: "auto" (a CUDA GPU where there is one, else the CPU), or a device of PyTorch, such as "cpu" or "cuda:1".
+        device: "auto" (a CUDA GPU if available, else the CPU), or a device of PyTorch, such as "cpu" or "cuda:1".
 
     Raises:
-        InputError: There is no such device, or it holds no values.
+        InputError: The device is not available, or cannot hold values.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

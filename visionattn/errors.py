@@ -1,6 +1,6 @@
-"""What goes wrong, in plain words: what was given, what is accepted, what to do.
+"""Errors whose messages say what was given, what is accepted and what to do.
 
-Every error that a user's input can cause derives from `VisionAttnError`; the command line prints its message alone,
+Every error that user input can cause derives from `VisionAttnError`; the command line prints only its message,
 without a stack trace.
 """
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class VisionAttnError(Exception):
-    """Base of every error that the package raises for a user's mistake."""
+    """Base of all errors that the package raises for user mistakes."""
 
     def __str__(self) -> str:
         return " ".join(str(arg) for arg in self.args)
@@ -51,7 +51,7 @@ class DataError(VisionAttnError, RuntimeError):
 
 
 class ConfigError(VisionAttnError, ValueError):
-    """A recipe asks for what does not exist, or for two things that exclude each other."""
+    """A configuration refers to something that does not exist, or combines options that exclude each other."""
 
 
 class ExportError(VisionAttnError, RuntimeError):
@@ -67,11 +67,11 @@ class MissingPackageError(VisionAttnError, ImportError):
 
 
 def shorten(value: object, width: int = 120) -> str:
-    """A value as messages echo it: on one line, without control characters, cut in its middle where it is long.
+    """A value for a message: on one line, without control characters, shortened in the middle if it is long.
 
     Args:
         value: A name, a path, another library's message.
-        width: The most characters to show.
+        width: Maximum number of characters.
     """
     text = " ".join(str(value).split())
     text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
@@ -83,19 +83,19 @@ def shorten(value: object, width: int = 120) -> str:
 
 @contextmanager
 def explaining_memory(what: str, remedy: str) -> Iterator[None]:
-    """Turn the failure of an allocation into one `InputError`.
+    """Turn an allocation failure into one `InputError`.
 
     Args:
         what: What does not fit, such as "480 x 640 pixels".
         remedy: What to do.
 
     Raises:
-        InputError: The memory does not suffice.
+        InputError: There is not enough memory.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # PyTorch's allocators raise RuntimeErrors, as does what counts bytes beyond 64 bits.
+        # PyTorch's allocators raise RuntimeErrors, as do sizes beyond 64 bits.
         told = isinstance(error, MemoryError) or any(word in str(error).lower() for word in ("allocate", "overflow"))
         if not told or isinstance(error, VisionAttnError):
             raise

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, by one rule for what exists; reading our own state files with checks."""
+"""Atomic writing with one rule for existing files; reading the package's state files with checks."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ __all__ = [
 ]
 
 TEMPORARY = ".visionattn-"
-"""What the names of temporary files begin with; a mark of the machine and the number of the process follow."""
+"""Prefix of temporary file names; a machine identifier and the process number follow."""
 
-# Another machine's processes may write into a shared folder.
+# Processes of another machine may write to a shared folder.
 _MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 _TEMPORARY_NAME = re.compile(re.escape(f"{TEMPORARY}{_MACHINE}-") + r"(\d+)-")
-_LONGEST_SUFFIX = 64  # of a temporary name, whose length the file system limits
+_LONGEST_SUFFIX = 64  # in temporary names, whose length the file system limits
 
 
 def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple[str, ...] | None = None) -> Path:
-    """The one rule of all commands for what they write: an existing file stays unless `overwrite` is given.
+    """The rule of all commands for output files: an existing file is kept unless `overwrite` is given.
 
     Args:
-        path: Where the output goes. A symbolic link stands for the file that it points to.
-        overwrite: Replace a file that exists.
-        suffixes: The suffixes that may be written, such as `(".onnx",)`, in any case of letters; None allows all.
+        path: Output path. A symbolic link is resolved.
+        overwrite: Replace an existing file.
+        suffixes: Accepted suffixes, such as `(".onnx",)`, in upper or lower case; None accepts all.
 
     Returns:
         The path.
 
     Raises:
-        InputError: The suffix is another one, the file exists and `overwrite` was not given, or the path is a folder, a
-            device, a pipe or a socket.
+        InputError: The suffix is not accepted, the file exists and `overwrite` was not given, or the path is a
+            folder, a device, a pipe or a socket.
     """
     path = Path(path)
     if suffixes is not None and path.suffix.lower() not in suffixes:
@@ -79,7 +79,7 @@ def check_folder(path: str | Path) -> Path:
     """Refuse a path that cannot become a folder: another kind of file, an over-long name, a NUL byte.
 
     Raises:
-        InputError: The path, or a part of it, stands for something that is not a folder, or no file can have that name.
+        InputError: A component of the path is not a folder, or the name is invalid.
     """
     path = Path(path)
     for part in (path, *path.parents):
@@ -99,15 +99,15 @@ def check_folder(path: str | Path) -> Path:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary name to write to; the file appears under `path` only when the block ends without an error.
+    """Yield a temporary path to write to; the file appears under `path` only if the block ends without an error.
 
-    The temporary file lies in the same folder, so that the final rename is atomic, and keeps the suffix of `path`, so
-    that writers that choose a format by suffix still do. Its name begins with `TEMPORARY`, which every reader of
-    folders leaves out; what a killed process left in the folder is removed. A symbolic link keeps pointing to the file
+    The temporary file is in the same folder, so that the final rename is atomic, and keeps the suffix of `path`, so
+    that writers that choose a format by suffix still work. Its name begins with `TEMPORARY`, which every reader of
+    folders skips; leftovers of killed processes in the folder are removed. A symbolic link keeps pointing to the file
     that is replaced.
 
     Args:
-        path: Where the finished file shall stand. Missing folders are made.
+        path: Path of the finished file. Missing folders are created.
 
     Raises:
         StorageError: The file could not be written (disk full, no permission, not a regular file). No partial file is
@@ -126,7 +126,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        # mkstemp makes the file private; give it the mode that an ordinary open() would.
+        # mkstemp creates a private file; give it the mode of an ordinary open().
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -146,15 +146,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path, overwrite: bool = False, mark: str = "") -> Iterator[Path]:
-    """Give a temporary folder to fill; it appears under `path` only when the block ends without an error.
+    """Yield a temporary folder to fill; it appears under `path` only if the block ends without an error.
 
     Args:
-        path: Where the finished folder shall stand. Missing parents are made. A folder that is empty is replaced.
-        overwrite: Replace a folder that holds `mark`.
-        mark: Name of a file that only such folders hold, so that no other is replaced.
+        path: Path of the finished folder. Missing parents are created. An empty folder is replaced.
+        overwrite: Replace a folder that contains `mark`.
+        mark: Name of a file that only such folders contain, so that no other is replaced.
 
     Raises:
-        InputError: Something else stands there, or such a folder and `overwrite` was not given.
+        InputError: Something else exists there, or such a folder and `overwrite` was not given.
         StorageError: The folder could not be written. No partial one is left.
     """
     path = check_folder(path)
@@ -183,7 +183,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False, mark: str = "") -> 
 
 
 def _sweep(folder: Path) -> None:
-    """Remove temporary files and folders of processes that run no more."""
+    """Remove temporary files and folders of processes that have ended."""
     for name in os.listdir(folder):
         match = _TEMPORARY_NAME.match(name)
         if match and not _runs(int(match.group(1))):
@@ -206,10 +206,10 @@ def _runs(process: int) -> bool:
 
 @contextmanager
 def exclusive(folder: str | Path) -> Iterator[None]:
-    """Hold a folder for one writer: a second one is refused. A killed process releases it.
+    """Lock a folder for one writer: a second one is refused. A killed process releases it.
 
     Args:
-        folder: The folder, which is made where it is missing. A file `.lock` stays in it.
+        folder: The folder, which is created if missing. A file `.lock` stays in it.
 
     Raises:
         StorageError: Another process writes to it, or nothing can be written there.
@@ -221,7 +221,7 @@ def exclusive(folder: str | Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise StorageError(f"Another run is writing to {shorten(folder)}. Wait for it, or name another one.") from error
-    except (OSError, ValueError) as error:  # a name with a NUL byte is a ValueError
+    except (OSError, ValueError) as error:  # a name with a NUL byte raises ValueError
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"Cannot write to the folder {shorten(folder)}: {reason}.") from error
     try:
@@ -242,7 +242,7 @@ def read_text(path: str | Path, limit: int = 2**28) -> str:
     """
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for its writer for ever
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
             raise DataError(f"Could not read {shorten(path)}: it is not a regular file.")
         if status.st_size > limit:
             raise DataError(f"Could not read {shorten(path)}: it has more than the {limit:,} bytes that are read.")
@@ -252,17 +252,17 @@ def read_text(path: str | Path, limit: int = 2**28) -> str:
     except (OSError, ValueError) as error:
         raise DataError(f"Could not read {shorten(path)}: {getattr(error, 'strerror', None) or error}.") from error
     if "\0" in text:
-        raise DataError(f"Could not read {shorten(path)}: it holds NUL bytes, so that it is not text.")
+        raise DataError(f"Could not read {shorten(path)}: it is not text: it holds NUL bytes.")
     return text
 
 
 def write_state(path: str | Path, content: Any) -> None:
-    """Write tensors and plain values with `torch.save`, whole or not at all.
+    """Write tensors and plain values with `torch.save`, atomically.
 
     Raises:
         StorageError: The file could not be written.
     """
-    # torch.save reports a full disk as an error of its archive format; writing bytes gives the system's words.
+    # torch.save reports a full disk as an error of its archive format; writing bytes raises the system's error.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_path(path) as temporary:
@@ -270,16 +270,16 @@ def write_state(path: str | Path, content: Any) -> None:
 
 
 def read_json(path: str | Path, schema: Mapping[str, Any], limit: int = 2**28) -> dict[str, Any]:
-    """Read one of the package's own JSON files, and check that it says what it must.
+    """Read one of the package's own JSON files, and check it against a schema.
 
     Args:
         path: The file.
-        schema: For each entry the type it must have, a tuple of types, a list of one schema for a list of any length,
-            or a schema of its own. Other entries are allowed.
+        schema: For each entry its type, a tuple of types, a list of one schema for a list of any length,
+            or a nested schema. Other entries are allowed.
         limit: The largest file that is read, in bytes.
 
     Raises:
-        DataError: The file is missing, damaged or too large, or an entry is missing or of another type.
+        DataError: The file is missing, damaged or too large, or an entry is missing or has another type.
     """
     path = Path(path)
     try:
@@ -296,12 +296,12 @@ def read_json(path: str | Path, schema: Mapping[str, Any], limit: int = 2**28) -
 
 
 def violation(content: Any, schema: Any, where: str = "") -> str | None:
-    """What in `content` is not as the schema says (see `read_json`), or None.
+    """The first violation of the schema in `content` (see `read_json`), or None.
 
     Args:
-        content: What was read.
-        schema: What it must be.
-        where: Name of `content` in the answer.
+        content: Content of the file.
+        schema: The schema.
+        where: Name of `content` in the message.
     """
     if isinstance(schema, Mapping):
         if not isinstance(content, dict):

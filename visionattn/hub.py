@@ -1,4 +1,4 @@
-"""Weights that must be downloaded, on a machine without a network: one line at once, and no retries."""
+"""Weight downloads without a network: one error message at once, and no retries."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _PATIENCE = 5.0  # seconds for a connection
 
 @contextmanager
 def quick_when_offline(name: str, pretrained: bool) -> Iterator[None]:
-    """Within the block, weights come from the cache alone where the Hugging Face Hub cannot be reached.
+    """Within the block, weights are loaded from the cache only if the Hugging Face Hub cannot be reached.
 
     Args:
-        name: Of the model that is built in the block.
-        pretrained: Whether its weights are asked for.
+        name: Name of the model that is built in the block.
+        pretrained: Whether its weights are requested.
 
     Raises:
         CheckpointError: They are not in the cache.
@@ -56,13 +56,13 @@ def _comes_from_hub(name: str, pretrained: bool) -> bool:
         return False
     try:
         config: Any = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # an unknown tag, of which the caller says more
+    except RuntimeError:  # an unknown tag, reported by the caller
         return False
     return bool(config and config.hf_hub_id and not config.file)
 
 
 def _unreachable(address: str) -> str | None:
-    """Why a server cannot be reached, or None; behind a proxy only a request would tell."""
+    """Why a server cannot be reached, or None; behind a proxy only a request could find out."""
     if urllib.request.getproxies():
         return None
     parts = urlsplit(address)

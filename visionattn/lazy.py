@@ -1,4 +1,4 @@
-"""Names that a package offers from modules that are imported only when they are used."""
+"""Names of a package whose modules are imported on first use."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["lazily", "make_callable"]
 
 
 def lazily(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make the `__getattr__` of a package.
+    """Create the `__getattr__` of a package.
 
     Args:
         package: Its `__name__`.
-        modules: Name that the package offers -> the module that defines it, or that it is itself.
+        modules: Name in the package -> the module that defines it, or that it is.
 
     Returns:
         The function; it raises `AttributeError` for other names.
@@ -32,10 +32,10 @@ def lazily(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def make_callable(package: str, module: str) -> None:
-    """Let a package be called as the function of its own name, such as `visionattn.export(...)`.
+    """Make a package callable as the function of its own name, such as `visionattn.export(...)`.
 
     Args:
-        package: Its `__name__`, while it is imported.
+        package: Its `__name__`, during its import.
         module: The module that defines the function, imported at the first call.
     """
     name = package.rpartition(".")[2]

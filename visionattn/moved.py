@@ -1,4 +1,4 @@
-"""Modules and arguments that have another name now: the old one still works, and says the new one."""
+"""Renamed modules and arguments: the old name still works, with a warning that gives the new one."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ MOVED = {
     "visionattn.probe.sections": "visionattn.probe.report.sections",
     "visionattn.probe.shards": "visionattn.probe.tokens.shards",
 }
-"""Old name of a module -> its name now."""
+"""Old name of a module -> new name."""
 
 _RENAMED = {
     "visionattn.data.pictures": {"find_pictures": "find_images"},
@@ -79,7 +79,7 @@ _RENAMED = {
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Stands behind Python's own finders, which know the modules that exist."""
+    """Follows Python's own finders, which find the modules that exist."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -97,7 +97,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def renamed_keywords(**names: str) -> Callable[[_Function], _Function]:
-    """Let a function take arguments by their old names: `@renamed_keywords(part="split")`."""
+    """Let a function accept arguments by their old names: `@renamed_keywords(part="split")`."""
 
     def decorate(function: _Function) -> _Function:
         @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""A model from what a user names: a name of timm's registry, a weight file, a folder, or the model itself."""
+"""Opening a model by name from timm's registry, from a weight file or folder, or as a module."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Opened(NamedTuple):
     """A model ready for inference.
 
     Attributes:
-        model: On the CPU in evaluation mode; a model that was given stays as it is.
+        model: On the CPU in evaluation mode; a given model is unchanged.
         source: Where its weights come from, for reports: "file best.ckpt", "NAME, URL", "random" or "as given".
-        licence: Licence of the weights, or None where it is not known.
+        licence: Licence of the weights, or None if unknown.
     """
 
     model: nn.Module
@@ -56,15 +56,15 @@ def open_model(
 ) -> Opened:
     """Open a model with its weights.
 
-    What exists as a file or folder, or ends like a weight file, is a file; all else is a name: of timm's registry,
-    `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
+    An existing file or folder, or a name with the suffix of a weight file, is a file; everything else is a name:
+    of timm's registry, `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
 
     Args:
-        model: Name, weight file or folder (see `visionattn.load`), or a module; None is what `checkpoint` says.
+        model: Name, weight file or folder (see `visionattn.load`), or a module; None uses the model in `checkpoint`.
         checkpoint: Weight file for a name.
-        random: Random weights for a name, always the same ones.
-        task: Tasks of which the model must be one, such as "restore", where None among them accepts models that state
-            none. Default: all.
+        random: Random weights for a name, always the same.
+        task: Accepted tasks, such as "restore"; None among them accepts models without a
+            task. Default: all.
         image_size: Side, or height and width, that a model of fixed image size is built for.
         drop_classifier: Build a name without its classifier, and ignore the one in `checkpoint`.
         **model_args: Further arguments of a name, such as `num_classes`.
@@ -95,7 +95,7 @@ def open_model(
         models.check_task(opened.model, task, name)
         return opened
     if checkpoint is not None and random:
-        raise InputError("Weights are random or those of a file: leave out --random or --checkpoint.")
+        raise InputError("Weights are random or from a file: leave out --random or --checkpoint.")
     config = _config(name)
     if image_size and config is not None and config.fixed_input_size:
         model_args["img_size"] = image_size
@@ -121,20 +121,20 @@ def open_backbone(
     *,
     image_size: int | tuple[int, int] | None = None,
 ) -> Opened:
-    """Open a network whose tokens are to be read: as `open_model` without a classifier, and those of other libraries.
+    """Open a network as a token backbone: like `open_model` without a classifier, and networks of other libraries.
 
     Args:
-        model: As `open_model` takes it; `torchvision/NAME`; a folder that `save_pretrained` of transformers wrote; or a
-            module of torchvision or transformers. Nothing is fetched for a name of torchvision without weights.
-        checkpoint: Weight file for a name; a classifier in it is not needed.
+        model: As in `open_model`; `torchvision/NAME`; a folder written by `save_pretrained` of transformers; or a
+            module of torchvision or transformers. Nothing is downloaded for torchvision names.
+        checkpoint: Weight file for a name, with or without a classifier.
         random: Random weights for a name.
         image_size: Side, or height and width, that a model of fixed image size is built for.
 
     Raises:
         CheckpointError: The weights could not be read or do not fit.
-        InputError: The model is none of these, or gives no tokens.
+        InputError: The model is none of these, or returns no tokens.
         MissingPackageError: transformers is not installed.
-        UnknownNameError: There is no such model.
+        UnknownNameError: The model is unknown.
     """
     if isinstance(model, nn.Module):
         opened = open_model(model, checkpoint, random)
@@ -151,7 +151,7 @@ def open_backbone(
 
 
 def is_file(name: str | Path) -> bool:
-    """Whether a name is meant as a file or folder: it exists, or ends like a weight file."""
+    """Whether a name refers to a file or folder: it exists, or has the suffix of a weight file."""
     return os.path.exists(name) or Path(name).suffix.lower() in WEIGHT_FILES
 
 
@@ -159,7 +159,7 @@ def has_weights(name: str) -> bool:
     """Whether weights are published for a name.
 
     Raises:
-        UnknownNameError: The name has no such tag.
+        UnknownNameError: The tag is unknown.
     """
     config = _config(name)
     return name.startswith(HOSTED) or bool(config and config.has_weights)
@@ -173,7 +173,7 @@ def _refuse(name: str, what: str, checkpoint: Any, random: bool, model_args: dic
 
 
 def _config(name: str) -> Any:
-    """What timm knows of the weights of a name; None where a name is unknown, or is of weights itself."""
+    """Configuration that timm has for the weights of a name; None if it is unknown, or refers to weights itself."""
     if name.startswith(HOSTED):
         return None
     try:
@@ -186,7 +186,7 @@ def _config(name: str) -> Any:
 def _open_torchvision(
     name: str, checkpoint: str | Path | None, random: bool, image_size: int | tuple[int, int] | None
 ) -> nn.Module:
-    """A classifier of torchvision without its last linear layers."""
+    """A torchvision classifier without its last linear layers."""
     from torchvision import models as torchvision_models
 
     if name not in torchvision_models.list_models(torchvision_models):
@@ -196,7 +196,7 @@ def _open_torchvision(
     if (checkpoint is not None) == random:
         given = "both" if random else "none"
         raise CheckpointError(
-            f"{TORCHVISION}{name} needs --checkpoint FILE, as nothing is fetched for it, or --random; got {given}."
+            f"{TORCHVISION}{name} needs --checkpoint FILE, since nothing is downloaded, or --random; got {given}."
         )
     options = {"image_size": image_size} if image_size and name.startswith("vit_") else {}
     with torch.random.fork_rng(devices=[]):
@@ -220,7 +220,7 @@ def _is_of_transformers(folder: Path) -> bool:
 
 
 def _open_transformers(folder: Path) -> nn.Module:
-    """A model in a folder; no code that lies there is run, and nothing is fetched."""
+    """A model in a folder; code in it is not run, and nothing is downloaded."""
     transformers: Any = require("transformers", "transformers")
     logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
@@ -230,7 +230,7 @@ def _open_transformers(folder: Path) -> nn.Module:
             folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32
         )
     except Exception as error:
-        # What its many readers raise for damaged files can be anything.
+        # transformers raises almost any exception for damaged files.
         raise CheckpointError(f"{shorten(folder)} could not be opened by transformers: {shorten(error)}.") from error
     finally:
         if shown:
@@ -241,7 +241,7 @@ def _open_transformers(folder: Path) -> nn.Module:
 def _with_weights(name: str, checkpoint: str | Path, drop_classifier: bool, model_args: dict[str, Any]) -> nn.Module:
     if not drop_classifier:
         return load(checkpoint, name, **model_args)
-    # What the checkpoint says of its model holds; its classifier may be of other classes, or missing.
+    # The checkpoint's card takes precedence; its classifier may have other classes, or be missing.
     card = read_card(checkpoint)
     if card is not None and card.name == name.split(".")[0]:
         model_args = {**card.model_args, **model_args}

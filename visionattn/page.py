@@ -1,6 +1,6 @@
-"""Report pages: sections of words, tables, curves and pictures, written as Markdown and as one HTML file.
+"""Report pages: sections of text, tables, curves and images, written as Markdown and as one HTML file.
 
-The HTML file has no scripts, and asks for nothing outside: curves are SVG in the page, pictures are base64.
+The HTML file has no scripts and no external references: curves are inline SVG, images are base64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ div { overflow-x: auto; } img { max-width: 100%; } code { font-size: 13px; overf
 
 
 class CurvePoint(NamedTuple):
-    """A place along x, and a value with the ends of its interval; NaN draws none."""
+    """A position along x, and a value with the ends of its interval; NaN is not drawn."""
 
     x: int
     value: float
@@ -38,14 +38,14 @@ class CurvePoint(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """A picture of values with their intervals.
+    """A plot of values with their intervals.
 
     Attributes:
-        file: In which it shall stand.
-        labels: Of the places along x.
+        file: Output file.
+        labels: Labels of the positions along x.
         series: Points of each curve.
-        what: Is drawn, the words beside the vertical axis.
-        percent: The values are shares, shown in percent.
+        what: Label of the vertical axis.
+        percent: The values are fractions, shown in percent.
     """
 
     file: str
@@ -56,7 +56,7 @@ class Curves(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A heading with what stands below it, in this order."""
+    """A heading and the content below it, in this order."""
 
     title: str
     words: list[str] = []  # noqa: RUF012
@@ -67,17 +67,17 @@ class Section(NamedTuple):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of text whole or not at all.
+    """Write a text file atomically.
 
     Raises:
-        StorageError: It could not be written.
+        StorageError: The file could not be written.
     """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write rows of the same columns as CSV.
+    """Write rows with the same columns as CSV.
 
     Raises:
         StorageError: The file could not be written.
@@ -89,12 +89,12 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def write_pages(sections: Sequence[Section], folder: str | Path, name: str = "report") -> list[str]:
-    """Write sections as `report.md` and `report.html`, with their curves and drawings.
+    """Write sections as `report.md` and `report.html`, with their curves and images.
 
     Args:
-        sections: Of the report; their pictures are JPEG or PNG files that lie in the folder already.
-        folder: Of the report.
-        name: Of the two files, without the suffix.
+        sections: Sections of the report; their images are JPEG or PNG files already in the folder.
+        folder: Folder of the report.
+        name: Name of the two files, without suffix.
 
     Returns:
         The files of the curves.
@@ -127,10 +127,10 @@ def draw_curves(
     """Draw values with their intervals as an SVG.
 
     Args:
-        labels: Of the places along x.
+        labels: Labels of the positions along x.
         series: Points of each curve.
-        what: Is drawn, the words beside the vertical axis.
-        percent: The values are shares, shown in percent.
+        what: Label of the vertical axis.
+        percent: The values are fractions, shown in percent.
     """
     left, top, width, height, legend = 56, 12, 440, 260, 150
     scale = 100 if percent else 1
@@ -161,7 +161,7 @@ def draw_curves(
     for number, (name, points) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
         dash = ' stroke-dasharray="5 3"' if number >= len(COLOURS) else ""
-        # Curves that share their places along x would hide each other's intervals.
+        # Curves with the same positions along x would hide each other's intervals.
         shift = (number - (len(series) - 1) / 2) * min(6, 0.6 * width / len(labels) / len(series))
         drawn = (point for point in points if math.isfinite(point.value))
         places = [(across(point.x) + shift, up(point.value), point.interval) for point in drawn]
@@ -208,7 +208,7 @@ def _markdown(sections: Iterable[Section]) -> str:
 
 
 def _html(sections: Sequence[Section], drawn: Mapping[str, str], folder: Path) -> str:
-    """One page that needs no other file."""
+    """A self-contained page."""
     body: list[str] = []
     for number, section in enumerate(sections):
         level = "h2" if number else "h1"

@@ -1,4 +1,4 @@
-"""Consoles, and progress of long work: a bar on a terminal, a line now and then in a log."""
+"""Consoles, and progress of long tasks: a bar on a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ EVERY = 30.0  # seconds between lines of a log
 
 
 def new_console() -> Console:
-    """A console of the width of the terminal; a pipe has none, and rows must not be cut there."""
+    """A console with the width of the terminal; in a pipe rows must not be cut."""
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def session_console() -> Console | None:
-    """The console of functions that take long: of a notebook or an interactive session; None in a program."""
+    """The console for long-running functions: in a notebook or an interactive session; None in a program."""
     return Console(stderr=True) if hasattr(sys, "ps1") else None
 
 
@@ -33,16 +33,16 @@ def draws_bars(console: Console) -> bool:
 
 @contextmanager
 def counted(what: str, total: int, console: Console | None) -> Iterator[Callable[[int], None]]:
-    """Show how much is done.
+    """Show progress.
 
     Args:
         what: What is counted, such as `"images"`.
-        total: How many there are.
-        console: A terminal or notebook shows a bar, which goes at the end. Elsewhere the error output gets a line every
-            30 seconds. None shows nothing.
+        total: Total count.
+        console: A terminal or notebook shows a bar, which is removed at the end. Elsewhere a line is printed to stderr
+            every 30 seconds. None shows nothing.
 
     Yields:
-        A function to call with how many more are done.
+        A function to call with the number of newly completed items.
     """
     if console is not None and draws_bars(console):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

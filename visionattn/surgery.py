@@ -1,4 +1,4 @@
-"""Change somebody's model in place: `visionattn.accelerate(model)`, `visionattn.insert(model, block, where)`."""
+"""Modify a model in place: `visionattn.accelerate(model)`, `visionattn.insert(model, block, where)`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ MODES = ("residual", "add", "replace")
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Let every halo attention of a timm model compute with this package's operator, which gives the same numbers.
+    """Let every halo attention of a timm model use this package's operator, with the same results.
 
         model = timm.create_model("halonet50ts", pretrained=True)
         visionattn.accelerate(model)
         logits = model(images)
 
-    Each `timm.layers.halo_attn.HaloAttn`, whatever its settings and wherever it stands, turns into a `HaloAttention`
+    Each `timm.layers.halo_attn.HaloAttn`, with any settings and at any depth, becomes a `HaloAttention`
     with timm's border and index. It stays the same object with the same parameters, submodules, hooks and mode:
-    optimizers, tied weights, averages of weights and state dicts go on as they were, and weight files of timm load
+    optimizers, tied weights, weight averages and state dicts continue to work, and timm's weight files load
     before and after. Outputs and gradients differ by rounding only.
 
-    Maps that the block size does not divide, which timm refuses, are taken too. Second derivatives, forward mode and
-    the transforms of `torch.func` take the operator's plain definition. `torch.onnx.export` by itself does not know the
+    Maps not divisible by the block size, which timm refuses, are accepted too. Second derivatives, forward mode and
+    the transforms of `torch.func` use the operator's plain definition. `torch.onnx.export` alone does not support the
     operator.
 
-    What holds no `HaloAttn` any more, such as a scripted or traced model, stays as it is: accelerate first. Subclasses
-    of `HaloAttn` stay as well, since they may compute something else.
+    Modules without `HaloAttn` objects, such as scripted or traced models, are unchanged: accelerate first. Subclasses
+    of `HaloAttn` are unchanged too, since they may compute something else.
 
     Args:
         model: Any module; a `HaloAttn` itself, or one that has such layers at any depth.
@@ -51,7 +51,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def _convert(layer: HaloAttn) -> None:
-    """Give a layer our class and the settings that our class reads; what `nn.Module` keeps is not touched."""
+    """Give a layer our class and its settings; the state of `nn.Module` is not touched."""
     ours = HaloAttention(
         layer.dim_out_v,  # stands for the input width, which matters to projections only: the layer keeps its own
         num_heads=layer.num_heads,
@@ -66,14 +66,14 @@ def _convert(layer: HaloAttn) -> None:
     )
     kept = vars(nn.Module())
     vars(layer).update({name: value for name, value in vars(ours).items() if name not in kept})
-    # A new object would have to be put wherever the old one is known: parents, hooks bound to it, variables of others.
+    # A new object would have to replace the old one everywhere: in parents, bound hooks, variables.
     layer.__class__ = HaloAttention  # type: ignore[assignment]
 
 
 class Residual(nn.Module):
-    """A block next to the identity, with a gain for each channel that starts at 0: x + gain * block(x).
+    """A block with a skip connection and a gain per channel, initialised to 0: x + gain * block(x).
 
-    It begins as the identity, exactly. The gain learns from the first step on, the block from the second.
+    It is exactly the identity at first. The gain is trained from the first step on, the block from the second.
 
     Args:
         block: (B, C, H, W) -> (B, C, H, W).
@@ -100,17 +100,17 @@ def insert(
     mode: str | None = None,
     input_size: tuple[int, int, int] | None = None,
 ) -> Savings:
-    """Put blocks behind layers of a convolutional model, or in their place, and say what that saves.
+    """Insert blocks after layers of a convolutional model, or replace the layers, and return what that saves.
 
         model = timm.create_model("mobilenetv2_100", pretrained=True)
         visionattn.insert(model, SubspaceAttention, where=["blocks.4.2", "blocks.5.2"], mode="replace")
 
-    Everything but the named layers keeps its names and weights. A layer with a block behind it gets `.0` after its name
-    and the block `.1`: load weights before. Blocks take the dtype, the device and the mode of the model.
+    Everything but the named layers keeps its names and weights. A layer with a block after it gets `.0` appended to its
+    name, and the block `.1`: load weights before. Blocks get the dtype, the device and the mode of the model.
 
     Args:
         model: Any model of maps, such as timm's convolutional networks.
-        block: Called with the number of channels, gives a module (B, C, H, W) -> (B, C, H, W): a class of
+        block: Called with the number of channels, returns a module (B, C, H, W) -> (B, C, H, W): a class of
             `visionattn.blocks`, or `functools.partial(SubspaceAttention, num_subspaces=8)`.
         where: Name or names of layers, as in `model.named_modules()`.
         mode: `"residual"`: behind the layer, as x + gain * block(x) with a gain of 0 for each channel, so that the
@@ -118,25 +118,25 @@ def insert(
             block(x), which replaces the layer's output. `"replace"`: in place of a layer whose output has the shape of
             its input. None: `"add"` for gates, which multiply their input and say so by an attribute `is_gate`, such as
             `SubspaceAttention`; `"residual"` for all others, such as `HaloAttention`, which forget their input.
-        input_size: Image (C, H, W) to count with; that of `model.pretrained_cfg` if None.
+        input_size: Image (C, H, W) for counting; that of `model.pretrained_cfg` if None.
 
     Returns:
         Parameters and multiply-accumulates before and after; `print` shows them in one line.
 
     Raises:
-        InputError: There is no layer of a name (those that would do are listed), a layer to be replaced changes the
-            shape, a layer gives no map, one lies in another, the block changes the shape, or the model does not run
-            with the block. The model is then as it was.
+        InputError: There is no layer of that name (suitable ones are listed), a replaced layer changes the
+            shape, a layer returns no map, one contains another, the block changes the shape, or the model does not
+            run with the block. The model is then unchanged.
     """
     if mode is not None and mode not in MODES:
         raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, or None; got {mode!r}.")
     names = [where] if isinstance(where, str) else list(where)
     for one, other in permutations(names, 2):
         if f"{other}.".startswith(f"{one}."):
-            raise InputError(f"{other!r} is or lies in {one!r}: give insert layers that are apart from each other.")
+            raise InputError(f"{other!r} is or is inside {one!r}: name layers that do not contain each other.")
     size = input_size or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     if size is None:
-        raise InputError("The model does not say the size of its images: give insert an input_size, (C, H, W).")
+        raise InputError("The model has no image size: pass input_size, (C, H, W), to insert.")
     shapes = _shapes(model, size)
     for name in names:
         if not _can_take(name, shapes, mode):
@@ -172,7 +172,7 @@ def _joined(layer: nn.Module, block: nn.Module, dim: int, mode: str | None, like
 
 
 def _check_outputs(model: nn.Module, size: tuple[int, int, int], wanted: dict[str, torch.Size]) -> None:
-    """A sum would broadcast a block's output of one channel without a word."""
+    """Check shapes, since a sum would silently broadcast a block's output of one channel."""
     shapes = _shapes(model, size)
     for name, shape in wanted.items():
         residual = isinstance(getattr(model.get_submodule(name), "1", None), Residual)
@@ -188,7 +188,7 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _shapes(model: nn.Module, size: tuple[int, int, int]) -> dict[str, tuple]:
-    """Name of each module that takes one map -> shapes of its input and its output, or None where that is no map."""
+    """Name of each module that takes one map -> shapes of its input and output, or None if that is not a map."""
     model = copy.deepcopy(model).to("meta").eval()
     shapes: dict[str, tuple] = {}
 
@@ -212,18 +212,18 @@ def _can_take(name: str, shapes: dict[str, tuple], mode: str | None) -> bool:
 
 
 def _refusal(model: nn.Module, name: str, shapes: dict[str, tuple], mode: str | None) -> str:
-    """Why a layer cannot be taken, and which could."""
+    """Why a layer cannot be used, and which could."""
     given, got = shapes.get(name, (None, None))
     if name not in shapes:
-        reason = f"There is no layer {name!r} that takes part in the model."
+        reason = f"There is no layer {name!r} that is used in the forward pass."
     elif name == "" or got is None:
-        reason = f"The layer {name!r} gives no map (B, C, H, W)."
+        reason = f"The layer {name!r} does not return a map (B, C, H, W)."
     else:
         reason = (
             f"The layer {name!r} makes {tuple(got[1:])} of {tuple(given[1:]) if given else 'what is no map'}: only one "
             "that keeps the shape can be replaced."
         )
-    # Layers around convolutions are a network's blocks and stages; their parts would make a long list.
+    # Layers around convolutions are a network's blocks and stages; listing their parts would be long.
     convolutions = [path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     blocks = {path.rpartition(".")[0] for path in convolutions}
     candidates = [other for other in shapes if other in blocks and _can_take(other, shapes, mode)]

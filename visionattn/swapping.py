@@ -23,10 +23,10 @@ __all__ = ["Swapped", "swap"]
 
 
 class TokenGrid:
-    """Size of the grid that a model's patch embedding has made last, which no layer behind it is told.
+    """Size of the last grid of a model's patch embedding, which later layers are not told.
 
     Args:
-        size: (H, W) where the embedding gives tokens (B, N, C) instead of a map (B, H, W, C).
+        size: (H, W), used if the embedding returns tokens (B, N, C) instead of a map (B, H, W, C).
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
@@ -34,7 +34,7 @@ class TokenGrid:
         self.size = size
 
     def __getstate__(self) -> dict[str, Any]:
-        # The symbolic size that an export leaves behind cannot be copied.
+        # Symbolic sizes that an export leaves behind cannot be copied.
         return {"trained": self.trained, "size": self.trained}
 
     def __call__(self, embedding: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -43,7 +43,7 @@ class TokenGrid:
 
 
 class _Mixing(TorchFunctionMode):
-    """Inside of it `scaled_dot_product_attention` is another function."""
+    """Within this context `scaled_dot_product_attention` is another function."""
 
     def __init__(self, mix) -> None:
         super().__init__()
@@ -62,14 +62,14 @@ class Swapped(nn.Module):
     num_prefix_tokens: int
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the layer, with another function in place of scaled dot-product attention."""
+        """The layer's forward, with another function in place of scaled dot-product attention."""
 
         def mix(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **unused) -> Tensor:
             grid = self.token_grid.size
             if q.shape[2] != self.num_prefix_tokens + grid[0] * grid[1] or is_causal:
                 raise InputError(
-                    f"A grid of {grid[0]} x {grid[1]} and {self.num_prefix_tokens} prefix tokens do not make "
-                    f"{q.shape[2]} tokens, or the attention is causal: undo the swap of layers that see other tokens."
+                    f"A grid of {grid[0]} x {grid[1]} and {self.num_prefix_tokens} prefix tokens do not match "
+                    f"{q.shape[2]} tokens, or the attention is causal: undo the swap of layers with other tokens."
                 )
             if attn_mask is not None and "bias" not in self.mixer.supports:
                 raise InputError(f"{self.mixer.name} does not support a bias or a mask of the logits.")
@@ -111,31 +111,31 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def swap(model: nn.Module, mixer: str, where: str = "*", every: int = 1, **settings: Any) -> Savings:
-    """Let attention layers of a timm transformer mix tokens in another way, in place, and say what that saves.
+    """Replace the mixer of attention layers of a timm transformer, in place, and return what that saves.
 
         model = timm.create_model("vit_small_patch16_224", pretrained=True)
         print(visionattn.swap(model, "hsa", every=2, windows=7))
 
-    A layer stays the same object with the same parameters, names, hooks and mode. The mixer's own parameters, if it has
-    any, are new ones below `mixer` in the layer; they start so that the layer computes softmax attention where
-    `MIXERS[mixer].limit` says that it can. Weight files of the model load after the swap as before. Layers that were
-    swapped can be swapped again.
+    A layer stays the same object with the same parameters, names, hooks and mode. The mixer's own parameters, if any,
+    are new ones below `mixer` in the layer; they are initialised so that the layer computes softmax attention if
+    `MIXERS[mixer].limit` says that it can. Weight files of the model still load after the swap. Swapped layers can be
+    swapped again.
 
     Args:
         model: A model with a `patch_embed`, whose attention is timm's `Attention`, `AttentionRope`, EVA's or BEiT's, or
             `MinimalAttention`.
         mixer: Name in `visionattn.mixers.MIXERS`; `"softmax"` undoes a swap, but for the class.
         where: Pattern of layers' names as in `model.named_modules()`, such as `"blocks.1?.attn"`.
-        every: Swap the first of the layers found and every so many behind it; the others stay: a hybrid.
+        every: Swap every so many of the found layers, beginning with the first; the others stay: a hybrid.
         **settings: Arguments of the mixer, such as `kernel=7`. If it has a `grid_size`, the default is the model's.
 
-    Returns:
+    Parameters and multiply-accumulates before and after, as executed here.
         Parameters and multiply-accumulates before and after, as they are executed here.
 
     Raises:
-        UnknownNameError: There is no mixer of that name.
-        InputError: The model has no such layers or no grid, the mixer cannot take a layer's place, a setting is wrong,
-            or the model does not run with the mixer. The model is then as it was.
+        UnknownNameError: The mixer is unknown.
+        InputError: The model has no such layers or no grid, the mixer cannot replace a layer's core, a setting is
+            wrong, or the model does not run with the mixer. The model is then unchanged.
     """
     find_mixer(mixer)
     layers = attention_layers(model, where, every)
@@ -159,13 +159,13 @@ def swap(model: nn.Module, mixer: str, where: str = "*", every: int = 1, **setti
 
 
 def _state(module: nn.Module) -> tuple[nn.Module, type, dict[str, Any], dict[str, dict]]:
-    """A module with its class, its attributes, and what the dictionaries among them hold."""
+    """A module with its class, its attributes, and the contents of dictionaries among them."""
     attributes = vars(module).copy()
     return module, type(module), attributes, {n: d.copy() for n, d in attributes.items() if isinstance(d, dict)}
 
 
 def _restore(module: nn.Module, kind: type, attributes: dict[str, Any], contents: dict[str, dict]) -> None:
-    """Undo what happened since `_state`; handles of hooks know the dictionaries, which stay the same objects."""
+    """Undo all changes since `_state`; hook handles refer to the dictionaries, which stay the same objects."""
     module.__class__ = kind
     vars(module).clear()
     vars(module).update(attributes)
@@ -175,33 +175,33 @@ def _restore(module: nn.Module, kind: type, attributes: dict[str, Any], contents
 
 
 def attention_layers(model: nn.Module, where: str, every: int) -> dict[str, nn.Module]:
-    """Names and attention layers that a pattern finds, the first of every so many."""
+    """Names and attention layers that match a pattern, every so many."""
     if every < 1:
         raise InputError(f"every must be at least 1; got {every}.")
     known = {n: m for n, m in model.named_modules() if type(m) in CLASSES or isinstance(m, Swapped)}
     if not known:
         names = ", ".join(kind.__name__ for kind in CLASSES)
-        raise InputError(f"{type(model).__name__} has no attention layer that swap knows ({names}).")
+        raise InputError(f"{type(model).__name__} has no attention layer that swap supports ({names}).")
     found = [name for name in known if fnmatch.fnmatchcase(name, where)]
     if not found:
-        raise InputError(f"No attention layer is called {where!r}; there are {', '.join(list(known)[:4])} and so on.")
+        raise InputError(f"No attention layer matches {where!r}; there are {', '.join(list(known)[:4])} and so on.")
     return {name: known[name] for name in found[::every]}
 
 
 def grid_of(model: nn.Module) -> TokenGrid:
-    """The grid that a model was made for, the same object at each call after a swap."""
+    """The grid that a model was built for, the same object at each call after a swap."""
     embedding: Any = getattr(model, "patch_embed", None)
     for hook in getattr(embedding, "_forward_hooks", {}).values():
         if isinstance(hook, TokenGrid):
             return hook
     size = getattr(embedding, "grid_size", None)
     if size is None:
-        raise InputError(f"{type(model).__name__} has no patch_embed with a grid_size: swap does not know its grid.")
+        raise InputError(f"{type(model).__name__} has no patch_embed with a grid_size, which swap needs.")
     return TokenGrid((int(size[0]), int(size[1])))
 
 
 def image_size(model: nn.Module) -> tuple[int, int, int]:
-    """Size (C, H, W) of the images that a model was made for."""
+    """Size (C, H, W) of the images that a model was built for."""
     embedding = model.get_submodule("patch_embed")
     channels = next(p.shape[1] for p in embedding.parameters() if p.ndim == 4)
     height, width = embedding.img_size  # type: ignore[misc]
@@ -212,7 +212,7 @@ def _core(name: str, layer: nn.Module, where: str, grid: tuple[int, int], settin
     """A mixer without projections for a layer."""
     kind = find_mixer(name)
     if not kind.swappable:
-        raise InputError(f"The mixer {name!r} has projections of its own: it cannot take the place of a layer's core.")
+        raise InputError(f"The mixer {name!r} has its own projections: it cannot replace a layer's core.")
     accepted = inspect.signature(kind).parameters
     unknown = set(settings) - set(accepted)
     if unknown or {"dim", "num_heads", "device", "dtype"} & set(settings):
@@ -222,7 +222,9 @@ def _core(name: str, layer: nn.Module, where: str, grid: tuple[int, int], settin
     weight = next(layer.parameters())
     heads, dim = int(layer.num_heads), _width(layer)  # type: ignore[arg-type]
     if getattr(layer, "head_dim", dim // heads) * heads != dim:
-        raise InputError(f"The heads of {where} are {layer.head_dim} wide, {heads} of them: swap needs {dim} in all.")
+        raise InputError(
+            f"The heads of {where} have width {layer.head_dim}, {heads} of them: swap needs {dim} in total."
+        )
     mixer = kind(dim, heads, **settings, device=weight.device, dtype=weight.dtype)
     for part in ("qkv", "q_norm", "k_norm", "proj"):
         delattr(mixer, part)
@@ -239,9 +241,9 @@ def _width(layer: nn.Module) -> int:
 
 
 def _convert(layer: nn.Module, mixer: Mixer, grid: TokenGrid, model: nn.Module) -> None:
-    """Give a layer its new class, the mixer, and where it learns the grid."""
+    """Give a layer its new class, the mixer, and the grid."""
     if getattr(getattr(layer, "attn_drop", None), "p", 0.0):
-        raise InputError("Layers with dropout of attention weights cannot be swapped: make the model without it.")
+        raise InputError("Layers with dropout of attention weights cannot be swapped: build the model without it.")
     if not isinstance(layer, Swapped):
         layer.__class__ = CLASSES[type(layer)]
         layer.register_load_state_dict_pre_hook(_keep_the_start)
@@ -251,7 +253,7 @@ def _convert(layer: nn.Module, mixer: Mixer, grid: TokenGrid, model: nn.Module) 
 
 
 def _keep_the_start(layer: Swapped, state_dict: dict, prefix: str, *unused: Any) -> None:
-    """Files of the model before the swap have no parameters of the mixer: it keeps its own."""
+    """Files from before the swap have no parameters of the mixer: it keeps its own."""
     own = layer.mixer.state_dict()
     if not any(f"{prefix}mixer.{name}" in state_dict for name in own):
         state_dict.update({f"{prefix}mixer.{name}": tensor for name, tensor in own.items()})

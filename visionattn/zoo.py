@@ -1,7 +1,7 @@
 """`visionattn list` and `visionattn show`: the models by name, and one model's card.
 
-What the models cost stands in `costs.csv`, which `python -m tools.count_costs` writes: counting takes half a minute.
-The console script lists them from that file alone (see `visionattn_command`).
+The costs are stored in `costs.csv`, written by `python -m tools.count_costs`: counting takes half a minute.
+The console script lists them from that file only (see `visionattn_command`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COSTS = Path(__file__).parent / "costs.csv"
 
 
 class Cost(NamedTuple):
-    """A model's task, parameters, multiply-accumulates for its input size, that size, and where weights come from."""
+    """A model's task, parameters, multiply-accumulates for its input size, that size, and the source of its weights."""
 
     task: str
     parameters: int
@@ -53,7 +53,7 @@ def add_show_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _outline(name: str) -> nn.Module:
-    """A model without memory."""
+    """A model on the meta device."""
     if name in models.names():
         return create(name, device="meta")
     with torch.device("meta"):
@@ -61,7 +61,7 @@ def _outline(name: str) -> nn.Module:
 
 
 def count(name: str) -> Cost:
-    """Build a model on the meta device and count what it costs."""
+    """Build a model on the meta device and count its cost."""
     return _count(_outline(name))
 
 
@@ -74,14 +74,14 @@ def _count(model: Any) -> Cost:
 
 
 def _weights(config: Mapping[str, Any]) -> str:
-    """Where the weights of timm's configuration come from: "shipped" is with this package."""
+    """Source of the weights in timm's configuration: "shipped" is part of this package."""
     if config.get("file"):
         return "shipped"
     return "download" if config.get("url") or config.get("hf_hub_id") else "none"
 
 
 def read_costs() -> dict[str, Cost]:
-    """The costs of all names of this package, as counted when it was made."""
+    """The stored costs of all models of this package."""
     with COSTS.open(newline="", encoding="utf-8") as file:
         return {
             row["name"]: Cost(row["task"], int(row["parameters"]), int(row["macs"]), row["input"], row["weights"])
@@ -95,7 +95,7 @@ def run_list(args: argparse.Namespace) -> int:
     if not names:
         raise UnknownNameError(f"No model name fits {args.pattern!r}. `visionattn list` shows all.")
     costs = read_costs()
-    # A user's own name is not in the table.
+    # User-registered names are not in the table.
     rows = [{"name": name, **(costs.get(name) or count(name))._asdict()} for name in names]
     new_console().print(model_table(rows))
     return 0

@@ -195,10 +195,10 @@ class MixerContract:
         if "prefix" in mixer.supports:
             assert mixer(x, GRID).shape == x.shape
             assert mixer(x[:, 1:], GRID).shape == (2, 15, DIM)
-            with pytest.raises(InputError, match="0 prefix tokens do not make 16 tokens"):
+            with pytest.raises(InputError, match="0 prefix tokens do not match 16 tokens"):
                 MIXERS[name](DIM, HEADS, **settings, num_prefix_tokens=0)(x, GRID)
         else:
-            with pytest.raises(InputError, match="0 prefix tokens do not make 16 tokens"):
+            with pytest.raises(InputError, match="0 prefix tokens do not match 16 tokens"):
                 mixer(x, GRID)
             with pytest.raises(InputError, match="does not support prefix tokens"):
                 MIXERS[name](DIM, HEADS, **settings, num_prefix_tokens=1)

@@ -92,7 +92,7 @@ def test_what_is_not_of_the_same_images_is_refused():
         Comparison([first, judged("b", "b", "d", right[1:], right[1:])])
     with pytest.raises(InputError, match="b is given twice"):
         Comparison([first, judged("b", "a", "d", right, right)])
-    with pytest.raises(InputError, match="two backbones or more; got 1"):
+    with pytest.raises(InputError, match="at least two backbones; got 1"):
         Comparison([first])
 
 
@@ -192,7 +192,7 @@ def test_reports_that_cannot_be_compared_say_what_to_do(both, content, tmp_path,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--compare", "lost"], "lost is no folder of a report"),
+        (["--compare", "lost"], "lost is not the folder of a report"),
         (["--compare", "lost", "--data", "digits"], "--compare takes reports only"),
         ([NAME, OTHER, "--data", "digits", "--checkpoint", "a.pth"], "--checkpoint and --export are of one backbone"),
         ([NAME, "va_lost", "--random", "--data", "digits"], "There is no model 'va_lost'"),

@@ -112,7 +112,7 @@ def register(
         save: `setup_context` of `torch.library.register_autograd`.
         differentiate: `backward` of `torch.library.register_autograd`; it calls `<operator>_backward`.
         gradient: Plain form of `<operator>_backward` that PyTorch can differentiate. None for the default: it takes the
-                cotangents and the operator's arguments, and returns the gradient of each tensor among these.
+            cotangents and the operator's arguments, and returns the gradient of each tensor among these.
         kept: Positions of arguments that keep their precision under autocast.
         exported: Plain form for exported graphs. None for the definition.
         plain_in_bfloat16: Differentiate the definition itself on CPUs that multiply bfloat16, where this is faster.

@@ -1,4 +1,4 @@
-"""Judging a frozen backbone: its tokens are pooled into one vector a picture, and a small head reads that.
+"""Evaluating a frozen backbone: its tokens are pooled into one vector per image for a small head.
 
 `Backbone` reads the tokens; `extract` stores them, or `LiveFeatures` computes them at each pass; `sweep`, `few_shot`
 and `nearest_neighbours` judge them. The package is called as the function of its name: `visionattn.probe(backbone,
@@ -20,7 +20,7 @@ make_callable(__name__, "visionattn.probe.api")
 # What reads files of images needs Lightning.
 __getattr__ = lazily(__name__, {name: "visionattn.probe.applying" for name in ("apply_head", "open_classifier")})
 
-# `sweep` and `few_shot` are the functions: what else is in the modules of these names is had by `from ... import`.
+# `sweep` and `few_shot` are the functions: other names of these modules need `from ... import`.
 __all__ = [
     "POOLINGS",
     "Backbone",

@@ -59,7 +59,7 @@ def probe(
     progress: bool = True,
     **options: Any,
 ) -> Report | TaskReport | Comparison:
-    """Judge a frozen backbone by k-NN and by heads that are trained on its tokens; compare several of them.
+    """Evaluate a frozen backbone by k-NN and by heads that are trained on its tokens; compare several of them.
 
     Args:
         backbone: Name in timm's registry, weight file or folder, `torchvision/NAME`, a folder of transformers, a
@@ -140,7 +140,7 @@ def _candidates(backbones: Sequence[BackboneSource], settings: ProbeSettings) ->
         InputError: They are less than two, or one is given twice, or the settings are those of one backbone.
     """
     if len(backbones) < 2:
-        raise InputError(f"A comparison needs two backbones or more; got {len(backbones)}.")
+        raise InputError(f"A comparison needs at least two backbones; got {len(backbones)}.")
     twice = [str(one) for place, one in enumerate(backbones) if one in backbones[:place]]
     if twice:
         raise InputError(f"{shorten(twice[0])} is given twice.")

@@ -1,4 +1,4 @@
-"""Using a head that `visionattn probe` saved: its backbone is opened, and images are told apart."""
+"""Using a head saved by `visionattn probe`: opens its backbone and classifies images."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def apply_head(
         Probabilities of the classes.
 
     Raises:
-        CheckpointError: The file is no such head, or the backbone has not the weights that the head was trained on.
+        CheckpointError: The file is not such a head, or the head was trained on other weights of the backbone.
         DataError: There are no images, or more than 10 % and more than a handful cannot be read.
         InputError: The head does not say which backbone it reads, or an image is of another kind.
     """

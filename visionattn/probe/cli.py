@@ -62,15 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", nargs="+", type=Path, metavar="REPORT", help="compare folders of reports; nothing is probed"
     )
     parser.add_argument(
-        "--embed", type=Path, metavar="FILE.npz", help="write a vector an image of --data; nothing is probed"
+        "--embed", type=Path, metavar="FILE.npz", help="write one vector per image of --data; nothing is probed"
     )
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME; a classifier in it is not needed")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME; with or without a classifier")
     parser.add_argument("--random", action="store_true", help="untrained weights for NAME")
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="FOLDER|DATASET", help="images by class, or digits, mnist, torch/..., hfds/...")
     data.add_argument("--task", choices=TASKS, help="default: %(default)s; segmentation: images with masks")
-    data.add_argument("--classes", type=Path, metavar="FILE", help="names of a segmentation's classes, one a line")
-    data.add_argument("--root", metavar="FOLDER", help="where the files of a named dataset are")
+    data.add_argument("--classes", type=Path, metavar="FILE", help="class names for segmentation, one per line")
+    data.add_argument("--root", metavar="FOLDER", help="folder of the files of a named dataset")
     data.add_argument("--train-split", metavar="NAME", help="training split, of readers with named splits")
     data.add_argument(
         "--val-split",
@@ -78,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="validation split; also used for testing if there is no test split",
     )
     data.add_argument("--test-split", metavar="NAME", help="test split")
-    data.add_argument("--num-classes", type=whole_number(2), metavar="N", help="where the data do not say it")
+    data.add_argument(
+        "--num-classes", type=whole_number(2), metavar="N", help="number of classes, if the data does not define it"
+    )
     data.add_argument(
         "--image-size",
         type=_pixels,
@@ -90,8 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument("--layers", type=_layers, help="last, all, or indices such as 3,7,11")
-    tokens.add_argument("--dtype", choices=tuple(DTYPES), help="on disk (default: %(default)s)")
-    tokens.add_argument("--cache", type=Path, metavar="FOLDER", help="for tokens (default: features in the output)")
+    tokens.add_argument("--dtype", choices=tuple(DTYPES), help="type of stored tokens (default: %(default)s)")
+    tokens.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="folder of stored tokens (default: features in the output)"
+    )
     tokens.add_argument("--live", action="store_true", help="store no tokens: run the backbone at each pass")
     heads = parser.add_argument_group("heads")
     heads.add_argument(
@@ -102,7 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lrs", type=_numbers(number(0, above=True)), metavar="LIST", help="learning rates; lars: times batch / 256"
     )
     heads.add_argument("--weight-decays", type=_numbers(number(0)), metavar="LIST", help="default: 0")
-    heads.add_argument("--seeds", type=_numbers(whole_number(0, SEEDS)), metavar="LIST", help="of initial weights")
+    heads.add_argument(
+        "--seeds", type=_numbers(whole_number(0, SEEDS)), metavar="LIST", help="seeds of initial weights"
+    )
     heads.add_argument("--epochs", type=whole_number(1), metavar="N", help="default: %(default)s; the paper's: 90")
     heads.add_argument(
         "--batch-size",
@@ -119,8 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     heads.add_argument(
         "--draws", type=whole_number(1), metavar="N", help="random few-shot subsets per size (default: %(default)s)"
     )
-    heads.add_argument("--device", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
-    heads.add_argument("--devices", type=whole_number(1), metavar="N", help="how many of them, each in a process")
+    heads.add_argument("--device", help="auto (a GPU if available), cpu, cuda, cuda:1, ...")
+    heads.add_argument("--devices", type=whole_number(1), metavar="N", help="number of devices, one process each")
     output = parser.add_argument_group("results")
     output.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/probe/BACKBONE-DATASET-HASH")
     output.add_argument("--overwrite", action="store_true", help="replace the report of another run in that folder")

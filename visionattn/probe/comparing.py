@@ -81,7 +81,7 @@ def compare(
         StorageError: A file could not be written.
     """
     if isinstance(reports, (str, Path, Report)):
-        raise InputError("A comparison needs two reports or more; got one.")
+        raise InputError("A comparison needs at least two reports; got one.")
     return compare_reports(reports, {}, output, overwrite, device)
 
 
@@ -136,7 +136,9 @@ def _judged(report: Report | str | Path) -> tuple[Mapping[str, Any], dict[str, n
     folder = Path(report)
     folder = folder.parent if folder.is_file() else folder
     if not (folder / "results.json").is_file():
-        raise InputError(f"{shorten(report)} is no folder of a report: `visionattn probe` writes results.json there.")
+        raise InputError(
+            f"{shorten(report)} is not the folder of a report: `visionattn probe` writes results.json there."
+        )
     content = read_json(folder / "results.json", {"command": str})
     if content.get("task", "classification") != "classification":
         task = shorten(content["task"])

@@ -116,7 +116,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if len(self.judged) < 2:
-            raise InputError(f"A comparison needs two backbones or more; got {len(self.judged)}.")
+            raise InputError(f"A comparison needs at least two backbones; got {len(self.judged)}.")
         first = self.judged[0].report
         for one in self.judged[1:]:
             if one.report["plan"] == first["plan"] and one.report["plan"]:

@@ -1,4 +1,4 @@
-"""`visionattn.embed`: one vector an image from a frozen backbone, as a file of NumPy arrays; labels are not needed."""
+"""`visionattn.embed`: one vector per image from a frozen backbone, as a file of NumPy arrays; labels are not needed."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def embed(
     progress: bool = True,
     **options: Any,
 ) -> Embeddings:
-    """Give one vector an image.
+    """Compute one vector per image.
 
     Args:
         backbone: As `visionattn.probe` takes it.

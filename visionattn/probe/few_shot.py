@@ -26,7 +26,7 @@ class FewShotResult:
     Attributes:
         pooling: Its name.
         layer: Name of the layer.
-        size: Images a class, or the fraction of each class where it is a float.
+        size: Images per class, or the fraction of each class where it is a float.
         accuracies: On the test images, one of each draw: of the head and the epoch that the held-out images chose.
     """
 
@@ -99,7 +99,7 @@ def few_shot(
         train: Training images.
         test: Test images.
         heads: What to train.
-        sizes: Images a class (int), or fractions of each class (float).
+        sizes: Images per class (int), or fractions of each class (float).
         draws: Of the images, independent, seeded 0, 1, ...
         batch_size: Images a step, or all that there are where these are less.
         state: Folder of a state file a draw.

@@ -22,7 +22,7 @@ SHOWN = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="what to classify, sub-folders included")
+    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="images to classify, including sub-folders")
     parser.add_argument("--head", required=True, metavar="FILE", help="head that `visionattn probe` saved")
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1),
         default=1,
         metavar="N",
-        help="the likeliest classes of each image, so many (default: %(default)s)",
+        help="number of most likely classes per image (default: %(default)s)",
     )
-    form.add_argument("--probabilities", action="store_true", help="the probability of every class")
+    form.add_argument("--probabilities", action="store_true", help="write the probability of every class")
     parser.add_argument(
         "--output",
         type=Path,
@@ -40,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="CSV or JSON (default: predictions.csv)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
-    parser.add_argument("--backbone", metavar="NAME|CKPT", help="where the head's backbone lies elsewhere by now")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument("--backbone", metavar="NAME|CKPT", help="backbone, if it has moved since the head was saved")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if available), cpu, cuda, cuda:1, ...")
 
 
 def run(args: argparse.Namespace) -> int:

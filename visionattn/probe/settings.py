@@ -1,4 +1,4 @@
-"""The settings of a probing run, which are the options of `visionattn probe`."""
+"""Settings of a probing run: the options of `visionattn probe`."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class ProbeSettings:
         train_split: Training split, of datasets with named splits.
         val_split: Validation split; also used for testing if there is no test split.
         test_split: Test split.
-        num_classes: Number of classes, where the data do not say it.
-        classes: File of the names of a segmentation's classes, one a line; None takes `classes.txt` of the folder.
+        num_classes: Number of classes, if the data does not define it.
+        classes: File of the names of a segmentation's classes, one per line; None takes `classes.txt` of the folder.
         image_size: Side of the images in pixels, or height and width for segmentation; None takes the model's.
         workers: Loading processes.
 
         layers: "last", "all", or indices.
-        dtype: Of the stored tokens: "float16", "bfloat16", "float32" or "int8".
+        dtype: Type of the stored tokens: "float16", "bfloat16", "float32" or "int8".
         cache: Folder of the stored tokens; None is `features` in the output.
         live: Store no tokens; run the backbone at each pass.
 
@@ -60,7 +60,7 @@ class ProbeSettings:
         no_pixels: Leave out the baseline of 16 x 16 pixels.
         few_shot: Images per class as whole numbers, or fractions such as 0.01.
         draws: Random few-shot subsets per size.
-        device: "auto" (a GPU where there is one), or a device of PyTorch.
+        device: "auto" (a GPU if available), or a device of PyTorch.
         devices: Number of devices, each with a process.
 
         output: Folder of the report. None writes none in Python; the command writes to
@@ -141,7 +141,9 @@ class ProbeSettings:
         if isinstance(self.layers, str) and self.layers not in ("last", "all"):
             raise InputError(f"layers must be 'last', 'all' or indices; got {shorten(self.layers)!r}.")
         if self.export and self.heads and self.export not in self.heads:
-            raise InputError(f"--export {shorten(self.export)} is none of the heads {shorten(', '.join(self.heads))}.")
+            raise InputError(
+                f"--export {shorten(self.export)} must be one of the heads {shorten(', '.join(self.heads))}."
+            )
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
@@ -188,7 +190,7 @@ class ProbeSettings:
                     notes.append(f"{pooling} was left out at {', '.join(names)}: {refused}")
             specs += self.grid(pooling, fitting)
         if self.export and self.export not in {spec.pooling for spec in specs}:
-            raise InputError(f"--export {self.export} is none of the heads {', '.join(poolings)} of this backbone.")
+            raise InputError(f"--export {self.export} must be one of the heads {', '.join(poolings)} of this backbone.")
         return specs, notes
 
     def grid(self, pooling: str, positions: list[int]) -> list[HeadSpec]:

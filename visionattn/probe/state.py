@@ -1,4 +1,4 @@
-"""What a probing run keeps beside the state of its sweep, so that the same command goes on; checked when it is opened.
+"""State of a probing run besides its sweep, so that the same command can resume; checked when it is opened.
 
 A part that is damaged is computed again, and that is said.
 """

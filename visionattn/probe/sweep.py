@@ -96,7 +96,7 @@ def sweep(
         seed: Of the held-out part and of the order of images, which is a function of it and of the epoch.
         device: Where heads are trained.
         state: File that is written after each epoch. A sweep that finds its own file goes on from there, and ends with
-            the same table. The refit's stands beside it; of several processes each has its own.
+            the same table. The refit's is next to it; of several processes each has its own.
         rows: Training images to use, (m,); all if None.
         progress: Where a bar appears while heads train.
 

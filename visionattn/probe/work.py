@@ -286,7 +286,7 @@ class ProbingRun:
             if size > int(present.min()):
                 rarest = report.classes[int(torch.where(counts > 0, counts, len(train) + 1).argmin())]
                 report.notes.append(
-                    f"No head was trained on {size} images a class: {rarest} has {int(present.min())} training images."
+                    f"No head was trained on {size} images per class: {rarest} has {int(present.min())} in training."
                 )
                 continue
             name = f"few-shot-{size}-{settings.draws}.pt"

@@ -131,7 +131,7 @@ def test_voc_and_ade(tmp_path):
         (lambda root: Image.new("RGB", (48, 48)).save(root / "val/masks/000.png"), r"000\.png has the mode RGB"),
         (lambda root: (root / "classes.txt").write_text("a\nb"), r"\.png has the class 2, but there are 2 classes"),
         (lambda root: (root / "val/masks/000.png").write_bytes(b"no"), r"000\.png"),
-        (lambda root: whiten(root, 0), r"have 1 class\(es\) beside 255.* must have 1 in the place of 255"),
+        (lambda root: whiten(root, 0), r"have 1 class\(es\) besides 255.* must have 1 in the place of 255"),
     ],
 )
 def test_what_is_refused(change, words, tmp_path):

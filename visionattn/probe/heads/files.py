@@ -49,7 +49,7 @@ def load_head(file: str | Path) -> Head:
         file: A .safetensors file of the folder `heads`.
 
     Raises:
-        CheckpointError: There is no such file, or it is no head.
+        CheckpointError: There is no such file, or it is not a head.
     """
     return read_head(file)[0]
 
@@ -58,7 +58,7 @@ def read_head(file: str | Path) -> tuple[Head, dict[str, Any]]:
     """As `load_head`, with what the file says of the head.
 
     Raises:
-        CheckpointError: There is no such file, or it is no head.
+        CheckpointError: There is no such file, or it is not a head.
     """
     try:
         if not Path(file).is_file():

@@ -90,7 +90,7 @@ class _Numbers(Objective):
         )
         return found.nanmean(1).nan_to_num(0.0).tolist()
 
-    metric: Any  # of predictions (n,), truth (n,) and weights (1, n)
+    metric: Any  # of predictions (n,), ground truth (n,) and weights (1, n)
 
 
 class MultiLabel(_Numbers):

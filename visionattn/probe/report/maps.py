@@ -1,4 +1,4 @@
-"""Where the queries of efficient probing look: their attention laid over a picture, one panel a query."""
+"""Where the queries of efficient probing look: their attention laid over an image, one panel per query."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPACITY = 0.75  # of the heat map where a query looks most
 
 @torch.no_grad()
 def attention_of(head: Head, tokens: Tokens) -> torch.Tensor:
-    """Give the shares that the queries of a head give to the patches.
+    """Attention weights of a head's queries over the patches.
 
     Args:
         head: One whose pooling is efficient probing.
@@ -51,17 +51,17 @@ def _heat(values: np.ndarray) -> np.ndarray:
 def overlay(image: Image.Image, attention: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
     """Lay each query's attention over a picture.
 
-    Maps are enlarged bilinearly and coloured from their smallest share, where the grey picture shows, over red to their
+    Maps are enlarged bilinearly and coloured from their smallest weight, where the grey image shows, over red to their
     largest, yellow. So that a query that looks nearly everywhere alike is not taken for one that points, each panel
     says its largest share in units of the uniform share, 1 / N.
 
     Args:
         image: What the backbone saw.
-        attention: (M, N), shares of the patches, row by row of the grid.
+        attention: (M, N), weights of the patches, row by row of the grid.
         grid: Height and width of the patches, N = H W.
 
     Returns:
-        An RGB picture of panels, row by row: the image itself, then the queries in their order, counted from 1.
+        An RGB image of panels, row by row: the image itself, then the queries in their order, counted from 1.
 
     Raises:
         InputError: The attention has not the patches of the grid.

@@ -58,7 +58,7 @@ def read_predictions(file: Path) -> Predictions:
         with file.open(newline="", encoding="utf-8") as table:
             header, *rows = csv.reader(table, strict=True)
         if header[:2] != _FIRST or len(set(header)) != len(header) or not rows:
-            raise ValueError("it is no table of predictions")
+            raise ValueError("it is not a table of predictions")
         if any(len(row) != len(header) for row in rows):
             raise ValueError("a row is not as long as the first")
     except (OSError, ValueError, csv.Error) as error:

@@ -41,7 +41,7 @@ def draw_scatter(points: Sequence[ScatterPoint], across: str, up: str = "test ac
     Args:
         points: One or more.
         across: What the costs are, the words below the horizontal axis.
-        up: What the shares are, the words beside the vertical axis.
+        up: Label of the vertical axis.
     """
     left, top, width, height = 52, 14, 460, 280
     ends = [100 * end for point in points for end in (*point.interval, point.accuracy) if math.isfinite(end)]

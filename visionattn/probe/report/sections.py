@@ -83,7 +83,7 @@ def make_sections(report: Report) -> list[Section]:
         sections.append(_few_shot_section(report))
     if report.maps:
         words = (
-            "The picture as the backbone saw it, then one panel a query, from its smallest share of attention (grey) "
+            "The image as the backbone saw it, then one panel per query, from its smallest attention weight (grey) "
             "over red to its largest (yellow), which is written in units of the uniform share: at 1.0 x a query looks "
             "everywhere alike."
         )

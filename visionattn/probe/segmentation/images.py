@@ -32,7 +32,7 @@ class SegmentationImages(Images):
 
     Attributes:
         pairs: Of training and test, in the order of the images.
-        zero_is_ignored: Whether 0 in the masks is no class.
+        zero_is_ignored: Whether 0 in the masks means no class.
         truth_digest: Hash of the masks.
         height: Of the images in pixels; `size` is their width.
     """
@@ -84,7 +84,7 @@ class SegmentationImages(Images):
         if len(classes) < 2:
             binary = " A mask of 0 and 255 must have 1 in the place of 255." if classes == {0} else ""
             raise DataError(
-                f"The training masks have {len(classes)} class(es) beside {IGNORE}, which is ignored; two or more are "
+                f"The training masks have {len(classes)} class(es) besides {IGNORE}, which is ignored; two or more are "
                 f"required.{binary}"
             )
         if not self.classes:
@@ -115,7 +115,7 @@ def read_pairs(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> Se
 
     Raises:
         DataError: The folder has no layout that is read, or a class file does not fit.
-        InputError: It is no folder, or the model takes other images.
+        InputError: It is not a folder, or the model takes other images.
     """
     if not isinstance(data, (str, Path)):
         raise InputError(

@@ -1,4 +1,4 @@
-"""A picture of an image, its ground truth and a prediction, side by side, with the names of the classes below."""
+"""An image, its ground truth and a prediction, side by side, with the names of the classes below."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def compare_masks(image: Image.Image, truth: np.ndarray, prediction: np.ndarray,
         classes: Their names.
 
     Returns:
-        An RGB picture: image, ground truth, prediction, and below them a line for each class in either mask.
+        An RGB image: the image, ground truth, prediction, and below them a line for each class in either mask.
     """
     factor = _SIDE / max(image.size)
     width, height = (max(1, round(side * factor)) for side in image.size)

@@ -50,7 +50,7 @@ def read_targets(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> 
 
     Raises:
         DataError: The labels cannot be read, or a target of all training images is one number.
-        InputError: It is no folder or file.
+        InputError: It is not a folder or file.
     """
     if not isinstance(data, (str, Path)):
         raise InputError(

@@ -31,7 +31,7 @@ from visionattn.probe.tokens.interface import Features
 
 __all__ = ["TargetRun"]
 
-# Of predictions (n,), truth (n,) and weights of draws (R, n).
+# Of predictions (n,), ground truth (n,) and weights of draws (R, n).
 Function = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 MULTILABEL: dict[Metric, Function] = {Metric("average_precision", "mAP"): average_precision}
 REGRESSION: dict[Metric, Function] = {

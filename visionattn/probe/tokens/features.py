@@ -333,7 +333,7 @@ class StoredFeatures(Features):
         skipped: Place in the data set of each image that could not be read, and what was wrong with it.
 
     Raises:
-        DataError: The folder is no store, the extraction did not finish, or a shard is damaged.
+        DataError: The folder is not a store, the extraction did not finish, or a shard is damaged.
     """
 
     def __init__(self, folder: str | Path, verify: bool = True) -> None:

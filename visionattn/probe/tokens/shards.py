@@ -4,7 +4,7 @@ A store is a folder named by the hash of all that its numbers depend on. `meta.j
 into shards of a fixed number; `000007.0.patches.bin` holds the patches of shard 7 at the first layer read, bare numbers
 in C order (n, N, D), beside it `class` (n, D) and `registers` (n, R, D) where there are some, and for int8 the fp16
 scales of the tokens, `....scale.bin` (n, N). `000007.json` has the shard's labels, the images that could not be read,
-and size and CRC-32 of its files and of itself; it is written last, so that a shard without it is no shard.
+and size and CRC-32 of its files and of itself; it is written last, so that a shard without it is incomplete.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def shard_parts(layers: Sequence[Layer], precision: str) -> list[ShardPart]:
         ConfigError: There is no such precision.
     """
     if precision not in PRECISIONS:
-        raise ConfigError(f"There is no precision {precision!r}. Choose from {', '.join(PRECISIONS)}.")
+        raise ConfigError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}.")
     found = []
     for number, layer in enumerate(layers):
         shapes: dict[str, tuple[int, ...]] = {"patches": (layer.grid[0] * layer.grid[1], layer.dim)}
@@ -319,7 +319,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """What `meta.json` of a store says.
 
     Raises:
-        DataError: The folder is no store, or a damaged one.
+        DataError: The folder is not a store, or a damaged one.
     """
     layer = {"name": str, "dim": int, "grid": [int], "has_class": bool, "num_registers": int}
     schema = {
@@ -338,5 +338,5 @@ def read_meta(folder: Path) -> dict[str, Any]:
         if min(sizes) < 1 or any(len(layer["grid"]) != 2 or layer["num_registers"] < 0 for layer in meta["layers"]):
             raise DataError("A size in it is not one.")
     except DataError as error:
-        raise DataError(f"{shorten(folder)} is no feature store, or a damaged one: {error}") from error
+        raise DataError(f"{shorten(folder)} is not a feature store, or is damaged: {error}") from error
     return meta

@@ -25,7 +25,7 @@ class Pooling(nn.Module):
 def check_heads(dim: int, num_heads: int) -> None:
     """Refuse heads of unequal width."""
     if num_heads < 1 or dim % num_heads:
-        raise InputError(f"dim is {dim}, which {num_heads} heads do not divide.")
+        raise InputError(f"dim ({dim}) must be divisible by num_heads ({num_heads}).")
 
 
 def check_patches(tokens: torch.Tensor, grid: tuple[int, int]) -> None:
