@@ -176,7 +176,7 @@ def test_a_missing_shard(backbone, tmp_path):
     with pytest.raises(DataError, match="lacks shard 2"):
         StoredFeatures(found.folder)
     assert len(store(tmp_path, backbone=backbone)) == 22
-    with pytest.raises(DataError, match="no feature store"):
+    with pytest.raises(DataError, match="not a feature store"):
         StoredFeatures(tmp_path)
 
 

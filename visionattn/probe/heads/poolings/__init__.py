@@ -1,6 +1,6 @@
 r"""The poolings that frozen backbones are judged by: efficient probing, and what it is compared with.
 
-A pooling reduces the tokens of an image to one vector: X (B, N, D) -> y (B, out_dim). Here x_n is a token, g the mean of
+A pooling maps the tokens of an image to one vector: X (B, N, D) -> y (B, out_dim). Here x_n is a token, g the mean of
 the tokens, u a learned query, LN a layer norm, h a number of heads, MLP two layers D -> 4 D -> D with a GELU between,
 and
 
