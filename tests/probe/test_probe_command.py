@@ -66,7 +66,7 @@ def test_every_file_is_there(folder, results):
     assert results["data"]["train_images"] == 1437  # training and validation part
     assert results["data"]["test_images"] == 360
     assert [layer["index"] for layer in results["layers"]] == [2, 5]
-    assert any("No head was trained on 1000 images a class" in note for note in results["notes"])
+    assert any("No head was trained on 1000 images per class" in note for note in results["notes"])
     assert {entry["size"] for entry in results["few_shot"]} == {1, 5}
 
 
