@@ -55,7 +55,7 @@ def test_show_is_a_card(capsys):
     [
         (["show", "va_minimal_vit_nano"], "There is no model 'va_minimal_vit_nano'. Did you mean va_minimal_vit_nano_"),
         (["list", "resnet"], "No model name fits 'resnet'"),
-        (["quickstart", "moon"], "There is no station 'moon'; there are classify"),
+        (["quickstart", "moon"], "station must be one of 'classify'"),
         (["export", "none.ckpt", "--output", "a.onnx"], "There is no file none.ckpt."),
     ],
 )

@@ -243,9 +243,9 @@ MISTAKES = [
     ("demo --port web", r"must be a whole number from 0 to 65535; got 'web'"),
     ("demo page", r"unrecognized arguments: page"),
     # quickstart
-    ("quickstart moon", r"There is no station 'moon'"),
+    ("quickstart moon", r"station must be one of .*; got 'moon'"),
     ("quickstart classify --output notes.txt", r"Cannot write to the folder notes\.txt/classify"),
-    ("quickstart classify --output mine", r"mine/classify holds something else"),
+    ("quickstart classify --output mine", r"mine/classify contains other files"),
     # training
     ("fit --config lost", r"lost"),
     ("fit --config absent.yaml", r"absent\.yaml"),

@@ -118,7 +118,7 @@ def test_a_client_that_goes_away_is_no_fault(server, capsys):
 def test_mistakes(server, tmp_path, page):
     with pytest.raises(InputError, match="`make web` builds it"):
         PageServer(0, tmp_path)
-    with pytest.raises(InputError, match=r"The port \d+ is taken\. Choose another by --port N"):
+    with pytest.raises(InputError, match=r"The port \d+ is taken\. Choose another with --port N"):
         PageServer(server.server_address[1], page)
     for port in (-1, 70000, "x", None):
         with pytest.raises(InputError, match="must be a whole number from 0 to 65535"):

@@ -25,7 +25,7 @@ def test_every_file_of_the_readme_is_there(station):
     readme = (station / "README.md").read_text()
     for name in re.findall(r"\| `([\w./]+)` \|", readme):
         assert (station / name).exists(), name
-    assert "216 parts of left halves in `train/`, 216 of right halves in `val/`" in readme
+    assert "216 patches of left halves in `train/`, 216 of right halves in `val/`" in readme
     assert all(len(list((station / "photos" / split).rglob("*.png"))) == 216 for split in ("train", "val"))
     assert "<script" not in (station / "report/report.html").read_text()
 

@@ -50,7 +50,7 @@ def test_the_onnx_file_is_the_checkpoint(folder):
 
 def test_table_and_picture(folder):
     told = (folder / "told.txt").read_text()
-    for word in ("baseline", "minimum", "305,034", "30,858", "test digits right"):
+    for word in ("baseline", "minimum", "305,034", "30,858", "test digits correctly"):
         assert word in told
     picture = np.asarray(Image.open(folder / "classify" / "predictions.png"))
     assert picture.std() > 20
@@ -64,7 +64,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     photo = tmp_path / "classify" / "photo.jpg"
     photo.parent.mkdir()
     photo.write_bytes(b"mine")
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="contains other files"):
         quickstart.run(tmp_path, ["classify"], Console())
     assert photo.read_bytes() == b"mine"
 
@@ -79,6 +79,6 @@ def test_an_earlier_tour_is_cleared(tmp_path):
 @pytest.mark.parametrize("name", ["file", "file/sub", "n" * 300, "n\0ul", "/proc/tour"])
 def test_a_folder_that_cannot_be_made_is_named_before_the_work(tmp_path, name):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StorageError, match=r"Cannot write to the folder .*\. Give another by --output"):
+    with pytest.raises(StorageError, match=r"Cannot write to the folder .*\. Give another folder with --output"):
         quickstart.run(tmp_path / name, ["classify"], Console())
     assert (tmp_path / "file").read_text() == "mine"

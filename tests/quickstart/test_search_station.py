@@ -44,4 +44,4 @@ def test_copies_are_found_again(station):
     pairs = [[f"{name}.jpg", f"{name}_copy.jpg"] for name in search.COPIED]
     assert sorted(groups) == sorted([*pairs, ["retina_0.jpg", "retina_2.jpg", "retina_6.jpg"]])  # its black corners
     readme = (station / "README.md").read_text()
-    assert "Of the 5 copies, 5 stand in a group with what they were made from; other parts in the groups: 3." in readme
+    assert "Of the 5 copies, 5 are in a group with their original; other patches in the groups: 3." in readme

@@ -1,6 +1,6 @@
-"""The models of the zoo on a page, computed by the browser itself; the package is called as the function of its name.
+"""A web page that runs the models of the zoo in the browser; calling the package calls the function `demo`.
 
-The page is built from `web/` by `make web`, which puts it into the folder `page` beside this file.
+The page is built from `web/` by `make web`, which writes it into the folder `page` next to this file.
 """
 
 from visionattn.lazy import lazily, make_callable

@@ -1,4 +1,4 @@
-"""`visionattn demo`: serve the page that computes in the browser."""
+"""`visionattn demo`: serve the page that runs models in the browser."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(0, LARGEST_PORT),
         default=8000,
         metavar="N",
-        help="port on this machine, 0 for any that is free (default: 8000)",
+        help="port on this machine, 0 for any free one (default: 8000)",
     )
 
 

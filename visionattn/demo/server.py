@@ -1,7 +1,7 @@
-"""Serving the page to browsers on this machine.
+"""Serve the page to browsers on this machine.
 
-Two headers of a response (COOP and COEP) let a browser share memory between threads; opened as a file, or served
-without them, the page computes on one thread. The content security policy lets nothing be loaded from elsewhere.
+Two response headers (COOP and COEP) let a browser share memory between threads; opened as a file, or served without
+them, the page runs on one thread. The content security policy blocks requests to other hosts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["DIGITS", "PAGE", "PageServer", "demo"]
 PAGE = Path(__file__).parent / "page"
 """Folder of the built page."""
 DIGITS = Path(__file__).parent / "digits.safetensors"
-"""Weights of the transformer that reads digits there (see digits.md beside it)."""
+"""Weights of the page's digit classifier (see digits.md next to it)."""
 
 HOST = "127.0.0.1"
 LARGEST_PORT = 2**16 - 1
@@ -34,7 +34,7 @@ HEADERS = {
     "frame-ancestors 'none'; object-src 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",  # ask whether a file has changed: a page that is built anew is seen at once
+    "Cache-Control": "no-cache",  # revalidate files, so that a rebuilt page is shown at once
 }
 TYPES = {
     ".css": "text/css; charset=utf-8",
@@ -54,12 +54,12 @@ class _Handler(SimpleHTTPRequestHandler):
     """Files of one folder, and nothing else."""
 
     protocol_version = "HTTP/1.1"  # keeps connections open
-    timeout = 60  # seconds after which a connection that says nothing is closed
+    timeout = 60  # seconds after which an idle connection is closed
     extensions_map = TYPES
     server_version, sys_version = "visionattn", ""
 
     def translate_path(self, path: str) -> str:
-        """The file of a request; a name that no file has for what lies outside of the folder, by `..` or by a link."""
+        """The file of a request; a name that does not exist for paths outside of the folder, by `..` or by a link."""
         try:
             found = Path(super().translate_path(path)).resolve()
             inside = found.is_relative_to(Path(self.directory).resolve())
@@ -68,7 +68,7 @@ class _Handler(SimpleHTTPRequestHandler):
         return str(found) if inside else str(Path(self.directory) / "no such file")
 
     def list_directory(self, path: Any) -> None:
-        """Folders are not shown."""
+        """Refuse to list folders."""
         self.send_error(HTTPStatus.NOT_FOUND)
 
     def end_headers(self) -> None:
@@ -78,18 +78,18 @@ class _Handler(SimpleHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not reported."""
+        """Do not log requests."""
 
 
 class PageServer(ThreadingHTTPServer):
-    """A server of the page for this machine alone, in a `with` block.
+    """A server of the page for this machine only; use it in a `with` block.
 
     Args:
-        port: 0 takes any that is free.
-        page: Folder of a built page. Default: the one of this installation.
+        port: Port, 0 for any free one.
+        page: Folder of a built page. Default: that of this installation.
 
     Attributes:
-        url: What to open.
+        url: Address of the page.
 
     Raises:
         InputError: The page is not built, or the port cannot be used.
@@ -114,12 +114,12 @@ class PageServer(ThreadingHTTPServer):
         except OSError as error:
             taken = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
             raise InputError(
-                f"The port {port} {taken}. Choose another by --port N (port=N), or --port 0 for any that is free."
+                f"The port {port} {taken}. Choose another with --port N (port=N), or --port 0 for any free one."
             ) from error
         self.url = f"http://{HOST}:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that closes its connection early is no fault."""
+        """Ignore browsers that close a connection early."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
@@ -128,8 +128,8 @@ def demo(port: int = 8000, tell: Callable[[str], None] = print) -> None:
     """Serve the page to browsers on this machine, until Ctrl-C.
 
     Args:
-        port: 0 takes any that is free.
-        tell: Called with a line that says what to open.
+        port: Port, 0 for any free one.
+        tell: Called with a line that contains the address.
 
     Raises:
         InputError: The page is not built, or the port cannot be used.

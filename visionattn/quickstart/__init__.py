@@ -1,7 +1,7 @@
-"""A tour through the package on real data that its wheels bring: one station a file, nothing is downloaded.
+"""A tour of the package on real data from installed packages: one station per file, without downloads.
 
-A new station is a new module here: its docstring's first line is its title, `visit(folder, console)` does the work and
-writes into `folder`, where a README.md says what is what. Stations are found by being here.
+A new station is a new module in this folder: the first line of its docstring is its title, and `visit(folder, console)`
+does the work and writes into `folder`, with a README.md that describes the files. Stations are discovered by file.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ def stations() -> list[str]:
 
 
 def _empty(folder: Path) -> None:
-    """Make a station's folder, or empty it of what an earlier tour left there, and of nothing else."""
+    """Create a station's folder, or empty it if an earlier tour wrote it; any other folder is an error."""
     readme = folder / "README.md"
     try:
         if folder.exists() and any(folder.iterdir()):
             if not (readme.is_file() and readme.read_bytes().startswith(TITLE.encode())):
                 raise InputError(
-                    f"The folder {shorten(folder)} holds something else. Give another by --output, or move it away."
+                    f"The folder {shorten(folder)} contains other files. Give another folder with --output, or move "
+                    "it away."
                 )
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,27 +58,29 @@ def _empty(folder: Path) -> None:
             raise
         reason = getattr(error, "strerror", None) or error
         raise StorageError(
-            f"Cannot write to the folder {shorten(folder)}: {reason}. Give another by --output."
+            f"Cannot write to the folder {shorten(folder)}: {reason}. Give another folder with --output."
         ) from error
 
 
 def run(folder: Path, chosen: list[str], console: Console) -> None:
-    """Visit stations, each with a sub-folder for what it writes.
+    """Visit stations, each with a subfolder for its results.
 
     Args:
         folder: Folder of the tour.
         chosen: Stations to visit; empty for all.
-        console: Where progress and tables appear.
+        console: Console for progress and tables.
 
     Raises:
-        UnknownNameError: There is no such station.
-        MissingPackageError: Training or export is not installed.
-        InputError: A station's folder holds something that is not of an earlier tour.
-        StorageError: A station's folder cannot be made or written to.
+        UnknownNameError: A station does not exist.
+        MissingPackageError: The packages for training or export are not installed.
+        InputError: A station's folder contains files that no earlier tour wrote.
+        StorageError: A station's folder cannot be created or written to.
     """
     for name in chosen:
         if name not in stations():
-            raise UnknownNameError(f"There is no station {shorten(name)!r}; there are {', '.join(stations())}.")
+            raise UnknownNameError(
+                f"The station must be one of {', '.join(map(repr, stations()))}; got {shorten(name)!r}."
+            )
     require("lightning", "all")
     require("onnxruntime", "all")
     require("faiss", "all")
@@ -88,4 +91,4 @@ def run(folder: Path, chosen: list[str], console: Console) -> None:
         console.rule((module.__doc__ or name).split("\n")[0])
         start = time.perf_counter()
         module.visit(folder / name, console)
-        console.print(f"{name}: {time.perf_counter() - start:.0f} s. What is what: {folder / name / 'README.md'}\n")
+        console.print(f"{name}: {time.perf_counter() - start:.0f} s. See {folder / name / 'README.md'}\n")

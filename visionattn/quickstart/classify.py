@@ -1,7 +1,7 @@
-"""Classify handwritten digits: two transformers trained side by side, the better one shipped as ONNX.
+"""Classify handwritten digits: train two transformers and export the better one to ONNX.
 
-The data are scikit-learn's 1,797 digits of 8 x 8 pixels. The baseline ViT meets the paper's minimum variant: a tenth of
-the parameters, no values, no MLP.
+The data are scikit-learn's 1,797 digits of 8 x 8 pixels. The baseline ViT is compared with the paper's minimum variant,
+which has a tenth of the parameters, no values and no MLP.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from visionattn.train.throughput import ImagesPerSecond
 
 NAMES = {"baseline": "va_minimal_vit_nano_patch7_28", "minimum": "va_minimal_vit_nano_patch7_28_minimum"}
 EPOCHS = 40
-TILE = 84  # pixels of a digit in the picture
+TILE = 84  # pixels of a digit in the image
 SHOWN = 12
 
 README = """
@@ -43,12 +43,12 @@ README = """
 | --- | --- |
 | `baseline.ckpt`, `minimum.ckpt` | checkpoints of the two networks at their best validation accuracy |
 | `{better}.onnx` | the better one for ONNX Runtime: any batch, any image size, checked against PyTorch |
-| `predictions.png` | test digits, what the ONNX file says, and where its class token looks in the last block |
+| `predictions.png` | test digits, predictions of the ONNX file, and attention of the class token in the last block |
 | `log/` | loss and accuracy of every epoch as CSV |
 
 {table}
 
-Digits the ONNX file names right: {right} of {count}.
+Digits classified correctly by the ONNX file: {right} of {count}.
 
 ## The same by command, in this folder
 
@@ -58,7 +58,7 @@ Digits the ONNX file names right: {right} of {count}.
 
 ## The same with your images
 
-Put the images of each class into a folder of its own, below `train/` and `val/` or without these:
+Put the images of each class into a folder of its own, optionally inside `train/` and `val/`:
 
     visionattn fit finetune_folder YOUR_FOLDER --model.checkpoint WEIGHTS_OF_A_BACKBONE
 
@@ -74,7 +74,7 @@ Put the images of each class into a folder of its own, below `train/` and `val/`
 
 @dataclass
 class Result:
-    """A trained network and what it reaches on the test digits."""
+    """A trained network and its metrics on the test digits."""
 
     model: Any
     metrics: dict[str, float]
@@ -88,11 +88,11 @@ class Bar(Callback):
         self.bar = bar
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """A step."""
+        """Advance by a step."""
         self.progress.update(self.bar, advance=1, total=trainer.estimated_stepping_batches)
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        """An epoch's accuracy."""
+        """Show the accuracy of the epoch."""
         self.progress.update(self.bar, accuracy=f"{100 * trainer.callback_metrics['val/accuracy']:.1f} %")
 
 
@@ -147,7 +147,7 @@ def _markdown(table: Table) -> str:
 
 @torch.no_grad()
 def _class_token_maps(model: Any, images: torch.Tensor) -> np.ndarray:
-    """What the class token of the last block looks at, (B, h, w), each map scaled to 0..1."""
+    """Attention of the class token in the last block, (B, h, w), each map scaled to 0..1."""
     attention = model.blocks[-1].attn
     seen: list[torch.Tensor] = []
     hook = attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -159,7 +159,7 @@ def _class_token_maps(model: Any, images: torch.Tensor) -> np.ndarray:
 
 
 def _draw(path: Path, digits: np.ndarray, labels: np.ndarray, named: np.ndarray, maps: np.ndarray) -> None:
-    """Digits with their names above their attention maps, wrong names in red."""
+    """Digits with their predictions above their attention maps, wrong predictions in red."""
     picture = Image.new("RGB", (SHOWN * TILE, 2 * TILE + 20), "white")
     pen = ImageDraw.Draw(picture)
     for place, (digit, label, name, attention) in enumerate(zip(digits, labels, named, maps)):
@@ -176,9 +176,9 @@ def _draw(path: Path, digits: np.ndarray, labels: np.ndarray, named: np.ndarray,
 
 
 def visit(folder: Path, console: Console) -> None:
-    """Train, compare, export, check, classify from the ONNX file, and leave everything in `folder`."""
+    """Train, compare, export, check, and classify with the ONNX file; write everything into `folder`."""
     results = {}
-    # Networks this small gain nothing from a second thread, and lose much to it on a busy machine.
+    # Such small networks gain nothing from a second thread, and become slower on a busy machine.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     columns = (
@@ -219,6 +219,8 @@ def visit(folder: Path, console: Console) -> None:
     maps = _class_token_maps(model, shown)
     _draw(folder / "predictions.png", digits, labels.numpy()[chosen], named[chosen], maps)
     right = int(correct.sum())
-    console.print(f"The ONNX file names {right} of {len(labels)} test digits right: {folder / 'predictions.png'}")
+    console.print(
+        f"The ONNX file classifies {right} of {len(labels)} test digits correctly: {folder / 'predictions.png'}"
+    )
     text = README.format(better=better, table=_markdown(table), right=right, count=len(labels))
     (folder / "README.md").write_text(TITLE + text)

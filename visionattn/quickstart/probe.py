@@ -1,8 +1,8 @@
-"""Judge a frozen backbone in seconds: which photograph is this part of?
+"""Evaluate a frozen backbone in seconds: which photograph does this patch belong to?
 
-Parts of eight of scikit-image's photographs, the left half to train on and the right half to test. The backbone is a
-small vision transformer that learned without labels; k-NN and one linear head read it, and the same on 16 x 16 pixels
-stands beside.
+Patches of eight photographs from scikit-image: the left halves for training, the right halves for testing. The backbone
+is a small vision transformer trained without labels, evaluated with k-NN and one linear head, and compared with the
+same on raw images of 16 x 16 pixels.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ PHOTOGRAPHS = (
     *("brick", "chelsea", "coffee", "coins", "grass", "gravel"),
     *("hubble_deep_field", "immunohistochemistry"),
 )
-SIDE, MOST = 64, 40  # pixels of a part, and parts of a half
+SIDE, MOST = 64, 40  # side of a patch in pixels, and maximum number of patches per half
 SETTINGS = {"heads": ("cls",), "lrs": (0.1,), "epochs": 20, "few_shot": ()}
 
 README = """
 | file | what it is |
 | --- | --- |
-| `photos/` | {train} parts of left halves in `train/`, {val} of right halves in `val/`, by photograph |
-| `report/report.html` | accuracies with intervals, of all and of each class, and 16 x 16 pixels beside, as a page |
+| `photos/` | {train} patches of left halves in `train/`, {val} of right halves in `val/`, by photograph |
+| `report/report.html` | accuracies with confidence intervals, overall and per class, compared with 16 x 16 pixels |
 | `report/results.csv` | the same numbers as a table |
 
 {summary}
 
-Chance is {chance:.0f} %, since the largest class has {largest} of {val} test parts. Nothing of the backbone is trained.
+Chance is {chance:.0f} %: the largest class has {largest} of {val} test patches. The backbone itself is not trained.
 
 ## The same by command, in this folder
 
@@ -42,7 +42,7 @@ Chance is {chance:.0f} %, since the largest class has {largest} of {val} test pa
 
 ## The same with your images
 
-Images of each class lie in a folder of its own, below `train/` and `val/`. Any of timm's backbones will do:
+Put the images of each class into a folder of its own inside `train/` and `val/`. Any of timm's backbones works:
 
     visionattn probe tf_efficientnet_lite0.in1k --data YOUR_FOLDER
 
@@ -56,7 +56,7 @@ Images of each class lie in a folder of its own, below `train/` and `val/`. Any 
 
 
 def visit(folder: Path, console: Console) -> None:
-    """Cut, probe, and leave the images and the report in `folder`."""
+    """Crop, probe, and write the images and the report into `folder`."""
     counts = {
         split: [_cut(folder / "photos" / split, name, split) for name in PHOTOGRAPHS] for split in ("train", "val")
     }
@@ -75,7 +75,7 @@ def visit(folder: Path, console: Console) -> None:
 
 
 def _cut(folder: Path, name: str, split: str) -> int:
-    """Write the parts of one half of a photograph; gives their number."""
+    """Write the patches of one half of a photograph, and return their number."""
     pixels = np.asarray(Image.fromarray(getattr(require("skimage.data", "images"), name)()).convert("RGB"))
     height, width = pixels.shape[:2]
     left, right = (0, width // 2) if split == "train" else (width // 2, width)

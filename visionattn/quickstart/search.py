@@ -1,7 +1,7 @@
-"""Search a folder of photographs by any backbone, and find what is there twice.
+"""Search a folder of photographs with any backbone, and find duplicates.
 
-The folder is cut from scikit-image's photographs, so that it is known which parts belong together; five parts lie there
-a second time, smaller and saved with much loss. The backbone is a small vision transformer that learned without labels.
+The images are patches of scikit-image's photographs, so that it is known which belong together; five patches have a
+copy, smaller and strongly compressed. The backbone is a small vision transformer trained without labels.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ PHOTOGRAPHS = (
     *("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field"),
     *("immunohistochemistry", "moon", "page", "retina", "rocket"),
 )
-SIDE, PARTS = 128, 9  # pixels of a part, and parts of a photograph; a further one is the query
+SIDE, PARTS = 128, 9  # side of a patch in pixels, and patches per photograph; another one is the query
 COPIED = ("brick_1", "chelsea_4", "coffee_3", "gravel_5", "rocket_4")
-THRESHOLD = 0.9995  # this backbone's cosines lie close together
+THRESHOLD = 0.9995  # the cosine similarities of this backbone are close together
 NEAREST = 5
 
 README = """
 | file | what it is |
 | --- | --- |
-| `photos/` | {images} parts of {photographs} photographs that scikit-image carries; {copies} again as `NAME_copy.jpg` |
-| `query.jpg` | a part of the cat that is not among them |
-| `found.html` | the parts nearest to it, as a page; `found.json` has the numbers |
-| `duplicates.html` | parts that are nearly the same, with a cosine from {threshold} on; `duplicates.json` |
-| `photos.index/` | the index: vectors of the parts by {model} |
+| `photos/` | {images} patches of {photographs} photographs from scikit-image; {copies} copies as `NAME_copy.jpg` |
+| `query.jpg` | a patch of the cat that is not among them |
+| `found.html` | the patches nearest to it, as a page; `found.json` has the values |
+| `duplicates.html` | near-duplicates, with a cosine similarity of at least {threshold}; `duplicates.json` |
+| `photos.index/` | the index: embeddings of the patches by {model} |
 
-Of the {nearest} parts nearest to each part, {same:.0f} % are of the same photograph; by chance {chance:.0f} % would be.
-Of the {copies} copies, {recovered} stand in a group with what they were made from; other parts in the groups: {others}.
-{usual} Which threshold is right depends on the backbone: begin high, and look at the page.
+Of the {nearest} nearest patches of each patch, {same:.0f} % are of the same photograph; by chance {chance:.0f} %.
+Of the {copies} copies, {recovered} are in a group with their original; other patches in the groups: {others}.
+{usual} The right threshold depends on the backbone: start high, and look at the page.
 
 ## The same by command, in this folder
 
@@ -51,7 +51,7 @@ Of the {copies} copies, {recovered} stand in a group with what they were made fr
 
 ## The same with your images
 
-Any of timm's backbones that has weights, or a weight file, takes the place of {model}:
+Use any of timm's pretrained backbones, or a weight file, instead of {model}:
 
     visionattn index YOUR_FOLDER your.index --model tf_efficientnet_lite0.in1k
 
@@ -66,9 +66,9 @@ Any of timm's backbones that has weights, or a weight file, takes the place of {
 
 
 def visit(folder: Path, console: Console) -> None:
-    """Cut, index, search, find copies, measure, and leave everything in `folder`."""
+    """Crop, index, search, find copies, and measure; write everything into `folder`."""
     photographs = _cut(folder)
-    with console.status("Indexing the parts"):
+    with console.status("Indexing the patches"):
         index = visionattn.index(folder / "photos", folder / "photos.index", MODEL, device="cpu", progress=False)
     hits = search(index, folder / "query.jpg", output=folder / "found.html")
     found = duplicates(index, threshold=THRESHOLD, device="cpu", output=folder / "duplicates.html")
@@ -83,15 +83,15 @@ def visit(folder: Path, console: Console) -> None:
         "usual": found.describe_usual(), "others": sum(map(len, groups)) - len(involved),
     }  # fmt: skip
     console.print(
-        f"Nearest to a part of the cat: {', '.join(hit.image for hit in hits[:3])} ... Of the {NEAREST} parts nearest "
-        f"to each, {100 * same:.0f} % are of the same photograph ({100 * chance:.0f} % by chance)."
+        f"Nearest to a patch of the cat: {', '.join(hit.image for hit in hits[:3])} ... Of the {NEAREST} nearest "
+        f"patches of each, {100 * same:.0f} % are of the same photograph ({100 * chance:.0f} % by chance)."
     )
-    console.print(f"Copies found again: {len(recovered)} of {len(COPIED)}. {folder / 'duplicates.html'}")
+    console.print(f"Copies found: {len(recovered)} of {len(COPIED)}. {folder / 'duplicates.html'}")
     (folder / "README.md").write_text(TITLE + README.format(**told))
 
 
 def _cut(folder: Path) -> int:
-    """Write the parts of all photographs, the copies and the query; gives the number of photographs."""
+    """Write the patches of all photographs, the copies and the query; return the number of photographs."""
     data = require("skimage.data", "images")
     photos = folder / "photos"
     photos.mkdir()
@@ -109,7 +109,7 @@ def _cut(folder: Path) -> int:
 
 
 def _parts(pixels: np.ndarray) -> list[np.ndarray]:
-    """Windows of (H, W, 3) in a grid of three by three, and one between four of them."""
+    """Patches of (H, W, 3) in a grid of three by three, and one between four of them."""
     height, width = pixels.shape[:2]
     rows, columns = (np.linspace(0, length - SIDE, 3).astype(int) for length in (height, width))
     corners = [(row, column) for row in rows for column in columns]
@@ -118,7 +118,7 @@ def _parts(pixels: np.ndarray) -> list[np.ndarray]:
 
 
 def _same_photograph(index: Any) -> tuple[float, float]:
-    """Share of the nearest parts that are of the same photograph, without copies, and the share by chance."""
+    """Fraction of the nearest patches that are of the same photograph, without copies, and the fraction by chance."""
     vectors = read_vectors(index.folder, index.manifest, 0)
     kept = [row for row, name in enumerate(index.images) if not name.endswith("_copy.jpg")]
     names = np.array([index.images[row].rpartition("_")[0] for row in kept])

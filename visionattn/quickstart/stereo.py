@@ -1,6 +1,6 @@
-"""Match a stereo pair: the shipped MatchStereo network against semi-global matching and the measured truth.
+"""Match a stereo pair: the shipped MatchStereo network compared with semi-global matching and the ground truth.
 
-The pair is Motorcycle of Middlebury 2014 at a quarter of its size, which scikit-image carries with its truth.
+The pair is Motorcycle of Middlebury 2014 at a quarter of its size, which scikit-image contains with its ground truth.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from visionattn.predict.matching import SHIPPED
 from visionattn.quickstart import TITLE
 
 STRIP = 28
-ENLARGED = 2  # a small network finds finer matches in enlarged views
+ENLARGED = 2  # a small network finds finer matches on enlarged views
 README = """
 | file | what it is |
 | --- | --- |
 | `left.png` | left view of the pair Motorcycle (Scharstein et al., GCPR 2014) |
 | `right.png` | right view |
-| `truth.pfm` | disparities of the left view in pixels, measured with structured light |
-| `network.pfm` | found by {name} |
-| `compare.png` | both and OpenCV's semi-global matching, filled, as colours, red is near, black has no value |
+| `truth.pfm` | ground-truth disparities of the left view in pixels, measured with structured light |
+| `network.pfm` | disparities of {name} |
+| `compare.png` | both, and semi-global matching with filled gaps, in colours: red is near, black has no value |
 
 {table}
 
-EPE: mean distance from the truth in pixels where a method gives a value. bad-2: percent of the pixels with truth that
-are off by more than 2 pixels or have no value: here the {best} has the fewest. Semi-global matching was told the
-largest disparity, {largest:.0f} pixels. It leaves out what it is not sure of; filled, each gap in a row takes the value
-of its farther end, and a median of 5 x 5 pixels follows. The network was not told, sees the views {enlarged} times as
-large, and was trained on generated scenes alone.
+EPE: mean error in pixels where a method gives a value. bad-2: percent of the pixels with ground truth that are off by
+more than 2 pixels or have no value: here the {best} has the fewest. OpenCV's semi-global matching is given the largest
+disparity, {largest:.0f} pixels. It leaves out uncertain pixels; to fill them, each gap in a row takes the value of its
+farther end, and a median filter of 5 x 5 pixels follows. The network is not given the largest disparity, takes the
+views enlarged {enlarged} times, and was trained on generated scenes only.
 
 ## The same by command, in this folder
 
@@ -54,7 +54,7 @@ large, and was trained on generated scenes alone.
 
 
 def visit(folder: Path, console: Console) -> None:
-    """Match in two ways, measure, draw, and leave everything in `folder`."""
+    """Match with both methods, measure and draw; write everything into `folder`."""
     left, right, truth = require("skimage.data", "images").stereo_motorcycle()
     truth = np.where(np.isfinite(truth), truth, np.nan)
     largest = float(np.nanmax(truth))
@@ -79,14 +79,14 @@ def visit(folder: Path, console: Console) -> None:
     write_disparity(folder / "network.pfm", found["network"])
     del found["semi-global matching"]
     _panels({"left view": left, "truth": truth, **found}).save(folder / "compare.png")
-    console.print(f"Truth, network and filled semi-global matching as colours: {folder / 'compare.png'}")
+    console.print(f"Ground truth, network and filled semi-global matching as colours: {folder / 'compare.png'}")
     best = min(bad, key=lambda name: bad[name])
     readme = README.format(name=SHIPPED["stereo"], table="\n".join(rows), best=best, largest=largest, enlarged=ENLARGED)
     (folder / "README.md").write_text(TITLE + readme)
 
 
 def _panels(parts: dict[str, np.ndarray]) -> Image.Image:
-    """Two by two, labelled; disparities (H, W) share their colours, (H, W, 3) are shown as they are."""
+    """Two by two labelled panels; disparities (H, W) share their colour scale, (H, W, 3) are shown unchanged."""
     height, width = parts["truth"].shape
     picture = Image.new("RGB", (2 * width + 4, 2 * (height + STRIP)), "white")
     pen = ImageDraw.Draw(picture)

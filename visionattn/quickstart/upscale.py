@@ -1,6 +1,6 @@
-"""Upscale a photograph four times: the shipped SPAN network against bicubic interpolation.
+"""Upscale a photograph four times: the shipped SPAN network compared with bicubic interpolation.
 
-The photograph is scikit-image's cat Chelsea, shrunk by four first, so that the truth is known.
+The photograph is scikit-image's cat Chelsea, first reduced by four, so that the ground truth is known.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ README = """
 | file | what it is |
 | --- | --- |
 | `original.png` | scikit-image's photograph of the cat Chelsea |
-| `small.png` | the same, a quarter as high and wide |
+| `small.png` | the same at a quarter of the height and width |
 | `bicubic.png` | `small.png`, enlarged by bicubic interpolation: {bicubic:.2f} dB |
 | `network.png` | `small.png`, enlarged by {name}: {network:.2f} dB |
 | `compare.png` | both side by side |
@@ -51,7 +51,7 @@ def _psnr(image: np.ndarray, truth: np.ndarray) -> float:
 
 
 def visit(folder: Path, console: Console) -> None:
-    """Shrink, enlarge in two ways, compare, and leave everything in `folder`."""
+    """Reduce, upscale with both methods and compare; write everything into `folder`."""
     data = require("skimage.data", "images")
     name = default_name(SCALE)
     try:
