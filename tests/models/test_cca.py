@@ -254,5 +254,5 @@ def test_bad_input():
     for wrong in ("kind", [], ["kind", "kind"]):
         with pytest.raises(InputError, match="list of one or more different names"):
             timm.create_model(NANO, attributes=wrong)
-    with pytest.raises(InputError, match="head is 'mean'; it can be one of cca, linear, csn, asen"):
+    with pytest.raises(InputError, match="head must be one of 'cca', 'linear', 'csn', 'asen'; got 'mean'"):
         timm.create_model(NANO, head="mean")

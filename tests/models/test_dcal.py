@@ -205,7 +205,7 @@ def test_a_file_says_what_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"local_pool": "max"}, "'max'; it can be one of token, avg"),
+        ({"local_pool": "max"}, "must be one of 'token', 'avg'; got 'max'"),
         ({"local_ratio": 1.5}, "from 0 to 1, but got 1.5"),
         ({"global_pool": "avg"}, "global_pool is 'token', but got 'avg'"),
     ],

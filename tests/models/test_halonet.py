@@ -168,5 +168,5 @@ def test_channels_last_changes_nothing():
 
 
 def test_unknown_width_of_heads_is_refused():
-    with pytest.raises(InputError, match="64 channels wide, which 6 heads do not divide"):
+    with pytest.raises(InputError, match=r"width \(64\) must be divisible by num_heads \(6\)"):
         timm.create_model("va_halonet_h0", heads=(6, 8, 8, 8))

@@ -126,7 +126,7 @@ class AttributeRetrieval(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self._arguments: dict[str, Any] = {}
         if head not in HEADS:
-            raise InputError(f"head is {head!r}; it can be one of {', '.join(HEADS)}.")
+            raise InputError(f"head must be one of {', '.join(map(repr, HEADS))}; got {head!r}.")
         settings: dict[str, Any] = {"in_chans": in_chans, **(backbone_args or {})}
         if img_size is not None:
             settings["img_size"] = img_size

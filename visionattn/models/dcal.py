@@ -141,7 +141,7 @@ class DualCrossTransformer(VisionTransformer):
         if global_pool != "token":
             raise InputError(f"DCAL reads class tokens: global_pool is 'token', but got {global_pool!r}.")
         if local_pool not in POOLS:
-            raise InputError(f"local_pool is {local_pool!r}; it can be one of {', '.join(POOLS)}.")
+            raise InputError(f"local_pool must be one of {', '.join(map(repr, POOLS))}; got {local_pool!r}.")
         if not 0 <= local_ratio <= 1:
             raise InputError(f"GLCA selects a share of the patches from 0 to 1, but got {local_ratio}.")
         super().__init__(

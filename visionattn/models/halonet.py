@@ -83,7 +83,7 @@ class HaloBlock(nn.Module):
         dd = {"device": device, "dtype": dtype}
         num_heads, dim_values = attention["num_heads"], round(width * value_ratio)
         if width % num_heads:
-            raise InputError(f"The attention is {width} channels wide, which {num_heads} heads do not divide.")
+            raise InputError(f"The attention width ({width}) must be divisible by num_heads ({num_heads}).")
         shortcut = create_shortcut(
             "conv1x1", in_chs, out_chs, stride=stride, dilation=(1, 1), apply_act=False, layers=layers, **dd
         )

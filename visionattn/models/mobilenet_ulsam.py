@@ -107,7 +107,7 @@ class MobileNetUlsam(EfficientNet):
         dtype=None,
     ) -> None:
         if mode not in ("replace", "add"):
-            raise InputError(f"mode is {mode!r}; it can be one of replace, add.")
+            raise InputError(f"mode must be one of 'replace', 'add'; got {mode!r}.")
         dd = {"device": device, "dtype": dtype}
         channels = partial(round_channels, multiplier=width)
         stages = [
