@@ -252,7 +252,7 @@ def _fault(stated: Any) -> str | None:
         return f"its format is {shorten(stated['format'])}, and this version reads {FORMAT}: update visionattn"
     for key, kind in {"name": str, "model_args": dict, "config": dict}.items():
         if not isinstance(stated.get(key), kind):
-            return f"its {key} must be a {kind.__name__}, got {shorten(repr(stated.get(key)), 60)}"
+            return f"its {key} must be a {kind.__name__}, but is {shorten(repr(stated.get(key)), 60)}"
     for key, kind in {"task": str, "version": str, "attributes": dict}.items():
         if not isinstance(stated.get(key), (kind, type(None))):
             return f"its {key} must be a {kind.__name__}, but is {shorten(repr(stated[key]), 60)}"
