@@ -90,7 +90,7 @@ def test_places():
         ("va_mobilenetv1_ulsam_100", {"places": (1,)}, "takes the blocks 3, 5, 7, 8, 9, 10, 11, 13"),
         ("va_mobilenetv1_ulsam_100", {"places": (14,), "mode": "add"}, "'add' takes the blocks 1, 2"),
         ("va_mobilenetv2_ulsam_100", {"mode": "delete"}, "must be one of 'replace', 'add'; got 'delete'"),
-        ("va_mobilenetv2_ulsam_100", {"num_subspaces": 5, "places": (13,)}, "96 channels, which 5 subspaces do not"),
+        ("va_mobilenetv2_ulsam_100", {"num_subspaces": 5, "places": (13,)}, "divisible by num_subspaces"),
     ],
 )
 def test_wrong_settings_are_named(name, settings, text):
