@@ -138,7 +138,7 @@ GOOD = {"format": 1, "name": NAME, "model_args": {"depth": 1, "num_classes": 3},
         ({KEY: {**GOOD, "config": {"interpolation": "magic"}}}, "interpolation must be one of"),
         (
             {KEY: {**GOOD, "config": {"input_size": [3, 28, 28]}}},
-            "says images of 3 x 28 x 28, but its model takes 1 x 28",
+            "is for images of 3 x 28 x 28, but its model takes 1 x 28",
         ),
     ],
 )
