@@ -419,7 +419,7 @@ def test_what_cannot_be_replaced_is_named_with_what_can():
         visionattn.insert(model, SubspaceAttention, ["blocks.4.2", "blocks.3.0"], mode="replace")
     with pytest.raises(InputError, match=r"no layer 'blocks.9' .*insert takes, among others: blocks.0.0, blocks.1.0, "):
         visionattn.insert(model, SubspaceAttention, "blocks.9")
-    with pytest.raises(InputError, match="'classifier' gives no map"):
+    with pytest.raises(InputError, match="'classifier' does not return a map"):
         visionattn.insert(model, SubspaceAttention, "classifier")
     with pytest.raises(InputError, match="mode must be one of 'residual', 'add', 'replace', or None; got 'delete'"):
         visionattn.insert(model, SubspaceAttention, "blocks.4.2", mode="delete")
