@@ -430,5 +430,5 @@ def test_what_cannot_be_replaced_is_named_with_what_can():
     with pytest.raises(InputError, match=r"'blocks\.4\.2' is or is inside 'blocks\.4'"):
         visionattn.insert(model, SubspaceAttention, ["blocks.4.2", "blocks.4"])
     assert list(model.state_dict()) == keys
-    with pytest.raises(InputError, match="give insert an input_size"):
+    with pytest.raises(InputError, match=r"pass input_size, \(C, H, W\), to insert"):
         visionattn.insert(network(), SubspaceAttention, "0")

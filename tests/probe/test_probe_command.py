@@ -179,7 +179,7 @@ def test_unreadable_images_and_classes_without_test_images_are_told(tmp_path, ca
 def test_one_class_is_refused(tmp_path, capsys):
     data = pictures(tmp_path / "data", {"train": {"one": 5}, "test": {"one": 2}})
     assert main(["probe", NAME, "--random", *data, "--output", str(tmp_path / "out"), *TINY]) == 2
-    assert "holds one class only" in capsys.readouterr().err
+    assert "has only one class" in capsys.readouterr().err
 
 
 def test_broken_weights_are_refused(tmp_path, capsys):
@@ -237,7 +237,7 @@ def test_absurd_numbers_are_refused(tmp_path, capsys, option, value, message):
         ([NAME, "--random", "--data", "mnist"], "needs a folder: set --root"),
         ([NAME, "--random", "--data", "nowhere"], "There is no folder nowhere"),
         ([NAME, "--random", "--data", "digits", "--layers", "9"], "layers 0 to 5"),
-        ([NAME, "--random", "--data", "digits", "--heads", "gap", "--export", "ep_8"], "none of the heads gap"),
+        ([NAME, "--random", "--data", "digits", "--heads", "gap", "--export", "ep_8"], "must be one of the heads gap"),
         ([NAME, "--random", "--data", "digits", "--heads", "wave"], "There is no pooling 'wave'"),
         ([NAME, "--random", "--data", "digits", "--heads", "ep_7"], "out_dim divisible by num_queries"),
         ([NAME, "--random", "--data", "digits", "--device", "moon"], "The device 'moon' cannot be used"),

@@ -297,7 +297,7 @@ def test_classes():
         ([HeadSpec("gap")], {"holdout": -0.1}, InputError, "between 0 and 1"),
         ([HeadSpec("gap", layer=2)], {}, InputError, "reads layer 2, but the features have 1"),
         ([HeadSpec("nothing")], {}, UnknownNameError, "no pooling 'nothing'"),
-        ([HeadSpec("ep_3")], {}, InputError, "queries divide"),
+        ([HeadSpec("ep_3")], {}, InputError, "out_dim divisible by num_queries"),
         ([HeadSpec("cls")], {}, InputError, "class token.*take 'gap'.*ep_M"),
         ([HeadSpec("ep_all_4")], {}, InputError, "class token.*take 'ep_4'"),
         (grid(["gap"], lrs=[1.0, 2.0]), {"holdout": 0}, InputError, "nothing can choose"),

@@ -77,7 +77,7 @@ def test_what_makes_another_store(tmp_path):
 
 
 def test_bad_arguments(backbone, tmp_path):
-    with pytest.raises(ConfigError, match="fp16, bf16, fp32, int8"):
+    with pytest.raises(ConfigError, match="'fp16', 'bf16', 'fp32', 'int8'"):
         store(tmp_path, backbone=backbone, precision="fp8")
     with pytest.raises(ConfigError, match=r"lacks .'transform', 'dataset'"):
         store(tmp_path, backbone=backbone, identity={"model": "small"})
