@@ -37,6 +37,7 @@ def timm_train() -> str:
         "seed": "seed",
         "accuracy, %": "accuracy",
         "seconds": "seconds",
+        "threads": "threads",
         "device": "device",
     }
     return _table("timm_train", columns)

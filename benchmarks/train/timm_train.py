@@ -2,7 +2,8 @@
 
     python -m benchmarks.train.timm_train --data FOLDER --timm REPOSITORY [--seeds 0 1 2] [--epochs 3]
 
-FOLDER holds images by class below train/ and val/ (`tools/class_folders.py` writes CIFAR-10 so); REPOSITORY is a
+FOLDER holds images by class below train/ and val/, and no test/, which `visionattn fit` alone would measure
+(`tools/class_folders.py` writes CIFAR-10 so); REPOSITORY is a
 checkout of huggingface/pytorch-image-models, of the installed version, whose train.py runs. Both train the same network
 of timm from random weights with AdamW (weight decay 0.05), one learning rate, a cosine without warm-up to 0 by update,
 batches of 128, no augmentation, no mixing, float32 and the same number of loading processes, and measure the validation
@@ -76,6 +77,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "timm_train.csv")
     args = parser.parse_args()
+    if (args.data / "test").exists():
+        parser.error(f"{args.data} holds test/, which visionattn fit would measure and timm would not: move it away")
     origin = environment("cpu")  # before rows change the checkout
     data, timm = args.data.resolve(), args.timm.resolve()
     for seed in args.seeds:
