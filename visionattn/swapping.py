@@ -201,11 +201,19 @@ def grid_of(model: nn.Module) -> TokenGrid:
 
 
 def image_size(model: nn.Module) -> tuple[int, int, int]:
-    """Size (C, H, W) of the images that a model was built for."""
-    embedding = model.get_submodule("patch_embed")
-    channels = next(p.shape[1] for p in embedding.parameters() if p.ndim == 4)
-    height, width = embedding.img_size  # type: ignore[misc]
-    return (channels, height, width)
+    """Size (C, H, W) of the images that a model was built for.
+
+    Raises:
+        InputError: Its patch embedding does not tell.
+    """
+    embedding: Any = getattr(model, "patch_embed", None)
+    size = getattr(embedding, "img_size", None)
+    kernels = [p for p in embedding.parameters() if p.ndim == 4] if size is not None else []
+    if not kernels:
+        raise InputError(
+            f"{type(model).__name__} has no patch_embed with an img_size and a kernel: its image size is not known."
+        )
+    return (kernels[0].shape[1], size[0], size[1])
 
 
 def _core(name: str, layer: nn.Module, where: str, grid: tuple[int, int], settings: dict[str, Any]) -> Mixer:

@@ -66,6 +66,29 @@ def test_it_goes_on_and_repairs(tiny, tmp_path, monkeypatch, capsys):
     assert len(rows(tmp_path)) == before.count(b"\n") - 1
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [*lines[:5], lines[5][:40], *lines[6:]],
+        lambda lines: [*lines[:5], lines[5], *lines[5:]],
+        lambda lines: [*lines[:5], '"' + lines[5], *lines[6:]],
+        lambda lines: [*lines[:5], "x" * 200_000, *lines[6:]],
+        lambda lines: [line.replace("N=4,", "N=four,") for line in lines],
+        lambda lines: lines[1:],
+        lambda lines: [],
+    ],
+    ids=["cut", "twice", "quote", "long", "setting", "header", "empty"],
+)
+def test_a_cell_with_a_damaged_row_is_measured_again(tiny, tmp_path, damage):
+    found = visionattn.arena(["hsa"], ["cost"], 2, output=tmp_path)
+    expected = {(row.cell, row.measure, row.setting) for row in found.rows}
+    file = tmp_path / "results.csv"
+    file.write_text("\n".join(damage(file.read_text().splitlines())))
+    repaired = visionattn.arena("hsa", "cost", [2], output=tmp_path)
+    assert {(row.cell, row.measure, row.setting) for row in repaired.rows} == expected
+    assert len(repaired.rows) == len(found.rows) == len(rows(tmp_path))
+
+
 def test_rows_of_other_sizes_stay_and_do_not_count(tiny, tmp_path, monkeypatch):
     visionattn.arena(["hsa"], ["regression"], seeds=1, output=tmp_path)
     monkeypatch.setattr(api, "FULL", Plan(1, 2, sequences=8, seeds=1))
@@ -82,6 +105,11 @@ def test_rows_of_other_sizes_stay_and_do_not_count(tiny, tmp_path, monkeypatch):
         ({"tasks": []}, InputError, "needs a task"),
         ({"seeds": 0}, InputError, "seeds of at least 1"),
         ({"grid": [1]}, InputError, "sides from 2 to 512"),
+        ({"grid": [14.5]}, InputError, "all integers"),
+        ({"grid": ["14"]}, InputError, "all integers"),
+        ({"seeds": 1.5}, InputError, "all integers"),
+        ({"seeds": "2"}, InputError, "all integers"),
+        ({"mixers": "has"}, UnknownNameError, "no mixer 'has': did you mean 'hsa'"),
         ({"device": "tpu"}, InputError, "'tpu' cannot be used"),
     ],
 )

@@ -1,5 +1,7 @@
 """Attention calls of frozen models: names, grids, replacement in eager, compiled and exported models."""
 
+import threading
+
 import pytest
 import timm
 import torch
@@ -157,3 +159,52 @@ def test_layers_that_are_not_reached_are_named():
         model = vit()
         with observing(model, print, "blocks.9*"):
             model(torch.randn(1, 3, 48, 48))
+
+
+def test_of_two_contexts_the_inner_one_comes_first():
+    for options in ({}, {"class_token": False, "global_pool": "avg"}):
+        model, x = vit(**options), torch.randn(1, 3, 48, 48)
+        with torch.no_grad(), replacing(model, lambda call: call.v) as outer:
+            with replacing(model, lambda call: 2 * call.v, "blocks.0.*") as inner:
+                model(x)
+        assert inner.layers == ["blocks.0.attn"]
+        assert outer.layers == [f"blocks.{n}.attn" for n in range(1, len(model.blocks))]
+        assert outer.dense == {"blocks.0.attn": "a context within this one replaces it"}
+        with torch.no_grad(), observing(model, print) as outer, replacing(model, lambda call: call.v) as inner:
+            model(x)
+        assert (outer.layers, len(outer.dense), len(inner.layers)) == ([], len(model.blocks), len(model.blocks))
+
+
+def test_other_threads_run_the_model_as_it_is():
+    model, x, small = vit(dynamic_img_size=True), torch.randn(1, 3, 48, 48), torch.randn(1, 3, 24, 24)
+    calls = []
+    with torch.no_grad():
+        dense = model(small)
+
+    def elsewhere():
+        with torch.no_grad():
+            assert torch.equal(model(small), dense)
+
+    def in_a_thread(*unused):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    def once(*unused):
+        handle.remove()
+        in_a_thread()
+
+    handle = model.blocks[0].norm1.register_forward_hook(once)
+    with torch.no_grad(), observing(model, calls.append) as reached:
+        model(x)
+    assert reached.layers == [f"blocks.{n}.attn" for n in range(len(model.blocks))]
+    assert {call.grid for call in calls} == {(6, 6)}
+    with pytest.raises(InputError, match="ran in another thread only"), observing(model, print):
+        in_a_thread()
+
+
+def test_a_model_without_attention_is_refused():
+    model = timm.create_model("test_resnet", num_classes=0).eval()
+    with pytest.raises(InputError, match="No attention layer of ResNet was reached: no layer calls"), torch.no_grad():
+        with replacing(model, lambda call: call.v):
+            model(torch.randn(1, 3, 64, 64))

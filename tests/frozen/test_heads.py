@@ -135,3 +135,24 @@ def test_mistakes_are_named(make, arguments, words):
 def test_images_are_needed():
     with pytest.raises(InputError, match="one image at least"):
         prune_heads(vit(), [], 0.5)
+
+
+@pytest.mark.parametrize("labels", [LABELS.float(), LABELS.tolist(), LABELS[:, None]])
+def test_labels_are_integers_in_a_row(labels):
+    with pytest.raises(InputError, match=r"must be an int64 tensor \(3,\); got"):
+        prune_heads(vit(), IMAGES, 0.5, "gradient", labels)
+
+
+@pytest.mark.parametrize("score", ["usage", "norm", "gradient"])
+def test_images_that_do_not_fit_and_nan_are_named(score):
+    model = vit()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="does not run on images of 3 x 8 x 8"):
+        prune_heads(model, IMAGES[..., :8, :8], 0.5, score, LABELS)
+    with pytest.raises(InputError, match="does not run on images of 1 x 16 x 16"):
+        prune_heads(model, IMAGES[:, :1], 0.5, score, LABELS)
+    with pytest.raises(InputError, match=r"heads of blocks\.0\.attn have no scores: its outputs hold NaN"):
+        prune_heads(model, IMAGES * torch.nan, 0.5, score, LABELS)
+    with pytest.raises(InputError, match="one image at least"):
+        prune_heads(model, None, 0.5, score, LABELS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -136,3 +136,10 @@ def test_normalisation_is_undone():
     pixels = torch.tensor([[[0.0, 1.0]], [[0.5, 0.25]], [[0.2, 0.8]]])
     image = to_image((pixels - 0.5) / 0.25, (0.5,) * 3, (0.25,) * 3)
     assert np.asarray(image).tolist() == [[[0, 128, 51], [255, 64, 204]]]
+
+
+def test_one_image_is_refused_before_the_work_begins(tmp_path):
+    image = Image.new("RGB", (24, 24), "red")
+    with pytest.raises(InputError, match="needs two images that can be read; there are 1"):
+        visionattn.inspect(vit(), [image], output=tmp_path / "report", progress=False)
+    assert not (tmp_path / "report").exists() or not list((tmp_path / "report").iterdir())

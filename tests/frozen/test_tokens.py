@@ -172,3 +172,9 @@ def test_models_that_cannot_be_pruned_stay_as_they_are():
     with pytest.raises(InputError, match="reads no attention"):
         prune_tokens(model, 0.5, score="received")
     assert not any(block._forward_hooks for block in model.blocks)
+
+
+@pytest.mark.parametrize("name", ["mixer_s32_224", "hiera_tiny_224"])
+def test_embeddings_that_do_not_tell_the_size_are_refused(name):
+    with pytest.raises(InputError, match="has no patch_embed with"), torch.device("meta"):
+        prune_tokens(timm.create_model(name), 0.5)

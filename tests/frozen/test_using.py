@@ -7,7 +7,7 @@ import torch
 from tests.frozen.toys import images, vit
 from visionattn.cost import count_macs
 from visionattn.errors import InputError
-from visionattn.frozen import UnderPolicy, export, using
+from visionattn.frozen import UnderPolicy, export, observing, using
 from visionattn.frozen.plan import make_plan
 from visionattn.frozen.policies import POLICIES, Mass, Pooled, Reuse, Strided, TailOnly, Tree, Window
 
@@ -143,3 +143,25 @@ def test_other_families(name):
             torch.testing.assert_close(model(x), dense, rtol=1e-4, atol=1e-4)
         with using(model, TailOnly()):
             assert (model(x) - dense).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("prefix", [{}, {"class_token": False, "global_pool": "avg"}])
+def test_an_observer_outside_of_a_policy_sees_no_parts_of_its_layers(prefix):
+    model, calls = vit((8, 8), **prefix), []
+    with torch.no_grad(), observing(model, calls.append) as outer, using(model, Window(0.5, **TILES)):
+        model(images(1, (8, 8)))
+    assert (calls, outer.layers) == ([], [])
+
+
+def test_a_policy_that_returns_something_else_is_refused():
+    model = vit((8, 8))
+    with pytest.raises(InputError, match=r"A policy returns indices of key tiles, .* got 3"), torch.no_grad():
+        with using(model, lambda *args: 3):
+            model(images(1, (8, 8)))
+
+
+def test_nan_weights_give_no_plan():
+    model = vit((8, 8))
+    torch.nn.init.constant_(model.blocks[1].attn.qkv.weight, torch.nan)
+    with pytest.raises(InputError, match=r"blocks\.1\.attn holds NaN"):
+        make_plan(model, images(1, (8, 8)), **TILES)

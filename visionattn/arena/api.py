@@ -36,9 +36,9 @@ LEFT_OUT = {
 
 
 def arena(
-    mixers: Sequence[str] = (),
-    tasks: Sequence[str] = TASKS,
-    grid: Sequence[int] | None = None,
+    mixers: str | Sequence[str] = (),
+    tasks: str | Sequence[str] = TASKS,
+    grid: int | Sequence[int] | None = None,
     seeds: int | None = None,
     quick: bool = False,
     data: str | Path | None = None,
@@ -75,15 +75,25 @@ def arena(
         DataError: The images cannot be read.
         StorageError: The report cannot be written.
     """
+    mixers, tasks = ([given] if isinstance(given, str) else given for given in (mixers, tasks))
     for name in mixers:
         find_mixer(name)
     for task in tasks:
         if task not in TASKS:
             raise InputError(f"A task must be one of {', '.join(map(repr, TASKS))}; got {shorten(task)!r}.")
     plan = QUICK if quick else FULL
-    plan = replace(plan, sides=sorted(set(grid or plan.sides)), seeds=plan.seeds if seeds is None else seeds)
-    if not tasks or plan.seeds < 1 or not 2 <= plan.sides[0] <= plan.sides[-1] <= 512:
-        raise InputError("An arena needs a task, seeds of at least 1, and grids with sides from 2 to 512.")
+    sides = [grid] if isinstance(grid, int) else list(grid or plan.sides)
+    seeds = plan.seeds if seeds is None else seeds
+    if (
+        not tasks
+        or any(type(n) is not int for n in (seeds, *sides))
+        or seeds < 1
+        or not 2 <= min(sides) <= max(sides) <= 512
+    ):
+        raise InputError(
+            "An arena needs a task, seeds of at least 1, and grids with sides from 2 to 512, all integers."
+        )
+    plan = replace(plan, sides=sorted(set(sides)), seeds=seeds)
     where = find_device(device)
     folder = check_folder(output)
     images = None if data is None else check_images(data)

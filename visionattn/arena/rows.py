@@ -68,23 +68,45 @@ _NUMBERS = {"seed": int, "value": float, "threads": int, "seconds": float}
 
 
 def read_rows(path: Path) -> tuple[list[Row], int]:
-    """Rows of a file, and the number of those that are damaged and left out; none where there is no file.
+    """Rows of a file, and the number of those that are damaged; none where there is no file.
+
+    All rows of a cell that a damaged row may belong to are left out, since a cell is measured as a whole.
 
     Raises:
         DataError: The file cannot be read, or is not text.
     """
     if not path.exists():
         return [], 0
-    rows, damaged = [], 0
-    for line in csv.DictReader(read_text(path).splitlines()):
+    rows: list[Row | None] = []
+    seen = set()
+    lines = csv.DictReader(read_text(path).splitlines())
+    while True:
         try:
-            row = Row(**{name: _NUMBERS.get(name, str)(line[name]) for name in COLUMNS})
-            if not math.isfinite(row.value) and not math.isnan(row.value):
-                raise ValueError
-            rows.append(row)
+            row = _row(next(lines))
+        except StopIteration:
+            break
         except (KeyError, TypeError, ValueError, csv.Error):
-            damaged += 1
-    return rows, damaged
+            rows.append(None)
+            continue
+        number = (row.cell, row.measure, row.setting)
+        rows += [row] if number not in seen else [row, None]
+        seen.add(number)
+    # The rows of a cell lie together: a damaged one belongs to the cell before it or behind it.
+    doubted = set()
+    for way in (rows, rows[::-1]):
+        last = None
+        for one in way:
+            if one is None and last is not None:
+                doubted.add(last.cell)
+            last = one if one is not None else last
+    return [row for row in rows if row is not None and row.cell not in doubted], rows.count(None)
+
+
+def _row(line: dict[str, str]) -> Row:
+    row = Row(**{name: _NUMBERS.get(name, str)(line[name]) for name in COLUMNS})
+    if math.isinf(row.value) or (row.task == "cost" and row.setting and not row.setting.removeprefix("N=").isdigit()):
+        raise ValueError(row)
+    return row
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

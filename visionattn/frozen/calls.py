@@ -11,6 +11,8 @@ through a function of ours, which sees queries, keys and values after norms, rot
 
 Forward hooks name the layer and take the grid from the patch embedding. They are removed at the end. This works in
 eager mode, under `torch.compile` and in `torch.export`; what is traced within the context keeps the replacement.
+A context is for the thread that opened it: the same model can run as it is in others. Of two nested contexts the inner
+one comes first; the outer one gets what the inner one leaves as it is.
 
 Layers of timm that would compute the weights themselves because of `fused_attn=False` are told to call the function,
 which changes results by rounding. Not reached: attention that a class always computes by itself (Swin v2, LeViT, XCiT,
@@ -21,11 +23,13 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -38,7 +42,9 @@ Grid = tuple[int, int]
 Attention = Callable[["Call"], Tensor | None]
 
 _EMBEDDING = re.compile(r"(^|\.)(patch_embed\w*|conv_proj)(\.\d+)?$")
-CHOSEN = "the policy leaves it as it is"  # a reason that is no fault
+CHOSEN = "the policy leaves it as it is"  # reasons that are no fault
+_INNER = "a context within this one replaces it"
+_active = threading.local()  # the innermost interception of each thread
 _MOST_PREFIX_TOKENS = 16  # of a model that does not state their number
 
 
@@ -84,6 +90,8 @@ class Reached:
     dense: dict[str, str] = field(default_factory=dict)
     _entered: list[str] = field(default_factory=list)
     _calling: list[str] = field(default_factory=list)
+    _ran: bool = False
+    _elsewhere: bool = False  # in another thread
 
     @property
     def not_called(self) -> list[str]:
@@ -158,6 +166,15 @@ class _Interception:
         self.grid: Grid | None = None
         self.order: dict[str, int] = {}
         self.state: dict[Any, Any] = {}
+        self.paused = False
+        self.thread = threading.get_ident()
+        self.outer: _Interception | None = getattr(_active, "innermost", None)
+
+    def is_foreign(self) -> bool:
+        """Whether a hook runs in another thread, to which the context does not apply."""
+        if torch.compiler.is_compiling():  # a traced graph cannot ask
+            return False
+        return threading.get_ident() != self.thread
 
     def call(self, number: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Call:
         grid, prefix = self.grid, 0
@@ -180,6 +197,20 @@ class _Interception:
         elif name not in self.reached.layers:
             self.reached.layers.append(name)
 
+    def pause_outer(self, paused: bool) -> None:
+        at = self.outer
+        while at is not None:
+            at.paused = paused
+            at = at.outer
+
+    def note_taken(self) -> None:
+        """Tell the contexts around this one that it replaced a call, which they do not get."""
+        at = self.outer
+        while at is not None:
+            if at.stack:
+                at.note(at.stack[-1], _INNER)
+            at = at.outer
+
 
 class _Mode(TorchFunctionMode):
     def __init__(self, attention: Attention, interception: _Interception) -> None:
@@ -190,7 +221,7 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Call ours in place of scaled dot-product attention, and all else as it is."""
         # No module is entered where a compiled graph runs, which was traced with what is in the place of this call.
-        if func is F.scaled_dot_product_attention and self.interception.stack:
+        if func is F.scaled_dot_product_attention and self.interception.stack and not self.interception.paused:
             return self._attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -209,10 +240,15 @@ class _Mode(TorchFunctionMode):
             call = at.call(number, *_with_heads(query, key, value, attn_mask, enable_gqa), scale)
             if not at.observes:
                 _check_inference(call, dropout_p)
-            result = self.attention(call)
+            at.pause_outer(True)  # what the function calls is no call of the layer
+            try:
+                result = self.attention(call)
+            finally:
+                at.pause_outer(False)
             reason = None if at.observes or result is not None else _why_dense(call)
         at.note(name, reason)
         if result is not None:
+            at.note_taken()
             return result if query.ndim == 4 else result.squeeze(1)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -266,9 +302,11 @@ def _intercepting(
             if named and name:
                 handles.append(module.register_forward_pre_hook(_enter_hook(at, name, _is_attention(module))))
                 handles.append(module.register_forward_hook(_leave_hook(at, name)))
+        _active.innermost = at
         with _Mode(attention, at):
             yield at.reached
     finally:
+        _active.innermost = at.outer
         for handle in handles:
             handle.remove()
         for module in unfused:
@@ -278,7 +316,11 @@ def _intercepting(
 
 def _check_reached(model: str, patterns: Sequence[str], found: Reached) -> None:
     """Refuse a context in which a model ran as if there had been none."""
-    if found.layers or CHOSEN in found.dense.values() or not (found._entered or found.dense):
+    if found.layers or {CHOSEN, _INNER} & set(found.dense.values()):
+        return
+    if not found._ran:
+        if found._elsewhere:
+            raise InputError(f"{model} ran in another thread only: open the context in the thread that runs it.")
         return
     if found.dense:
         reason = next(iter(found.dense.values()))
@@ -286,8 +328,9 @@ def _check_reached(model: str, patterns: Sequence[str], found: Reached) -> None:
             f"No attention layer of {model} was reached: layers is {shorten(', '.join(patterns))!r}; "
             f"{shorten(', '.join(found.dense))} call attention, but {reason}."
         )
+    silent = f"{shorten(', '.join(found.not_called))} do not call" if found.not_called else "no layer calls"
     raise InputError(
-        f"No attention layer of {model} was reached: {shorten(', '.join(found.not_called))} do not call "
+        f"No attention layer of {model} was reached: {silent} "
         "torch.nn.functional.scaled_dot_product_attention. Take a model whose attention does, such as timm's ViT."
     )
 
@@ -298,6 +341,10 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _enter_hook(at: _Interception, name: str, attention: bool) -> Callable[..., None]:
     def enter(module: nn.Module, inputs: Any) -> None:
+        if at.is_foreign():
+            at.reached._elsewhere = True
+            return
+        at.reached._ran = True
         at.stack.append(name)
         if attention and name not in at.reached._entered:
             at.reached._entered.append(name)
@@ -307,6 +354,8 @@ def _enter_hook(at: _Interception, name: str, attention: bool) -> Callable[..., 
 
 def _leave_hook(at: _Interception, name: str) -> Callable[..., None]:
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        if at.is_foreign():
+            return
         # What an exception left behind lies above.
         while at.stack and at.stack.pop() != name:
             pass
@@ -316,6 +365,8 @@ def _leave_hook(at: _Interception, name: str) -> Callable[..., None]:
 
 def _grid_hook(at: _Interception) -> Callable[..., None]:
     def take(module: nn.Module, inputs: Any, output: Any) -> None:
+        if at.is_foreign():
+            return
         at.grid = _grid(module, inputs[0] if inputs else None, output)
         at.state.clear()
 

@@ -88,7 +88,7 @@ def head_scores(
     if score == "random":
         generator = torch.Generator().manual_seed(seed)
         return {n: torch.rand(_heads(layer), generator=generator).double() for n, layer in layers.items()}
-    batches = [images] if isinstance(images, Tensor) else list(images)
+    batches = [images] if isinstance(images, Tensor) or not isinstance(images, Iterable) else list(images)
     if not batches or any(not isinstance(batch, Tensor) or batch.ndim != 4 or not len(batch) for batch in batches):
         raise InputError("images must be tensors (n, C, H, W) with one image at least.")
     if score == "gradient":
@@ -96,10 +96,12 @@ def head_scores(
     count = _used if score == "usage" else _norms
     totals = {name: torch.zeros(_heads(layer), dtype=torch.float64) for name, layer in layers.items()}
     tokens = dict.fromkeys(layers, 0)
+    finite = dict.fromkeys(layers, True)
 
     def record(name: str) -> Callable:
         def hook(layer: Any, inputs: tuple) -> None:
             norms = _output_norms(layer, inputs[0])  # (B, N, heads)
+            finite[name] &= bool(norms.isfinite().all())
             totals[name] += count(norms).sum(dim=(0, 1)).double().cpu()
             tokens[name] += norms.shape[0] * norms.shape[1]
 
@@ -123,6 +125,7 @@ def head_scores(
             hook = record(name)
             handles.append(layer.proj.register_forward_pre_hook(lambda _, x, f=hook, at=layer: f(at, x)))
     _run(model, batches, handles)
+    _check_finite(finite)
     return {name: total / tokens[name] for name, total in totals.items()}
 
 
@@ -133,7 +136,7 @@ def _run(model: nn.Module, batches: list[Tensor], handles: list[Any]) -> None:
     try:
         model.eval()
         for batch in batches:
-            model(batch.to(like))
+            _forward(model, batch.to(like))
     finally:
         model.train(training)
         for handle in handles:
@@ -165,6 +168,8 @@ def _gradients(
     if labels is None or len(labels) != count:
         given = "none" if labels is None else str(len(labels))
         raise InputError(f"The gradient needs a label for each of the {count} images; got {given}.")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
+        raise InputError(f"Labels must be an int64 tensor ({count},); got {shorten(repr(labels))}.")
     like = next(model.parameters())
     totals = {name: torch.zeros(_heads(layer), dtype=torch.float64) for name, layer in layers.items()}
     gates: dict[str, Tensor] = {}
@@ -183,7 +188,7 @@ def _gradients(
         model.eval()
         for batch, wanted in zip(batches, labels.split([len(batch) for batch in batches]), strict=True):
             with torch.enable_grad():
-                logits = model(batch.to(like))
+                logits = _forward(model, batch.to(like))
                 classes = logits.shape[-1]
                 if logits.ndim != 2 or not 0 <= int(wanted.min()) <= int(wanted.max()) < classes:
                     raise InputError(f"Labels must be from 0 to {classes - 1}, the classes of the model.")
@@ -195,7 +200,25 @@ def _gradients(
         model.train(training)
         for handle in handles:
             handle.remove()
+    _check_finite({name: bool(total.isfinite().all()) for name, total in totals.items()})
     return {name: total / count for name, total in totals.items()}
+
+
+def _check_finite(finite: dict[str, bool]) -> None:
+    for name, holds in finite.items():
+        if not holds:
+            raise InputError(
+                f"The heads of {name} have no scores: its outputs hold NaN or infinity. Check weights and images."
+            )
+
+
+def _forward(model: nn.Module, batch: Tensor) -> Tensor:
+    """Outputs of a model, or `InputError` where it does not run on such images."""
+    try:
+        return model(batch)
+    except (AssertionError, RuntimeError) as error:
+        shape = " x ".join(map(str, batch.shape[1:]))
+        raise InputError(f"{type(model).__name__} does not run on images of {shape}: {shorten(error)}") from error
 
 
 def _choose(scores: dict[str, Tensor], keep: float) -> dict[str, list[int]]:

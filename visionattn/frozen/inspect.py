@@ -114,6 +114,10 @@ def inspect(
     config = resolve_model_data_config(model)
     size = image_size or config["input_size"][1]
     read = _read(images, config, size, count, console)
+    if len(read.names) < 2:
+        raise InputError(
+            f"inspect needs two images that can be read; there are {len(read.names)} in {shorten(images)}."
+        )
     shown = read.images.to(where, next(model.parameters()).dtype)
     with show_progress(console) as bars:
         bar = bars.add_task("layers", total=len(shown))

@@ -249,6 +249,8 @@ def layer_masses(
         if call.grid is None or call.bias is not None:
             return
         mass = tile_mass(call.q * call.scale, call.k, call.grid, query_tile, key_tile, call.prefix)
+        if not bool(mass.isfinite().all()):
+            raise InputError(f"Attention of {call.layer} holds NaN or infinity. Check weights and images.")
         found.setdefault(call.layer, []).append(mass.float().cpu())
         numbers[call.layer] = call.number
         grids.add(call.grid)

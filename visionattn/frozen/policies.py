@@ -80,7 +80,7 @@ class Policy:
     name: ClassVar[str]
 
     def __init__(self, budget: float = 0.125, tail: bool = True, query_tile: int = 8, key_tile: int = 4) -> None:
-        if not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
             raise InputError(f"The budget must be in (0, 1]; got {shorten(budget)}.")
         sides = query_tile, key_tile
         if any(type(side) is not int or not 1 <= side <= LARGEST_TILE for side in sides) or query_tile % key_tile:

@@ -34,6 +34,8 @@ def attend(policy: Selection, call: Call) -> Tensor | None:
     index = policy(q[:, :, prefix:], call.k[:, :, prefix:], call.grid, call.number, call.state)
     if index is None:
         return None
+    if not isinstance(index, (Tensor, list, tuple)):
+        raise InputError(f"A policy returns indices of key tiles, a list of them, or None; got {shorten(repr(index))}.")
     return near_far_attention(
         q,
         call.k,
