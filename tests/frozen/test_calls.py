@@ -208,3 +208,9 @@ def test_a_model_without_attention_is_refused():
     with pytest.raises(InputError, match="No attention layer of ResNet was reached: no layer calls"), torch.no_grad():
         with replacing(model, lambda call: call.v):
             model(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("layers", [None, 5, [5]])
+def test_layers_are_patterns(layers):
+    with pytest.raises(InputError, match="layers must be a pattern of names"), observing(vit(), print, layers):
+        pass

@@ -165,3 +165,26 @@ def test_what_cannot_be_planned():
     other = images(2, (4, 6))
     with pytest.raises(InputError, match=r"one grid of tokens; VisionTransformer has 4 x 6, 6 x 6"):
         make_plan(vit(dynamic_img_size=True), [images(), other])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.zeros(3, 24, 24), "one image at least"),
+        (torch.zeros(0, 3, 24, 24), "one image at least"),
+        ([], "one image at least"),
+        (None, "one image at least"),
+        (torch.zeros(1, 3, 8, 8), "does not run on images of 3 x 8 x 8"),
+        (torch.zeros(1, 1, 24, 24), "does not run on images of 1 x 24 x 24"),
+    ],
+)
+def test_images_that_do_not_fit_are_named(given, words):
+    with pytest.raises(InputError, match=words):
+        make_plan(vit(), given)
+
+
+def test_a_plan_names_layers(tmp_path):
+    plan = Plan("window", {}, {})
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(DataError, match="is damaged: it names no layer"):
+        Plan.load(tmp_path / "plan.json")

@@ -286,7 +286,9 @@ def _check_inference(call: Call, dropout_p: float) -> None:
 def _intercepting(
     model: nn.Module, attention: Attention, layers: str | Sequence[str], observes: bool
 ) -> Iterator[Reached]:
-    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+    patterns = (layers,) if isinstance(layers, str) else tuple(layers) if isinstance(layers, Sequence) else (layers,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise InputError(f"layers must be a pattern of names such as 'blocks.*', or several; got {shorten(layers)}.")
     names = [name for name, _ in model.named_modules()]
     wanted = frozenset(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns))
     at = _Interception(getattr(model, "num_prefix_tokens", None), wanted, observes)

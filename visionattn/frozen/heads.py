@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from visionattn.blocks import MinimalAttention
 from visionattn.cost import Savings, count_macs, count_parameters
 from visionattn.errors import InputError, shorten
+from visionattn.frozen.batches import batches_of, run_on
 from visionattn.mixers.moh import MixtureOfHeadsMixer
 from visionattn.swapping import image_size
 
@@ -88,9 +89,7 @@ def head_scores(
     if score == "random":
         generator = torch.Generator().manual_seed(seed)
         return {n: torch.rand(_heads(layer), generator=generator).double() for n, layer in layers.items()}
-    batches = [images] if isinstance(images, Tensor) or not isinstance(images, Iterable) else list(images)
-    if not batches or any(not isinstance(batch, Tensor) or batch.ndim != 4 or not len(batch) for batch in batches):
-        raise InputError("images must be tensors (n, C, H, W) with one image at least.")
+    batches = batches_of(images)
     if score == "gradient":
         return _gradients(model, layers, batches, labels)
     count = _used if score == "usage" else _norms
@@ -136,7 +135,7 @@ def _run(model: nn.Module, batches: list[Tensor], handles: list[Any]) -> None:
     try:
         model.eval()
         for batch in batches:
-            _forward(model, batch.to(like))
+            run_on(model, batch.to(like), model)
     finally:
         model.train(training)
         for handle in handles:
@@ -188,7 +187,7 @@ def _gradients(
         model.eval()
         for batch, wanted in zip(batches, labels.split([len(batch) for batch in batches]), strict=True):
             with torch.enable_grad():
-                logits = _forward(model, batch.to(like))
+                logits = run_on(model, batch.to(like), model)
                 classes = logits.shape[-1]
                 if logits.ndim != 2 or not 0 <= int(wanted.min()) <= int(wanted.max()) < classes:
                     raise InputError(f"Labels must be from 0 to {classes - 1}, the classes of the model.")
@@ -210,15 +209,6 @@ def _check_finite(finite: dict[str, bool]) -> None:
             raise InputError(
                 f"The heads of {name} have no scores: its outputs hold NaN or infinity. Check weights and images."
             )
-
-
-def _forward(model: nn.Module, batch: Tensor) -> Tensor:
-    """Outputs of a model, or `InputError` where it does not run on such images."""
-    try:
-        return model(batch)
-    except (AssertionError, RuntimeError) as error:
-        shape = " x ".join(map(str, batch.shape[1:]))
-        raise InputError(f"{type(model).__name__} does not run on images of {shape}: {shorten(error)}") from error
 
 
 def _choose(scores: dict[str, Tensor], keep: float) -> dict[str, list[int]]:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from visionattn.errors import DataError, InputError, shorten
 from visionattn.files import atomic_path, read_json, violation
+from visionattn.frozen.batches import batches_of, run_on
 from visionattn.frozen.calls import Call, observing
 from visionattn.frozen.policies import POLICIES, Policy
 from visionattn.frozen.tiles import Grid, tile_mass
@@ -138,6 +139,8 @@ class Plan:
         content = read_json(path, {"visionattn_plan": int, "policy": str, "settings": dict, "layers": dict})
         if content["visionattn_plan"] != FORMAT:
             raise DataError(f"{shorten(path)} is a plan of format {content['visionattn_plan']}; {FORMAT} is required.")
+        if not content["layers"]:
+            raise DataError(f"{shorten(path)} is damaged: it names no layer of the model that was measured.")
         for name, found in content["layers"].items():
             if wrong := violation(found, {"shapes": list, "magnitude": (float, int)}, f"layers.{shorten(name)}."):
                 raise DataError(f"{shorten(path)} is damaged: {wrong}.")
@@ -256,8 +259,8 @@ def layer_masses(
         grids.add(call.grid)
 
     with torch.no_grad(), observing(model, measure, layers):
-        for batch in [images] if isinstance(images, Tensor) else images:
-            features_of(model, batch)
+        for batch in batches_of(images):
+            run_on(lambda shown: features_of(model, shown), batch, model)
     if len(grids) != 1:
         sizes = ", ".join(f"{height} x {width}" for height, width in sorted(grids)) or "none"
         raise InputError(f"A plan needs layers and batches of one grid of tokens; {type(model).__name__} has {sizes}.")
