@@ -207,7 +207,7 @@ def image_size(model: nn.Module) -> tuple[int, int, int]:
         InputError: Its patch embedding does not tell.
     """
     embedding: Any = getattr(model, "patch_embed", None)
-    size = getattr(embedding, "img_size", None)
+    size: Any = getattr(embedding, "img_size", None)
     kernels = [p for p in embedding.parameters() if p.ndim == 4] if size is not None else []
     if not kernels:
         raise InputError(
