@@ -5,6 +5,7 @@ import math
 import pytest
 import timm
 import torch
+from timm.layers import Attention
 
 from visionattn.errors import InputError
 from visionattn.frozen import observing
@@ -77,8 +78,21 @@ def test_registers_are_no_class_token():
     assert math.isnan(got.layers[0].class_share)
 
 
+class WithoutPatches(torch.nn.Module):
+    """Attends over pixels, and has no patch embedding that says a grid."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention(4, num_heads=1)
+
+    def forward(self, images):
+        return self.attention(images[:, :, ::16, ::16].flatten(2).transpose(1, 2).repeat(1, 1, 2)[..., :4])
+
+
 def test_models_without_a_grid_are_refused():
     with pytest.raises(InputError, match="no layer that attends over a grid"):
+        look(WithoutPatches().eval(), torch.zeros(1, 3, 64, 64))
+    with pytest.raises(InputError, match="No attention layer of ResNet"):
         look(timm.create_model("resnet18").eval(), torch.zeros(1, 3, 64, 64))
     with pytest.raises(InputError, match="No attention layer"):
         look(timm.create_model("swinv2_cr_tiny_224", img_size=64, window_size=2).eval(), torch.zeros(1, 3, 64, 64))
