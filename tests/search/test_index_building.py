@@ -349,7 +349,7 @@ def test_models_without_embeddings_are_refused(folder, tmp_path, model, words):
 
 @pytest.mark.parametrize("size", [(0, 0), (-1, 24), (24, 10**9), (24,), (24, 24, 24)])
 def test_impossible_sizes_are_refused(folder, tmp_path, size):
-    with pytest.raises(InputError, match=r"image size must be height and width from 1 to 8192 each; got"):
+    with pytest.raises(InputError, match=r"image size must be height and width from 1 to 8192; got"):
         build_index(folder, tmp_path / "index", toy(), "toy", image_size=size)
 
 

@@ -25,7 +25,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB, "expand to more than 100,000 values"),
         ("model: " + "[" * 100_000, "nested too deeply"),
         ("model: &a {name: *a}", "names 'a', which contains itself or is missing"),
-        ("x" * (2**20 + 1), "1,048,577 characters is too long"),
+        ("x" * (2**20 + 1), "at most 1,048,576 characters; got 1,048,577"),
     ],
 )
 def test_texts_beyond_the_bounds(text, message):

@@ -97,7 +97,7 @@ def test_a_checkpoint_of_a_run_names_its_model(tmp_path):
         CheckpointError, match=r"does not identify its model: give the name by --model.name and the file by"
     ):
         ClassifyTask(str(file))
-    with pytest.raises(ConfigError, match=r"leave out model\.checkpoint"):
+    with pytest.raises(ConfigError, match=r"remove model\.checkpoint"):
         ClassifyTask(str(file), checkpoint="other.pth")
 
 

@@ -156,7 +156,7 @@ def test_what_is_no_flow(tmp_path):
     [
         (write_disparity, "a.png", np.full((2, 2), 256.0), "largest disparity is 256.0 pixels.*write .pfm"),
         (write_disparity, "a.flo", np.zeros((2, 2)), "must end in one of"),
-        (write_flow, "a.png", np.full((2, 2, 2), -513.0), "beyond 512 pixels.*write .flo"),
+        (write_flow, "a.png", np.full((2, 2, 2), -513.0), "exceeds 512 pixels.*write .flo"),
         (write_flow, "a.pfm", np.zeros((2, 2, 2)), "must end in one of"),
     ],
 )
@@ -227,14 +227,14 @@ BROKEN_DEFLATE[200:230] = bytes(30)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.pfm", b"Pf\n2 1\nnan\n" + bytes(8), "its scale is nan"),
-        ("a.pfm", b"Pf\n2 1\n0\n" + bytes(8), "its scale is 0.0"),
-        ("a.pfm", b"Pf\n2 1\n-inf\n" + bytes(8), "its scale is -inf"),
+        ("a.pfm", b"Pf\n2 1\nnan\n" + bytes(8), "its scale must be .*; got nan"),
+        ("a.pfm", b"Pf\n2 1\n0\n" + bytes(8), "its scale must be .*; got 0.0"),
+        ("a.pfm", b"Pf\n2 1\n-inf\n" + bytes(8), "its scale must be .*; got -inf"),
         ("a.pfm", b"Pf\n2 1\none\n" + bytes(8), "Could not read .*could not convert string to float"),
         ("a.pfm", b"Pf\n2 1\n-1\n" + bytes(9), "1 x 2 values need 8 bytes; it has 9"),  # line ends were changed
         ("a.pfm", b"Pf\n1000000000 1000000000\n-1\n" + bytes(8), "values exceed the limit of 1,073,741,824"),
         ("a.pfm", b"Pf\n" + b"9" * 500 + b" 1\n-1\n", r"1 x 999+ \.\.\. 9+ values exceed the limit"),
-        ("a.pfm", b"Pf\n0 0\n-1\n", r"holds \(0, 0\)"),
+        ("a.pfm", b"Pf\n0 0\n-1\n", r"its shape is \(0, 0\)"),
         ("a.npy", npy("[('a', '<f4'), ('b', '<f4')]", (1, 1), bytes(8)), "must hold numbers; its dtype is"),
         ("a.npy", npy("'|O'", (1, 1), b"cos\nsystem\n."), "must hold numbers; its dtype is object"),
         ("a.npy", npy("'<c8'", (1, 1), bytes(8)), "must hold numbers; its dtype is complex64"),
@@ -247,9 +247,9 @@ BROKEN_DEFLATE[200:230] = bytes(30)
         ("a.npz", npz(b"no array", name="a.txt"), "Could not read"),
         ("a.npz", npz(npy("'<f4'", (2**29, 1))), "it has 0"),
         ("a.npz", bytes(BROKEN_DEFLATE), "Could not read"),
-        ("a.npz", npz(npy("'<f4'", (1, 1), bytes(4)), zipfile.ZIP_LZMA), "another method"),
+        ("a.npz", npz(npy("'<f4'", (1, 1), bytes(4)), zipfile.ZIP_LZMA), "its compression method is not numpy's"),
         ("a.png", png(2, 1, 8, 3), "Could not read|palette"),
-        ("a.png", png(1, 1, 8, 4, bytes(3)), r"holds \(1, 1, 2\)"),
+        ("a.png", png(1, 1, 8, 4, bytes(3)), r"its shape is \(1, 1, 2\)"),
         ("a.png", png(2**30, 2**30, 16, 0), "Could not read the image"),
         ("a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "Could not read the image"),
     ],
@@ -269,7 +269,7 @@ def test_hostile_disparities_are_one_line(tmp_path, name, content, message):
         ("a.flo", b"PIEH" + struct.pack("<ii", 2**31 - 1, 2**31 - 1), "values exceed the limit"),
         ("a.flo", b"PIEH" + struct.pack("<ii", 2, 1) + bytes(15), "1 x 2 x 2 values need 16 bytes; it has 15"),
         ("a.flo", b"PIEH\x01", "Could not read"),
-        ("a.png", png(2**20, 2**20, 16, 2), "it cannot hold 1048576 x 1048576 pixels"),
+        ("a.png", png(2**20, 2**20, 16, 2), "it is too short for 1048576 x 1048576 pixels"),
         ("a.png", png(2, 2, 16, 2, bytes(5)), "Could not read"),
         ("a.png", b"", "is not a PNG file"),
         ("a.npy", npy("'<i8'", (1, 1, 2), struct.pack("<qq", -(2**63), 1)), None),

@@ -109,7 +109,7 @@ def test_images_of_a_triplet_are_anchor_far_and_near(tmp_path):
     ("settings", "words"),
     [
         ({"augmentation": "autoaugment"}, "augmentation must be one of .*; got 'autoaugment'"),
-        ({"triplets_per_batch": 0}, "triplets_per_batch must be 1 or more; got 0"),
+        ({"triplets_per_batch": 0}, "triplets_per_batch must be at least 1; got 0"),
         ({"image_size": [24]}, "height and width"),
     ],
 )
@@ -124,7 +124,7 @@ LISTS = "tripletlists/heel_tripletlist_train.txt"
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        (LISTS, b"0 1\n", "has the invalid line '0 1' that is not three numbers of images: anchor, far and near"),
+        (LISTS, b"0 1\n", "has the invalid line '0 1': it must hold the indices of anchor, far and near"),
         (LISTS, b"0 1 -2\n", "has the invalid line '0 1 -2'"),
         (LISTS, "0 1 ²\n".encode(), "has the invalid line '0 1 ²'"),
         (LISTS, b"0 1 54\n", "each below 54, the number of names in filenames.json"),

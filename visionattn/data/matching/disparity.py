@@ -236,7 +236,9 @@ def _read_pfm(path: Path, file: IO[bytes], size: int) -> np.ndarray:
     # Only the sign of the scale is used, for the byte order; Middlebury's files do not intend its magnitude.
     scale = float(header[4])
     if not math.isfinite(scale) or scale == 0:
-        raise DataError(f"{shorten(path)} is not a PFM file: its scale must be a nonzero number; got {scale}.")
+        raise DataError(
+            f"{shorten(path)} is not a PFM file: its scale must be a finite number other than 0; got {scale}."
+        )
     end = header.end()
     # One white-space character ends the header. More can belong to it or to the values: the file size decides.
     behind = size - end - 4 * height * width
