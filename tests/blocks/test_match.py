@@ -194,5 +194,5 @@ def test_refusals_name_the_numbers(block, arguments, message):
 
 def test_maps_smaller_than_a_window_are_refused():
     x = torch.randn(1, 5, 9, 8)
-    with pytest.raises(InputError, match="window of 6 x 6 pixels"):
+    with pytest.raises(InputError, match="window, 6 x 6 pixels"):
         MatchCrossAttention(8, radius=2)(x, x, torch.zeros(1, 5, 9, 1, 2))

@@ -202,8 +202,8 @@ def test_nothing_is_projected_twice(similarity, values, products):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"similarity": "cosine"}, "pair, shared, collapsed, symmetric"),
-        ({"values": "none"}, "projected, identity, shaped"),
+        ({"similarity": "cosine"}, "'pair', 'shared', 'collapsed', 'symmetric'"),
+        ({"values": "none"}, "'projected', 'identity', 'shaped'"),
         ({"num_heads": 3}, r"must be divisible by num_heads \(3\)"),
     ],
 )

@@ -265,7 +265,7 @@ def test_models_that_embed_nothing_are_refused(tmp_path, capsys):
         evaluate_retrieval(broken, table)
     with pytest.raises(InputError, match="image size must be"):
         evaluate_retrieval(ToyConditional(("colour", "kind"), 8), table, image_size=(0, 0))
-    with pytest.raises(ConfigError, match="colour is asked for twice"):
+    with pytest.raises(ConfigError, match="colour is given twice"):
         evaluate_retrieval([], table, attributes=["colour", "colour"])
 
 

@@ -135,7 +135,7 @@ def test_a_later_attribute_leaves_old_embeddings_as_they_are(head):
 
 def test_attributes_that_cannot_be_added():
     model, _ = build(head="csn", head_args={"masks": "fixed"})
-    with pytest.raises(InputError, match="none is left"):
+    with pytest.raises(InputError, match="all dimensions are in use"):
         model.add_attributes(["pattern"])
     with pytest.raises(InputError, match=r"different names, but got .*'kind', 'season', 'größe', 'kind'"):
         model.add_attributes(["kind"])
