@@ -178,7 +178,7 @@ def test_one_value_a_channel_has_no_statistics():
     ("settings", "text"),
     [
         ({"dim": 10}, r"dim \(10\) must be divisible by num_subspaces \(4\)"),
-        ({"dim": 8, "num_subspaces": 0}, "dim \\(8\\) must be divisible by num_subspaces \\(0\\)"),
+        ({"dim": 8, "num_subspaces": 0}, r"dim \(8\) must be divisible by num_subspaces \(0\)"),
         ({"dim": 8, "form": "code"}, "form must be one of 'paper', 'module'; got 'code'"),
         ({"dim": 8, "gain": "double"}, "gain must be one of 'paper', 'scaled', 'learned'; got 'double'"),
     ],
