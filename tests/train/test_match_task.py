@@ -310,7 +310,7 @@ def test_the_command_fits_resumes_and_loads(tmp_path, monkeypatch, capsys):
     assert {column: metrics(run, column) for column in columns} == before
     best = run / "checkpoints/best.ckpt"
     assert visionattn.load(best).task == "stereo"
-    with pytest.raises(CheckpointError, match="asked for was the model 'va_match_stereo_tiny'"):
+    with pytest.raises(CheckpointError, match="not for the model 'va_match_stereo_tiny'"):
         task("va_match_stereo_tiny").on_load_checkpoint(torch.load(best, weights_only=True))
     with pytest.raises(CheckpointError, match=r"does not fit the model .* and \d+ more"):
         task().on_load_checkpoint(torch.load(best, weights_only=True))
