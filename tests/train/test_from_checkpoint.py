@@ -135,7 +135,7 @@ def test_a_model_trained_on_the_digits_predicts_a_folder(checkpoint, tmp_path):
 
 def test_training_goes_on_with_the_configuration_of_its_run(checkpoint, capsys):
     assert main(["fit", "--ckpt_path", checkpoint]) == 2
-    assert re.search(r"give --config \S+/version_0/config.yaml too", capsys.readouterr().err)
+    assert re.search(r"add --config \S+/version_0/config.yaml", capsys.readouterr().err)
 
 
 def test_positionals():

@@ -103,7 +103,7 @@ def test_it_learns_and_the_network_is_kept(tmp_path):
     model = visionattn.load(tmp_path / "last.ckpt")
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(model.forward_features(images), masked.eval().net.forward_features(images))
-    with pytest.raises(CheckpointError, match="was the model 'vit_tiny_patch16_224'"):
+    with pytest.raises(CheckpointError, match="not for the model 'vit_tiny_patch16_224'"):
         other = MaskedTask("vit_tiny_patch16_224", decoder_depth=1)
         other.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
 

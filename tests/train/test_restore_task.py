@@ -105,7 +105,7 @@ def test_teacher(tmp_path, pictures):
     assert trainer.global_step == 8
 
     other = RestoreTask("va_span_ch26_x4", model_args=TINY, teacher=str(tmp_path / "teacher.ckpt"))
-    with pytest.raises(ConfigError, match=r"teacher\.ckpt enlarges 2 times, the model 4 times"):
+    with pytest.raises(ConfigError, match=r"teacher\.ckpt upscales 2 times, the model 4 times"):
         other.setup("fit")
 
 
