@@ -170,7 +170,7 @@ def test_ctrl_c_stops_between_updates_and_not_before_a_validation(tmp_path):
 
 def test_other_batches_cannot_resume_inside_an_epoch(uninterrupted, tmp_path):
     folder, *_ = uninterrupted
-    with pytest.raises(ConfigError, match=r"cut into batches of 256, now batches of 128"):
+    with pytest.raises(ConfigError, match=r"divided into batches of 256; now it is batches of 128"):
         fit(tmp_path, ckpt_path=folder / "batch-2.ckpt", batch_size=128)
 
 
