@@ -1,11 +1,16 @@
-"""Ways to damage bytes, texts and nested values, drawn by a given random generator."""
+"""Ways to damage bytes, texts, nested values, files and folders, drawn by a given random generator."""
 
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import struct
+from pathlib import Path
 from random import Random
 from typing import Any
+
+import yaml
 
 NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
 WORDS = ["", " ", "nan", "-inf", "-1", "0", "1e999", "99999999999", "é日", "\x1b[31m", "%s", "{}", "..", "-", "--"]
@@ -67,3 +72,28 @@ def damaged_value(rng: Random, value: Any) -> Any:
         else:
             owner[key] = copy.deepcopy(rng.choice(VALUES))
     return value
+
+
+def damaged_file(rng: Random, source: Path, case: Path) -> Path:
+    """A copy of a file with damaged bytes; of JSON and YAML, more often with damaged values."""
+    target = case / source.name
+    if source.suffix in (".json", ".yaml") and rng.random() < 0.7:
+        value = damaged_value(rng, yaml.safe_load(source.read_text()))
+        text = json.dumps(value) if source.suffix == ".json" else yaml.safe_dump(value, allow_unicode=True)
+        target.write_text(text if rng.random() < 0.8 else damaged_text(rng, text, "\n"))
+    else:
+        target.write_bytes(damaged_bytes(rng, source.read_bytes()))
+    return target
+
+
+def damaged_folder(rng: Random, source: Path, case: Path) -> Path:
+    """A copy of a folder in which one file is damaged, cut or gone."""
+    target = case / source.name
+    shutil.copytree(source, target)
+    files = sorted(path for path in target.rglob("*") if path.is_file() and path.stat().st_size)
+    chosen = rng.choice(files)
+    original = source / chosen.relative_to(target)
+    chosen.unlink()
+    if rng.random() < 0.95:
+        damaged_file(rng, original, chosen.parent)
+    return target

@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import timm
 import torch
-import yaml
 from onnx import TensorProto, helper
 from PIL import Image
 from safetensors import safe_open
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 
 from tests.frozen.toys import images, vit
 from tests.fuzz.examples import pixels, write_images, write_photos
-from tests.fuzz.mutate import WORDS, damaged_bytes, damaged_text, damaged_value
+from tests.fuzz.mutate import WORDS, damaged_bytes, damaged_file, damaged_folder, damaged_text, damaged_value
 from tests.predict.calibrations import KITTI, MIDDLEBURY, OPENCV
 from visionattn import load
 from visionattn.cli import main
@@ -64,37 +63,12 @@ class Surface:
     damage: Callable[[Random, Path, Path], Call]
 
 
-def _damaged_file(rng: Random, source: Path, case: Path) -> Path:
-    """A copy of a file with damaged bytes; of JSON and YAML, more often with damaged values."""
-    target = case / source.name
-    if source.suffix in (".json", ".yaml") and rng.random() < 0.7:
-        value = damaged_value(rng, yaml.safe_load(source.read_text()))
-        text = json.dumps(value) if source.suffix == ".json" else yaml.safe_dump(value, allow_unicode=True)
-        target.write_text(text if rng.random() < 0.8 else damaged_text(rng, text, "\n"))
-    else:
-        target.write_bytes(damaged_bytes(rng, source.read_bytes()))
-    return target
-
-
-def _damaged_folder(rng: Random, source: Path, case: Path) -> Path:
-    """A copy of a folder in which one file is damaged, cut or gone."""
-    target = case / source.name
-    shutil.copytree(source, target)
-    files = sorted(path for path in target.rglob("*") if path.is_file() and path.stat().st_size)
-    chosen = rng.choice(files)
-    original = source / chosen.relative_to(target)
-    chosen.unlink()
-    if rng.random() < 0.95:
-        _damaged_file(rng, original, chosen.parent)
-    return target
-
-
 def _pick(rng: Random, folder: Path) -> Path:
     return rng.choice(sorted(path for path in folder.iterdir() if path.is_file()))
 
 
 def _upscale(rng: Random, seeds: Path, case: Path) -> Call:
-    path = _damaged_file(rng, _pick(rng, seeds), case)
+    path = damaged_file(rng, _pick(rng, seeds), case)
 
     def call() -> int:
         code = main(["upscale", str(path), "out.png", "--model", SR, "--engine", "torch"])
@@ -129,7 +103,7 @@ def _checkpoints(folder: Path) -> None:
 def _load(rng: Random, seeds: Path, case: Path) -> Call:
     source = _pick(rng, seeds)
     if source.suffix == ".safetensors" or rng.random() < 0.3:
-        path = _damaged_file(rng, source, case)
+        path = damaged_file(rng, source, case)
     else:
         path = case / source.name
         torch.save(damaged_value(rng, torch.load(source, weights_only=True)), path)
@@ -163,7 +137,7 @@ def _recipes(folder: Path) -> None:
 
 
 def _fit(rng: Random, seeds: Path, case: Path) -> Call:
-    path = _damaged_file(rng, seeds / "recipe.yaml", case)
+    path = damaged_file(rng, seeds / "recipe.yaml", case)
     if rng.random() < 0.1:
         path.write_bytes(path.read_text(errors="replace").encode("utf-16"))
     return lambda: main(["fit", "--config", str(path), "--trainer.fast_dev_run", "1"])
@@ -184,7 +158,7 @@ def _truth(folder: Path) -> None:
 
 
 def _read_truth(rng: Random, seeds: Path, case: Path) -> Call:
-    path = _damaged_file(rng, _pick(rng, seeds), case)
+    path = damaged_file(rng, _pick(rng, seeds), case)
     read, axes = (read_flow, 3) if path.name.startswith("flow") else (read_disparity, 2)
 
     def call() -> None:
@@ -209,7 +183,7 @@ def _labelled(folder: Path) -> None:
 
 
 def _read_labelled(rng: Random, seeds: Path, case: Path) -> Call:
-    root = _damaged_folder(rng, seeds / "labelled", case)
+    root = damaged_folder(rng, seeds / "labelled", case)
 
     def call() -> None:
         found = read_segmentation(root)
@@ -244,7 +218,7 @@ def _onnx(folder: Path) -> None:
 def _run_onnx(rng: Random, seeds: Path, case: Path) -> Call:
     path = case / "a.onnx"
     if rng.random() < 0.5:
-        path = _damaged_file(rng, seeds / "a.onnx", case)
+        path = damaged_file(rng, seeds / "a.onnx", case)
     else:
         file = onnx.load(seeds / "a.onnx")
         properties = {entry.key: entry.value for entry in file.metadata_props}
@@ -266,7 +240,7 @@ def _run_onnx(rng: Random, seeds: Path, case: Path) -> Call:
 
 
 def _check_onnx(rng: Random, seeds: Path, case: Path) -> Call:
-    path = _damaged_file(rng, seeds / "a.onnx", case)
+    path = damaged_file(rng, seeds / "a.onnx", case)
 
     def call() -> None:
         read_structure(path)
@@ -292,7 +266,7 @@ def _bundle(folder: Path) -> None:
 
 
 def _verify(rng: Random, seeds: Path, case: Path) -> Call:
-    bundle = _damaged_folder(rng, seeds / "bundle", case)
+    bundle = damaged_folder(rng, seeds / "bundle", case)
 
     def call() -> None:
         try:
@@ -309,7 +283,7 @@ def _indexes(folder: Path) -> None:
 
 
 def _search(rng: Random, seeds: Path, case: Path) -> Call:
-    index = _damaged_folder(rng, seeds / "index", case)
+    index = damaged_folder(rng, seeds / "index", case)
     if rng.random() < 0.3:
         return lambda: main(["duplicates", str(index), "--output", "found.html", "--device", "cpu"])
     query = str(seeds / "photos" / "1.png")
@@ -343,7 +317,7 @@ def _stores(folder: Path) -> None:
 
 
 def _open_store(rng: Random, seeds: Path, case: Path) -> Call:
-    path = _damaged_folder(rng, next(seeds.rglob("meta.json")).parent, case)
+    path = damaged_folder(rng, next(seeds.rglob("meta.json")).parent, case)
 
     def call() -> None:
         from visionattn.probe.tokens.features import StoredFeatures
@@ -375,7 +349,7 @@ def _reports(folder: Path) -> None:
 
 def _compare(rng: Random, seeds: Path, case: Path) -> Call:
     first, second = sorted((seeds / "reports").iterdir())
-    damaged = _damaged_folder(rng, first, case)
+    damaged = damaged_folder(rng, first, case)
     return lambda: main(["probe", "--compare", str(damaged), str(second), "--output", "comparison", "--device", "cpu"])
 
 
@@ -429,7 +403,7 @@ def _plans(folder: Path) -> None:
 
 
 def _use_plan(rng: Random, seeds: Path, case: Path) -> Call:
-    path = _damaged_file(rng, rng.choice(sorted(seeds.glob("*.json"))), case)
+    path = damaged_file(rng, rng.choice(sorted(seeds.glob("*.json"))), case)
 
     def call() -> None:
         model = vit()

@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 
+from tests.fuzz import mutate, surfaces
 from tests.fuzz.mutate import damaged_bytes, damaged_text, damaged_value
 from tests.fuzz.running import _fault, _in_child, cases
 from tests.fuzz.surfaces import SURFACES
@@ -23,9 +24,10 @@ def test_surface(surface, tmp_path):
 
 @pytest.mark.parametrize("surface", SURFACES[:-1], ids=lambda surface: surface.name)
 def test_good_examples_are_read(surface, tmp_path, monkeypatch):
-    for name in ("damaged_bytes", "damaged_value"):
-        monkeypatch.setattr(f"tests.fuzz.surfaces.{name}", lambda rng, value: value)
-    monkeypatch.setattr("tests.fuzz.surfaces.damaged_text", lambda rng, text, separator: text)
+    for module in (mutate, surfaces):
+        for name in ("damaged_bytes", "damaged_value"):
+            monkeypatch.setattr(module, name, lambda rng, value: value)
+        monkeypatch.setattr(module, "damaged_text", lambda rng, text, separator: text)
     assert [result.code for result in cases(surface, tmp_path, 0, range(3))] == [0, 0, 0]
 
 
