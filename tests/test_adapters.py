@@ -80,8 +80,8 @@ def test_a_function_says_how_its_images_are_prepared():
     [
         (3, "A function of images is required; got int"),
         (lambda images: "text", "must return a tensor; got str"),
-        (lambda images: images.sum(), r"gives no layers .* 0-d tensor|must give"),
-        (lambda images: images[:, 0, 0, 0], r"must give .B, D., .B, N, D. or .B, D, H, W."),
+        (lambda images: images.sum(), r"gives no layers .* 0-d tensor|must return"),
+        (lambda images: images[:, 0, 0, 0], r"must return .B, D., .B, N, D. or .B, D, H, W."),
         (lambda images: images.new_zeros(5, 4), r"for images \(1, 3, 32, 32\); got \(5, 4\)"),
         (tokens(1), "17 patch tokens for images of 32 x 32 pixels, which form no grid"),
     ],

@@ -33,7 +33,7 @@ def test_operators_that_are_not_computed(tmp_path):
     assert found["NNAPI"] == Target("NNAPI", 3, 2, 2, ("Hardmax",))
     assert found["WebGPU"] == Target("WebGPU", 3, 2, unsupported=("Hardmax",))
     assert found["WASM"] == Target("WASM", 3, 3)
-    assert str(found["WebNN"]) == "WebNN: 2 of 3 nodes; not Hardmax"
+    assert str(found["WebNN"]) == "WebNN: 2 of 3 nodes; unsupported: Hardmax"
 
 
 def test_a_graph_that_does_not_load(tmp_path):
