@@ -56,7 +56,7 @@ def check_tokens(x: Tensor, grid: Grid, num_prefix_tokens: int | None, dim: int)
         raise InputError(f"A grid of {grid[0]} x {grid[1]} needs at least as many tokens as cells; got {x.shape[1]}.")
     if num_prefix_tokens is not None and prefix != num_prefix_tokens:
         raise InputError(
-            f"A grid of {grid[0]} x {grid[1]} and {num_prefix_tokens} prefix tokens do not make {x.shape[1]} tokens."
+            f"A grid of {grid[0]} x {grid[1]} and {num_prefix_tokens} prefix tokens do not match {x.shape[1]} tokens."
         )
 
 
