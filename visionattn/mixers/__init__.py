@@ -1,6 +1,6 @@
-"""Interchangeable insides of a transformer layer: one contract, one mechanism a file.
+"""Interchangeable token mixers of a transformer layer: one contract, one mechanism per file.
 
-`MIXERS` maps names to classes. Contract and shared code: `visionattn.mixers.core`.
+`MIXERS` maps names to classes. The contract and the shared code are in `visionattn.mixers.core`.
 """
 
 import difflib
@@ -60,7 +60,7 @@ MIXERS: dict[str, type[Mixer]] = {
 
 
 def find_mixer(name: str) -> type[Mixer]:
-    """The class of a mixer.
+    """Return the mixer class of that name.
 
     Raises:
         UnknownNameError: There is no mixer of that name.

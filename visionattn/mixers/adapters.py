@@ -1,6 +1,6 @@
-r"""Blocks of this package as mixers, so that they can be compared and exchanged.
+r"""Blocks of this package as mixers, so that they can be compared and swapped.
 
-    halo        blocks of b x b tokens attend to themselves and h tokens around them, with relative positions:
+    halo        blocks of b x b tokens attend to themselves and to a margin of h tokens, with relative positions:
                 `visionattn.blocks.HaloAttention` with the projections of all mixers
     tied        similarity x W W^T x^T: `MinimalAttention(similarity="shared")`
     collapsed   similarity x W x^T: `MinimalAttention(similarity="collapsed")`
@@ -28,14 +28,14 @@ __all__ = ["CollapsedMixer", "GateMixer", "HaloMixer", "SymmetricMixer", "TiedMi
 
 
 class HaloMixer(Mixer):
-    """Blocks of tokens with a halo (see the module; other arguments: see `Mixer`).
+    """Attention of blocks of tokens to their neighbourhood (see the module; other arguments: see `Mixer`).
 
     Args:
-        block_size: Side b of a block.
-        halo_size: Tokens h around it.
+        block_size: Side b of a block, in tokens.
+        halo_size: Width h of the margin around it, in tokens.
 
     Raises:
-        InputError: A block below 1 or a negative halo.
+        InputError: `block_size` is below 1, or `halo_size` is negative.
     """
 
     supports = frozenset({"any_grid", "script", "onnx"})
@@ -82,13 +82,13 @@ class HaloMixer(Mixer):
 
     @torch.jit.ignore
     def core_macs(self, n: int, m: int) -> int:
-        """As many keys a query as a window has, and the relative logits."""
+        """Attention to the keys of one window per query, and the relative logits."""
         window = self.block_size + 2 * self.halo_size
         return 2 * n * min(window**2, m) * self.dim + 2 * n * window * self.dim
 
 
 class TiedMixer(Mixer):
-    """Attention whose queries are its keys (see the module; arguments: see `Mixer`)."""
+    """Attention whose queries equal its keys (see the module; arguments: see `Mixer`)."""
 
     supports = frozenset({"prefix", "mask", "any_grid", "script", "onnx"})
     swappable = False
@@ -96,7 +96,7 @@ class TiedMixer(Mixer):
     similarity = "shared"
 
     def make_projections(self, dd: dict, qkv_bias: bool) -> None:
-        """Those of the block."""
+        """Create the block, which holds the projections."""
         self.attn = MinimalAttention(self.dim, self.num_heads, self.similarity, bias=qkv_bias, **dd)
 
     def forward(self, x: Tensor, grid: Grid, context: Maybe = None, mask: Maybe = None) -> Tensor:
@@ -108,7 +108,7 @@ class TiedMixer(Mixer):
 
     @torch.jit.ignore
     def macs(self, n: int, m: int | None = None) -> int:
-        """The projections that are left, and attention with queries as wide as they are."""
+        """The remaining projections, and attention with queries of their actual width."""
         wide = self.similarity != "shared"
         queries = (self.num_heads if wide else 1) * self.dim
         return n * self.dim * (queries + 2 * self.dim) + n * n * (queries + self.dim)
@@ -129,7 +129,7 @@ class SymmetricMixer(TiedMixer):
 class GateMixer(Mixer):
     """SPAN's symmetric gate over convolved values (see the module; arguments: see `Mixer`).
 
-    Queries and keys are stored without being used. Prefix tokens are not supported: the gate has no mixing for them.
+    The query and key projections exist but are not used. Prefix tokens are not supported: the gate does not mix them.
     """
 
     supports = frozenset({"any_grid", "script", "onnx"})

@@ -1,18 +1,18 @@
-r"""Agent attention: few agent tokens ask all keys, and all queries ask the agents.
+r"""Agent attention: a few agent tokens attend to all keys, and all queries attend to the agents.
 
     A   = average pooling of the queries' grid to sqrt(n) x sqrt(n)                 (n, D) agents of each head
     V_A = softmax(A K^T / sqrt(D) + B_1) V                                          (n, D)
     Y   = softmax(Q A^T / sqrt(D) + B_2) V_A + conv3x3(V)                           (N, D)
 
-The biases are sums of a 7 x 7 table, resized to the grid, and of one table along rows and one along columns; each
-prefix token has the bias of one entry. Prefix tokens are queries, keys and values, but no part of agents and
-convolution.
+Each bias is the sum of a 7 x 7 table, resized to the grid, of one table along rows and of one along columns; for prefix
+tokens it is a separate entry. Prefix tokens are queries, keys and values, but the agents and the convolution leave them
+out.
 
-Source: Agent Attention, arXiv 2312.08874; the DeiT form. Parameters have the names and the layout of the authors' code
-with square grids and one class token.
+Source: Agent Attention, arXiv 2312.08874; the DeiT form. Parameters have the names and the layout of the authors' code,
+which assumes a square grid and one class token.
 
-Deviations, and why. Grids other than `grid_size`, which the authors' code refuses, resize the tables of rows and
-columns linearly. All prefix tokens share the entries of the class token.
+Deviations, and why. The authors' code rejects grids other than `grid_size`; here the tables of rows and columns are
+resized linearly. All prefix tokens share the entries of the class token.
 
 Cost: 4 n N C multiply-accumulates, 9 N C for the convolution and N sqrt(n) C for the pooling.
 """
@@ -32,7 +32,7 @@ __all__ = ["AgentMixer"]
 
 
 def averages(n: int, bins: int, like: Tensor) -> Tensor:
-    """Matrix (bins, n) of `adaptive_avg_pool1d`, which ONNX knows for fixed sizes only."""
+    """Matrix (bins, n) of `adaptive_avg_pool1d`, which ONNX supports for fixed sizes only."""
     i = torch.arange(bins, device=like.device)[:, None]
     j = torch.arange(n, device=like.device)
     inside = ((j >= i * n // bins) & (j < ((i + 1) * n + bins - 1) // bins)).to(like.dtype)
@@ -40,11 +40,11 @@ def averages(n: int, bins: int, like: Tensor) -> Tensor:
 
 
 class AgentMixer(Mixer):
-    """Softmax attention to agents and of agents (equations: see the module; other arguments: see `Mixer`).
+    """Softmax attention through agent tokens (equations: see the module; other arguments: see `Mixer`).
 
     Args:
-        num_agents: Agents n, a square number.
-        grid_size: Side of the grid that the tables of rows and columns are made for, or (H, W).
+        num_agents: Number of agents n, a square number.
+        grid_size: Grid that the tables of rows and columns are made for: its side, or (H, W).
 
     Raises:
         InputError: `num_agents` is not a square number, or a size is below 1.
@@ -84,14 +84,14 @@ class AgentMixer(Mixer):
             trunc_normal_(table, std=0.02)
 
     def table(self, cells: Tensor, rows: Tensor, columns: Tensor, first: Tensor, grid: Grid, prefix: int) -> Tensor:
-        """Bias (1, heads, n, P + H W) of cells (heads, n, 7, 7), and rows, columns and first (heads, n, length)."""
+        """Bias (1, heads, n, P + H W) from cells (heads, n, 7, 7) and rows, columns and first (heads, n, length)."""
         table = F.interpolate(cells, size=[grid[0], grid[1]], mode="bilinear", align_corners=False)
         table = table + F.interpolate(rows[..., None], size=[grid[0], 1], mode="bilinear", align_corners=False)
         table = table + F.interpolate(columns[:, :, None], size=[1, grid[1]], mode="bilinear", align_corners=False)
         return torch.cat([first.expand(-1, -1, prefix), table.flatten(2)], dim=2)[None]
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor, mask: Maybe, bias: Maybe) -> Tensor:
-        """Gather with the agents, and give to the queries."""
+        """Agents attend to the keys, then queries attend to the agents."""
         prefix = q.shape[2] - grid[0] * grid[1]
         cells = q[:, :, prefix:].unflatten(2, (grid[0], grid[1]))  # (B, heads, H, W, D)
         pooled = averages(grid[1], self.side, q) @ cells  # (B, heads, H, sqrt n, D)

@@ -1,19 +1,19 @@
-r"""Controls: mixers that show what another one is worth.
+r"""Controls: baselines that show what a mechanism adds.
 
     softmax        y_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j
     identity       y_i = v_i                          no mixing: what the projections alone achieve
     mean           y_i = mean_j v_j                   one vector for all queries
-    pool3x3        y_i = mean of the 3 x 3 neighbours' v, less v_i      PoolFormer's mixer; prefix tokens: 0
+    pool3x3        y_i = mean of v over the 3 x 3 neighbourhood - v_i   PoolFormer's mixer; prefix tokens: 0
     softmax_conv   softmax attention + depthwise 3 x 3 convolution of the values
 
-`pool3x3` leaves out neighbours outside the grid. `softmax_conv` is the control of Agent Attention, which adds the same
-convolution; it has a bias and does not reach prefix tokens.
+`pool3x3` ignores neighbours outside the grid. `softmax_conv` is the control for agent attention, which adds the same
+convolution; the convolution has a bias and does not reach prefix tokens.
 
 Sources: MetaFormer, arXiv 2111.11418 and 2210.13452 (pooling, identity); Agent Attention, arXiv 2312.08874 (the
 convolution).
 
 Deviation. MetaFormer's mixers have no projections. Here they keep those of all mixers, so that a comparison at equal
-parameters tells of the mixing alone; queries and keys are then stored without being used.
+parameters isolates the mixing; the query and key projections then exist but are not used.
 """
 
 import torch
@@ -45,17 +45,17 @@ class IdentityMixer(Mixer):
     equivariant = True
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor, mask: Maybe, bias: Maybe) -> Tensor:
-        """Give the values."""
+        """Return the values."""
         return v
 
     @torch.jit.ignore
     def core_macs(self, n: int, m: int) -> int:
-        """None."""
+        """No operations."""
         return 0
 
 
 class MeanMixer(Mixer):
-    """The mean of all values for every query (equations: see the module; arguments: see `Mixer`)."""
+    """Mean of all values, the same for every query (equations: see the module; arguments: see `Mixer`)."""
 
     supports = frozenset({"cross", "prefix", "mask", "any_grid", "script", "onnx"})
     limit = "queries or keys of zero"
@@ -72,7 +72,7 @@ class MeanMixer(Mixer):
 
 
 class Pool3x3Mixer(Mixer):
-    """Average of the 3 x 3 neighbours less the token itself (equations: see the module; arguments: see `Mixer`)."""
+    """Average of the 3 x 3 neighbourhood minus the token itself (equations: see the module; arguments: see `Mixer`)."""
 
     supports = frozenset({"prefix", "any_grid", "script", "onnx"})
 
@@ -118,5 +118,5 @@ class SoftmaxConvMixer(Mixer):
 
     @torch.jit.ignore
     def core_macs(self, n: int, m: int) -> int:
-        """Attention and nine products per value."""
+        """Attention, and nine products per value."""
         return 2 * n * m * self.dim + 9 * n * self.dim

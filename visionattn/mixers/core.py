@@ -1,21 +1,21 @@
-r"""What all mixers share: the contract, the projections, the checks.
+r"""Contract, projections and checks that all mixers share.
 
-A mixer exchanges information between tokens and changes nothing else of a transformer:
+A mixer exchanges information between the tokens of a transformer layer; the rest of the layer stays as it is:
 
     y = mixer(x, grid, context=None, mask=None)
 
     x        (B, P + H W, C): P prefix tokens (class token, registers), then a grid of H rows and W columns, row by row
     grid     (H, W)
-    context  (B, M, C): keys and values come from it; None: from x itself
+    context  (B, M, C): tokens that keys and values are projected from; None: x itself
     mask     (B, M) of the context, or (B, P + H W) of x, bool: True where a key is valid
     y        as x
 
-Between two projections that are the same for all mixers stands the core, which gives the mixer its name:
+All mixers share the input and output projections; the core between them is the mechanism:
 
     q, k, v = W_q x, W_k context, W_v context        (B, heads, N or M, D)
     y       = W_o core(q, k, v)                      (B, heads, N, D) -> (B, N, C)
 
-Parameters of the projections have the names and the layout of timm's `Attention`: its state dicts load.
+The projections have the parameter names and the layout of timm's `Attention`, so that its state dicts load.
 """
 
 from typing import ClassVar
@@ -46,7 +46,7 @@ FEATURES = ("cross", "prefix", "mask", "any_grid", "bias", "script", "onnx")
 
 
 def check_tokens(x: Tensor, grid: Grid, num_prefix_tokens: int | None, dim: int) -> None:
-    """Refuse tokens that are not a grid with a prefix. A function, so that `torch.fx` does not look into it."""
+    """Reject tokens that do not match the grid and its prefix. A function, so that `torch.fx` does not trace it."""
     if x.dim() != 3:
         raise InputError(f"x must have the shape (B, P + H W, C); got {x.dim()} dimensions.")
     if x.shape[2] != dim:
@@ -61,7 +61,7 @@ def check_tokens(x: Tensor, grid: Grid, num_prefix_tokens: int | None, dim: int)
 
 
 def check_keys(x: Tensor, context: Maybe, mask: Maybe) -> None:
-    """Refuse a context of another batch or width, and a mask that does not fit the keys."""
+    """Reject a context of another batch size or width, and a mask that does not match the keys."""
     keys = x if context is None else context
     if keys.dim() != 3 or keys.shape[0] != x.shape[0] or keys.shape[2] != x.shape[2]:
         raise InputError(f"context must have the shape ({x.shape[0]}, M, {x.shape[2]}); got {list(keys.shape)}.")
@@ -76,7 +76,7 @@ torch.fx.wrap("check_keys")
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    """One number for both axes, or one for each."""
+    """Expand one number to both axes; a pair stays as it is."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
@@ -99,12 +99,12 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Maybe = None, bias:
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    # The fused form has other strides than what an exporter replaces it by: views behind it would fail there.
+    # The fused form has other strides than its decomposition in an exporter, where later views would fail.
     return torch.stack(y.unbind(1), dim=1)
 
 
 def masked_mean(x: Tensor, mask: Maybe) -> Tensor:
-    """Mean of the valid tokens: (B, heads, M, D), (B, M) bool -> (B, heads, 1, D); zeros where none is valid."""
+    """Mean of the valid tokens: (B, heads, M, D), (B, M) bool -> (B, heads, 1, D); zeros if none is valid."""
     if mask is None:
         return x.mean(dim=2, keepdim=True)
     weight = mask[:, None, :, None].to(x.dtype)  # (B, 1, M, 1)
@@ -117,7 +117,7 @@ def to_map(tokens: Tensor, grid: Grid) -> Tensor:
 
 
 def from_map(x: Tensor, num_heads: int, prefix: int) -> Tensor:
-    """A map as tokens of heads, behind zeros for prefix tokens: (B, heads D, H, W) -> (B, heads, P + H W, D)."""
+    """A map as tokens of all heads, after zeros for prefix tokens: (B, heads D, H, W) -> (B, heads, P + H W, D)."""
     tokens = x.flatten(2).unflatten(1, (num_heads, -1)).transpose(2, 3)
     return F.pad(tokens, (0, 0, prefix, 0))
 
@@ -141,29 +141,29 @@ class GridConvolution(nn.Conv2d):
 
 
 class Mixer(nn.Module):
-    """Base of all mixers: checks, projections, and a core to be given by the subclass.
+    """Base class of all mixers: checks and projections; a subclass implements `core`.
 
-    Subclasses state facts about themselves:
+    Class attributes describe a subclass:
 
-    - `supports`: which of `FEATURES` they have. `cross`: a context; `prefix`: prefix tokens; `mask`: invalid keys;
-      `any_grid`: grids other than the one that parameters were made for; `bias`: logits with an added bias;
-      `script`: TorchScript; `onnx`: export with open sizes.
-    - `limit`: the setting in which they equal softmax attention.
+    - `supports`: the features of `FEATURES` that it supports. `cross`: a context; `prefix`: prefix tokens; `mask`:
+      invalid keys; `any_grid`: grids other than the one that the parameters were made for; `bias`: an additive bias of
+      the logits; `script`: TorchScript; `onnx`: export with dynamic sizes.
+    - `limit`: the setting in which it equals softmax attention.
     - `equivariant`: permuted tokens give permuted outputs.
-    - `swappable`: the core needs only its arguments, so that `visionattn.swap` can put it into another layer.
+    - `swappable`: the core needs only its arguments, so that `visionattn.swap` can insert it into another layer.
 
     Args:
-        dim: Channels C.
-        num_heads: Heads; C must be divisible by it.
-        qkv_bias: Give the input projections a bias.
-        num_prefix_tokens: Prefix tokens P that x must have; None: as many as x has beyond its grid.
+        dim: Number of channels C.
+        num_heads: Number of heads; C must be divisible by it.
+        qkv_bias: Add a bias to the input projections.
+        num_prefix_tokens: Number of prefix tokens P that x must have; None: all tokens of x beyond its grid.
 
     Shape:
         x (B, P + H W, C), grid (H, W), context (B, M, C), mask (B, M) or (B, P + H W) -> (B, P + H W, C).
 
     Raises:
-        InputError: C is not divisible by the heads; later, tokens do not fit the grid, or something is asked for that
-            the mixer does not support.
+        InputError: C is not divisible by `num_heads`; in `forward`, if the tokens do not match the grid, or a context,
+            mask or prefix is given that the mixer does not support.
     """
 
     supports: ClassVar[frozenset[str]] = frozenset()
@@ -197,7 +197,7 @@ class Mixer(nn.Module):
         self.make_projections(dd, qkv_bias)
 
     def make_projections(self, dd: dict, qkv_bias: bool) -> None:
-        """Create what leads into the core and out of it."""
+        """Create the input and output projections."""
         self.qkv = nn.Linear(self.dim, 3 * self.dim, bias=qkv_bias, **dd)
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
@@ -218,18 +218,18 @@ class Mixer(nn.Module):
 
     @torch.jit.ignore
     def macs(self, n: int, m: int | None = None) -> int:
-        """Multiply-accumulates of one image, projections included.
+        """Multiply-accumulates for one image, including the projections.
 
         Args:
-            n: Tokens of x.
-            m: Tokens of the context; None: x itself.
+            n: Number of tokens of x.
+            m: Number of tokens of the context; None: x is its own context.
         """
         m = n if m is None else m
         return 2 * (n + m) * self.dim**2 + self.core_macs(n, m)
 
     @torch.jit.ignore
     def core_macs(self, n: int, m: int) -> int:
-        """Multiply-accumulates between the projections, as the mechanism needs them."""
+        """Multiply-accumulates of the core, for n queries and m keys."""
         return 2 * n * m * self.dim
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class Mixer(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def project(self, x: Tensor, context: Maybe) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x, keys and values of the context, or of x: (B, heads, N or M, D)."""
+        """Queries of x, and keys and values of the context (None: of x): (B, heads, N or M, D)."""
         if context is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
@@ -248,7 +248,7 @@ class Mixer(nn.Module):
         return self.q_norm(q), self.k_norm(k), v
 
     def check(self, x: Tensor, grid: Grid, context: Maybe, mask: Maybe) -> None:
-        """Raise InputError for what does not fit or is not supported."""
+        """Raise InputError if the arguments do not match or are not supported."""
         check_tokens(x, grid, self.num_prefix_tokens if self.takes_prefix else 0, self.dim)
         if context is not None and not self.takes_context:
             raise InputError(f"{self.name} does not support cross-attention: call it without a context.")
@@ -257,16 +257,16 @@ class Mixer(nn.Module):
         check_keys(x, context, mask)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor, mask: Maybe, bias: Maybe) -> Tensor:
-        """Mix tokens, given what `project` made of x and the context.
+        """Mix tokens, given the projections of x and the context.
 
         Args:
             q: Queries (B, heads, P + H W, D).
             k: Keys (B, heads, M, D).
             v: Values (B, heads, M, D).
             grid: (H, W).
-            x: Tokens (B, P + H W, C), for mixers with projections of their own.
+            x: Tokens (B, P + H W, C), for mixers with additional projections.
             mask: Valid keys (B, M), or None.
-            bias: Added to the logits, broadcast to (B, heads, P + H W, M), or None; for those that support `bias`.
+            bias: Added to the logits, broadcast to (B, heads, P + H W, M), or None; for mixers that support `bias`.
 
         Returns:
             (B, heads, P + H W, D).

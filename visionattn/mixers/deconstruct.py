@@ -1,25 +1,24 @@
-r"""Six attentions with parts taken away: which part of softmax attention matters?
+r"""Six ablations of attention: which component of softmax attention matters?
 
-With s_ij = q_i . k_j / sqrt(D) and, except where said, queries, keys and values of the tokens themselves:
+With s_ij = q_i . k_j / sqrt(D) and, unless stated otherwise, queries, keys and values of the tokens themselves:
 
-    mlp        y = W_down (SiLU(W_gate x) o W_up x)                      no mixing; width 4 C / 3: as many parameters
+    mlp        y = W_down (SiLU(W_gate x) o W_up x)                      no mixing; width 4 C / 3 for equal parameters
     taylor     weights 1 + s + s^2 / 2 instead of exp(s), rows divided by their sum               "Approximate"
     key_only   one score per key, s_j = sum_c SiLU(q_j)_c k_jc / sqrt(D), weights softmax_j(s_j)  "Non-approximate"
     random_qk  queries and keys of fixed random embeddings, values of the tokens                  "RndEmbQK"
     fixed_qk   queries and keys of one reference input, values of the tokens                      "FixedSeqQK"
-    static_qk  queries and keys of the tokens of the first layer, values of the tokens            "StaticEmbQK"
+    static_qk  queries and keys of the first layer's tokens, values of the tokens                 "StaticEmbQK"
 
-`key_only` has the same weights for every query: one vector, given to all tokens. The maps of `random_qk` and `fixed_qk`
-do not depend on the input.
+`key_only` has the same attention weights for every query: all tokens receive one vector. The attention maps of
+`random_qk` and `fixed_qk` do not depend on the input.
 
-Source: Deconstructing Attention, arXiv 2510.11602; it recommends to alternate a
-simplified layer with a standard one.
+Source: Deconstructing Attention, arXiv 2510.11602; it recommends alternating a simplified layer with a standard one.
 
-Deviations, and why. Nothing is causal. `taylor` as written in the paper's appendix normalises the orders 0, 1 and 2
-separately and sums them (`orders="separate"`); the sum of s_ij by which order 1 is divided can vanish, so that the
-orders are normalised together unless asked. The source's random and reference embeddings pass through the same stack;
-here each layer has its own, given by `set_source`, and resizes them bilinearly to other grids. `static_qk` alone is the
-first layer and thus softmax attention; `source` is set for layers behind it.
+Deviations, and why. Nothing is causal. The paper's appendix writes `taylor` with the orders 0, 1 and 2 normalised
+separately and summed (`orders="separate"`); order 1 is then divided by the sum of s_ij, which can vanish, so that the
+default normalises the orders together. The source's random and reference embeddings pass through the same stack; here
+each layer has its own, set by `set_source`, and resizes them bilinearly to other grids. `static_qk` on its own is the
+first layer and thus softmax attention; `source` is set for later layers.
 """
 
 import torch
@@ -36,14 +35,14 @@ ORDERS = ("together", "separate")
 
 
 class MlpMixer(Mixer):
-    """A gated MLP in place of attention: no mixing (equations: see the module; arguments: see `Mixer`)."""
+    """A gated MLP instead of attention, without mixing (equations: see the module; arguments: see `Mixer`)."""
 
     supports = frozenset({"prefix", "any_grid", "script", "onnx"})
     swappable = False
     equivariant = True
 
     def make_projections(self, dd: dict, qkv_bias: bool) -> None:
-        """The three maps of the MLP."""
+        """Create the three linear layers of the MLP."""
         width = 4 * self.dim // 3
         self.gate = nn.Linear(self.dim, width, bias=qkv_bias, **dd)
         self.up = nn.Linear(self.dim, width, bias=qkv_bias, **dd)
@@ -61,13 +60,13 @@ class MlpMixer(Mixer):
 
 
 class TaylorMixer(Mixer):
-    """Attention with the second-order series of the exponential (equations: see the module; others: see `Mixer`).
+    """Attention with the second-order Taylor series of exp (equations: see the module; other arguments: see `Mixer`).
 
     Args:
-        orders: `"together"`: one sum for each row; `"separate"`: each order divided by its own sum.
+        orders: `"together"`: one sum per row; `"separate"`: each order is divided by its own sum.
 
     Raises:
-        InputError: An unknown choice of orders.
+        InputError: `orders` is neither of them.
     """
 
     supports = frozenset({"cross", "prefix", "mask", "any_grid", "script", "onnx"})
@@ -102,7 +101,7 @@ class TaylorMixer(Mixer):
 
 
 class KeyOnlyMixer(Mixer):
-    """One score for each key, the same for all queries (equations: see the module; arguments: see `Mixer`)."""
+    """One score per key, the same for all queries (equations: see the module; arguments: see `Mixer`)."""
 
     supports = frozenset({"prefix", "mask", "any_grid", "script", "onnx"})
     equivariant = True
@@ -121,12 +120,15 @@ class KeyOnlyMixer(Mixer):
 
 
 class FixedQKMixer(Mixer):
-    """Attention with the map of a reference input (equations: see the module; other arguments: see `Mixer`).
+    """Attention with the attention map of a reference input (equations: see the module; other arguments: see `Mixer`).
 
-    Until `set_source` gives a reference, the map is uniform but for the biases of the projections.
+    Before `set_source` is called the reference is zero, so the map is uniform.
 
     Args:
-        grid_size: Side of the reference's grid, or (H, W).
+        grid_size: Grid of the reference: its side, or (H, W).
+
+    Raises:
+        InputError: A side is below 1.
     """
 
     supports = frozenset({"prefix", "mask", "any_grid", "script", "onnx"})
@@ -155,7 +157,7 @@ class FixedQKMixer(Mixer):
 
     @torch.jit.ignore
     def set_source(self, tokens: Tensor) -> None:
-        """Take the tokens (1, P + H W, C) of a reference, with the grid of `grid_size`; P is 0 or 1, or all alike."""
+        """Set the reference tokens (1, P + H W, C), with a grid of `grid_size`; prefix tokens are averaged."""
         check = self.grid_size[0] * self.grid_size[1]
         if tokens.dim() != 3 or tokens.shape[0] != 1 or tokens.shape[2] != self.dim or tokens.shape[1] < check:
             raise InputError(f"tokens must have the shape (1, P + {check}, {self.dim}); got {list(tokens.shape)}.")
@@ -166,7 +168,7 @@ class FixedQKMixer(Mixer):
                 self.prefix_source.copy_(tokens[:, :prefix].mean(dim=1)[..., None])
 
     def source_tokens(self, grid: Grid, prefix: int) -> Tensor:
-        """The reference at a grid, (1, P + H W, C)."""
+        """The reference resized to a grid, (1, P + H W, C)."""
         cells = F.interpolate(self.source, size=[grid[0], grid[1]], mode="bilinear", align_corners=False)
         return torch.cat([self.prefix_source.expand(-1, -1, prefix), cells.flatten(2)], dim=2).transpose(1, 2)
 
@@ -178,10 +180,10 @@ class FixedQKMixer(Mixer):
 
 
 class RandomQKMixer(FixedQKMixer):
-    """Attention with the map of random embeddings (equations: see the module; others: see `FixedQKMixer`).
+    """Attention with the map of random embeddings (equations: see the module; other arguments: see `FixedQKMixer`).
 
     Args:
-        seed: Of the embeddings, which are drawn from N(0, 1) and kept in the state dict.
+        seed: Seed of the embeddings, which are drawn from N(0, 1) and stored in the state dict.
     """
 
     limit = "none"
@@ -206,7 +208,7 @@ class RandomQKMixer(FixedQKMixer):
 class StaticQKMixer(Mixer):
     """Attention with the map of the first layer's tokens (equations: see the module; arguments: see `Mixer`).
 
-    `source` holds these tokens, (B, P + H W, C), while a network runs; None: the layer's own.
+    `source` holds these tokens, (B, P + H W, C), while a network runs; None: the layer uses its own tokens.
     """
 
     supports = frozenset({"prefix", "mask", "any_grid", "onnx"})

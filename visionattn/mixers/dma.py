@@ -1,11 +1,11 @@
-r"""Dynamic mask attention: each head keeps the keys whose values it finds worth reading.
+r"""Dynamic mask attention: each head keeps the keys that score highest by their values.
 
     b_j = A_g softplus(W_dt v_j)_g          one bias per key and head g; v_j: the values of all heads of token j
     K_g = the w keys with the largest b     the same for all queries of a head
     y_i = sum over j in K_g of softmax_j(q_i . k_j / sqrt(D) + b_j) v_j
 
-The selection itself has no gradient; A and W_dt learn through the bias of the keys that are kept. `importance` gives b,
-a map of how much each token matters, without further cost.
+The selection itself has no gradient; A and W_dt learn through the bias of the keys that are kept. `importance` returns
+b, a map of how much each token matters, at no further cost.
 
 Source: Dynamic Mask Attention, arXiv 2508.02124, in the form of its authors' code, which adds A softplus(.) instead of
 exp(A softplus(.)).
@@ -34,8 +34,8 @@ def dynamic_mask_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: 
         q: Queries (B, heads, N, D).
         k: Keys (B, heads, M, D).
         v: Values (B, heads, M, D).
-        bias: Of each key, (B, heads, M).
-        keep: Number w of keys, at most M.
+        bias: Bias per key, (B, heads, M).
+        keep: Number w of keys that are kept, at most M.
         mask: Valid keys (B, M) bool.
 
     Returns:
@@ -49,13 +49,13 @@ def dynamic_mask_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: 
 
 
 class DynamicMaskMixer(Mixer):
-    """Attention to the keys of a head that its values select (equations: see the module; others: see `Mixer`).
+    """Attention to the keys that a head selects by their values (see the module; other arguments: see `Mixer`).
 
     Args:
-        reduction: A head keeps one key in so many, w = ceil(M / reduction).
+        reduction: Each head keeps w = ceil(M / reduction) of M keys.
 
     Raises:
-        InputError: A reduction below 1.
+        InputError: `reduction` is below 1.
     """
 
     supports = frozenset({"cross", "prefix", "mask", "any_grid", "script", "onnx"})
@@ -89,7 +89,7 @@ class DynamicMaskMixer(Mixer):
 
     @torch.jit.ignore
     def importance(self, x: Tensor) -> Tensor:
-        """How much each head wants each token: (B, M, C) -> (B, heads, M)."""
+        """Importance of each token to each head: (B, M, C) -> (B, heads, M)."""
         return self.bias(self.project(x, None)[2])
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor, mask: Maybe, bias: Maybe) -> Tensor:
@@ -99,5 +99,5 @@ class DynamicMaskMixer(Mixer):
 
     @torch.jit.ignore
     def core_macs(self, n: int, m: int) -> int:
-        """Attention to the keys kept, and their bias."""
+        """Attention to the selected keys, and the bias of all keys."""
         return 2 * n * -(-m // self.reduction) * self.dim + m * self.dim * self.num_heads

@@ -1,25 +1,25 @@
 r"""Hierarchical self-attention: softmax attention with weights tied between distant windows.
 
-The grid is cut into windows of g x g tokens, windows may be grouped into larger ones, and at last all groups meet. Let
-the nodes B, C of one level be siblings with n_C keys each, q_B, k_C, v_C the means over their tokens, and l_B the
-level's own logit (of a token: q_B . k_B / sqrt(D)):
+The grid is divided into windows of g x g tokens, windows may be grouped into larger ones, and the groups of the last
+level are siblings under one root. Let B, C be siblings, n_C the number of keys of C, q_B, k_C, v_C the means over their
+tokens, and l_B the own logit of B (for a token: q_B . k_B / sqrt(D)):
 
     u_BC = q_B . k_C / sqrt(D) + log n_C      for C != B,       u_BB = l_B
     m_B  = softmax over C of u_BC
-    y_i  <- m_BB y_i + sum over C != B of m_BC v_C               for every token i of B; y_i = v_i at first
+    y_i  <- m_BB y_i + sum over C != B of m_BC v_C               for every token i of B; initially y_i = v_i
     l_A  = mean over B in A of log sum_C exp(u_BC)               weighted by the tokens of B: the parent's own logit
 
-One level of windows (`windows=(g,)`) thus computes softmax attention inside each window and, between windows, one
-attention of window means. Among all row-stochastic matrices whose entries are tied so (one number for each ordered pair
-of siblings), this one is nearest to softmax attention: it minimises sum_i KL(tied row i || softmax row i).
+One level of windows (`windows=(g,)`) thus computes softmax attention inside each window and one attention of window
+means between windows. Among all row-stochastic matrices with entries tied in this way (one number per ordered pair of
+siblings), this one is nearest to softmax attention: it minimises sum_i KL(tied row i || softmax row i).
 
-Prefix tokens are leaves beside the groups of the last level, as keys with the logit q_B . k_0 / sqrt(D); as queries
-they see everything. There are no parameters: weights of a plain ViT load.
+Prefix tokens are leaves next to the groups of the last level, as keys with the logit q_B . k_0 / sqrt(D); as queries
+they see all tokens. The core has no parameters, so the weights of a plain ViT load.
 
 Source: Hierarchical Self-Attention, arXiv 2509.15448 (Theorem 3.2).
 
-Deviations, and why. Logits are those of scaled dot-product attention rather than distances; grids that g does not
-divide have smaller windows at their right and lower border.
+Deviations, and why. Logits are those of scaled dot-product attention rather than distances; if a grid is not divisible
+by g, the windows at its right and lower border are smaller.
 
 Cost with one level: 2 N g^2 C + 2 (N / g^2)^2 C multiply-accumulates; no N x N matrix is built.
 """
@@ -35,7 +35,7 @@ __all__ = ["HierarchicalMixer", "hierarchical_attention"]
 
 
 def group(x: Tensor, side: int) -> Tensor:
-    """Cut maps into windows, padded with zeros: (B, heads, H, W, D) -> (B, heads, H', W', side^2, D)."""
+    """Divide maps into windows, padded with zeros: (B, heads, H, W, D) -> (B, heads, H', W', side^2, D)."""
     rows, columns = (x.shape[2] + side - 1) // side, (x.shape[3] + side - 1) // side
     x = F.pad(x, (0, 0, 0, columns * side - x.shape[3], 0, rows * side - x.shape[2]))
     return x.unflatten(3, (columns, side)).unflatten(2, (rows, side)).transpose(3, 4).flatten(4, 5)
@@ -45,26 +45,27 @@ def spread(x: Tensor, side: int, like: Tensor) -> Tensor:
     """Undo `group`: (B, heads, H', W', side^2, D) -> (B, heads, H, W, D), H and W as in `like`."""
     x = x.unflatten(4, (side, side)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     rows, columns = torch.arange(like.shape[2], device=x.device), torch.arange(like.shape[3], device=x.device)
-    return x.index_select(2, rows).index_select(3, columns)  # a slice's strides would depend on open sizes
+    return x.index_select(2, rows).index_select(3, columns)  # a slice's strides would depend on dynamic sizes
 
 
 def log(counts: Tensor) -> Tensor:
-    """Logarithm, of zero a number so low that its exponential vanishes beside all others, but finite in float16."""
+    """Logarithm; for zero, a value so low that its exponential is negligible, yet finite in float16."""
     return torch.where(counts > 0, counts.clamp(min=1).log(), -3e4)
 
 
 def siblings(q: Tensor, k: Tensor, v: Tensor, own: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of S siblings to S + P nodes, of which they are the first.
+    """Attention of S siblings to S + P nodes, the first S of which are the siblings.
 
     Args:
         q: Mean queries (..., S, D).
         k: Mean keys (..., S + P, D).
         v: Mean values (..., S + P, D).
-        own: The siblings' own logits (..., S, 1), which stand on the diagonal.
-        counts: Valid keys in each node (..., S + P, 1).
+        own: The siblings' own logits (..., S, 1), the diagonal.
+        counts: Number of valid keys per node (..., S + P, 1).
 
     Returns:
-        The share m_BB of each sibling's own inside, what the others add, and the log-sum-exp of its logits.
+        The attention weight m_BB of each sibling to itself, the weighted values of the other nodes, and the log-sum-exp
+        of its logits.
     """
     inside = torch.arange(q.shape[-2], device=q.device)[:, None] == torch.arange(k.shape[-2], device=q.device)
     logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + log(counts).transpose(-2, -1)
@@ -84,8 +85,9 @@ def hierarchical_attention(
         k: Keys, as q.
         v: Values, as q.
         grid: (H, W).
-        windows: Side of the windows in tokens, then of groups in windows, and so on; behind the last, all are siblings.
-        mask: Valid keys (B, P + H W) bool. Tokens that are not valid are no queries of the means either.
+        windows: Side of the windows in tokens, then of groups in windows, and so on; all groups of the last level are
+            siblings.
+        mask: Valid keys (B, P + H W) bool. Invalid tokens are also left out of the mean queries.
 
     Returns:
         As q.
@@ -124,13 +126,13 @@ def hierarchical_attention(
 
 
 class HierarchicalMixer(Mixer):
-    """Softmax attention inside windows, tied weights between them (equations: see the module; others: see `Mixer`).
+    """Softmax attention inside windows, tied weights between them (see the module; other arguments: see `Mixer`).
 
     Args:
         windows: Side g of the windows in tokens; or several sides: of windows in tokens, of groups in windows, ...
 
     Raises:
-        InputError: No window, or a side below 1.
+        InputError: `windows` is empty, or a side is below 1.
     """
 
     supports = frozenset({"prefix", "mask", "any_grid", "script", "onnx"})
@@ -157,7 +159,7 @@ class HierarchicalMixer(Mixer):
 
     @torch.jit.ignore
     def core_macs(self, n: int, m: int) -> int:
-        """Pairs of siblings of all levels."""
+        """Attention between the siblings of all levels."""
         pairs, nodes = 0, n
         for side in self.windows:
             pairs += nodes * min(side**2, nodes)

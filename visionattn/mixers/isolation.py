@@ -1,23 +1,23 @@
 r"""Isolation and reposition attention: several subjects in one generated image, each with its reference image.
 
-A target's query i may read, of the target's own tokens and of reference r's,
+A query i of the target may attend to
 
-    own key j          unless i and j lie in the masks of two different subjects         (isolation)
-    key j of r         only if i lies in r's subject in the target, and j in r's subject, repositioned
+    key j of the target     unless i and j are in the masks of two different subjects         (isolation)
+    key j of reference r    only if i is in r's subject in the target, and j in r's repositioned subject
 
-Reposition sets the reference's hidden states outside of the subject to zero, cuts out the box around it, resizes this
-(nearest) to the box around the subject in the target, and pastes it on zeros; the mask likewise. It is done before the
-projections of keys and values.
+Repositioning sets the reference's hidden states outside the subject to zero, crops the box around the subject, resizes
+it (nearest) to the box around the subject in the target, and pastes it onto zeros; the mask is treated in the same way.
+This happens before the projections of keys and values.
 
-What it can do: attention does not see the order of keys, so that moving them changes nothing unless positions are in
-queries and keys. Where the boxes differ in size it repeats or drops keys of the reference, which is about a bias of
-log(target area / reference area) on the reference's logits. A shift of position codes is what would align them.
+Limits: attention does not depend on the order of keys, so moving them has no effect unless queries and keys contain
+positions. If the boxes differ in size, keys of the reference are repeated or dropped, which amounts to a bias of about
+log(target area / reference area) on the reference's logits. Aligning them would need shifted position codes.
 
-These are functions, not a mixer of `MIXERS`: a backbone has neither subjects nor references. They belong to generators
-whose self-attention takes a mask; there is none among this package's models.
+These are functions, not mixers of `MIXERS`: a backbone has neither subjects nor references. They are meant for
+generators whose self-attention accepts a mask; this package contains no such model.
 
 Source: IR-Diffusion ("DreamStory") and its authors' code. Masks of subjects must not overlap, as in the code, which
-removes overlaps first: a token in two masks would be cut off from itself.
+removes overlaps first: a token in two masks could not attend to itself.
 """
 
 import torch
@@ -32,16 +32,16 @@ Box = tuple[slice, slice]
 
 
 def isolation_mask(masks: Tensor) -> Tensor:
-    """Which own keys a target's queries may read.
+    """Mask of the target's own keys that its queries may attend to.
 
     Args:
-        masks: Masks of the subjects, bool (S, H, W), which do not overlap.
+        masks: Masks of the subjects, bool (S, H, W); they must not overlap.
 
     Returns:
-        Bool (H W, H W), true where attention is allowed.
+        Bool (H W, H W), True where attention is allowed.
 
     Raises:
-        InputError: Masks overlap.
+        InputError: The masks overlap.
     """
     inside = masks.bool().flatten(1)
     if bool((inside.sum(dim=0) > 1).any()):
@@ -51,21 +51,21 @@ def isolation_mask(masks: Tensor) -> Tensor:
 
 
 def reference_mask(target: Tensor, repositioned: Tensor) -> Tensor:
-    """Which keys of the references a target's queries may read.
+    """Mask of the references' keys that the target's queries may attend to.
 
     Args:
         target: Masks of the subjects in the target, bool (S, H, W).
         repositioned: Masks of the same subjects in their references after `reposition`, bool (S, H, W).
 
     Returns:
-        Bool (H W, S H W), references one after the other.
+        Bool (H W, S H W), True where attention is allowed; the references' keys are concatenated.
     """
     queries, keys = target.bool().flatten(1), repositioned.bool().flatten(1)
     return (queries[:, :, None] & keys[:, None, :]).transpose(0, 1).flatten(1)
 
 
 def subject_box(mask: Tensor) -> Box:
-    """Rows and columns of the box around a mask, bool (H, W).
+    """Bounding box of a mask, bool (H, W), as a slice of rows and a slice of columns.
 
     Raises:
         InputError: The mask is empty.
@@ -77,7 +77,7 @@ def subject_box(mask: Tensor) -> Box:
 
 
 def reposition(x: Tensor, reference: Tensor, target: Tensor) -> Tensor:
-    """Move a reference's subject to where it is in the target (see the module).
+    """Move a reference's subject to its position in the target (see the module).
 
     Args:
         x: Hidden states of the reference, (H W, C), or a mask (H W, 1).
@@ -85,10 +85,10 @@ def reposition(x: Tensor, reference: Tensor, target: Tensor) -> Tensor:
         target: Mask of the subject in the target, bool (H, W).
 
     Returns:
-        (H W, C), zeros outside of the target's box.
+        (H W, C), zeros outside the target's box.
 
     Raises:
-        InputError: A mask is empty, or the shapes do not fit.
+        InputError: A mask is empty, or the shapes do not match.
     """
     height, width = reference.shape
     if target.shape != reference.shape or x.ndim != 2 or len(x) != height * width:

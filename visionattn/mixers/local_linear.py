@@ -1,23 +1,23 @@
 r"""Local linear attention: softmax attention corrected by the slope of the values around the query.
 
-Softmax attention fits a constant to the values near q_i. A local linear fit, with s_ij = q_i . k_j / sqrt(D),
+Softmax attention fits a constant to the values near q_i. With s_ij = q_i . k_j / sqrt(D), a local linear fit is
 
     w_ij = exp(s_ij),   omega_i = sum_j w_ij,   mu_i = sum_j w_ij (k_j - q_i)
     Sigma_i = sum_j w_ij (k_j - q_i)(k_j - q_i)^T + lambda omega_i I,      rho_i = Sigma_i^-1 mu_i
     y_i = sum_j w_ij (1 - rho_i . (k_j - q_i)) v_j / (omega_i - rho_i . mu_i)                            exact form
 
-gives affine values v_j = M k_j + b back exactly for lambda -> 0; weights sum to 1, and may be negative. Parallax learns
-a second query in place of the solution of N linear systems:
+For lambda -> 0 it reproduces affine values v_j = M k_j + b exactly; the weights sum to 1 and may be negative. Parallax
+learns a second query instead of solving N linear systems:
 
     r_i = W_R x_i,   A = softmax(s),   R_ij = r_i . k_j                                          (not scaled)
     y_i = (A V)_i (1 + sum_j A_ij R_ij) - ((A o R) V)_i = (A V)_i - r_i^T Cov_A(k, v)_i          Parallax
 
-W_R starts at zero, so that a pretrained transformer starts as it was.
+W_R starts at zero, so that a pretrained transformer initially computes what it did before.
 
 Sources: Local Linear Attention, arXiv 2510.01450; Parallax, arXiv 2605.29157.
 
-Deviation. Neither form is causal here. The exact form is a reference: it builds N D x D matrices per head and solves
-them, and ONNX has no operator for that.
+Deviation. Neither form is causal here. The exact form is a reference: it builds and solves N systems of D x D per head,
+for which ONNX has no operator.
 
 Cost: Parallax 3 N M C + N C^2 multiply-accumulates, with the N x N matrix; exact N M D C + N C D^2 / 3 and more.
 """
@@ -41,7 +41,7 @@ def softmax_weights(q: Tensor, k: Tensor, mask: Maybe) -> Tensor:
 
 
 def parallax_attention(q: Tensor, r: Tensor, k: Tensor, v: Tensor, mask: Maybe = None) -> Tensor:
-    """Softmax attention less the covariance of keys and values in the direction r (equations: see the module).
+    """Softmax attention minus the covariance of keys and values in the direction r (equations: see the module).
 
     Args:
         q: Queries (B, heads, N, D).
@@ -59,13 +59,13 @@ def parallax_attention(q: Tensor, r: Tensor, k: Tensor, v: Tensor, mask: Maybe =
 
 
 def local_linear_attention(q: Tensor, k: Tensor, v: Tensor, regularisation: float = 10.0, mask: Maybe = None) -> Tensor:
-    """Local linear fit of the values at each query, by solving its equations.
+    """Local linear fit of the values at each query, in the exact form (equations: see the module).
 
     Args:
         q: Queries (B, heads, N, D).
         k: Keys (B, heads, M, D).
         v: Values (B, heads, M, Dv).
-        regularisation: Ridge lambda, in units of the sum of the weights.
+        regularisation: Ridge lambda, relative to the sum of the weights.
         mask: Valid keys (B, M) bool.
 
     Returns:
@@ -105,12 +105,12 @@ class ParallaxMixer(Mixer):
             nn.init.zeros_(self.r.bias)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor, mask: Maybe, bias: Maybe) -> Tensor:
-        """Attend, and correct by the slope."""
+        """Attend, then correct by the slope."""
         return parallax_attention(q, self.split_heads(self.r(x)), k, v, mask)
 
     @torch.jit.ignore
     def core_macs(self, n: int, m: int) -> int:
-        """Two products of scores and one of values; and W_R."""
+        """Two products for the scores, one for the values, and W_R."""
         return 3 * n * m * self.dim + n * self.dim**2
 
 
@@ -121,7 +121,7 @@ class LocalLinearMixer(Mixer):
         regularisation: Ridge lambda.
 
     Raises:
-        InputError: lambda is not positive.
+        InputError: `regularisation` is not positive.
     """
 
     supports = frozenset({"cross", "prefix", "mask", "any_grid", "script"})

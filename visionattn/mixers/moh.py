@@ -1,8 +1,8 @@
-r"""Mixture of heads: each token chooses how much it listens to each head, and to which heads at all.
+r"""Mixture of heads: each token selects heads and weights their outputs.
 
     y = W_o concat_i(g_i H_i)                H_i: the output of softmax attention's head i, (N, D)
 
-The first S heads are shared, always on; of the other E = heads - S each token chooses the K with the largest
+The first S heads are shared and always on; of the other E = heads - S each token chooses the K with the largest
 p = softmax(W_r x). With [a_1, a_2] = softmax(W_h x):
 
     form "code"    g_i = 2 a_1 S softmax(W_s x)_i          shared; 1 instead of S softmax where S = 1
@@ -10,20 +10,20 @@ p = softmax(W_r x). With [a_1, a_2] = softmax(W_h x):
     form "paper"   g_i = a_1 softmax(W_s x)_i              shared
                    g_i = a_2 p_i                           chosen, 0 for the rest
 
-For K = 1 the code's gate of the chosen head is 2 a_2 whatever p is: only the balance loss then trains W_r.
+For K = 1 the code's gate of the chosen head is 2 a_2 for every p: only the balance loss then trains W_r.
 
 Without routed heads (E = 0 or K = 0) g = S softmax(W_s x), or softmax(W_s x) in the paper's form: dense gates, the
-control that shows what routing adds (`GatedHeadsMixer`). Without shared heads a_1, a_2 are left out.
+control that shows what routing adds (`GatedHeadsMixer`). Without shared heads a_1 and a_2 are left out.
 
-    balance loss = E sum_i P_i f_i           P: mean of p over the tokens, f: share of the tokens that choose i
+    balance loss = E sum_i P_i f_i           P: mean of p over the tokens, f: fraction of the tokens that choose i
 
-It is K where heads are chosen equally often. Add 0.01 times its mean over the layers to the loss.
+It equals K if all heads are chosen equally often. Add 0.01 times its mean over the layers to the loss.
 
 Source: MoH, arXiv 2410.11842, and its authors' code, whose gates differ from the paper's and average 1 per active head.
-Names of the routers as there: wg = W_r, wg_0 = W_h, wg_1 = W_s.
+The routers are named as in the code: wg = W_r, wg_0 = W_h, wg_1 = W_s.
 
-Deviation. The gates multiply outputs of all heads, as in the code: no head is skipped, so nothing is saved in time.
-Routers start at zero where all heads are on, so that the mixer starts as softmax attention, and close to it otherwise.
+Deviation. The gates multiply the outputs of all heads, as in the code: no head is skipped, so no time is saved. Routers
+start at zero if all heads are on, so that the mixer starts as softmax attention, and close to zero otherwise.
 """
 
 import torch
@@ -42,12 +42,13 @@ class MixtureOfHeadsMixer(Mixer):
     """Softmax attention with gates on its heads (equations: see the module; other arguments: see `Mixer`).
 
     Args:
-        shared_heads: Heads S that are always on; None: half of them.
-        routed_heads: Heads K that a token chooses of the others; None: half of these, at least one.
+        shared_heads: Number of heads S that are always on; None: half of all heads.
+        routed_heads: Number K of the other heads that each token chooses; None: half of them, rounded up.
         form: `"code"` or `"paper"`.
 
     Raises:
-        InputError: More heads than there are, none at all, or an unknown form.
+        InputError: `form` is unknown, the numbers of heads are negative or exceed `num_heads`, or no head is routed
+            although some are not shared.
     """
 
     supports = frozenset({"cross", "prefix", "mask", "any_grid", "bias", "script", "onnx"})
@@ -90,7 +91,7 @@ class MixtureOfHeadsMixer(Mixer):
                 nn.init.normal_(router.weight, std=0.0 if routed == experts else 0.02)
 
     def route(self, p: Tensor) -> Tensor:
-        """Which heads each token chooses, as ones and zeros: (B, N, E) -> (B, N, E)."""
+        """Selection of heads per token, as ones and zeros: (B, N, E) -> (B, N, E)."""
         chosen = p.topk(self.routed_heads, dim=-1).indices
         return torch.zeros_like(p).scatter(-1, chosen, 1.0)
 
@@ -114,14 +115,14 @@ class MixtureOfHeadsMixer(Mixer):
 
     @torch.jit.ignore
     def balance_loss(self, x: Tensor) -> Tensor:
-        """Loss that spreads the tokens (B, N, C) over the routed heads, a scalar; 0 without routed heads."""
+        """Loss that balances the tokens (B, N, C) over the routed heads: a scalar, 0 without routed heads."""
         if self.wg is None:
             return x.new_zeros(())
         p = self.wg(x).softmax(dim=-1)
         return p.shape[-1] * (p.mean(dim=(0, 1)) * self.route(p).mean(dim=(0, 1))).sum()
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor, mask: Maybe, bias: Maybe) -> Tensor:
-        """Attend, and weigh the heads."""
+        """Attend, then weight the heads."""
         return softmax_attention(q, k, v, mask, bias) * self.gates(x).transpose(1, 2)[..., None]
 
     @torch.jit.ignore
@@ -131,7 +132,7 @@ class MixtureOfHeadsMixer(Mixer):
 
 
 class GatedHeadsMixer(MixtureOfHeadsMixer):
-    """Softmax attention whose heads have dense gates, the control of `MixtureOfHeadsMixer` (arguments: see `Mixer`)."""
+    """Softmax attention with dense gates on its heads: control of `MixtureOfHeadsMixer` (arguments: see `Mixer`)."""
 
     limit = "a router of zero, as at the start"
 

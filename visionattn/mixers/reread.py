@@ -1,21 +1,21 @@
-r"""Pooled re-read: few pooled tokens ask all tokens for what pooling lost.
+r"""Pooled re-read: pooled tokens attend to all tokens to recover what pooling lost.
 
     P = average pooling of the grid of X over r x r cells
     P <- P + tanh(g) W_o Attention(W_q P, W_k X, W_v X)          g = 0 at the start: plain pooling
 
-`pooled` gives P, a grid of ceil(H / r) x ceil(W / r) tokens: a layer that reduces resolution. As a mixer the result is
-spread over the cells that it came from. With a context the tokens x themselves are the queries,
+`pooled` returns P, a grid of ceil(H / r) x ceil(W / r) tokens, as a layer that reduces resolution. The mixer copies
+each pooled token to all tokens of its cell. With a context the tokens x themselves are the queries,
 
     x <- x + tanh(g) W_o Attention(W_q x, W_k context, W_v context)
 
-which is the form for pooled tokens with the full ones as the context, and for text. Prefix tokens are queries as they
-are, and keys.
+for x already pooled with the full tokens as the context, or for text as the context. Prefix tokens are not pooled; they
+are queries and keys.
 
 Source: CrossLMM, arXiv 2505.17020, equations 4 to 10.
 
-Deviation. P is the average over areas, where the paper resizes bilinearly; cells at the border may be smaller.
+Deviation. P is the average over cells, while the paper resizes bilinearly; cells at the border may be smaller.
 
-Cost: 2 (N / r^2) N C multiply-accumulates beside the projections.
+Cost: 2 (N / r^2) N C multiply-accumulates, without the projections.
 """
 
 import torch
@@ -30,13 +30,13 @@ __all__ = ["RereadMixer"]
 
 
 class RereadMixer(Mixer):
-    """Pooled tokens read the full ones again (equations: see the module; other arguments: see `Mixer`).
+    """Attention of pooled tokens to the full ones (equations: see the module; other arguments: see `Mixer`).
 
     Args:
-        pool: Side r of the pooled cells.
+        pool: Side r of the pooled cells, in tokens.
 
     Raises:
-        InputError: A side below 1.
+        InputError: `pool` is below 1.
     """
 
     supports = frozenset({"cross", "prefix", "mask", "any_grid", "script", "onnx"})
@@ -59,13 +59,13 @@ class RereadMixer(Mixer):
         self.gate = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
     def read(self, x: Tensor, context: Tensor, mask: Maybe = None) -> Tensor:
-        """X + tanh(g) Attention(x, context, context): (B, N, C), (B, M, C) -> (B, N, C)."""
+        """Compute x + tanh(g) Attention(x, context, context): (B, N, C), (B, M, C) -> (B, N, C)."""
         q, k, v = self.project(x, context)
         y = softmax_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         return x + self.gate.tanh() * self.proj(y)
 
     def pooled(self, x: Tensor, grid: Grid, mask: Maybe = None) -> Tensor:
-        """(B, P + H W, C) -> (B, P + ceil(H / r) ceil(W / r), C)."""
+        """Pool the grid and re-read it: (B, P + H W, C) -> (B, P + ceil(H / r) ceil(W / r), C)."""
         prefix = x.shape[1] - grid[0] * grid[1]
         cells = x[:, prefix:].transpose(1, 2).unflatten(2, (grid[0], grid[1]))  # (B, C, H, W)
         right, below = -grid[1] % self.pool, -grid[0] % self.pool

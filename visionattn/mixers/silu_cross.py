@@ -1,17 +1,17 @@
 r"""Cross-attention without parameters and without softmax.
 
     S   = SiLU(x) SiLU(z + e_k)^T                       z = beta context (B, M, C)
-    S_ij <- 0 where S_ij is below its row's threshold   the value at index floor(ratio M) of the ascending row
+    S_ij <- 0 if S_ij is below its row's threshold      the value at index floor(ratio M) of the sorted row
     y   = alpha S (z + e_v)
 
 Scores are neither scaled nor normalised: tokens must come from a normalisation layer. e_k and e_v (M, C) are learned
-embeddings of keys and values, shared by all layers in the source; here they exist if `num_context_tokens` says for how
-many.
+embeddings of keys and values, which all layers share in the source; here a layer has its own if `num_context_tokens` is
+given.
 
 Source: ADEM-VL, arXiv 2410.17779, and its authors' code (alpha 0.1, beta 0.01, ratio 0.1).
 
-Deviations. The source has one head, the default; with more, each mixes its channels. Without a context the tokens
-attend to themselves. There are no projections, so that no weights of a transformer are used.
+Deviations. The source has one head, which is the default; with more, each head mixes its own channels. Without a
+context the tokens attend to themselves. There are no projections, so the weights of a transformer cannot be loaded.
 
 Cost: 2 N M C multiply-accumulates; the N x M matrix is built.
 """
@@ -28,13 +28,13 @@ __all__ = ["SiluCrossMixer", "silu_attention"]
 
 
 def silu_attention(q: Tensor, k: Tensor, v: Tensor, ratio: float = 0.1, mask: Maybe = None) -> Tensor:
-    """Weigh values by SiLU(q) SiLU(k)^T, the lowest share of each row left out (equations: see the module).
+    """Weight values by SiLU(q) SiLU(k)^T without the lowest scores of each row (equations: see the module).
 
     Args:
         q: Queries (B, heads, N, D).
         k: Keys (B, heads, M, D).
         v: Values (B, heads, M, D).
-        ratio: Share of the keys that a query leaves out, in [0, 1).
+        ratio: Fraction of the keys that each query ignores, in [0, 1).
         mask: Valid keys (B, M) bool.
 
     Returns:
@@ -59,13 +59,13 @@ class SiluCrossMixer(Mixer):
     """Cross-attention by products of SiLUs (equations: see the module; other arguments: see `Mixer`).
 
     Args:
-        num_context_tokens: Tokens M of the context, for embeddings of keys and values; None: no embeddings.
-        ratio: Share of the keys that a query leaves out.
+        num_context_tokens: Number of context tokens M, for embeddings of keys and values; None: no embeddings.
+        ratio: Fraction of the keys that each query ignores, in [0, 1).
         alpha: Factor of the output.
         beta: Factor of the context.
 
     Raises:
-        InputError: A ratio outside [0, 1); later, a context of another length than the embeddings.
+        InputError: `ratio` is outside [0, 1); in `forward`, if the length of the context differs from the embeddings'.
     """
 
     supports = frozenset({"cross", "prefix", "mask", "any_grid", "script", "onnx"})
@@ -115,10 +115,10 @@ class SiluCrossMixer(Mixer):
 
     @torch.jit.ignore
     def extra_parameters(self) -> int:
-        """All that there are: this mixer has no projections."""
+        """Number of all parameters: this mixer has no projections."""
         return sum(p.numel() for p in self.parameters())
 
     @torch.jit.ignore
     def macs(self, n: int, m: int | None = None) -> int:
-        """Scores and values."""
+        """Products for the scores and the values."""
         return 2 * n * (n if m is None else m) * self.dim

@@ -3,15 +3,15 @@ r"""Softplus attention: scores without a temperature, normalised by their sum, s
     a_ij = softplus(log D log n q_i . k_j / (|q_i| |k_j|)),   rows divided by their sum                LSSA
     a_ij <- max(n a_ij - o, 0)^p,                             rows divided by their sum again          LSSAR
 
-n is the number of valid keys, D the width of a head, the offset o is 1: keys below the average weight get exactly 0.
-The factor log n takes the place of a learned or fixed temperature and follows the resolution. Powers of 3 at the
-trained size and of 15 for larger inputs are the source's choice.
+n is the number of valid keys, D the width of a head; the offset o is 1: keys below the average weight get exactly 0.
+The factor log n replaces a learned or fixed temperature and adapts to the resolution. The source uses the power 3 at
+the trained size and 15 for larger inputs.
 
 Source: arXiv 2501.13428.
 
 Deviations, and why. There is no causal mask. Re-weighted rows are divided by their maximum before the power and
 computed in float32 at least: (n a - 1)^15 overflows half precision for a weight of 3.1 times the mean. A row whose
-weights are all equal would become zero and stays as it is.
+weights are all equal would become zero and is left unchanged.
 
 Cost: that of softmax attention; the N x N matrix is built.
 """
@@ -29,7 +29,7 @@ __all__ = ["ReweightedSoftplusMixer", "SoftplusMixer", "softplus_weights"]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision as float32. A function, so that `torch.fx` does not look into it."""
+    """Convert half precision to float32. A function, so that `torch.fx` does not trace it."""
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
@@ -42,11 +42,11 @@ def softplus_weights(q: Tensor, k: Tensor, power: float | None = None, mask: May
     Args:
         q: Queries (B, heads, N, D).
         k: Keys (B, heads, M, D).
-        power: Power p; None: without re-weighting.
+        power: Power p of the re-weighting; None: no re-weighting.
         mask: Valid keys (B, M) bool.
 
     Returns:
-        (B, heads, N, M), rows sum to 1; in float32 where q is in half precision.
+        (B, heads, N, M), rows sum to 1; float32 if q has half precision.
     """
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     if mask is None:
@@ -71,10 +71,10 @@ class SoftplusMixer(Mixer):
     """Attention with softplus scores (equations: see the module; other arguments: see `Mixer`).
 
     Args:
-        power: Power p of the re-weighting; None: LSSA, without it.
+        power: Power p of the re-weighting; None: no re-weighting (LSSA).
 
     Raises:
-        InputError: The power is not positive.
+        InputError: `power` is not positive.
     """
 
     supports = frozenset({"cross", "prefix", "mask", "any_grid", "script", "onnx"})
@@ -96,12 +96,12 @@ class SoftplusMixer(Mixer):
         self.power = None if power is None else float(power)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor, mask: Maybe, bias: Maybe) -> Tensor:
-        """Weigh and sum."""
+        """Sum the values with softplus weights."""
         return softplus_weights(q, k, self.power, mask).to(v.dtype) @ v
 
 
 class ReweightedSoftplusMixer(SoftplusMixer):
-    """LSSAR: softplus scores sharpened by a power, 3 unless another is given (arguments: see `SoftplusMixer`)."""
+    """LSSAR: softplus scores sharpened by a power (arguments: see `SoftplusMixer`)."""
 
     def __init__(
         self,

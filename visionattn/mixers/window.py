@@ -1,27 +1,27 @@
-r"""Windows: every query sees k_y x k_x keys of its neighbourhood.
+r"""Window attention: every query sees k_y x k_x keys of its neighbourhood.
 
-One rule serves neighbourhood attention with dilation and stride, blocked attention and blocks with a halo. Along an
+One rule covers neighbourhood attention with dilation and stride, blocked attention and blocks with a halo. Along an
 axis of n positions, with kernel k, dilation d and stride s, a query at position i sees keys of its residue class
 r = i mod d, which has n_r = ceil((n - r) / d) members; it is member p = floor(i / d):
 
     leader    p' = min(s floor(p / s) + floor(s / 2), n_r - 1)         s queries share their leader's window
     first key a  = p' - floor(k / 2)
-    border    inward   a <- clamp(a, 0, n_r - k)                       the window is pushed into the grid
-              shrink   keys outside the grid take no part
-              zero     keys and values outside are zeros, which take part in the softmax
+    border    inward   a <- clamp(a, 0, n_r - k)                       the window is moved into the grid
+              shrink   keys outside the grid are ignored
+              zero     keys and values outside are zeros, and are part of the softmax
     keys      { (a + t) d + r : t = 0 .. k - 1 }
 
-Both axes together give the window, and y_i is softmax attention to its keys and to all prefix tokens. Prefix tokens as
-queries see everything.
+The window is the product of both axes, and y_i is softmax attention to its keys and to all prefix tokens. Prefix tokens
+as queries see all keys.
 
     k odd, s = 1                neighbourhood attention; with `inward` the window of FreeSwim
-    s = k, k divides n          blocked attention (Swin without shift)
+    s = k, n divisible by k     blocked attention (Swin without shift)
     k = s + 2 h, `zero`         halo attention with blocks of s and a halo of h
 
 Sources: GNA, arXiv 2504.16922 and NATTEN, arXiv 2204.07143 (inward border, dilation, stride); FreeSwim, arXiv
 2511.14712 (windows as large as the trained grid, and the scale below); HaloNet, arXiv 2103.12731 (zero border).
 
-Deviations, and why. A kernel that is longer than the axis sees the whole axis, so that any grid is taken. FreeSwim
+Deviations, and why. A kernel longer than the axis covers the whole axis, so that any grid is accepted. FreeSwim
 multiplies the logits by sqrt(log_L0 L) with constants L0 and L; here L is the number of tokens and L0 is
 `trained_tokens`.
 
@@ -46,18 +46,18 @@ BORDERS = ("inward", "shrink", "zero")
 def axis_tables(
     n: int, kernel: int, dilation: int, stride: int, border: str, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Which keys the queries of an axis see, by T tiles of t queries that share L keys.
+    """Keys that the queries along an axis see, as T tiles of t queries that share L keys.
 
     Returns:
         Positions of the queries (T, t) and of the keys (T, L); whether a key is inside the grid (T, L) and whether a
         query sees it (T, t, L), bool; and the index of each position among the T t queries, (n,).
     """
-    tile = stride * ((7 + stride) // stride)  # 8 queries or somewhat more: rectangles of keys are then not much larger
+    tile = stride * ((7 + stride) // stride)  # 8 queries or slightly more: their keys span little more than one window
     tiles = ((n + dilation - 1) // dilation + tile - 1) // tile
     residue = torch.arange(dilation, device=device)[:, None, None]  # (d, 1, 1)
     members = (n - residue + dilation - 1) // dilation
     p = torch.arange(tiles, device=device)[:, None] * tile + torch.arange(tile, device=device)
-    p = torch.minimum(p[None], (members - 1).clamp(min=0))  # (d, tiles, t); beyond the end the last one again
+    p = torch.minimum(p[None], (members - 1).clamp(min=0))  # (d, tiles, t); past the end the last member repeats
     first = torch.minimum(p // stride * stride + stride // 2, members - 1) - kernel // 2
     if border == "inward":
         first = torch.minimum(first, members - kernel).clamp(min=0)
@@ -72,12 +72,12 @@ def axis_tables(
 
 
 def by_pairs(x: Tensor) -> Tensor:
-    """Tables of all pairs of tiles as one: (Ty, Tx, a, b) -> (Ty Tx, a b)."""
+    """Flatten a table over pairs of tiles: (Ty, Tx, a, b) -> (Ty Tx, a b)."""
     return x.flatten(2, 3).flatten(0, 1)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens by a table: (B, N, ...), (T, K) -> (B, T, K, ...)."""
+    """Select tokens by a table of indices: (B, N, ...), (T, K) -> (B, T, K, ...)."""
     return x.index_select(1, index.flatten()).unflatten(1, (index.shape[0], index.shape[1]))
 
 
@@ -99,9 +99,9 @@ def window_attention(
         k: Keys, as q.
         v: Values, as q.
         grid: (H, W).
-        kernel: Keys of a window along rows and columns, (k_y, k_x).
-        dilation: Steps between them.
-        stride: Queries along an axis that share a window.
+        kernel: Window size in keys, (k_y, k_x).
+        dilation: Distance between neighbouring keys of a window, per axis.
+        stride: Number of neighbouring queries that share a window, per axis.
         border: `"inward"`, `"shrink"` or `"zero"`.
         mask: Valid keys (B, P + H W) bool.
 
@@ -118,7 +118,7 @@ def window_attention(
     seen = row_seen[:, None, :, None, :, None] & col_seen[None, :, None, :, None, :]  # (Ty, Tx, t, t', L, L')
     seen = by_pairs(seen.flatten(4, 5))  # (T, t t', L L')
     if border == "zero":
-        keys = torch.where(inside, keys, q.shape[2])  # one token of zeros behind all others
+        keys = torch.where(inside, keys, q.shape[2])  # the index of a token of zeros after all others
     else:
         seen = seen & inside[:, None]
     first = torch.arange(prefix, device=q.device).expand(keys.shape[0], prefix)
@@ -144,15 +144,15 @@ class WindowMixer(Mixer):
     """Attention of each query to a window around it (equations: see the module; other arguments: see `Mixer`).
 
     Args:
-        kernel: Keys of a window along an axis, or along rows and columns.
-        dilation: Steps between them.
-        stride: Queries along an axis that share a window; at most the kernel.
+        kernel: Window size in keys, one number or (k_y, k_x).
+        dilation: Distance between neighbouring keys of a window, one number or per axis.
+        stride: Number of neighbouring queries that share a window, one number or per axis; at most the kernel.
         border: `"inward"`, `"shrink"` or `"zero"`.
-        trained_tokens: Tokens L0 of the grid that a model was trained on, for the scale sqrt(log L / log L0) of the
-            logits at L tokens; None: no such scale.
+        trained_tokens: Number of tokens L0 that a model was trained on: logits at L tokens are multiplied by
+            sqrt(log L / log L0); None: no scaling.
 
     Raises:
-        InputError: An unknown border, a size below 1, or a stride above the kernel.
+        InputError: `border` is unknown, a size is below 1, `stride` exceeds `kernel`, or `trained_tokens` is below 2.
     """
 
     supports = frozenset({"prefix", "mask", "any_grid", "script", "onnx"})
@@ -192,5 +192,5 @@ class WindowMixer(Mixer):
 
     @torch.jit.ignore
     def core_macs(self, n: int, m: int) -> int:
-        """As many keys a query as a window has."""
+        """Attention to the keys of one window per query."""
         return 2 * n * min(self.kernel[0] * self.kernel[1], m) * self.dim
