@@ -7,11 +7,31 @@ from collections.abc import Iterable
 
 from benchmarks.report import RESULTS, read_rows
 
+PROVENANCE = ("device", "threads", "torch", "triton", "git_revision", "date", "seed")
+TITLES = {
+    "median_ms": "median ms",
+    "iqr_ms": "IQR ms",
+    "peak_mib": "peak MiB",
+    "size_mib": "size MiB",
+    "mega_macs": "MACs (M)",
+    "macs": "MACs",
+    "recall_at_10": "recall@10",
+    "psnr_y": "PSNR dB (Y)",
+    "ssim_y": "SSIM (Y)",
+    "macs_256x256": "MACs at 256 x 256",
+}
+
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A table, numbers to the right of the first column."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
+    """A table. Columns of numbers are aligned right, columns of text left."""
+    rows = list(rows)
+    columns = [[row[column] for row in rows] for column in range(len(head))]
+    rule = ["---:" if column and all(map(_is_number, cells)) else "---" for column, cells in enumerate(columns)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows]) + "\n"
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell.lstrip("*+-–<")[:1] in ("", *"0123456789")
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -20,13 +40,31 @@ def spread(values: list[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def plain(name: str) -> str:
-    """A script's CSV as it is, less the columns that say where a row comes from."""
+def plain(name: str, **own: str) -> str:
+    """A script's CSV with readable titles, `own` before `TITLES`; where the rows come from stands below the table."""
     rows = read_rows(RESULTS / f"{name}.csv")
     if not rows:
         return "Not measured yet.\n"
-    shown = [key for key in rows[0] if key not in ("torch", "triton", "git_revision", "date", "seed")]
-    return markdown(shown, ([row[key] for key in shown] for row in rows))
+    origin = [key for key in ("device", "threads") if key in rows[0] and len({row[key] for row in rows}) == 1]
+    shown = [key for key in rows[0] if key not in PROVENANCE or (key in ("device", "threads") and key not in origin)]
+    titles = [(TITLES | own).get(key, key.replace("_", " ")) for key in shown]
+    table = markdown(titles, ([_value(key, row[key]) for key in shown] for row in rows))
+    return table + f"\n{_origin(rows[0], origin)}.\n"
+
+
+def _value(key: str, cell: str) -> str:
+    """A cell as it is read: three digits of a time, thousands separated."""
+    if key in ("median_ms", "iqr_ms"):
+        return f"{float(cell):,.0f}" if float(cell) >= 100 else f"{float(cell):.3g}"
+    return f"{int(cell):,}" if cell.isdigit() else cell
+
+
+def _origin(row: dict[str, str], keys: list[str]) -> str:
+    """Device, threads and version of PyTorch of a table's rows, without a full stop."""
+    words = [row["device"]] if "device" in keys else []
+    if "threads" in keys:
+        words.append(f"{row['threads']} thread{'s' * (row['threads'] != '1')}")
+    return ", ".join([*words, f"torch {row['torch']}"])
 
 
 def calls(name: str, part: str) -> str:
@@ -35,7 +73,7 @@ def calls(name: str, part: str) -> str:
     if not rows:
         return "Not measured yet.\n"
     memory = [key for key in ("peak_mib", "saved_mib") if any(row.get(key) for row in rows)]
-    head = ["case", "dtype", "pass", "implementation", "median ms", "spread", "ratio"]
+    head = ["case", "dtype", "pass", "implementation", "median ms", "IQR ms", "ratio"]
     head += [key.replace("_mib", " MiB") for key in memory]
     tables = []
     for device in dict.fromkeys(row["device"] for row in rows):
@@ -48,6 +86,5 @@ def calls(name: str, part: str) -> str:
             ]
             for row in found
         )
-        threads = f"{found[0]['threads']} thread{'s' * (found[0]['threads'] != '1')}"
-        tables.append(markdown(head, body) + f"\n{device}, {threads}, torch {found[0]['torch']}.\n")
+        tables.append(markdown(head, body) + f"\n{_origin(found[0], ['device', 'threads'])}.\n")
     return "\n".join(tables)

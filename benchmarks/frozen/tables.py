@@ -18,7 +18,7 @@ def errors() -> str:
     backbones = [name for name in ORDER if any(row["backbone"] == name for row in rows)]
     by_key = {(row["backbone"], row["policy"], row["tail"]): row for row in rows}
     policies = [name for name in dict.fromkeys(row["policy"] for row in rows) if name != "dense"]
-    head = ["policy", "attention"]
+    head = ["policy", "attention cost"]
     head += [f"{name}{tail}" for name in backbones for tail in ("", " + tail")]
     body = []
     for policy in policies:
@@ -38,7 +38,7 @@ def accuracy() -> str:
     rows = [row for row in read_rows(RESULTS / "frozen_policies.csv") if row["part"] == "products"]
     if not rows:
         return "Not measured yet.\n"
-    head = ["backbone", "policy", "tail", "attention", "error", "accuracy", "95 % interval"]
+    head = ["backbone", "policy", "tail", "attention cost", "error", "k-NN %", "95 % interval"]
     body = [
         [
             row["backbone"],
@@ -59,7 +59,8 @@ def pruning() -> str:
     rows = read_rows(RESULTS / "frozen_pruning.csv")
     if not rows:
         return "Not measured yet.\n"
-    head = ["backbone", "pruned", "by", "kept %", "M MACs", "error", "k-NN %", "to the grid", "to random", "to blocks"]
+    head = ["backbone", "pruned", "by", "kept %", "MACs (M)", "error", "k-NN %"]
+    head += ["points over grid", "points over random", "points over blocks"]
     body = [
         [
             row["backbone"],
@@ -90,7 +91,7 @@ def sinks() -> str:
     rows = read_rows(RESULTS / "frozen_sinks.csv")
     if not rows:
         return "Not measured yet.\n"
-    head = ["half", "method", "against", "accuracy %", "control %", "difference"]
+    head = ["half", "method", "compared with", "accuracy %", "control %", "difference"]
     body = [
         [
             row["half"],
@@ -131,7 +132,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frozen_policies": errors,
     "frozen_accuracy": accuracy,
     "frozen_router": lambda: plain("frozen_router"),
-    "frozen_speed": lambda: plain("frozen_speed"),
+    "frozen_speed": lambda: plain("frozen_speed", ratio="speed-up", part="timed"),
     "frozen_pruning": pruning,
     "frozen_sinks": sinks,
     "frozen_occlusion": occlusion,

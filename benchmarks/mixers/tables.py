@@ -17,16 +17,17 @@ ARENA = (
     ("regression error", "regression error", "L=40"),
     ("digits, equal parameters", "accuracy", "equal parameters"),
     ("digits, equal MACs", "accuracy", "equal MACs"),
-    ("times faster than softmax, N = 784", "times faster", "N=784"),
-    ("N = 3136", "times faster", "N=3136"),
-    ("MiB, N = 3136", "MiB", "N=3136"),
+    ("speed-up over softmax, N = 784", "times faster", "N=784"),
+    ("speed-up over softmax, N = 3136", "times faster", "N=3136"),
+    ("peak MiB, N = 3136", "MiB", "N=3136"),
 )
 SHOWN = ("cross", "prefix", "mask", "bias", "script", "onnx")
 
 
 def mixers() -> str:
     """Summary, limit, parameters and multiply-accumulates of a layer of ViT-Tiny, and what each mixer supports."""
-    head = ["name", "mixing", "equals softmax attention with", "own parameters", "M MACs, N = 196", "N = 3136"]
+    head = ["mixer", "what it computes", "equals softmax attention with", "extra parameters"]
+    head += ["MACs (M), N = 196", "MACs (M), N = 3136"]
     body = []
     for name, mixer in MIXERS.items():
         layer = mixer(DIM, HEADS, device="meta")
@@ -63,7 +64,7 @@ def zero_shot() -> str:
     rows = read_rows(RESULTS / "mixers_zero_shot.csv")
     if not rows:
         return "Not measured yet.\n"
-    head = ["mixer", "layers", "fine-tuning, steps", "feature error", "k-NN accuracy, % (of three draws)"]
+    head = ["mixer", "layers", "fine-tuning steps", "feature error", "k-NN accuracy % (three draws)"]
     body = []
     for row in rows:
         low, mean, high = (f"{100 * float(row[f'knn_{end}']):.1f}" for end in ("lowest", "accuracy", "highest"))
