@@ -66,6 +66,10 @@ def test_what_takes_the_patch_away_carries_the_score():
     assert (found.deletion["map"] < wrong.deletion["map"]).all()
     assert (found.insertion["map"] > wrong.insertion["map"]).all()
     np.testing.assert_allclose(found.insertion["saliency"], found.insertion["map"])
+    both = agreement(reads_one_patch, images, right, (3, 4), logits=True, masks=300, others={"wrong": 1 - right})
+    np.testing.assert_array_equal(both.deletion["map"], found.deletion["map"])
+    np.testing.assert_array_equal(both.deletion["wrong"], wrong.deletion["map"])
+    np.testing.assert_array_equal(both.correlation(1 - right), wrong.pearson)
     assert leave_one_out(reads_one_patch, images[0], (3, 4), logits=True).argmax() == 6
 
 
@@ -94,5 +98,10 @@ def test_masks_keep_half():
 def test_maps_must_fit():
     with pytest.raises(InputError, match=r"are \(3, 12\); got \(3, 11\)"):
         agreement(reads_one_patch, striking_images(), torch.zeros(3, 11), (3, 4), logits=True)
+    with pytest.raises(InputError, match=r"got \(2, 12\)"):
+        agreement(
+            reads_one_patch, striking_images(), torch.zeros(3, 12), (3, 4), logits=True,
+            others={"few": torch.zeros(2, 12)},
+        )  # fmt: skip
     with pytest.raises(InputError, match="at least 2"):
         agreement(reads_one_patch, striking_images(), torch.zeros(3, 12), (3, 4), logits=True, masks=1)

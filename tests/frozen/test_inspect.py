@@ -59,6 +59,10 @@ def test_a_report_with_everything(photos, tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert [row["layer"] for row in rows] == ["blocks.0.attn", "blocks.1.attn"]
     assert float(rows[1]["effective_keys"]) == found.look.layers[1].effective_keys
+    assert float(rows[1]["pearson"]) == pytest.approx(found.agreement.mean)
+    mean_map = (found.look.maps[0] + found.look.maps[1]) / 2
+    assert found.mean_map_correlation[0] == pytest.approx(found.agreement.correlation(mean_map).mean())
+    assert set(found.agreement.deletion) == {"map", "mean over layers", "saliency", "random"}
     for file in ("policies.csv", "pruning.csv", "occlusion.csv", "pruning.svg", "maps.jpg", "report.md"):
         assert (folder / file).stat().st_size > 0
     assert {row["policy"] for row in found.policies} == {"dense", "strided", "random", "window"}

@@ -140,6 +140,9 @@ def test_tile_mass():
         (torch.zeros(1, 3, 1, 2, dtype=torch.int64), "2 or 1"),
         (torch.zeros(1, 1, 3, 2, dtype=torch.int64), "4 or 1, 0 to 16"),
         (torch.zeros(1, 1, 1, 17, dtype=torch.int64), "0 to 16"),
+        (torch.tensor([3, 16]).view(1, 1, 1, 2), "selects tiles 3 to 16; the grid has tiles 0 to 15"),
+        (torch.tensor([-1, 2]).view(1, 1, 1, 2), "selects tiles -1 to 2"),
+        (torch.tensor([5, 2, 5]).view(1, 1, 1, 3), "a tile twice"),
     ],
 )
 def test_what_is_no_index(index, message):

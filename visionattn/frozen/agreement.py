@@ -17,7 +17,7 @@ attention. Removed patches carry the score: with kept ones all correlations woul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,8 @@ class Agreement:
 
     Attributes:
         pearson: Correlation of each image, float64 (n,).
-        deletion: Area of each image by the map, by the saliency itself and by random values, float64 (n,).
+        deletion: Area of each image by the map, by other maps, by the saliency itself and by random values,
+            float64 (n,).
         insertion: Likewise.
         maps: The maps that were judged, (n, N).
         saliency: Of each image, (n, N).
@@ -69,6 +70,10 @@ class Agreement:
     def interval(self) -> Interval:
         """Bootstrap interval (95 %) of the mean over the images."""
         return bootstrap_interval(self.pearson)
+
+    def correlation(self, maps: Tensor) -> np.ndarray:
+        """Correlation of other maps (n, N) of the same images with the saliency, float64 (n,)."""
+        return pearson(maps.to(self.saliency), self.saliency).cpu().numpy()
 
 
 def draw_masks(count: int, patches: int, keep: float = 0.5, seed: int = 0) -> Tensor:
@@ -140,6 +145,7 @@ def agreement(
     masks: int = 500,
     seed: int = 0,
     batch_size: int = 64,
+    others: Mapping[str, Tensor] | None = None,
 ) -> Agreement:
     """Compare maps over patches with occlusion (see the module).
 
@@ -152,29 +158,33 @@ def agreement(
         masks: Random masks; each is a pass.
         seed: Of the masks and of the random order, the control.
         batch_size: Masked images at once.
+        others: Further maps (n, N) by name, whose areas are measured as well.
 
     Raises:
         InputError: Maps, grid and images do not fit, or there are too few masks.
     """
     patches = grid[0] * grid[1]
-    if maps.shape != (len(images), patches) or not len(images):
-        raise InputError(
-            f"Maps of {len(images)} images over {grid[0]} x {grid[1]} patches are ({len(images)}, {patches}); got "
-            f"{tuple(maps.shape)}."
-        )
+    judged = {"map": maps, **(others or {})}
+    for values in judged.values():
+        if values.shape != (len(images), patches) or not len(images):
+            raise InputError(
+                f"Maps of {len(images)} images over {grid[0]} x {grid[1]} patches are ({len(images)}, {patches}); got "
+                f"{tuple(values.shape)}."
+            )
     if masks < 2:
         raise InputError(f"masks must be at least 2; got {shorten(masks)}.")
     drawn = draw_masks(masks, patches, seed=seed).to(images.device)
     noise = torch.rand(len(images), patches, generator=torch.Generator().manual_seed(seed)).to(maps)
     found = []
-    areas: dict[str, list[tuple[float, float]]] = {"map": [], "saliency": [], "random": []}
-    for image, values, random in zip(images, maps, noise, strict=True):
+    areas: dict[str, list[tuple[float, float]]] = {name: [] for name in (*judged, "saliency", "random")}
+    for number, image in enumerate(images):
         whole = predict(image[None])[0]
         changes = torch.cat(
             [occlusion_change(whole, predict(occlude(image, part, grid)), logits) for part in drawn.split(batch_size)]
         )
         found.append(saliency(changes, drawn))
-        for name, ranked in (("map", values), ("saliency", found[-1]), ("random", random)):
+        orders = {name: values[number] for name, values in judged.items()}
+        for name, ranked in {**orders, "saliency": found[-1], "random": noise[number]}.items():
             areas[name].append(_areas(predict, image, ranked, grid, whole, logits))
     salient = torch.stack(found)
     return Agreement(

@@ -20,7 +20,7 @@ from visionattn.files import check_folder
 from visionattn.frozen.agreement import agreement
 from visionattn.frozen.curves import prune_curves
 from visionattn.frozen.heads import head_scores
-from visionattn.frozen.inspection import Inspection
+from visionattn.frozen.inspection import MEAN_MAP, Inspection
 from visionattn.frozen.looking import look
 from visionattn.frozen.report import check_report, write_report
 from visionattn.frozen.selection import check_policies, measure_policies
@@ -125,8 +125,11 @@ def inspect(
     logits = _gives_logits(model)
     judged = shown[:JUDGED]
     console.print(f"Occlusion of {len(judged)} images, {masks} masks each.")
-    values = found.maps[-1][: len(judged)].to(where)
-    judgement = agreement(_predictor(model), judged, values, found.grid, logits=logits, masks=masks)
+    of_layers = torch.stack(found.maps)[:, : len(judged)].to(where)
+    judgement = agreement(
+        _predictor(model), judged, of_layers[-1], found.grid, logits=logits, masks=masks,
+        others={MEAN_MAP: of_layers.mean(0)},
+    )  # fmt: skip
     rows, curves = [], []
     if policy is not None:
         side = _tile_side(found.grid)

@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from visionattn.frozen.agreement import Agreement
 from visionattn.frozen.looking import Look
 from visionattn.frozen.plan import Plan
 from visionattn.frozen.selection import best_plan
+from visionattn.probe.statistics import Interval, bootstrap_interval
 
-__all__ = ["Inspection"]
+__all__ = ["MEAN_MAP", "Inspection"]
+
+MEAN_MAP = "mean over layers"
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,7 +32,7 @@ class Inspection:
         names: The images that were read.
         classes: Names of their classes; empty where their folders state none.
         look: Layers, maps and sinks.
-        agreement: Of the last layer's map with occlusion, on the first images.
+        agreement: Of the last layer's map and of the mean over layers with occlusion, on the first images.
         logits: Whether occlusion was judged by the classes' probabilities; otherwise by the features' cosine.
         policies: Rows of `measure_policies`; empty if none were asked for.
         curves: Rows of `prune_curves`, likewise.
@@ -58,8 +63,25 @@ class Inspection:
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a layer."""
-        return [layer.to_json() for layer in self.look.layers]
+        """A row per layer; `pearson` is the correlation of its map with occlusion, and its interval over images."""
+        rows = []
+        for layer, (correlation, interval) in zip(self.look.layers, self.correlations(), strict=True):
+            known = {"pearson": correlation, "pearson_low": interval.low, "pearson_high": interval.high}
+            rows.append({**layer.to_json(), **known})
+        return rows
+
+    def correlations(self) -> list[tuple[float, Interval]]:
+        """Correlation of each layer's map with occlusion: its mean over the judged images and the interval."""
+        return [self._correlation(maps) for maps in self.look.maps]
+
+    @property
+    def mean_map_correlation(self) -> tuple[float, Interval]:
+        """Likewise, of the mean of the maps over layers."""
+        return self._correlation(torch.stack(self.look.maps).mean(0))
+
+    def _correlation(self, maps: Tensor) -> tuple[float, Interval]:
+        found = self.agreement.correlation(maps[: len(self.agreement.pearson)])
+        return float(found.mean()), bootstrap_interval(found)
 
     @property
     def plan(self) -> Plan | None:

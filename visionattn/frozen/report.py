@@ -11,7 +11,7 @@ from visionattn.files import atomic_path
 from visionattn.frozen.inspection import Inspection
 from visionattn.frozen.sheet import contact_sheet
 from visionattn.page import CurvePoint, Curves, Section, write_pages, write_table
-from visionattn.probe.statistics import bootstrap_interval
+from visionattn.probe.statistics import Interval, bootstrap_interval
 
 __all__ = ["PLAN", "check_report", "summary", "write_report"]
 
@@ -34,13 +34,17 @@ def summary(found: Inspection) -> str:
     """What the inspection says, in a few sentences."""
     layers = found.look.layers
     share = [layer.effective_keys / layer.keys for layer in layers]
-    interval = found.agreement.interval
+    last = _with_interval(found.agreement.mean, found.agreement.interval)
     sharp = "diffuse: few keys do not stand for all" if min(share) > 0.25 else "sharp in some layers"
     return (
         f"A query looks at {min(share):.0%} to {max(share):.0%} of the keys ({sharp}). The column that receives most "
         f"has {max(layer.received for layer in layers):.1f} times the uniform share. The map of {layers[-1].layer} "
-        f"agrees with occlusion by r = {found.agreement.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]."
+        f"agrees with occlusion by r = {last}, the mean over layers by {_with_interval(*found.mean_map_correlation)}."
     )
+
+
+def _with_interval(mean: float, interval: Interval) -> str:
+    return f"{mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
 def write_report(found: Inspection, folder: Path) -> None:
@@ -129,7 +133,7 @@ _WHAT_LAYERS = (
     "of the uniform share, and how often it is a prefix token. Outliers: tokens beyond Tukey's fence of {whose}. "
     "Received sinks: more than 10 times the uniform share. Channel sinks: more than 10 % of a token's energy in one "
     "channel. Tiles: share of the key tiles that hold 90 % of the mass. Overlap: of selected tiles with the best "
-    "earlier layer."
+    "earlier layer. r: of the layer's map with occlusion."
 )
 _WHAT_CURVES = [
     "Error of the image's vector against the whole model's, and leave-one-out k-NN accuracy where classes are known, "
@@ -148,15 +152,15 @@ def _number(value: float, form: str = ".1f") -> str:
 def _layer_table(found: Inspection) -> list[list[str]]:
     table = [
         ["layer", "keys", "effective keys", "received", "by a prefix token", "class share", "outliers",
-         "received sinks", "channel sinks", "largest channel", "tiles", "overlap"]
+         "received sinks", "channel sinks", "largest channel", "tiles", "overlap", "r with occlusion"]
     ]  # fmt: skip
-    for one in found.look.layers:
+    for one, correlation in zip(found.look.layers, found.correlations(), strict=True):
         table.append(
             [
                 one.layer, str(one.keys), f"{one.effective_keys:.1f}", f"{one.received:.1f}",
                 f"{one.received_by_class:.0%}", _number(one.class_share, ".1%"), f"{one.outliers:.1f}",
                 f"{one.received_sinks:.1f}", _number(one.channel_sinks), _number(one.channel_share, ".0%"),
-                f"{one.tiles:.0%}", _number(one.overlap, ".0%"),
+                f"{one.tiles:.0%}", _number(one.overlap, ".0%"), _with_interval(*correlation),
             ]
         )  # fmt: skip
     return table
@@ -167,7 +171,8 @@ def _occlusion_words(found: Inspection) -> list[str]:
     what = "the divergence of the class probabilities" if found.logits else "one minus the cosine of the features"
     return [
         f"The map of {found.look.layers[-1].layer} against occlusion of patches on {len(one.pearson)} images: r = "
-        f"{one.mean:.3f} [{one.interval.low:.3f}, {one.interval.high:.3f}], bootstrapped over images. A mask's score "
+        f"{_with_interval(one.mean, one.interval)}; mean of the maps over layers: r = "
+        f"{_with_interval(*found.mean_map_correlation)}. Intervals are bootstrapped over images. A mask's score "
         f"is {what}. A map that explains has a smaller deletion area and a larger insertion area than random order; "
         "the saliency itself is about the best that there is."
     ]

@@ -147,7 +147,8 @@ def near_far_attention(
         (B, h, P + H W, E).
 
     Raises:
-        InputError: The index has another shape or type, or is empty and there is neither tail nor prefix.
+        InputError: The index has another shape or type, or is empty and there is neither tail nor prefix; on a CPU,
+            also where it names a tile that does not exist, or one twice.
     """
     if not isinstance(index, Tensor):
         if len(index) != q.shape[1]:
@@ -219,7 +220,7 @@ def _named(index: Tensor, tiles: int) -> Tensor:
 
 
 def _check_index(index: Tensor, q: Tensor, queries: Tiling, keys: Tiling, others: bool) -> None:
-    """Refuse what cannot be an index. Its numbers are not looked at: that would wait for the device."""
+    """Refuse what cannot be an index. Its values are checked on a CPU only: elsewhere that waits for the device."""
     allowed = (1, q.shape[0]), (1, q.shape[1]), (1, len(queries.table)), range(len(keys.table) + 1)
     if index.dtype != torch.int64 or index.ndim != 4 or any(n not in a for n, a in zip(index.shape, allowed)):
         raise InputError(
@@ -228,3 +229,11 @@ def _check_index(index: Tensor, q: Tensor, queries: Tiling, keys: Tiling, others
         )
     if not index.shape[3] and not others:
         raise InputError("The policy selects no tile, and there is neither a tail nor a prefix token to attend to.")
+    if type(index) is not Tensor or index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+        return
+    count = len(keys.table)
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= count:
+        raise InputError(f"The policy selects tiles {low} to {high}; the grid has tiles 0 to {count - 1}.")
+    if int(_named(index, count).sum(-1).min()) < index.shape[3]:
+        raise InputError("The policy selects a tile twice for the same queries: it would count twice.")
