@@ -208,6 +208,10 @@ def test_a_model_without_attention_is_refused():
     with pytest.raises(InputError, match="No attention layer of ResNet was reached: no layer calls"), torch.no_grad():
         with replacing(model, lambda call: call.v):
             model(torch.randn(1, 3, 64, 64))
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    match = "No attention layer of Sequential was reached: no layer calls"
+    with pytest.raises(InputError, match=match), torch.no_grad(), replacing(plain, lambda call: None):
+        plain(torch.randn(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("layers", [None, 5, [5]])

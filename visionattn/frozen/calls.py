@@ -292,7 +292,7 @@ def _intercepting(
     names = [name for name, _ in model.named_modules()]
     wanted = frozenset(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns))
     at = _Interception(getattr(model, "num_prefix_tokens", None), wanted, observes)
-    handles, unfused = [], []
+    handles, unfused = [model.register_forward_pre_hook(_run_hook(at))], []
     try:
         for name, module in model.named_modules():
             if _EMBEDDING.search(name):
@@ -339,6 +339,16 @@ def _check_reached(model: str, patterns: Sequence[str], found: Reached) -> None:
 
 def _is_attention(module: nn.Module) -> bool:
     return "attention" in type(module).__name__.lower() or isinstance(getattr(module, "num_heads", None), int)
+
+
+def _run_hook(at: _Interception) -> Callable[..., None]:
+    def run(module: nn.Module, inputs: Any) -> None:
+        if at.is_foreign():
+            at.reached._elsewhere = True
+        else:
+            at.reached._ran = True
+
+    return run
 
 
 def _enter_hook(at: _Interception, name: str, attention: bool) -> Callable[..., None]:

@@ -63,7 +63,8 @@ def using(
         model: In evaluation mode; any that calls `scaled_dot_product_attention` (see `visionattn.frozen.calls`). It is
             not changed, and is dense again at the end.
         policy: A policy (see `visionattn.frozen.policies`), a plan, or the path of a plan file.
-        layers: Pattern of layers' names, or several, such as `"blocks.1?.attn"`; the others stay dense.
+        layers: Pattern of layers' names, or several, such as `"blocks.1?.attn"`; the others stay dense, and so do
+            those that `prune_tokens` gives a part of the grid.
 
     Yields:
         Which layers were reached, which stayed dense and why, and which do not call the function.
