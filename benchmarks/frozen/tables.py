@@ -54,8 +54,11 @@ def accuracy() -> str:
     return markdown(head, body)
 
 
+PRUNED_BY = ("merge", "grid", "class", "usage", "random")
+
+
 def pruning() -> str:
-    """Accuracy of pruned backbones at every share, and the paired differences to the controls."""
+    """Pruned backbones at half and at a quarter: the best scores, the controls, and their paired differences."""
     rows = read_rows(RESULTS / "frozen_pruning.csv")
     if not rows:
         return "Not measured yet.\n"
@@ -73,6 +76,7 @@ def pruning() -> str:
             *(_points(row[f"ahead_of_{name}"]) for name in ("grid", "random", "blocks")),
         ]
         for row in rows
+        if row["method"] == "whole" or (float(row["keep"]) <= 0.5 and row["score"] in ("", *PRUNED_BY))
     ]
     return markdown(head, body)
 
@@ -87,23 +91,19 @@ def _points(cell: str) -> str:
 
 
 def sinks() -> str:
-    """Every half's choice against the model as it is, and against random columns."""
+    """Differences in accuracy, a row for each method and control, a column for each half of the images."""
     rows = read_rows(RESULTS / "frozen_sinks.csv")
     if not rows:
         return "Not measured yet.\n"
-    head = ["half", "method", "compared with", "accuracy %", "control %", "difference"]
-    body = [
-        [
-            row["half"],
-            row["method"],
-            row["against"],
-            f"{100 * float(row['accuracy']):.1f}",
-            f"{100 * float(row['control']):.1f}",
-            _points(f"{row['ahead']} ± {row['half_interval']}"),
-        ]
-        for row in rows
-    ]
-    return markdown(head, body)
+    halves = list(dict.fromkeys(row["half"] for row in rows))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        method = "redistribution" if row["method"].startswith("chosen") else row["method"]
+        method = "redistribution, single heads" if "heads chosen" in method else method
+        against = "model unchanged" if row["against"] == "nothing" else row["against"]
+        cells.setdefault((method, against), {})[row["half"]] = _points(f"{row['ahead']} ± {row['half_interval']}")
+    head = ["method", "compared with", *(f"half {int(half) + 1}" for half in halves)]
+    return markdown(head, ([*key, *(found.get(half, "") for half in halves)] for key, found in cells.items()))
 
 
 def occlusion() -> str:
