@@ -1,4 +1,4 @@
-"""Write the documentation's tables from the CSV files in results/.
+"""Write the tables of the README and of the documentation from the CSV files in results/.
 
     python -m benchmarks.tables            # write them anew
     python -m benchmarks.tables --check    # exit 1 where a page differs from its CSV
@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 
+from benchmarks import headlines
 from benchmarks.edge import tables as edge
 from benchmarks.edge import variant_tables as edge_variants
 from benchmarks.edge import web_tables as edge_web
@@ -28,9 +29,11 @@ from benchmarks.stereo import tables as stereo
 from benchmarks.super_resolution import tables as super_resolution
 from benchmarks.train import tables as train
 
-DOCS = RESULTS.parent / "docs"
+ROOT = RESULTS.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 ROOMS = (
+    headlines,
     kernels,
     mixers,
     models,
@@ -57,11 +60,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     stale = []
-    for path in sorted(DOCS.rglob("*.md")):
+    for path in PAGES:
         old = path.read_text()
         new = render(old)
         if new != old:
-            stale.append(str(path.relative_to(DOCS.parent)))
+            stale.append(str(path.relative_to(ROOT)))
             if not args.check:
                 path.write_text(new)
     print(f"{'Stale' if args.check else 'Written'}: {', '.join(stale) or 'none'}")

@@ -1,13 +1,14 @@
-"""The documentation's tables are those of the CSV files."""
+"""The tables of the README and of the documentation are those of the CSV files."""
 
 import re
 
 import pytest
 
 from benchmarks.report import RESULTS, read_rows
-from benchmarks.tables import BLOCK, DOCS, TABLES, render
+from benchmarks.tables import BLOCK, TABLES, render
+from benchmarks.tables import PAGES as ALL_PAGES
 
-PAGES = [path for path in sorted(DOCS.rglob("*.md")) if BLOCK.search(path.read_text())]
+PAGES = [path for path in ALL_PAGES if BLOCK.search(path.read_text())]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
