@@ -24,7 +24,7 @@ def edge_variants() -> str:
                 f"{float(row['speed']):.2f} ± {float(row['speed_half_iqr']):.2f}" if written else "",
             ]
         )
-    return markdown(["model", "variant", "metric", "float32", "variant's", "kB", "times as fast"], body)
+    return markdown(["model", "variant", "metric", "float32", "variant value", "kB", "speed-up"], body)
 
 
 TABLES: dict[str, Callable[[], str]] = {"edge_variants": edge_variants}
