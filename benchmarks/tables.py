@@ -25,6 +25,7 @@ from benchmarks.models import tables as models
 from benchmarks.probe import tables as probe
 from benchmarks.report import RESULTS
 from benchmarks.retrieval import tables as retrieval
+from benchmarks.shipped import tables as shipped
 from benchmarks.stereo import tables as stereo
 from benchmarks.super_resolution import tables as super_resolution
 from benchmarks.train import tables as train
@@ -46,6 +47,7 @@ ROOMS = (
     edge,
     edge_variants,
     edge_web,
+    shipped,
 )
 TABLES: dict[str, Callable[[], str]] = {name: table for room in ROOMS for name, table in room.TABLES.items()}
 

@@ -1,0 +1,132 @@
+"""What is measured of each shipped weight file, by task, next to simple rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+import visionattn
+from benchmarks.models.cifar_sheets import load_cifar10_sheets
+from visionattn.cost import count_parameters
+from visionattn.evaluate import evaluate_sr, evaluate_stereo
+
+PSNR, EPE, BAD_2, ACCURACY = "PSNR dB (Y)", "EPE px", "bad-2 %", "accuracy %"
+LOWER = (EPE, BAD_2)
+"""Metrics of which less is better."""
+TRAIN_IMAGES, BATCH = 10_000, 500
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number of shipped weights, or of what stands next to them.
+
+    Attributes:
+        weights: The shipped name.
+        data: What it was measured on.
+        method: The shipped name, with what belongs to its use; or the rival.
+        metric: Name and unit.
+        value: The number.
+    """
+
+    weights: str
+    data: str
+    method: str
+    metric: str
+    value: float
+
+
+def upscaling(name: str, folder: Path, published: Path | None) -> list[Measured]:
+    """PSNR on Y of each set, next to bicubic and the published files of the same scale and number of parameters."""
+    own: Any = timm.create_model(name, pretrained=True).eval()
+    models: dict[str, Any] = {name: own}
+    for file in sorted(published.glob("*.pth")) if published else []:
+        rival: Any = visionattn.load(file)
+        if (rival.scale, count_parameters(rival)) == (own.scale, count_parameters(own)):
+            models[file.stem] = rival
+    rows = []
+    for images in sorted(folder.glob("*/HR")):
+        found = evaluate_sr(list(models.values()), images)
+        if found.failures:
+            raise SystemExit(f"Not measured: {found.failures}")
+        for method, mean in zip(["bicubic", *models], found.means(), strict=True):
+            rows.append(Measured(name, images.parent.name, method, PSNR, mean.psnr_y))
+    return rows
+
+
+def stereo(name: str, folder: Path, factor: float | Mapping[str, float] | None) -> list[Measured]:
+    """EPE and bad-2 of each scene, also with the views enlarged twice, next to filled semi-global matching."""
+    rows = []
+    for enlarge, baseline in ((1, "sgbm"), (2, None)):
+        found = evaluate_stereo(name, folder, factor=factor, enlarge=enlarge, baseline=baseline)
+        if found.failures:
+            raise SystemExit("\n".join(found.failures))
+        for row in found.rows:
+            if row.region == "all" and row.model != "sgbm":
+                method = f"{row.model} --enlarge 2" if enlarge == 2 else row.model
+                rows += [
+                    Measured(name, row.scene, method, EPE, row.errors.epe),
+                    Measured(name, row.scene, method, BAD_2, row.errors.bad_2),
+                ]
+    return sorted(rows, key=lambda row: row.data)
+
+
+def backbone(name: str, folder: Path) -> list[Measured]:
+    """Accuracy on CIFAR-10 of ridge regression on frozen features, next to an untrained network's and pixels'."""
+    torch.manual_seed(0)
+    networks = {
+        name: timm.create_model(name, pretrained=True),
+        "untrained network": timm.create_model(name, num_classes=0),
+    }
+    images, labels = load_cifar10_sheets(folder, "train")
+    train = images[:TRAIN_IMAGES], labels[:TRAIN_IMAGES]
+    val, test = (load_cifar10_sheets(folder, split) for split in ("val", "test"))
+    rows = []
+    for method in (*networks, "pixels"):
+        network = networks.get(method)
+        parts = [(_features(network, part[0]), part[1]) for part in (train, val, test)]
+        rows.append(Measured(name, "CIFAR-10, frozen, ridge regression", method, ACCURACY, ridge_accuracy(*parts)))
+    return rows
+
+
+@torch.inference_mode()
+def _features(network: nn.Module | None, images: np.ndarray) -> np.ndarray:
+    """uint8 (B, H, W, 3) -> float64 (B, C): pooled features, or the pixels themselves without a network."""
+    if network is None:
+        return images.reshape(len(images), -1) / 255
+    config: Any = network.eval().pretrained_cfg
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return torch.cat([network((part / 255 - mean) / std) for part in pixels.split(BATCH)]).double().numpy()
+
+
+Labelled = tuple[np.ndarray, np.ndarray]
+
+
+def ridge_accuracy(train: Labelled, val: Labelled, test: Labelled) -> float:
+    """Test accuracy in percent of ridge regression to one-hot labels, its penalty chosen by the validation images.
+
+    With standardised features X (N, C) and a column of ones, and one-hot labels Y, W = (X^T X / N + p I)^-1 X^T Y / N.
+
+    Args:
+        train: Features (N, C) and labels (N,).
+        val: Likewise.
+        test: Likewise.
+    """
+    mean, deviation = train[0].mean(0), train[0].std(0) + 1e-9
+    inputs = [np.pad((x - mean) / deviation, ((0, 0), (0, 1)), constant_values=1) for x, _ in (train, val, test)]
+    targets = np.eye(train[1].max() + 1)[train[1]]
+    gram, cross = inputs[0].T @ inputs[0] / len(targets), inputs[0].T @ targets / len(targets)
+    scores = []
+    for penalty in PENALTIES:
+        weight = np.linalg.solve(gram + penalty * np.eye(len(gram)), cross)
+        right = [((x @ weight).argmax(1) == part[1]).mean() for x, part in zip(inputs[1:], (val, test))]
+        scores.append(right)
+    return 100 * float(max(scores, key=lambda right: right[0])[1])

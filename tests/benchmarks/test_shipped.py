@@ -1,0 +1,58 @@
+"""Shipped weights measured next to their rivals: what is left out, what is computed, and the table."""
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.shipped import __main__ as shipped
+from benchmarks.shipped import measures, tables
+from benchmarks.shipped.measures import EPE, PSNR, Measured, ridge_accuracy
+from visionattn.evaluate import evaluate_sr
+
+
+def test_weights_without_data_are_left_out_and_said_so(capsys):
+    names = ["va_match_stereo_nano", "va_minimal_vit_micro_patch4_32", "va_span_ch26_x2", "va_span_ch26_x4"]
+    asked = []
+
+    def upscaling(name):
+        asked.append(name)
+        return [Measured(name, "Set5", "bicubic", PSNR, 30.0)]
+
+    found = shipped.run({"restore": upscaling, "stereo": None})
+    assert [row.weights for row in found] == asked == names[2:]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"{names[0]}: not measured, no data is given for the task 'stereo'."
+    assert printed[1] == f"{names[1]}: not measured, no data is given for the task 'classify'."
+    assert printed[2] == f"{names[2]} | Set5 | bicubic | PSNR dB (Y) | 30.0"
+
+
+def test_upscaling_is_that_of_evaluate(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    (tmp_path / "Set/HR").mkdir(parents=True)
+    Image.fromarray(image).save(tmp_path / "Set/HR/a.png")
+    rows = measures.upscaling("va_span_ch26_x4", tmp_path, None)
+    expected = evaluate_sr("va_span_ch26_x4", tmp_path / "Set/HR").means()
+    assert [(row.data, row.method) for row in rows] == [("Set", "bicubic"), ("Set", "va_span_ch26_x4")]
+    assert [row.value for row in rows] == [mean.psnr_y for mean in expected]
+
+
+def test_ridge_regression_separates_what_is_separable_and_nothing_else():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 300)
+    apart = rng.normal(size=(300, 4)) + 20 * np.eye(4)[labels]
+    noise = rng.normal(size=(300, 4))
+    for features, low, high in ((apart, 100, 100), (noise, 20, 47)):
+        parts = [(features[start::3], labels[start::3]) for start in range(3)]
+        assert low <= ridge_accuracy(*parts) <= high
+
+
+def test_table_has_the_best_in_bold_and_names_what_is_not_measured(monkeypatch):
+    name, origin = "va_match_stereo_nano", {"device": "a processor", "torch": "2.0"}
+    rows = [
+        {"weights": name, "data": "teddy", "method": method, "metric": EPE, "value": value} | origin
+        for method, value in (("sgbm_filled", "1.8"), (name, "1.3"), (f"{name} --enlarge 2", "0.8"))
+    ]
+    monkeypatch.setattr(tables, "read_rows", lambda path: rows)
+    lines = tables.shipped_weights().splitlines()
+    assert lines[2] == "| `va_match_stereo_nano` | teddy | EPE px | 1.30, **0.80** (`--enlarge 2`) | sgbm_filled 1.80 |"
+    assert lines[4] == "a processor, torch 2.0."
+    assert lines[6].startswith("Not measured yet: `va_minimal_vit_micro_patch4_32`, ")
