@@ -1,6 +1,8 @@
 """The whole arena: files, controls, going on, damaged state, mistakes."""
 
 import csv
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -10,6 +12,7 @@ from visionattn.arena.plan import Plan
 from visionattn.arena.report import front
 from visionattn.errors import InputError, UnknownNameError
 
+arena = partial(visionattn.arena, processes=1)  # what tests replace is not replaced in other processes
 TINY = Plan(1, 1, epochs=1, tests=4, sequences=8, rounds=1, sides=(2, 3, 4), seeds=2)
 
 
@@ -27,7 +30,7 @@ def rows(folder):
 
 
 def test_everything(tiny, tmp_path):
-    found = visionattn.arena(["hsa"], output=tmp_path)
+    found = arena(["hsa"], output=tmp_path)
     assert found.mixers == ["softmax", "identity", "mean", "random_qk", "hsa"]
     written = rows(tmp_path)
     assert {(row["task"], row["mixer"]) for row in written} == {(t, m) for t in api.TASKS for m in found.mixers}
@@ -53,16 +56,16 @@ def test_it_goes_on_and_repairs(tiny, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(recall, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
-        visionattn.arena(["hsa"], ["recall"], seeds=1, output=tmp_path)
+        arena(["hsa"], ["recall"], seeds=1, output=tmp_path)
     assert done == ["softmax", "identity"]
     monkeypatch.setattr(recall, "run", lambda *args: (done.append(args[0]), run(*args))[1])
-    visionattn.arena(["hsa"], ["recall"], seeds=1, output=tmp_path)
+    arena(["hsa"], ["recall"], seeds=1, output=tmp_path)
     assert done == ["softmax", "identity", "mean", "random_qk", "hsa"]
     before = (tmp_path / "results.csv").read_bytes()
-    visionattn.arena(["hsa"], ["recall"], seeds=1, output=tmp_path)
+    arena(["hsa"], ["recall"], seeds=1, output=tmp_path)
     assert (tmp_path / "results.csv").read_bytes() == before
     (tmp_path / "results.csv").write_bytes(before.replace(b",mean,", b"", 1)[:-9])
-    visionattn.arena(["hsa"], ["recall"], seeds=1, output=tmp_path)
+    arena(["hsa"], ["recall"], seeds=1, output=tmp_path)
     assert len(rows(tmp_path)) == before.count(b"\n") - 1
 
 
@@ -80,19 +83,19 @@ def test_it_goes_on_and_repairs(tiny, tmp_path, monkeypatch, capsys):
     ids=["cut", "twice", "quote", "long", "setting", "header", "empty"],
 )
 def test_a_cell_with_a_damaged_row_is_measured_again(tiny, tmp_path, damage):
-    found = visionattn.arena(["hsa"], ["cost"], 2, output=tmp_path)
+    found = arena(["hsa"], ["cost"], 2, output=tmp_path)
     expected = {(row.cell, row.measure, row.setting) for row in found.rows}
     file = tmp_path / "results.csv"
     file.write_text("\n".join(damage(file.read_text().splitlines())))
-    repaired = visionattn.arena("hsa", "cost", [2], output=tmp_path)
+    repaired = arena("hsa", "cost", [2], output=tmp_path)
     assert {(row.cell, row.measure, row.setting) for row in repaired.rows} == expected
     assert len(repaired.rows) == len(found.rows) == len(rows(tmp_path))
 
 
 def test_rows_of_other_sizes_stay_and_do_not_count(tiny, tmp_path, monkeypatch):
-    visionattn.arena(["hsa"], ["regression"], seeds=1, output=tmp_path)
+    arena(["hsa"], ["regression"], seeds=1, output=tmp_path)
     monkeypatch.setattr(api, "FULL", Plan(1, 2, sequences=8, seeds=1))
-    found = visionattn.arena(["hsa"], ["regression"], output=tmp_path)
+    found = arena(["hsa"], ["regression"], output=tmp_path)
     assert {row.recipe for row in found.rows} == {"2 steps; 8 sequences"}
     assert {row["recipe"] for row in rows(tmp_path)} == {"1 steps; 8 sequences", "2 steps; 8 sequences"}
 
@@ -110,13 +113,23 @@ def test_rows_of_other_sizes_stay_and_do_not_count(tiny, tmp_path, monkeypatch):
         ({"seeds": 1.5}, InputError, "all integers"),
         ({"seeds": "2"}, InputError, "all integers"),
         ({"mixers": "has"}, UnknownNameError, "no mixer 'has': did you mean 'hsa'"),
+        ({"processes": 0}, InputError, "processes must be an integer of at least 1; got 0"),
         ({"device": "tpu"}, InputError, "'tpu' cannot be used"),
     ],
 )
 def test_mistakes(tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
-        visionattn.arena(**arguments, output=tmp_path)
+        arena(**arguments, output=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_change_nothing_but_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "FULL", Plan(1, 2, sequences=8, seeds=1))
+    tables = []
+    for processes in (1, 2):
+        found = visionattn.arena(["hsa"], ["regression"], output=tmp_path / str(processes), processes=processes)
+        tables.append([replace(row, seconds=0.0) for row in found.rows])
+    assert tables[0] == tables[1]
 
 
 def test_front():

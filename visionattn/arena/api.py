@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from joblib import Parallel, cpu_count, delayed
 from rich.console import Console
 
 import visionattn
@@ -44,6 +46,7 @@ def arena(
     data: str | Path | None = None,
     output: str | Path = "runs/arena",
     device: str = "auto",
+    processes: int | None = None,
     console: Console | None = None,
 ) -> Arena:
     """Measure mixers side by side, and write `report.html`, `report.md` and `results.csv`.
@@ -64,6 +67,8 @@ def arena(
             accuracy; None: the embedded digits.
         output: Folder of the report.
         device: Where to work: "auto", "cpu", "cuda".
+        processes: How many networks train at once, each on one thread; None: one per core, or 1 on a GPU. It does not
+            change the results.
         console: Shows progress; None: nothing is shown.
 
     Returns:
@@ -95,6 +100,10 @@ def arena(
         )
     plan = replace(plan, sides=sorted(set(sides)), seeds=seeds)
     where = find_device(device)
+    if processes is None:
+        processes = cpu_count() if where.type == "cpu" else 1
+    if type(processes) is not int or processes < 1:
+        raise InputError(f"processes must be an integer of at least 1; got {shorten(processes)}.")
     folder = check_folder(output)
     images = None if data is None else check_images(data)
     chosen = dict.fromkeys([*CONTROLS, *(mixers or (name for name in MIXERS if name not in LEFT_OUT))])
@@ -106,7 +115,7 @@ def arena(
         for seed in range(1 if task == "cost" else plan.seeds)
     ]
     with exclusive(folder):
-        rows = measure(cells, folder / "results.csv", plan, where, images, console)
+        rows = measure(cells, folder / "results.csv", plan, where, images, processes, console)
         found = Arena(folder, list(chosen), [row for row in rows if row.cell in set(cells)], plan, images)
         write_report(found)
     return found
@@ -142,8 +151,40 @@ def threads_of_torch(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class Measured(NamedTuple):
+    """A cell with what was found in it."""
+
+    cell: Cell
+    found: list[Found]
+    threads: int
+    seconds: float
+
+
+def measure_cell(cell: Cell, plan: Plan, device: torch.device, images: Path | None) -> Measured:
+    """Measure one cell."""
+    # More threads slow small networks down where the processors are busy, and change the numbers.
+    threads = torch.get_num_threads() if cell.task == "cost" else 1
+    start = time.perf_counter()
+    with threads_of_torch(threads):
+        if cell.task == "cost":
+            found = cost.run(cell.mixer, plan.sides, plan, device)
+        elif cell.task == "recall":
+            found = recall.run(cell.mixer, cell.seed, plan, device)
+        elif cell.task == "regression":
+            found = regression.run(cell.mixer, cell.seed, plan, device)
+        else:
+            found = accuracy.run(cell.mixer, cell.seed, plan, device, images)
+    return Measured(cell, found, threads, round(time.perf_counter() - start, 2))
+
+
 def measure(
-    cells: Sequence[Cell], file: Path, plan: Plan, device: torch.device, images: Path | None, console: Console | None
+    cells: Sequence[Cell],
+    file: Path,
+    plan: Plan,
+    device: torch.device,
+    images: Path | None,
+    processes: int,
+    console: Console | None,
 ) -> list[Row]:
     """All rows of the file after the cells that it does not hold yet were measured; it is written after each."""
     rows, damaged = read_rows(file)
@@ -153,24 +194,27 @@ def measure(
     known = {row.cell for row in rows if (row.torch, row.visionattn) == (torch.__version__, version)}
     todo = [cell for cell in cells if cell not in known]
     rows = [row for row in rows if row.cell not in set(todo)]
-    runs: dict[str, Callable[[Cell], list[Found]]] = {
-        "cost": lambda cell: cost.run(cell.mixer, plan.sides, plan, device),
-        "recall": lambda cell: recall.run(cell.mixer, cell.seed, plan, device),
-        "regression": lambda cell: regression.run(cell.mixer, cell.seed, plan, device),
-        "accuracy": lambda cell: accuracy.run(cell.mixer, cell.seed, plan, device, images),
-    }
+    order = {cell: number for number, cell in enumerate(cells)}
+    timed, trained = ([cell for cell in todo if (cell.task == "cost") == costs] for costs in (True, False))
     with counted("measurements", len(todo), console) as advance:
-        for cell in todo:
-            # More threads slow small networks down where the processors are busy, and change the numbers.
-            threads = torch.get_num_threads() if cell.task == "cost" else 1
-            start = time.perf_counter()
-            with threads_of_torch(threads):
-                found = runs[cell.task](cell)
-            seconds = round(time.perf_counter() - start, 2)
-            rows += [
-                Row(*cell[:3], *number, *cell[3:], threads, str(torch.__version__), version, seconds)
-                for number in found
-            ]
-            write_rows(file, rows)
-            advance(1)
+        # Times are taken alone.
+        for some, at_once in ((timed, 1), (trained, min(processes, len(trained)))):
+            for one in _measured(some, plan, device, images, at_once):
+                origin = (*one.cell[3:], one.threads, str(torch.__version__), version, one.seconds)
+                rows += [Row(*one.cell[:3], *number, *origin) for number in one.found]
+                rows.sort(key=lambda row: order.get(row.cell, -1))
+                write_rows(file, rows)
+                advance(1)
     return rows
+
+
+def _measured(
+    cells: Sequence[Cell], plan: Plan, device: torch.device, images: Path | None, processes: int
+) -> Iterator[Measured]:
+    """Cells as each is done, in any order."""
+    if processes <= 1:
+        for cell in cells:
+            yield measure_cell(cell, plan, device, images)
+        return
+    runs = Parallel(n_jobs=processes, return_as="generator_unordered")
+    yield from runs(delayed(measure_cell)(cell, plan, device, images) for cell in cells)

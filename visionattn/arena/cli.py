@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="FOLDER", help="images train/CLASS/* and test/CLASS/*, in place of the digits"
     )
     parser.add_argument("--output", metavar="FOLDER", default="runs/arena", help="of the report (%(default)s)")
+    parser.add_argument(
+        "--processes", type=whole_number(1), metavar="N", help="networks that train at once (one per core of the CPU)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
 
 
