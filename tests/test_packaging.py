@@ -1,9 +1,10 @@
-"""What the package declares: every direct import, every paper."""
+"""What the package declares and ships: every direct import, every paper, one version, the files of wheel and sdist."""
 
 import ast
 import re
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from zipfile import ZipFile
 
 import pytest
 
@@ -21,6 +22,8 @@ PACKAGES = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
+PAGE = "visionattn/demo/page/"  # built by `make web`, and then a part of the wheel
+DIST_INFO = f"visionattn-{visionattn.__version__}.dist-info/"
 COMES_WITH_TORCH = {"triton"}  # where torch has GPUs
 
 
@@ -64,3 +67,52 @@ def test_every_constraint_is_an_exact_version():
 def test_the_papers_of_all_mechanisms_are_cited():
     readme, citation = ((ROOT.parent / name).read_text() for name in ("README.md", "CITATION.cff"))
     assert set(re.findall(r"\d{4}\.\d{5}", readme)) - set(re.findall(r"\d{4}\.\d{5}", citation)) == set()
+
+
+def test_the_version_is_the_same_everywhere():
+    changelog, citation = ((ROOT.parent / name).read_text() for name in ("CHANGELOG.md", "CITATION.cff"))
+    assert re.findall(r"^## (.*)$", changelog, re.MULTILINE)[0] == "Unreleased"
+    version, date = re.search(r"^## ([\d.]+) - (\d{4}-\d\d-\d\d)$", changelog, re.MULTILINE).groups()
+    assert version == visionattn.__version__
+    assert f"\nversion: {version}\ndate-released: {date}\n" in citation
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    builders = pytest.importorskip("hatchling.builders.wheel", reason="needs hatchling, which builds the wheel")
+    builder = builders.WheelBuilder(str(ROOT.parent))
+    return Path(next(builder.build(directory=str(tmp_path_factory.mktemp("dist")), versions=["standard"])))
+
+
+def source_files():
+    found = [path for folder in (ROOT, ROOT.parent / "visionattn_runtime") for path in folder.rglob("*")]
+    names = {path.relative_to(ROOT.parent).as_posix() for path in found if path.is_file()}
+    return {name for name in names if "/__pycache__/" not in name and not name.startswith(PAGE)}
+
+
+def test_the_wheel_has_the_package_with_its_weights_and_nothing_else(wheel):
+    names = {name for name in ZipFile(wheel).namelist() if not name.startswith((PAGE, DIST_INFO))}
+    assert names == source_files() | {"visionattn_command.py"}
+
+
+def test_the_wheel_is_small(wheel):
+    assert wheel.stat().st_size < 15e6
+
+
+def test_the_metadata_of_the_wheel(wheel):
+    with ZipFile(wheel) as archive:
+        metadata = archive.read(f"{DIST_INFO}METADATA").decode()
+        points = archive.read(f"{DIST_INFO}entry_points.txt").decode()
+    head, description = metadata.split("\n\n", 1)
+    assert f"\nVersion: {visionattn.__version__}\n" in head
+    assert "\nLicense-Expression: Apache-2.0\n" in head
+    assert description.strip() == (ROOT.parent / "README.md").read_text().strip()
+    assert points.split() == ["[console_scripts]", "visionattn", "=", "visionattn_command:main"]
+
+
+def test_the_sdist_has_what_the_tests_need():
+    builders = pytest.importorskip("hatchling.builders.sdist", reason="needs hatchling, which builds the sdist")
+    files = builders.SdistBuilder(str(ROOT.parent)).recurse_included_files()
+    parts = {PurePosixPath(file.distribution_path).parts[0] for file in files}
+    assert {"tests", "benchmarks", "tools", "results", "docs", "web", "Makefile", "constraints.txt"} - parts == set()
+    assert parts & {"dist", "site", "runs", ".venv"} == set()
