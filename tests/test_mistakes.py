@@ -222,7 +222,7 @@ MISTAKES = [
     (f"inspect {VIT} --images empty", r"no images in empty"),
     (f"inspect {VIT} --images photos --budget 0", r"argument --budget: must be a finite number above 0"),
     (f"inspect {VIT} --images photos --budget 1.5", r"argument --budget: .*at most 1; got '1\.5'"),
-    (f"inspect {VIT} --images photos --policy best", r"Policies must be 'all' or some of .*; got .*best"),
+    (f"inspect {VIT} --images photos --policy best", r"policy must be 'all' or some of .*; got .*best"),
     (f"inspect {VIT} --images photos --count 1", r"argument --count: must be a whole number of at least 2"),
     (f"inspect {VIT} --images photos --output notes.txt", r"notes\.txt is not a folder"),
     (f"inspect {VIT} --images photos --device tpu", r"tpu"),

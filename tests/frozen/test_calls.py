@@ -86,7 +86,7 @@ def test_eager_compiled_and_exported_models_agree():
         dense = model(images)
         with replacing(model, nearest_five, "blocks.[01].attn") as reached:
             eager = model(images)
-            # This backend runs the calls that are left as they are within the context once more.
+            # This backend runs the unchanged calls within the context once more.
             compiled = torch.compile(model, fullgraph=True, backend="eager")
             twice = [compiled(images), compiled(images)]
             program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
@@ -105,7 +105,8 @@ def test_eager_compiled_and_exported_models_agree():
 
 def test_gradients_and_dropout_are_refused():
     model, images = vit(attn_drop_rate=0.5), torch.randn(1, 3, 48, 48)
-    with pytest.raises(InputError, match=r"blocks\.0\.attn needs gradients.*no_grad"), replacing(model, nearest_five):
+    message = r"blocks\.0\.attn requires gradients.*no_grad"
+    with pytest.raises(InputError, match=message), replacing(model, nearest_five):
         model(images)
     with pytest.raises(InputError, match=r"model\.eval\(\)"), torch.no_grad(), replacing(model, nearest_five):
         model.train()(images)
@@ -169,7 +170,7 @@ def test_of_two_contexts_the_inner_one_comes_first():
                 model(x)
         assert inner.layers == ["blocks.0.attn"]
         assert outer.layers == [f"blocks.{n}.attn" for n in range(1, len(model.blocks))]
-        assert outer.dense == {"blocks.0.attn": "a context within this one replaces it"}
+        assert outer.dense == {"blocks.0.attn": "an inner context replaces it"}
         with torch.no_grad(), observing(model, print) as outer, replacing(model, lambda call: call.v) as inner:
             model(x)
         assert (outer.layers, len(outer.dense), len(inner.layers)) == ([], len(model.blocks), len(model.blocks))

@@ -1,4 +1,4 @@
-"""Smaller models against their controls."""
+"""Pruned models compared with their controls."""
 
 import copy
 

@@ -126,11 +126,13 @@ def test_numbers_of_layers_are_those_of_the_model():
 
 def test_plans_of_other_models_are_refused():
     plan = make_plan(vit(), images(), "window", **TILES)
-    with pytest.raises(InputError, match=r"plan is of another model: VisionTransformer has no layer 'blocks.2.attn'"):
+    with pytest.raises(
+        InputError, match=r"plan belongs to another model: VisionTransformer has no layer 'blocks.2.attn'"
+    ):
         plan.check(vit(depth=2))
-    with pytest.raises(InputError, match=r"plan is of another model: the weights of blocks.0.attn"):
+    with pytest.raises(InputError, match=r"plan belongs to another model: the weights of blocks.0.attn"):
         plan.check(vit(sharp=7))
-    with pytest.raises(InputError, match=r"plan is of another model: the weights of blocks.0.attn"):
+    with pytest.raises(InputError, match=r"plan belongs to another model: the weights of blocks.0.attn"):
         plan.check(vit(qk_norm=True))
 
 
@@ -142,7 +144,7 @@ def test_files_that_are_no_plans(tmp_path):
     damages = {
         "the entry policy is missing": lambda c: c.pop("policy"),
         "is a plan of format 2; 1 is required": lambda c: c.update(visionattn_plan=2),
-        "no policy 'none'": lambda c: c.update(policy="none"),
+        "[Pp]olicy 'none' cannot be made": lambda c: c.update(policy="none"),
         "in \\(0, 1\\]; got 2": lambda c: c["settings"].update(budget=2),
         "unexpected keyword": lambda c: c["settings"].update(speed=2),
         "layers.blocks.0.attn. is not a dictionary": lambda c: c["layers"].update({"blocks.0.attn": 3}),

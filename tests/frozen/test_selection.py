@@ -82,11 +82,11 @@ def test_knn():
 def test_names_and_budgets():
     assert check_policies("all", [0.1]) == ["strided", "random", *(n for n in ALL if n not in ("strided", "random"))]
     assert check_policies("tree", [1]) == ["strided", "random", "tree"]
-    with pytest.raises(InputError, match=r"Policies must be 'all' or some of strided, .*; got \['best'\]"):
+    with pytest.raises(InputError, match=r"policy must be 'all' or some of strided, .*; got \['best'\]"):
         check_policies(["tree", "best"], [0.1])
     with pytest.raises(InputError, match=r"budget must be in \(0, 1\]; got 0"):
         check_policies("tree", [0.5, 0])
-    with pytest.raises(InputError, match=r"A budget in \(0, 1\] is required; got none"):
+    with pytest.raises(InputError, match=r"budget must be one or more numbers in \(0, 1\]; got none"):
         check_policies("tree", [])
     with pytest.raises(InputError, match="as many labels, are required; got 2 and 3"):
         measure_policies(vit(), images(), torch.zeros(3, dtype=torch.int64), "tree")

@@ -79,7 +79,7 @@ def test_heads_of_their_own_number_of_tiles():
         alone = [x[:, head : head + 1] for x in (q, k, v)]
         expected = near_far_attention(*alone, grid, part, query_tile=4, key_tile=2, prefix=1)
         torch.testing.assert_close(found[:, head : head + 1], expected, rtol=0, atol=0)
-    with pytest.raises(InputError, match="selects for 1 heads; the layer has 2"):
+    with pytest.raises(InputError, match="indices for 1 heads; the layer has 2"):
         near_far_attention(q, k, v, grid, own[:1], query_tile=4, key_tile=2, prefix=1)
 
 

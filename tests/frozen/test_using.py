@@ -66,9 +66,9 @@ def test_plans_and_their_files(tmp_path):
             with using(model, policy):
                 found.append(model(x))
     assert all(torch.equal(part, found[0]) for part in found)
-    with pytest.raises(InputError, match="plan is of another model"), using(vit(depth=2), plan):
+    with pytest.raises(InputError, match="plan belongs to another model"), using(vit(depth=2), plan):
         pass
-    with pytest.raises(InputError, match="plan is of another model"):
+    with pytest.raises(InputError, match="plan belongs to another model"):
         export(vit(depth=2), tmp_path / "model.onnx", tmp_path / "plan.json")
 
 
@@ -77,7 +77,7 @@ def test_a_bias_and_gradients_are_refused():
     with pytest.raises(InputError, match="but it adds a bias to its logits"), torch.no_grad():
         with using(model, Window()):
             model(torch.randn(1, 3, 64, 64))
-    with pytest.raises(InputError, match="needs gradients"), using(vit(), Window()):
+    with pytest.raises(InputError, match="requires gradients"), using(vit(), Window()):
         vit_of = vit()
         with using(vit_of, Window()):
             vit_of(images())
@@ -163,5 +163,5 @@ def test_a_policy_that_returns_something_else_is_refused():
 def test_nan_weights_give_no_plan():
     model = vit((8, 8))
     torch.nn.init.constant_(model.blocks[1].attn.qkv.weight, torch.nan)
-    with pytest.raises(InputError, match=r"blocks\.1\.attn holds NaN"):
+    with pytest.raises(InputError, match=r"blocks\.1\.attn contains NaN"):
         make_plan(model, images(1, (8, 8)), **TILES)

@@ -1,4 +1,4 @@
-"""Frozen backbones: look inside their attention, and compute it in another way, without training."""
+"""Frozen backbones: inspect their attention and replace it, without training."""
 
 from visionattn.frozen.calls import Call, Reached, observing, replacing
 from visionattn.frozen.plan import Plan, make_plan

@@ -1,18 +1,20 @@
-r"""Does an attention map say what a model uses? Its agreement with occlusion on the same grid of patches.
+r"""Agreement of an attention map with occlusion on the same grid of patches: does the map show what a model uses?
 
-Random masks keep each patch with probability p, the others are replaced by the image's mean colour. A mask's score is
-what it changes, and a patch's saliency the mean score of the masks that take it away:
+Random masks keep each patch with probability p; the other patches are replaced by the image's mean colour. The score
+of a mask is the change of the output that it causes, and the saliency of a patch is the mean score of the masks that
+remove it:
 
-    d_m = KL(p(y | x) || p(y | x masked by m))       of logits;  1 - cosine of the outputs where these are features
-    s_i = mean of d_m over the masks without i       0 where none is
+    d_m = KL(p(y | x) || p(y | x masked by m))       for logits;  1 - cosine of the outputs for features
+    s_i = mean of d_m over the masks without i       0 if there is none
     agreement = Pearson correlation of the map with s, over patches
 
-Deletion takes patches away from the highest value of a map on, 5 % of them at a time, and insertion brings them back to
-an image without any; both report the area under 1 - d (features) or under the probability of the model's own class
-(logits). A map that explains has a small deletion and a large insertion area.
+Deletion removes patches in order of decreasing map value, 5 % of them per step. Insertion adds them in the same order
+to an image without patches. Both report the area under 1 - d (features) or under the probability of the class that the
+model predicts for the whole image (logits). A map that explains the output has a small deletion area and a large
+insertion area.
 
 Source: the saliency is that of SPES and its published code, which "Cross-attention is half explanation" compares with
-attention. Removed patches carry the score: with kept ones all correlations would change their sign.
+attention. Removed patches carry the score: with kept patches all correlations would change sign.
 """
 
 from __future__ import annotations
@@ -44,15 +46,15 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a map agrees with occlusion.
+    """Agreement of maps with occlusion.
 
     Attributes:
-        pearson: Correlation of each image, float64 (n,).
-        deletion: Area of each image by the map, by other maps, by the saliency itself and by random values,
-            float64 (n,).
-        insertion: Likewise.
-        maps: The maps that were judged, (n, N).
-        saliency: Of each image, (n, N).
+        pearson: Correlation per image, float64 (n,).
+        deletion: Deletion area per image, float64 (n,), for the orders `"map"`, `"saliency"` and `"random"`, and for
+            other maps by name.
+        insertion: Insertion area per image, for the same orders.
+        maps: The maps that were compared, (n, N).
+        saliency: Saliency of the patches, (n, N).
     """
 
     pearson: np.ndarray
@@ -77,13 +79,13 @@ class Agreement:
 
 
 def draw_masks(count: int, patches: int, keep: float = 0.5, seed: int = 0) -> Tensor:
-    """Masks of patches, true where kept, bool (count, patches)."""
+    """Random masks of patches, true where a patch is kept, bool (count, patches)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, patches, generator=generator) < keep
 
 
 def occlude(image: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Replace the patches that masks do not keep by the image's mean.
+    """Replace the patches that masks do not keep with the image's mean.
 
     Args:
         image: (C, H, W).
@@ -99,12 +101,12 @@ def occlude(image: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def occlusion_change(whole: Tensor, masked: Tensor, logits: bool) -> Tensor:
-    """How much outputs changed.
+    """Change of the output under masks.
 
     Args:
-        whole: Output of the whole image, (K,).
-        masked: Outputs of its masks, (n, K).
-        logits: Whether they are logits: KL divergence; otherwise 1 - cosine.
+        whole: Output for the whole image, (K,).
+        masked: Outputs for the masked images, (n, K).
+        logits: Whether the outputs are logits (KL divergence) or features (1 - cosine).
 
     Returns:
         (n,).
@@ -116,20 +118,20 @@ def occlusion_change(whole: Tensor, masked: Tensor, logits: bool) -> Tensor:
 
 
 def saliency(changes: Tensor, masks: Tensor) -> Tensor:
-    """Mean change of the masks that take a patch away: (n,), bool (n, N) -> (N,); 0 where none does."""
+    """Mean change over the masks that remove a patch: (n,), bool (n, N) -> (N,); 0 if no mask removes it."""
     removed = (~masks).to(changes)
     return changes @ removed / removed.sum(dim=0).clamp_min(1)
 
 
 def pearson(one: Tensor, other: Tensor) -> Tensor:
-    """Correlation over the last axis, 0 where one is constant."""
+    """Correlation over the last axis; 0 if either input is constant."""
     one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
     return F.cosine_similarity(one.double(), other.double(), dim=-1)
 
 
 @torch.no_grad()
 def leave_one_out(predict: Callable[[Tensor], Tensor], image: Tensor, grid: tuple[int, int], logits: bool) -> Tensor:
-    """Change of the output as each patch alone is taken away, (N,): N passes, the cheap alternative for small grids."""
+    """Change of the output when a single patch is removed, (N,): N forward passes, a cheap option for small grids."""
     masks = ~torch.eye(grid[0] * grid[1], dtype=torch.bool)
     return occlusion_change(predict(image[None])[0], predict(occlude(image, masks, grid)), logits)
 
@@ -152,24 +154,24 @@ def agreement(
     Args:
         predict: Images (n, C, H, W) -> logits or features (n, K).
         images: (n, C, H, W).
-        maps: Such as the attention of the class token, (n, N) over the patches, row by row.
-        grid: Height and width of the patches.
-        logits: What `predict` gives.
-        masks: Random masks; each is a pass.
-        seed: Of the masks and of the random order, the control.
-        batch_size: Masked images at once.
+        maps: Maps over the patches, row by row, (n, N), such as the attention of the class token.
+        grid: Height and width of the grid of patches.
+        logits: Whether `predict` returns logits; otherwise features.
+        masks: Number of random masks; each needs a forward pass.
+        seed: Seed of the masks and of the random order, which is the control.
+        batch_size: Number of masked images per forward pass.
         others: Further maps (n, N) by name, whose areas are measured as well.
 
     Raises:
-        InputError: Maps, grid and images do not fit, or there are too few masks.
+        InputError: The shapes of maps, grid and images do not match, or there are fewer than 2 masks.
     """
     patches = grid[0] * grid[1]
     judged = {"map": maps, **(others or {})}
     for values in judged.values():
         if values.shape != (len(images), patches) or not len(images):
             raise InputError(
-                f"Maps of {len(images)} images over {grid[0]} x {grid[1]} patches are ({len(images)}, {patches}); got "
-                f"{tuple(values.shape)}."
+                f"maps must have shape ({len(images)}, {patches}) for {len(images)} images of {grid[0]} x {grid[1]} "
+                f"patches; got {tuple(values.shape)}."
             )
     if masks < 2:
         raise InputError(f"masks must be at least 2; got {shorten(masks)}.")
@@ -204,7 +206,7 @@ def _areas(
     whole: Tensor,
     logits: bool,
 ) -> tuple[float, float]:
-    """Areas under the deletion and the insertion curve of one map."""
+    """Areas under the deletion curve and the insertion curve of one map."""
     rank = values.argsort(descending=True).argsort()  # 0: the highest
     counts = (torch.arange(STEPS + 1, device=rank.device) * len(rank) / STEPS).round()[:, None]
     masks = torch.cat([rank >= counts, rank < counts])

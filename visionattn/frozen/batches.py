@@ -1,4 +1,4 @@
-"""Images that functions on frozen models are given in Python."""
+"""Checks of the image batches that are passed to functions on frozen models."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["batches_of", "run_on"]
 
 
 def batches_of(images: Any) -> list[Tensor]:
-    """A batch (n, C, H, W) as a list, or batches as they are.
+    """A list of batches (n, C, H, W), from one batch or an iterable of batches.
 
     Raises:
-        InputError: They are something else, or there are none.
+        InputError: There is no image, or something is not a batch of images.
     """
     batches = [images] if isinstance(images, Tensor) or not isinstance(images, Iterable) else list(images)
     if not batches or any(not isinstance(batch, Tensor) or batch.ndim != 4 or not len(batch) for batch in batches):
-        raise InputError("images must be tensors (n, C, H, W) with one image at least.")
+        raise InputError("images must be tensors (n, C, H, W) with at least one image.")
     return batches
 
 
 def run_on(function: Callable[[Tensor], Tensor], batch: Tensor, model: nn.Module) -> Tensor:
-    """Outputs of a model's function.
+    """Apply a function of a model to a batch.
 
     Raises:
-        InputError: It does not run on images of this size.
+        InputError: The model does not run on images of this size.
     """
     try:
         return function(batch)

@@ -1,21 +1,21 @@
-"""Attention calls: how a frozen model is reached, whatever its classes are.
+"""Intercept the attention calls of a frozen model, independently of its classes.
 
-A model is never changed. Within a context, every call of `torch.nn.functional.scaled_dot_product_attention` goes
-through a function of ours, which sees queries, keys and values after norms, rotations and the split into heads:
+The model is not changed. Within a context, every call of `torch.nn.functional.scaled_dot_product_attention` is passed
+to a function, which sees queries, keys and values after norms, rotary embeddings and the split into heads:
 
     with observing(model, lambda call: print(call.layer, call.q.shape)):
         model(images)                                 # the result is unchanged
-    with replacing(model, attention) as reached:      # attention(call) -> (B, heads, N, D), or None: as it is
+    with replacing(model, attention) as reached:      # attention(call) -> (B, heads, N, D), or None to leave the call
         model(images)
     print(reached.layers, reached.dense, reached.not_called)
 
-Forward hooks name the layer and take the grid from the patch embedding. They are removed at the end. This works in
-eager mode, under `torch.compile` and in `torch.export`; what is traced within the context keeps the replacement.
-A context is for the thread that opened it: the same model can run as it is in others. Of two nested contexts the inner
-one comes first; the outer one gets what the inner one leaves as it is.
+Forward hooks find the name of the layer, and the grid from the patch embedding. They are removed when the context
+ends. This works in eager mode, under `torch.compile` and in `torch.export`; a graph traced within the context keeps the
+replacement. A context applies to the thread that opened it: other threads can run the same model unchanged. If contexts
+are nested, the inner one is called first; the outer one gets the calls that the inner one leaves unchanged.
 
-Layers of timm that would compute the weights themselves because of `fused_attn=False` are told to call the function,
-which changes results by rounding. Not reached: attention that a class always computes by itself (Swin v2, LeViT, XCiT,
+timm layers with `fused_attn=False`, which would compute the weights themselves, are set to call the function; this
+changes results by rounding only. Not reached: attention that a class always computes itself (Swin v2, LeViT, XCiT,
 linear attention), and `torch.nn.MultiheadAttention`, which hides the call. `Reached.not_called` names such layers.
 """
 
@@ -42,27 +42,27 @@ Grid = tuple[int, int]
 Attention = Callable[["Call"], Tensor | None]
 
 _EMBEDDING = re.compile(r"(^|\.)(patch_embed\w*|conv_proj)(\.\d+)?$")
-CHOSEN = "the policy leaves it as it is"  # reasons that are no fault
-_INNER = "a context within this one replaces it"
+CHOSEN = "the policy leaves it unchanged"  # reasons that are not errors
+_INNER = "an inner context replaces it"
 _active = threading.local()  # the innermost interception of each thread
-_MOST_PREFIX_TOKENS = 16  # of a model that does not state their number
+_MOST_PREFIX_TOKENS = 16  # for a model that does not state how many it has
 
 
 class Call(NamedTuple):
     """One call of scaled dot-product attention.
 
     Attributes:
-        layer: Name of the module that calls, as in `model.named_modules()`.
-        number: Of the layer, by the order in which layers call first.
+        layer: Name of the calling module, as in `model.named_modules()`.
+        number: Index of the layer, in the order of the layers' first calls.
         q: Queries (B, heads, N, D).
         k: Keys (B, heads, M, D).
         v: Values (B, heads, M, D').
         scale: Factor of the logits.
-        bias: Added to the logits, or a bool mask of valid keys; None where there is none.
-        grid: (H, W) where the tokens are a prefix and a grid, row by row; None where they are not: windows, pooled
-            tokens, cross-attention.
+        bias: Added to the logits, or a bool mask of valid keys; None if the call has none.
+        grid: (H, W) if the tokens are a prefix followed by a grid, row by row; None otherwise (windows, pooled tokens,
+            cross-attention).
         prefix: Number of prefix tokens (class token, registers), which come first; 0 without a grid.
-        state: Empty at the start of every forward pass, and the same object in all its layers.
+        state: A dict shared by all layers of a forward pass, empty at its start.
     """
 
     layer: str
@@ -82,8 +82,8 @@ class Reached:
     """Which layers a context has reached so far.
 
     Attributes:
-        layers: Names of those that were observed or replaced, in the order of their first call.
-        dense: Names of those that call attention but were left as they are, each with the reason.
+        layers: Names of the layers that were observed or replaced, in the order of their first call.
+        dense: Names of the layers that call attention but were left unchanged, with the reason.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -95,14 +95,14 @@ class Reached:
 
     @property
     def not_called(self) -> list[str]:
-        """Attention layers that ran without calling scaled dot-product attention, the innermost ones."""
+        """Innermost attention layers that ran without calling scaled dot-product attention."""
         silent = [name for name in self._entered if name not in self._calling]
         return [name for name in silent if not any(other.startswith(f"{name}.") for other in silent)]
 
     def __str__(self) -> str:
         text = f"{len(self.layers)} layers reached"
         if self.dense:
-            text += f", {len(self.dense)} left as they are ({shorten(next(iter(self.dense.values())))})"
+            text += f", {len(self.dense)} left unchanged ({shorten(next(iter(self.dense.values())))})"
         if self.not_called:
             text += f", {len(self.not_called)} not reached ({shorten(', '.join(self.not_called))})"
         return text
@@ -110,18 +110,18 @@ class Reached:
 
 @contextmanager
 def observing(model: nn.Module, observer: Callable[[Call], object], layers: str | Sequence[str] = "*"):
-    """Show every attention call of a model to an observer; results and gradients stay as they are.
+    """Pass every attention call of a model to an observer; results and gradients do not change.
 
     Args:
         model: Any model that calls `scaled_dot_product_attention`.
-        observer: Called with a `Call` before it is computed. What it returns is ignored.
-        layers: Pattern of layers' names, or several, such as `"blocks.1?.attn"`.
+        observer: Called with a `Call` before the attention is computed. Its return value is ignored.
+        layers: Pattern of layer names, or several, such as `"blocks.1?.attn"`.
 
     Yields:
         A `Reached`.
 
     Raises:
-        InputError: At the end, where the model ran and no layer was reached.
+        InputError: At the end of the context, if the model ran and no layer was reached.
     """
 
     def watch(call: Call) -> None:
@@ -133,29 +133,29 @@ def observing(model: nn.Module, observer: Callable[[Call], object], layers: str 
 
 @contextmanager
 def replacing(model: nn.Module, attention: Attention, layers: str | Sequence[str] = "*"):
-    """Compute the attention of a model's layers by another function.
+    """Compute the attention of a model's layers with another function.
 
-    For inference only: with gradient checkpointing the recomputation in the backward pass runs outside of the context,
-    and would silently use the model's own attention.
+    For inference only: with gradient checkpointing, the recomputation in the backward pass would run outside the
+    context and silently use the model's own attention.
 
     Args:
-        model: In evaluation mode.
-        attention: Given a `Call`, returns (B, heads, N, D'), or None to leave this call as it is.
-        layers: Pattern of layers' names, or several, such as `"blocks.1?.attn"`.
+        model: A model in evaluation mode.
+        attention: Takes a `Call` and returns (B, heads, N, D'), or None to leave the call unchanged.
+        layers: Pattern of layer names, or several, such as `"blocks.1?.attn"`.
 
     Yields:
         A `Reached`.
 
     Raises:
-        InputError: A call needs gradients or drops attention weights; or, at the end, the model ran and no layer was
-            reached.
+        InputError: A call requires gradients or uses dropout; or, at the end of the context, the model ran and no layer
+            was reached.
     """
     with _intercepting(model, attention, layers, observes=False) as reached:
         yield reached
 
 
 class _Interception:
-    """What hooks and the mode know of the forward pass at hand."""
+    """State of the current forward pass, shared by the hooks and the mode."""
 
     def __init__(self, prefix: int | None, wanted: frozenset[str], observes: bool) -> None:
         self.stated_prefix = prefix
@@ -172,7 +172,7 @@ class _Interception:
 
     def is_foreign(self) -> bool:
         """Whether a hook runs in another thread, to which the context does not apply."""
-        if torch.compiler.is_compiling():  # a traced graph cannot ask
+        if torch.compiler.is_compiling():  # thread identifiers cannot be traced
             return False
         return threading.get_ident() != self.thread
 
@@ -188,7 +188,7 @@ class _Interception:
         return Call(self.stack[-1], number, q, k, v, scale, bias, grid, prefix, self.state)
 
     def note(self, name: str, reason: str | None) -> None:
-        """Note a call: replaced where there is no reason against it."""
+        """Record a call: as reached, or as dense if there is a reason."""
         for outer in self.stack:
             if outer not in self.reached._calling:
                 self.reached._calling.append(outer)
@@ -204,7 +204,7 @@ class _Interception:
             at = at.outer
 
     def note_taken(self) -> None:
-        """Tell the contexts around this one that it replaced a call, which they do not get."""
+        """Tell the outer contexts that this one replaced a call, which they do not get."""
         at = self.outer
         while at is not None:
             if at.stack:
@@ -219,8 +219,8 @@ class _Mode(TorchFunctionMode):
         self.interception = interception
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Call ours in place of scaled dot-product attention, and all else as it is."""
-        # No module is entered where a compiled graph runs, which was traced with what is in the place of this call.
+        """Replace scaled dot-product attention, and call every other function unchanged."""
+        # A compiled graph enters no module: the replacement was traced into it.
         if func is F.scaled_dot_product_attention and self.interception.stack and not self.interception.paused:
             return self._attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -235,12 +235,12 @@ class _Mode(TorchFunctionMode):
         elif query.ndim not in (3, 4):
             reason = f"its queries have {query.ndim} dimensions"
         elif name not in at.wanted:
-            reason = "layers does not name it"
+            reason = "no pattern in layers matches it"
         else:
             call = at.call(number, *_with_heads(query, key, value, attn_mask, enable_gqa), scale)
             if not at.observes:
                 _check_inference(call, dropout_p)
-            at.pause_outer(True)  # what the function calls is no call of the layer
+            at.pause_outer(True)  # calls that the function makes itself are not calls of the layer
             try:
                 result = self.attention(call)
             finally:
@@ -257,14 +257,14 @@ class _Mode(TorchFunctionMode):
 
 def _why_dense(call: Call) -> str:
     if call.grid is None:
-        return "its tokens are not a prefix and a grid"
+        return "its tokens are not a prefix followed by a grid"
     return CHOSEN if call.bias is None else "it adds a bias to its logits"
 
 
 def _with_heads(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grouped: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries, keys, values and bias with four dimensions and equally many heads; (B heads, N, D) has one head."""
+    """Queries, keys, values and bias with four dimensions and equal numbers of heads; (B heads, N, D) has one head."""
     if q.ndim == 3:
         return q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), bias if bias is None else bias.unsqueeze(-3)
     if grouped and k.shape[1] != q.shape[1]:
@@ -275,11 +275,11 @@ def _with_heads(
 def _check_inference(call: Call, dropout_p: float) -> None:
     if call.q.requires_grad or call.k.requires_grad or call.v.requires_grad:
         raise InputError(
-            f"Attention of {call.layer} needs gradients: replaced attention is for inference. Run the model within "
-            "torch.no_grad() or torch.inference_mode()."
+            f"The attention of {call.layer} requires gradients; replaced attention supports inference only. Run the "
+            "model within torch.no_grad() or torch.inference_mode()."
         )
     if dropout_p:
-        raise InputError(f"Attention of {call.layer} drops attention weights: call model.eval() first.")
+        raise InputError(f"The attention of {call.layer} uses dropout. Call model.eval() first.")
 
 
 @contextmanager
@@ -317,12 +317,12 @@ def _intercepting(
 
 
 def _check_reached(model: str, patterns: Sequence[str], found: Reached) -> None:
-    """Refuse a context in which a model ran as if there had been none."""
+    """Raise `InputError` if the model ran and the context had no effect."""
     if found.layers or {CHOSEN, _INNER} & set(found.dense.values()):
         return
     if not found._ran:
         if found._elsewhere:
-            raise InputError(f"{model} ran in another thread only: open the context in the thread that runs it.")
+            raise InputError(f"{model} ran in another thread only. Open the context in the thread that runs it.")
         return
     if found.dense:
         reason = next(iter(found.dense.values()))
@@ -333,7 +333,7 @@ def _check_reached(model: str, patterns: Sequence[str], found: Reached) -> None:
     silent = f"{shorten(', '.join(found.not_called))} do not call" if found.not_called else "no layer calls"
     raise InputError(
         f"No attention layer of {model} was reached: {silent} "
-        "torch.nn.functional.scaled_dot_product_attention. Take a model whose attention does, such as timm's ViT."
+        "torch.nn.functional.scaled_dot_product_attention. Use a model whose attention does, such as timm's ViT."
     )
 
 
@@ -368,7 +368,7 @@ def _leave_hook(at: _Interception, name: str) -> Callable[..., None]:
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         if at.is_foreign():
             return
-        # What an exception left behind lies above.
+        # Names left by an exception are above this one on the stack.
         while at.stack and at.stack.pop() != name:
             pass
 
@@ -386,7 +386,7 @@ def _grid_hook(at: _Interception) -> Callable[..., None]:
 
 
 def _grid(embedding: Any, image: Any, output: Any) -> Grid | None:
-    """Grid of patches that an embedding has made: of a map (B, H, W, C) or (B, C, H, W), or of tokens (B, N, C)."""
+    """Grid of patches of an embedding's output: a map (B, H, W, C) or (B, C, H, W), or tokens (B, N, C)."""
     output = output[0] if isinstance(output, tuple) else output
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):
         return None

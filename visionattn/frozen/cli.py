@@ -1,4 +1,4 @@
-"""`visionattn inspect BACKBONE --images FOLDER`: what the attention of a frozen backbone does, layer by layer."""
+"""`visionattn inspect BACKBONE --images FOLDER`: layer-by-layer report on the attention of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -23,19 +23,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("backbone", metavar="NAME|CKPT", help="name in timm's registry, or a weight file or folder")
     parser.add_argument(
-        "--images", required=True, metavar="FOLDER", help="images; the first sub-folder is the class, where there are"
+        "--images", required=True, metavar="FOLDER", help="folder of images; its sub-folders, if any, are the classes"
     )
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME")
     parser.add_argument("--random", action="store_true", help="untrained weights for NAME")
-    parser.add_argument("--image-size", type=whole_number(1, 2048), metavar="PIXELS", help="default: the model's")
     parser.add_argument(
-        "--count", type=whole_number(2), default=64, metavar="N", help="images that are read (default: %(default)s)"
+        "--image-size", type=whole_number(1, 2048), metavar="PIXELS", help="side of the images (default: the model's)"
     )
     parser.add_argument(
-        "--masks", type=whole_number(2), default=200, metavar="N", help="of occlusion, an image (default: %(default)s)"
+        "--count", type=whole_number(2), default=64, metavar="N", help="number of images to read (default: %(default)s)"
     )
     parser.add_argument(
-        "--policy", nargs="+", metavar="NAME", help="measure sparse attention: all, or names of policies"
+        "--masks",
+        type=whole_number(2),
+        default=200,
+        metavar="N",
+        help="random occlusion masks per image (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--policy", nargs="+", metavar="NAME", help="measure sparse attention: 'all', or names of policies"
     )
     parser.add_argument(
         "--budget",
@@ -43,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(0, 1, above=True),
         default=[0.125],
         metavar="SHARE",
-        help="of the keys that a query reads under a policy (default: 0.125)",
+        help="share of all keys that a query reads under a policy (default: 0.125)",
     )
     parser.add_argument("--tokens", action="store_true", help="measure the model with fewer tokens")
     parser.add_argument("--heads", action="store_true", help="measure the model with fewer heads")
@@ -52,11 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(0),
         default=8,
         metavar="N",
-        help="images on the sheet of maps (default: %(default)s)",
+        help="number of images on the contact sheet (default: %(default)s)",
     )
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the report (default: runs/inspect/BACKBONE)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the report in that folder")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if available), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="folder of the report (default: runs/inspect/BACKBONE)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing report in that folder")
     parser.set_defaults(progress=True)
 
 
@@ -64,10 +72,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        0, or 1 where some images could not be read: they were left out and are listed.
+        0, or 1 if some images could not be read; these are listed.
 
     Raises:
-        VisionAttnError: Nothing could be reported.
+        VisionAttnError: No report could be written.
     """
     if args.output is None:
         name = Path(args.backbone).stem if Path(args.backbone).exists() else args.backbone
@@ -83,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     assert found.folder is not None
     if found.plan is not None:
         console.print(f"The plan is {found.folder / PLAN}: {found.plan.policy}.")
-    console.print(f"The report is {found.folder / 'report.html'}, next to its numbers.")
+    console.print(f"The report is {found.folder / 'report.html'}; its tables are in the same folder.")
     for image, reason in found.skipped:
         print(f"visionattn: left out: {shorten(image)}: {reason}", file=sys.stderr)
     return int(bool(found.skipped))

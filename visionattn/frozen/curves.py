@@ -1,7 +1,7 @@
-"""Accuracy of smaller models against their multiply-accumulates: pruned tokens, pruned heads, and the controls.
+"""Accuracy of pruned models against their multiply-accumulates: pruned tokens, pruned heads, and the controls.
 
-Controls are `grid` and `random` among tokens, `random` among heads, and whole blocks left out: what pruning has to beat
-at the same cost. Features are the class token, or the mean of the patches, after the last norm.
+The controls are the token scores `grid` and `random`, the head score `random`, and dropped blocks: pruning has to beat
+them at the same cost. Features are the class token, or the mean of the patches, after the last norm.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from visionattn.probe.statistics import wilson_interval
 __all__ = ["drop_blocks", "image_features", "prune_curves"]
 
 KEEP = (0.75, 0.5, 0.25)
-FREE_HEAD_SCORES = ("usage", "norm", "random")  # which need no classifier
+FREE_HEAD_SCORES = ("usage", "norm", "random")  # scores that need no classifier
 BATCH = 100
-CALIBRATION = 64  # images that score heads
+CALIBRATION = 64  # images used to score heads
 
 
 def drop_blocks(model: Any, count: int) -> nn.Module:
-    """A copy of a transformer without some of its blocks, evenly spread, of which the first and the last stay.
+    """Copy a transformer without some evenly spaced blocks; the first and the last block always stay.
 
     Args:
-        model: With `blocks`.
-        count: Blocks to leave out, at most all but two.
+        model: A model with `blocks`.
+        count: Number of blocks to drop, at most all but two.
     """
     model = copy.deepcopy(model)
     blocks = list(model.blocks)
@@ -45,7 +45,7 @@ def drop_blocks(model: Any, count: int) -> nn.Module:
 
 @torch.no_grad()
 def image_features(model: nn.Module, images: Tensor, source: str = "mean") -> Tensor:
-    """One vector an image, (n, D): the `"class"` token, or the `"mean"` of the patches."""
+    """One vector per image, (n, D): the `"class"` token, or the `"mean"` of the patches."""
     prefix: Any = getattr(model, "num_prefix_tokens", 0)
     found = []
     for batch in images.split(BATCH):
@@ -67,25 +67,25 @@ def prune_curves(
     source: str = "mean",
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure the model whole, with fewer tokens, with fewer heads, and with fewer blocks.
+    """Measure the whole model, and the model with fewer tokens, fewer heads and fewer blocks.
 
     Args:
-        model: A transformer that `prune_tokens`, `prune_heads` take; it stays as it is.
-        images: Normalised, (n, C, H, W).
-        labels: Class of each image, int64 (n,), for leave-one-out k-NN (k 20, standardised, cosine); None leaves the
-            accuracy out.
+        model: A transformer that `prune_tokens` and `prune_heads` accept; it is not changed.
+        images: Normalised images, (n, C, H, W).
+        labels: Class of each image, int64 (n,), for leave-one-out k-NN (k = 20, standardised channels, cosine); None:
+            accuracy is not measured.
         tokens: Measure pruned tokens.
         heads: Measure pruned heads.
-        keep: Shares of tokens, or heads, that stay.
-        at: Block from which on there are fewer tokens (see `prune_tokens`).
-        scores: Of tokens.
-        source: What an image's vector is: `"class"` or `"mean"`.
-        progress: Called with a line before each row.
+        keep: Shares of the tokens, or of the heads, that stay.
+        at: Index of the first block with fewer tokens (see `prune_tokens`).
+        scores: Scores by which tokens are chosen (see `prune_tokens`).
+        source: Vector of an image: `"class"` or `"mean"` (see `image_features`).
+        progress: Called with a line of text before each row.
 
     Returns:
-        Rows with `method`, `score`, `keep`, `parameters`, `macs`, `error` (of the vectors against the whole model's,
-        relative), `accuracy`, `accuracy_low`, `accuracy_high` (None without labels) and `correct`, bool (n,) or None,
-        for paired tests.
+        Rows with `method`, `score`, `keep`, `parameters`, `macs`, `error` (relative error of the vectors with respect
+        to the whole model), `accuracy`, `accuracy_low`, `accuracy_high` (None without labels) and `correct`, bool (n,)
+        or None, for paired tests.
 
     Raises:
         InputError: The model cannot be pruned.

@@ -30,39 +30,41 @@ def prune_heads(
     labels: Tensor | None = None,
     seed: int = 0,
 ) -> Savings:
-    """Take the heads of the lowest scores out of a transformer, in place and for good, without training.
+    """Remove the attention heads with the lowest scores from a transformer, in place and without training.
 
         model = timm.create_model("vit_small_patch16_224", pretrained=True)
         print(visionattn.prune_heads(model, images, 0.75))
         visionattn.export(model, "pruned.onnx")
 
-    The rows of `qkv` and the columns of `proj` that belong to a head are cut away, which equals setting these columns
-    to zero: the layers are plain smaller matrices. Heads are ranked over all layers, and each layer keeps one at least.
+    The rows of `qkv` and the columns of `proj` that belong to a head are removed, so that the layers become smaller
+    linear layers. The result equals setting these columns to zero. Heads are ranked over all layers, and each layer
+    keeps at least one.
 
-    The scores, of a head h with output A_h V_h W_h for each token:
+    The scores, for a head h with output A_h V_h W_h for each token:
 
-        usage      share of the tokens whose largest |A_h V_h W_h| in the layer is this head's; where a layer is a
-                   mixture of heads, the share of the tokens whose router chooses it, and 1 for shared heads
+        usage      share of the tokens for which |A_h V_h W_h| is the largest in the layer; in a mixture of heads, the
+                   share of the tokens that are routed to the head, and 1 for shared heads
         norm       mean |A_h V_h W_h|
         gradient   mean over images of |dL / dg_h| for a gate g_h = 1 on the head and the cross-entropy L
         random     the control
 
-    Sources: usage is after SHRP (one top-1 count for routing and pruning), of which only the abstract is published: it
-    is this package's own; gradient is that of "Are sixteen heads really better than one?".
+    Sources: usage follows the idea of SHRP (one top-1 count for routing and pruning), of which only the abstract is
+    published, so that the definition is this package's own; gradient is that of "Are sixteen heads really better than
+    one?".
 
     Args:
         model: A transformer whose layers are timm's `Attention` or `MinimalAttention` with projected values.
         images: Normalised images (n, C, H, W), or batches of them.
         keep: Share of all heads that stay, above 0 and at most 1.
         score: `"usage"`, `"norm"`, `"gradient"` or `"random"`.
-        labels: Classes of the images, int64 (n,), for the gradient.
-        seed: Of the random control.
+        labels: Classes of the images, int64 (n,); required by `"gradient"`.
+        seed: Seed of `"random"`.
 
     Returns:
-        Parameters and multiply-accumulates of one image before and after.
+        Parameters, and multiply-accumulates per image, before and after.
 
     Raises:
-        InputError: The model has no such layers, or an argument is out of range. The model is then as it was.
+        InputError: The model has no such layers, or an argument is out of range. The model is then unchanged.
     """
     layers = _layers(model)
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
@@ -82,7 +84,7 @@ def head_scores(
     labels: Tensor | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Name of each attention layer -> scores of its heads, float64 (heads,); arguments as `prune_heads`."""
+    """Scores of the heads of each attention layer, float64 (heads,), by layer name; arguments: see `prune_heads`."""
     layers = _layers(model)
     if score not in HEAD_SCORES:
         raise InputError(f"score must be one of {', '.join(map(repr, HEAD_SCORES))}; got {shorten(score)!r}.")
@@ -120,7 +122,7 @@ def head_scores(
         if score == "usage" and isinstance(mixer, MixtureOfHeadsMixer):
             handles.append(layer.register_forward_pre_hook(route(name, mixer)))
         else:
-            # The projection does not know its heads.
+            # The hook reads the number of heads from the attention layer: the projection does not have it.
             hook = record(name)
             handles.append(layer.proj.register_forward_pre_hook(lambda _, x, f=hook, at=layer: f(at, x)))
     _run(model, batches, handles)
@@ -143,7 +145,7 @@ def _run(model: nn.Module, batches: list[Tensor], handles: list[Any]) -> None:
 
 
 def _output_norms(layer: Any, y: Tensor) -> Tensor:
-    """|A_h V_h W_h| of each token and head from what comes before the projection: (B, N, h D) -> (B, N, h)."""
+    """|A_h V_h W_h| of each token and head from the input of the projection: (B, N, h D) -> (B, N, h)."""
     heads = _heads(layer)
     y = y.unflatten(-1, (heads, -1))  # (B, N, h, D)
     weight = layer.proj.weight.unflatten(1, (heads, -1)).permute(1, 2, 0)  # (h, D, C)
@@ -162,13 +164,13 @@ def _norms(norms: Tensor) -> Tensor:
 def _gradients(
     model: nn.Module, layers: dict[str, Any], batches: list[Tensor], labels: Tensor | None
 ) -> dict[str, Tensor]:
-    """Mean |gradient| of the gates, image by image: a batch's sum would let images cancel."""
+    """Mean |gradient| of the gates, with a gate per image: in a sum over a batch, images would cancel."""
     count = sum(map(len, batches))
     if labels is None or len(labels) != count:
         given = "none" if labels is None else str(len(labels))
-        raise InputError(f"The gradient needs a label for each of the {count} images; got {given}.")
+        raise InputError(f"score 'gradient' requires a label for each of the {count} images; got {given}.")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
-        raise InputError(f"Labels must be an int64 tensor ({count},); got {shorten(repr(labels))}.")
+        raise InputError(f"labels must be an int64 tensor of shape ({count},); got {shorten(repr(labels))}.")
     like = next(model.parameters())
     totals = {name: torch.zeros(_heads(layer), dtype=torch.float64) for name, layer in layers.items()}
     gates: dict[str, Tensor] = {}
@@ -190,7 +192,7 @@ def _gradients(
                 logits = run_on(model, batch.to(like), model)
                 classes = logits.shape[-1]
                 if logits.ndim != 2 or not 0 <= int(wanted.min()) <= int(wanted.max()) < classes:
-                    raise InputError(f"Labels must be from 0 to {classes - 1}, the classes of the model.")
+                    raise InputError(f"labels must be from 0 to {classes - 1}, the classes of the model.")
                 loss = F.cross_entropy(logits, wanted.to(logits.device), reduction="sum")
                 found = torch.autograd.grad(loss, [gates[name] for name in layers])
             for name, gradient in zip(layers, found, strict=True):
@@ -207,12 +209,12 @@ def _check_finite(finite: dict[str, bool]) -> None:
     for name, holds in finite.items():
         if not holds:
             raise InputError(
-                f"The heads of {name} have no scores: its outputs hold NaN or infinity. Check weights and images."
+                f"The heads of {name} cannot be scored: its outputs contain NaN or infinity. Check weights and images."
             )
 
 
 def _choose(scores: dict[str, Tensor], keep: float) -> dict[str, list[int]]:
-    """Indices of the heads that stay in each layer: the best of each, then the best of all others."""
+    """Indices of the heads that stay in each layer: the best one of each layer, then the best of all others."""
     ranked = []
     kept = {}
     for name, values in scores.items():
@@ -226,7 +228,7 @@ def _choose(scores: dict[str, Tensor], keep: float) -> dict[str, list[int]]:
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """Attention layers whose heads can be cut."""
+    """Attention layers whose heads can be pruned."""
     known = {n: m for n, m in model.named_modules() if isinstance(m, (Attention, MinimalAttention))}
     if not known:
         raise InputError(f"{type(model).__name__} has no timm Attention or MinimalAttention whose heads can be pruned.")
@@ -235,7 +237,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
         own = mixer is not None and not isinstance(mixer, MixtureOfHeadsMixer) and any(True for _ in mixer.parameters())
         tied = isinstance(layer, MinimalAttention) and (layer.values != "projected" or layer.triangle is not None)
         if own or tied or not isinstance(getattr(layer, "norm", nn.Identity()), nn.Identity):
-            raise InputError(f"The heads of {name} share parameters or a norm: they cannot be pruned.")
+            raise InputError(f"The heads of {name} share parameters or a norm and cannot be pruned.")
     return known
 
 
@@ -244,7 +246,7 @@ def _heads(layer: Any) -> int:
 
 
 def _cut(layer: Any, kept: list[int]) -> None:
-    """Leave only some heads in a layer."""
+    """Keep only some heads of a layer."""
     heads = _heads(layer)
     if len(kept) == heads:
         return
@@ -267,12 +269,12 @@ def _cut(layer: Any, kept: list[int]) -> None:
 
 
 def _rows(index: Tensor, width: int) -> Tensor:
-    """Rows of heads of a width."""
+    """Indices of the rows that belong to heads, each `width` rows wide."""
     return (index[:, None] * width + torch.arange(width, device=index.device)).flatten()
 
 
 def _select(linear: nn.Linear, index: Tensor, axis: int) -> None:
-    """Leave only some rows (axis 0) or columns (axis 1) of a linear layer."""
+    """Keep only some rows (axis 0) or columns (axis 1) of a linear layer."""
     trains = linear.weight.requires_grad
     linear.weight = nn.Parameter(linear.weight.detach().index_select(axis, index), requires_grad=trains)
     if axis == 0 and linear.bias is not None:

@@ -1,4 +1,4 @@
-"""`visionattn.inspect`: what the attention of a frozen backbone does, layer by layer, on images of one's own."""
+"""`visionattn.inspect`: layer-by-layer report on the attention of a frozen backbone, on your images."""
 
 from __future__ import annotations
 
@@ -59,41 +59,42 @@ def inspect(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Inspection:
-    """Look into the attention of a frozen backbone, and measure what it costs to make it sparser or smaller.
+    """Inspect the attention of a frozen backbone, and measure what sparse attention or pruning costs in accuracy.
 
         found = visionattn.inspect("vit_small_patch16_224.dino", "photos", output="report")
         print(found.look.layers[-1].effective_keys)
 
-    The report has, for each layer, effective keys, sinks by three detectors, the class token's share, the largest
-    channel's share, the tiles that hold 90 % of the mass and how far earlier layers select the same; how far the map of
-    the last layer agrees with occlusion; and a contact sheet of maps with sinks marked.
+    For each layer the report has: effective keys, sinks found by three detectors, the attention on the class token, the
+    largest share of a token's energy in one channel, the share of the tiles that hold 90 % of the attention, and the
+    overlap with the selection of earlier layers. It also has the agreement of the last layer's map with occlusion, and
+    a contact sheet of maps with sinks marked.
 
     Args:
-        backbone: As `visionattn.probe` takes it; one whose attention calls `scaled_dot_product_attention` over one
-            grid of patches, such as timm's ViT, DeiT, DINOv2, EVA.
-        images: A folder with its sub-folders, an image file, or a list of images given in Python. In a folder the first
-            sub-folder is the class, which k-NN accuracy needs.
-        checkpoint: Weight file for a name.
-        random: Random weights for a name.
+        backbone: See `visionattn.probe`. Its attention must call `scaled_dot_product_attention` over a single grid of
+            patches, as in timm's ViT, DeiT, DINOv2 and EVA.
+        images: A folder with its sub-folders, an image file, or a list of images. In a folder, the first sub-folder of
+            an image is its class, which k-NN accuracy needs.
+        checkpoint: Weight file, if `backbone` is a name.
+        random: Random weights, if `backbone` is a name.
         image_size: Side of the images in pixels; None: the model's.
-        count: Images that are read, evenly spread over the folder.
-        masks: Random masks an image of the comparison with occlusion.
-        policy: Names of sparse attention, or "all"; the controls are always among them. None measures none.
-        budget: Keys that a query reads under a policy, as a share of all; one or several.
-        tokens: Measure the model with fewer tokens, against fewer blocks.
-        heads: Measure the model with fewer heads, likewise.
-        maps: Images on the contact sheet.
-        device: "auto" (a GPU where there is one), or a device of PyTorch.
-        output: Folder of the report; None writes none.
+        count: Number of images to read, evenly spread over the folder.
+        masks: Random masks per image, for the comparison with occlusion.
+        policy: Names of sparse attention policies, or "all"; the controls are always included. None: not measured.
+        budget: Share of all keys that a query reads under a policy; one or several.
+        tokens: Measure the model with fewer tokens, compared with fewer blocks.
+        heads: Measure the model with fewer heads, compared with fewer blocks.
+        maps: Number of images on the contact sheet.
+        device: "auto" (a GPU if available), or a device of PyTorch.
+        output: Folder of the report; None: no report is written.
         overwrite: Replace the report of an earlier run.
-        progress: Show how far the work is.
+        progress: Show progress bars.
 
     Raises:
-        CheckpointError: The weights could not be read, or do not fit.
+        CheckpointError: The weights could not be read, or do not match the model.
         DataError: There are no images, or too many cannot be read.
         InputError: The backbone's attention is not reached, an argument is not accepted, or the report exists.
         StorageError: The report could not be written.
-        UnknownNameError: There is no such model.
+        UnknownNameError: No model has this name.
     """
     for name, value, least in (("count", count, 2), ("masks", masks, 2), ("maps", maps, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -115,9 +116,7 @@ def inspect(
     size = image_size or config["input_size"][1]
     read = _read(images, config, size, count, console)
     if len(read.names) < 2:
-        raise InputError(
-            f"inspect needs two images that can be read; there are {len(read.names)} in {shorten(images)}."
-        )
+        raise InputError(f"inspect requires at least two readable images; {shorten(images)} has {len(read.names)}.")
     shown = read.images.to(where, next(model.parameters()).dtype)
     with show_progress(console) as bars:
         bar = bars.add_task("layers", total=len(shown))
@@ -161,7 +160,7 @@ class _Read(NamedTuple):
 
 
 def _read(images: Any, config: dict[str, Any], size: int, count: int, console: Console) -> _Read:
-    """Images, evenly spread over what there is, and their classes where all have one and there are two or more."""
+    """Read images, evenly spread over the folder; with classes if each image has one and there are at least two."""
     transform = eval_transform(config["input_size"][0], size, config["mean"], config["std"])
     names, dataset = open_pictures(images, transform)
     rows = sorted({math.floor(number * len(names) / count) for number in range(count)})
@@ -200,5 +199,5 @@ def _predictor(model: nn.Module) -> Any:
 
 
 def _tile_side(grid: tuple[int, int]) -> int:
-    """Side of a tile of keys, half that of queries: the usual one, or a smaller one of a small grid."""
+    """Side of the key tiles, half that of the query tiles: 4, or less on a small grid."""
     return 4 if min(grid) >= 16 else 2 if min(grid) >= 6 else 1

@@ -1,4 +1,4 @@
-"""What an inspection of a frozen backbone found."""
+"""Result of an inspection of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ MEAN_MAP = "mean over layers"
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """What was found.
+    """Result of `visionattn.inspect`.
 
     Attributes:
-        name: Of the backbone.
+        name: Name of the backbone.
         source: Where its weights come from.
         size: Side of the images in pixels.
-        names: The images that were read.
-        classes: Names of their classes; empty where their folders state none.
-        look: Layers, maps and sinks.
-        agreement: Of the last layer's map and of the mean over layers with occlusion, on the first images.
-        logits: Whether occlusion was judged by the classes' probabilities; otherwise by the features' cosine.
-        policies: Rows of `measure_policies`; empty if none were asked for.
-        curves: Rows of `prune_curves`, likewise.
+        names: Names of the images that were read.
+        classes: Names of their classes; empty if the folder has no classes.
+        look: Measurements of the layers, maps and sinks.
+        agreement: Agreement of the last layer's map, and of the mean over layers, with occlusion, on the first images.
+        logits: Whether occlusion was scored by class probabilities; otherwise by the cosine of features.
+        policies: Rows of `measure_policies`; empty if not measured.
+        curves: Rows of `prune_curves`; empty if not measured.
         pictures: The first images, as the backbone saw them.
-        skipped: Name of each image that could not be read, and what is wrong with it.
-        folder: Of the report; None where none was written.
+        skipped: Name of each image that could not be read, and the reason.
+        folder: Folder of the report; None if none was written.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Inspection:
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row per layer; `pearson` is the correlation of its map with occlusion, and its interval over images."""
+        """One row per layer, with `pearson`, the correlation of its map with occlusion, and its interval over images."""
         rows = []
         for layer, (correlation, interval) in zip(self.look.layers, self.correlations(), strict=True):
             known = {"pearson": correlation, "pearson_low": interval.low, "pearson_high": interval.high}
@@ -71,12 +71,12 @@ class Inspection:
         return rows
 
     def correlations(self) -> list[tuple[float, Interval]]:
-        """Correlation of each layer's map with occlusion: its mean over the judged images and the interval."""
+        """Correlation of each layer's map with occlusion: the mean over the compared images, and its interval."""
         return [self._correlation(maps) for maps in self.look.maps]
 
     @property
     def mean_map_correlation(self) -> tuple[float, Interval]:
-        """Likewise, of the mean of the maps over layers."""
+        """Correlation of the mean of the maps over layers with occlusion, and its interval."""
         return self._correlation(torch.stack(self.look.maps).mean(0))
 
     def _correlation(self, maps: Tensor) -> tuple[float, Interval]:
@@ -85,5 +85,5 @@ class Inspection:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of the least error within the budget; None where no policies were measured."""
+        """The plan with the lowest error within the budget; None if no policies were measured."""
         return best_plan(self.policies) if self.policies else None

@@ -1,14 +1,14 @@
-r"""What the attention of each layer does, measured through its calls and averaged over images.
+r"""Statistics of the attention of each layer, measured through its calls and averaged over images.
 
 effective keys   exp of the entropy of a query's attention
-received         attention that a column receives, in units of the uniform share 1 / N; the largest of an image
+received         attention that a column receives, in units of the uniform share 1 / N; the maximum over an image
 class share      share of all attention that goes to the class token
-sinks            tokens that three detectors find (see `visionattn.frozen.sinks`): outliers of the attention of the
-class token (of all tokens where there is none), columns that receive more than 10 times the
-uniform share, tokens with more than 10 % of their energy in one channel of the block's input
+sinks            tokens found by three detectors (see `visionattn.frozen.sinks`): outliers of the attention of the
+                 class token (of all tokens if there is none), columns that receive more than 10 times the uniform
+                 share, tokens with more than 10 % of their energy in one channel of the block's input
 tiles            share of the key tiles that hold 90 % of a query tile's attention
-overlap          share of the key tiles chosen at an eighth that the best earlier layer has chosen too, of the head
-for which it is least
+overlap          share of the selected key tiles, an eighth of all, that the best earlier layer selects too; the
+                 minimum over heads
 """
 
 from __future__ import annotations
@@ -29,27 +29,28 @@ from visionattn.frozen.tiles import tile_mass
 
 __all__ = ["LayerLook", "Look", "look"]
 
-KEY_TILES = 4, 2, 1  # sides of key tiles, of which the first with 16 tiles or more is taken
+KEY_TILES = 4, 2, 1  # sides of key tiles; the first that gives at least 16 tiles is used
 CHANNEL = 0.1
 
 
 @dataclass(frozen=True)
 class LayerLook:
-    """A layer; means over images, heads and queries.
+    """Statistics of one layer; means over images, heads and queries.
 
     Attributes:
         layer: Name of the attention layer.
         keys: Number of keys N.
-        effective_keys: Keys that a query looks at, 1 to N.
-        received: Largest received attention of an image.
-        received_by_class: Share of the images in which it is the class token's or another prefix token's.
-        class_share: Attention on the class token; NaN where there is none.
-        outliers: Tokens that are outliers by Tukey's rule.
-        received_sinks: Tokens that receive more than 10 times the uniform share.
-        channel_sinks: Tokens with more than 10 % of their energy in one channel; NaN where the input is not known.
+        effective_keys: Effective number of keys of a query, 1 to N.
+        received: Largest attention received by a column.
+        received_by_class: Share of the images in which this column is the class token or another prefix token.
+        class_share: Attention on the class token; NaN if there is none.
+        outliers: Number of outliers by Tukey's rule.
+        received_sinks: Number of tokens that receive more than 10 times the uniform share.
+        channel_sinks: Number of tokens with more than 10 % of their energy in one channel; NaN if the block's input is
+            not known.
         channel_share: Largest share of a token's energy in one channel, mean over tokens.
-        tiles: Share of the key tiles that hold 90 % of the mass.
-        overlap: With the best earlier layer; NaN for the first.
+        tiles: Share of the key tiles that hold 90 % of the attention.
+        overlap: Overlap with the best earlier layer; NaN for the first layer.
     """
 
     layer: str
@@ -66,21 +67,21 @@ class LayerLook:
     overlap: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, None in place of NaN."""
+        """Values for JSON: None instead of NaN."""
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class Look:
-    """All layers with a grid.
+    """Statistics of all layers that attend over a grid.
 
     Attributes:
-        layers: In the order of their calls.
-        grid: Height and width of the patches.
-        has_class: Whether maps are those of a class token; otherwise they are received attention.
-        maps: Of each layer (n, N) over the patches, mean over heads, on the CPU.
-        sinks: Of each layer, bool (n, N): outliers of these maps.
-        reached: What was reached, and what was not.
+        layers: Statistics of the layers, in the order of their calls.
+        grid: Height and width of the grid of patches.
+        has_class: Whether maps are the attention of a class token; otherwise they are received attention.
+        maps: Map of each layer, (n, N) over the patches, mean over heads, on the CPU.
+        sinks: Outliers of the map of each layer, bool (n, N).
+        reached: Layers that were reached, and layers that were not.
     """
 
     layers: list[LayerLook]
@@ -92,7 +93,7 @@ class Look:
 
 
 class _Sums:
-    """Of one layer, a number or tensor an image."""
+    """Measurements of one layer: one number or tensor per image."""
 
     def __init__(self) -> None:
         self.keys = 0
@@ -113,9 +114,10 @@ def look(model: nn.Module, images: Tensor, progress: Callable[[int], object] | N
     """Measure every layer whose tokens are a grid (see the module).
 
     Args:
-        model: In evaluation mode.
-        images: Normalised, (n, C, H, W). They are shown one by one: the weights of one head are held at a time.
-        progress: Called with the number of images that are done.
+        model: A model in evaluation mode.
+        images: Normalised images, (n, C, H, W). They are run one by one, and the attention weights of only one head are
+            in memory at a time.
+        progress: Called with the number of images done so far.
 
     Raises:
         InputError: No layer with a grid was reached, or grids differ between layers.
@@ -143,10 +145,10 @@ def look(model: nn.Module, images: Tensor, progress: Callable[[int], object] | N
             handle.remove()
     if len(grids) != 1 or len(prefixes) != 1:
         sizes = ", ".join(f"{height} x {width}" for height, width in sorted(grids))
-        what = f"layers of the grids {sizes}" if sizes else "no layer that attends over a grid of patches"
+        what = f"layers with grids {sizes}" if sizes else "no layer that attends over a grid of patches"
         raise InputError(
-            f"{type(model).__name__} has {what}: inspect takes transformers of one grid, such as timm's ViT, whose "
-            "attention calls scaled_dot_product_attention."
+            f"{type(model).__name__} has {what}: inspect requires a transformer with one grid, such as timm's ViT, "
+            "whose attention calls scaled_dot_product_attention."
         )
     has_class = bool(classes) and prefixes.pop() > 0
     maps = [torch.stack(one.maps) for one in sums.values()]
@@ -156,7 +158,7 @@ def look(model: nn.Module, images: Tensor, progress: Callable[[int], object] | N
 
 
 def _watch_input(module: nn.Module, name: str, sums: dict[str, _Sums]) -> Any:
-    """Hook that notes the input of the block around an attention layer, once the layer is known."""
+    """Register a hook that measures the input of the block around an attention layer, once the layer is known."""
 
     def note(block: nn.Module, inputs: tuple, output: Any) -> None:
         for layer, found in sums.items():
@@ -168,7 +170,7 @@ def _watch_input(module: nn.Module, name: str, sums: dict[str, _Sums]) -> Any:
 
 
 def _measure(call: Call, sums: _Sums, has_class: bool) -> None:
-    """Add one image; each head's weights are made in turn."""
+    """Add one image, head by head."""
     count, prefix = call.k.shape[2], call.prefix
     assert call.grid is not None
     received = torch.zeros(count, device=call.q.device)
@@ -202,7 +204,7 @@ def _measure(call: Call, sums: _Sums, has_class: bool) -> None:
 
 
 def _overlaps(masses: list[Tensor]) -> list[float]:
-    """Overlap of each layer's selection with the best earlier one, NaN where heads differ in number."""
+    """Overlap of each layer's selection with the best earlier one; NaN if layers differ in their number of heads."""
     keep = max(1, masses[0].shape[-1] // 8)
     if len({tuple(mass.shape[1:]) for mass in masses}) > 1:
         return [math.nan] * len(masses)

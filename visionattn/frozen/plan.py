@@ -1,21 +1,22 @@
-r"""Plans: what was measured on a frozen model and decides its policy, in a file that `using` and `export` read.
+r"""Plans: the policy of a frozen model, with settings measured on it, in a file that `using` and `export` read.
 
-With M_l the attention that a layer's query tiles give to key tiles, and S_l the K tiles of the largest mass:
+With M_l the attention that a layer's query tiles give to key tiles (the mass), and S_l the K tiles of the largest mass:
 
     overlap   O_ij = min over heads of the mean over images and query tiles of |S_i and S_j| / K,  i <= j
-    path      each layer j reads the selection of a layer i(j) <= j; i(j) is j, a refresh layer, or i(j - 1). Of all
-              paths with at most c changes of the source: the largest smallest O_i(j),j, of equals the largest sum
-    heads     K of a head: the tiles that hold a share of its mass, the share being the largest whose mean K over heads
-              and layers fits the budget
+    path      each layer j reads the selection of a layer i(j) <= j; i(j) is j, a refresh layer, or i(j - 1). Among all
+              paths with at most c changes of the source, the one with the largest minimum of O_i(j),j; ties are broken
+              by the largest sum
+    heads     K of a head: the number of tiles that hold a share of its mass. The share is the same for all heads, and
+              the largest for which the mean K over heads and layers fits the budget
 
 The path is that of RALS, the published successor of HyLRA: sensitive layers, the ceil(0.09 L) that need the most tiles
-for 90 % of their mass, stay dense, and the others have c = ceil(0.273 L) changes. Refresh layers after DELTA are the
-first one and those whose masses are the least like the layer's before (1 - cosine).
+for 90 % of their mass, stay dense, and the others have c = ceil(0.273 L) changes. Refresh layers as in DELTA are the
+first layer and those whose masses differ most from the previous layer's (1 - cosine).
 
 Sources: HyLRA and RALS; DELTA; TCA-Attention (budgets per head only: its online score is not published).
 
-Deviation: RALS finds paths by comparing (smallest overlap, sum) step by step, which can miss the best sum; here the
-best smallest overlap is found first, then the best sum among the paths that reach it.
+Deviation: RALS finds paths by comparing (smallest overlap, sum) step by step, which can miss the best sum. Here the
+largest minimum overlap is found first, then the best sum among the paths that reach it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ __all__ = [
     "tiles_for_mass",
 ]
 
-# Names beyond those of policies, or whose settings are measured.
+# Names that are not policies, or policies whose settings are measured.
 PLANS = ("reuse", "reuse_tree", "planned", "heads", "tree_pooled")
 
 SENSITIVE, CHANGED = 0.09, 0.273  # shares of layers: 1 - s, and s rho, of RALS with s = 0.91 and rho = 0.3
@@ -63,10 +64,10 @@ class Masses(NamedTuple):
     """Attention of query tiles to key tiles in a model's layers.
 
     Attributes:
-        names: Layers.
-        numbers: Their numbers, by the order in which layers call attention.
-        grid: (H, W), the same in all.
-        by_layer: (n, h, query tiles, key tiles) of each.
+        names: Names of the layers.
+        numbers: Their indices, in the order in which layers call attention.
+        grid: (H, W), the same in all layers.
+        by_layer: Masses of each layer, (n, h, query tiles, key tiles).
     """
 
     names: list[str]
@@ -82,7 +83,7 @@ class Plan:
     Attributes:
         policy: Name in `POLICIES`.
         settings: Arguments of the policy.
-        layers: Of each attention layer the model that was measured has: shapes of its parameters and mean of their
+        layers: For each attention layer of the measured model, the shapes of its parameters and the mean of their
             magnitudes, by which the model is recognised.
     """
 
@@ -94,21 +95,23 @@ class Plan:
         """Make the policy.
 
         Raises:
-            InputError: The settings are not those of the policy.
+            InputError: The policy does not exist or does not accept the settings.
         """
         try:
             return POLICIES[self.policy](**self.settings)
         except (KeyError, TypeError) as error:
-            raise InputError(f"The plan has no policy {shorten(self.policy)!r} of these settings: {error}.") from error
+            raise InputError(
+                f"Policy {shorten(self.policy)!r} cannot be made with the settings of the plan: {error}."
+            ) from error
 
     def check(self, model: nn.Module) -> None:
-        """Raise `InputError` for a model other than the one that was measured; its dtype may differ."""
+        """Raise `InputError` if the model is not the one that was measured; its dtype may differ."""
         modules = dict(model.named_modules())
         lacking = [name for name in self.layers if name not in modules]
         if lacking:
             raise InputError(
-                f"The plan is of another model: {type(model).__name__} has no layer {shorten(lacking[0])!r}. Make a "
-                "plan of this model."
+                f"The plan belongs to another model: {type(model).__name__} has no layer {shorten(lacking[0])!r}. Make "
+                "a plan for this model."
             )
         for name, expected in self.layers.items():
             found = _identity(modules[name])
@@ -117,11 +120,11 @@ class Plan:
             )
             if not same:
                 raise InputError(
-                    f"The plan is of another model: the weights of {name} are others. Make a plan of this model."
+                    f"The plan belongs to another model: the weights of {name} differ. Make a plan for this model."
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write a plan as JSON.
+        """Write the plan as JSON.
 
         Raises:
             StorageError: The file could not be written.
@@ -134,13 +137,13 @@ class Plan:
         """Read a plan.
 
         Raises:
-            DataError: The file is missing or damaged, or of a newer version.
+            DataError: The file is missing or damaged, or has another format.
         """
         content = read_json(path, {"visionattn_plan": int, "policy": str, "settings": dict, "layers": dict})
         if content["visionattn_plan"] != FORMAT:
             raise DataError(f"{shorten(path)} is a plan of format {content['visionattn_plan']}; {FORMAT} is required.")
         if not content["layers"]:
-            raise DataError(f"{shorten(path)} is damaged: it names no layer of the model that was measured.")
+            raise DataError(f"{shorten(path)} is damaged: it names no layer of the measured model.")
         for name, found in content["layers"].items():
             if wrong := violation(found, {"shapes": list, "magnitude": (float, int)}, f"layers.{shorten(name)}."):
                 raise DataError(f"{shorten(path)} is damaged: {wrong}.")
@@ -170,21 +173,22 @@ def make_plan(
     key_tile: int = 4,
     layers: str | Sequence[str] = "*",
 ) -> Plan:
-    """Measure a frozen model and make a plan.
+    """Measure a frozen model and make a plan for it.
 
     Args:
-        model: In evaluation mode.
-        images: A batch (B, C, H, W), or batches of one size: some tens of images of the kind it will see.
-        policy: Name in `POLICIES`; `"planned"`: reuse along the best path; `"reuse"` refreshes as many layers after
-            DELTA, `"reuse_tree"` too, without dense attention; `"tree_pooled"`: `tree` with `pooled`.
+        model: A model in evaluation mode.
+        images: A batch (B, C, H, W), or batches of one size: some tens of images of the kind the model will see.
+        policy: Name in `POLICIES`; or `"planned"`, reuse along the best path; `"reuse"`, reuse with as many refresh
+            layers, chosen as in DELTA; `"reuse_tree"`, the same without dense attention; `"tree_pooled"`, `tree` with
+            `pooled`.
         budget: See `Policy`.
         tail: See `Policy`.
         query_tile: See `Policy`.
         key_tile: See `Policy`.
-        layers: Pattern of layers' names, or several.
+        layers: Pattern of layer names, or several.
 
     Raises:
-        InputError: A setting is not possible, no layer was reached, or the layers' grids differ.
+        InputError: A setting is not possible, no layer was reached, or the grids of the layers differ.
     """
     settings: dict[str, Any] = {"budget": budget, "tail": tail, "query_tile": query_tile, "key_tile": key_tile}
     masses = layer_masses(model, images, query_tile, key_tile, layers)
@@ -192,15 +196,15 @@ def make_plan(
 
 
 def plan_of(model: nn.Module, masses: Masses, policy: str, settings: dict[str, Any]) -> Plan:
-    """As `make_plan`, from masses that are measured already.
+    """Make a plan from masses that were measured before; see `make_plan`.
 
     Raises:
-        InputError: There is no such policy, or a setting is not possible.
+        InputError: The policy does not exist, or a setting is not possible.
     """
     name = {"reuse_tree": "reuse", "planned": "reuse", "tree_pooled": "tree"}.get(policy, policy)
     if name not in POLICIES:
         raise InputError(
-            f"The policy must be one of {', '.join(dict.fromkeys([*POLICIES, *PLANS]))}; got {shorten(policy)!r}."
+            f"policy must be one of {', '.join(dict.fromkeys([*POLICIES, *PLANS]))}; got {shorten(policy)!r}."
         )
     keep = POLICIES[name](**settings).keep(masses.grid)
     own: dict[str, Any] = {}
@@ -227,7 +231,7 @@ def plan_of(model: nn.Module, masses: Masses, policy: str, settings: dict[str, A
 
 
 def _numbered(sources: list[int], masses: Masses) -> list[int]:
-    """Sources by the numbers of layers; layers that were not measured read their own selection."""
+    """Sources by layer index; layers that were not measured read their own selection."""
     by_number = dict(zip(masses.numbers, (masses.numbers[source] for source in sources), strict=True))
     return [by_number.get(number, number) for number in range(max(masses.numbers) + 1)]
 
@@ -253,7 +257,7 @@ def layer_masses(
             return
         mass = tile_mass(call.q * call.scale, call.k, call.grid, query_tile, key_tile, call.prefix)
         if not bool(mass.isfinite().all()):
-            raise InputError(f"Attention of {call.layer} holds NaN or infinity. Check weights and images.")
+            raise InputError(f"The attention of {call.layer} contains NaN or infinity. Check weights and images.")
         found.setdefault(call.layer, []).append(mass.float().cpu())
         numbers[call.layer] = call.number
         grids.add(call.grid)
@@ -263,17 +267,19 @@ def layer_masses(
             run_on(lambda shown: features_of(model, shown), batch, model)
     if len(grids) != 1:
         sizes = ", ".join(f"{height} x {width}" for height, width in sorted(grids)) or "none"
-        raise InputError(f"A plan needs layers and batches of one grid of tokens; {type(model).__name__} has {sizes}.")
+        raise InputError(
+            f"A plan requires layers and batches with one grid of tokens; {type(model).__name__} has {sizes}."
+        )
     return Masses(list(found), list(numbers.values()), grids.pop(), [torch.cat(parts) for parts in found.values()])
 
 
 def features_of(model: nn.Module, images: Tensor) -> Tensor:
-    """What a model gives before its head, where it tells: of timm's models the tokens (B, N, C)."""
+    """Output of `forward_features` if the model has it (tokens (B, N, C) in timm's ViT), otherwise of the model."""
     return getattr(model, "forward_features", model)(images)
 
 
 def tiles_for_mass(mass: Tensor, share: float = 0.9) -> Tensor:
-    """Number of tiles that hold a share of the attention: (n, h, nq, nk) -> mean over images and query tiles, (h,)."""
+    """Number of tiles that hold a share of the mass: (n, h, nq, nk) -> mean over images and query tiles, (h,)."""
     falling = mass.sort(-1, descending=True).values
     held = (falling.cumsum(-1) - falling) / falling.sum(-1, keepdim=True)  # before each tile
     return (held < share).sum(-1).double().mean(dim=(0, 2))
@@ -283,8 +289,8 @@ def overlap_matrix(masses: Sequence[Tensor], keep: int) -> Tensor:
     """Overlap of the selections of layers (see the module).
 
     Args:
-        masses: Of each layer (n, h, nq, nk), with equally many heads.
-        keep: Tiles K that a query tile reads.
+        masses: Masses of each layer, (n, h, nq, nk), with equal numbers of heads.
+        keep: Number K of tiles that a query tile reads.
 
     Returns:
         (L, L) float64; O_ij above and on the diagonal, 0 below it.
@@ -304,11 +310,11 @@ def plan_reuse(overlap: Tensor, changes: int, sensitive: Sequence[int] = ()) -> 
 
     Args:
         overlap: (L, L), O_ij of source i and reader j, i <= j.
-        changes: Layers that may select anew after the first one, not counting sensitive ones.
-        sensitive: Layers that stay dense and are no source.
+        changes: Number of layers after the first that may select anew, not counting sensitive layers.
+        sensitive: Layers that stay dense and are not used as sources.
 
     Returns:
-        Of each layer its source, -1 where it selects by itself or stays dense.
+        Source of each layer; -1 if it selects by itself or stays dense.
 
     Raises:
         InputError: `changes` is below 0.
@@ -321,7 +327,7 @@ def plan_reuse(overlap: Tensor, changes: int, sensitive: Sequence[int] = ()) -> 
         return path
     values = overlap[layers][:, layers].tolist()
     sources: list[int] = []
-    # The largest smallest overlap that a path can have is one of the values.
+    # The largest minimum overlap that a path can have is one of the values.
     for least in sorted({value for i, row in enumerate(values) for value in row[i:]}, reverse=True):
         sources = _best_path(values, changes, least)
         if sources:
@@ -333,7 +339,7 @@ def plan_reuse(overlap: Tensor, changes: int, sensitive: Sequence[int] = ()) -> 
 
 
 def _best_path(values: list[list[float]], changes: int, least: float) -> list[int]:
-    """Sources along the path of the largest sum among those without a value below `least`; empty if there is none."""
+    """Sources along the path with the largest sum, among paths without a value below `least`; empty if none exists."""
     best: dict[tuple[int, int], tuple[float, list[int]]] = {}  # by source and changes
     for reader in range(len(values)):
         new: dict[tuple[int, int], tuple[float, list[int]]] = {}
@@ -351,11 +357,11 @@ def _best_path(values: list[list[float]], changes: int, least: float) -> list[in
 
 
 def refresh_layers(masses: Sequence[Tensor], count: int) -> list[int]:
-    """The first layer, and those whose masses are the least like the layer's before: `count` numbers, sorted.
+    """The first layer, and those whose masses differ most from the previous layer's: `count` indices, sorted.
 
     Args:
-        masses: Of each layer (n, h, nq, nk), with equally many heads.
-        count: Layers, from 1 to all.
+        masses: Masses of each layer, (n, h, nq, nk), with equal numbers of heads.
+        count: Number of layers, from 1 to all.
     """
     alike = [nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in itertools.pairwise(masses)]
     order = sorted(range(1, len(masses)), key=lambda layer: float(alike[layer - 1]))
@@ -363,14 +369,14 @@ def refresh_layers(masses: Sequence[Tensor], count: int) -> list[int]:
 
 
 def head_budgets(masses: Sequence[Tensor], keep: int) -> list[list[int]]:
-    """Tiles of every head in every layer: equal shares of mass, on average at most `keep` tiles.
+    """Number of tiles of every head in every layer: equal shares of mass, and on average at most `keep` tiles.
 
     Args:
-        masses: Of each layer (n, h, nq, nk).
-        keep: Mean number of tiles.
+        masses: Masses of each layer, (n, h, nq, nk).
+        keep: Largest mean number of tiles.
 
     Returns:
-        K of each head, from 1 to all tiles, by layer.
+        For each layer, K of each head, from 1 to all tiles.
     """
     low, high, counts = 0.0, 1.0, [[1] * mass.shape[1] for mass in masses]
     for _ in range(20):

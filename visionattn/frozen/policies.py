@@ -4,28 +4,27 @@ r"""Selection policies: which key tiles does a query tile read?
 
     q, k    (B, h, H W, D), queries scaled, without prefix tokens
     grid    (H, W)
-    layer   number of the layer, by the order in which layers call attention
+    layer   index of the layer, in the order in which layers call attention
     state   a dict that is empty at the start of a forward pass
     index   int64 (B or 1, h or 1, query tiles or 1, K) of key tiles, or one such index per head, or None: dense
 
 A function with these arguments is a policy; `visionattn.frozen.tiles` computes attention from the index. The classes
 here turn a budget into K: a query reads `budget` H W keys, of which the tail takes one per key tile.
 
-    strided, random   controls: a regular grid of keys, and random ones; of whole tiles with the tail
-    tail_only         control: no tile is read, all are pooled
+    strided, random   controls: a regular grid of keys, and random keys; whole tiles with the tail
+    tail_only         control: no tile is read, all tiles are pooled
     window            the nearest tiles (FreeSwim, arXiv 2511.14712, by tiles)
     pooled            the largest products of mean query and mean key
     tree              coarse to fine (HiP, arXiv 2406.09827): key tiles in Morton order in K groups; groups are halved
                       and the K best halves kept until each is one tile. A half is scored by the largest q.k of any
                       query with the keys of its first tile, which costs 0.75 of dense scores at 4,096 tokens; with
                       `pooled=True` by the mean query and its mean key, which costs nearly nothing
-    mass              the tiles of the largest true attention: costs dense scores; a bound for what selection can do
-    reuse             selection of an earlier layer (DELTA). In its refresh layers attention is dense where the tiles of
-                      the largest mass are selected
-    heads             `pooled` with K of its own for every head and layer (budgets as in TCA)
+    mass              the tiles of the largest dense attention: costs dense scores; a bound for what selection can reach
+    reuse             selection of an earlier layer (DELTA). Refresh layers that select by mass compute dense attention
+    heads             `pooled` with a separate K for every head and layer (budgets as in TCA)
 
-Deviations from DELTA: selection is per head and per tile of queries, as maxima over heads lost in our measurement, and
-there is no recency window: images have none.
+Deviations from DELTA: selection is per head and per tile of queries, since maxima over heads were worse in our
+measurement, and there is no recency window, which images do not have.
 """
 
 from __future__ import annotations
@@ -65,11 +64,11 @@ LARGEST_TILE = 1024
 
 
 class Policy:
-    """What policies share: budget and tiles.
+    """Base class of policies: budget and tiles.
 
     Args:
-        budget: Keys that a query reads as a share of the grid's, in (0, 1].
-        tail: Whether tiles that are not selected take part as one pooled key each.
+        budget: Share of the grid's keys that a query reads, in (0, 1].
+        tail: Whether each tile that is not selected takes part as one pooled key.
         query_tile: Side of the tiles of queries that share a selection.
         key_tile: Side of the key tiles; must divide `query_tile`.
 
@@ -81,11 +80,11 @@ class Policy:
 
     def __init__(self, budget: float = 0.125, tail: bool = True, query_tile: int = 8, key_tile: int = 4) -> None:
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
-            raise InputError(f"The budget must be in (0, 1]; got {shorten(budget)}.")
+            raise InputError(f"budget must be in (0, 1]; got {shorten(budget)}.")
         sides = query_tile, key_tile
         if any(type(side) is not int or not 1 <= side <= LARGEST_TILE for side in sides) or query_tile % key_tile:
             raise InputError(
-                f"query_tile must be divisible by key_tile, and both integers from 1 to {LARGEST_TILE}; got "
+                f"query_tile must be divisible by key_tile, and both must be integers from 1 to {LARGEST_TILE}; got "
                 f"{shorten(query_tile)} and {shorten(key_tile)}."
             )
         if not isinstance(tail, bool):
@@ -93,7 +92,7 @@ class Policy:
         self.budget, self.tail, self.query_tile, self.key_tile = float(budget), tail, query_tile, key_tile
 
     def keep(self, grid: Grid) -> int:
-        """Number K of key tiles that fit the budget, at least 1; with a budget of 1 all."""
+        """Number K of key tiles that fit the budget, at least 1; all tiles if the budget is 1."""
         (height, width), side = grid, self.key_tile
         tiles = -(-height // side) * -(-width // side)
         if self.budget == 1:
@@ -111,7 +110,7 @@ class Policy:
 
 
 class _Control(Policy):
-    """Keys whatever they hold: single ones without the tail, whole tiles with it."""
+    """Selection that does not depend on content: single keys without the tail, whole tiles with it."""
 
     def __init__(self, budget: float = 0.125, tail: bool = True, query_tile: int = 8, key_tile: int = 4) -> None:
         super().__init__(budget, tail, query_tile, key_tile if tail else 1)
@@ -134,7 +133,7 @@ class Strided(_Control):
 
 
 class Random(_Control):
-    """Random keys, others for every query tile and layer, always the same ones."""
+    """Random keys: different for every query tile and layer, but the same in every run."""
 
     name = "random"
 
@@ -142,7 +141,7 @@ class Random(_Control):
         """Select (1, 1, nq, K)."""
         queries = len(tiling(grid, self.query_tile, q.device).table)
         keys = len(tiling(grid, self.key_tile, q.device).table)
-        # A hash of the numbers instead of a generator, which traced graphs cannot hold.
+        # A hash of the indices instead of a generator, which cannot be traced.
         number = torch.arange(queries * keys, device=q.device)
         noise = number + (layer + 1) * 7_919
         for _ in range(3):
@@ -151,7 +150,7 @@ class Random(_Control):
 
 
 class TailOnly(Policy):
-    """No tile: every tile is one pooled key, so that the budget does not matter."""
+    """No tile is read: every tile is one pooled key, and the budget has no effect."""
 
     name = "tail_only"
 
@@ -169,19 +168,19 @@ class Window(Policy):
         """Select (1, 1, nq, K)."""
         queries, keys = (tiling(grid, side, q.device) for side in (self.query_tile, self.key_tile))
         apart = (queries.centres[:, None] - keys.centres).abs()  # (nq, nk, 2)
-        # Of tiles equally far in this sense those nearer in the usual one.
+        # Ties are broken by the sum of both distances.
         distance = apart.amax(-1) * 4 * sum(grid) + apart.sum(-1)
         return _largest(-distance[None, None], self.keep(grid))
 
 
 def _largest(scores: Tensor, keep: int) -> Tensor:
-    """Tiles of the largest int64 scores, of equals the first: runtimes order equals each in their own way."""
+    """Tiles with the largest int64 scores; of equal scores the first, since runtimes order ties differently."""
     count = scores.shape[-1]
     return (scores * count - torch.arange(count, device=scores.device)).topk(keep, dim=-1).indices
 
 
 class Pooled(Policy):
-    """The largest products of the mean query and the mean key of tiles."""
+    """The tiles with the largest product of mean query and mean key."""
 
     name = "pooled"
 
@@ -193,7 +192,7 @@ class Pooled(Policy):
 
 
 class Mass(Policy):
-    """The tiles of the largest true attention, for which dense attention is computed: a bound, not a saving."""
+    """The tiles of the largest dense attention, which is computed for the selection: a bound, not a saving."""
 
     name = "mass"
 
@@ -210,7 +209,7 @@ class Tree(Policy):
         tail: See `Policy`.
         query_tile: See `Policy`.
         key_tile: See `Policy`.
-        pooled: Score by mean queries and mean keys instead of all queries and the keys of a half's first tile.
+        pooled: Score a half by its mean key and the mean query, instead of all queries and the keys of its first tile.
     """
 
     name = "tree"
@@ -222,7 +221,7 @@ class Tree(Policy):
         self.pooled = pooled
 
     def __call__(self, q, k, grid, layer, state):
-        """Select (B, h, nq, K), sorted by place in Morton order."""
+        """Select (B, h, nq, K), sorted by position in Morton order."""
         queries, keys = (tiling(grid, side, q.device) for side in (self.query_tile, self.key_tile))
         order = morton_order(keys.shape, q.device)
         q, k = gather_tiles(q, queries), gather_tiles(k, keys).index_select(2, order)
@@ -234,7 +233,7 @@ class Tree(Policy):
 
 
 def morton_order(count: Grid, device: torch.device | str = "cpu") -> Tensor:
-    """Tiles of a grid along a Z-curve: (n,) int64, of whose numbers, row by row, the first comes first."""
+    """Indices of a grid's tiles, numbered row by row, in the order of a Z-curve: (n,) int64."""
     y, x = torch.meshgrid(*(torch.arange(n, device=device) for n in count), indexing="ij")
     code = torch.zeros_like(y)
     for bit in range(max(count).bit_length()):
@@ -282,11 +281,11 @@ def tree_search(
     """Halve `keep` groups of consecutive tiles, keeping the best halves, until each is one tile.
 
     Args:
-        score: Gives scores of groups from their first tile and their size, both (*batch, n) int64.
-        batch: Shape of what is searched for at once.
+        score: Returns scores of groups from their first tile and their size, both (*batch, n) int64.
+        batch: Shape of the independent searches.
         count: Number of tiles.
-        keep: Groups, and tiles to select.
-        device: Where.
+        keep: Number of groups, and of tiles to select.
+        device: Device of the result.
 
     Returns:
         Selected tiles, sorted, int64 (*batch, keep).
@@ -311,8 +310,8 @@ class Reuse(Policy):
         tail: See `Policy`.
         query_tile: See `Policy`.
         key_tile: See `Policy`.
-        sources: Of each layer the number of the layer whose selection it reads; its own in a refresh layer. Layers
-            beyond the end, and those whose source did not run, refresh.
+        sources: For each layer, the index of the layer whose selection it reads; its own index in a refresh layer.
+            Layers beyond the end, and those whose source did not run, refresh.
         select: How refresh layers select: `"mass"`, with dense attention there, or `"tree"`.
     """
 
@@ -332,7 +331,9 @@ class Reuse(Policy):
             raise InputError(f"select must be one of 'mass', 'tree'; got {shorten(select)!r}.")
         self.sources, self.select = list(sources), select
         if any(type(source) is not int or not 0 <= source <= layer for layer, source in enumerate(self.sources)):
-            raise InputError(f"sources must be numbers of layers, none later than its reader; got {shorten(sources)}.")
+            raise InputError(
+                f"sources must be indices of layers, none greater than its own position; got {shorten(sources)}."
+            )
 
     def __call__(self, q, k, grid, layer, state):
         """Select (B, h, nq, K), or None in a refresh layer with dense attention."""
@@ -346,14 +347,14 @@ class Reuse(Policy):
 
 
 class HeadBudgets(Pooled):
-    """`Pooled` with a number of tiles for every head of every layer.
+    """`Pooled` with a separate number of tiles for every head of every layer.
 
     Args:
         budget: See `Policy`.
         tail: See `Policy`.
         query_tile: See `Policy`.
         key_tile: See `Policy`.
-        counts: Of each layer K of each of its heads; layers beyond the end have the budget's.
+        counts: For each layer, K of each of its heads; layers beyond the end use the budget.
     """
 
     name = "heads"
@@ -369,7 +370,7 @@ class HeadBudgets(Pooled):
         super().__init__(budget, tail, query_tile, key_tile)
         self.counts = [list(own) for own in counts]
         if any(type(count) is not int or not 1 <= count < 2**31 for own in self.counts for count in own):
-            raise InputError(f"counts must be numbers of tiles, at least 1; got {shorten(counts)}.")
+            raise InputError(f"counts must be numbers of tiles of at least 1; got {shorten(counts)}.")
 
     def __call__(self, q, k, grid, layer, state):
         """Select (B, 1, nq, K of the head) for every head."""
@@ -377,7 +378,7 @@ class HeadBudgets(Pooled):
             return super().__call__(q, k, grid, layer, state)
         counts = self.counts[layer]
         if len(counts) != q.shape[1]:
-            raise InputError(f"The budgets of layer {layer} are of {len(counts)} heads; it has {q.shape[1]}.")
+            raise InputError(f"counts has {len(counts)} heads for layer {layer}, which has {q.shape[1]} heads.")
         queries, keys = (tiling(grid, side, q.device) for side in (self.query_tile, self.key_tile))
         scores = pool(gather_tiles(q, queries), queries) @ pool(gather_tiles(k, keys), keys).transpose(-1, -2)
         best = scores.topk(min(max(counts), scores.shape[-1]), dim=-1).indices

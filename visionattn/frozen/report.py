@@ -1,4 +1,4 @@
-"""The files of an inspection: `report.html` and `report.md`, CSV tables, the contact sheet, and a plan."""
+"""Files of an inspection: `report.html` and `report.md`, CSV tables, the contact sheet, and a plan."""
 
 from __future__ import annotations
 
@@ -21,25 +21,28 @@ SHOWN_LAYERS = 4  # on the contact sheet
 
 
 def check_report(folder: Path, overwrite: bool) -> None:
-    """Refuse to write over another run's report.
+    """Check that no report of another run would be overwritten.
 
     Raises:
-        InputError: There is one, and `overwrite` was not given.
+        InputError: The folder has a report, and `overwrite` is false.
     """
     if (folder / LAYERS).exists() and not overwrite:
-        raise InputError(f"{shorten(folder)} holds a report. Give --overwrite to replace it, or name another folder.")
+        raise InputError(
+            f"{shorten(folder)} already contains a report. Use --overwrite to replace it, or choose another folder."
+        )
 
 
 def summary(found: Inspection) -> str:
-    """What the inspection says, in a few sentences."""
+    """Summary of the inspection in three sentences."""
     layers = found.look.layers
     share = [layer.effective_keys / layer.keys for layer in layers]
     last = _with_interval(found.agreement.mean, found.agreement.interval)
-    sharp = "diffuse: few keys do not stand for all" if min(share) > 0.25 else "sharp in some layers"
+    sharp = "diffuse: no few keys represent all" if min(share) > 0.25 else "sharp in some layers"
     return (
-        f"A query looks at {min(share):.0%} to {max(share):.0%} of the keys ({sharp}). The column that receives most "
-        f"has {max(layer.received for layer in layers):.1f} times the uniform share. The map of {layers[-1].layer} "
-        f"agrees with occlusion by r = {last}, the mean over layers by {_with_interval(*found.mean_map_correlation)}."
+        f"A query attends to {min(share):.0%} to {max(share):.0%} of the keys, depending on the layer ({sharp}). The "
+        f"column that receives the most attention has {max(layer.received for layer in layers):.1f} times the uniform "
+        f"share. The map of {layers[-1].layer} correlates with occlusion by r = {last}, the mean over layers by "
+        f"{_with_interval(*found.mean_map_correlation)}."
     )
 
 
@@ -48,7 +51,7 @@ def _with_interval(mean: float, interval: Interval) -> str:
 
 
 def write_report(found: Inspection, folder: Path) -> None:
-    """Write all files, each whole or not at all; those of an earlier report that are not written now are removed.
+    """Write all files, each completely or not at all, and remove files of an earlier report that are not rewritten.
 
     Raises:
         StorageError: A file could not be written.
@@ -116,28 +119,30 @@ def _sections(found: Inspection) -> list[Section]:
         Section("Maps and occlusion", _occlusion_words(found), _occlusion_table(found)),
     ]
     if found.pictures:
-        caption = f"{_whose(found)[0].upper()}{_whose(found)[1:]}; outliers of it have a frame"
+        caption = f"{_whose(found)[0].upper()}{_whose(found)[1:]}; frames mark its outliers"
         sections.append(Section("Contact sheet", pictures=[(SHEET, caption)]))
     if found.policies:
         sections.append(Section("Sparse attention", _policy_words(found), _policy_table(found)))
     if found.curves:
-        sections.append(Section("Smaller models", _WHAT_CURVES, _curve_table(found), _curves(found)))
+        sections.append(Section("Pruned models", _WHAT_CURVES, _curve_table(found), _curves(found)))
     if found.skipped:
-        left_out = [f"Left out: {shorten(name)}: {reason}" for name, reason in found.skipped]
+        left_out = [f"Skipped: {shorten(name)}: {reason}" for name, reason in found.skipped]
         sections.append(Section("Notes", left_out))
     return sections
 
 
 _WHAT_LAYERS = (
-    "Means over images, heads and queries. Effective keys: exp of the entropy. Received: the largest column, in units "
-    "of the uniform share, and how often it is a prefix token. Outliers: tokens beyond Tukey's fence of {whose}. "
-    "Received sinks: more than 10 times the uniform share. Channel sinks: more than 10 % of a token's energy in one "
-    "channel. Tiles: share of the key tiles that hold 90 % of the mass. Overlap: of selected tiles with the best "
-    "earlier layer. r: of the layer's map with occlusion."
+    "Means over images, heads and queries. Effective keys: exp of the entropy. Received: largest attention received by "
+    "a column, in units of the uniform share, and how often this column is a prefix token. Outliers: tokens beyond "
+    "Tukey's fence of the {whose}. Received sinks: tokens with more than 10 times the uniform share. Channel sinks: "
+    "tokens with more than 10 % of their energy in one channel. Tiles: share of the key tiles that hold 90 % of the "
+    "attention. Overlap: share of the selected tiles that the best earlier layer selects too. r: correlation of the "
+    "layer's map with occlusion."
 )
 _WHAT_CURVES = [
-    "Error of the image's vector against the whole model's, and leave-one-out k-NN accuracy where classes are known, "
-    "with Wilson's interval. Rows to beat at equal cost: whole blocks left out, tokens of a grid, random ones."
+    "Relative error of the image's vector with respect to the whole model, and leave-one-out k-NN accuracy with "
+    "Wilson's interval where classes are known. Controls to beat at equal cost: dropped blocks, tokens of a regular "
+    "grid, and random tokens or heads."
 ]
 
 
@@ -170,11 +175,11 @@ def _occlusion_words(found: Inspection) -> list[str]:
     one = found.agreement
     what = "the divergence of the class probabilities" if found.logits else "one minus the cosine of the features"
     return [
-        f"The map of {found.look.layers[-1].layer} against occlusion of patches on {len(one.pearson)} images: r = "
-        f"{_with_interval(one.mean, one.interval)}; mean of the maps over layers: r = "
-        f"{_with_interval(*found.mean_map_correlation)}. Intervals are bootstrapped over images. A mask's score "
-        f"is {what}. A map that explains has a smaller deletion area and a larger insertion area than random order; "
-        "the saliency itself is about the best that there is."
+        f"Correlation of the map of {found.look.layers[-1].layer} with occlusion of patches on {len(one.pearson)} "
+        f"images: r = {_with_interval(one.mean, one.interval)}; of the mean of the maps over layers: r = "
+        f"{_with_interval(*found.mean_map_correlation)}. Intervals are bootstrapped over images. The score of a mask is "
+        f"{what}. A map that explains the output has a smaller deletion area and a larger insertion area than random "
+        "order; the saliency itself is close to the best possible order."
     ]
 
 
@@ -193,12 +198,12 @@ def _occlusion_table(found: Inspection) -> list[list[str]]:
 def _policy_words(found: Inspection) -> list[str]:
     plan = found.plan
     assert plan is not None
-    control = " It is a control: selection by content is worth nothing here." * (plan.policy in ("strided", "random"))
+    control = " It is a control: selection by content has no benefit here." * (plan.policy in ("strided", "random"))
     return [
-        "Error of the patch features against dense attention, and leave-one-out k-NN accuracy where classes are known. "
-        "`strided` and `random` are the controls. Attention: multiply-accumulates of the attention with its selection, "
-        "as a share of the dense one's.",
-        f"{PLAN} holds the plan of the least error within the budget: {plan.policy}.{control}",
+        "Relative error of the patch features with respect to dense attention, and leave-one-out k-NN accuracy where "
+        "classes are known. `strided` and `random` are the controls. Attention: multiply-accumulates of attention and "
+        "selection, as a share of those of dense attention.",
+        f"{PLAN} contains the plan with the lowest error within the budget: {plan.policy}.{control}",
     ]
 
 
@@ -219,7 +224,7 @@ def _accuracy(row: dict[str, Any]) -> str:
 
 
 def _curve_table(found: Inspection) -> list[list[str]]:
-    table = [["what is left out", "chosen by", "kept", "M parameters", "M MACs", "error", "k-NN accuracy"]]
+    table = [["pruned", "chosen by", "kept", "M parameters", "M MACs", "error", "k-NN accuracy"]]
     for row in found.curves:
         cost = [f"{row['parameters'] / 1e6:,.2f}", f"{row['macs'] / 1e6:,.1f}"]
         name = "nothing" if row["method"] == "whole" else row["method"]
@@ -228,7 +233,7 @@ def _curve_table(found: Inspection) -> list[list[str]]:
 
 
 def _curves(found: Inspection) -> Curves:
-    """Error, or accuracy where it is known, against multiply-accumulates in percent of the whole model's."""
+    """Accuracy, or error without labels, against multiply-accumulates in percent of those of the whole model."""
     rows = found.curves
     known = rows[0]["accuracy"] is not None
     whole = rows[0]["macs"]

@@ -1,24 +1,24 @@
-r"""Per-image routers: how much attention does this image need?
+r"""Per-image routers: choose the attention budget of each image.
 
-Labels are made offline (the recipe of VISOR): every image runs under every budget, and its label is the cheapest whose
-score is within 99 % of the dense model's. A linear map of u, the mean query of the first layer, learns the labels by
-cross-entropy, each channel standardized:
+Labels are made offline (the recipe of VISOR): every image runs under every budget, and its label is the cheapest budget
+whose score is at least 99 % of the dense model's. A linear map of u, the mean query of the first layer, is trained on
+the labels by cross-entropy, with each channel standardised:
 
     p(budget | image) = softmax(W (u - mean) / deviation + b)
 
-What a router must beat is the best fixed budget at equal mean multiply-accumulates, which may be two budgets for random
-shares of the images: `compare_router` gives both, and the labels themselves as a bound. Judge on images that the router
-has not seen.
+A router must beat the best fixed budget at equal mean multiply-accumulates, which may mix two budgets over random
+subsets of the images: `compare_router` reports both, and the labels themselves as an upper bound. Evaluate on images
+that the router was not trained on.
 
 `FluxRouter` is the router of Flux Attention, which decides between dense and sparse in each layer:
 
     u = mean of the queries of the first and last S tokens, over all heads        (B, D)
     logits = W_5 silu(W_4 silu(W_3 (W_2 silu(W_1 u))))                            D -> 8D -> 2D -> 4D -> D -> 2, biases
 
-with index 1 for dense. It has 36 D^2 + 17 D + 2 parameters, as many as an attention layer of ViT-Tiny at D = 64; its
-training by Gumbel softmax needs labels of a task and is left out.
+with index 1 for dense. It has 36 D^2 + 17 D + 2 parameters, as many as an attention layer of ViT-Tiny at D = 64. Its
+training by Gumbel softmax needs the labels of a task and is not implemented.
 
-Sources: VISOR (labels), Flux Attention (its router).
+Sources: VISOR (labels), Flux Attention (router).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FluxRouter(nn.Module):
 
     Args:
         head_dim: Width D of a head.
-        pool_size: Tokens S at either end.
+        pool_size: Number S of tokens at each end.
 
     Shape:
         Queries (B, N, heads, D) -> logits (B, 2), index 1 for dense.
@@ -71,11 +71,11 @@ class FluxRouter(nn.Module):
 
 
 class LinearRouter(nn.Module):
-    """A linear map of standardized features.
+    """A linear map of standardised features.
 
     Args:
-        mean: Of each channel, (D,).
-        deviation: Of each channel, (D,).
+        mean: Mean of each channel, (D,).
+        deviation: Standard deviation of each channel, (D,).
         choices: Number of budgets.
 
     Shape:
@@ -99,7 +99,7 @@ class LinearRouter(nn.Module):
 
 
 def mean_query(call: Call) -> Tensor:
-    """Mean query of the grid's tokens, heads side by side: (B, h D)."""
+    """Mean query of the grid's tokens, heads concatenated: (B, h D)."""
     return call.q[:, :, call.prefix :].mean(2).flatten(1)
 
 
@@ -109,12 +109,13 @@ def route_scores(
     """Run all images under every policy.
 
     Args:
-        model: In evaluation mode.
+        model: A model in evaluation mode.
         images: A batch (B, C, H, W), or batches.
-        policies: From the cheapest to the dearest; None is dense.
+        policies: Policies in order of increasing cost; None is dense.
 
     Returns:
-        Scores (n, policies), the cosine of an image's mean token with the dense model's, and features (n, h D).
+        Scores (n, policies), the cosine between the mean token under the policy and with dense attention, and features
+        (n, h D), the mean query of the first layer.
     """
     scores, features = [], []
     with torch.no_grad():
@@ -140,12 +141,12 @@ def _vectors(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def offline_labels(scores: Tensor, dense: Tensor | float = 1.0, share: float = 0.99) -> Tensor:
-    """The cheapest budget of each image that keeps a share of its dense score; the dearest where none does.
+    """Index of the cheapest budget of each image that keeps a share of its dense score; the last one if none does.
 
     Args:
-        scores: (n, budgets), from the cheapest to the dearest.
-        dense: Score of the dense model, one or (n,).
-        share: What must be kept, in (0, 1].
+        scores: (n, budgets), in order of increasing cost.
+        dense: Score of the dense model, one value or (n,).
+        share: Share of the dense score that must be kept, in (0, 1].
 
     Returns:
         int64 (n,).
@@ -164,13 +165,13 @@ def offline_labels(scores: Tensor, dense: Tensor | float = 1.0, share: float = 0
 def train_router(
     features: Tensor, labels: Tensor, choices: int, *, steps: int = 200, decay: float = 0.01
 ) -> LinearRouter:
-    """Fit a linear router by L-BFGS from zero: the result does not depend on a seed.
+    """Fit a linear router by L-BFGS, starting from zero: the result does not depend on a seed.
 
     Args:
         features: (n, D).
-        labels: Of `offline_labels`, int64 (n,).
+        labels: Labels from `offline_labels`, int64 (n,).
         choices: Number of budgets.
-        steps: Most iterations.
+        steps: Maximum number of iterations.
         decay: Factor of the squared weights in the loss.
     """
     features = features.double()
@@ -188,13 +189,13 @@ def train_router(
 
 
 def compare_router(scores: Tensor, macs: Sequence[float], choice: Tensor, labels: Tensor) -> list[dict[str, Any]]:
-    """Mean score and cost of a router beside its control and its bound.
+    """Mean score and cost of a router, compared with its control and its upper bound.
 
     Args:
         scores: (n, budgets).
-        macs: Cost of each budget, rising.
+        macs: Cost of each budget, in increasing order.
         choice: Budgets that the router chose, int64 (n,).
-        labels: Of `offline_labels`.
+        labels: Labels from `offline_labels`.
 
     Returns:
         Rows `router`, `fixed` (the best mixture of fixed budgets for the router's mean cost), `labels` and `fixed at
@@ -212,7 +213,7 @@ def compare_router(scores: Tensor, macs: Sequence[float], choice: Tensor, labels
 
 
 def _fixed(scores: Tensor, costs: Tensor, cost: float) -> float:
-    """The best mean score of one budget, or two for shares of the images, that costs at most so much on average."""
+    """Best mean score of one budget, or of a mixture of two, at a mean cost of at most `cost`."""
     best = float(scores[costs <= cost + 1e-9].max())
     for low in range(len(costs)):
         for high in range(low + 1, len(costs)):
@@ -223,24 +224,24 @@ def _fixed(scores: Tensor, costs: Tensor, cost: float) -> float:
 
 
 class Routed:
-    """A policy that gives every image the policy that a router chooses for it, in all layers.
+    """A policy that runs each image under the policy that a router chooses for it, in all layers.
 
-    For eager mode: which images go where is known only when they are there.
+    For eager mode only: the routing depends on the images and cannot be traced.
 
     Args:
-        router: Gives logits (B, policies) from the mean query of the first layer (B, h D).
-        policies: From the cheapest to the dearest; None is dense.
+        router: Returns logits (B, policies) from the mean query of the first layer (B, h D).
+        policies: Policies in order of increasing cost; None is dense.
     """
 
     def __init__(self, router: nn.Module, policies: Sequence[Policy | None]) -> None:
         self.router, self.policies = router, list(policies)
 
     def attend(self, call: Call) -> Tensor | None:
-        """Attention of a call, image by image under its own policy."""
+        """Attention of a call, with each image under its own policy."""
         if call.grid is None or call.bias is not None:
             return None
         if torch.compiler.is_compiling():
-            raise InputError("A routed policy decides image by image, and cannot be traced: take one of its policies.")
+            raise InputError("A routed policy depends on the images and cannot be traced: trace one of its policies.")
         if "choice" not in call.state:
             call.state["choice"] = self.router(mean_query(call).float()).argmax(1)
         choice, found = call.state["choice"], torch.empty(*call.q.shape[:3], call.v.shape[3]).to(call.v)
@@ -257,4 +258,4 @@ class Routed:
 
     def __call__(self, *args: Any) -> None:
         """Not used: `attend` computes the attention."""
-        raise InputError("A routed policy selects no tiles by itself; run it with visionattn.frozen.using.")
+        raise InputError("A routed policy does not select tiles itself; run it with visionattn.frozen.using.")

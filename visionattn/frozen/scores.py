@@ -1,14 +1,15 @@
-r"""Which patch tokens of an image stay, and which token stands for each of the others.
+r"""Scores that decide which patch tokens of an image stay, and which kept token represents each of the others.
 
-    merge         rounds of bipartite matching: tokens at even and odd indices are two sides, each token of the first
-                  finds its nearest of the second by cosine, the nearest pairs become their mean, weighted by size
-    grid          cells in the order of a dither matrix: 1/2 is a checkerboard, 1/4 each second row and column
+    merge         rounds of bipartite matching: tokens at even and at odd indices are the two sides; each token of the
+                  first side finds its nearest neighbour of the second by cosine; the nearest pairs are replaced by
+                  their mean, weighted by size
+    grid          cells in the order of a dither matrix: 1/2 is a checkerboard, 1/4 every second row and column
     sensitivity   S_i = (1/m) sum_t |M(x_i + c u_t) - M(x_i - c u_t)| / 2c for unit vectors u_t: the Frobenius norm of
                   the Jacobian of M over sqrt(dim), up to 1/dim
     greedy        first argmax S; then argmax S_i (1 - max over kept j of cos(f_i, f_j)), S scaled to [0, 1]
 
-Sources: ToMe, "token merging" (merge, here on the tokens themselves, without its bias of attention by size);
-ZOO-Prune (sensitivity, greedy): its equations, for no code is published.
+Sources: ToMe, "token merging" (merge, here on the tokens themselves, and without its attention bias by size);
+ZOO-Prune (sensitivity, greedy), from its equations, since no code is published.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from torch import Tensor
 
 __all__ = ["dither_order", "greedy", "kept_count", "merge", "nearest_kept", "sensitivity", "top"]
 
-_BITS = 8  # of a dither matrix: grids up to 256 x 256 have no equal cells
+_BITS = 8  # of the dither matrix: no two cells are equal in grids up to 256 x 256
 
 
 def kept_count(n: int, share: tuple[int, int]) -> int:
-    """A share, a numerator and a denominator, of n tokens, rounded up: at least one."""
+    """A share of n tokens, rounded up; the share is a numerator and a denominator."""
     numerator, denominator = share
     return (n * numerator + denominator - 1) // denominator
 
 
 def dither_order(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Importance of the cells of a grid, row by row, falling in the order in which an even grid fills up, (H W,)."""
+    """Importance of the cells of a grid, (H W,) row by row: the cells with the highest values are spread evenly."""
     y = torch.arange(height, device=device)[:, None]
     x = torch.arange(width, device=device)[None]
     order = torch.zeros(1, 1, device=device)
@@ -43,15 +44,15 @@ def dither_order(height: int, width: int, device: torch.device | None = None) ->
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` tokens of the highest scores, rising: (B, N) -> (B, count)."""
+    """Indices of the `count` tokens with the highest scores, in increasing order: (B, N) -> (B, count)."""
     return scores.argsort(dim=1, descending=True)[:, :count].sort(dim=1).values
 
 
 def nearest_kept(kept: Tensor, height: int, width: int) -> Tensor:
-    """Which kept token lies nearest to each cell of the grid: indices (B, k) -> places among the kept (B, H W)."""
+    """Kept token nearest to each cell of the grid: indices (B, k) -> positions among the kept tokens (B, H W)."""
     y = torch.arange(height, device=kept.device)[:, None].expand(-1, width).flatten()
     x = torch.arange(width, device=kept.device)[None].expand(height, -1).flatten()
-    # Quotients of an index by a dynamic width would not export.
+    # Rows and columns from a division by a dynamic width could not be exported.
     rows, columns = y[:, None] - y[kept][:, None], x[:, None] - x[kept][:, None]  # (B, N, k)
     return (rows * rows + columns * columns).argmin(dim=2)
 
@@ -60,10 +61,10 @@ def sensitivity(function: Callable[[Tensor], Tensor], x: Tensor, directions: Ten
     """Mean change of a function of single tokens along unit directions.
 
     Args:
-        function: M, of tokens (B, N, C).
+        function: M, a function of tokens (B, N, C).
         x: Tokens (B, N, C).
         directions: u_t, (m, C).
-        c: Length of the step.
+        c: Step size.
 
     Returns:
         S (B, N).
@@ -75,12 +76,12 @@ def sensitivity(function: Callable[[Tensor], Tensor], x: Tensor, directions: Ten
 
 
 def greedy(scores: Tensor, features: Tensor, count: int) -> Tensor:
-    """Choose tokens of high scores that differ from those chosen before.
+    """Choose tokens with high scores that differ from the tokens chosen before.
 
     Args:
         scores: S (B, N).
         features: f (B, N, D).
-        count: Tokens to choose, a fixed number: each is a step of the graph.
+        count: Number of tokens to choose. It is fixed in an exported graph: each token is a step.
 
     Returns:
         Indices in the order of choice, (B, count).
@@ -101,24 +102,24 @@ def greedy(scores: Tensor, features: Tensor, count: int) -> Tensor:
 
 
 def merge(x: Tensor, share: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Merge tokens that are alike until a share of them is left.
+    """Merge similar tokens until a share of them is left.
 
     Args:
         x: Tokens (B, N, C).
-        share: Numerator and denominator of what stays.
+        share: Share of the tokens that stays, as a numerator and a denominator.
 
     Returns:
-        The merged tokens (B, k, C), and the place among them of each token, (B, N).
+        The merged tokens (B, k, C), and the index among them of each token, (B, N).
     """
     batch, n, width = x.shape
     wanted = kept_count(n, share)
     owner = torch.arange(n, device=x.device).expand(batch, -1)
     size = torch.ones_like(x[..., :1])
     left = share
-    while left[0] < left[1]:  # a round leaves half at least
+    while left[0] < left[1]:  # a round leaves at least half
         left = (2 * left[0], left[1])
         target: Any = torch.sym_max(wanted, n - n // 2)
-        moved, first = n - target, n - n // 2  # tokens that go, and those of the first side
+        moved, first = n - target, n - n // 2  # tokens merged away, and tokens of the first side
         unit = F.normalize(x, dim=-1)
         cosine = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
         best, partner = F.pad(cosine, (0, 1), value=-2.0).max(dim=2)  # a single token has no partner

@@ -1,12 +1,12 @@
-r"""What sparse attention costs a frozen model: feature error and k-NN accuracy against multiply-accumulates.
+r"""Sparse attention in a frozen model: feature error and k-NN accuracy against multiply-accumulates.
 
 The measurement behind `visionattn inspect --policy`. For every policy, with and without the tail:
 
     error     |f - f_dense| / |f_dense| over the patch features f of an image, after the last layer
-    accuracy  leave-one-out k-NN: images by the mean of f, each channel standardized, cosine, 20 neighbours
-    macs      as executed, counted without computing: selection included, multiplications by constants not
+    accuracy  leave-one-out k-NN on the mean of f, each channel standardised, cosine, 20 neighbours
+    macs      counted from the operations that would run: selection included, multiplications by constants not
 
-The controls `strided` and `random` are always among the rows: a policy that does not beat them selects nothing.
+The controls `strided` and `random` are always measured: a policy that does not beat them has no benefit.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ def measure_policies(
     tails: Sequence[bool] = (False, True),
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Compare policies, the controls `strided` and `random` always among them, at equal budgets.
+    """Compare policies at equal budgets; the controls `strided` and `random` are always included.
 
     Args:
-        model: A frozen model in evaluation mode; its `forward_features` is run where it has one.
-        images: One batch (B, C, H, W), or batches of one size. What policies measure beforehand (refresh layers, paths,
-            budgets of heads) is measured on the first 8 images.
-        labels: Class of each image, int64 (n,), for k-NN accuracy; None leaves the accuracy out.
+        model: A frozen model in evaluation mode; its `forward_features` is run if it has one.
+        images: One batch (B, C, H, W), or batches of one size. Settings that policies measure (refresh layers, paths,
+            budgets of heads) are measured on the first 8 images.
+        labels: Class of each image, int64 (n,), for k-NN accuracy; None: accuracy is not measured.
         policies: Names in `ALL`, or "all".
-        budgets: Keys that a query reads as shares of all, in (0, 1].
-        layers: Pattern of layers' names, or several.
+        budgets: Shares of all keys that a query reads, in (0, 1].
+        layers: Pattern of layer names, or several.
         query_tile: Side of the tiles of queries that share a selection.
         key_tile: Side of the key tiles; must divide `query_tile`.
-        tails: Whether tiles that are not selected take part as one pooled key each; both are measured by default.
-        progress: Called with a line before each row.
+        tails: Whether each tile that is not selected takes part as one pooled key; both are measured by default.
+        progress: Called with a line of text before each row.
 
     Returns:
-        Rows with the entries `policy`, `tail`, `budget`, `macs` (of the model, for one image), `attention` (its share
-        of the multiply-accumulates of dense attention in the layers with a grid, selection included), `error` (mean
-        over images), `error_low`, `error_high` (95 % interval), `accuracy`, `accuracy_low`, `accuracy_high` (95 %;
-        None without labels) and `plan` (a `Plan`; None in the first row, which is "dense").
+        Rows with the entries `policy`, `tail`, `budget`, `macs` (of the model, for one image), `attention`
+        (multiply-accumulates of attention and selection, as a share of those of dense attention, in the layers with a
+        grid), `error` (mean over images), `error_low`, `error_high` (95 % interval), `accuracy`, `accuracy_low`,
+        `accuracy_high` (95 %; None without labels) and `plan` (a `Plan`; None in the first row, which is "dense").
 
     Raises:
-        InputError: A budget is outside (0, 1], a policy does not exist, there are no images or labels are not as many,
-            or no layer was reached.
+        InputError: A budget is outside (0, 1], a policy does not exist, there are no images, the number of labels
+            differs from that of images, or no layer was reached.
     """
     names = check_policies(policies, budgets)
     batches = [images] if isinstance(images, Tensor) else list(images)
@@ -100,23 +100,24 @@ def check_policies(policies: str | Sequence[str], budgets: Sequence[float]) -> l
     """Names of the policies, the controls first.
 
     Raises:
-        InputError: There is no such policy, or a budget is outside (0, 1].
+        InputError: A policy does not exist, or a budget is outside (0, 1].
     """
     for budget in budgets:
         Policy(budget)
     if not budgets:
-        raise InputError("A budget in (0, 1] is required; got none.")
+        raise InputError("budget must be one or more numbers in (0, 1]; got none.")
     given = list(ALL) if policies == "all" else [policies] if isinstance(policies, str) else list(policies)
     unknown = [name for name in given if name not in ALL]
     if unknown or not given:
-        raise InputError(f"Policies must be 'all' or some of {', '.join(ALL)}; got {shorten(unknown or 'none')}.")
+        raise InputError(f"policy must be 'all' or some of {', '.join(ALL)}; got {shorten(unknown or 'none')}.")
     return list(dict.fromkeys([*CONTROLS, *given]))
 
 
 def best_plan(rows: Sequence[dict[str, Any]]) -> Plan:
-    """The plan of the least error among those whose attention costs at most what the budget allows, or nearly so.
+    """The plan with the lowest error among those whose attention costs at most 1.25 times the budget.
 
-    Nearly: a quarter more, or as much as the cheapest row. It may be a control's: then selection is worth nothing here.
+    If there is none, among those that cost as much as the cheapest row. The plan may be that of a control: then
+    selection by content has no benefit.
     """
     candidates = [row for row in rows if row["plan"] is not None and row["policy"] not in BOUNDS]
     cheapest = min(row["attention"] for row in candidates)
@@ -125,9 +126,9 @@ def best_plan(rows: Sequence[dict[str, Any]]) -> Plan:
 
 
 def knn_correct(vectors: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> Tensor:
-    """Whether the neighbours of an image among the others vote for its class: (n, D), (n,) -> bool (n,).
+    """Whether leave-one-out k-NN predicts the class of an image: (n, D), (n,) -> bool (n,).
 
-    Channels are standardized, neighbours are near by cosine, and vote by exp(cosine / 0.07).
+    Channels are standardised, neighbours are found by cosine, and votes are weighted by exp(cosine / 0.07).
     """
     vectors = vectors.double()
     vectors = F.normalize((vectors - vectors.mean(0)) / vectors.std(0).clamp(min=1e-12), dim=1)
@@ -187,7 +188,7 @@ def _features(model: nn.Module, batches: list[Tensor]) -> Tensor:
 
 
 def _dense_macs(model: nn.Module, images: Tensor, layers: str | Sequence[str]) -> tuple[int, int]:
-    """Multiply-accumulates of one image: of the products in the attention that has a grid, and of the whole model."""
+    """Multiply-accumulates per image: of the products in attention layers with a grid, and of the whole model."""
     products = 0
 
     def count(call: Call) -> None:

@@ -1,4 +1,4 @@
-"""Contact sheet of attention maps: a row an image, a panel a layer, sinks in frames."""
+"""Contact sheet of attention maps: one row per image, one panel per layer, frames around sinks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 __all__ = ["contact_sheet", "to_image"]
 
-_PANEL = 112  # pixels of a panel's longer side, at least
+_PANEL = 112  # minimum length of a panel's longer side, in pixels
 _GAP = 4
-_OPACITY = 0.75  # of the heat map where attention is largest
+_OPACITY = 0.75  # of the heat map at its maximum
 _FRAME = "#17becf"
 
 
@@ -30,17 +30,17 @@ def contact_sheet(
     layers: Sequence[str],
     grid: tuple[int, int],
 ) -> Image.Image:
-    """Draw the maps of some layers over images.
+    """Draw the attention maps of some layers over images.
 
-    Maps go from grey at their smallest value over red to yellow at their largest, which each panel states in units of
-    the uniform share. Tokens that are sinks have a frame.
+    The colours go from grey at the minimum of a map over red to yellow at its maximum. Each panel states the maximum in
+    units of the uniform share. Frames mark tokens that are sinks.
 
     Args:
-        images: What the backbone saw.
-        maps: Of each layer, (n, N) for as many images, row by row of the grid.
-        sinks: Of each layer, bool (n, N).
-        layers: Their names.
-        grid: Height and width of the patches.
+        images: Images as the backbone saw them.
+        maps: Map of each layer for these images, (n, N), row by row of the grid.
+        sinks: Sinks of each layer, bool (n, N).
+        layers: Names of the layers.
+        grid: Height and width of the grid of patches.
     """
     rows = []
     for number, image in enumerate(images):

@@ -1,12 +1,12 @@
-r"""Attention sinks: finding the tokens that take much attention and say little, and moving their share elsewhere.
+r"""Attention sinks: detect tokens that take much attention and carry little information, and redistribute it.
 
-Three detectors, of which the last has no threshold to choose and is the default:
+Three detectors. The last one has no threshold to choose and is the default:
 
     channels   token t with max_c x_tc^2 / sum_c x_tc^2 > share            x: the layer's input
     received   column j with N mean_i A_ij > factor                        1: the uniform share
     outliers   values above Q3 + 1.5 (Q3 - Q1), of the attention of the class token summed over heads
 
-Redistribution, for weights A whose rows sum to 1, sinks S, receivers R and a factor beta, in the rows chosen:
+Redistribution, for weights A whose rows sum to 1, sinks S, receivers R and a factor beta, in the selected rows:
 
     A'_ij = beta A_ij                                                      j in S
     A'_ij = A_ij + (1 - beta) (sum_S A_i.) A_ij / sum_R A_i.               j in R; rows sum to 1 as before
@@ -14,12 +14,12 @@ Redistribution, for weights A whose rows sum to 1, sinks S, receivers R and a fa
 Emphasis, on logits: s' = s + a |s| with a = alpha on local tokens and a = beta on summary tokens.
 
 Sources, each with its authors' code: VAR, "visual attention sink" (channels, rows of `attends_image`), whose threshold
-|x / rms(x)| > 20 no token of fewer than 400 channels can pass: here it is a share of the token's energy, tau^2 / C;
-ACT, "attention calibration technique" (received); PAINT, "fixing imbalanced attention" (outliers, emphasis). All three
-change language models; no result on vision backbones is published.
+|x / rms(x)| > 20 no token of fewer than 400 channels can pass, so that here it is a share of the token's energy,
+tau^2 / C; ACT, "attention calibration technique" (received); PAINT, "fixing imbalanced attention" (outliers, emphasis).
+All three were made for language models; no result on vision backbones is published.
 
-Deviation. ACT leaves one sink out, whatever column that is, and lets sinks receive while decoding, so that a row sums
-to 1.44: here S and R are given and rows always sum to 1.
+Deviation: ACT excludes one sink, whichever column that is, and lets sinks receive attention while decoding, so that a
+row sums to 1.44. Here S and R are arguments, and rows always sum to 1.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 DETECTORS = ("outliers", "received", "random")
-FACTOR = 10.0  # of the uniform share, from which a column that receives is a sink
+FACTOR = 10.0  # a column that receives more than this many times the uniform share is a sink
 
 
 def channel_share(x: Tensor, channels: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -60,10 +60,10 @@ def channel_share(x: Tensor, channels: Sequence[int] | Tensor | None = None) -> 
 
     Args:
         x: Tokens (..., N, C).
-        channels: Which of the channels count; None: all.
+        channels: Indices of the channels to consider; None: all.
 
     Returns:
-        (..., N), from 1 / C to 1 where all channels count.
+        (..., N), from 1 / C to 1 if all channels are considered.
     """
     energy = x.square()
     total = energy.sum(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
@@ -71,22 +71,22 @@ def channel_share(x: Tensor, channels: Sequence[int] | Tensor | None = None) -> 
 
 
 def channel_sinks(x: Tensor, share: float = 0.1, channels: Sequence[int] | Tensor | None = None) -> Tensor:
-    """Which tokens (..., N, C) have more than a share of their energy in one of the channels, bool (..., N)."""
+    """Whether tokens (..., N, C) have more than a share of their energy in one of the channels, bool (..., N)."""
     return channel_share(x, channels) > share
 
 
 def received_attention(weights: Tensor) -> Tensor:
-    """Mean attention that columns receive, in units of the uniform share: (..., N, M) -> (..., M), 1 on average."""
+    """Mean attention received by columns, in units of the uniform share: (..., N, M) -> (..., M), 1 on average."""
     return weights.mean(dim=-2) * weights.shape[-1]
 
 
 def received_sinks(weights: Tensor, factor: float = FACTOR) -> Tensor:
-    """Which columns receive more than so many times the uniform share: (..., N, M) -> bool (..., M)."""
+    """Whether columns receive more than `factor` times the uniform share: (..., N, M) -> bool (..., M)."""
     return received_attention(weights) > factor
 
 
 def outliers(values: Tensor) -> Tensor:
-    """Tukey's rule: which values of the last axis lie above Q3 + 1.5 (Q3 - Q1), bool."""
+    """Tukey's rule: whether values lie above Q3 + 1.5 (Q3 - Q1) of the last axis, bool."""
     low, high = torch.quantile(values.float() if values.dtype != torch.float64 else values, _quartiles(values), dim=-1)
     return values > (high + 1.5 * (high - low))[..., None]
 
@@ -97,7 +97,7 @@ def _quartiles(values: Tensor) -> Tensor:
 
 
 def local_tokens(first: Tensor, summary: Tensor, share: float = 0.25) -> Tensor:
-    """PAINT's local tokens: the largest share of the first layer's class attention (..., N), less summary tokens."""
+    """PAINT's local tokens: those with the largest class attention (..., N) in layer 1, without summary tokens."""
     count = int(share * first.shape[-1])
     chosen = torch.zeros_like(first, dtype=torch.bool).scatter(-1, first.topk(count, dim=-1).indices, True)
     return chosen & ~summary
@@ -106,17 +106,17 @@ def local_tokens(first: Tensor, summary: Tensor, share: float = 0.25) -> Tensor:
 def redistribute(
     weights: Tensor, sinks: Tensor, receivers: Tensor | None = None, beta: float = 0.4, rows: Tensor | None = None
 ) -> Tensor:
-    """Move a share of the attention on sinks to other columns, in proportion to what these have.
+    """Move a share of the attention on sinks to other columns, in proportion to the weights of these.
 
     Args:
         weights: Attention weights A, (..., N, M).
         sinks: Columns S, bool, (M,) or (..., 1, M).
-        receivers: Columns R, likewise; None: all others. Columns in both stay sinks.
-        beta: What the sinks keep, from 0 to 1. ACT has 0.4, VAR 0.6.
-        rows: Which rows are changed, bool (..., N); None: all.
+        receivers: Columns R, of the same shape; None: all others. Columns in both sets are sinks.
+        beta: Share of their attention that sinks keep, from 0 to 1. ACT uses 0.4, VAR 0.6.
+        rows: Rows to change, bool (..., N); None: all.
 
     Returns:
-        A', (..., N, M). A row without attention on receivers stays as it is.
+        A', (..., N, M). A row without attention on receivers is unchanged.
 
     Raises:
         InputError: beta is out of range.
@@ -135,14 +135,14 @@ def redistribute(
 
 
 def attends_image(weights: Tensor, image: Tensor, sinks: Tensor, least: float = 0.2, most: float = 0.5) -> Tensor:
-    """VAR's choice of rows: those that look at the image enough, and not at its sinks alone.
+    """VAR's choice of rows: those that attend to the image enough, and not only to its sinks.
 
     Args:
         weights: Attention weights, (..., N, M).
         image: Columns of the image, bool (M,).
         sinks: Columns that are sinks, bool (M,).
-        least: Attention on the image.
-        most: Share of it that is on sinks.
+        least: Minimum attention on the image.
+        most: Maximum share of this attention that is on sinks.
 
     Returns:
         Bool (..., N).
@@ -153,7 +153,7 @@ def attends_image(weights: Tensor, image: Tensor, sinks: Tensor, least: float = 
 
 
 def emphasise(logits: Tensor, local: Tensor, summary: Tensor, alpha: float = 0.7, beta: float = 0.3) -> Tensor:
-    """PAINT's boost of the logits (..., M) of local and of summary tokens, bool masks (..., M)."""
+    """PAINT's emphasis on the logits (..., M) of local and summary tokens, which are bool masks (..., M)."""
     zero = torch.zeros((), dtype=logits.dtype, device=logits.device)
     factor = torch.where(local, alpha, torch.where(summary, beta, zero))
     return logits + factor * logits.abs()
@@ -167,26 +167,26 @@ def redistributing(
     heads: dict[str, Sequence[int]] | None = None,
     seed: int = 0,
 ) -> AbstractContextManager[Reached]:
-    """Redistribute the attention of the class token, and of attentive pooling, within a context.
+    """Redistribute the attention of the class token and of attentive pooling within a context.
 
         with redistributing(model, beta=0.4, layers="blocks.1?.attn"):
             model(images)
 
-    Only the rows of the class token are computed again, N h multiply-accumulates a layer; of attentive pooling (fewer
-    queries than keys) all rows. Prefix tokens neither give nor receive.
+    Only the row of the class token is recomputed, N h multiply-accumulates per layer; in attentive pooling (fewer
+    queries than keys) all rows are. Prefix tokens neither give nor receive attention.
 
     Args:
-        model: In evaluation mode.
-        beta: What sinks keep.
+        model: A model in evaluation mode.
+        beta: Share of their attention that sinks keep.
         detector: `"outliers"` of the row's attention summed over heads; `"received"`, columns that receive more than 10
             times the uniform share; `"random"`, the control: as much attention as `"outliers"` would move, from random
             columns.
-        layers: Pattern of layers' names, or several.
-        heads: Pattern of layers' names -> heads that are changed; None: all.
-        seed: Of the control.
+        layers: Pattern of layer names, or several.
+        heads: Patterns of layer names, with the heads that are changed; None: all heads.
+        seed: Seed of `"random"`.
 
     Raises:
-        InputError: An argument is not accepted; or, in the context, gradients are enabled or no layer is reached.
+        InputError: An argument is not accepted; or, in the context, gradients are required or no layer is reached.
     """
     if detector not in DETECTORS:
         raise InputError(f"detector must be one of {', '.join(map(repr, DETECTORS))}; got {shorten(detector)!r}.")
@@ -213,10 +213,10 @@ def redistributing(
 def emphasising(
     model: nn.Module, alpha: float = 0.7, beta: float = 0.3, layers: str | Sequence[str] = "*"
 ) -> AbstractContextManager[Reached]:
-    """Boost the logits of local and summary tokens in the row of the class token (see `emphasise`), within a context.
+    """Emphasise local and summary tokens in the row of the class token (see `emphasise`) within a context.
 
-    Local tokens are those of the first layer that is reached, summary tokens the outliers of the layer at hand: inside
-    of a backbone its penultimate layer, which the source reads, is not known yet.
+    Local tokens are those of the first layer that is reached. Summary tokens are the outliers of the current layer: the
+    penultimate layer, which the source uses, has not run yet.
     """
 
     def edit(call: Call, logits: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def _editing(
     layers: str | Sequence[str],
     heads: dict[str, Sequence[int]] | None,
 ) -> AbstractContextManager[Reached]:
-    """Give the row of the class token, or the rows of attentive pooling, weights (B, heads, 1 or M, N) of ours."""
+    """Replace the weights (B, heads, 1 or M, N) of the class token's row, or of all rows of attentive pooling."""
 
     def attend(call: Call) -> Tensor | None:
         pooling = call.q.shape[2] < call.k.shape[2]
@@ -256,7 +256,7 @@ def _editing(
 
 
 def _added(call: Call, rows: int | None = None) -> Tensor | float:
-    """The bias of the first rows, as numbers."""
+    """The bias of the first rows, as values to add to the logits."""
     bias = call.bias
     if bias is None:
         return 0.0
@@ -267,7 +267,7 @@ def _added(call: Call, rows: int | None = None) -> Tensor | float:
 
 
 def take_at_random(weights: Tensor, patches: Tensor, moved: Tensor, generator: torch.Generator) -> Tensor:
-    """Take so much attention of each row from random columns, and give it to the others."""
+    """Move an amount of attention of each row from random columns to the others."""
     order = torch.rand(weights.shape[0], 1, 1, weights.shape[-1], generator=generator).to(weights.device)
     order = order.masked_fill(~patches, 2.0).argsort(dim=-1).expand_as(weights)
     sums = weights.gather(-1, order).cumsum(dim=-1) - weights.gather(-1, order)

@@ -1,18 +1,18 @@
-r"""Tiles of a grid, and attention to few of them: near keys exact, far tiles pooled.
+r"""Tiles of a grid, and attention to a few of them: selected tiles exactly, the others pooled.
 
 A grid of H x W tokens is cut into query tiles of T x T and key tiles of t x t, both row by row; tiles at the right and
-bottom may have fewer tokens. A query tile reads the K key tiles that `index` names, token by token; with the tail, it
-reads every other tile u as one key, the mean of its n_u keys, with the mean of its values:
+bottom may have fewer tokens. A query tile reads the K key tiles in `index` token by token. With the tail, it reads
+every other tile u as one key, the mean of its n_u keys, with the mean of its values:
 
     l_ij = s q_i . k_j                         j a prefix token or a token of a tile in the index of i's tile
     l_iu = s q_i . mean(k_u) + log n_u         u any other tile, with the tail
     y_i  = softmax(l_i) applied to [v_j, mean(v_u)]
 
-Limits: all tiles in the index give softmax attention, and so does any index where keys are constant within tiles. With
-constant keys y is the mean of the values. Prefix tokens as queries always read everything.
+Limits: with all tiles in the index the result is softmax attention, and so it is with any index if keys are constant
+within tiles. If all keys are equal, y is the mean of the values. Prefix tokens as queries always read all keys.
 
-Why the tail: where attention is diffuse, softmax over a selection is biased by what it leaves out, and even the tiles
-of the largest mass lose to a regular grid of keys (see docs).
+Why the tail: if attention is diffuse, softmax over a selection is biased by the keys it omits, and even the tiles of
+the largest mass are worse than a regular grid of keys (see docs).
 
 Cost: 2 N (P + K t^2 + H W / t^2) C multiply-accumulates, and the memory of K t^2 gathered keys per query tile.
 """
@@ -35,13 +35,13 @@ Grid = tuple[int, int]
 
 
 class Tiling(NamedTuple):
-    """How a grid is cut into n tiles of t x t tokens.
+    """Partition of a grid into n tiles of t x t tokens.
 
     Attributes:
-        shape: Tiles down and across.
-        table: Token of each place in a tile, (n, t^2) int64; places outside of the grid repeat a token of its border.
-        inside: Whether a place is inside the grid, (n, t^2) bool.
-        place: Index of each token among the n t^2 places, (H W,) int64.
+        shape: Number of tiles down and across.
+        table: Token at each position of a tile, (n, t^2) int64; positions outside the grid repeat a border token.
+        inside: Whether a position is inside the grid, (n, t^2) bool.
+        place: Index of each token among the n t^2 positions, (H W,) int64.
     """
 
     shape: Grid
@@ -51,12 +51,12 @@ class Tiling(NamedTuple):
 
     @property
     def tokens(self) -> Tensor:
-        """Tokens of each tile, (n,) int64."""
+        """Number of tokens of each tile, (n,) int64."""
         return self.inside.sum(1)
 
     @property
     def centres(self) -> Tensor:
-        """Middle (y, x) of each tile as if it were whole, in halves of a token, int64 (n, 2)."""
+        """Centre (y, x) of each tile, taken as complete, in units of half a token, int64 (n, 2)."""
         side = round(self.table.shape[1] ** 0.5)
         y, x = torch.meshgrid(*(torch.arange(n, device=self.table.device) for n in self.shape), indexing="ij")
         return torch.stack([y.flatten(), x.flatten()], 1) * 2 * side + side - 1
@@ -102,14 +102,14 @@ def tile_mass(q: Tensor, k: Tensor, grid: Grid, query_tile: int = 8, key_tile: i
         prefix: Number P of prefix tokens, which take part as keys.
 
     Returns:
-        (B, h, query tiles, key tiles); sums to 1 less the share of the prefix tokens.
+        (B, h, query tiles, key tiles); a row sums to 1 minus the attention on the prefix tokens.
     """
     queries, keys = tiling(grid, query_tile, q.device), tiling(grid, key_tile, q.device)
     shares = queries.inside.to(q.dtype) / queries.tokens.to(q.dtype).unsqueeze(1)
     inside = keys.inside.to(q.dtype)
     k = k.transpose(-1, -2).contiguous()
     rows = []
-    for tile, share in zip(queries.table, shares, strict=True):  # no N x N matrix is held
+    for tile, share in zip(queries.table, shares, strict=True):  # never materialises the N x N matrix
         weights = share @ (q.index_select(2, prefix + tile) @ k).softmax(-1)  # (B, h, P + H W)
         rows.append((weights[..., prefix:][..., keys.table] * inside).sum(-1))
     return torch.stack(rows, dim=2)
@@ -135,11 +135,11 @@ def near_far_attention(
         k: Keys (B, h, P + H W, D).
         v: Values (B, h, P + H W, E).
         grid: (H, W).
-        index: Key tiles, int64 (B or 1, h or 1, query tiles or 1, K), no tile twice for a query tile. With 1 query
-            tile all queries read the same. A sequence has one such index per head, with K of its own.
+        index: Key tiles, int64 (B or 1, h or 1, query tiles or 1, K), each at most once per query tile. With 1 query
+            tile all queries read the same tiles. A sequence has one such index per head, each with its own K.
         query_tile: Side T of the query tiles.
         key_tile: Side t of the key tiles.
-        tail: Whether tiles that are not selected take part, pooled.
+        tail: Whether tiles that are not selected take part as pooled keys.
         prefix: Number P of prefix tokens.
         scale: Factor s of the logits.
 
@@ -152,7 +152,7 @@ def near_far_attention(
     """
     if not isinstance(index, Tensor):
         if len(index) != q.shape[1]:
-            raise InputError(f"The policy selects for {len(index)} heads; the layer has {q.shape[1]}.")
+            raise InputError(f"The policy returns indices for {len(index)} heads; the layer has {q.shape[1]}.")
         heads = []
         for head, own in enumerate(index):
             part = [x[:, head : head + 1] for x in (q, k, v)]
@@ -220,15 +220,15 @@ def _named(index: Tensor, tiles: int) -> Tensor:
 
 
 def _check_index(index: Tensor, q: Tensor, queries: Tiling, keys: Tiling, others: bool) -> None:
-    """Refuse what cannot be an index. Its values are checked on a CPU only: elsewhere that waits for the device."""
+    """Check an index. Its values are checked on the CPU only: elsewhere this would synchronise with the device."""
     allowed = (1, q.shape[0]), (1, q.shape[1]), (1, len(queries.table)), range(len(keys.table) + 1)
     if index.dtype != torch.int64 or index.ndim != 4 or any(n not in a for n, a in zip(index.shape, allowed)):
         raise InputError(
-            f"The policy selects {str(index.dtype).removeprefix('torch.')} of shape {shorten(tuple(index.shape))}; "
-            f"int64 of (batch or 1, {q.shape[1]} or 1, {len(queries.table)} or 1, 0 to {len(keys.table)}) is required."
+            f"The index of a policy must be int64 of shape (batch or 1, {q.shape[1]} or 1, {len(queries.table)} or 1, "
+            f"0 to {len(keys.table)}); got {str(index.dtype).removeprefix('torch.')} {shorten(tuple(index.shape))}."
         )
     if not index.shape[3] and not others:
-        raise InputError("The policy selects no tile, and there is neither a tail nor a prefix token to attend to.")
+        raise InputError("The policy selects no tile, and there is no tail or prefix token to attend to.")
     if type(index) is not Tensor or index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
         return
     count = len(keys.table)
@@ -236,4 +236,4 @@ def _check_index(index: Tensor, q: Tensor, queries: Tiling, keys: Tiling, others
     if low < 0 or high >= count:
         raise InputError(f"The policy selects tiles {low} to {high}; the grid has tiles 0 to {count - 1}.")
     if int(_named(index, count).sum(-1).min()) < index.shape[3]:
-        raise InputError("The policy selects a tile twice for the same queries: it would count twice.")
+        raise InputError("The policy selects a tile twice for the same queries; select each tile at most once.")

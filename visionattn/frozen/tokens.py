@@ -24,7 +24,7 @@ _OF_ATTENTION = ("received", "class")
 
 
 class _Capture(TorchFunctionMode):
-    """Inside of it the queries and keys of the last `scaled_dot_product_attention` are kept."""
+    """A mode that keeps the queries and keys of the last `scaled_dot_product_attention`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class _Capture(TorchFunctionMode):
 
 
 class _Cut:
-    """What the hooks of a model share: how many tokens stay, how they are chosen, and which ones were chosen last."""
+    """State shared by the hooks of a model: how many tokens stay, how they are chosen, and the last choice."""
 
     def __init__(self, share: tuple[int, int], score: str, grid: TokenGrid, prefix: int, width: int) -> None:
         self.share, self.score, self.grid, self.prefix = share, score, grid, prefix
@@ -50,29 +50,29 @@ class _Cut:
         self.owner: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and files of the model shall not hold what the last image left.
+        # Copies and saved files of the model must not contain the state of the last image.
         return {**vars(self), "capture": _Capture(), "kept": None, "owner": None}
 
     def open(self, block: nn.Module, inputs: tuple) -> None:
-        """Pre-hook of the block before the cut, whose attention is read."""
+        """Pre-hook of the block before the cut: start to record its attention."""
         self.capture = _Capture()
         self.capture.__enter__()
 
     def close(self, block: nn.Module, inputs: tuple, output: Any) -> None:
-        """Hook of the same block, called after an error too."""
+        """Hook of the same block, also called after an error: stop to record."""
         self.capture.__exit__(None, None, None)
 
     def choose(self, block: nn.Module, inputs: tuple, options: dict[str, Any]) -> tuple[tuple, dict]:
-        """Pre-hook of the block behind the cut: (B, P + N, C) -> (B, P + k, C)."""
+        """Pre-hook of the first block after the cut: (B, P + N, C) -> (B, P + k, C)."""
         x = self._check(inputs, options)
         prefix, patches = x[:, : self.prefix], x[:, self.prefix :]
         height, width = self.grid.size
         if patches.shape[1] != height * width:
-            raise InputError(f"A grid of {height} x {width} does not make {patches.shape[1]} patch tokens.")
+            raise InputError(f"{patches.shape[1]} patch tokens do not match the grid of {height} x {width}.")
         if self.score == "merge":
             patches, self.owner = merge(patches, self.share)
             index = torch.arange(self.owner.shape[1], device=x.device).expand_as(self.owner)
-            # Which of a group's tokens is written last does not matter: they are equal from here on.
+            # It does not matter which token of a group is written last: they are equal from here on.
             self.kept = torch.zeros_like(self.owner[:, : patches.shape[1]]).scatter(1, self.owner, index)
         else:
             self.kept = self._select(block, patches, kept_count(patches.shape[1], self.share))
@@ -81,18 +81,18 @@ class _Cut:
         return (torch.cat([prefix, patches], dim=1),), {}
 
     def shrink(self, block: nn.Module, inputs: tuple, options: dict[str, Any]) -> tuple[tuple, dict]:
-        """Pre-hook of the blocks after it: (B, P + N, C) -> (B, P + k, C)."""
+        """Pre-hook of the following blocks: (B, P + N, C) -> (B, P + k, C)."""
         x = self._check(inputs, options)
         return (torch.cat([x[:, : self.prefix], _gather(x[:, self.prefix :], self.kept)], dim=1),), {}
 
     def fill(self, block: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        """Hook of all these blocks: (B, P + k, C) -> (B, P + N, C), each token from that which stands for it."""
+        """Hook of all blocks after the cut: (B, P + k, C) -> (B, P + N, C), each token from its representative."""
         return torch.cat([output[:, : self.prefix], _gather(output[:, self.prefix :], self.owner)], dim=1)
 
     def _check(self, inputs: tuple, options: dict[str, Any]) -> Tensor:
         others = [*inputs[1:], *options.values()]
         if len(inputs) < 1 or any(isinstance(other, Tensor) or other is True for other in others):
-            raise InputError("Its blocks take masks or positions next to the tokens: these tokens cannot be pruned.")
+            raise InputError("Its blocks take masks or positions in addition to the tokens, which cannot be pruned.")
         return inputs[0]
 
     def _select(self, block: Any, x: Tensor, count: int) -> Tensor:
@@ -117,7 +117,7 @@ class _Cut:
             return x.norm(dim=2)
         if self.score == "grid":
             return dither_order(*self.grid.size, x.device).expand(x.shape[0], -1)
-        # Numbers that depend on the image and can be exported, in place of a generator's.
+        # Pseudo-random numbers that depend on the image: unlike a generator, they can be exported.
         index = torch.arange(x.shape[1], device=x.device)
         noise = torch.sin((index + 1) * 12.9898 + x.float().mean(dim=(1, 2))[:, None] * 7823.3) * 43758.5453
         return noise - noise.floor()
@@ -126,8 +126,8 @@ class _Cut:
         """Attention that patches receive in the block before the cut, (B, N), mean over heads."""
         if self.capture.seen is None:
             raise InputError(
-                "The block before the cut does not call scaled_dot_product_attention, or not while it is fused: "
-                "choose a score that reads no attention."
+                "The block before the cut does not call scaled_dot_product_attention, for example because of "
+                "fused_attn=False: choose a score that does not read attention."
             )
         q, k, bias, scale = self.capture.seen
         self.capture.seen = None
@@ -146,36 +146,37 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def prune_tokens(model: nn.Module, keep: float, at: int | None = None, score: str = "merge") -> Savings:
-    """Let the later blocks of a transformer compute with a share of the patch tokens, in place, without training.
+    """Run the later blocks of a transformer on a share of the patch tokens, in place and without training.
 
         model = timm.create_model("vit_small_patch16_224", pretrained=True)
         print(visionattn.prune_tokens(model, 0.5, at=4))
         visionattn.export(model, "half.onnx")
 
-    Prefix tokens (class, registers) always stay. Each block hands on all tokens: one that is not computed is filled by
-    the nearest kept token of the grid, or by the token that it was merged into, so that heads, intermediate features
-    and dense tasks see the grid that they know. Parameters and their names stay as they are; a second call replaces the
-    first one's cut.
+    Prefix tokens (class, registers) always stay. Each block returns all tokens: a token that is not computed is copied
+    from the nearest kept token of the grid, or from the token that it was merged into, so that heads, intermediate
+    features and dense tasks see the full grid. Parameters and their names do not change; a second call replaces the cut
+    of the first one.
 
-    Merging loses least in this package's measurements, and a fixed grid nearly as little; no importance score beat
+    In this package's measurements merging loses least, and a fixed grid nearly as little; no importance score beat
     these two. See the page on frozen backbones.
 
     Args:
-        model: A transformer with a `patch_embed` and `blocks` that take the tokens alone, such as timm's
+        model: A transformer with a `patch_embed` and `blocks` that take only the tokens, such as timm's
             `VisionTransformer` (DeiT, DINOv2, CLIP).
-        keep: Share of the patch tokens that stay, above 0; 1 takes the cut away.
-        at: Index of the first block with fewer tokens; None: a quarter of the blocks keep all.
+        keep: Share of the patch tokens that stay, above 0; 1 removes the cut.
+        at: Index of the first block with fewer tokens; None: the first quarter of the blocks keeps all.
         score: `"merge"`; `"grid"` and `"random"`, the controls; `"class"` and `"received"`, attention of the class
-            token, or of all tokens, in the block before; `"norm"` and `"std"`, the norm and one over the deviation;
-            `"diversity"`, tokens far from each other; `"sensitivity"`, that of the block's MLP with diversity. The last
-            two take a step a kept token, so that they export at a fixed image size only.
+            token, or of all tokens, in the previous block; `"norm"` and `"std"`, the norm and the inverse standard
+            deviation; `"diversity"`, tokens far from each other; `"sensitivity"`, sensitivity of the block's MLP with
+            diversity. The last two take one step per kept token, so that they can be exported only at a fixed image
+            size.
 
     Returns:
-        Parameters, which do not change, and multiply-accumulates of one image before and after.
+        Parameters, which do not change, and multiply-accumulates per image before and after.
 
     Raises:
-        InputError: The model has no such blocks or no class token, or an argument is out of range. The model is then as
-            it was.
+        InputError: The model has no such blocks or no class token, or an argument is out of range. The model is then
+            unchanged.
     """
     blocks = _blocks(model)
     at = max(1, len(blocks) // 4) if at is None else at
@@ -205,7 +206,7 @@ def prune_tokens(model: nn.Module, keep: float, at: int | None = None, score: st
 def _blocks(model: nn.Module) -> list[nn.Module]:
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not len(blocks):
-        raise InputError(f"{type(model).__name__} has no blocks: prune_tokens takes transformers such as timm's ViT.")
+        raise InputError(f"{type(model).__name__} has no blocks; prune_tokens requires a transformer like timm's ViT.")
     return list(blocks)
 
 
@@ -220,7 +221,9 @@ def _check_arguments(model: nn.Module, keep: float, at: int, score: str, count: 
     if score == "class" and not (_prefix(model) and getattr(model, "cls_token", None) is not None):
         raise InputError(f"{type(model).__name__} has no class token: choose another score.")
     if getattr(model, "rope", None) is not None or getattr(model, "rel_pos_bias", None) is not None:
-        raise InputError(f"{type(model).__name__} gives its blocks positions next to the tokens: none can be pruned.")
+        raise InputError(
+            f"The blocks of {type(model).__name__} take positions in addition to the tokens, which cannot be pruned."
+        )
 
 
 def _prefix(model: nn.Module) -> int:
@@ -257,7 +260,7 @@ def _restore(module: nn.Module, hooks: dict[str, dict]) -> None:
 
 
 def _remove(blocks: list[nn.Module]) -> None:
-    """Take away the hooks of an earlier cut."""
+    """Remove the hooks of an earlier cut."""
     for block in blocks:
         for name in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = getattr(block, name)

@@ -22,9 +22,9 @@ Selection = Callable[..., Index | None]
 
 
 def attend(policy: Selection, call: Call) -> Tensor | None:
-    """Attention of a call under a policy; None where it stays dense, as without a grid or with a bias.
+    """Attention of a call under a policy; None if it stays dense, for example without a grid or with a bias.
 
-    Tiles and tail are attributes of the policy; of a plain function they are 8 and 4 tokens, with the tail.
+    Tile sizes and tail are attributes of the policy; for a plain function they are 8 and 4, with the tail.
     """
     if hasattr(policy, "attend"):
         return policy.attend(call)
@@ -35,7 +35,9 @@ def attend(policy: Selection, call: Call) -> Tensor | None:
     if index is None:
         return None
     if not isinstance(index, (Tensor, list, tuple)):
-        raise InputError(f"A policy returns indices of key tiles, a list of them, or None; got {shorten(repr(index))}.")
+        raise InputError(
+            f"A policy must return indices of key tiles, a list of them, or None; got {shorten(repr(index))}."
+        )
     return near_far_attention(
         q,
         call.k,
@@ -60,17 +62,17 @@ def using(
         print(reached)                                  # "12 layers reached"
 
     Args:
-        model: In evaluation mode; any that calls `scaled_dot_product_attention` (see `visionattn.frozen.calls`). It is
-            not changed, and is dense again at the end.
+        model: Any model in evaluation mode that calls `scaled_dot_product_attention` (see `visionattn.frozen.calls`).
+            It is not changed, and its attention is dense again after the context.
         policy: A policy (see `visionattn.frozen.policies`), a plan, or the path of a plan file.
-        layers: Pattern of layers' names, or several, such as `"blocks.1?.attn"`; the others stay dense, and so do
-            those that `prune_tokens` gives a part of the grid.
+        layers: Pattern of layer names, or several, such as `"blocks.1?.attn"`; the others stay dense, and so do layers
+            to which `prune_tokens` gives only a part of the grid.
 
     Yields:
         Which layers were reached, which stayed dense and why, and which do not call the function.
 
     Raises:
-        InputError: The plan is of another model, a call needs gradients, or, at the end, no layer was reached.
+        InputError: The plan belongs to another model, a call requires gradients, or, at the end, no layer was reached.
         DataError: The file is not a plan.
     """
     policy = _policy(model, policy)
@@ -85,12 +87,12 @@ def _policy(model: nn.Module, policy: Any) -> Selection:
         policy.check(model)
         return policy.make()
     if not callable(policy):
-        raise InputError(f"A policy, a plan or the path of a plan is required; got {shorten(repr(policy))}.")
+        raise InputError(f"policy must be a policy, a plan or the path of a plan; got {shorten(repr(policy))}.")
     return policy
 
 
 class UnderPolicy(nn.Module):
-    """A model that always runs under a policy, as one module: for export, and for counting its cost.
+    """A module that always runs a model under a policy, for export and for counting costs.
 
     Args:
         model: See `using`.
@@ -98,7 +100,7 @@ class UnderPolicy(nn.Module):
         layers: See `using`.
 
     Raises:
-        InputError: The plan is of another model.
+        InputError: The plan belongs to another model.
         DataError: The file is not a plan.
     """
 
@@ -111,12 +113,12 @@ class UnderPolicy(nn.Module):
         self.train(model.training)
 
     def forward(self, images: Tensor) -> Any:
-        """As the model."""
+        """Output of the model."""
         with using(self.model, self.policy, self.layers):
             return self.model(images)
 
     def __getattr__(self, name: str) -> Any:
-        """What the model says of itself: its task, its configuration."""
+        """Attributes of the model, such as its configuration."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -134,7 +136,7 @@ def export(
 ) -> tuple[Any, ...]:
     """Write a model under a policy as ONNX and check the file against PyTorch.
 
-    The file has a fixed image size, since the number of tiles is part of the graph; the batch is dynamic.
+    The file has a fixed image size, since the number of tiles is part of the graph; the batch size is dynamic.
 
     Args:
         model: See `using`.
@@ -149,7 +151,7 @@ def export(
     Raises:
         InputError: See `using`, or the model does not accept the size.
         DataError: The file is not a plan.
-        ExportError: The model cannot be exported, or the file computes something else.
+        ExportError: The model cannot be exported, or the outputs of the file differ.
         StorageError: The output exists or could not be written.
     """
     return export_model(UnderPolicy(model, policy, layers), output, static_size=True, **settings)
