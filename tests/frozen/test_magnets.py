@@ -39,5 +39,5 @@ def test_mistakes_are_named():
         drop_tokens(torch.ones(2, 3), [3])
     with pytest.raises(InputError, match="some of 0 to 2; got"):
         drop_tokens(torch.ones(2, 3), [0, 1, 2])
-    with pytest.raises(InputError, match="width of the condition"):
+    with pytest.raises(InputError, match="width C of the condition"):
         append_magnets(torch.zeros(2, 3, 4), torch.ones(2, 5))

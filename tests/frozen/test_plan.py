@@ -172,10 +172,10 @@ def test_what_cannot_be_planned():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (torch.zeros(3, 24, 24), "one image at least"),
-        (torch.zeros(0, 3, 24, 24), "one image at least"),
-        ([], "one image at least"),
-        (None, "one image at least"),
+        (torch.zeros(3, 24, 24), "at least one image"),
+        (torch.zeros(0, 3, 24, 24), "at least one image"),
+        ([], "at least one image"),
+        (None, "at least one image"),
         (torch.zeros(1, 3, 8, 8), "does not run on images of 3 x 8 x 8"),
         (torch.zeros(1, 1, 24, 24), "does not run on images of 1 x 24 x 24"),
     ],

@@ -78,9 +78,9 @@ def test_tiles_that_do_not_divide(query_tile, key_tile):
 def test_settings_that_are_not_possible():
     with pytest.raises(InputError, match="tail must be true or false; got 3"):
         Window(tail=3)
-    with pytest.raises(InputError, match=r"none later than its reader; got \[0, 2\]"):
+    with pytest.raises(InputError, match=r"none greater than its own position; got \[0, 2\]"):
         Reuse(sources=[0, 2])
-    with pytest.raises(InputError, match=r"counts must be numbers of tiles, at least 1; got \[\[0\]\]"):
+    with pytest.raises(InputError, match=r"counts must be numbers of tiles of at least 1; got \[\[0\]\]"):
         HeadBudgets(counts=[[0]])
 
 
@@ -206,5 +206,5 @@ def test_heads_have_budgets_of_their_own():
     assert [own.shape for own in index] == [(2, 1, 4, 1), (2, 1, 4, 4)]
     pooled = Pooled(0.3, query_tile=4, key_tile=2)
     torch.testing.assert_close(policy(q, k, grid, 1, {}), pooled(q, k, grid, 1, {}))
-    with pytest.raises(InputError, match="of 2 heads; it has 3"):
+    with pytest.raises(InputError, match="counts has 2 heads for layer 0, which has 3 heads"):
         policy(*tensors(grid, heads=3)[:2], grid, 0, {})

@@ -100,5 +100,5 @@ def test_routing_is_not_exported(tmp_path):
     routed = Routed(train_router(torch.randn(8, 16), torch.arange(8) % 2, 2), [Window(**TILES), None])
     with pytest.raises(InputError, match="with visionattn"):
         routed(None, None, None, None, None)
-    with pytest.raises(Exception, match="cannot be traced: take one of its policies"):
+    with pytest.raises(Exception, match="cannot be traced: trace one of its policies"):
         export(vit(depth=1), tmp_path / "model.onnx", routed)

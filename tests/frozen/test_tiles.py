@@ -145,7 +145,7 @@ def test_tile_mass():
         (torch.tensor([5, 2, 5]).view(1, 1, 1, 3), "a tile twice"),
     ],
 )
-def test_what_is_no_index(index, message):
+def test_what_is_not_an_index(index, message):
     q, k, v = tensors((16, 16))
     with pytest.raises(InputError, match=message):
         near_far_attention(q, k, v, (16, 16), index)
@@ -153,5 +153,5 @@ def test_what_is_no_index(index, message):
 
 def test_nothing_to_attend_to():
     q, k, v = tensors((4, 4))
-    with pytest.raises(InputError, match="neither a tail nor a prefix"):
+    with pytest.raises(InputError, match="no tail or prefix token"):
         near_far_attention(q, k, v, (4, 4), torch.zeros(1, 1, 1, 0, dtype=torch.int64), tail=False)

@@ -169,7 +169,7 @@ def test_models_that_cannot_be_pruned_stay_as_they_are():
     model = vit()
     for block in model.blocks:
         block.attn.fused_attn = False
-    with pytest.raises(InputError, match="reads no attention"):
+    with pytest.raises(InputError, match="does not read attention"):
         prune_tokens(model, 0.5, score="received")
     assert not any(block._forward_hooks for block in model.blocks)
 

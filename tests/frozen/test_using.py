@@ -51,7 +51,7 @@ def test_a_function_is_a_policy():
     with pytest.raises(InputError, match="selects int64 of shape"), torch.no_grad():
         with using(model, lambda *args: torch.zeros(4, dtype=torch.int64)):
             model(x)
-    with pytest.raises(InputError, match="A policy, a plan or the path of a plan is required; got 3"):
+    with pytest.raises(InputError, match="policy must be a policy, a plan or the path of a plan; got 3"):
         with using(model, 3):
             pass
 
@@ -155,7 +155,7 @@ def test_an_observer_outside_of_a_policy_sees_no_parts_of_its_layers(prefix):
 
 def test_a_policy_that_returns_something_else_is_refused():
     model = vit((8, 8))
-    with pytest.raises(InputError, match=r"A policy returns indices of key tiles, .* got 3"), torch.no_grad():
+    with pytest.raises(InputError, match=r"A policy must return indices of key tiles, .* got 3"), torch.no_grad():
         with using(model, lambda *args: 3):
             model(images(1, (8, 8)))
 
