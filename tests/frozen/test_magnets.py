@@ -35,9 +35,9 @@ def test_a_map_on_sinks_alone_stays():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(InputError, match="some of 0 to 2; got"):
+    with pytest.raises(InputError, match="from 0 to 2, but not all of them; got"):
         drop_tokens(torch.ones(2, 3), [3])
-    with pytest.raises(InputError, match="some of 0 to 2; got"):
+    with pytest.raises(InputError, match="from 0 to 2, but not all of them; got"):
         drop_tokens(torch.ones(2, 3), [0, 1, 2])
     with pytest.raises(InputError, match="width C of the condition"):
         append_magnets(torch.zeros(2, 3, 4), torch.ones(2, 5))

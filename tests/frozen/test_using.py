@@ -48,7 +48,7 @@ def test_a_function_is_a_policy():
         with using(model, all_tiles, "blocks.1.*"):
             torch.testing.assert_close(model(x), dense, rtol=1e-5, atol=1e-5)
     assert seen == [((2, 2, 64, 8), (2, 2, 64, 8), (8, 8), 1)]
-    with pytest.raises(InputError, match="selects int64 of shape"), torch.no_grad():
+    with pytest.raises(InputError, match=r"got int64 \(4,\)"), torch.no_grad():
         with using(model, lambda *args: torch.zeros(4, dtype=torch.int64)):
             model(x)
     with pytest.raises(InputError, match="policy must be a policy, a plan or the path of a plan; got 3"):
