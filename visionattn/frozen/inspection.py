@@ -63,7 +63,7 @@ class Inspection:
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per layer, with `pearson`, the correlation of its map with occlusion, and its interval over images."""
+        """One row per layer, with `pearson`, the correlation of its map with occlusion, and its interval."""
         rows = []
         for layer, (correlation, interval) in zip(self.look.layers, self.correlations(), strict=True):
             known = {"pearson": correlation, "pearson_low": interval.low, "pearson_high": interval.high}

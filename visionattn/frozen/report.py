@@ -177,9 +177,9 @@ def _occlusion_words(found: Inspection) -> list[str]:
     return [
         f"Correlation of the map of {found.look.layers[-1].layer} with occlusion of patches on {len(one.pearson)} "
         f"images: r = {_with_interval(one.mean, one.interval)}; of the mean of the maps over layers: r = "
-        f"{_with_interval(*found.mean_map_correlation)}. Intervals are bootstrapped over images. The score of a mask is "
-        f"{what}. A map that explains the output has a smaller deletion area and a larger insertion area than random "
-        "order; the saliency itself is close to the best possible order."
+        f"{_with_interval(*found.mean_map_correlation)}. Intervals are bootstrapped over images. The score of a mask "
+        f"is {what}. A map that explains the output has a smaller deletion area and a larger insertion area than "
+        "random order; the saliency itself is close to the best possible order."
     ]
 
 

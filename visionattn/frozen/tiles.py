@@ -148,7 +148,7 @@ def near_far_attention(
 
     Raises:
         InputError: The index has another shape or type, or is empty and there is neither tail nor prefix; on a CPU,
-            also where it names a tile that does not exist, or one twice.
+            also if it contains a tile that does not exist, or one twice.
     """
     if not isinstance(index, Tensor):
         if len(index) != q.shape[1]:
