@@ -38,7 +38,8 @@ def edge() -> str:
     rows = read_rows(RESULTS / "edge.csv")
     if not rows:
         return "Not measured yet.\n"
-    head = ["network", "image", "parameters", "file", "accuracy", "1 thread", "peer is, 1 thread", "2 threads"]
+    head = ["network", "image", "parameters", "file", "accuracy", "1 thread"]
+    head += ["our time / peer's, 1 thread", "2 threads"]
     head += ["memory", "WASM"]
     body = []
     for row in rows:

@@ -15,7 +15,7 @@ def edge_web() -> str:
         return "Not measured yet.\n"
     ratios = [row for row in rows if row["unit"] == "times"]
     body = [[row["case"], f"{float(row['median']):.1f}", f"{float(row['iqr']):.1f}"] for row in ratios]
-    table = markdown(["model and input", "browser / native", "between quartiles"], body)
+    table = markdown(["model and input", "browser time / native time", "IQR"], body)
     sizes = [row for row in rows if row["unit"] == "MB"]
     return table + "".join(f"\nDownload, {row['case']}: {float(row['median']):.2f} MB.\n" for row in sizes)
 
