@@ -126,7 +126,7 @@ def test_the_command_writes_a_page_and_its_numbers(folder, capsys):
 
 def test_of_several_attributes_one_is_named(folder):
     index = visionattn.index("pictures", "other", toy(), device="cpu", progress=False)
-    with pytest.raises(InputError, match="by --attribute: colour, kind"):
+    with pytest.raises(InputError, match="has the attributes colour, kind: choose with --attribute"):
         visionattn.duplicates(index)
     assert visionattn.duplicates(index, "colour", threshold=0.9).attribute == "colour"
 
@@ -154,13 +154,13 @@ def test_a_threshold_is_named_where_most_images_are_taken_for_copies(tmp_path, c
     found = visionattn.duplicates(index)
     assert [len(group) for group in found.groups] == [40]
     higher = found.higher_threshold()
-    assert f"Most images are taken for copies: use --threshold {higher:g}." in found.to_html()
+    assert f"Most images count as copies: use --threshold {higher:g}." in found.to_html()
     assert max(len(group) for group in visionattn.duplicates(index, threshold=higher).groups) <= 4
     assert max(len(group) for group in visionattn.duplicates(index, threshold=higher - 1e-4).groups) > 4
     monkeypatch.chdir(tmp_path)
     assert cli.main(["duplicates", "index"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "cosine from 0.95 on: 1 group, 39 of 40 images beyond the first of each" in out
+    assert "cosine of at least 0.95: 1 group, 39 of 40 images beyond the first of each" in out
     assert f"use --threshold {higher:g}." in out
 
 

@@ -85,13 +85,13 @@ def test_wrong_input(folder, tmp_path):
     with pytest.raises(UnknownNameError, match=r"no attribute cut\. It has colour, kind"):
         index.search(vectors, {"cut": 1.0}, 3)
     for weights in ({"colour": 0.0}, {}, {"colour": np.nan}, {"colour": np.inf}, {"colour": 1.0, "kind": -1.0}):
-        with pytest.raises(InputError, match="weights are finite and above 0"):
+        with pytest.raises(InputError, match="weights that are finite and above 0"):
             index.search(vectors, weights, 3)
     for top in (0, -1):
         with pytest.raises(InputError, match=f"must be at least 1; got {top}"):
             index.search(vectors, {"colour": 1.0}, top)
     for wrong in (np.full((2, 8), np.nan, np.float32), vectors[:1], vectors[:, :4]):
-        with pytest.raises(InputError, match=r"The query must be \(2, 8\) finite numbers"):
+        with pytest.raises(InputError, match=r"The query must have the shape \(2, 8\) and finite values"):
             index.search(wrong, {"colour": 1.0}, 3)
     with pytest.raises(DataError, match="is damaged: a score is not a cosine"):
         index.search(np.full((2, 8), 100, np.float32), {"colour": 1.0, "kind": 1.0}, 3)

@@ -149,7 +149,7 @@ def test_other_folders_and_models_need_a_word(folder, tmp_path):
     build_index(folder, tmp_path / "index", toy(), "toy")
     with pytest.raises(InputError, match=r"holds an index of another model: give --overwrite"):
         build_index(folder, tmp_path / "index", toy(1), "toy")
-    with pytest.raises(InputError, match=r"holds an index of images prepared in another way: give --overwrite"):
+    with pytest.raises(InputError, match=r"holds an index with other preprocessing: give --overwrite"):
         build_index(folder, tmp_path / "index", toy(), "toy", image_size=(32, 32))
     shutil.copytree(folder, tmp_path / "copies")
     with pytest.raises(InputError, match=r"holds an index of the folder .*pictures: give --overwrite"):
@@ -249,7 +249,7 @@ def test_files_of_the_user_stay(folder, tmp_path):
     assert {(output / name).read_text() for name in ("parts/mine.png", "parts/notes.txt", "mine.faiss")} == {"mine"}
     (tmp_path / "web").mkdir()
     (tmp_path / "web/manifest.json").write_text('{"name": "my app"}')
-    with pytest.raises(InputError, match=r"manifest\.json is damaged: the entry format is missing.* give --overwrite"):
+    with pytest.raises(InputError, match=r"manifest\.json is damaged: the entry format is missing.* Give --overwrite"):
         build_index(folder, tmp_path / "web", toy(), "toy")
     assert (tmp_path / "web/manifest.json").read_text() == '{"name": "my app"}'
 
@@ -259,7 +259,7 @@ def test_a_damaged_index_is_replaced_only_when_told(folder, tmp_path):
     whole = files(tmp_path / "index")
     for name, content in (("manifest.json", b"{"), ("01.faiss", whole["01.faiss"][:-4])):
         (tmp_path / "index" / name).write_bytes(content)
-        with pytest.raises(InputError, match="To replace what is there, give --overwrite"):
+        with pytest.raises(InputError, match="Give --overwrite to replace it"):
             build_index(folder, tmp_path / "index", toy(), "toy")
         build_index(folder, tmp_path / "index", toy(), "toy", overwrite=True)
         assert files(tmp_path / "index") == whole
@@ -372,7 +372,7 @@ def test_wrong_input(folder, tmp_path):
         build_index(tmp_path / "empty", tmp_path / "other", toy(), "toy")
     classifier = toy()
     classifier.attributes, classifier.num_classes = (), 10
-    with pytest.raises(InputError, match="gives no embeddings"):
+    with pytest.raises(InputError, match="is a classifier"):
         build_index(folder, tmp_path / "third", classifier, "classifier")
 
 

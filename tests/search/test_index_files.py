@@ -64,7 +64,7 @@ def test_an_entry_that_is_missing_or_of_another_type(index, entry, value):
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"format": 2}, r"is of format 2; format 1 is read"),
+        ({"format": 2}, r"has format 2; this version reads format 1"),
         ({"images": []}, "images must be a list of different names"),
         ({"images": ["a.png"] * 4}, "images must be a list of different names"),
         ({"images": ["a\0.png", "b.png", "c.png", "d.png"]}, "NUL byte"),
@@ -139,7 +139,7 @@ def test_vectors_that_are_not_those_that_were_written(index, content, old):
     if old:
         rewritten(index)
     (index / "00.faiss").write_bytes(content)
-    with pytest.raises(DataError, match=r"00\.faiss (is damaged|has \d+ images, the manifest 4: index them again)"):
+    with pytest.raises(DataError, match=r"00\.faiss (is damaged|has \d+ images, the manifest 4: index the images again)"):
         ImageIndex(index).search(QUERY, {"colour": 1.0}, 3)
 
 

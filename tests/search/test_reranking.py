@@ -91,18 +91,18 @@ def test_images_that_are_gone_are_left_out_and_told(index, tmp_path):
 
 def test_an_index_of_another_model_is_refused(index, tmp_path):
     save(tmp_path / "other.ckpt", backbone(seed=1))
-    with pytest.raises(CheckpointError, match=r"other\.ckpt re-ranks by patches of a model with the weights"):
+    with pytest.raises(CheckpointError, match=r"other\.ckpt was trained with the model weights"):
         visionattn.search(index, QUERY, rerank=tmp_path / "other.ckpt")
 
 
 def test_more_than_50_images_are_refused(index):
-    with pytest.raises(InputError, match=r"The 50 nearest images are re-ranked; got 51 to find"):
+    with pytest.raises(InputError, match=r"With re-ranking, the number of images to find must be at most 50; got 51"):
         visionattn.search(index, QUERY, top=51, rerank="pairs.ckpt")
 
 
 def test_an_index_of_attributes_is_refused(index, tmp_path):
     attributes = visionattn.index("pictures", tmp_path / "index", toy(), device="cpu", progress=False)
-    with pytest.raises(InputError, match="searched by 2 attributes; only an index of one is re-ranked"):
+    with pytest.raises(InputError, match="has 2 attributes; re-ranking requires an index with one attribute"):
         visionattn.search(attributes, QUERY, "colour", rerank="pairs.ckpt")
 
 
@@ -133,7 +133,7 @@ def test_files_without_a_pair_encoder_are_refused(index, tmp_path, content):
 
 def test_pair_encoders_of_any_number_of_blocks_are_not_built(index, tmp_path):
     save(tmp_path / "bad.ckpt", backbone(), **{f"pair_encoder.blocks.{n}.x": torch.ones(1) for n in range(100)})
-    with pytest.raises(CheckpointError, match="has 100 blocks, beyond 64"):
+    with pytest.raises(CheckpointError, match="has 100 blocks; the maximum is 64"):
         visionattn.search(index, QUERY, rerank=tmp_path / "bad.ckpt")
 
 

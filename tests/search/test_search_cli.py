@@ -58,10 +58,10 @@ def test_index_says_what_it_did(commands, tmp_path):
     (tmp_path / "pictures/bad.png").write_bytes(b"no image")
     code, out, err = commands("index", "pictures", "index", "--model", "toy")
     assert code == 1
-    assert "index: 18 images, to be searched by colour, kind" in out
+    assert "index: 18 images, searchable by colour, kind" in out
     assert "18 added, 0 refreshed, 0 removed" in out
     assert "bad.png" in err
-    assert "1 images could not be read; the index is without them." in err
+    assert "1 images could not be read and are not in the index." in err
     (tmp_path / "pictures/bad.png").unlink()
     picture("red", "disc", 50).save(tmp_path / "pictures/new.png")
     code, out, err = commands("index", "pictures", "index", "--model", "toy")
@@ -100,7 +100,7 @@ def test_an_absurd_number_of_hits_ends_with_all_images(indexed, monkeypatch):
     code, _, err = indexed(*SEARCH, "--top", 10**9)
     assert code == 0
     assert len(found()["hits"]) == 17
-    assert "the picture shows the first 5 of 17 images" in err
+    assert "the contact sheet shows the first 5 of 17 images" in err
     with Image.open("search.png") as drawn:
         assert drawn.size == (6 * 188 + 8, 216 + 8)
 
@@ -110,7 +110,7 @@ def test_a_moved_folder_and_changed_images_are_noticed(indexed, tmp_path):
     search = ("search", "index", "moved/00_red_bars.png", "--attribute", "colour", "--overwrite")
     code, _, err = indexed(*search)
     assert code == 0
-    assert f"the folder of the images, {tmp_path}/pictures, is gone. Say where they are now by --images FOLDER" in err
+    assert f"the image folder {tmp_path}/pictures no longer exists: give its new path with --images FOLDER" in err
     code, _, err = indexed(*search, "--images", "moved")
     assert "gone" not in err
     with Image.open("search.png") as drawn:
@@ -148,10 +148,10 @@ def test_names_that_are_markup_or_no_utf_8(commands, tmp_path):
     ("words", "message"),
     [
         (["--attribute", "cut"], "It has colour, kind"),
-        (["--attribute", "colour=much"], "'much' is no number"),
-        (["--attribute", "colour=nan"], "'nan' is no weight"),
+        (["--attribute", "colour=much"], "'much' is not a number"),
+        (["--attribute", "colour=nan"], "'nan' is not finite"),
         (["--attribute", "colour=-1"], "finite and above 0"),
-        (["--attribute", "colour=1,colour=2"], "'colour' stands there twice"),
+        (["--attribute", "colour=1,colour=2"], "'colour' is given twice"),
         (["--attribute", "colour", "--output", "found.gif"], "the file name must end in .png or"),
         (["--attribute", "colour", "--output", "b.png", "--model", "other"], "Give the model that made it"),
         (["--attribute", "colour", "--output", QUERY, "--overwrite"], "would replace the query image"),
@@ -201,7 +201,7 @@ def test_an_index_of_the_first_version_made_at_another_size(indexed, tmp_path):
     path.write_text(json.dumps(old))
     code, _, err = indexed(*SEARCH)
     assert code == 0
-    assert "the images were indexed at [48, 48] pixels, the model is made for [24, 24]: index them again" in err
+    assert "the images were indexed at [48, 48] pixels, but the model's input size is [24, 24]: index them again" in err
 
 
 def test_command_takes_names_and_weight_files():
@@ -232,7 +232,7 @@ def test_an_index_of_one_attribute_needs_none(commands, tmp_path, monkeypatch):
 def test_several_attributes_must_be_chosen_from(indexed):
     code, _, err = indexed("search", "index", QUERY)
     assert code == 2
-    assert "index is searched by colour, kind: say which by --attribute" in err
+    assert "index has the attributes colour, kind: choose with --attribute" in err
 
 
 def test_a_page_names_what_cannot_be_read_and_escapes(tmp_path):

@@ -1,7 +1,7 @@
-"""An index of a folder of images, for search and duplicates; the package is called as the function of its name.
+"""Image search and duplicate detection in an index of a folder; `visionattn.search` itself is callable.
 
-index = visionattn.index("photos", "photos.index", "tf_efficientnet_lite0")  # any of timm's names, or a file
-hits = visionattn.search(index, "query.jpg")  # by attributes, of a model that has them: "colour"
+index = visionattn.index("photos", "photos.index", "tf_efficientnet_lite0")  # a timm model name or a weight file
+hits = visionattn.search(index, "query.jpg")  # attribute models also take an attribute: "colour"
 print(visionattn.duplicates(index))
 """
 

@@ -1,4 +1,4 @@
-"""`visionattn.index` and `visionattn.search`: the commands of these names as functions."""
+"""`visionattn.index` and `visionattn.search`: the commands of the same names as functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from visionattn.search.reranking import RERANKED, Reranker
 
 __all__ = ["INDEX", "Hits", "index", "search"]
 
-INDEX = "index"  # folder that `index` writes unless another is named
+INDEX = "index"  # default output folder of `index`
 
 
 def index(
@@ -44,39 +44,39 @@ def index(
     overwrite: bool = False,
     progress: bool = True,
 ) -> ImageIndex:
-    """Embed the images of a folder by a model, and write their index or bring it up to date.
+    """Embed the images of a folder with a model, and write an index of them or update an existing one.
 
-    A model of attributes gives one embedding for each; any other gives its features, under the attribute "image". The
-    classifier of a model is left out.
+    An attribute model gives one embedding per attribute; any other model gives its features, under the attribute
+    "image". A classifier's head is removed.
 
     Args:
-        folder: Images, also in sub-folders.
-        output: Folder of the index. One of the same folder and model is brought up to date: images are added, removed
-            and refreshed. An unfinished one is continued.
-        model: Needed. Any name of timm's registry with weights, weight file or folder, or a module (see
+        folder: Folder of images; sub-folders are included.
+        output: Folder of the index. An index of the same folder and model is updated: images are added, removed and
+            refreshed. An unfinished index is continued.
+        model: Required. A timm model name with weights, a weight file or folder, or a module (see
             `visionattn.opening.open_model`), which is not changed.
-        checkpoint: Weight file for a name.
-        image_size: Side of the images in pixels, or height and width; None takes the model's.
-        nearest: How search finds the nearest: "exact", approximately by "hnsw" or "ivf" (see
+        checkpoint: Weight file for a model name.
+        image_size: Side of the images in pixels, or (height, width); None: the model's input size.
+        nearest: How search finds the nearest images: "exact", approximately with "hnsw" or "ivf" (see
             `visionattn.search.nearest`), or "auto": exact below 200,000 images.
-        device: "auto" (a GPU where there is one), or a device of PyTorch.
+        device: "auto" (a GPU if available), or a PyTorch device.
         overwrite: Replace an index of another folder or model, and compare images by content, not by size and time.
         progress: Show the progress in a terminal or notebook.
 
     Returns:
-        The index. Its `update` says what changed, and which images could not be read.
+        The index. Its `update` states what changed and which images could not be read.
 
     Raises:
         CheckpointError: The model's weights could not be read, or are not finite.
-        DataError: There are no images, or none or more than 10 % of them can be read.
-        InputError: No model is given, it gives no finite embeddings of that size, there is another index, or no such
-            device.
+        DataError: There are no images, or none can be read, or more than 10 % cannot be read.
+        InputError: No model is given, it gives no finite embeddings at that size, the output holds another index, or
+            the device does not exist.
         MissingPackageError: faiss is not installed.
         StorageError: The index could not be written, or another run is writing to it.
         UnknownNameError: No model has that name.
     """
     if model is None:
-        raise InputError("model is missing: a name of timm with weights, a weight file or a module.")
+        raise InputError("model is missing: give a timm model name with weights, a weight file or a module.")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     network = _open(model, device, checkpoint, size)
     update = update_index(
@@ -96,14 +96,14 @@ def index(
 
 
 class Hits(list[Hit]):
-    """What a search found, best first; a notebook shows it as a contact sheet.
+    """Results of a search, best first; a notebook shows them as a contact sheet.
 
     Attributes:
-        attributes: Weight of each attribute that was searched by.
+        attributes: Weight of each attribute of the search.
         query: The query image.
-        folder: Where the indexed images are.
-        left_out: Indexed images that are the query itself or copies of it, and so no hits.
-        notes: What else is worth knowing, such as images that have changed since they were indexed.
+        folder: Folder of the indexed images.
+        left_out: Indexed images that are the query itself or copies of it, which are not among the hits.
+        notes: Remarks for the user, such as on images that have changed since they were indexed.
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class Hits(list[Hit]):
         self.notes: list[str] = []
 
     def contact_sheet(self) -> Image.Image:
-        """A picture of the query, framed, and the hits, best first; grey stands for an image that is gone."""
+        """Draw the query, framed, and the hits, best first, as one image; missing images are grey."""
         return sheet.contact_sheet(self.query, self, self.folder)
 
     def to_html(self) -> str:
-        """The contact sheet as a page without scripts that needs no other file."""
+        """Return the contact sheet as a self-contained HTML page without scripts."""
         several = len(self.attributes) > 1
         searched = [f"{shorten(name)}{f' x {weight:g}' * several}" for name, weight in self.attributes.items()]
         found = [sheet.Cell(hit.image, f"{hit.score:.3f}") for hit in self]
@@ -127,7 +127,7 @@ class Hits(list[Hit]):
         return sheet.page("Images found", told, groups, self.folder)
 
     def to_json(self) -> dict[str, Any]:
-        """The search and its hits as plain values."""
+        """Return the search and its hits as a JSON-compatible dictionary."""
         return {
             "folder": str(self.folder),
             "attributes": self.attributes,
@@ -156,33 +156,34 @@ def search(
     output: str | Path | None = None,
     overwrite: bool = False,
 ) -> Hits:
-    """Find the images of an index that are like one, by attributes such as colour.
+    """Find the images of an index that are most similar to a query image, by attributes such as colour.
 
     Args:
         index: Folder that `visionattn.index` wrote, or the index itself, which keeps the model for the next search.
-        image: Query image: a file, a PIL image, or an array (H, W) or (H, W, C) of uint8 or uint16, of 1 to 4 channels.
-        attributes: An attribute, several of equal weight, or the weight of each; None is the only one of the index.
-        top: Most hits.
-        include_query: Also find the query image itself and copies of it in the index. A query without a file has no
-            copies.
-        images: Where the indexed images are now; None is where they were.
-        model: The model that made the index; None is where it was then.
-        checkpoint: Weight file for a name.
-        device: "auto" (a GPU where there is one), or a device of PyTorch.
-        rerank: Checkpoint of `RerankTask`, whose pair encoder compares the patches of the query with those of the 50
-            nearest images, which it reads, and puts them in its order; scores are then its own, from 0 to 1. The index
-            must be of the model that it was trained with, and of one attribute.
-        output: Contact sheet to write, a picture or an HTML page, with a JSON file of the same name; None writes
+        image: Query image: a file, a PIL image, or an array (H, W) or (H, W, C) of uint8 or uint16 with 1 to 4
+            channels.
+        attributes: An attribute, several of equal weight, or the weight of each; None: the only one of the index.
+        top: Maximum number of hits.
+        include_query: Also find the query image itself and copies of it in the index. A query that is not a file has
+            no copies.
+        images: Current folder of the indexed images; None: the folder that was indexed.
+        model: The model that made the index; None: the model recorded in the index.
+        checkpoint: Weight file for a model name.
+        device: "auto" (a GPU if available), or a PyTorch device.
+        rerank: Checkpoint of `RerankTask`. Its pair encoder reads the 50 nearest images, compares their patches with
+            those of the query and re-orders them; scores are then its own, from 0 to 1. The index must have been made
+            with the model that it was trained with, and have one attribute.
+        output: Contact sheet to write, an image or an HTML page, with a JSON file of the same name; None writes
             nothing.
-        overwrite: Replace outputs that exist.
+        overwrite: Replace existing outputs.
 
     Returns:
-        Best first; equal scores in the order of the images.
+        Hits, best first; hits of equal score in the order of the index.
 
     Raises:
         CheckpointError: The model is not the one that made the index, or could not be read.
         DataError: There is no index, it is damaged, or the query image cannot be read.
-        InputError: An argument is not accepted, or an output exists.
+        InputError: An argument is invalid, or an output exists.
         MissingPackageError: faiss is not installed.
         StorageError: An output could not be written.
         UnknownNameError: There is no such attribute, or no such model.
@@ -227,7 +228,7 @@ def _open(
     checkpoint: str | Path | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
-    """The model that embeds images: of a classifier its features."""
+    """Open the model that embeds images; the head of a classifier is removed."""
     found: Any = open_model(
         model, checkpoint, task=EMBEDDING_TASKS, image_size=image_size, drop_classifier=checkpoint is not None
     ).model
@@ -238,7 +239,7 @@ def _open(
 
 
 def _name(model: str | Path | nn.Module) -> str:
-    """What a manifest calls a model: a file by its whole path."""
+    """Name of a model in a manifest; for a file, its absolute path."""
     if isinstance(model, nn.Module):
         return type(model).__name__
     return str(Path(model).resolve()) if Path(model).exists() else str(model)
@@ -250,10 +251,10 @@ def _model_of(
     device: str | torch.device,
     checkpoint: str | Path | None,
 ) -> nn.Module:
-    """The model of an index, which keeps it.
+    """Open the model of an index, and keep it in the index for the next search.
 
     Raises:
-        CheckpointError: It is another one.
+        CheckpointError: Its weights are not those that made the index.
     """
     if model is not None or checkpoint is not None or index.model is None:
         named = index.manifest["model"] if model is None else model
@@ -272,7 +273,7 @@ def _weights(attributes: str | Sequence[str] | Mapping[str, float] | None, index
     if attributes is None:
         if len(index.conditions) > 1:
             raise InputError(
-                f"{shorten(index.folder)} is searched by {', '.join(map(shorten, index.conditions))}: say which by "
+                f"{shorten(index.folder)} has the attributes {', '.join(map(shorten, index.conditions))}: choose with "
                 "--attribute."
             )
         return dict.fromkeys(index.conditions, 1.0)
@@ -287,11 +288,11 @@ def _check_outputs(output: Path, image: str | Path | None, overwrite: bool) -> N
     check_output(output, overwrite, (*WRITABLE, sheet.PAGE))
     check_output(described, overwrite)
     if image is not None and os.path.realpath(image) in map(os.path.realpath, (output, described)):
-        raise InputError(f"The output would replace the query image {shorten(image)}. Name another --output.")
+        raise InputError(f"The output would replace the query image {shorten(image)}: give another --output.")
 
 
 def _notes(index: ImageIndex, model: nn.Module, hits: Hits) -> list[str]:
-    """What is worth knowing of a search next to its hits."""
+    """Remarks for the user on the hits of a search."""
     notes, folder = [], hits.folder
     if hits.left_out:
         first = shorten(hits.left_out[0])
@@ -308,8 +309,8 @@ def _notes(index: ImageIndex, model: nn.Module, hits: Hits) -> list[str]:
             found.append(None)
     if hits and not os.path.isdir(folder):
         notes.append(
-            f"the folder of the images, {shorten(folder)}, is gone. Say where they are now by --images FOLDER, or run "
-            "visionattn index on that folder again."
+            f"the image folder {shorten(folder)} no longer exists: give its new path with --images FOLDER, or run "
+            "visionattn index on it again."
         )
     elif gone := found.count(None):
         notes.append(f"{gone} of the images found are no longer in {shorten(folder)}: run visionattn index again.")
@@ -317,12 +318,12 @@ def _notes(index: ImageIndex, model: nn.Module, hits: Hits) -> list[str]:
     if changed:
         notes.append(f"{changed} of the images found have changed since they were indexed: run visionattn index again.")
     if len(hits) > sheet.SHOWN:
-        notes.append(f"the picture shows the first {sheet.SHOWN} of {len(hits)} images; the JSON file names all.")
+        notes.append(f"the contact sheet shows the first {sheet.SHOWN} of {len(hits)} images; the JSON file lists all.")
     own, prepared = input_config(model), index.manifest["input"]
-    # Indexes with checksums were made by versions that take the image size from the checkpoint, or were told another.
+    # Versions that write checksums take the image size from the checkpoint, or from the user.
     if "checksums" not in index.manifest and own != prepared:
         notes.append(
-            f"the images were indexed at {prepared.get('size')} pixels, the model is made for {own['size']}: index "
-            "them again with --overwrite."
+            f"the images were indexed at {prepared.get('size')} pixels, but the model's input size is {own['size']}: "
+            "index them again with --overwrite."
         )
     return notes

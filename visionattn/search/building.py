@@ -1,8 +1,8 @@
-"""Making an index of a folder of images, and bringing it up to date.
+"""Building an index of a folder of images, and updating it.
 
-Images whose size and time of change are those of the index, or whose content is, keep their vectors; the others are
-embedded. Blocks and their batches are always cut alike: a run that was stopped goes on behind its finished blocks, and
-ends with the same bytes as one that was not.
+Images whose size and modification time, or whose content, match the index keep their vectors; the others are embedded.
+Images are always divided into the same blocks and batches: an interrupted run resumes after its finished blocks and
+produces the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -60,26 +60,26 @@ __all__ = [
     "write_index",
 ]
 
-BLOCK, BATCH = 256, 32  # images of a finished block, and of a pass
-LARGE = 2**25  # pixels of images of which one is read at a time
-WHOLE = "image"  # what the one condition of a model without conditions is called
-# Entries of the manifest that vectors follow from, and what an index is whose entry is another one.
+BLOCK, BATCH = 256, 32  # images per saved block, and per forward pass
+LARGE = 2**25  # images with more pixels are read one at a time
+WHOLE = "image"  # name of the only condition of a model without conditions
+# Manifest entries that determine the vectors, and the description of an index whose entry differs.
 REASONS = {
     "weights": "of another model",
-    "input": "of images prepared in another way",
-    "conditions": "by other attributes",
+    "input": "with other preprocessing",
+    "conditions": "with other attributes",
 }
 
 
 @dataclass
 class Update:
-    """What `update_index` did.
+    """Changes that `update_index` made.
 
     Attributes:
-        failures: One line for each image that could not be read; the index is without it.
+        failures: One line per image that could not be read and is missing from the index.
         added: Names of the images that are new in the index.
-        removed: Names of those that are no longer in it.
-        refreshed: Names of those whose content changed.
+        removed: Names of the images that are no longer in it.
+        refreshed: Names of the images whose content changed.
     """
 
     failures: list[str] = field(default_factory=list)
@@ -93,11 +93,11 @@ class Update:
 
 @dataclass
 class _Known:
-    """An image of which the vectors are known.
+    """An image with known vectors.
 
     Attributes:
-        status: Size and time of change.
-        digest: Of its content; None in an index that was written before digests were kept.
+        status: Size in bytes and modification time in nanoseconds.
+        digest: Digest of its content; None in an index of a version that stored no digests.
         vectors: float32 (C, E).
     """
 
@@ -107,29 +107,29 @@ class _Known:
 
 
 def find_images(folder: str | Path) -> list[str]:
-    """The images of a folder and its sub-folders, as sorted names relative to it; hidden ones are left out.
+    """List the images of a folder and its sub-folders, as sorted names relative to it; hidden ones are left out.
 
     Raises:
-        DataError: There is no such folder, or no image in it.
+        DataError: The folder does not exist, or contains no image.
     """
     return sorted(path.relative_to(folder).as_posix() for path in images.find_images(folder, recursive=True))
 
 
 def read_upright(path: str | Path) -> Image.Image:
-    """Read an image as RGB of 8 bits: upright by its EXIF, alpha on white.
+    """Read an image as 8-bit RGB, rotated upright by its EXIF orientation, with alpha blended onto white.
 
     Raises:
-        DataError: It is not there, no image, or damaged.
+        DataError: The file does not exist, is not an image, or is damaged.
         InputError: Its pixels have no known range.
     """
     return _rgb(picture.read(Path(path)).pixels)
 
 
 def as_upright(image: Image.Image | np.ndarray) -> Image.Image:
-    """As `read_upright`, of a PIL image, or of an array (H, W) or (H, W, C) of uint8 or uint16.
+    """As `read_upright`, for a PIL image or an array (H, W) or (H, W, C) of uint8 or uint16.
 
     Raises:
-        InputError: It is neither, or its pixels have no known range.
+        InputError: The image is neither, or its pixels have no known range.
     """
     if isinstance(image, Image.Image):
         return _rgb(picture.Picture.of(ImageOps.exif_transpose(image)).pixels)
@@ -145,7 +145,7 @@ def as_upright(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def _rgb(pixels: np.ndarray) -> Image.Image:
-    """(H, W, C) of uint8 or uint16 -> RGB of 8 bits, alpha on white."""
+    """(H, W, C) of uint8 or uint16 -> 8-bit RGB, alpha blended onto white."""
     if pixels.dtype == np.uint16:
         pixels = np.rint(pixels / np.float32(257)).astype(np.uint8)
     if pixels.shape[2] in (2, 4):
@@ -154,10 +154,10 @@ def _rgb(pixels: np.ndarray) -> Image.Image:
 
 
 def digest_of(path: Path) -> str:
-    """32 hexadecimal digits of the content of a file.
+    """Digest of a file's content, as 32 hexadecimal digits.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
@@ -176,26 +176,26 @@ def build_index(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> list[str]:
-    """Embed the images of a folder by all conditions of a model, and write their index or bring it up to date.
+    """Embed the images of a folder under all conditions of a model, and write an index or update an existing one.
 
     Args:
-        folder: Images, also in sub-folders.
-        output: Folder of the index. One of the same folder and model is brought up to date: images are added, removed
-            and refreshed. An unfinished one is continued.
-        model: Gives (B, C, E) for its `attributes`, or features (B, E), which make one condition `"image"`.
+        folder: Folder of images; sub-folders are included.
+        output: Folder of the index. An index of the same folder and model is updated: images are added, removed and
+            refreshed. An unfinished index is continued.
+        model: Module that returns (B, C, E) for its C `attributes`, or features (B, E), the only condition `"image"`.
         model_name: Name or weight file of the model, for the manifest.
-        image_size: Height and width of the images; None takes the model's.
+        image_size: Height and width of the images in pixels; None: the model's input size.
         overwrite: Replace an index of another folder or another model, or a damaged one; and compare images by their
-            content, not by size and time of change.
-        console: Shows the progress; None shows none.
+            content, not by size and modification time.
+        console: Console that shows the progress; None: no progress.
 
     Returns:
-        One line for each image that could not be read; the index is without it.
+        One line per image that could not be read and is missing from the index.
 
     Raises:
         CheckpointError: The model's weights are not finite.
-        DataError: There are no images, or none or more than 10 % of them cannot be read.
-        InputError: The model gives no finite embeddings of that size, or there is another index.
+        DataError: There are no images, or none can be read, or more than 10 % cannot be read.
+        InputError: The model gives no finite embeddings at that size, or the output holds another index.
         MissingPackageError: faiss is not installed.
         StorageError: The index could not be written, or another run is writing to it.
     """
@@ -216,8 +216,8 @@ def update_index(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Update:
-    """As `build_index`; `checkpoint` is the weight file of the name, `nearest` a kind of `KINDS`. Says what changed."""
-    kind_for(0, nearest)  # which says what is wrong with it
+    """As `build_index`, with the name's weight file `checkpoint` and the kind `nearest`; returns what changed."""
+    kind_for(0, nearest)  # raises an error for an unknown kind
     require("faiss", "search")
     folder, output = Path(folder), Path(output)
     names = find_images(folder)
@@ -233,7 +233,7 @@ def update_index(
         maker.resume(output)
         with counted("images", len(names), console) as advance:
             advance(len(maker.found))
-            # Images that could not be read then come first: whether they can now changes no later block.
+            # Images that failed before come first: whether they can be read now does not change the later blocks.
             retried = set(maker.failures)
             fresh = [name for name in maker.statuses if name not in maker.found and name not in retried]
             for chosen in (sorted(retried), fresh):
@@ -260,12 +260,12 @@ def update_index(
 
 
 def write_index(output: Path, vectors: np.ndarray, manifest: dict[str, Any]) -> None:
-    """Write the files of an index, in place of those that are there.
+    """Write the files of an index, replacing existing ones.
 
     Args:
-        output: Its folder.
+        output: Folder of the index.
         vectors: float32 (N, C, E), L2-normalised.
-        manifest: model, weights, input, conditions, folder and images.
+        manifest: Entries model, weights, input, conditions, folder and images.
 
     Raises:
         StorageError: A file could not be written.
@@ -277,11 +277,11 @@ def write_index(output: Path, vectors: np.ndarray, manifest: dict[str, Any]) -> 
 
 
 def _plan(folder: Path, model: nn.Module, model_name: str, image_size: tuple[int, int] | None) -> dict[str, Any]:
-    """What vectors follow from, in plain types, and where the images are."""
+    """Manifest entries that determine the vectors, and the folder of the images."""
     conditions = conditions_of(model)
     if not conditions and getattr(model, "num_classes", 0) != 0:
         raise InputError(
-            f"{shorten(model_name)} names classes and gives no embeddings: models va_cca_* and re-identification do."
+            f"{shorten(model_name)} is a classifier: an embedding model is required, such as va_cca_* or re-id models."
         )
     config = input_config(model, image_size)
     check_embedding(model, model_name, config)
@@ -295,7 +295,7 @@ def _plan(folder: Path, model: nn.Module, model_name: str, image_size: tuple[int
 
 
 def _statuses(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
-    """Size and time of change of each image that is still there."""
+    """Size and modification time of each image that still exists."""
     found = {}
     for name in names:
         with contextlib.suppress(OSError):
@@ -305,7 +305,7 @@ def _statuses(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
 
 
 def _before(output: Path, plan: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The manifest of the index that is to be brought up to date; None for none.
+    """Manifest of the existing index to update; None if there is none.
 
     Raises:
         InputError: It is damaged, of another model or of another folder, and may not be replaced.
@@ -317,11 +317,11 @@ def _before(output: Path, plan: dict[str, Any], overwrite: bool) -> dict[str, An
     except DataError as error:
         if overwrite:
             return None
-        raise InputError(f"{error} To replace what is there, give --overwrite.") from error
+        raise InputError(f"{error} Give --overwrite to replace it.") from error
     changed = [words for key, words in REASONS.items() if before[key] != plan[key]]
     if changed and not overwrite:
         raise InputError(f"{shorten(output)} holds an index {' and '.join(changed)}: give --overwrite to replace it.")
-    # A folder that is gone was moved; its images are told by their content.
+    # A folder that no longer exists was moved; its images are recognised by their content.
     if before["folder"] != plan["folder"] and os.path.isdir(before["folder"]) and not overwrite:
         whose = shorten(before["folder"])
         raise InputError(f"{shorten(output)} holds an index of the folder {whose}: give --overwrite to replace it.")
@@ -329,7 +329,7 @@ def _before(output: Path, plan: dict[str, Any], overwrite: bool) -> dict[str, An
 
 
 class _Maker:
-    """Finds the vectors of images: known ones, those of finished blocks, and by the model."""
+    """Collects the vectors of images: from an old index, from finished blocks, and from the model."""
 
     def __init__(
         self, folder: Path, model: nn.Module, plan: dict[str, Any], statuses: dict[str, tuple[int, int]]
@@ -341,16 +341,16 @@ class _Maker:
         self.transform = eval_transform(plan["input"])
         self.statuses = statuses
         self.found: dict[str, _Known] = {}
-        self.failures: dict[str, list[Any]] = {}  # size, time of change, message
+        self.failures: dict[str, list[Any]] = {}  # size, modification time, message
         self.embedded: set[str] = set()
         self.blocks = 0
         self._one_large = threading.Lock()
 
     def reuse(self, before: dict[str, Any], output: Path, trust_times: bool) -> bool:
-        """Take the vectors of images that are as they were, by size and time of change or by content.
+        """Take the vectors of unchanged images, recognised by size and modification time or by content.
 
         Returns:
-            False where the vectors are damaged and may be replaced.
+            False if the vectors are damaged and may be replaced.
 
         Raises:
             InputError: The vectors are damaged.
@@ -362,7 +362,7 @@ class _Maker:
         except DataError as error:
             if not trust_times:
                 return False
-            raise InputError(f"{error} To replace what is there, give --overwrite.") from error
+            raise InputError(f"{error} Give --overwrite to replace it.") from error
         known = [
             _Known(statuses.get(name), digest, np.stack([column[row] for column in columns]))
             for row, (name, digest) in enumerate(zip(before["images"], digests))
@@ -389,7 +389,7 @@ class _Maker:
         return True
 
     def resume(self, output: Path) -> None:
-        """Take the finished blocks of a run that was stopped."""
+        """Take the finished blocks of an interrupted run."""
         for number, block in read_blocks(output, self.identity):
             self.blocks = number + 1
             for (name, size, time, digest), vectors in zip(block.files, block.vectors):
@@ -401,7 +401,7 @@ class _Maker:
                     self.failures[name] = [size, time, message]
 
     def embed(self, names: list[str], output: Path, advance: Callable[[int], None]) -> None:
-        """Embed images in blocks, each written when it is finished."""
+        """Embed images block by block, and write each finished block."""
         with ThreadPoolExecutor() as pool, torch.inference_mode():
             for start in range(0, len(names), BLOCK):
                 block = self._block(names[start : start + BLOCK], pool, advance)
@@ -434,7 +434,7 @@ class _Maker:
         return Block(files, np.concatenate(vectors) if vectors else np.zeros((0, 0, 0), np.float32), failures)
 
     def _read(self, name: str) -> tuple[torch.Tensor, str] | str:
-        """An image as the model gets it and the digest of its file, or why it cannot be read."""
+        """The model's input for an image and the digest of its file, or the reason why it cannot be read."""
         path = self.folder / name
         try:
             height, width = picture.size_of(path)

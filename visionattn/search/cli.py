@@ -1,4 +1,4 @@
-"""`visionattn index FOLDER`, `search INDEX IMAGE` and `duplicates INDEX`: images that are alike, by any model."""
+"""`visionattn index FOLDER`, `search INDEX IMAGE` and `duplicates INDEX`: similar images, by any model."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ __all__ = [
     "run_search",
 ]
 
-SHOWN = 20  # groups of duplicates in the terminal; the page has all
+SHOWN = 20  # groups of duplicates in the terminal; the page shows all
 
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `visionattn index`."""
-    parser.add_argument("folder", help="images, also in sub-folders")
+    parser.add_argument("folder", help="folder of images; sub-folders are included")
     parser.add_argument(
         "output",
         nargs="?",
         default=INDEX,
-        help="folder of the index; an existing one is brought up to date (default: %(default)s)",
+        help="folder of the index; an existing index is updated (default: %(default)s)",
     )
-    parser.add_argument("--model", required=True, metavar="NAME|FILE", help="any of timm's names, or weight file")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weight file of the model named")
+    parser.add_argument("--model", required=True, metavar="NAME|FILE", help="timm model name, or weight file")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weight file for the model name")
     parser.add_argument(
         "--image-size",
         type=whole_number(1, LARGEST),
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        help="of images (default: the model's)",
+        help="size of the images in pixels (default: the model's input size)",
     )
     parser.add_argument(
-        "--nearest", choices=KINDS, default="auto", help="how search finds them (default: exact below 200,000 images)"
+        "--nearest", choices=KINDS, default="auto", help="kind of search (default: auto, exact below 200,000 images)"
     )
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if available), cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -68,64 +68,64 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attribute",
         metavar="NAME[=WEIGHT],...",
-        help="colour, or a mix: colour=1,kind=0.5 (default: the only one of the index)",
+        help="attribute, or a weighted mix: colour=1,kind=0.5 (default: the only one of the index)",
     )
-    parser.add_argument("--top", type=whole_number(1), default=12, help="images to find (default: 12)")
+    parser.add_argument("--top", type=whole_number(1), default=12, help="number of images to find (default: 12)")
     parser.add_argument(
         "--include-query", action="store_true", help="also find the query image itself and copies of it in the index"
     )
     parser.add_argument(
-        "--images", metavar="FOLDER", help="where the indexed images are now (default: where they were)"
+        "--images", metavar="FOLDER", help="current folder of the indexed images (default: as recorded in the index)"
     )
     parser.add_argument(
-        "--model", metavar="NAME|FILE", help="the model that made the index (default: where it was then)"
+        "--model", metavar="NAME|FILE", help="model that made the index (default: as recorded in the index)"
     )
-    parser.add_argument("--checkpoint", metavar="FILE", help="weight file of the model named")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weight file for the model name")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if available), cpu, cuda, cuda:1, ...")
     parser.add_argument(
-        "--rerank", metavar="FILE", help="re-rank the 50 nearest by patches: checkpoint of RerankTask (default: none)"
+        "--rerank", metavar="FILE", help="checkpoint of RerankTask; re-ranks the 50 nearest images by their patches"
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("search.png"),
-        help="picture, or .html page, of what was found, JSON beside it (default: search.png)",
+        help="contact sheet, an image or .html page; a JSON file is written next to it (default: search.png)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
 
 
 def add_duplicates_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `visionattn duplicates`."""
     parser.add_argument("index", help="folder that visionattn index wrote")
-    parser.add_argument("--attribute", metavar="NAME", help="what to compare by (default: the only one of the index)")
+    parser.add_argument("--attribute", metavar="NAME", help="attribute to compare (default: the only one of the index)")
     parser.add_argument(
         "--threshold",
         type=number(0, 1, above=True),
         default=THRESHOLD,
         metavar="COSINE",
-        help="least cosine of two images that are nearly the same (default: %(default)s)",
+        help="minimum cosine similarity of two near-duplicates (default: %(default)s)",
     )
     parser.add_argument(
-        "--images", metavar="FOLDER", help="where the indexed images are now (default: where they were)"
+        "--images", metavar="FOLDER", help="current folder of the indexed images (default: as recorded in the index)"
     )
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if available), cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("duplicates.html"),
-        help="page of the groups, JSON beside it; .json for that alone (default: duplicates.html)",
+        help="HTML page of the groups, with a JSON file next to it, or a .json file (default: duplicates.html)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
 
 
 def run_index(args: argparse.Namespace) -> int:
     """Run `visionattn index`.
 
     Returns:
-        0, or 1 where some images could not be read; each is named on the error output.
+        0, or 1 if some images could not be read; each is named on stderr.
 
     Raises:
-        VisionAttnError: There is no index.
+        VisionAttnError: The index could not be built.
     """
     size = None if args.image_size is None else tuple(args.image_size)
     found = index(
@@ -141,7 +141,7 @@ def run_index(args: argparse.Namespace) -> int:
     assert found.update is not None
     console = Console(highlight=False, markup=False, soft_wrap=True)
     attributes = ", ".join(map(shorten, found.conditions))
-    console.print(f"{shorten(args.output)}: {len(found.images)} images, to be searched by {attributes}")
+    console.print(f"{shorten(args.output)}: {len(found.images)} images, searchable by {attributes}")
     console.print(str(found.update))
     if left_out := list_images(args.folder, recursive=True).describe_left_out():
         print(f"visionattn: note: {shorten(args.folder)}: left out {left_out}.", file=sys.stderr)
@@ -149,7 +149,7 @@ def run_index(args: argparse.Namespace) -> int:
     for failure in failures:
         print(f"visionattn: {shorten(failure, 300)}", file=sys.stderr)
     if failures:
-        print(f"visionattn: {len(failures)} images could not be read; the index is without them.", file=sys.stderr)
+        print(f"visionattn: {len(failures)} images could not be read and are not in the index.", file=sys.stderr)
     return int(bool(failures))
 
 
@@ -160,7 +160,7 @@ def run_search(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        VisionAttnError: Nothing could be searched or written.
+        VisionAttnError: The search failed, or an output could not be written.
     """
     hits = search(
         args.index,
@@ -193,7 +193,7 @@ def run_duplicates(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        VisionAttnError: Nothing could be compared or written.
+        VisionAttnError: The comparison failed, or an output could not be written.
     """
     found = call_with(duplicates, args)
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
@@ -204,7 +204,7 @@ def run_duplicates(args: argparse.Namespace) -> int:
             table.add_row(str(len(names)), ", ".join(shorten(name) for name in names[:3]) + more)
         console.print(table)
     more = f" ({SHOWN} groups are shown)" if len(found.groups) > SHOWN else ""
-    console.print(f"cosine from {found.threshold:g} on: {found.describe()}{more}", soft_wrap=True)
+    console.print(f"cosine of at least {found.threshold:g}: {found.describe()}{more}", soft_wrap=True)
     console.print(found.describe_usual(), soft_wrap=True)
     described = args.output.with_suffix(".json")
     console.print(
@@ -214,19 +214,19 @@ def run_duplicates(args: argparse.Namespace) -> int:
 
 
 def _weights(text: str) -> dict[str, float]:
-    """`colour=1,kind=0.5` -> the weight of each attribute; 1 where none is said."""
+    """Parse `colour=1,kind=0.5` into the weight of each attribute; the default weight is 1."""
     found: dict[str, float] = {}
     for part in text.split(","):
         name, _, weight = part.partition("=")
         name = name.strip()
         if name in found:
-            raise InputError(f"--attribute is {shorten(text)!r}: {shorten(name)!r} stands there twice.")
+            raise InputError(f"--attribute is {shorten(text)!r}: {shorten(name)!r} is given twice.")
         try:
             found[name] = float(weight or 1)
         except ValueError as error:
-            raise InputError(f"--attribute is {shorten(text)!r}: {shorten(weight)!r} is no number.") from error
+            raise InputError(f"--attribute is {shorten(text)!r}: {shorten(weight)!r} is not a number.") from error
         if not math.isfinite(found[name]):
-            raise InputError(f"--attribute is {shorten(text)!r}: {shorten(weight)!r} is no weight.")
+            raise InputError(f"--attribute is {shorten(text)!r}: {shorten(weight)!r} is not finite.")
     return found
 
 

@@ -1,7 +1,7 @@
-"""`visionattn.duplicates`: images of an index that are nearly the same, found exactly by the cosine of each pair.
+"""`visionattn.duplicates`: near-duplicate images of an index, found exactly by the cosine similarity of each pair.
 
-Files of equal content are one image here, and stand in one group whatever the threshold. All other pairs are compared
-block by block, so that memory does not grow with the square of the images; pairs that are near enough join groups.
+Files of equal content count as one image and are always in one group. All other pairs are compared block by block, so
+that memory does not grow with the square of the number of images; pairs above the threshold are merged into groups.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from visionattn.search.image_index import ImageIndex
 __all__ = ["THRESHOLD", "Duplicates", "Pair", "duplicates"]
 
 THRESHOLD = 0.95
-BLOCK = 4096  # rows and columns of the cosines that are in memory at a time
-SAMPLE = 1000  # images whose pairs say what a usual cosine is
+BLOCK = 4096  # rows and columns of the block of cosines in memory
+SAMPLE = 1000  # images whose pairs give the usual cosine
 MOST_PAIRS = 10**6
-ROUNDING = 1e-6  # of a cosine in float32: a threshold of 1 finds what is equal
+ROUNDING = 1e-6  # error of a cosine in float32: a threshold of 1 finds equal vectors
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images and their cosine; `same` says that their files have equal content."""
+    """Two images and their cosine similarity; `same` is True if their files have equal content."""
 
     first: str
     second: str
@@ -44,18 +44,18 @@ class Pair:
 
 @dataclass(repr=False)
 class Duplicates:
-    """Images that are nearly the same.
+    """Near-duplicate images of an index.
 
     Attributes:
-        pairs: All pairs of different images from the threshold on, and of files of equal content each with the first of
-            them; the nearest first.
-        groups: Images that pairs join, by chains too; the largest group first, each in the order of the index.
-        threshold: Least cosine of a pair.
-        attribute: What the cosine is of.
-        images: Number of images of the index.
-        usual: Median cosine of two images, of a sample, and the cosine that one pair in a thousand exceeds: which
-            threshold is high depends on the model.
-        folder: Where they are.
+        pairs: All pairs of different images at or above the threshold, and each file with the first file of equal
+            content; files of equal content first, then by descending cosine.
+        groups: Connected components of the pairs; the largest group first, each in the order of the index.
+        threshold: Minimum cosine of a pair.
+        attribute: Attribute that is compared.
+        images: Number of images in the index.
+        usual: Median cosine of two images of a sample, and the cosine that one pair in a thousand exceeds. What counts
+            as a high cosine depends on the model.
+        folder: Folder of the images.
     """
 
     pairs: list[Pair]
@@ -70,7 +70,7 @@ class Duplicates:
         return f"Duplicates({self.describe()})"
 
     def to_json(self) -> dict[str, Any]:
-        """Groups and pairs as plain values."""
+        """Return groups and pairs as a JSON-compatible dictionary."""
         return {
             "folder": str(self.folder),
             "attribute": self.attribute,
@@ -81,13 +81,13 @@ class Duplicates:
         }
 
     def describe(self) -> str:
-        """How many groups and copies there are, in words."""
+        """Describe the number of groups and copies in words."""
         copies = sum(len(group) - 1 for group in self.groups)
         groups = "1 group" if len(self.groups) == 1 else f"{len(self.groups)} groups"
         return f"{groups}, {copies} of {self.images} images beyond the first of each"
 
     def describe_usual(self) -> str:
-        """What a usual cosine is, in words, and which threshold to use where most images are taken for copies."""
+        """Describe the usual cosine in words, and suggest a threshold if most images count as copies."""
         usual = (
             f"Two images of this index usually have a cosine of {self.usual[0]:.3f} (median); one pair in a thousand "
             f"has more than {self.usual[1]:.4f}."
@@ -95,22 +95,22 @@ class Duplicates:
         higher = self.higher_threshold()
         if higher is None:
             return usual
-        return f"{usual} Most images are taken for copies: use --threshold {higher:g}."
+        return f"{usual} Most images count as copies: use --threshold {higher:g}."
 
     def higher_threshold(self) -> float | None:
-        """The least threshold, of four decimals, that leaves no group with more than a tenth of the images.
+        """Lowest threshold, to four decimals, at which no group has more than a tenth of the images.
 
-        Groups of two, and of files of equal content, are left together.
+        Groups of two images and groups of files of equal content may stay larger.
 
         Returns:
-            None where at most half of the images are copies, or where there is no such threshold.
+            The threshold; None if at most half of the images are copies, or if there is no such threshold.
         """
         if 2 * sum(len(group) - 1 for group in self.groups) <= self.images:
             return None
         rows = {name: row for row, name in enumerate(name for group in self.groups for name in group)}
         join = _Joined(len(rows))
         most = max(2, self.images // 10)
-        for pair in self.pairs:  # the nearest first, before all those of equal files
+        for pair in self.pairs:  # equal files first, then by descending cosine
             size = join(rows[pair.first], rows[pair.second])
             if pair.same:
                 most = max(most, size)
@@ -120,7 +120,7 @@ class Duplicates:
         return None
 
     def to_html(self) -> str:
-        """The groups as a page without scripts that needs no other file."""
+        """Return the groups as a self-contained HTML page without scripts."""
         nearest: dict[str, float] = {}
         same: set[str] = set()
         for pair in self.pairs:
@@ -133,7 +133,7 @@ class Duplicates:
             groups[f"Group {number}: {len(names)} images"] = [sheet.Cell(*cell) for cell in zip(names, words)]
         told = [
             f"{shorten(self.folder)}: {self.describe()}. Pairs have a cosine of at least {self.threshold:g} by "
-            f"{shorten(self.attribute)}; below each image stands the cosine of the nearest one of its group.",
+            f"{shorten(self.attribute)}; below each image is its highest cosine within the group.",
             self.describe_usual(),
         ]
         return sheet.page("Duplicates", told, groups, self.folder)
@@ -149,20 +149,23 @@ def duplicates(
     output: str | Path | None = None,
     overwrite: bool = False,
 ) -> Duplicates:
-    """Find the images of an index that are nearly the same: every pair is compared, and none is missed.
+    """Find near-duplicate images of an index; every pair is compared, so that none is missed.
 
     Args:
         index: Folder that `visionattn.index` wrote, or the index itself.
-        attribute: What to compare by; None is the only one of the index.
-        threshold: Least cosine of two images that are nearly the same, above 0 and at most 1.
-        images: Where the indexed images are now; None is where they were. Needed for the pictures of a page alone.
-        device: Where cosines are computed: "auto" (a GPU where there is one), or a device of PyTorch.
-        output: HTML page to write, with a JSON file of the same name, or the JSON file; None writes nothing.
-        overwrite: Replace outputs that exist.
+        attribute: Attribute to compare; None: the only one of the index.
+        threshold: Minimum cosine of two near-duplicates, above 0 and at most 1.
+        images: Current folder of the indexed images; None: the folder that was indexed. Only an HTML page needs it.
+        device: Device that computes the cosines: "auto" (a GPU if available), or a PyTorch device.
+        output: HTML page to write, with a JSON file of the same name, or the JSON file alone; None writes nothing.
+        overwrite: Replace existing outputs.
+
+    Returns:
+        The pairs and groups.
 
     Raises:
         DataError: There is no index, or it is damaged.
-        InputError: An argument is not accepted, an output exists, or there are more than a million pairs.
+        InputError: An argument is invalid, an output exists, or there are more than a million pairs.
         MissingPackageError: faiss is not installed.
         StorageError: An output could not be written.
         UnknownNameError: There is no such attribute.
@@ -171,7 +174,8 @@ def duplicates(
         raise InputError(f"The threshold must be above 0 and at most 1; got {threshold}.")
     opened = index if isinstance(index, ImageIndex) else ImageIndex(index)
     if attribute is None and len(opened.conditions) > 1:
-        raise InputError(f"Say by which to compare, by --attribute: {', '.join(map(shorten, opened.conditions))}.")
+        names = ", ".join(map(shorten, opened.conditions))
+        raise InputError(f"{shorten(opened.folder)} has the attributes {names}: choose with --attribute.")
     attribute = opened.conditions[0] if attribute is None else attribute
     opened.check_attributes([attribute])
     if output is not None:
@@ -212,7 +216,7 @@ def _write(found: Duplicates, output: Path) -> None:
 
 
 def _one_of_each(index: ImageIndex, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of images of different content, and (first, other) of those of equal content."""
+    """Rows of images of different content, and pairs (first, other) of rows of equal content."""
     digests = index.manifest.get("digests", [None] * count)
     often = Counter(digest for digest in digests if digest is not None)
     first: dict[str, int] = {}
@@ -227,7 +231,7 @@ def _one_of_each(index: ImageIndex, count: int) -> tuple[np.ndarray, np.ndarray]
 
 @torch.inference_mode()
 def _near(vectors: np.ndarray, threshold: float, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, columns and cosines of all pairs of (N, E) from a threshold on, row < column."""
+    """Rows, columns and cosines of all pairs of (N, E) at or above a threshold, row < column."""
     every = torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
     found, total = [], 0
     for top in range(0, len(every), BLOCK):
@@ -260,7 +264,7 @@ def _usual(vectors: np.ndarray) -> tuple[float, float]:
 
 
 class _Joined:
-    """Rows that pairs join, by chains too; the least row of each group stands for it."""
+    """Connected components of rows; the smallest row of a component represents it."""
 
     def __init__(self, count: int) -> None:
         self.root = list(range(count))
@@ -273,7 +277,7 @@ class _Joined:
         return row
 
     def __call__(self, one: int, other: int) -> int:
-        """Join two rows; the size of their group."""
+        """Join two rows, and return the size of their component."""
         low, high = sorted((self.find(one), self.find(other)))
         if low != high:
             self.root[high] = low
@@ -282,7 +286,7 @@ class _Joined:
 
 
 def _groups(count: int, first: np.ndarray, second: np.ndarray) -> list[list[int]]:
-    """Rows that pairs join, by chains too: the largest group first."""
+    """Connected components of the pairs, the largest first."""
     join = _Joined(count)
     for one, other in zip(first.tolist(), second.tolist()):
         join(one, other)

@@ -1,10 +1,10 @@
-"""The files of an index of images, read with checks and replaced as one.
+"""The files of an image index, checked when read and replaced as a whole.
 
-`manifest.json` says what the index is, and holds a checksum of itself and of each file of vectors. `00.faiss`,
-`01.faiss` ..., one for each condition of the model in order, are faiss's `IndexFlatIP`.
+`manifest.json` describes the index and holds a checksum of itself and of each vector file. `00.faiss`, `01.faiss`, ...,
+one per condition of the model in order, are of faiss's `IndexFlatIP`.
 
-A new index is staged in `parts/new`, its manifest last; from then on it is put in place, by the next run where this one
-is killed. Finished blocks of images stand in `parts` meanwhile, each with the identity of what made it.
+A new index is staged in `parts/new`, its manifest last, and then moved into place; if the run is killed, the next run
+does so. Until then finished blocks of images are in `parts`, each with the identity of what made it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 FORMAT = 1
-# Also of indexes that were written before checksums, digests and the images' sizes and times were kept.
+# Entries that older indexes have too, which store no checksums, digests, or sizes and times of images.
 SCHEMA = {
     "format": int,
     "embed_dim": int,
@@ -55,18 +55,18 @@ LARGEST_MANIFEST = 2**31
 # faiss's IndexFlatIP: name, dimensions, count, two unused numbers, trained, metric (inner product), count of floats.
 HEADER = struct.Struct("<4siqqq?iQ")
 UNUSED = 1 << 20
-UNIT = 1 + 1e-3  # the largest length of a vector, with what float32 rounds
-ROWS = 2**16  # vectors whose lengths are taken together
+UNIT = 1 + 1e-3  # largest length of a vector, allowing for float32 rounding
+ROWS = 2**16  # vectors whose lengths are computed at a time
 OURS = re.compile(
     r"(\d+\.(npz|safetensors|faiss|near)|plan\.json|manifest\.json|" + re.escape(TEMPORARY) + ".*)", re.DOTALL
 )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read what an index says of itself.
+    """Read the manifest of an index.
 
     Raises:
-        DataError: There is none, it is unfinished, damaged, or of another format.
+        DataError: There is no index, or it is unfinished, damaged, or of another format.
     """
     path = folder / "manifest.json"
     if not os.path.lexists(path):
@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"The folder {shorten(folder)} {what}.")
     manifest = read_json(path, SCHEMA, LARGEST_MANIFEST)
     if manifest["format"] != FORMAT:
-        raise DataError(f"{shorten(path)} is of format {manifest['format']}; format {FORMAT} is read.")
+        raise DataError(f"{shorten(path)} has format {manifest['format']}; this version reads format {FORMAT}.")
     checksum = manifest.pop("checksum", None)
     if wrong := "its checksum is wrong" if checksum not in (None, _digest(manifest)) else _contradiction(manifest):
         raise DataError(f"{shorten(path)} is damaged: {wrong}. Index the images again.")
@@ -87,7 +87,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _contradiction(manifest: dict[str, Any]) -> str | None:
-    """What entries that have the right types still say wrong, or None."""
+    """Describe the first invalid entry of a manifest whose types are right; None if there is none."""
     images, conditions = manifest["images"], manifest["conditions"]
     if not images or not all(isinstance(name, str) for name in images) or len(set(images)) != len(images):
         return "images must be a list of different names"
@@ -95,7 +95,7 @@ def _contradiction(manifest: dict[str, Any]) -> str | None:
     if not isinstance(checkpoint, str):
         return "checkpoint must be a file name"
     if any("\0" in name for name in (*images, manifest["folder"], manifest["model"], checkpoint)):
-        return "no file has a name with a NUL byte"
+        return "file names must not contain NUL bytes"
     if not conditions or len(set(conditions)) != len(conditions) or manifest["embed_dim"] < 1:
         return "conditions must be different names, and embed_dim at least 1"
     files = manifest.get("files", [])
@@ -104,10 +104,10 @@ def _contradiction(manifest: dict[str, Any]) -> str | None:
     digests = manifest.get("digests", [None] * len(images))
     kept = isinstance(digests, list) and len(digests) == len(images)
     if not kept or not all(isinstance(digest, (str, type(None))) for digest in digests):
-        return "digests must be one for each image"
+        return "there must be one digest per image"
     checksums = manifest.get("checksums", {})
     if not isinstance(checksums, dict) or (checksums and sorted(checksums) != sorted(vector_files(manifest))):
-        return "checksums must be one for each condition"
+        return "there must be one checksum per condition"
     unreadable = manifest.get("unreadable", [])
     if not isinstance(unreadable, list) or not all(isinstance(line, str) for line in unreadable):
         return "unreadable must be a list of messages"
@@ -119,15 +119,15 @@ def _is_file(entry: Any) -> bool:
 
 
 def vector_files(manifest: dict[str, Any]) -> list[str]:
-    """Name of the file of vectors of each condition."""
+    """File name of the vectors of each condition."""
     return [f"{number:02d}.faiss" for number in range(len(manifest["conditions"]))]
 
 
 def read_vectors(folder: Path, manifest: dict[str, Any], number: int) -> np.ndarray:
-    """The vectors of a condition, float32 (N, E), mapped from the file after they were checked.
+    """Read the vectors of a condition, float32 (N, E); they are checked and memory-mapped.
 
     Raises:
-        DataError: The file is missing, damaged, not an `IndexFlatIP` of that size, or holds what is not unit vectors.
+        DataError: The file is missing, damaged, not an `IndexFlatIP` of that size, or its vectors are not unit vectors.
     """
     name = vector_files(manifest)[number]
     path = folder / name
@@ -141,7 +141,7 @@ def read_vectors(folder: Path, manifest: dict[str, Any], number: int) -> np.ndar
         if not images or found != _header(images, size):
             raise DataError(f"{shorten(path)} is damaged, or not a flat index of {size} dimensions.")
         if images != count:
-            raise DataError(f"{shorten(path)} has {images} images, the manifest {count}: index them again.")
+            raise DataError(f"{shorten(path)} has {images} images, the manifest {count}: index the images again.")
         if path.stat().st_size != HEADER.size + 4 * count * size:
             raise DataError(f"{shorten(path)} is damaged: its size is wrong. Index the images again.")
         vectors = np.memmap(path, "<f4", "r", HEADER.size, (count, size))
@@ -154,22 +154,22 @@ def read_vectors(folder: Path, manifest: dict[str, Any], number: int) -> np.ndar
         rows = vectors[start : start + ROWS]
         if not (np.einsum("ne,ne->n", rows, rows) <= UNIT**2).all():  # false for NaN, too
             raise DataError(f"{shorten(path)} is damaged: its vectors are not of length 1. Index the images again.")
-    return np.asarray(vectors)  # faiss.contrib.torch_utils takes no sub-class
+    return np.asarray(vectors)  # faiss.contrib.torch_utils rejects sub-classes of ndarray
 
 
 def _header(count: int, size: int) -> bytes:
-    if not (0 <= count < 2**40 and size < 2**20):  # of a damaged file
+    if not (0 <= count < 2**40 and size < 2**20):  # a damaged file
         return b""
     return HEADER.pack(b"IxFI", size, count, UNUSED, UNUSED, True, 0, count * size)
 
 
 def stage(output: Path, vectors: np.ndarray, manifest: dict[str, Any]) -> None:
-    """Write the files of an index beside those that are there, for `commit` to put in their place.
+    """Write the files of a new index next to the existing ones; `commit` then replaces those.
 
     Args:
-        output: The folder of the index.
+        output: Folder of the index.
         vectors: float32 (N, C, E), L2-normalised.
-        manifest: model, weights, input, conditions, folder and images.
+        manifest: Entries model, weights, input, conditions, folder and images.
 
     Raises:
         StorageError: A file could not be written.
@@ -189,10 +189,10 @@ def stage(output: Path, vectors: np.ndarray, manifest: dict[str, Any]) -> None:
 
 
 def commit(output: Path) -> None:
-    """Put a staged index in its place, whole, also where an earlier run was killed meanwhile.
+    """Move a staged index into place as a whole, including one that a killed run left.
 
     Raises:
-        OSError: A file could not be renamed; the next call goes on.
+        OSError: A file could not be renamed; the next call continues.
     """
     new = output / "parts" / "new"
     if not (new / "manifest.json").exists():
@@ -202,7 +202,7 @@ def commit(output: Path) -> None:
     except DataError:  # a manifest that did not reach the disk whole
         _discard(new)
         return
-    # Without a manifest the index is unfinished, so that old and new files are never taken for one.
+    # Without a manifest the index counts as unfinished, so that old and new files are never mixed.
     (output / "manifest.json").unlink(missing_ok=True)
     for path in output.glob("*.faiss"):
         if OURS.fullmatch(path.name) and path.name not in wanted:
@@ -214,13 +214,13 @@ def commit(output: Path) -> None:
 
 
 def clear(output: Path) -> None:
-    """Remove what made an index."""
+    """Remove the intermediate files of a finished index."""
     _discard(output / "parts" / "new")
     _discard(output / "parts")
 
 
 def _discard(folder: Path) -> None:
-    """Remove our files from a folder, and the folder where nothing else is in it."""
+    """Remove our files from a folder, and the folder if it is then empty."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if OURS.fullmatch(path.name):
@@ -232,9 +232,9 @@ class Block(NamedTuple):
     """A finished block of images.
 
     Attributes:
-        files: Name, size, time of change and digest of each image that was read.
+        files: Name, size, modification time and digest of each image that was read.
         vectors: float32 (M, C, E).
-        failures: Name, size, time of change and message of each image that could not be read.
+        failures: Name, size, modification time and error message of each image that could not be read.
     """
 
     files: list[list[Any]]
@@ -246,7 +246,7 @@ def write_block(output: Path, number: int, identity: str, block: Block) -> None:
     """Write a block with the identity of what made it: model, weights, preprocessing and conditions.
 
     Raises:
-        StorageError: It could not be written.
+        StorageError: The block could not be written.
     """
     described = json.dumps([block.files, block.failures])
     vectors = np.ascontiguousarray(block.vectors, np.float32)
@@ -260,7 +260,7 @@ def _block_checksum(described: str, vectors: np.ndarray) -> str:
 
 
 def read_blocks(output: Path, identity: str) -> Iterator[tuple[int, Block]]:
-    """The finished blocks with an identity, and their numbers; damaged ones and those of others are removed."""
+    """Yield number and content of the finished blocks of an identity; damaged and foreign blocks are removed."""
     for path in sorted((output / "parts").glob("*.*")):
         if not OURS.fullmatch(path.name):
             continue
@@ -271,7 +271,7 @@ def read_blocks(output: Path, identity: str) -> Iterator[tuple[int, Block]]:
             good = metadata["identity"] == identity and metadata["checksum"] == _block_checksum(described, vectors)
             block = Block(json.loads(described)[0], vectors, json.loads(described)[1]) if good else None
         except Exception:
-            # A damaged file of ours: to embed its images again costs less than to ask.
+            # A damaged file of ours: embedding its images again costs less than an error.
             block = None
         if block is None:
             path.unlink(missing_ok=True)

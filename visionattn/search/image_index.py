@@ -1,7 +1,7 @@
-"""An index of a folder of images: what each looks like under each attribute, searched by cosine.
+"""An index of a folder of images: one embedding per image and attribute, searched by cosine similarity.
 
-Up to 200,000 images search is exact; see `visionattn.search.nearest` for more.
-`visionattn.search.building` makes it, `visionattn.search.files` describes its files.
+Search is exact below 200,000 images; see `visionattn.search.nearest` for more. `visionattn.search.building` builds an
+index, `visionattn.search.files` describes its files.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from visionattn.search.files import UNIT, read_manifest, read_vectors
 from visionattn.search.nearest import Candidates, find_candidates, open_candidates
 from visionattn.weights.hashing import hash_state
 
-MOST = 1000  # images that are wanted, up to which candidates are looked for
+MOST = 1000  # candidates are used up to this number of hits
 
 __all__ = ["Hit", "ImageIndex", "build_index", "find_images", "read_upright", "write_index"]
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A found image: its name, its score, and its cosine under each attribute that was asked for."""
+    """A found image: its name, its score, and its cosine similarity under each attribute of the search."""
 
     image: str
     score: float
@@ -45,18 +45,18 @@ class Hit:
 
 
 class ImageIndex:
-    """An index that `build_index` wrote.
+    """An image index that `build_index` wrote.
 
     Args:
-        folder: Its folder.
+        folder: Folder of the index.
 
     Attributes:
-        manifest: What it says of itself: model, weights, input, conditions, folder, images.
-        model: The model that embeds queries, as soon as there was one.
-        update: What the `visionattn.index` that gave this index changed.
+        manifest: Description of the index: model, weights, input, conditions, folder, images.
+        model: The model that embeds queries; None until a search has opened it.
+        update: Changes that the call of `visionattn.index` made that returned this index; otherwise None.
 
     Raises:
-        DataError: There is none, it is unfinished, damaged, or of another format.
+        DataError: There is no index, or it is unfinished, damaged, or of another format.
         MissingPackageError: faiss is not installed.
     """
 
@@ -80,14 +80,14 @@ class ImageIndex:
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """The attributes to search by."""
+        """Attributes of the index."""
         return tuple(self.manifest["conditions"])
 
     def check(self, model: nn.Module, model_name: str) -> None:
-        """Refuse a model that did not make this index.
+        """Check that a model made this index.
 
         Raises:
-            CheckpointError: Its weights are others.
+            CheckpointError: Its weights differ.
         """
         found = hash_state(model.state_dict())
         if found != self.manifest["weights"]:
@@ -99,10 +99,10 @@ class ImageIndex:
 
     @torch.inference_mode()
     def embed(self, model: nn.Module, image: Image.Image) -> np.ndarray:
-        """An RGB image -> its vectors float32 (C, E), prepared as the index's images were.
+        """Embed an RGB image with the preprocessing of the index; returns float32 (C, E).
 
         Raises:
-            InputError: The manifest does not say how, or the model cannot embed images of that size.
+            InputError: The manifest lacks the preprocessing, or the model cannot embed images of that size.
         """
         check_config(self.manifest["input"])
         parameter = next(model.parameters(), torch.zeros(()))
@@ -111,11 +111,11 @@ class ImageIndex:
             return embed(model.eval(), tensor)[0].cpu().numpy()
         except (AssertionError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"The model cannot embed an image as {shorten(self.folder)} prepares it: {shorten(error)}."
+                f"The model cannot embed images with the preprocessing of {shorten(self.folder)}: {shorten(error)}."
             ) from error
 
     def copies_of(self, path: str | Path) -> list[int]:
-        """Positions of the images that are this file, or have the same content.
+        """Positions of the indexed images that are this file or have the same content.
 
         Raises:
             OSError: The file cannot be read.
@@ -136,29 +136,29 @@ class ImageIndex:
     def search(
         self, vectors: np.ndarray, attributes: Mapping[str, float], top: int, exclude: Collection[int] = ()
     ) -> list[Hit]:
-        """The nearest images: all are compared, unless the index has candidates and one attribute is asked for.
+        """Find the nearest images, exactly unless the index has candidates and one attribute is searched.
 
         Args:
-            vectors: float32 (C, E) of the query, L2-normalised.
+            vectors: Query, float32 (C, E), L2-normalised.
             attributes: Weight of each attribute; the score is the weighted mean of their cosines.
-            top: Most hits.
-            exclude: Positions of images that are no hits (see `copies_of`).
+            top: Maximum number of hits.
+            exclude: Positions of images to leave out (see `copies_of`).
 
         Returns:
-            Best first; equal scores in the order of the images.
+            Hits, best first; hits of equal score in the order of the index.
 
         Raises:
             DataError: A file of the index is damaged.
             UnknownNameError: There is no such attribute.
-            InputError: A weight is not above 0, or there is none, `top` is below 1, or the vectors are of another shape
-                or not finite.
+            InputError: No attribute is given, a weight is not above 0, `top` is below 1, or the vectors have another
+                shape or are not finite.
         """
         self.check_attributes(attributes)
         if top < 1:
             raise InputError(f"The number of images to find must be at least 1; got {top}.")
         shape = (len(self.conditions), self.manifest["embed_dim"])
         if vectors.shape != shape or not np.isfinite(vectors).all():
-            raise InputError(f"The query must be {shape} finite numbers; got {vectors.shape}.")
+            raise InputError(f"The query must have the shape {shape} and finite values; got {vectors.shape}.")
         wanted = min(top + len(exclude), len(self.images))
         heaviest = max(attributes.values())
         weights = {name: weight / heaviest for name, weight in attributes.items()}
@@ -171,14 +171,14 @@ class ImageIndex:
             every = {}
             for name in attributes:
                 index = self._index(name)
-                # Without a given array it would be torch's where somebody imported faiss.contrib.torch_utils.
+                # Without an array to fill, it returns a tensor once faiss.contrib.torch_utils is imported.
                 own = index.reconstruct_n(0, index.ntotal, np.empty((index.ntotal, index.d), np.float32))
                 every[name] = own @ vectors[self.conditions.index(name)]
             mixed = np.asarray(sum(weight / total * every[name] for name, weight in weights.items()))
             places = np.argsort(-mixed, kind="stable")[:wanted].tolist()
             scores = mixed[places].tolist()
             cosines = {name: {place: float(own[place]) for place in places} for name, own in every.items()}
-        # Cosines beyond 1, or faiss's -1 for no image, follow from vectors that nobody checked.
+        # Cosines beyond 1, or faiss's position -1 for no image, come from invalid vectors.
         if any(place < 0 or not abs(score) <= UNIT for place, score in zip(places, scores)):
             raise DataError(f"{shorten(self.folder)} is damaged: a score is not a cosine. Index the images again.")
         left_out = set(exclude)
@@ -189,11 +189,11 @@ class ImageIndex:
         ][:top]
 
     def check_attributes(self, attributes: Mapping[str, float] | Sequence[str]) -> None:
-        """Refuse attributes that the index does not have, and weights that are none.
+        """Check that the index has all attributes, and that their weights are valid.
 
         Raises:
             UnknownNameError: There is no such attribute.
-            InputError: A weight is not above 0, or there is none.
+            InputError: No attribute is given, or a weight is not finite and above 0.
         """
         if unknown := [name for name in attributes if name not in self.conditions]:
             raise UnknownNameError(
@@ -201,7 +201,7 @@ class ImageIndex:
             )
         weights = attributes.values() if isinstance(attributes, Mapping) else ()
         if not attributes or not all(weight > 0 and math.isfinite(weight) for weight in weights):
-            raise InputError("Say by which attributes to search; their weights are finite and above 0.")
+            raise InputError("Give at least one attribute to search by, with weights that are finite and above 0.")
 
     def _nearest(self, name: str, query: np.ndarray, wanted: int) -> tuple[list[int], list[float]]:
         """Positions and cosines of the nearest images under an attribute, best first."""

@@ -1,13 +1,13 @@
-"""Search in very many vectors without comparing all: candidates by faiss, which their own vectors then put in order.
+"""Approximate search in large indexes: faiss proposes candidates, which are ranked by their exact float32 vectors.
 
-| kind | from images on | what |
+| kind | default from (images) | method |
 | --- | ---: | --- |
-| exact | | every vector is compared |
-| hnsw | 200,000 | a graph of neighbours (Malkov and Yashunin, arXiv 1603.09320); slow to build |
-| ivf | 1,000,000 | lists around centroids, of which the nearest are read |
+| exact | 0 | compares every vector |
+| hnsw | 200,000 | graph of neighbours (Malkov and Yashunin, arXiv 1603.09320); slow to build |
+| ivf | 1,000,000 | lists around centroids; the nearest lists are read |
 
-A file `00.near`, one for each attribute, holds vectors of 8 bits a number; scores are those of the float32 vectors, so
-that only images can be missed. The file says which vectors it is of: one that is left from others is not used.
+A file `00.near`, one per attribute, holds vectors with 8 bits per element. Scores come from the float32 vectors, so the
+only possible error is a missed image. The file records which vectors it was built from; a stale file is not used.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ __all__ = ["KINDS", "Candidates", "bring_up_to_date", "build", "find_candidates"
 
 KINDS = ("auto", "exact", "hnsw", "ivf")
 FROM = {"ivf": 1_000_000, "hnsw": 200_000}  # images
-# Of HNSW: links of a vector, and vectors that are kept while it is built and searched.
+# HNSW: links per vector (M), efConstruction and efSearch.
 LINKS, BUILT, SEARCHED = 32, 80, 128
-# Of IVF: vectors of a centroid for training, rounds of k-means, and the part of the lists that is read.
+# IVF: training vectors per centroid, iterations of k-means, and one list in so many is read.
 EACH, ROUNDS, PART = 50, 8, 32
-MORE = 4  # candidates for each image that is wanted, and at least 100
-HEADER = struct.Struct("<4s4sII")  # magic, kind, checksums of the vectors' file and of what follows
+MORE = 4  # candidates per requested image, and at least 100
+HEADER = struct.Struct("<4s4sII")  # magic, kind, checksums of the vector file and of the content after this header
 MAGIC, SUFFIX = b"VANS", ".near"
 
 
 class Candidates(NamedTuple):
-    """faiss's index of a kind, and the kind."""
+    """A faiss index and its kind."""
 
     kind: str
     index: Any
 
 
 def kind_for(count: int, kind: str = "auto") -> str:
-    """The kind for a number of images.
+    """Resolve the kind "auto" by the number of images; other kinds are returned as they are.
 
     Raises:
-        InputError: There is no such kind.
+        InputError: `kind` is not one of `KINDS`.
     """
     if kind not in KINDS:
         raise InputError(f"nearest must be one of {', '.join(map(repr, KINDS))}; got {shorten(kind)!r}.")
@@ -58,7 +58,7 @@ def kind_for(count: int, kind: str = "auto") -> str:
 
 
 def build(vectors: np.ndarray, kind: str) -> Candidates:
-    """Build the index of candidates.
+    """Build an approximate index.
 
     Args:
         vectors: float32 (N, E), L2-normalised.
@@ -71,7 +71,7 @@ def build(vectors: np.ndarray, kind: str) -> Candidates:
         index = faiss.IndexHNSWSQ(size, bits, LINKS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = BUILT
     else:
-        lists = max(1, min(round(2 * math.sqrt(count)), count // 39))  # faiss wants 39 vectors for each
+        lists = max(1, min(round(2 * math.sqrt(count)), count // 39))  # faiss requires 39 vectors per list
         index = faiss.IndexIVFScalarQuantizer(
             faiss.IndexFlatIP(size), size, lists, bits, faiss.METRIC_INNER_PRODUCT, False
         )
@@ -92,13 +92,13 @@ def _set(candidates: Candidates) -> Candidates:
 
 
 def find_candidates(candidates: Candidates, query: np.ndarray, vectors: np.ndarray, wanted: int) -> np.ndarray:
-    """Positions of the nearest vectors that were found, best first by their own float32 cosine; equal ones in order.
+    """Positions of the nearest vectors found, best first by float32 cosine; equal ones in the order of the index.
 
     Args:
-        candidates: Of `build`.
+        candidates: Result of `build`.
         query: float32 (E,).
-        vectors: float32 (N, E) that `candidates` was built of.
-        wanted: How many; there may be fewer.
+        vectors: float32 (N, E) that `candidates` was built from.
+        wanted: Number of positions; fewer may be found.
     """
     if candidates.kind == "hnsw":
         candidates.index.hnsw.efSearch = max(SEARCHED, MORE * wanted)
@@ -108,12 +108,12 @@ def find_candidates(candidates: Candidates, query: np.ndarray, vectors: np.ndarr
 
 
 def bring_up_to_date(folder: Path, manifest: dict[str, Any], kind: str) -> None:
-    """Write the candidates of each attribute of an index, where there are none of its vectors and of that kind.
+    """Write the approximate index of each attribute, unless a current one of that kind exists.
 
     Args:
-        folder: Of the index.
-        manifest: What it says of itself.
-        kind: Of `kind_for`; "exact" removes the files.
+        folder: Folder of the index.
+        manifest: Its manifest.
+        kind: Result of `kind_for`; "exact" removes the files.
 
     Raises:
         DataError: The index is damaged.
@@ -133,7 +133,7 @@ def bring_up_to_date(folder: Path, manifest: dict[str, Any], kind: str) -> None:
 
 
 def _kind_of(path: Path, checksum: int) -> str | None:
-    """Kind of a file's candidates; None where there are none, or none of the vectors with that checksum."""
+    """Kind of the approximate index in a file; None if there is none, or if its vectors have another checksum."""
     try:
         with path.open("rb") as file:
             magic, kind, of, _ = HEADER.unpack(file.read(HEADER.size))
@@ -144,7 +144,7 @@ def _kind_of(path: Path, checksum: int) -> str | None:
 
 
 def open_candidates(folder: Path, manifest: dict[str, Any], number: int) -> Candidates | None:
-    """The candidates of an attribute; None where there are none of its vectors, so that all are compared.
+    """Open the approximate index of an attribute; None if there is no current one, so that search is exact.
 
     Raises:
         DataError: The file is damaged.
@@ -155,7 +155,7 @@ def open_candidates(folder: Path, manifest: dict[str, Any], number: int) -> Cand
     if kind is None:
         return None
     content = np.fromfile(path, np.uint8)
-    # faiss trusts what it reads: nothing that differs by a bit is given to it.
+    # faiss does not validate what it reads, so the checksum is verified first.
     if zlib.crc32(content[HEADER.size :].data) != HEADER.unpack(content[: HEADER.size].tobytes())[3]:
         raise DataError(f"{shorten(path)} is damaged: its checksum is wrong. Delete it, or index the images again.")
     faiss: Any = require("faiss", "search")

@@ -1,4 +1,4 @@
-"""Re-ranking the nearest images of a search by a pair encoder that compares their patches with the query's."""
+"""Re-ranking of the nearest images with a pair encoder, which compares their patches with those of the query."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from visionattn.weights.hashing import hash_state
 
 __all__ = ["RERANKED", "Reranker"]
 
-RERANKED = 50  # nearest images that are compared again
+RERANKED = 50  # nearest images that are re-ranked
 BATCH = 25
-DEEPEST = 64  # blocks of a pair encoder that is read
+DEEPEST = 64  # most blocks of an accepted pair encoder
 
 
 class Reranker:
-    """A pair encoder, and the backbone whose patches it reads.
+    """A pair encoder that re-ranks search results by the patches of a backbone.
 
     Args:
         path: Checkpoint of `RerankTask`.
@@ -36,7 +36,7 @@ class Reranker:
         backbone: Hash of the backbone's weights.
 
     Raises:
-        CheckpointError: The file cannot be read, or holds no pair encoder.
+        CheckpointError: The file cannot be read, or contains no pair encoder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -57,26 +57,26 @@ class Reranker:
         self.backbone = hash_state(parts["base."])
 
     def check(self, index: ImageIndex, top: int) -> None:
-        """Refuse an index that is not of the backbone, or is searched by attributes, and more images than are compared.
+        """Check that an index was made with the backbone and has one attribute, and that `top` is at most 50.
 
         Raises:
-            CheckpointError: The index is of other weights.
+            CheckpointError: The index was made with other weights.
             InputError: The index has several attributes, or `top` is above 50.
         """
         if top > RERANKED:
             raise InputError(
-                f"The {RERANKED} nearest images are re-ranked; got {top} to find. Ask for fewer, or search without "
-                "re-ranking."
+                f"With re-ranking, the number of images to find must be at most {RERANKED}; got {top}. Ask for fewer, "
+                "or search without re-ranking."
             )
         if len(index.conditions) > 1:
             raise InputError(
-                f"{shorten(index.folder)} is searched by {len(index.conditions)} attributes; only an index of one is "
-                "re-ranked."
+                f"{shorten(index.folder)} has {len(index.conditions)} attributes; re-ranking requires an index with "
+                "one attribute."
             )
         if index.manifest["weights"] != self.backbone:
             raise CheckpointError(
-                f"{shorten(self.path)} re-ranks by patches of a model with the weights {self.backbone[:12]}; "
-                f"{shorten(index.folder)} was made with {index.manifest['weights'][:12]}. Index the images by the "
+                f"{shorten(self.path)} was trained with the model weights {self.backbone[:12]}; "
+                f"{shorten(index.folder)} was made with {index.manifest['weights'][:12]}. Index the images with the "
                 "model that the pair encoder was trained with."
             )
 
@@ -84,17 +84,17 @@ class Reranker:
     def rerank(
         self, index: ImageIndex, model: nn.Module, query: Image.Image, hits: list[Hit], folder: Path
     ) -> tuple[list[Hit], list[str]]:
-        """The hits in the pair encoder's order, their scores its own, from 0 to 1; equal ones stay in order.
+        """Sort hits by the pair encoder's score, from 0 to 1; hits of equal score keep their order.
 
         Args:
-            index: Where the hits are from; it says how images are prepared.
-            model: The model that made it.
-            query: The query image, RGB.
-            hits: Nearest first.
-            folder: Where the images are.
+            index: Index that the hits are from; it defines the preprocessing.
+            model: The model that made the index.
+            query: Query image, RGB.
+            hits: Hits, nearest first.
+            folder: Folder of the images.
 
         Returns:
-            The hits, and the images that could not be read and are left out.
+            The sorted hits with their new scores, and the images that could not be read and are left out.
 
         Raises:
             DataError: None of the images could be read.
@@ -113,8 +113,8 @@ class Reranker:
                 patches.append(self._patches(index, model, images))
         if hits and not kept:
             raise DataError(
-                f"None of the {len(hits)} nearest images can be read in {shorten(folder)}, so they are not re-ranked. "
-                "Say where the images are now by --images."
+                f"None of the {len(hits)} nearest images can be read in {shorten(folder)}, so they cannot be "
+                "re-ranked. Give the folder of the images with --images."
             )
         if not hits:
             return [], []
@@ -131,20 +131,22 @@ class Reranker:
         found = read_patches(model.eval(), batch)
         if found.shape[-1] != len(self.encoder.mean):
             raise CheckpointError(
-                f"{shorten(self.path)} compares patches of {len(self.encoder.mean)} channels; the model gives "
-                f"{found.shape[-1]}."
+                f"{shorten(self.path)} compares patches with {len(self.encoder.mean)} channels; the model's patches "
+                f"have {found.shape[-1]}."
             )
         return found
 
 
 def _build(path: Path, state: dict[str, Tensor]) -> PairEncoder:
-    """A pair encoder of the sizes of its weights, which are checked."""
+    """Build a pair encoder whose sizes follow from its weights, which are checked."""
     embed = state.get("embed.weight", torch.empty(0))
     if embed.ndim != 2 or len(embed) % HEAD_WIDTH or not embed.numel():
         raise CheckpointError(f"{shorten(path)} is damaged: its pair encoder has no weights of a known form.")
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     if depth > DEEPEST:
-        raise CheckpointError(f"{shorten(path)} is damaged: its pair encoder has {depth} blocks, beyond {DEEPEST}.")
+        raise CheckpointError(
+            f"{shorten(path)} is damaged: its pair encoder has {depth} blocks; the maximum is {DEEPEST}."
+        )
     with torch.device("meta"):
         outline = PairEncoder(embed.shape[1], len(embed), depth)
     if wrong := weights.mismatches(state, outline.state_dict()):

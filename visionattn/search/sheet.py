@@ -1,4 +1,4 @@
-"""Contact sheets: what a search found as one picture or one page, and groups of duplicates as a page."""
+"""Contact sheets: search results as one image or one HTML page, and groups of duplicates as a page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from visionattn.search.image_index import Hit
 __all__ = ["PAGE", "SHOWN", "Cell", "contact_sheet", "page"]
 
 THUMBNAIL, CAPTION, GAP, COLUMNS = 180, 36, 8, 6  # pixels, and images per row
-SHOWN = 75 * COLUMNS - 1  # hits next to the query: WebP ends at 16,383 pixels
+SHOWN = 75 * COLUMNS - 1  # hits next to the query: a side of a WebP image is limited to 16,383 pixels
 PAGE = ".html"
 STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -32,20 +32,24 @@ span { display: block; font-size: 12px; overflow-wrap: anywhere; }
 
 
 class Cell(NamedTuple):
-    """An image of a page, by its name in the folder or itself, and the words below it."""
+    """An image of a page, given by its name in the folder or as an image, and the caption below it."""
 
     image: str | Image.Image
     words: str
 
 
 def page(title: str, told: Sequence[str], groups: Mapping[str, Sequence[Cell]], folder: Path) -> str:
-    """Write images in groups as HTML with small embedded pictures: no scripts, and nothing else is loaded.
+    """Build a self-contained HTML page of grouped images, with embedded thumbnails and without scripts.
 
     Args:
-        title: Of the page.
+        title: Title of the page.
         told: Paragraphs below the title.
-        groups: Heading of each group, and its images. The first 449 of all are drawn, of the others the names.
-        folder: Where the images are; of one that is gone the name stands alone.
+        groups: Heading and images of each group. The first 449 images are drawn; of the others only the names are
+            shown.
+        folder: Folder of the images; a missing image is marked as unreadable.
+
+    Returns:
+        The HTML text.
     """
     body = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(words)}</p>" for words in told)]
     left = SHOWN + 1
@@ -75,12 +79,12 @@ def _item(cell: Cell, folder: Path, drawn: bool) -> str:
 
 
 def contact_sheet(query: Image.Image, hits: Sequence[Hit], folder: Path) -> Image.Image:
-    """Draw the query, framed, and the first 449 hits, best first; grey stands for an image that is gone.
+    """Draw the query, framed, and the first 449 hits, best first, as one image; missing images are grey.
 
     Args:
         query: The query image.
-        hits: What was found.
-        folder: Where the indexed images are.
+        hits: Hits of a search, best first.
+        folder: Folder of the indexed images.
     """
     cells = [(_thumbnail(query), "query")]
     for hit in hits[:SHOWN]:
