@@ -139,7 +139,7 @@ def test_vectors_that_are_not_those_that_were_written(index, content, old):
     if old:
         rewritten(index)
     (index / "00.faiss").write_bytes(content)
-    with pytest.raises(DataError, match=r"00\.faiss (is damaged|has \d+ images, the manifest 4: index the images again)"):
+    with pytest.raises(DataError, match=r"00\.faiss (is damaged|has \d+ images, the manifest 4: index the images)"):
         ImageIndex(index).search(QUERY, {"colour": 1.0}, 3)
 
 
