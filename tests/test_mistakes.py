@@ -229,13 +229,16 @@ MISTAKES = [
     ("inspect va_halonet_h0 --random --images photos", r"do not call .*scaled_dot_product_attention"),
     # arena
     ("arena windows", r"There is no mixer 'windows': did you mean 'window'\?"),
-    ("arena hsa --tasks recal", r"argument --tasks: must be of cost, recall, regression, accuracy; got 'recal'"),
-    ("arena hsa --tasks ''", r"needs a task"),
+    (
+        "arena hsa --tasks recal",
+        r"argument --tasks: must be one of 'cost', 'recall', 'regression', 'accuracy'; got 'recal'",
+    ),
+    ("arena hsa --tasks ''", r"requires at least one task"),
     ("arena hsa --grid 14,1", r"argument --grid: must be a whole number from 2 to 512; got '1'"),
     ("arena hsa --grid large", r"argument --grid: must be a whole number from 2 to 512; got 'large'"),
     ("arena hsa --seeds 0", r"argument --seeds: must be a whole number of at least 1; got '0'"),
     ("arena hsa --data absent", r"absent"),
-    ("arena hsa --data photos", r"photos must hold the folders train and test"),
+    ("arena hsa --data photos", r"photos must contain the folders train and test"),
     ("arena hsa --device tpu", r"The device 'tpu' cannot be used"),
     ("arena hsa --output notes.txt", r"notes\.txt is not a folder"),
     # demo

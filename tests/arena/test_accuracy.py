@@ -78,7 +78,7 @@ def test_a_folder_of_images(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda place: (place / "test").rename(place / "rest"), "must hold the folders train and test"),
+        (lambda place: (place / "test").rename(place / "rest"), "must contain the folders train and test"),
         (lambda place: (place / "test" / "b").rename(place / "test" / "c"), "classes of .* differ"),
         (lambda place: Image.new("RGB", (20, 20)).save(place / "train" / "a" / "9.png"), "found 16 x 16, 20 x 20"),
         (lambda place: (place / "train" / "a" / "9.png").write_text("no"), None),

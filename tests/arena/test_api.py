@@ -38,7 +38,7 @@ def test_everything(tiny, tmp_path):
     assert {row["visionattn"] for row in written} == {visionattn.__version__}
     page = (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.html").read_text().count("<svg") == page.count(".svg)")
-    for heading in ("Which mixer when", "Tasks", "Costs of a layer of ViT-Tiny", "What each mixer supports", "Notes"):
+    for heading in ("Which mixer when", "Tasks", "Costs of a layer of ViT-Tiny", "Supported calls", "Notes"):
         assert f"## {heading}" in page
     assert "anchor: ridge" in page
     assert "softmax has" in page
@@ -104,10 +104,10 @@ def test_rows_of_other_sizes_stay_and_do_not_count(tiny, tmp_path, monkeypatch):
     ("arguments", "error", "message"),
     [
         ({"mixers": ["windows"]}, UnknownNameError, "no mixer 'windows': did you mean 'window'"),
-        ({"tasks": ["recal"]}, InputError, "must be one of 'cost', .*; got 'recal'"),
-        ({"tasks": []}, InputError, "needs a task"),
+        ({"tasks": ["recal"]}, InputError, "must be some of 'cost', .*; got 'recal'"),
+        ({"tasks": []}, InputError, "requires at least one task"),
         ({"seeds": 0}, InputError, "seeds of at least 1"),
-        ({"grid": [1]}, InputError, "sides from 2 to 512"),
+        ({"grid": [1]}, InputError, "sides of grids from 2 to 512"),
         ({"grid": [14.5]}, InputError, "all integers"),
         ({"grid": ["14"]}, InputError, "all integers"),
         ({"seeds": 1.5}, InputError, "all integers"),

@@ -43,13 +43,13 @@ def test_sentences():
     assert "Better: hsa +0.103 (+0.089 to +0.118)" in sentence
     assert "Worse: window -0.097 (-0.111 to -0.082)" in sentence
     assert "No difference is shown: lssa" in sentence
-    assert "Ahead on some seeds only, which shows nothing: dma" in sentence
+    assert "Better on some seeds only, which is inconclusive: dma" in sentence
 
 
 def test_one_seed_claims_nothing():
     first, second = choose(arena({"softmax": [0.5], "hsa": [0.9]}, seeds=1))
     assert "no mixer is called better or worse" in first
-    assert "the order is hsa, softmax" in second
+    assert "the best are hsa, softmax, in this order" in second
     assert choose(arena({}, seeds=3)) == []
 
 

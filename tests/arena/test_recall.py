@@ -26,7 +26,7 @@ def test_pairs_and_queries_stand_in_different_cells(distance):
 
 def test_grids_without_room():
     generator = torch.Generator()
-    with pytest.raises(InputError, match="4 x 4 has no room for 9 pairs"):
+    with pytest.raises(InputError, match="4 x 4 is too small for 9 pairs"):
         recall.place(1, 9, (4, 4), generator)
     with pytest.raises(InputError, match="from 1 to 3 on a grid of 4 x 4"):
         recall.place(1, 1, (4, 4), generator, 4)

@@ -1,7 +1,7 @@
-"""Mixers side by side: recall, in-context regression, cost and accuracy, with controls, in one report.
+"""Compare mixers: recall, in-context regression, cost and accuracy, with controls, in one report.
 
-The package is called as the function of its name: `visionattn.arena(["hsa", "window"])`. A task is a module: what it
-measures, and its source, stand at its top.
+The package can be called: `visionattn.arena(["hsa", "window"])`. Each task is a module, whose docstring states what it
+measures and its source.
 """
 
 from visionattn.lazy import make_callable

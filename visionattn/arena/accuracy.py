@@ -1,11 +1,12 @@
-"""Accuracy on images: a small vision transformer for each mixer, as large as the one with softmax attention.
+"""Accuracy on images: a small vision transformer per mixer, of the same size as the one with softmax attention.
 
-Mixers differ in parameters and in multiply-accumulates. So that neither decides, the width of the MLPs is chosen for
-each mixer: once so that the network has as many parameters as the one with softmax attention, and once as many
-multiply-accumulates. There is no class token, as not all mixers support one: tokens are averaged.
+Mixers differ in parameters and in multiply-accumulates. To compensate for this, the width of the MLPs is set for each
+mixer: once so that the network has as many parameters as the one with softmax attention, and once as many
+multiply-accumulates. There is no class token, which not all mixers support: tokens are averaged.
 
-Images are the embedded digits (8 x 8 pixels, one for a token), or a folder of `train` and `test` (or `val`) with a
-folder for each class, whose images of one size are cut into 8 x 8 patches. The last epoch is tested; nothing is chosen.
+Images are the embedded digits (8 x 8 pixels, one token per pixel), or a folder with `train` and `test` (or `val`), each
+with a folder per class, whose images of one size are cut into 8 x 8 patches. The model of the last epoch is tested; no
+setting is selected on the test images.
 """
 
 from __future__ import annotations
@@ -80,16 +81,16 @@ def read_images(folder: Path | None) -> Images:
 
 
 def read_folder(folder: str | Path) -> Images:
-    """Read `train/CLASS/*` and `test/CLASS/*`, or `val` where there is no `test`.
+    """Read `train/CLASS/*` and `test/CLASS/*`, or `val` if there is no `test`.
 
     Raises:
-        DataError: A part is missing or empty, classes differ, or the images are not of one size divisible by 8.
+        DataError: A split is missing or empty, classes differ, or the images do not have one size divisible by 8.
     """
     found, _ = split_folders(folder)
     parts = [found["train"], found["test"] or found["val"]]
     if parts[0] is None or parts[1] is None:
         raise DataError(
-            f"{shorten(folder)} must hold the folders train and test (or val), each with one for each class."
+            f"{shorten(folder)} must contain the folders train and test (or val), each with one folder per class."
         )
     read = [_read_part(part) for part in parts if part is not None]
     if read[0][2] != read[1][2]:
@@ -137,7 +138,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Patches and learned positions, blocks, mean of the tokens, linear.
+    """Patch and learned position embeddings, blocks, mean of the tokens, linear.
 
     Shape:
         (B, 64, values) -> (B, classes).
@@ -166,12 +167,12 @@ class Network(nn.Module):
 
 
 def mlp_width(name: str, size: Size, equal: str) -> int:
-    """Hidden channels of the MLPs with which a block costs as much as with softmax attention and 4 C of them.
+    """Hidden channels of the MLPs such that a block costs as much as with softmax attention and 4 C channels.
 
     Args:
-        name: Of the mixer.
-        size: Of the network.
-        equal: `"parameters"` or `"MACs"`.
+        name: Name of the mixer.
+        size: Size of the network.
+        equal: Cost to equalise, `"parameters"` or `"MACs"`.
 
     Returns:
         The width, at least 1.
@@ -191,15 +192,15 @@ def run(name: str, seed: int, plan: Plan, device: torch.device, folder: Path | N
     """Train the network at equal parameters and at equal multiply-accumulates, and test it.
 
     Args:
-        name: In `MIXERS`.
-        seed: Of parameters and the order of images.
-        plan: Of the run.
-        device: Where to work.
-        folder: Of images; None: the digits.
+        name: Name in `MIXERS`.
+        seed: Seed of parameters and the order of images.
+        plan: Sizes of the run.
+        device: Device of training and tests.
+        folder: Folder of images; None: the digits.
     """
     images = read_images(folder)
     size = SMALL_SIZE if folder is None else LARGE_SIZE
-    known: dict[int, float] = {}  # where both widths are the same, so are both networks
+    known: dict[int, float] = {}  # networks of the same width are the same
     found = []
     for equal in EQUAL:
         width = mlp_width(name, size, equal)

@@ -1,4 +1,4 @@
-"""The function beside `visionattn arena`: it measures, goes on where it was stopped, and writes the report."""
+"""The function behind `visionattn arena`: measure mixers, resume an interrupted run, and write the report."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ __all__ = ["LEFT_OUT", "TASKS", "arena"]
 
 TASKS = ("cost", "recall", "regression", "accuracy")
 LEFT_OUT = {
-    "local_linear": "a slow reference of parallax",
-    "fixed_qk": "needs tokens as its reference, and is uniform without",
+    "local_linear": "a slow reference implementation of parallax",
+    "fixed_qk": "requires reference tokens; without them its attention is uniform",
 }
-"""Mixers that take part only when they are named, and why."""
+"""Mixers that are measured only if they are named, with the reason."""
 
 
 def arena(
@@ -49,34 +49,34 @@ def arena(
     processes: int | None = None,
     console: Console | None = None,
 ) -> Arena:
-    """Measure mixers side by side, and write `report.html`, `report.md` and `results.csv`.
+    """Compare mixers, and write `report.html`, `report.md` and `results.csv`.
 
         visionattn.arena(["hsa", "window"], tasks=["cost", "recall"])
 
-    What was measured before in the same folder with the same sizes and on the same kind of device is kept, so that the
-    same call goes on after it was stopped. Controls take part in each run: softmax attention, no mixing, mean pooling
-    and a random map.
+    Measurements that exist in the same folder, with the same sizes and for the same kind of device, are kept, so that
+    the same call resumes an interrupted run. The controls are part of every run: softmax attention, no mixing, mean
+    pooling and a random map.
 
     Args:
-        mixers: Names in `visionattn.mixers.MIXERS`; none: all but `LEFT_OUT`.
-        tasks: Of `TASKS`.
-        grid: Sides of the square grids whose costs are measured; None: 14 to 128, or 14 to 56 if `quick`.
-        seeds: Of everything that is trained, from 0; None: 3, or 1 if `quick`.
-        quick: Train and measure a quarter as long.
-        data: Folder of images, `train/CLASS/*` and `test/CLASS/*`, all of one size divisible by 8, for the task
-            accuracy; None: the embedded digits.
+        mixers: Names in `visionattn.mixers.MIXERS`; empty: all but `LEFT_OUT`.
+        tasks: Some of `TASKS`.
+        grid: Sides of the square grids on which costs are measured; None: 14 to 128, or 14 to 56 if `quick`.
+        seeds: Number of training seeds; None: 3, or 1 if `quick`.
+        quick: Train and measure for about a quarter of the time.
+        data: Folder of images for the task "accuracy", `train/CLASS/*` and `test/CLASS/*`, all of one size divisible by
+            8; None: the embedded digits.
         output: Folder of the report.
-        device: Where to work: "auto", "cpu", "cuda".
-        processes: How many networks train at once, each on one thread; None: one per core, or 1 on a GPU. It does not
-            change the results.
-        console: Shows progress; None: nothing is shown.
+        device: "auto", "cpu" or "cuda".
+        processes: Number of networks to train in parallel, each on one thread; None: one per core, or 1 on a GPU. The
+            results do not depend on it.
+        console: Console that shows progress; None: no output.
 
     Returns:
         The results; `print` shows their table.
 
     Raises:
-        UnknownNameError: There is no mixer of a name.
-        InputError: A task, a grid or the number of seeds is not accepted, or the device is not there.
+        UnknownNameError: A mixer does not exist.
+        InputError: A task, a grid or the number of seeds is not accepted, or the device is not available.
         DataError: The images cannot be read.
         StorageError: The report cannot be written.
     """
@@ -85,7 +85,7 @@ def arena(
         find_mixer(name)
     for task in tasks:
         if task not in TASKS:
-            raise InputError(f"A task must be one of {', '.join(map(repr, TASKS))}; got {shorten(task)!r}.")
+            raise InputError(f"tasks must be some of {', '.join(map(repr, TASKS))}; got {shorten(task)!r}.")
     plan = QUICK if quick else FULL
     sides = [grid] if isinstance(grid, int) else list(grid or plan.sides)
     seeds = plan.seeds if seeds is None else seeds
@@ -96,7 +96,7 @@ def arena(
         or not 2 <= min(sides) <= max(sides) <= 512
     ):
         raise InputError(
-            "An arena needs a task, seeds of at least 1, and grids with sides from 2 to 512, all integers."
+            "arena requires at least one task, seeds of at least 1, and sides of grids from 2 to 512, all integers."
         )
     plan = replace(plan, sides=sorted(set(sides)), seeds=seeds)
     where = find_device(device)
@@ -122,19 +122,19 @@ def arena(
 
 
 def check_images(data: str | Path) -> Path:
-    """The folder of images, read once, so that a mistake is told before anything is trained."""
+    """Read the folder of images once, so that errors are reported before any training."""
     folder = Path(data).resolve()
     accuracy.read_images(folder)
     return folder
 
 
 def recipe(plan: Plan, task: str, images: Path | None) -> str:
-    """Sizes of a task, and the images of accuracy."""
+    """Sizes of a task, with the images for the task "accuracy"."""
     return plan.recipe(task) + (f"; {images or 'digits'}" if task == "accuracy" else "")
 
 
 def device_name(device: torch.device) -> str:
-    """Name of the GPU or the kind of processor."""
+    """Name of the GPU, or architecture of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {platform.machine()}"
@@ -142,7 +142,7 @@ def device_name(device: torch.device) -> str:
 
 @contextmanager
 def threads_of_torch(count: int) -> Iterator[None]:
-    """So many threads in the block."""
+    """Set the number of PyTorch threads within a context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -152,7 +152,7 @@ def threads_of_torch(count: int) -> Iterator[None]:
 
 
 class Measured(NamedTuple):
-    """A cell with what was found in it."""
+    """A cell with its results."""
 
     cell: Cell
     found: list[Found]
@@ -162,7 +162,7 @@ class Measured(NamedTuple):
 
 def measure_cell(cell: Cell, plan: Plan, device: torch.device, images: Path | None) -> Measured:
     """Measure one cell."""
-    # More threads slow small networks down where the processors are busy, and change the numbers.
+    # More threads slow down small networks if the processors are busy, and change the results.
     threads = torch.get_num_threads() if cell.task == "cost" else 1
     start = time.perf_counter()
     with threads_of_torch(threads):
@@ -186,7 +186,7 @@ def measure(
     processes: int,
     console: Console | None,
 ) -> list[Row]:
-    """All rows of the file after the cells that it does not hold yet were measured; it is written after each."""
+    """Measure the cells that the file does not contain yet, writing the file after each, and return all rows."""
     rows, damaged = read_rows(file)
     if damaged and console is not None:
         console.print(f"{damaged} damaged rows of {shorten(file)} are measured again.")
@@ -197,7 +197,7 @@ def measure(
     order = {cell: number for number, cell in enumerate(cells)}
     timed, trained = ([cell for cell in todo if (cell.task == "cost") == costs] for costs in (True, False))
     with counted("measurements", len(todo), console) as advance:
-        # Times are taken alone.
+        # Costs are measured while nothing else runs.
         for some, at_once in ((timed, 1), (trained, min(processes, len(trained)))):
             for one in _measured(some, plan, device, images, at_once):
                 origin = (*one.cell[3:], one.threads, str(torch.__version__), version, one.seconds)
@@ -211,7 +211,7 @@ def measure(
 def _measured(
     cells: Sequence[Cell], plan: Plan, device: torch.device, images: Path | None, processes: int
 ) -> Iterator[Measured]:
-    """Cells as each is done, in any order."""
+    """Measure cells, and yield each when it is done, in any order."""
     if processes <= 1:
         for cell in cells:
             yield measure_cell(cell, plan, device, images)

@@ -1,4 +1,4 @@
-"""The paragraph "which mixer when": sentences made of the numbers, with intervals."""
+"""The section "Which mixer when" of the report: sentences generated from the numbers, with intervals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Verdicts", "choose", "judge"]
 
 QUESTIONS = {
     "recall": "To find a value by its key anywhere on the grid ({title})",
-    "recall on a larger grid": "To do so on a grid larger than the trained one ({title})",
+    "recall on a larger grid": "To do so on a larger grid than in training ({title})",
     "regression error": "To estimate a slope from examples ({title})",
     "accuracy": "To classify images ({title})",
 }
@@ -18,14 +18,14 @@ _MOST = 8  # names in a sentence
 
 
 class Verdicts(dict[str, list[str]]):
-    """Mixers that are `better`, `worse`, `equal` (no difference is shown) or `some seeds` (ahead on some of them)."""
+    """Mixers that are `better`, `worse`, `equal` (no difference is shown) or `some seeds` (better on some seeds)."""
 
 
 def judge(arena: Arena, column: Column) -> Verdicts:
-    """Compare all mixers with softmax attention, seed by seed.
+    """Compare all mixers with softmax attention, paired by seed.
 
-    A mixer is better or worse if the interval of 95 % of the mean difference leaves out zero. Intervals are not
-    corrected for the number of mixers.
+    A mixer is better or worse if the 95 % interval of the mean difference excludes zero. Intervals are not corrected
+    for the number of mixers.
     """
     sign = 1 if column.higher else -1
     found = Verdicts({"better": [], "equal": [], "some seeds": [], "worse": []})
@@ -46,12 +46,12 @@ def judge(arena: Arena, column: Column) -> Verdicts:
 
 
 def choose(arena: Arena) -> list[str]:
-    """Sentences for each question that was measured, and one that joins accuracy and speed."""
+    """Sentences for each question that was measured, and sentences that combine quality and speed."""
     columns = [column for column in arena.columns() if column.measure in QUESTIONS and column.setting != "L=80"]
     sentences = [_answer(arena, column) for column in columns]
     if arena.plan.seeds < 2 and sentences:
         sentences.insert(
-            0, "One seed was trained: the numbers have no interval, and no mixer is called better or worse."
+            0, "One seed was trained, so that there are no intervals and no mixer is called better or worse."
         )
     return [*sentences, *_large_grids(arena, columns)]
 
@@ -66,7 +66,7 @@ def _answer(arena: Arena, column: Column) -> str:
             key=lambda mixer: arena.estimate(mixer, column.measure, column.setting).mean,
             reverse=bool(column.higher),
         )
-        return f"{question}: softmax has {softmax}; the order is {', '.join(order[:_MOST])}, and so on."
+        return f"{question}: softmax has {softmax}; the best are {', '.join(order[:_MOST])}, in this order."
     words = [f"{question}: softmax has {softmax}."]
     for kind, text in (("better", "Better"), ("worse", "Worse")):
         if verdicts[kind]:
@@ -74,11 +74,11 @@ def _answer(arena: Arena, column: Column) -> str:
             more = f", and {len(ranked) - _MOST} more" if len(ranked) > _MOST else ""
             words.append(f"{text}: {', '.join(_with_interval(arena, m, column) for m in ranked[:_MOST])}{more}.")
     if not verdicts["better"]:
-        words.append("No mixer is better on all evidence.")
+        words.append("No mixer is better.")
     if verdicts["equal"]:
         words.append(f"No difference is shown: {', '.join(verdicts['equal'])}.")
     if verdicts["some seeds"]:
-        words.append(f"Ahead on some seeds only, which shows nothing: {', '.join(verdicts['some seeds'])}.")
+        words.append(f"Better on some seeds only, which is inconclusive: {', '.join(verdicts['some seeds'])}.")
     return " ".join(words)
 
 

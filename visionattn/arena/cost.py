@@ -1,9 +1,9 @@
-r"""What a mixer costs: multiply-accumulates, time and peak memory of a layer of ViT-Tiny by the number of tokens.
+r"""Cost of a mixer: multiply-accumulates, time and peak memory of a layer of ViT-Tiny, by the number of tokens.
 
-Efficiency length: the number of tokens from which a mixer is cheaper than softmax attention. Costs of attention are
-fitted by a L^2 + b L + c and those of the mixer by d L + e, least squares, times without the shortest length; it is the
-larger root of their difference. It is not stated where the mixer is not cheaper on the largest grid measured: a line
-does not describe it.
+Efficiency length: the number of tokens from which a mixer is cheaper than softmax attention. Least squares fit
+a L^2 + b L + c to the costs of attention and d L + e to those of the mixer (times without the shortest length); the
+efficiency length is the larger root of the difference. It is not reported if the mixer is not cheaper on the largest
+measured grid, since a line does not describe its cost then.
 
 Source: CAB, arXiv 2210.07661, which measures 256 to 8,192 tokens.
 """
@@ -26,20 +26,20 @@ from visionattn.mixers import Mixer
 __all__ = ["efficiency_length", "paired_times", "peak_memory", "run"]
 
 DIM, HEADS = 192, 3
-SLOW = 0.5  # seconds of a call from which three rounds do
+SLOW = 0.5  # seconds per call from which three rounds suffice
 MIB = 2**20
 
 
 def efficiency_length(
     lengths: Sequence[float], dense: Sequence[float], mixer: Sequence[float], first: int = 0
 ) -> float:
-    """Length from which a cost that is a line is below one that is a parabola; NaN if there is none.
+    """Length from which a linear cost is below a quadratic one; NaN if there is none.
 
     Args:
         lengths: Numbers of tokens, three or more.
         dense: Costs of softmax attention.
         mixer: Costs of the mixer.
-        first: Index of the first length that the line is fitted to: 1 for times.
+        first: Index of the first length to which the line is fitted: 1 for times.
     """
     if len(lengths) < 3 + first:
         return float("nan")
@@ -50,13 +50,13 @@ def efficiency_length(
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that a call has allocated at a time, above what was allocated before it."""
+    """Peak memory of a call in bytes, above what was allocated before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells the error output of each start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise every start and stop is logged to stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -68,7 +68,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
 
 
 def paired_times(calls: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> list[list[float]]:
-    """Milliseconds of calls in turn, round after round, so that a disturbance meets all of them."""
+    """Milliseconds of calls, which take turns in every round, so that a disturbance affects all of them."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, found in zip(calls, times):
@@ -88,21 +88,21 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 def run(name: str, sides: Sequence[int], plan: Plan, device: torch.device) -> list[Found]:
     """Measure a mixer and softmax attention in turn on square grids, one image at a time.
 
-    Larger grids are left out where a call would take more than `plan.slowest` seconds, or more than half of the memory:
-    both are foretold from the grid before by the multiply-accumulates. Softmax attention itself is measured on all.
+    Larger grids are skipped if a call would take more than `plan.slowest` seconds, or more than half of the memory:
+    both are predicted from the previous grid by the multiply-accumulates. Softmax attention itself is never too slow.
 
     Args:
-        name: In `MIXERS`.
-        sides: Of the grids, rising.
-        plan: Of the run.
-        device: Where to work.
+        name: Name in `MIXERS`.
+        sides: Sides of the grids, in increasing order.
+        plan: Sizes of the run.
+        device: Device of the measurement.
     """
 
     def outline(side: int) -> Mixer:
         return create_mixer(name, DIM, HEADS, (side, side), small=False, device="meta")
 
     found = [Found("own parameters", "", float(outline(sides[0]).extra_parameters()))]
-    seconds = memory = 0.0  # foretold
+    seconds = memory = 0.0  # predicted
     for number, side in enumerate(sides):
         n = side * side
         macs = outline(side).macs(n)

@@ -1,6 +1,6 @@
-"""Which mixers attend to themselves and which to a context, with prefix tokens and with invalid keys: asked, not read.
+"""Which calls a mixer supports (self-attention, cross-attention, prefix tokens, masks), determined by calling it.
 
-After CAB, arXiv 2210.07661, whose test asks each of its modules for four patterns; causal ones have no meaning here.
+Based on CAB, arXiv 2210.07661, which tests each of its modules for four patterns; causal ones do not apply here.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ PATTERNS = ("self", "cross", "prefix", "mask", "any grid")
 
 
 def has_pattern(name: str, pattern: str) -> bool:
-    """Whether a mixer takes such a call.
+    """Whether a mixer supports a kind of call.
 
     Args:
-        name: In `MIXERS`.
+        name: Name in `MIXERS`.
         pattern: One of `PATTERNS`.
 
     Raises:
-        InputError: There is no such pattern.
+        InputError: The pattern does not exist.
     """
     grid = (5, 3) if pattern == "any grid" else (4, 4)
     calls = {

@@ -1,4 +1,4 @@
-"""Mixers as the layers of small networks: their settings there, and how all networks of the tasks are trained."""
+"""Mixers as layers of small networks: their settings, and the training shared by all tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from visionattn.mixers import Mixer, find_mixer
 __all__ = ["CONTROLS", "SMALL", "create_mixer", "train"]
 
 CONTROLS = ("softmax", "identity", "mean", "random_qk")
-"""In every run: softmax attention, no mixing, mean pooling, a random map that does not depend on the input."""
+"""Mixers in every run: softmax attention, no mixing, mean pooling, a random map that does not depend on the input."""
 
 SMALL: dict[str, dict[str, Any]] = {
     "window": {"kernel": 5},
@@ -22,7 +22,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "agent": {"num_agents": 16},
     "halo": {"block_size": 4, "halo_size": 1},
 }
-"""Settings for the grids of 8 x 8 cells that mixers are trained on; the defaults are for grids of 14 x 14 and more."""
+"""Settings for training on grids of 8 x 8 cells; the defaults are for grids of 14 x 14 and larger."""
 
 LR = 1e-2
 
@@ -30,18 +30,18 @@ LR = 1e-2
 def create_mixer(
     name: str, dim: int, num_heads: int, grid: tuple[int, int], small: bool = True, **kwargs: Any
 ) -> Mixer:
-    """A mixer for a grid.
+    """Create a mixer for a grid.
 
     Args:
-        name: In `MIXERS`.
-        dim: Channels.
-        num_heads: Heads.
-        grid: (H, W), for mixers with parameters of a grid's size.
+        name: Name in `MIXERS`.
+        dim: Number of channels.
+        num_heads: Number of heads.
+        grid: (H, W), for mixers whose parameters depend on the size of the grid.
         small: Use the settings of `SMALL`.
         **kwargs: Further arguments of the mixer.
 
     Raises:
-        UnknownNameError: There is no such mixer.
+        UnknownNameError: No mixer has this name.
     """
     kind = find_mixer(name)
     settings = dict(SMALL.get(name, {})) if small else {}
@@ -51,14 +51,14 @@ def create_mixer(
 
 
 def train(net: nn.Module, loss_of_batch: Callable[[int], Tensor], steps: int) -> None:
-    """AdamW whose learning rate rises over a tenth of the steps and falls along a cosine; gradients are clipped at 1.
+    """Train with AdamW, warm-up over a tenth of the steps, cosine decay and gradients clipped at norm 1.
 
-    All mixers have the same rate: none was chosen for one of them.
+    All mixers have the same learning rate, which was not tuned for any of them.
 
     Args:
-        net: Trained in place, and set to evaluation mode at the end.
-        loss_of_batch: Number of the step -> loss.
-        steps: Of training; 0 trains nothing.
+        net: Network to train in place; it is in evaluation mode at the end.
+        loss_of_batch: Returns the loss for the index of a step.
+        steps: Number of training steps; 0: no training.
     """
     net.train()
     if steps > 0:

@@ -1,4 +1,4 @@
-"""How much an arena measures, and what its tasks find."""
+"""Sizes of an arena's run, and the results of its tasks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Plan:
     Attributes:
         recall_steps: Training steps of each form of recall.
         regression_steps: Training steps of in-context regression.
-        epochs: Of training on images.
-        tests: Grids of a test of recall.
-        sequences: Of a test of regression.
-        rounds: Of timing.
-        slowest: Longest call that is timed, in seconds; larger grids are left out.
-        sides: Of the square grids whose costs are measured.
-        seeds: Of everything that is trained.
+        epochs: Epochs of training on images.
+        tests: Number of grids in a test of recall.
+        sequences: Number of sequences in a test of regression.
+        rounds: Rounds of timing.
+        slowest: Longest call that is timed, in seconds; larger grids are skipped.
+        sides: Sides of the square grids on which costs are measured.
+        seeds: Number of training seeds.
     """
 
     recall_steps: int = 250
@@ -44,7 +44,7 @@ class Plan:
     seeds: int = 3
 
     def recipe(self, task: str) -> str:
-        """What the numbers of a task depend on, as its rows say it."""
+        """Text of the column `recipe`: the sizes that the numbers of a task depend on."""
         sizes = {
             "recall": f"{self.recall_steps} steps; {self.tests} tests",
             "regression": f"{self.regression_steps} steps; {self.sequences} sequences",

@@ -1,20 +1,20 @@
-r"""Multi-query associative recall on grids: which mixer finds the value that belongs to a key?
+r"""Multi-query associative recall on grids: can a mixer find the value that belongs to a key?
 
-Of an H x W grid, K cells hold pairs and K other cells hold queries, drawn at random; the rest is empty. At each query
-cell the network answers which of `SYMBOLS` values stands in the pair of the same key; a guess is right in 1 / SYMBOLS.
+In an H x W grid, K random cells contain pairs and K other random cells contain queries; the rest is empty. At each
+query cell the network predicts which of `SYMBOLS` values belongs to the pair with the same key; chance is 1 / SYMBOLS.
 
-- Continuous: a pair is one cell [key; value], a query [key; 0], taken from two fixed tables of vectors. The
-  network is linear - one mixer - linear; the answer is the value with the largest product.
-- Discrete: a pair is one cell that holds two symbols, a query one that holds the key; embeddings are learned and added.
-  The network is norm - mixer - linear, and the answer one of its SYMBOLS classes.
-- Cross: the pairs are the context of the mixer, and x holds the queries.
+- Continuous: a pair is one cell [key; value], a query is [key; 0], with vectors from two fixed tables. The network is
+  linear - one mixer - linear; the prediction is the value with the largest dot product.
+- Discrete: a pair is one cell with two symbols, a query is a cell with the key; learned embeddings are added. The
+  network is norm - mixer - linear, and the prediction is one of SYMBOLS classes.
+- Cross: the pairs are the context of the mixer, and x contains the queries.
 
-Networks are trained with K from `TRAINED_PAIRS`, and tested with more pairs, with every query at one Chebyshev distance
-from its pair (a step in that curve is the reach of a window), and on a grid larger than the trained one.
+Networks are trained with K from `TRAINED_PAIRS`. They are tested with more pairs, with every query at one Chebyshev
+distance from its pair (a step in that curve is the reach of a window), and on a larger grid than in training.
 
-Source: Zoology, arXiv 2312.04927, and its authors' continuous form. Deviations: theirs are sequences, and tables of
-8,192 symbols. In their discrete form a key's value is the next token, which takes two layers: with the value in the
-next cell, two layers of softmax attention were at chance after 1,200 steps.
+Source: Zoology, arXiv 2312.04927, and its authors' continuous form. Deviations: theirs uses sequences, and tables of
+8,192 symbols. In their discrete form the value of a key is the next token, which requires two layers: with the value in
+the next cell, two layers of softmax attention were at chance after 1,200 steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GRID, LARGER = (8, 8), (16, 16)
 SYMBOLS, WIDTH = 64, 32
 DIM, HEADS = 64, 2
 TRAINED_PAIRS, TESTED_PAIRS, LARGER_PAIRS, COMPARED_PAIRS = (4, 8, 16), (4, 16, 32), (16, 64), 16
-NEAR_PAIRS = 4  # pairs where the distance is given
+NEAR_PAIRS = 4  # number of pairs in tests with a fixed distance
 BATCH = 32
 
 
@@ -48,7 +48,7 @@ class Tables(NamedTuple):
 
 
 def draw_tables(device: torch.device) -> Tables:
-    """The same tables in each run: vectors of one length in random directions."""
+    """The same tables in every run: vectors of equal length in random directions."""
     drawn = torch.randn(2, SYMBOLS, WIDTH, generator=torch.Generator().manual_seed(0))
     keys, values = (F.normalize(drawn, dim=-1) * WIDTH**0.5).to(device)
     return Tables(keys, values)
@@ -57,29 +57,31 @@ def draw_tables(device: torch.device) -> Tables:
 def place(
     batch: int, pairs: int, grid: tuple[int, int], generator: torch.Generator, distance: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cells of pairs and of their queries, all different.
+    """Draw the cells of pairs and of their queries, all different.
 
     Args:
-        batch: Grids B.
-        pairs: Pairs K of each.
+        batch: Number B of grids.
+        pairs: Number K of pairs in each.
         grid: (H, W).
-        generator: Of the draws.
+        generator: Random number generator.
         distance: Chebyshev distance between a pair and its query; None: any.
 
     Returns:
-        Two tensors (B, K) of cells, counted row by row.
+        Two tensors (B, K) with indices of cells, row by row.
 
     Raises:
         InputError: The grid has too few cells, or none at that distance.
     """
     cells = grid[0] * grid[1]
     if pairs < 1 or 2 * pairs > cells:
-        raise InputError(f"A grid of {grid[0]} x {grid[1]} has no room for {pairs} pairs and as many queries.")
+        raise InputError(f"A grid of {grid[0]} x {grid[1]} is too small for {pairs} pairs and as many queries.")
     if distance is None:
         drawn = torch.rand(batch, cells, generator=generator).argsort(dim=1)
         return drawn[:, :pairs], drawn[:, pairs : 2 * pairs]
     if not 1 <= distance < max(grid):
-        raise InputError(f"distance must be from 1 to {max(grid) - 1} on a grid of {grid[0]} x {grid[1]}.")
+        raise InputError(
+            f"distance must be from 1 to {max(grid) - 1} on a grid of {grid[0]} x {grid[1]}; got {distance}."
+        )
     rows, columns = torch.arange(cells) // grid[1], torch.arange(cells) % grid[1]
     apart = torch.maximum((rows[:, None] - rows).abs(), (columns[:, None] - columns).abs())
     near = (apart == distance).float()
@@ -95,7 +97,7 @@ def place(
 
 
 def symbols(batch: int, count: int, generator: torch.Generator) -> Tensor:
-    """Different symbols in each row: (B, count) from 0 to SYMBOLS - 1."""
+    """Random symbols, all different in a row: (B, count) from 0 to SYMBOLS - 1."""
     return torch.rand(batch, SYMBOLS, generator=generator).argsort(dim=1)[:, :count]
 
 
@@ -105,7 +107,7 @@ def tokens(
     """Grids of the continuous form.
 
     Returns:
-        Tokens (B, H W, 2 WIDTH), cells of the pairs and of the queries (B, K), and the values asked for (B, K).
+        Tokens (B, H W, 2 WIDTH), cells of the pairs and of the queries (B, K), and the target values (B, K).
     """
     generator = torch.Generator().manual_seed(seed)
     device = tables.keys.device
@@ -120,7 +122,7 @@ def tokens(
 
 
 class ContinuousNet(nn.Module):
-    """Linear - mixer - linear, scored against the table of values.
+    """Linear - mixer - linear, with scores from the table of values.
 
     Shape:
         x (B, H W, 2 WIDTH), cells (B, K), context (B, M, 2 WIDTH) or None -> scores (B, K, SYMBOLS).
@@ -168,10 +170,10 @@ def gather(y: Tensor, cells: Tensor) -> Tensor:
 
 
 def symbol_cells(batch: int, pairs: int, grid: tuple[int, int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Grids of the discrete form: a key and a value in each cell, from 1; 0 is none.
+    """Grids of the discrete form: each cell has a key and a value, numbered from 1; 0 means none.
 
     Returns:
-        Symbols (B, H W, 2), cells of the queries (B, K), and the values asked for (B, K), from 0.
+        Symbols (B, H W, 2), cells of the queries (B, K), and the target values (B, K), numbered from 0.
     """
     generator = torch.Generator().manual_seed(seed)
     pair_cells, query_cells = place(batch, pairs, grid, generator)
@@ -183,7 +185,7 @@ def symbol_cells(batch: int, pairs: int, grid: tuple[int, int], seed: int) -> tu
 
 
 def accuracy(scores: Tensor, values: Tensor) -> float:
-    """Share of the queries whose largest score is that of the value asked for: (B, K, symbols), (B, K)."""
+    """Share of the queries whose largest score is that of the target value: (B, K, symbols), (B, K)."""
     return (scores.argmax(dim=-1) == values).float().mean().item()
 
 
@@ -191,10 +193,10 @@ def run(name: str, seed: int, plan: Plan, device: torch.device) -> list[Found]:
     """Train a mixer on all forms that it supports, and test it.
 
     Args:
-        name: In `MIXERS`.
-        seed: Of parameters and batches; tests are the same for all seeds.
-        plan: Of the run.
-        device: Where to work.
+        name: Name in `MIXERS`.
+        seed: Seed of parameters and batches; tests are the same for all seeds.
+        plan: Sizes of the run.
+        device: Device of training and tests.
     """
     found = _continuous(name, seed, plan, device) + _discrete(name, seed, plan, device)
     return found + (_cross(name, seed, plan, device) if "cross" in find_mixer(name).supports else [])

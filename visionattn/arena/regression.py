@@ -1,17 +1,17 @@
-r"""In-context linear regression: does a mixer estimate a slope from the examples that it is shown?
+r"""In-context linear regression: can a mixer estimate a slope from examples in its input?
 
     x_l ~ N(0, I_5),   beta ~ N(0, I_5 / 5),   y_l = beta . x_l + noise of variance 0.1
 
-`PAIRS` cells of a grid hold [x_l; y_l], one holds [x_q; 0], all at random places; the network linear - one mixer -
-linear says y_q at the query. Its mean squared error stands between anchors, which are computed from the same data:
+`PAIRS` random cells of a grid contain [x_l; y_l], and one contains [x_q; 0]. The network linear - one mixer - linear
+predicts y_q at the query. Its mean squared error is compared with anchors, which are computed from the same data:
 
-    ridge                    x_q . (X^T X + 0.5 I)^-1 X^T y                      the best that there is (0.1 times 5)
+    ridge                    x_q . (X^T X + 0.5 I)^-1 X^T y                      the optimum (0.5 is 0.1 times 5)
     gradient descent         eta / L sum_l y_l x_l . x_q                         one step, the best eta
     debiased                 eta / L sum_l y_l (x_l - mean x) . x_q              what two softmax heads learn
     one head                 m sum_l y_l softmax_l(c x_l . x_q)                  the best m and c
 
-Source: "In-context linear regression demystified", arXiv 2503.12734. Deviations: examples stand on a grid, so that
-windows see some of them; the mixer has `DIM` channels instead of one head for each.
+Source: "In-context linear regression demystified", arXiv 2503.12734. Deviations: the examples are on a grid, so that
+windows see some of them; the mixer has `DIM` channels.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Examples(NamedTuple):
 
 
 def draw(batch: int, pairs: int, seed: int, dtype: torch.dtype = torch.float32) -> Examples:
-    """Sequences, each with a slope of its own."""
+    """Draw sequences, each with its own slope."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -58,14 +58,14 @@ def draw(batch: int, pairs: int, seed: int, dtype: torch.dtype = torch.float32) 
 
 
 def ridge(x: Tensor, y: Tensor, query: Tensor) -> Tensor:
-    """Mean of the posterior, (B,), for the variances of the module."""
+    """Posterior mean, (B,), for the variances given in the module."""
     gram = x.mT @ x + NOISE * FEATURES * torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
     slope = torch.linalg.solve(gram, x.mT @ y[..., None])[..., 0]
     return (slope * query).sum(dim=1)
 
 
 def gradient_descent(x: Tensor, y: Tensor, query: Tensor, debiased: bool = False) -> Tensor:
-    """One step of size 1 from a slope of zero, (B,); debiased: with examples less their mean."""
+    """One step of size 1 from a slope of zero, (B,); debiased: the mean of the examples is subtracted."""
     x = x - x.mean(dim=1, keepdim=True) if debiased else x
     return (y * (x @ query[..., None])[..., 0]).mean(dim=1)
 
@@ -76,7 +76,7 @@ def one_head(x: Tensor, y: Tensor, query: Tensor, c: float) -> Tensor:
 
 
 def _error(estimate: Tensor, value: Tensor, scaled: bool = False) -> float:
-    """Mean squared error, of the best multiple if `scaled`."""
+    """Mean squared error; of the best multiple of the estimate if `scaled`."""
     if scaled:
         estimate = estimate * ((estimate * value).mean() / estimate.square().mean())
     return (estimate - value).square().mean().item()
@@ -84,7 +84,7 @@ def _error(estimate: Tensor, value: Tensor, scaled: bool = False) -> float:
 
 @cache
 def anchors(sequences: int, pairs: int = PAIRS) -> dict[str, float]:
-    """Mean squared errors of `ANCHORS`, on the first of the sequences that mixers are tested on."""
+    """Mean squared errors of `ANCHORS`, on the first of the sequences on which mixers are tested."""
     x, y, query, value = draw(sequences, pairs, 1)
     heads = (_error(one_head(x, y, query, c / 20), value, scaled=True) for c in range(2, 31))
     return {
@@ -115,7 +115,7 @@ class RegressionNet(nn.Module):
 
 
 def on_grid(examples: Examples, grid: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens (B, H W, 6) and cells of the queries (B,), drawn."""
+    """Tokens (B, H W, 6) with the examples in random cells, and cells of the queries (B,)."""
     x, y, query, _ = examples
     batch, pairs, features = x.shape
     order = torch.rand(batch, grid[0] * grid[1], generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
@@ -127,13 +127,13 @@ def on_grid(examples: Examples, grid: tuple[int, int], seed: int) -> tuple[Tenso
 
 
 def run(name: str, seed: int, plan: Plan, device: torch.device) -> list[Found]:
-    """Train a mixer, and give its mean squared error with as many pairs as it was trained on, and with more.
+    """Train a mixer, and return its mean squared error with as many pairs as in training and with more.
 
     Args:
-        name: In `MIXERS`.
-        seed: Of parameters and batches; tests are the same for all seeds.
-        plan: Of the run.
-        device: Where to work.
+        name: Name in `MIXERS`.
+        seed: Seed of parameters and batches; tests are the same for all seeds.
+        plan: Sizes of the run.
+        device: Device of training and tests.
     """
     torch.manual_seed(seed)
     net = RegressionNet(name).to(device)

@@ -1,4 +1,4 @@
-"""The report of an arena: one page as HTML and Markdown, with curves and Pareto pictures; numbers as CSV."""
+"""The report of an arena: one page as HTML and Markdown, with curves and Pareto plots; numbers as CSV."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from visionattn.probe.statistics import Interval
 
 __all__ = ["front", "make_sections", "write_report"]
 
-_CURVES = 9  # colours of a picture
+_CURVES = 9  # colours of a plot
 
 
 def write_report(arena: Arena) -> None:
-    """Write `report.md` and `report.html` with their pictures into the folder of the arena.
+    """Write `report.md` and `report.html` with their plots into the folder of the arena.
 
     Raises:
         StorageError: A file could not be written.
@@ -34,8 +34,8 @@ def write_report(arena: Arena) -> None:
 
 
 def make_sections(arena: Arena) -> list[Section]:
-    """Sections of the report; those of tasks that were not run are left out."""
-    sections = [Section("Mixers side by side", [_origin(arena)])]
+    """Sections of the report, without those of tasks that were not run."""
+    sections = [Section("Comparison of mixers", [_origin(arena)])]
     if chosen := choose(arena):
         sections.append(Section("Which mixer when", chosen))
     if columns := arena.columns():
@@ -52,14 +52,14 @@ def _origin(arena: Arena) -> str:
     seeds = "1 seed" if arena.plan.seeds == 1 else f"{arena.plan.seeds} seeds"
     return (
         f"{len(arena.mixers)} mixers, {seeds}, on {devices}; visionattn {visionattn.__version__}, "
-        f"torch {torch.__version__}. Images: {images}. Every number stands in results.csv."
+        f"torch {torch.__version__}. Images: {images}. All numbers are in results.csv."
     )
 
 
 def _spread(arena: Arena) -> str:
     if arena.plan.seeds < 2:
-        return "One seed: no spread is known."
-    return "Means over seeds, and in brackets the lowest and the highest seed. Controls come first."
+        return "One seed, so that the spread is not known."
+    return "Means over seeds, with the lowest and the highest seed in brackets. Controls come first."
 
 
 def _table(arena: Arena, columns: Sequence[Column]) -> list[list[str]]:
@@ -72,9 +72,9 @@ def _table(arena: Arena, columns: Sequence[Column]) -> list[list[str]]:
 
 def _cost_words() -> str:
     return (
-        "Median times of one image, inference, paired with softmax; peak memory of a call. Efficiency length: "
-        "tokens from which the mixer is cheaper, by a parabola for softmax and a line for the mixer; – where "
-        "it is not cheaper on the largest grid, or was not measured there."
+        "Median times of inference on one image, paired with softmax; peak memory of a call. Efficiency length: number "
+        "of tokens from which the mixer is cheaper, from a parabola fitted to softmax and a line fitted to the mixer; "
+        "– if it is not cheaper on the largest grid, or was not measured there."
     )
 
 
@@ -89,14 +89,14 @@ def _costs(arena: Arena, columns: Sequence[Column]) -> list[list[str]]:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Whether no other point has a lower cost and a higher value: (cost, value) of each."""
+    """Whether points (cost, value) are on the Pareto front: no other point has a lower cost and a higher value."""
     return [
         not any((c < cost and v >= value) or (c <= cost and v > value) for c, v in points) for cost, value in points
     ]
 
 
 def _pareto(arena: Arena) -> list[Section]:
-    """Pictures of what a mixer achieves against what it costs, at N = 3136 or the largest grid below."""
+    """Plots of quality against cost, at N = 3136 or the largest measured grid below."""
     tokens = [n for n in arena.tokens() if n <= 3136]
     if not tokens:
         return []
@@ -123,7 +123,7 @@ def _pareto(arena: Arena) -> list[Section]:
         ]
         names = ", ".join(point.name for point in points if point.on_front)
         drawing = draw_scatter(points, f"{measure} at N = {n:,}", f"{column.title}, %")
-        words = f"On the front: {names}. Bars reach from the lowest to the highest seed."
+        words = f"On the Pareto front: {names}. Bars span the lowest to the highest seed."
         sections.append(
             Section(
                 f"{column.title[0].upper()}{column.title[1:]} against {measure}", [words], drawings=[(file, drawing)]
@@ -136,7 +136,7 @@ def _curves(arena: Arena) -> list[Section]:
     pairs = [f"K={k}" for k in TESTED_PAIRS]
     distances = [f"r={r}" for r in range(1, GRID[0])]
     tokens = [f"N={n}" for n in arena.tokens()]
-    reach = f"{NEAR_PAIRS} pairs, each at one Chebyshev distance from its query: a step shows how far a mixer reaches."
+    reach = f"{NEAR_PAIRS} pairs, each at a fixed Chebyshev distance from its query: a step shows the mixer's reach."
     sections = [
         _curve(arena, "Recall by the number of pairs", "", "recall", pairs, "recall, %", "recall_pairs"),
         _curve(arena, "Recall by distance", reach, "recall by distance", distances, "recall, %", "recall_distance"),
@@ -148,7 +148,7 @@ def _curves(arena: Arena) -> list[Section]:
 def _curve(
     arena: Arena, title: str, words: str, measure: str, settings: list[str], what: str, file: str
 ) -> list[Section]:
-    """Pictures of up to `_CURVES` mixers each; softmax attention is in all of them."""
+    """Plots of up to `_CURVES` mixers each; softmax attention is in all of them."""
     shown = [m for m in arena.mixers if m != "softmax" and any(arena.values(m, measure, s) for s in settings)]
     sections = []
     for number, first in enumerate(range(0, len(shown), _CURVES - 1)):
@@ -163,18 +163,18 @@ def _curve(
 
 def _matrix(arena: Arena) -> Section:
     rows = [[m, *("yes" if has_pattern(m, pattern) else "" for pattern in PATTERNS)] for m in arena.mixers]
-    return Section("What each mixer supports", ["Found by calling it."], [["mixer", *PATTERNS], *rows])
+    return Section("Supported calls", ["Determined by calling each mixer."], [["mixer", *PATTERNS], *rows])
 
 
 def _notes(arena: Arena) -> list[str]:
     settings = "; ".join(f"{name} {value}" for name, value in SMALL.items() if name in arena.mixers)
     notes = [
         f"Controls: {', '.join(CONTROLS)}.",
-        "All mixers are trained with one learning rate; none was chosen for one of them.",
-        "Intervals of differences are Student's over seeds, 95 % each, not corrected for the number of mixers.",
+        "All mixers are trained with the same learning rate, which was not tuned for any of them.",
+        "Intervals of differences are 95 % Student's t intervals over seeds, not corrected for the number of mixers.",
     ]
     if settings:
-        notes.append(f"Settings on the grids of training, where they are not the defaults: {settings}.")
+        notes.append(f"Settings in training that differ from the defaults: {settings}.")
     if left := [name for name in MIXERS if name not in arena.mixers]:
         notes.append(f"Not in this run: {', '.join(left)}.")
     return notes

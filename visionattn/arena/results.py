@@ -1,4 +1,4 @@
-"""What an arena found: estimates over seeds, differences from softmax attention, and the table of all mixers."""
+"""Results of an arena: estimates over seeds, differences from softmax attention, and the table of all mixers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["COLUMNS", "Arena", "Column", "Estimate"]
 
 
 class Estimate(NamedTuple):
-    """Mean over seeds, with the lowest and the highest; NaN where nothing was measured."""
+    """Mean over seeds, with the lowest and the highest value; NaN if nothing was measured."""
 
     mean: float
     low: float
@@ -33,11 +33,11 @@ class Column(NamedTuple):
     """A column of the table.
 
     Attributes:
-        title: Its heading.
-        measure: Of the rows.
-        setting: Of the rows.
-        form: How a number is written.
-        higher: Whether more is better; None: neither.
+        title: Heading of the column.
+        measure: Measure of its rows.
+        setting: Setting of its rows.
+        form: Format of the numbers.
+        higher: Whether higher is better; None: neither.
     """
 
     title: str
@@ -64,8 +64,8 @@ class Arena:
     """Results of `visionattn.arena`.
 
     Attributes:
-        folder: Of the report.
-        mixers: That took part, the controls first.
+        folder: Folder of the report.
+        mixers: Names of the mixers, the controls first.
         rows: All numbers.
         plan: Sizes of the run.
         images: Folder of images; None: the embedded digits.
@@ -78,7 +78,7 @@ class Arena:
     images: Path | None
 
     def values(self, mixer: str, measure: str, setting: str) -> list[float]:
-        """The values of a measure in the order of seeds."""
+        """The values of a measure, in the order of the seeds."""
         wanted = [row for row in self.rows if (row.mixer, row.measure, row.setting) == (mixer, measure, setting)]
         return [row.value for row in sorted(wanted, key=lambda row: row.seed)]
 
@@ -90,7 +90,7 @@ class Arena:
         return Estimate(float(np.mean(found)), min(found), max(found), len(found))
 
     def difference(self, mixer: str, column: Column) -> tuple[float, Interval]:
-        """Mean difference from softmax attention, seed by seed, and its interval of 95 %; NaN for one seed."""
+        """Mean difference from softmax attention, paired by seed, and its 95 % interval; NaN for one seed."""
         pairs = [self.values(name, column.measure, column.setting) for name in (mixer, "softmax")]
         if not pairs[0] or len(pairs[0]) != len(pairs[1]):
             return math.nan, Interval(math.nan, math.nan)
@@ -98,13 +98,13 @@ class Arena:
         return float(np.mean(differences)), t_interval(differences)
 
     def tokens(self) -> list[int]:
-        """Numbers of tokens at which costs were measured, rising."""
+        """Numbers of tokens at which costs were measured, in increasing order."""
         return sorted(int(row.setting[2:]) for row in self.rows if (row.mixer, row.measure) == ("softmax", "ms"))
 
     def efficiency_length(self, mixer: str, measure: str) -> float:
-        """Tokens from which a mixer is cheaper in `"ms"` or `"MiB"`: NaN where it is not on the largest grid.
+        """Number of tokens from which a mixer is cheaper in `"ms"` or `"MiB"`; NaN if it is not on the largest grid.
 
-        Costs of softmax attention are those next to the mixer in time, and its own in memory.
+        Times of softmax attention are those measured in turn with the mixer; memory is measured once.
         """
         tokens = [n for n in self.tokens() if self.values(mixer, measure, f"N={n}")]
         if not tokens or tokens[-1] != self.tokens()[-1] or mixer == "softmax":
@@ -117,11 +117,11 @@ class Arena:
         return efficiency_length(tokens, dense, own, first=int(measure == "ms"))
 
     def columns(self) -> list[Column]:
-        """Columns of the table for which there are numbers."""
+        """Columns of the table that have values."""
         return [column for column in COLUMNS if self.values("softmax", column.measure, column.setting)]
 
     def cost_columns(self, shown: Sequence[int] = (196, 784, 3136, 16384)) -> list[Column]:
-        """Columns of cost at some numbers of tokens, or at all that were measured where none of these was."""
+        """Columns of cost at some numbers of tokens, or at all measured ones if none of these was measured."""
         tokens = [n for n in self.tokens() if n in shown] or self.tokens()
         found = [Column("own parameters", "own parameters", "", "+,.0f", None)] if tokens else []
         for measure, form, higher in (("M MACs", ",.1f", False), ("ms", ",.2f", False), ("MiB", ",.1f", False)):
@@ -129,7 +129,7 @@ class Arena:
         return [*found, *(Column(f"times faster, N = {n}", "times faster", f"N={n}", ".2f", True) for n in tokens[-1:])]
 
     def cell(self, mixer: str, column: Column, spread: bool = True) -> str:
-        """A number as the table writes it, with the range over seeds; `–` where there is none."""
+        """Text of a table cell: the mean, with the range over seeds; `–` if nothing was measured."""
         found = self.estimate(mixer, column.measure, column.setting)
         if not found.seeds:
             return "–"

@@ -1,4 +1,4 @@
-"""The rows of `results.csv`: one number each, with what it depends on. They are also how an arena goes on."""
+"""Rows of `results.csv`: one number each, with what it depends on. An interrupted arena resumes from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Cell", "Row", "read_rows", "write_rows"]
 
 
 class Cell(NamedTuple):
-    """What is measured at once: a task, a mixer, a seed, and what their numbers depend on."""
+    """Unit of measurement: a task, a mixer, a seed, and what their numbers depend on."""
 
     task: str
     mixer: str
@@ -27,21 +27,21 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A number.
+    """One measured number.
 
     Attributes:
-        task: Of the arena.
-        mixer: Its name.
-        seed: Of parameters and batches.
+        task: Task of the arena.
+        mixer: Name of the mixer.
+        seed: Seed of parameters and batches.
         measure: What was measured.
         setting: The condition, such as `K=16`.
         value: The number.
         recipe: Sizes of training and tests.
         device: Name of the processor or GPU.
-        threads: Of PyTorch.
-        torch: Its version.
-        visionattn: The package's version.
-        seconds: That the cell took, with all of its numbers.
+        threads: Number of PyTorch threads.
+        torch: Version of PyTorch.
+        visionattn: Version of this package.
+        seconds: Wall time of the whole cell.
     """
 
     task: str
@@ -68,9 +68,9 @@ _NUMBERS = {"seed": int, "value": float, "threads": int, "seconds": float}
 
 
 def read_rows(path: Path) -> tuple[list[Row], int]:
-    """Rows of a file, and the number of those that are damaged; none where there is no file.
+    """Rows of a file, and the number of damaged rows; no rows if there is no file.
 
-    All rows of a cell that a damaged row may belong to are left out, since a cell is measured as a whole.
+    All rows of a cell to which a damaged row may belong are dropped, since a cell is measured as a whole.
 
     Raises:
         DataError: The file cannot be read, or is not text.
@@ -91,7 +91,7 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
         number = (row.cell, row.measure, row.setting)
         rows += [row] if number not in seen else [row, None]
         seen.add(number)
-    # The rows of a cell lie together: a damaged one belongs to the cell before it or behind it.
+    # The rows of a cell are contiguous: a damaged row belongs to the previous or to the next cell.
     doubted = set()
     for way in (rows, rows[::-1]):
         last = None
@@ -110,7 +110,7 @@ def _row(line: dict[str, str]) -> Row:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write all rows, whole or not at all.
+    """Write all rows, completely or not at all.
 
     Raises:
         StorageError: The file could not be written.
