@@ -141,9 +141,7 @@ def test_mistakes_within_a_constructor_are_told_as_such():
 
 
 def test_published_weights_of_another_number_of_channels():
-    with pytest.raises(
-        InputError, match=r"weights of va_span_ch26_x2 are for images of 3 channels, but got in_chans=1"
-    ):
+    with pytest.raises(InputError, match=r"weights of va_span_ch26_x2 are for images of 3 channels; got in_chans=1"):
         timm.create_model("va_span_ch26_x2", pretrained=True, in_chans=1)
 
 

@@ -46,7 +46,7 @@ def test_list_takes_a_part_of_a_name(capsys):
 def test_show_is_a_card(capsys):
     assert main(["show", "va_minimal_vit_tiny_patch16_224_minimum"]) == 0
     shown = capsys.readouterr().out
-    for fact in ("0.83 M", "3 x 224 x 224", "arXiv:2410.13732", "One matrix W_QK a block", "apache-2.0"):
+    for fact in ("0.83 M", "3 x 224 x 224", "arXiv:2410.13732", "One matrix W_QK per block", "apache-2.0"):
         assert fact.lower() in shown.lower()
 
 

@@ -137,7 +137,7 @@ def test_attributes_that_cannot_be_added():
     model, _ = build(head="csn", head_args={"masks": "fixed"})
     with pytest.raises(InputError, match="all dimensions are in use"):
         model.add_attributes(["pattern"])
-    with pytest.raises(InputError, match=r"different names, but got .*'kind', 'season', 'größe', 'kind'"):
+    with pytest.raises(InputError, match=r"different names; got .*'kind', 'season', 'größe', 'kind'"):
         model.add_attributes(["kind"])
     assert model.attributes == tuple(ATTRIBUTES)
 
@@ -234,7 +234,7 @@ def test_imagenet_weights_in_half_precision():
 def test_unknown_attributes_are_listed(asked):
     model, x = build()
     with pytest.raises(
-        UnknownNameError, match=r"This model has 'colour', 'kind', 'season', 'größe', places 0 to 3"
+        UnknownNameError, match=r"This model has 'colour', 'kind', 'season', 'größe', indices 0 to 3"
     ) as e:
         model(x, asked)
     assert ("Did you mean" in str(e.value)) == isinstance(asked[-1], str)
@@ -246,10 +246,10 @@ def test_bad_input():
     model, x = build()
     with pytest.raises(InputError, match=r"given as a list: \['kind'\]"):
         model(x, "kind")
-    with pytest.raises(InputError, match="No attribute is asked for"):
+    with pytest.raises(InputError, match="list of attributes is empty"):
         model(x, [])
     for wrong in ([0, 1], torch.tensor([[0], [1], [2]]), None):
-        with pytest.raises(InputError, match="3 images have an attribute each, but got"):
+        with pytest.raises(InputError, match="3 images require one attribute each; got"):
             model.embed_pairs(x, wrong)
     for wrong in ("kind", [], ["kind", "kind"]):
         with pytest.raises(InputError, match="list of one or more different names"):

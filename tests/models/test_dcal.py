@@ -206,8 +206,8 @@ def test_a_file_says_what_it_is(tmp_path):
     ("arguments", "message"),
     [
         ({"local_pool": "max"}, "must be one of 'token', 'avg'; got 'max'"),
-        ({"local_ratio": 1.5}, "from 0 to 1, but got 1.5"),
-        ({"global_pool": "avg"}, "global_pool is 'token', but got 'avg'"),
+        ({"local_ratio": 1.5}, "from 0 to 1; got 1.5"),
+        ({"global_pool": "avg"}, "global_pool must be 'token', the class token; got 'avg'"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -219,5 +219,5 @@ def test_branches_need_both():
     model, x = build(sa_only=True)
     with pytest.raises(InputError, match="there is one branch"):
         model.forward_branches(x)
-    with pytest.raises(InputError, match="but got 'max'"):
+    with pytest.raises(InputError, match="got 'max'"):
         model.reset_classifier(3, "max")

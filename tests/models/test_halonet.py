@@ -133,9 +133,9 @@ def test_stages_choose_convolution_or_attention():
     model = timm.create_model("va_halonet_h4", stages=("conv", "conv", "halo", "halo"), device="meta")
     kinds = [{type(module).__name__ for module in stage.modules()} for stage in model.stages]
     assert ["HaloAttention" in kind for kind in kinds] == [False, False, True, True]
-    with pytest.raises(InputError, match="'halo' or 'conv', not 'mlp'"):
+    with pytest.raises(InputError, match="'halo' or 'conv'; got 'mlp'"):
         timm.create_model("va_halonet_h4", stages=("conv", "mlp", "halo", "halo"))
-    with pytest.raises(InputError, match="have 4, 4, 4 and 3 entries"):
+    with pytest.raises(InputError, match="got 4, 4, 4 and 3 entries"):
         timm.create_model("va_halonet_h4", stages=("conv", "halo", "halo"))
 
 

@@ -297,11 +297,11 @@ def test_start_of_the_weights():
 @pytest.mark.parametrize(
     ("left", "right", "message"),
     [
-        ((1, 3, 192, 192), (1, 3, 192, 224), r"Both views have one size, but got \(1, 3, 192, 192\) and"),
-        ((2, 3, 192, 192), (1, 3, 192, 192), "Both views have one size"),
-        ((1, 1, 192, 192), (1, 1, 192, 192), r"RGB images \(B, 3, H, W\) in 0\.\.1, but got \(1, 1, 192, 192\)"),
+        ((1, 3, 192, 192), (1, 3, 192, 224), r"Both views must have the same size; got \(1, 3, 192, 192\) and"),
+        ((2, 3, 192, 192), (1, 3, 192, 192), "Both views must have the same size"),
+        ((1, 1, 192, 192), (1, 1, 192, 192), r"RGB images \(B, 3, H, W\) in 0\.\.1; got \(1, 1, 192, 192\)"),
         ((3, 192, 192), (3, 192, 192), "RGB images"),
-        ((1, 3, 160, 500), (1, 3, 160, 500), "at least 161 pixels high and wide, but got 160 x 500"),
+        ((1, 3, 160, 500), (1, 3, 160, 500), "at least 161 pixels high and wide; got 160 x 500"),
     ],
 )
 def test_bad_views(left, right, message):
@@ -311,14 +311,14 @@ def test_bad_views(left, right, message):
 
 def test_bad_starts_and_arguments():
     model, pair = build(), views()
-    with pytest.raises(InputError, match=r"start of these views is \(2, 6, 6, 2\), but got \(1, 6, 6, 2\)"):
+    with pytest.raises(InputError, match=r"start must have the shape \(2, 6, 6, 2\); got \(1, 6, 6, 2\)"):
         model(*pair, torch.zeros(1, 6, 6, 2))
     with pytest.raises(InputError, match="at least 321 pixels"):
         model.low_resolution_start(*pair)
-    with pytest.raises(InputError, match="have 4, 4 and 3 entries"):
+    with pytest.raises(InputError, match="got 4, 4 and 3 entries"):
         MatchStereo(depths=(1, 1, 1))
     for wrong in ({"widths": (8, 8, 16, 18)}, {"depths": (1, 1, 1, 0)}, {"depths": (-1, 1, 1, 1)}):
-        with pytest.raises(InputError, match="multiples of 4, each size has blocks"):
+        with pytest.raises(InputError, match="widths must be divisible by 4, and encoder_depths"):
             MatchStereo(**wrong)
 
 

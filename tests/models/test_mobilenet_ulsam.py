@@ -85,10 +85,10 @@ def test_places():
         (
             "va_mobilenetv2_ulsam_100",
             {"places": (12, 14)},
-            r"'replace' takes the blocks 3, 5, 6, 8, 9, 10, 12, 13, 15, 16, but got \(12, 14\)",
+            r"places of mode 'replace' must be among 3, 5, 6, 8, 9, 10, 12, 13, 15, 16; got \(12, 14\)",
         ),
-        ("va_mobilenetv1_ulsam_100", {"places": (1,)}, "takes the blocks 3, 5, 7, 8, 9, 10, 11, 13"),
-        ("va_mobilenetv1_ulsam_100", {"places": (14,), "mode": "add"}, "'add' takes the blocks 1, 2"),
+        ("va_mobilenetv1_ulsam_100", {"places": (1,)}, "must be among 3, 5, 7, 8, 9, 10, 11, 13"),
+        ("va_mobilenetv1_ulsam_100", {"places": (14,), "mode": "add"}, "places of mode 'add' must be among 1, 2"),
         ("va_mobilenetv2_ulsam_100", {"mode": "delete"}, "must be one of 'replace', 'add'; got 'delete'"),
         ("va_mobilenetv2_ulsam_100", {"num_subspaces": 5, "places": (13,)}, "divisible by num_subspaces"),
     ],

@@ -1,4 +1,4 @@
-"""One family a file. Importing this package registers every name in timm's registry."""
+"""Models, one family per file. Importing this package registers every name in timm's registry."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ __all__ = ["check_task", "names", "suggest"]
 
 
 def names() -> list[str]:
-    """Every model name of this package, sorted."""
+    """List the model names of this package, sorted."""
     return timm.list_models("va_*")
 
 
 def suggest(name: str, count: int = 3) -> list[str]:
-    """Names in timm's registry, ours among them, that look most like `name`."""
+    """List the names in timm's registry, including ours, that are most similar to `name`."""
     return difflib.get_close_matches(name, timm.list_models(), n=count, cutoff=0.5)
 
 
 def check_task(model: nn.Module, task: str | tuple[str | None, ...] | None, name: str | None = None) -> None:
-    """Refuse a model of another task.
+    """Check that a model is of an accepted task.
 
     Args:
         model: The model; its attribute `task` is compared.
-        task: The tasks accepted; None accepts all.
-        name: What the message calls the model. Default: its class.
+        task: Accepted task or tasks; None accepts all.
+        name: Name of the model in the error message. Default: its class.
 
     Raises:
         InputError: The model is of another task, or states none.

@@ -1,14 +1,14 @@
-"""Attribute retrieval: embeddings of an image for each attribute asked for, from one pass of any backbone.
+"""Attribute retrieval: one embedding of an image per attribute, from a single pass of any backbone.
 
     tokens = backbone(image)                      (B, N, D): a ViT's tokens after its last norm, or the pixels of a map
-    f_c    = head(tokens, c)                      (B, C, E), of length 1: a condition for each attribute
+    f_c    = head(tokens, c)                      (B, C, E), of length 1: one condition per attribute
 
-The head is conditional cross-attention (`head="cca"`, equations: `visionattn.blocks.conditional`) or what it is to be
-compared with (`"linear"`, `"csn"`, `"asen"`: `visionattn.blocks.condition_heads`). Conditions come after the backbone,
-so that it runs once whatever is asked, and tower and head can be kept, exported and cached apart. Between images,
-similarity by an attribute is the cosine of their embeddings for it.
+The head is conditional cross-attention (`head="cca"`, equations: `visionattn.blocks.conditional`) or a baseline
+(`"linear"`, `"csn"`, `"asen"`: `visionattn.blocks.condition_heads`). Conditions enter after the backbone, so that it
+runs once for all attributes, and tower and head can be stored, exported and cached separately. The similarity of two
+images under an attribute is the cosine of their embeddings for it.
 
-Names (parameters, of them the head's, and GMACs for one image and one attribute):
+Names (parameters in total, parameters of the head, and GMACs for one image and one attribute):
 
     va_cca_vit_tiny_patch16_224             5,994,752     470,336   1.25
     va_cca_vit_small_patch16_224           22,555,136     889,472   4.60
@@ -18,12 +18,12 @@ Names (parameters, of them the head's, and GMACs for one image and one attribute
     va_cca_minimal_vit_nano_patch4_32         365,952      58,560   0.02
     va_cca_halonet_h0                       6,068,928     823,680   2.31
     va_cca_halonet_nano_32                    300,176     215,296   0.02
-    va_cca                                 any backbone in timm's registry, `backbone=NAME`; resnet18 if not said
+    va_cca                                 any backbone in timm's registry, `backbone=NAME`; resnet18 by default
 
-Attributes are said at the start: `create_model("va_cca_vit_tiny_patch16_224", attributes=["colour", "kind"])`. Others
-can be added later and trained alone, which leaves the embeddings of the first ones as they are, to the last bit.
+Attributes are given at construction: `create_model("va_cca_vit_tiny_patch16_224", attributes=["colour", "kind"])`.
+More can be added later and trained alone, which leaves the embeddings of the existing ones bitwise unchanged.
 
-Source of the idea: CCA, arXiv 2307.13254, of which the abstract alone could be read. Backbone, position and number of
+Source of the idea: CCA, arXiv 2307.13254, of which only the abstract was accessible. Backbone, position and number of
 the conditional layers, widths and losses are our choice, and no result of that paper is claimed.
 """
 
@@ -47,7 +47,7 @@ from visionattn.weights.cca import NAMES, decode_names, encode_names
 
 __all__ = ["HEADS", "AttributeRetrieval"]
 
-# Heads of conditional cross-attention are so wide, and its conditions no wider than four of them.
+# Width of a head of conditional cross-attention, and its maximum number of heads.
 HEAD_DIM, MOST_HEADS = 64, 4
 
 
@@ -74,7 +74,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {"cca": _cca, "linear": _linear, "c
 
 
 class AttributeRetrieval(nn.Module):
-    """A backbone and a head that embeds its tokens for each attribute (see the module).
+    """A backbone and a head that embeds its tokens under each attribute (see the module).
 
     Args:
         backbone: Name in timm's registry.
@@ -82,9 +82,9 @@ class AttributeRetrieval(nn.Module):
         embed_dim: Width E of an embedding.
         head: `"cca"`, `"linear"`, `"csn"` or `"asen"`.
         in_chans: Image channels.
-        img_size: Image size of a backbone that is made for one; None for the backbone's own.
-        pretrained_backbone: Fetch the backbone's default weights, as timm does.
-        backbone_checkpoint: A file of the backbone's weights, in timm's layout, with or without a classifier.
+        img_size: Image size in pixels, for a backbone of fixed size; None: the backbone's default.
+        pretrained_backbone: Load the backbone's default weights through timm, which may download them.
+        backbone_checkpoint: File of the backbone's weights, in timm's layout, with or without a classifier.
         backbone_args: Further arguments of the backbone.
         head_args: Further arguments of the head, such as `num_tokens` and `depth` of conditional cross-attention.
 
@@ -97,8 +97,8 @@ class AttributeRetrieval(nn.Module):
         (B, in_chans, H, W) -> (B, C, E), each embedding of length 1.
 
     Raises:
-        InputError: No attribute, one that is there twice, or an unknown head.
-        CheckpointError: The backbone's file cannot be read, or is that of another backbone.
+        InputError: No attribute is given, one is given twice, or the head is unknown.
+        CheckpointError: The backbone's file cannot be read, or belongs to another backbone.
     """
 
     task = "retrieve"
@@ -147,9 +147,9 @@ class AttributeRetrieval(nn.Module):
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm writes beside weights to build the model again: the attributes as they are now.
+        """Arguments that timm saves next to the weights to rebuild the model, with the current attributes.
 
-        Where the backbone's first weights came from is left out: what is saved has its own.
+        The source of the backbone's initial weights is left out, because saved weights replace them.
         """
         return {**self._arguments, "attributes": list(self.attributes)}
 
@@ -160,7 +160,7 @@ class AttributeRetrieval(nn.Module):
 
     def _name(self, attributes: Sequence[str], device) -> None:
         if isinstance(attributes, str) or not attributes or len(set(attributes)) < len(attributes):
-            raise InputError(f"Attributes are a list of one or more different names, but got {attributes!r}.")
+            raise InputError(f"attributes must be a list of one or more different names; got {attributes!r}.")
         self.attributes = tuple(attributes)
         self.register_buffer(NAMES, encode_names(self.attributes).to(device))
 
@@ -168,30 +168,30 @@ class AttributeRetrieval(nn.Module):
         found = state_dict.get(prefix + NAMES)
         if found is not None and decode_names(found) != self.attributes:
             errors.append(
-                f"The weights are those of the attributes {', '.join(decode_names(found))}, the model has "
+                f"The weights are for the attributes {', '.join(decode_names(found))}; the model has "
                 f"{', '.join(self.attributes)}."
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that a decay would harm: those of the backbone, and what is learned of a condition alone."""
+        """Names of parameters without weight decay: those of the backbone, and the table of conditions."""
         backbone: set[str] = getattr(self.backbone, "no_weight_decay", set)()
         rows = {name for name, _ in self.named_parameters() if name.startswith("head.table.")}
         return {f"backbone.{name}" for name in backbone} | rows
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only what goes between the backbone's layers, and compute them again for gradients."""
+        """Enable activation checkpointing in the backbone: activations are recomputed in the backward pass."""
         self.backbone.set_grad_checkpointing(enable)
 
     def add_attributes(self, attributes: Sequence[str]) -> list[nn.Parameter]:
-        """Add attributes after those that are there.
+        """Add attributes after the existing ones.
 
         Returns:
-            What is learned of the new attributes alone. Trained without anything else, it leaves the embeddings of the
-            others as they are.
+            The parameters of the new attributes alone. Training only these leaves the embeddings of the other
+            attributes unchanged.
 
         Raises:
-            InputError: One of them is there already, or the head has no room for more.
+            InputError: One of them exists already, or the head has no room for more.
         """
         count = len(self.attributes)
         self._name((*self.attributes, *attributes), self.attribute_names.device)
@@ -202,25 +202,25 @@ class AttributeRetrieval(nn.Module):
             raise
 
     def condition_ids(self, conditions: torch.Tensor | Iterable[str | int] | None) -> torch.Tensor | None:
-        """Places of attributes in the table.
+        """Convert attributes to their indices in the table.
 
         Args:
-            conditions: Names or places, or an int64 tensor of places, which is handed through; None for all.
+            conditions: Names or indices, or an int64 tensor of indices, which is returned as it is; None: all.
 
         Returns:
             (C,), int64, or None.
 
         Raises:
-            UnknownNameError: An attribute that the model does not have.
-            InputError: A name or place by itself instead of a list, or no attribute at all.
+            UnknownNameError: The model does not have one of the attributes.
+            InputError: A single name or index is given instead of a list, or the list is empty.
         """
         if conditions is None or isinstance(conditions, torch.Tensor):
             return conditions
         if isinstance(conditions, str | int):
-            raise InputError(f"Attributes are given as a list: [{conditions!r}].")
+            raise InputError(f"Attributes must be given as a list: [{conditions!r}].")
         ids = [self._place(condition) for condition in conditions]
         if not ids:
-            raise InputError("No attribute is asked for; leave the list out for all of them.")
+            raise InputError("The list of attributes is empty: give at least one, or None for all.")
         return torch.tensor(ids, device=self.attribute_names.device)
 
     def _place(self, condition: str | int) -> int:
@@ -232,11 +232,11 @@ class AttributeRetrieval(nn.Module):
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UnknownNameError(
             f"There is no attribute {condition!r}.{hint} This model has {', '.join(map(repr, self.attributes))}, "
-            f"places 0 to {len(self.attributes) - 1}."
+            f"indices 0 to {len(self.attributes) - 1}."
         )
 
     def forward_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """The tower: images (B, in_chans, H, W) -> tokens (B, N, D), from which any attribute can be embedded."""
+        """Compute tokens: images (B, in_chans, H, W) -> tokens (B, N, D), from which any attribute can be embedded."""
         x = self.backbone.forward_features(x)
         if x.ndim == 4:
             last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
@@ -245,37 +245,37 @@ class AttributeRetrieval(nn.Module):
         return x
 
     def forward(self, x: torch.Tensor, conditions: torch.Tensor | Iterable[str | int] | None = None) -> torch.Tensor:
-        """Embed images for some attributes, the same ones for each image.
+        """Embed images under some attributes, the same ones for every image.
 
         Args:
-            x: (B, in_chans, H, W).
-            conditions: See `condition_ids`.
+            x: Images (B, in_chans, H, W).
+            conditions: Attributes, see `condition_ids`.
 
         Returns:
-            (B, C, E), in the order asked for.
+            Embeddings (B, C, E), in the order of `conditions`.
         """
         ids = self.condition_ids(conditions)
         return self.head(self.forward_tokens(x), ids)
 
     def embed_pairs(self, x: torch.Tensor, conditions: torch.Tensor | Iterable[str | int]) -> torch.Tensor:
-        """Embed each image for an attribute of its own.
+        """Embed each image under an attribute of its own.
 
         Args:
-            x: (B, in_chans, H, W).
-            conditions: One for each image (see `condition_ids`).
+            x: Images (B, in_chans, H, W).
+            conditions: One attribute per image (see `condition_ids`).
 
         Returns:
-            (B, E).
+            Embeddings (B, E).
 
         Raises:
-            InputError: There are not as many attributes as images.
+            InputError: The number of attributes differs from the number of images.
         """
         ids = self.condition_ids(conditions)
         if ids is None or ids.shape != x.shape[:1]:
             raise InputError(
-                f"{len(x)} images have an attribute each, but got {'none' if ids is None else tuple(ids.shape)}."
+                f"{len(x)} images require one attribute each; got {'none' if ids is None else tuple(ids.shape)}."
             )
-        embeddings = self.head(self.forward_tokens(x))  # (B, C, E): a further condition costs hardly anything
+        embeddings = self.head(self.forward_tokens(x))  # (B, C, E): each further condition is cheap
         index = ids.view(-1, 1, 1).expand(-1, 1, embeddings.shape[2])
         return embeddings.gather(1, index).squeeze(1)
 
@@ -290,7 +290,7 @@ def _read_backbone(backbone: Any, path: str | Path) -> None:
     """Load the weights of a backbone, without those of a classifier."""
     own, card = backbone.state_dict(), backbone.pretrained_cfg
     state = weights.unwrap(weights.read(path))
-    # Counters of batch norm are no weights, and files leave them out.
+    # Counters of batch norm are not weights, and files may lack them.
     state = {**{key: value for key, value in own.items() if key.endswith("num_batches_tracked")}, **state}
     names = card.get("classifier") or ()
     classifier = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
@@ -312,7 +312,7 @@ BACKBONES = (
     "va_halonet_h0",
     "va_halonet_nano_32",
 )
-# What images have to be like is the backbone's to say.
+# Entries of the preprocessing, which are the backbone's.
 INPUT = ("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
@@ -340,9 +340,9 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(name: str, pretrained: bool, settings: dict[str, Any]) -> AttributeRetrieval:
-    """Make a network by timm's rules, which say the classes, here 0, of every model."""
+    """Build a network by timm's rules, which pass `num_classes`, here 0, to every model."""
     if settings.get("num_classes"):
-        raise TypeError(f"{name} embeds and has no classes, but got num_classes={settings['num_classes']}.")
+        raise TypeError(f"{name} has no classes: num_classes must be 0; got {settings['num_classes']}.")
     model: Any = build_model_with_cfg(AttributeRetrieval, name, pretrained, kwargs_filter=("num_classes",), **settings)
     card = model.backbone.pretrained_cfg
     own = {key: card[key] for key in INPUT if card.get(key) is not None}
@@ -357,7 +357,7 @@ def va_cca(pretrained: bool = False, **kwargs: Any) -> AttributeRetrieval:
 
 
 def _entry_point(backbone: str) -> Callable[..., AttributeRetrieval]:
-    """One of the names with a backbone in it; timm files them under the function's own name."""
+    """Create the entry point of a backbone; timm registers it under the function's name."""
     name = _named(backbone)
 
     def entry_point(pretrained: bool = False, **kwargs: Any) -> AttributeRetrieval:

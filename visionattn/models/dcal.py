@@ -1,27 +1,27 @@
-"""DCAL: a ViT whose class token looks again at the image, trained with pairs of images.
+"""DCAL: a ViT with a second, global-local attention of the class token, trained with pairs of images.
 
-The network is timm's `VisionTransformer` (class token, learned positions, pre-norm blocks, layer norm eps 1e-6), the
-self-attention branch SA, and after its last block one block of global-local cross-attention, GLCA, with a norm and a
-classifier of its own. Training has a third branch, pair-wise cross-attention, PWCA, with the weights of SA throughout
+The network consists of timm's `VisionTransformer` (class token, learned positions, pre-norm blocks, layer norm eps
+1e-6) as the self-attention branch SA, followed by one block of global-local cross-attention, GLCA, with a norm and a
+classifier of its own. Training adds a third branch, pair-wise cross-attention, PWCA, which shares all weights with SA
 (equations: `visionattn.blocks.dual_cross`).
 
-    forward             log of the mean of both branches' probabilities; with `sa_only` the plain ViT to the last bit
-    forward_branches    the class tokens of SA, GLCA and PWCA, of which `branch_logits` makes logits, for a loss each
-    embed               the class tokens of SA and GLCA side by side, (B, 2C), for retrieval; with `sa_only` (B, C)
+    forward             log of the mean of both branches' probabilities; with `sa_only` exactly the plain ViT
+    forward_branches    class tokens of SA, GLCA and PWCA, which `branch_logits` turns into logits for one loss each
+    embed               concatenated class tokens of SA and GLCA, (B, 2C), for retrieval; with `sa_only` (B, C)
 
-The class token of GLCA is read (`local_pool="token"`). In one block of cross-attention queries do not see each other,
-so that the R selected patches cannot change it: they, and the roll-out that selects them, are then not computed. With
-`local_pool="avg"` the mean of class token and selected patches is read, for which they matter.
+By default the output of GLCA is its class token (`local_pool="token"`). In one block of cross-attention queries do not
+see each other, so the R selected patches cannot change it: they, and the roll-out that selects them, are then not
+computed. With `local_pool="avg"` the output is the mean of the class token and the selected patches.
 
 Variants (224 x 224, 1000 classes; parameters counted):
 
-    name                        C    blocks  heads  parameters   of them GLCA's branch
+    name                        C    blocks  heads  parameters   in GLCA's branch
     deit_tiny_patch16_224     192    12      3       6,355,664     638,248
     deit_small_patch16_224    384    12      6      24,210,896   2,160,232
     deit_base_patch16_224     768    12     12      94,426,064   7,858,408
     nano_patch4_32             64     6      4         358,804      50,762        32 x 32, 10 classes
 
-Weights of a plain ViT load: what GLCA's branch has then stays at its start.
+Weights of a plain ViT load; GLCA's branch then keeps its initial values.
 
 Source: DCAL, arXiv 2205.02151. It has no public code.
 """
@@ -46,12 +46,12 @@ POOLS = ("token", "avg")
 
 
 class DualCrossBranches(NamedTuple):
-    """What training has a loss on each of: class tokens (B, C), or logits (B, num_classes).
+    """Outputs of the three branches, each with a loss: class tokens (B, C), or logits (B, num_classes).
 
     Attributes:
-        sa: Of self-attention.
-        glca: Of global-local cross-attention.
-        pwca: Of pair-wise cross-attention; the targets are those of the images themselves, not of their partners.
+        sa: Self-attention.
+        glca: Global-local cross-attention.
+        pwca: Pair-wise cross-attention; its targets are those of the images themselves, not of their partners.
     """
 
     sa: torch.Tensor
@@ -60,14 +60,14 @@ class DualCrossBranches(NamedTuple):
 
 
 class DualCrossClassifier(nn.Linear):
-    """A classifier of SA, which has the names of timm's, and one of GLCA.
+    """Classifiers of SA, with timm's parameter names, and of GLCA.
 
     Args:
-        dim: Channels C.
-        num_classes: Classes.
+        dim: Number of channels C.
+        num_classes: Number of classes.
 
     Shape:
-        x (B, C), class tokens of SA, local (B, C), those of GLCA, or None -> (B, num_classes): logits of SA or, with
+        x (B, C), class tokens of SA; local (B, C), those of GLCA, or None -> (B, num_classes): logits of SA or, with
         both, the log of the mean of their probabilities.
     """
 
@@ -96,9 +96,9 @@ class DualCrossTransformer(VisionTransformer):
         depth: Blocks of SA.
         num_heads: Heads of each block.
         mlp_ratio: Hidden width of the MLPs as a multiple of C.
-        local_ratio: Patches that GLCA selects, R, as a share of all.
-        local_pool: What is read of GLCA: `"token"` or `"avg"`.
-        sa_only: Leave out GLCA in `forward`.
+        local_ratio: Fraction of the patches that GLCA selects, R, in 0..1.
+        local_pool: Read-out of GLCA: `"token"` or `"avg"`.
+        sa_only: Skip GLCA in `forward`.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
 
@@ -106,7 +106,7 @@ class DualCrossTransformer(VisionTransformer):
         (B, in_chans, H, W) -> (B, num_classes).
 
     Raises:
-        InputError: An unknown read-out, or a share of patches that is not in 0 .. 1.
+        InputError: A read-out is unknown, or `local_ratio` is not in 0..1.
     """
 
     task = "classify"
@@ -135,15 +135,15 @@ class DualCrossTransformer(VisionTransformer):
         def block(
             dim: int, num_heads: int, mlp_ratio: float, drop_path: float, device, dtype, **_: Any
         ) -> DualCrossBlock:
-            # timm hands over every option of its own blocks; this one has only these.
+            # timm passes every option of its own blocks; this block has only these.
             return DualCrossBlock(dim, num_heads, mlp_ratio, drop_path=drop_path, device=device, dtype=dtype)
 
         if global_pool != "token":
-            raise InputError(f"DCAL reads class tokens: global_pool is 'token', but got {global_pool!r}.")
+            raise InputError(f"global_pool must be 'token', the class token; got {global_pool!r}.")
         if local_pool not in POOLS:
             raise InputError(f"local_pool must be one of {', '.join(map(repr, POOLS))}; got {local_pool!r}.")
         if not 0 <= local_ratio <= 1:
-            raise InputError(f"GLCA selects a share of the patches from 0 to 1, but got {local_ratio}.")
+            raise InputError(f"local_ratio must be from 0 to 1; got {local_ratio}.")
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -164,7 +164,7 @@ class DualCrossTransformer(VisionTransformer):
         self.sa_only = sa_only
         self.local_ratio = local_ratio
         self.local_pool = local_pool
-        # The largest of many scores: rounding can turn which patches they are.
+        # Patches are selected by the highest scores: rounding can change the selection.
         self.decides = local_pool == "avg"
         self.glca = GlobalLocalCrossAttention(embed_dim, num_heads, mlp_ratio, drop_path_rate, **dd)
         self.glca.apply(init_weights_vit_timm)
@@ -177,14 +177,14 @@ class DualCrossTransformer(VisionTransformer):
         """Replace both classifiers.
 
         Args:
-            num_classes: Classes; 0 for the class token of SA.
-            global_pool: `"token"`, `""` for all tokens of SA, or None for what it is.
+            num_classes: Number of classes; 0: the output is the class token of SA.
+            global_pool: `"token"`, `""` for all tokens of SA, or None for no change.
 
         Raises:
-            InputError: Another read-out.
+            InputError: The read-out is unknown.
         """
         if global_pool not in (None, "", "token"):
-            raise InputError(f"DCAL reads class tokens: global_pool is 'token', but got {global_pool!r}.")
+            raise InputError(f"global_pool must be 'token', the class token; got {global_pool!r}.")
         if global_pool is not None:
             self.global_pool = "token" if global_pool else ""
         self.num_classes = num_classes
@@ -204,9 +204,9 @@ class DualCrossTransformer(VisionTransformer):
 
     # timm's own two methods also take attention masks, which these blocks do not have.
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Tokens after the last norm, and that of GLCA at the end: (B, in_chans, H, W) -> (B, 1 + N + 1, C).
+        """Tokens after the last norm, then the token of GLCA: (B, in_chans, H, W) -> (B, 1 + N + 1, C).
 
-        With `sa_only` there is none at the end.
+        With `sa_only` the token of GLCA is missing.
         """
         x = self._pos_embed(self.patch_embed(x))
         maps: list[torch.Tensor] = []
@@ -223,7 +223,7 @@ class DualCrossTransformer(VisionTransformer):
         return torch.cat([self.norm(x), self._look_again(x, maps)], 1)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Tokens of `forward_features` -> (B, num_classes); the class token of SA where there are no classes."""
+        """Tokens of `forward_features` -> (B, num_classes); without classes, the class token of SA."""
         if self.global_pool == "":
             return x if self.sa_only else x[:, :-1]
         sa = self.head_drop(x[:, 0])
@@ -237,7 +237,7 @@ class DualCrossTransformer(VisionTransformer):
 
     @torch.jit.ignore
     def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """See timm's; the final features are those of `forward_features`."""
+        """As in timm; the final features are those of `forward_features`."""
         found = super().forward_intermediates(x, *args, **kwargs)
         if isinstance(found, dict) and "image_features" in found:
             found["image_features"] = self.forward_features(x)
@@ -245,14 +245,18 @@ class DualCrossTransformer(VisionTransformer):
 
     @torch.jit.ignore
     def forward_branches(self, x: torch.Tensor, partner: torch.Tensor | None = None) -> DualCrossBranches:
-        """Class tokens of all three branches, for training.
+        """Compute the class tokens of all three branches, for training.
 
         Args:
-            x: (B, in_chans, H, W).
-            partner: For each image the image of the batch that PWCA pairs it with, (B,), int64. None: the one before.
+            x: Images (B, in_chans, H, W).
+            partner: Index of the image of the batch that PWCA pairs each image with, (B,), int64. None: the previous
+                image.
+
+        Returns:
+            Class tokens, (B, C) per branch.
 
         Raises:
-            InputError: The model is built with `sa_only`.
+            InputError: The model has `sa_only`.
         """
         if self.sa_only:
             raise InputError("With sa_only there is one branch: train with model(x), or set model.sa_only = False.")
@@ -265,19 +269,19 @@ class DualCrossTransformer(VisionTransformer):
 
     @torch.jit.ignore
     def branch_logits(self, branches: DualCrossBranches) -> DualCrossBranches:
-        """Logits of the class tokens that `forward_branches` gives: PWCA's by the classifier of SA."""
+        """Logits of the class tokens of `forward_branches`; PWCA uses the classifier of SA."""
         sa, glca, pwca = (self.head_drop(tokens) for tokens in branches)
         return DualCrossBranches(self.head(sa), self.head.local(glca), self.head(pwca))
 
     @torch.jit.ignore
     def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """The class tokens of SA and GLCA side by side: (B, in_chans, H, W) -> (B, 2C), or (B, C) with `sa_only`."""
+        """Concatenate the class tokens of SA and GLCA: (B, in_chans, H, W) -> (B, 2C), or (B, C) with `sa_only`."""
         features = self.forward_features(x)
         return features[:, 0] if self.sa_only else torch.cat([features[:, 0], features[:, -1]], 1)
 
 
 def _take_plain(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before `load_state_dict`: a plain ViT has nothing of GLCA's branch, which keeps what it has."""
+    """Before `load_state_dict`: weights of a plain ViT lack GLCA's branch, which keeps its own values."""
     local = (f"{prefix}glca.", f"{prefix}norm_local.", f"{prefix}head.local.")
     if not any(key.startswith(local) for key in state):
         own = {f"{prefix}{key}": value for key, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""A matching network on enlarged views: finer results at a higher cost."""
+"""Matching on enlarged views: finer results at a higher cost."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ LARGEST = 64.0
 
 
 class EnlargedViews(nn.Module):
-    """A network of the task "stereo" or "flow" on views s times as high and wide.
+    """A stereo or flow network applied to views that are enlarged by a factor s.
 
-        y(p) = network(up(first), up(second))(s p) / s        up: bicubic, within 0..1
+        y(p) = network(up(first), up(second))(s p) / s        up: bicubic, clamped to 0..1
 
-    The error of a small network is a fraction of a pixel of its finest map; on enlarged views, such a pixel covers less
-    of the image. The cost is s^2 times as high, and displacements that are s times as large must still be found.
+    The error of a small network is a fraction of a pixel of its finest map; on enlarged views such a pixel covers less
+    of the image. The cost grows by s^2, and displacements become s times as large.
 
     Args:
-        network: Takes two views (B, 3, H, W), RGB in 0..1, and returns (B, C, H, W) in pixels.
-        factor: s, from 1 to `LARGEST`.
+        network: Network that maps two views (B, 3, H, W), RGB in 0..1, to (B, C, H, W) in pixels.
+        factor: Factor s, from 1 to `LARGEST`.
 
     Shape:
         (B, 3, H, W) twice -> (B, C, H, W), in pixels of the original views.
 
     Raises:
-        InputError: The factor is less than 1 or too large.
+        InputError: `factor` is below 1 or above `LARGEST`.
     """
 
     def __init__(self, network: Any, factor: float) -> None:
@@ -53,6 +53,6 @@ class EnlargedViews(nn.Module):
         views = (F.interpolate(view, large, mode="bicubic").clamp(0, 1) for view in (first, second))
         found = self.network(*views)
         result = F.interpolate(found, size, mode="bilinear") / self.factor
-        if self.task == "stereo":  # 0 means no disparity, so interpolated values that include one have none either
+        if self.task == "stereo":  # 0 means invalid, so values interpolated from an invalid one are invalid too
             result = result.masked_fill(F.interpolate((found <= 0).to(found.dtype), size, mode="bilinear") > 0, 0)
         return result

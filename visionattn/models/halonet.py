@@ -1,13 +1,13 @@
 """HaloNet: a residual network whose spatial mixing is halo attention.
 
 The macro architecture is a ResNet's: a 7 x 7 stem of stride 2 and a max pool, four stages of bottlenecks of width
-64, 128, 256, 512 with 3, 3, l3, 3 blocks and 4, 8, 8, 8 heads, the first block of the stages 2-4 at stride 2, then a
-1 x 1 convolution to d_f channels where there is one, a mean and a classifier. A bottleneck is
+64, 128, 256, 512 with 3, 3, l3, 3 blocks and 4, 8, 8, 8 heads, the first block of stages 2 to 4 with stride 2, then an
+optional 1 x 1 convolution to d_f channels, average pooling and a classifier. A bottleneck is
 
     1 x 1 convolution to the width -> halo attention, values r_v times as wide -> 1 x 1 convolution to r_b * width
 
-with batch norm and SiLU after each, the last SiLU after the residual sum. Any stage can have 3 x 3 convolutions in
-place of attention (`stages=("conv", "conv", "halo", "halo")`): the paper's hybrids.
+with batch norm and SiLU after each, the last SiLU after the residual sum. Any stage can use 3 x 3 convolutions instead
+of attention (`stages=("conv", "conv", "halo", "halo")`): the paper's hybrids.
 
 Variants (b block, h halo; parameters and GMACs counted here, 1000 classes):
 
@@ -21,16 +21,16 @@ Variants (b block, h halo; parameters and GMACs counted here, 1000 classes):
     h6    8   4  3.0  2.75  24  1536   512   43,458,280
     h7   10   3  4.0  3.5   26  2048   600   67,434,728
 
-The parameters are those of the paper to the digits that it gives. No trained weights of these networks are public.
+The parameter counts match the paper's to the printed digits. No trained weights of these networks are public.
 
-`nano_32` is for small images: a 3 x 3 stem without stride, a convolutional stage at full size, two of attention with
-b = 4, h = 2 at a half and a quarter.
+`nano_32` is for small images: a 3 x 3 stem without stride, a convolutional stage at full resolution, and two attention
+stages with b = 4, h = 2 at 1/2 and 1/4.
 
-Images of any size are taken. H7 at 600 pixels has maps of 150, 75, 38 and 19, which blocks of 10 do not divide: the
-last blocks of a row and column reach beyond the map. With `border="mask"` nothing is there to attend to.
+Images of any size are accepted. If the size of a map is not divisible by b, such as 75, 38 and 19 of H7 at 600 pixels,
+the last blocks of a row and column extend beyond the map; with `border="mask"` the positions beyond it are masked.
 
-Source: HaloNet, arXiv 2103.12731; the attention's equations stand in `visionattn.blocks.halo`. Modules have the names
-of timm's `ByobNet`, on which the network is built.
+Source: HaloNet, arXiv 2103.12731; the equations of the attention are in `visionattn.blocks.halo`. Modules have the
+names of timm's `ByobNet`, on which the network is built.
 """
 
 from functools import partial
@@ -58,7 +58,7 @@ class HaloBlock(nn.Module):
         width: Channels of queries and keys.
         value_ratio: Channels of the values as a multiple of the width, r_v.
         stride: Stride of the attention's queries and of the shortcut.
-        layers: Norm and activation, as timm's `ByobNet` hands them over.
+        layers: Norm and activation, as timm's `ByobNet` passes them.
         drop_path_rate: Probability of dropping the residual branch in training.
         **attention: Further arguments of `HaloAttention`.
 
@@ -98,7 +98,7 @@ class HaloBlock(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = False) -> None:
-        """Start as the shortcut alone (`zero_init_last`); `ByobNet` initialises convolutions itself."""
+        """Initialise the attention; with `zero_init_last` the block starts as its shortcut alone."""
         if zero_init_last:
             nn.init.zeros_(self.conv3_1x1.bn.weight)
         self.self_attn.reset_parameters()
@@ -127,8 +127,8 @@ class HaloNet(ByobNet):
         expansion: Output channels of a block as a multiple of its width, r_b.
         value_ratio: Channels of the values as a multiple of the width, r_v.
         num_features: Channels d_f of the last convolution; 0 leaves it out.
-        block_size: Side b of an attention block in pixels of its map.
-        halo_size: Pixels h around it; 0 gives windows that do not overlap.
+        block_size: Side b of an attention block, in pixels of its map.
+        halo_size: Width h of the halo around it, in pixels of its map; 0: windows do not overlap.
         border: See `HaloAttention`.
         index: See `HaloAttention`.
         drop_rate: Dropout before the classifier.
@@ -138,7 +138,7 @@ class HaloNet(ByobNet):
         (B, in_chans, H, W) -> (B, num_classes), any H and W.
 
     Raises:
-        InputError: The lists of stages differ in length, or a stage is neither.
+        InputError: The lists of stages differ in length, or a stage is neither `"halo"` nor `"conv"`.
     """
 
     task = "classify"
@@ -170,11 +170,11 @@ class HaloNet(ByobNet):
     ) -> None:
         if not len(widths) == len(depths) == len(heads) == len(stages):
             raise InputError(
-                f"widths, depths, heads and stages say something of each stage, but have {len(widths)}, {len(depths)}, "
+                f"widths, depths, heads and stages must have one entry per stage; got {len(widths)}, {len(depths)}, "
                 f"{len(heads)} and {len(stages)} entries."
             )
         if unknown := set(stages) - {"halo", "conv"}:
-            raise InputError(f"A stage is 'halo' or 'conv', not {', '.join(map(repr, sorted(unknown)))}.")
+            raise InputError(f"stages must be 'halo' or 'conv'; got {', '.join(map(repr, sorted(unknown)))}.")
         attention = {"block_size": block_size, "halo_size": halo_size, "border": border, "index": index}
 
         def block(
@@ -188,7 +188,7 @@ class HaloNet(ByobNet):
             dtype,
             **more: Any,
         ) -> HaloBlock:
-            # timm hands over every option of its own blocks; a halo block has only these.
+            # timm passes every option of its own blocks; a halo block has only these.
             return HaloBlock(
                 in_chs,
                 out_chs,
@@ -232,7 +232,7 @@ class HaloNet(ByobNet):
                 level["reduction"] //= 2
 
 
-# The paper's table; what is not said is as in `HaloNet`.
+# The paper's table; other arguments have the defaults of `HaloNet`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "h0": {"depths": (3, 3, 7, 3), "expansion": 0.5},
     "h1": {"depths": (3, 3, 10, 3), "expansion": 1.0},
@@ -306,7 +306,7 @@ default_cfgs = generate_default_cfgs(
 
 def _halonet(variant: str, pretrained: bool, settings: dict[str, Any]) -> HaloNet:
     settings = {**VARIANTS[variant], **settings}
-    levels = len(settings["depths"]) + (settings.get("stem") != "3x3")  # a stem with a stride is a level of its own
+    levels = len(settings["depths"]) + (settings.get("stem") != "3x3")  # a stem with a stride adds a level
     return build_model_with_cfg(
         HaloNet,
         f"va_halonet_{variant}",

@@ -1,17 +1,17 @@
-"""MatchStereo and MatchFlow: where each pixel of a view lies in the other one, by attention to small windows around it.
+"""MatchStereo and MatchFlow: dense matching of two views by attention to small windows around the current match.
 
-Both views, 2 x - 1 of RGB in 0..1, go through all of it in one batch, the left ones first. The encoder E gives features
-at 1/4, 1/8, 1/16 and 1/32 of the size, of C_1 to C_4 channels (equations: `visionattn.blocks.match_encoder`). The
-decoder goes up again, with a field f and positions s of each head (equations: `visionattn.blocks.match_decoder`):
+Both views, 2 x - 1 of RGB in 0..1, form one batch, the left views first. The encoder E computes features at 1/4, 1/8,
+1/16 and 1/32 of the resolution, with C_1 to C_4 channels (equations: `visionattn.blocks.match_encoder`). The decoder
+refines a field f and the positions s of each head from 1/32 to 1/4 (equations: `visionattn.blocks.match_decoder`):
 
     f, s    = start(E_4), 0                                  x = E_4, the encoder's features at 1/32
-    x, f, s = layer(x, f, s)                                 several at each size, s the mean of the heads between sizes
+    x, f, s = layer(x, f, s)                                 several per scale; s is averaged over heads between scales
     f, s    = convex upsampling by 2 of [f, s]               weights from x
-    x       = fusion of E at this size and x
+    x       = fusion of E at this scale and x
     f       = convex upsampling by 4 of f                    after the last layer, at 1/4
 
-Layers have 4 heads, with windows of radius 2 at 1/32 and 1/16, of 1 at 1/8 and 1/4. Variants (counted here: parameters,
-and GMACs of matrix products and convolutions for a pair of 384 x 1248):
+Layers have 4 heads, with windows of radius 2 at 1/32 and 1/16 and radius 1 at 1/8 and 1/4. Variants (parameters, and
+GMACs of matrix products and convolutions for a pair of 384 x 1248 pixels, both counted here):
 
     name    C_1 C_2 C_3 C_4    encoder blocks  decoder layers  parameters   GMACs
                                1/4 to 1/32     1/32 to 1/4
@@ -20,11 +20,12 @@ and GMACs of matrix products and convolutions for a pair of 384 x 1248):
     small    64 128 160 320    2 2 6 2         8 8 8 2         24,907,048  100.66
     base    128 256 320 512    2 2 6 2         8 8 8 2         74,929,512  366.36
 
-tiny, small and base have the paper's widths, without parameters of the authors' files that nothing reads; nano is ours:
-at 1/32, where two layers of a trained one changed no field, it has none, and the start goes on as it is.
-`depths` takes other numbers of layers, such as those of `FEWER_LAYERS`: a published file then gives its first ones.
+tiny, small and base have the paper's widths, without the unused parameters of the authors' files. nano is ours: it has
+no layers at 1/32, because two layers there did not change the field of a trained network.
+`depths` accepts other numbers of layers, such as those of `FEWER_LAYERS`; a published file then fills the first ones.
 
-Source: MatchAttention, arXiv 2510.14260. The authors upsample the field of the left view to full size, here both are.
+Source: MatchAttention, arXiv 2510.14260. The authors upsample only the field of the left view to full resolution; here
+both fields are upsampled.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -53,18 +54,18 @@ STRIDE, LEAST_UNITS = 32, 6  # a map at 1/32 holds the largest window
 
 
 class MatchFields(NamedTuple):
-    """All fields of a pass, for losses and warnings: (x, y) in pixels of their map, the B left views first.
+    """All fields of a forward pass, for losses and diagnostics: (x, y) in pixels of their map, the B left views first.
 
-    H' and W' are those of the padded images (see `MatchStereo.pad`); of maps smaller than the image none is cropped.
+    H' and W' are the sides of the padded images (see `MatchStereo.pad`); only `field` is cropped.
 
     Attributes:
         field: The result, (2B, H, W, 2), cropped to the images.
-        start: (2B, H' / 32, W' / 32, 2).
-        probability: P of the start, (2B, H' / 32, W' / 32, W' / 32), disparities last, or in flow (2B, N, N) over the N
-            pixels at 1/32; None where the start was given.
-        after_self: After the self attention of each layer, from 1/32 to 1/4, (2B, h, w, 2).
-        after_cross: After the cross attention likewise.
-        upsampled: Before the first layer at 1/16, 1/8 and 1/4.
+        start: Initial field at 1/32, (2B, H' / 32, W' / 32, 2).
+        probability: Matching probability P of the start, (2B, H' / 32, W' / 32, W' / 32) with disparities last, or for
+            flow (2B, N, N) over the N pixels at 1/32; None if the start was given.
+        after_self: Fields after the self-attention of each layer, from 1/32 to 1/4, (2B, h, w, 2).
+        after_cross: Fields after the cross-attention of each layer, with the same shapes.
+        upsampled: Fields before the first layer at 1/16, 1/8 and 1/4.
     """
 
     field: torch.Tensor
@@ -78,21 +79,21 @@ class MatchFields(NamedTuple):
 class MatchStereo(nn.Module):
     """Disparities of both views of a rectified stereo pair (equations and variants: see the module).
 
-    The left view's pixel at x has its match in the right view at x minus its disparity, the right view's in the left
-    view at x plus its disparity. Any disparity is possible.
+    A pixel of the left view at x matches the right view at x minus its disparity; a pixel of the right view matches the
+    left view at x plus its disparity. The range of disparities is not limited.
 
     Args:
-        widths: Channels C_1 to C_4, at 1/4 to 1/32. Multiples of 4, the first one of 2 heads.
+        widths: Channels C_1 to C_4 at 1/4 to 1/32, multiples of 4.
         encoder_depths: Blocks of the encoder at 1/4 to 1/32.
-        depths: Layers of the decoder at 1/32 to 1/4. Where a size has none, its field goes on as it came.
+        depths: Layers of the decoder at 1/32 to 1/4. A scale without layers leaves the field unchanged.
 
     Shape:
         left, right (B, 3, H, W), RGB in 0..1, start (2B, ceil(H / 32), ceil(W / 32), 2) or None -> (B, 2, H, W): the
-        disparities of the left and the right view in pixels. H and W of 161 or more.
+        disparities of the left and the right view in pixels. H and W are at least 161.
 
     Raises:
-        InputError: Views that differ in size, are not RGB or are too small; a start of another shape; widths that heads
-            do not divide, or lists of stages of other lengths than 4.
+        InputError: The views differ in size, are not RGB or are too small; the start has another shape; a width is not
+            divisible by 4; or a list does not have 4 entries.
     """
 
     task = "stereo"
@@ -114,7 +115,7 @@ class MatchStereo(nn.Module):
         super().__init__()
         if not len(widths) == len(encoder_depths) == len(depths) == len(RADII):
             raise InputError(
-                f"widths, encoder_depths and depths say something of each of 4 sizes, but have {len(widths)}, "
+                f"widths, encoder_depths and depths must have 4 entries, one per scale; got {len(widths)}, "
                 f"{len(encoder_depths)} and {len(depths)} entries."
             )
         if (
@@ -123,8 +124,8 @@ class MatchStereo(nn.Module):
             or any(width % NUM_HEADS for width in widths)
         ):
             raise InputError(
-                f"Widths are multiples of {NUM_HEADS}, each size has blocks, and the last one layers, but got widths "
-                f"{widths}, encoder_depths {encoder_depths} and depths {depths}."
+                f"widths must be divisible by {NUM_HEADS}, and encoder_depths and the last of depths at least 1; got "
+                f"{widths}, {encoder_depths} and {depths}."
             )
         dd = {"device": device, "dtype": dtype}
         flow, up = self.task == "flow", widths[::-1]
@@ -147,7 +148,7 @@ class MatchStereo(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only what goes between layers of the decoder, and compute them again for gradients."""
+        """Enable activation checkpointing in the decoder: activations are recomputed in the backward pass."""
         self.grad_checkpointing = enable
 
     def pad(self, image: torch.Tensor) -> torch.Tensor:
@@ -165,7 +166,7 @@ class MatchStereo(nn.Module):
             with _without_autocast(x.device.type):
                 start, probability = self.start.match(x.to(self.start.q.weight.dtype))
         elif start.shape != (*x.shape[:3], 2):
-            raise InputError(f"The start of these views is {(*x.shape[:3], 2)}, but got {tuple(start.shape)}.")
+            raise InputError(f"start must have the shape {(*x.shape[:3], 2)}; got {tuple(start.shape)}.")
         field, positions = start, torch.zeros_like(start)
         after_self, after_cross, upsampled = [], [], []
         for number, layers in enumerate(self.decoder):
@@ -189,17 +190,17 @@ class MatchStereo(nn.Module):
         return MatchFields(field, start, probability, after_self, after_cross, upsampled)
 
     def low_resolution_start(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Find a start in images of half the size, better for images of 2K and more.
+        """Compute a start at half the resolution, which is better for images of 2K and more.
 
         Args:
-            left: (B, 3, H, W), as of the class, H and W of 321 or more.
-            right: Likewise.
+            left: Left views (B, 3, H, W), RGB in 0..1, H and W at least 321.
+            right: Right views, as `left`.
 
         Returns:
-            (2B, ceil(H / 32), ceil(W / 32), 2), for `start` of the call.
+            (2B, ceil(H / 32), ceil(W / 32), 2), the argument `start` of `forward`.
 
         Raises:
-            InputError: See the class.
+            InputError: The views differ in size, are not RGB or are too small.
         """
         _check_views(left, right, 2 * self.size_minimum - 1)
         halves = [F.interpolate(self.pad(view), scale_factor=0.5, mode="bilinear") for view in (left, right)]
@@ -215,16 +216,16 @@ class MatchStereo(nn.Module):
 
 
 class MatchFlow(MatchStereo):
-    """Optical flow between two images, both ways (equations and variants: see the module).
+    """Optical flow between two images, in both directions (equations and variants: see the module).
 
     Args:
-        widths: See `MatchStereo`, as all that follow.
-        encoder_depths: Blocks of the encoder.
-        depths: Layers of the decoder.
+        widths: See `MatchStereo`.
+        encoder_depths: See `MatchStereo`.
+        depths: See `MatchStereo`.
 
     Shape:
         first, second (B, 3, H, W), RGB in 0..1, start (2B, ceil(H / 32), ceil(W / 32), 2) or None -> (B, 4, H, W): x
-        and y in pixels from the first image to the second, then from the second to the first. H and W of 161 or more.
+        and y in pixels from the first image to the second, then from the second to the first. H and W are at least 161.
 
     Raises:
         InputError: See `MatchStereo`.
@@ -243,7 +244,7 @@ class MatchFlow(MatchStereo):
         dtype=None,
     ) -> None:
         super().__init__(widths, encoder_depths, depths, device, dtype)
-        # No shape tells it from a stereo network.
+        # Marks the state dict: its shapes equal those of a stereo network.
         self.register_buffer("flow", torch.zeros(1, device=device, dtype=dtype))
 
     def forward(self, left: torch.Tensor, right: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
@@ -253,23 +254,23 @@ class MatchFlow(MatchStereo):
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Scores of the start are not rounded: the argmax over them would jump. The meta device knows no autocast."""
+    """Keep the scores of the start in full precision, since rounding would change their argmax."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _check_views(left: torch.Tensor, right: torch.Tensor, minimum: int) -> None:
     if left.ndim != 4 or right.ndim != 4 or left.shape[1] != 3 or right.shape[1] != 3:
         raise InputError(
-            f"Views are RGB images (B, 3, H, W) in 0..1, but got {tuple(left.shape)} and {tuple(right.shape)}."
+            f"Views must be RGB images (B, 3, H, W) in 0..1; got {tuple(left.shape)} and {tuple(right.shape)}."
         )
     if left.shape != right.shape:
         raise InputError(
-            f"Both views have one size, but got {tuple(left.shape)} and {tuple(right.shape)}. Crop or pad one of them."
+            f"Both views must have the same size; got {tuple(left.shape)} and {tuple(right.shape)}: crop or pad one."
         )
     if left.shape[2] < minimum or left.shape[3] < minimum:
         raise InputError(
-            f"Views are at least {minimum} pixels high and wide, but got {left.shape[2]} x {left.shape[3]}. Enlarge "
-            "them, and divide what is found by the same factor."
+            f"Views must be at least {minimum} pixels high and wide; got {left.shape[2]} x {left.shape[3]}: enlarge "
+            "them, and divide the result by the same factor."
         )
 
 
@@ -281,7 +282,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def _take_published(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before `load_state_dict`: what has the authors' layout becomes what the model has."""
+    """Before `load_state_dict`: convert a state dict in the authors' layout to the model's."""
     own = layouts.adapt(state, model.state_dict(), prefix)
     if own is not state:
         state.clear()
@@ -306,7 +307,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def _published(filename: str) -> dict[str, Any]:
-    """The authors' weights at their own place; their licence is not stated."""
+    """The authors' weights in their own repository; their licence is not stated."""
     return _cfg(hf_hub_id="Tingman/MatchAttention", hf_hub_filename=filename, license="not stated")
 
 
@@ -325,10 +326,10 @@ Network = TypeVar("Network", bound=MatchStereo)
 
 
 def _build(network: type[Network], name: str, pretrained: bool, settings: dict[str, Any]) -> Network:
-    """Make a network by timm's rules, which say the classes, here 0, and the image channels of every model."""
+    """Build a network by timm's rules, which pass `num_classes`, here 0, and `in_chans` to every model."""
     for key, only in {"num_classes": 0, "in_chans": 3}.items():
         if settings.get(key, only) != only:
-            raise TypeError(f"{name} compares RGB images and has no classes, but got {key}={settings[key]}.")
+            raise TypeError(f"{name} matches RGB images and has no classes: {key} must be {only}; got {settings[key]}.")
     settings = {**VARIANTS[name.rpartition("_")[2]], **settings}
     return build_model_with_cfg(network, name, pretrained, kwargs_filter=("num_classes", "in_chans"), **settings)
 

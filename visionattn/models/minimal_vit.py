@@ -1,4 +1,4 @@
-"""Minimal vision transformers: a ViT whose blocks keep only what they need.
+"""Minimal vision transformers: ViTs whose blocks leave out projections or MLPs.
 
 The network is timm's `VisionTransformer` (class token, learned positions, pre-norm blocks, layer norm eps 1e-6) with
 `MinimalBlock`s. The baseline has the parameters and the state-dict keys of timm's `vit_tiny_patch16_224`, so that its
@@ -22,7 +22,7 @@ timm's vit_tiny):
     _minimum             collapsed    1       identity    no      828,328
     _symmetric_minimum   symmetric    1       identity    no      605,992
 
-Sources: arXiv 2410.13732, arXiv 2311.01906 (shaped); the block's equations stand in `visionattn.blocks.minimal`.
+Sources: arXiv 2410.13732, arXiv 2311.01906 (shaped); the equations of the block are in `visionattn.blocks.minimal`.
 """
 
 from functools import partial
@@ -111,7 +111,7 @@ class MinimalVisionTransformer(VisionTransformer):
         def block(
             dim: int, num_heads: int, mlp_ratio: float, drop_path: float, device, dtype, **_: Any
         ) -> MinimalBlock:
-            # timm hands over every option of its own blocks; a minimal block has only these.
+            # timm passes every option of its own blocks; a minimal block has only these.
             return MinimalBlock(dim, num_heads, similarity, values, mlp_ratio, drop_path, device=device, dtype=dtype)
 
         super().__init__(
@@ -128,7 +128,7 @@ class MinimalVisionTransformer(VisionTransformer):
             drop_path_rate=drop_path_rate,
             dynamic_img_size=True,
             dynamic_img_pad=True,
-            weight_init="jax",  # Xavier; timm's own 0.02 is tuned to width 768 and starts narrow networks too quietly
+            weight_init="jax",  # Xavier; timm's default of 0.02 is tuned to width 768 and too small for narrow networks
             block_fn=block,
             device=device,
             dtype=dtype,
@@ -156,7 +156,7 @@ class MinimalVisionTransformer(VisionTransformer):
         return self.forward_head(self.forward_features(x))
 
 
-# What each variant changes in the baseline.
+# Changes of each variant to the baseline.
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "shared": {"similarity": "shared"},
@@ -228,7 +228,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _minimal_vit(name: str, pretrained: bool, *settings: dict[str, Any]) -> MinimalVisionTransformer:
-    """Build a network from settings, the later ones winning."""
+    """Build a network from settings; later ones override earlier ones."""
     model_args: dict[str, Any] = {}
     for setting in settings:
         model_args.update(setting)
@@ -316,7 +316,7 @@ def va_minimal_vit_tiny_patch16_224_novalue_nomlp(pretrained: bool = False, **kw
 
 @register_model
 def va_minimal_vit_tiny_patch16_224_minimum(pretrained: bool = False, **kwargs: Any) -> MinimalVisionTransformer:
-    """The paper's minimum: one matrix W_QK a block."""
+    """The paper's minimum: one matrix W_QK per block."""
     return _minimal_vit("va_minimal_vit_tiny_patch16_224_minimum", pretrained, TINY, VARIANTS["minimum"], kwargs)
 
 
@@ -324,7 +324,7 @@ def va_minimal_vit_tiny_patch16_224_minimum(pretrained: bool = False, **kwargs: 
 def va_minimal_vit_tiny_patch16_224_symmetric_minimum(
     pretrained: bool = False, **kwargs: Any
 ) -> MinimalVisionTransformer:
-    """Half of the minimum: one triangular T a block."""
+    """Half of the minimum: one triangular matrix T per block."""
     return _minimal_vit(
         "va_minimal_vit_tiny_patch16_224_symmetric_minimum", pretrained, TINY, VARIANTS["symmetric_minimum"], kwargs
     )

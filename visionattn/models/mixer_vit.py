@@ -1,4 +1,4 @@
-"""timm's Vision Transformer with a mixer of `visionattn.mixers` in its attention layers.
+"""timm's Vision Transformer with a mixer of `visionattn.mixers` instead of attention.
 
     timm.create_model("va_vit_tiny_patch16_224", mixer="agent")
     timm.create_model("va_vit_nano_patch4_32", mixer="hsa", mixer_every=2, mixer_args={"windows": 4})
@@ -29,7 +29,7 @@ class MixerVisionTransformer(VisionTransformer):
 
     Args:
         mixer: Name in `visionattn.mixers.MIXERS`.
-        mixer_every: The first block has the mixer and every so many behind it; the others have softmax attention.
+        mixer_every: Use the mixer in every n-th block, starting with the first; the others keep softmax attention.
         mixer_args: Arguments of the mixer.
         **kwargs: Arguments of timm's `VisionTransformer`.
 
@@ -38,7 +38,7 @@ class MixerVisionTransformer(VisionTransformer):
 
     Raises:
         UnknownNameError: There is no such mixer.
-        InputError: The mixer does not fit the network, or an argument of it is wrong.
+        InputError: The mixer cannot be used in the network, or one of its arguments is invalid.
     """
 
     task = "classify"
@@ -85,17 +85,17 @@ def va_vit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> MixerVis
 
 @register_model
 def va_vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> MixerVisionTransformer:
-    """For CIFAR-10."""
+    """ViT of width 96 and 8 blocks for 32 x 32 colour images."""
     return _vit("va_vit_micro_patch4_32", pretrained, {"img_size": 32, "patch_size": 4, **MICRO}, kwargs)
 
 
 @register_model
 def va_vit_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> MixerVisionTransformer:
-    """For CIFAR-10, half the size."""
+    """ViT of width 64 and 6 blocks for 32 x 32 colour images."""
     return _vit("va_vit_nano_patch4_32", pretrained, {"img_size": 32, "patch_size": 4, **NANO}, kwargs)
 
 
 @register_model
 def va_vit_nano_patch7_28(pretrained: bool = False, **kwargs: Any) -> MixerVisionTransformer:
-    """For digits."""
+    """ViT of width 64 and 6 blocks for 28 x 28 grey digits."""
     return _vit("va_vit_nano_patch7_28", pretrained, {"img_size": 28, "patch_size": 7, **NANO}, kwargs)

@@ -1,14 +1,14 @@
-"""MobileNet-V1 and -V2 with subspace attention (ULSAM) in place of some of their blocks, or after them.
+"""MobileNet-V1 and -V2 with subspace attention (ULSAM) that replaces some of their blocks or follows them.
 
-The networks are timm's `EfficientNet` with the layout of its `mobilenetv1_100` and `mobilenetv2_100`; without any
-subspace attention (`places=()`) they have the parameters and state-dict keys of those. Blocks are counted from 1 behind
-the stem, 13 in V1 and 17 in V2. A block of stride 1 that keeps its width can be replaced: 3, 5, 7 to 11 and 13 of
-V1; 3, 5, 6, 8 to 10, 12, 13, 15 and 16 of V2.
+The networks are timm's `EfficientNet` with the layout of its `mobilenetv1_100` and `mobilenetv2_100`; without subspace
+attention (`places=()`) they have the same parameters and state-dict keys. Blocks are numbered from 1 after the stem, to
+13 in V1 and to 17 in V2. A block with stride 1 and equal input and output width can be replaced: 3, 5, 7 to 11 and 13
+of V1; 3, 5, 6, 8 to 10, 12, 13, 15 and 16 of V2.
 
-Variants (replaced blocks by their width; parameters and MACs at 224 x 224 counted, 1000 classes, paper form; what the
-paper prints beside them):
+Variants (width of the replaced blocks; parameters and MACs counted at 224 x 224, 1000 classes, paper form; values
+printed in the paper):
 
-    name                                     replaced        parameters   MMACs     printed
+    name                                     replaced        parameters   MMACs     paper
     va_mobilenetv1_ulsam_100                 512              3,964,200   516.66    3.9 M, 517 M
     va_mobilenetv1_ulsam_075                 384              2,433,880   295.97    2.4 M, 296 M
     va_mobilenetv1_ulsam_050                 256              1,263,240   136.30    1.2 M, 136 M
@@ -19,14 +19,14 @@ paper prints beside them):
     va_mobilenetv2_ulsam_100_2x160           2 x 160          2,865,512   269.85    2.77 M, 269.08 M
     va_mobilenetv2_ulsam_100_2x96_2x160      2 x 96, 2 x 160  2,629,352   224.54    2.54 M, 223.77 M
 
-The printed numbers of V2 are differences to a base of 3.4 M and 300 M; the base counts 3,504,872 and 300.77 M. The
-paper does not say which of several equal blocks it replaced; here it is the last ones, and the last of the 512 of V1.
+The paper's values of V2 are relative to a base of 3.4 M parameters and 300 M MACs; the base actually has 3,504,872 and
+300.77 M. The paper does not state which of several equal blocks it replaced; here it is the last of them.
 
-`va_mobilenetv2_ulsam_050_32` is for small images: half the width, no stride in the stem and the second stage.
+`va_mobilenetv2_ulsam_050_32` is for small images: half the width, and no stride in the stem and the second stage.
 
 No trained weights of these networks are public.
 
-Sources: ULSAM, arXiv 2006.15102; MobileNets, arXiv 1704.04861 and 1801.04381. The attention's equations stand in
+Sources: ULSAM, arXiv 2006.15102; MobileNets, arXiv 1704.04861 and 1801.04381. The equations of the attention are in
 `visionattn.blocks.subspace`.
 """
 
@@ -64,12 +64,12 @@ class MobileNetUlsam(EfficientNet):
     Args:
         layout: `"v1"` or `"v2"`.
         width: Channels as a multiple of the layout's, rounded to multiples of 8.
-        places: Numbers of blocks, from 1, that subspace attention replaces or follows.
+        places: Indices of the blocks, from 1, that subspace attention replaces or follows.
         mode: `"replace"` or `"add"`.
         num_subspaces: See `SubspaceAttention`.
         form: See `SubspaceAttention`.
         gain: See `SubspaceAttention`.
-        small: No stride in the stem and the second stage, for images of 32 x 32.
+        small: Remove the stride of the stem and of the second stage, for images of 32 x 32 pixels.
         in_chans: Image channels.
         num_classes: Classes; 0 for features.
         global_pool: Read-out: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"` or `""` (the map).
@@ -80,8 +80,8 @@ class MobileNetUlsam(EfficientNet):
         (B, in_chans, H, W) -> (B, num_classes), any H and W; below `size_minimum` the last maps are single pixels.
 
     Raises:
-        InputError: There is no block of a number, or none that could be replaced; the mode is unknown; the subspaces do
-            not divide the channels of a place.
+        InputError: A block does not exist or cannot be replaced, `mode` is unknown, or the channels of a block are not
+            divisible by `num_subspaces`.
     """
 
     task = "classify"
@@ -139,7 +139,7 @@ class MobileNetUlsam(EfficientNet):
             or (number > 1 and widths[number - 1] == widths[number - 2] and stage[index].conv_dw.stride == (1, 1))
         ]
         if not set(places) <= set(accepted):
-            raise InputError(f"{mode!r} takes the blocks {', '.join(map(str, accepted))}, but got {places}.")
+            raise InputError(f"places of mode {mode!r} must be among {', '.join(map(str, accepted))}; got {places}.")
         for place in places:
             stage, index = blocks[place - 1]
             attention = SubspaceAttention(widths[place - 1], num_subspaces, form, gain, **dd)
@@ -149,7 +149,7 @@ class MobileNetUlsam(EfficientNet):
 V1 = {"layout": "v1", "places": (11,)}
 V2 = {"layout": "v2"}
 
-# What is not said is as in `MobileNetUlsam`.
+# Other arguments have the defaults of `MobileNetUlsam`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "va_mobilenetv1_ulsam_100": V1,
     "va_mobilenetv1_ulsam_075": {**V1, "width": 0.75},

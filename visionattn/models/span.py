@@ -1,16 +1,16 @@
-"""SPAN: a plain convolutional network for super-resolution whose blocks weigh features by a symmetric gate.
+"""SPAN: a convolutional network for super-resolution whose blocks weight features with a symmetric gate.
 
-    x0  = (x - m) * R                         m the mean of training images, R = 255; left out with norm=False
+    x0  = (x - m) * R                         m: mean of the training images, R = 255; skipped with norm=False
     f0  = conv_1(x0)                          in_chans -> C
     f_i = SPAB_i(f_{i-1})   i = 1 .. 6        three 3 x 3 convolutions and the gate each
     z   = conv_cat([f0 | conv_2(f6) | f1 | s6])               1 x 1, 4C -> C; s6: SPAB_6's first convolution, activated
     out = pixel_shuffle_r(upsampler(z))                       3 x 3, C -> out_chans * r^2
 
-All convolutions without a name of a size are 3 x 3. Images are RGB in 0..1, and so is the output, which is not clamped:
-neither mean nor image is added back.
+Convolutions are 3 x 3 unless stated otherwise. Images are RGB in 0..1; the output has the same range and is not
+clamped. Neither the mean nor the input image is added to the output.
 
-Variants: widths C of 26, 28, 32, 48 and 52, scales r of 2, 3 and 4 (parameters, and GMACs for an output of 1280 x 720,
-counted here):
+Variants: widths C of 26, 28, 32, 48 and 52, scales r of 2, 3 and 4 (parameters, and GMACs for an output of 1280 x 720
+pixels, both counted here):
 
     C    x2 parameters  GMACs   x3 parameters  GMACs   x4 parameters  GMACs
     26         122,368   28.07        125,893   12.83        130,828   7.50   SPAN-Tiny, DSCF
@@ -19,11 +19,12 @@ counted here):
     48         410,700   94.39        417,195   42.62        426,288  24.49   the authors' code
     52         481,324  110.64        488,359   49.89        498,208  28.63   the paper's table
 
-`create_model` builds the fused form, in which every convolution is one. `branches=True` builds the form that is
-trained (`visionattn.blocks.span`), `fuse()` makes it the other. Published files of either form load into both.
+`create_model` builds the fused form with plain convolutions. `branches=True` builds the training form, whose
+convolutions have several branches (`visionattn.blocks.span`); `fuse()` converts it to the fused form. Published files
+of either form load into both.
 
-Source: SPAN, arXiv 2311.12770. The paper's figure concatenates the output of block 5 where the authors' code and
-weights, and this network, have s6.
+Source: SPAN, arXiv 2311.12770. The paper's figure concatenates the output of block 5 instead of s6; the authors' code
+and weights, and this network, use s6.
 """
 
 from collections.abc import Callable
@@ -44,11 +45,11 @@ __all__ = ["SPAN", "Normalisation", "SuperResolver"]
 
 
 class Normalisation(nn.Module):
-    """Take the mean off and stretch to the range that the network was trained in: (x - m) * R.
+    """Normalise images to the range that the network was trained in: (x - m) * R.
 
     Args:
-        in_chans: Channels. m is the mean of DIV2K for RGB; each channel of other images has the mean of its three.
-        img_range: Range R of the numbers. Other than 255, it is part of the state dict, since no shape tells it.
+        in_chans: Number of channels. m is DIV2K's mean of RGB; for other images each channel has the mean of the three.
+        img_range: Range R. A value other than 255 is stored in the state dict, since the shapes do not reveal it.
     """
 
     def __init__(self, in_chans: int, img_range: float = 255.0, device=None, dtype=None) -> None:
@@ -69,9 +70,9 @@ class Normalisation(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         found = state_dict.get(f"{prefix}img_range")
         if found is not None and self.img_range is not None and found.item() != self.factor:
-            errors.append(f"The weights are those of an img_range of {found.item()}, the model has {self.factor}.")
+            errors.append(f"The weights are for an img_range of {found.item()}; the model has {self.factor}.")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        self.init_non_persistent_buffers()  # no file has the mean, and after `to_empty` it holds nothing
+        self.init_non_persistent_buffers()  # files lack the mean, and after `to_empty` it is undefined
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -79,29 +80,29 @@ class Normalisation(nn.Module):
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """Lay out a map with its channels together, as all that is computed from it then is.
+    """Convert a map to the channels-last memory format, which all maps computed from it keep.
 
-    CPUs convolve it faster so, the more the smaller the image: otherwise each convolution reorders input and output.
+    CPU convolutions are faster in this format, most for small images: otherwise each one reorders input and output.
     """
-    # As x.contiguous(memory_format=torch.channels_last) does, which torch.vmap does not know.
+    # Equals x.contiguous(memory_format=torch.channels_last), which torch.vmap does not support.
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 class SuperResolver(nn.Module):
-    """What networks of the family share: scale, normalisation, fusing, and published files.
+    """Base class of the super-resolution networks: scale, normalisation, fusing, and loading of published files.
 
     Args:
-        num_features: Channels inside, C.
-        scale: Height and width grow by this factor r.
+        num_features: Number of hidden channels C.
+        scale: Factor r by which height and width grow.
         in_chans: Image channels, 1 to 4.
-        out_chans: Channels of the output; None for those of the input.
-        radius: An output pixel depends on the input pixels at most so far from its own.
-        norm: Normalise the input; None where no network of the class does. False puts an entry `no_norm` into the state
-            dict, since no shape tells.
+        out_chans: Output channels, 1 to 4; None: as the input.
+        radius: Receptive field: largest distance of an input pixel that an output pixel depends on, in input pixels.
+        norm: Normalise the input; None if no network of the class does. False adds an entry `no_norm` to the state
+            dict, since the shapes do not reveal it.
         img_range: See `Normalisation`.
 
     Raises:
-        InputError: A scale, a width or a number of channels that is not accepted.
+        InputError: `scale` or `num_features` is below 1, or a number of channels is not 1 to 4.
     """
 
     task = "restore"
@@ -129,23 +130,23 @@ class SuperResolver(nn.Module):
         self.out_chans = in_chans if out_chans is None else out_chans
         self.radius = radius
         if not 1 <= in_chans <= 4 or not 1 <= self.out_chans <= 4:
-            raise InputError(f"Images have 1 to 4 channels, but got {in_chans} in and {self.out_chans} out.")
+            raise InputError(f"in_chans and out_chans must be 1 to 4; got {in_chans} and {self.out_chans}.")
         if scale < 1 or num_features < 1:
-            raise InputError(f"Scale and width are 1 or more, but got {scale} and {num_features}.")
+            raise InputError(f"scale and width must be at least 1; got {scale} and {num_features}.")
         self.norm = Normalisation(in_chans, img_range, device, dtype) if norm else nn.Identity()
         if norm is False:
             self.register_buffer("no_norm", torch.zeros(1, device=device, dtype=dtype))
         self.register_load_state_dict_pre_hook(_take_published)
 
     def _load_from_state_dict(self, state_dict, *args):
-        # With assign=True the weights come from the meta device to that of the file; the mean, which no file has, too.
+        # With assign=True weights move from the meta device to that of the file; so does the mean, which files lack.
         if isinstance(self.norm, Normalisation) and self.norm.mean.is_meta and state_dict:
             self.norm.mean = torch.empty_like(self.norm.mean, device=next(iter(state_dict.values())).device)
         super()._load_from_state_dict(state_dict, *args)
 
     @torch.jit.ignore
     def fuse(self) -> "SuperResolver":
-        """Make every convolution in branches one convolution, computed in float64; the branches are deleted."""
+        """Merge the branches of every convolution into one convolution, computed in float64, and delete them."""
         for module in self.modules():
             if isinstance(module, Conv3XC):
                 module.fuse()
@@ -153,7 +154,7 @@ class SuperResolver(nn.Module):
 
     @torch.jit.ignore
     def unfuse(self) -> "SuperResolver":
-        """Give every fused convolution branches that compute the same, to train them on."""
+        """Replace every fused convolution by equivalent branches, for further training."""
         for module in list(self.modules()):
             if isinstance(module, Conv3XC):
                 module.unfuse()
@@ -164,7 +165,7 @@ Network = TypeVar("Network", bound=SuperResolver)
 
 
 def _take_published(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before `load_state_dict`: what has another layout, or other branches, becomes what the model has."""
+    """Before `load_state_dict`: convert a state dict of another layout or form to the model's."""
     own = layouts.adapt(state, model.state_dict(), prefix)
     if own is not state:
         state.clear()
@@ -175,20 +176,20 @@ class SPAN(SuperResolver):
     """Swift parameter-free attention network (equations and variants: see the module).
 
     Args:
-        width: Channels C.
-        scale: Height and width grow by this factor r.
+        width: Number of channels C.
+        scale: Factor r by which height and width grow.
         in_chans: Image channels, 1 to 4.
-        out_chans: Channels of the output; None for those of the input.
-        cat_width: Channels of z; None for C. A pruned network has fewer.
-        branches: Build the form that is trained.
-        norm: Normalise the input; off for files that say so.
-        img_range: Range R that the input is stretched to.
+        out_chans: Output channels, 1 to 4; None: as the input.
+        cat_width: Channels of z; None: C. A pruned network has fewer.
+        branches: Build the training form.
+        norm: Normalise the input; False for published files without normalisation.
+        img_range: Range R that the input is scaled to.
 
     Shape:
         (B, in_chans, H, W) in 0..1 -> (B, out_chans, rH, rW), not clamped, any H and W.
 
     Raises:
-        InputError: A scale, a width or a number of channels that is not accepted.
+        InputError: `scale` or `width` is below 1, or a number of channels is not 1 to 4.
     """
 
     def __init__(
@@ -218,10 +219,10 @@ class SPAN(SuperResolver):
     @torch.jit.ignore
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Start as bilinear interpolation, to which the rest of the network adds little.
+        """Initialise the network close to bilinear interpolation.
 
-        The first channels of f0 and of z carry the image. PyTorch's own start is noise, which a training would have to
-        unlearn first.
+        The first channels of f0 and of z carry the image. With PyTorch's default initialisation the network outputs
+        noise, which training would have to remove first.
         """
         image, r = self.in_chans, self.scale
         unit = 4 / self.norm.factor  # features of about 1, where the normalised image is about 100
@@ -297,21 +298,18 @@ default_cfgs = generate_default_cfgs(
 
 
 def build(network: type[Network], name: str, pretrained: bool, settings: dict[str, Any]) -> Network:
-    """Make a network by timm's rules.
-
-    timm's folders say `num_classes` of every model, here 0, which then comes back as an argument.
-    """
+    """Build a network by timm's rules, which pass `num_classes`, here 0, to every model."""
     if settings.get("num_classes"):
-        raise TypeError(f"{name} upscales and has no classes, but got num_classes={settings['num_classes']}.")
+        raise TypeError(f"{name} has no classes: num_classes must be 0; got {settings['num_classes']}.")
     channels = {key: settings.get(key) for key in ("in_chans", "out_chans")}
     if pretrained and any(count not in (None, 3) for count in channels.values()):
         given = ", ".join(f"{key}={count}" for key, count in channels.items() if count is not None)
-        raise InputError(f"The weights of {name} are for images of 3 channels, but got {given}: build it without them.")
+        raise InputError(f"The weights of {name} are for images of 3 channels; got {given}: use pretrained=False.")
     return build_model_with_cfg(network, name, pretrained, kwargs_filter=("num_classes",), **settings)
 
 
 def _entry_point(width: int, scale: int) -> Callable[..., SPAN]:
-    """One of the fifteen names; timm files them under the function's own name."""
+    """Create the entry point of a width and scale; timm registers it under the function's name."""
     name = f"va_span_ch{width}_x{scale}"
 
     def entry_point(pretrained: bool = False, **kwargs: Any) -> SPAN:

@@ -1,15 +1,15 @@
-"""SPAN's relatives from the NTIRE efficient super-resolution challenges of 2025 and 2026, of width C = 32, scale 4.
+"""SPAN's successors from the NTIRE efficient super-resolution challenges of 2025 and 2026, of width C = 32, scale 4.
 
-    name     blocks   image enters by      the blocks' gate                 the end
+    name     blocks   first layer          gate of the blocks               fusion
     spanf    1 + 4    block 1              (h + x) * (sigmoid(h) - 0.5)     conv_cat over [near | f5 | f1]
     espan    5 + 1    9 x 9                the same                         conv_cat over [f0 | conv_2(f6) | f1 | f6]
     spanv2   1 + 4    block 1              (x + h) * (G h + g)              depthwise 3 x 3 over [near | f5]
 
-After `conv_cat` comes a 3 x 3 convolution, after the depthwise one a 1 x 1, and then the pixel shuffle. `near` is a
-convolution that starts as nearest-neighbour upsampling: r^2 copies of each pixel of the image, in the order
-of a pixel shuffle. None of them normalises the image. The first block of SPANF and SPANV2 has three convolutions and no
-gate, ESPAN's last block has two. SPANV2 has ReLU in place of SiLU, no biases, and a learned 1 x 1 convolution
-(G, g) in the gate.
+`conv_cat` is followed by a 3 x 3 convolution, the depthwise convolution by a 1 x 1 convolution, and both by the pixel
+shuffle. `near` is a convolution initialised as nearest-neighbour upsampling: r^2 copies of each pixel of the image, in
+the order of a pixel shuffle. None of the networks normalises the image. The first block of SPANF and SPANV2 has three
+convolutions and no gate, ESPAN's last block has two convolutions. SPANV2 has ReLU instead of SiLU, no biases, and a
+learned 1 x 1 convolution (G, g) in the gate.
 
     name     parameters   GMACs at 256 x 256   radius in input pixels
     spanf       148,288          9.68            16
@@ -44,7 +44,7 @@ def _nearest(in_chans: int, scale: int, device=None, dtype=None) -> nn.Conv2d:
 
 
 class FirstBlock(nn.Module):
-    """Three convolutions with SiLU between, and no gate: what SPANF begins with.
+    """First block of SPANF: three convolutions with SiLU between them, and no gate.
 
     Shape:
         (B, in_chans, H, W) -> (B, C, H, W).
@@ -63,7 +63,7 @@ class FirstBlock(nn.Module):
 
 
 class ShortBlock(nn.Module):
-    """SPAN's block with two convolutions: what ESPAN ends with.
+    """Last block of ESPAN: SPAN's block with two convolutions.
 
     Shape:
         (B, C, H, W) -> (B, C, H, W).
@@ -81,7 +81,7 @@ class ShortBlock(nn.Module):
 
 
 class GuidedBlock(nn.Module):
-    """SPANV2's block: O = (x + h) * (G h + g) with h = conv3(ReLU(conv2(ReLU(conv1(x))))); the first gives ReLU(h).
+    """SPANV2's block: (x + h) * (G h + g), h = conv3(ReLU(conv2(ReLU(conv1(x))))); the first block returns ReLU(h).
 
     Shape:
         (B, in_chans, H, W) -> (B, C, H, W).
@@ -107,10 +107,10 @@ class SPANF(SuperResolver):
     """SPANF of NTIRE 2025 (see the module).
 
     Args:
-        width: Channels C.
-        scale: Height and width grow by this factor r.
+        width: Number of channels C.
+        scale: Factor r by which height and width grow.
         in_chans: Image channels, 1 to 4, in and out.
-        branches: Build the form that is trained.
+        branches: Build the training form.
 
     Shape:
         (B, in_chans, H, W) in 0..1 -> (B, in_chans, rH, rW), not clamped, any H and W.
@@ -142,11 +142,11 @@ class ESPAN(SuperResolver):
     """ESPAN of NTIRE 2025 (see the module).
 
     Args:
-        width: Channels C.
-        scale: Height and width grow by this factor r.
+        width: Number of channels C.
+        scale: Factor r by which height and width grow.
         in_chans: Image channels, 1 to 4.
-        out_chans: Channels of the output; None for those of the input.
-        branches: Build the form that is trained; the 9 x 9 convolution has none.
+        out_chans: Output channels, 1 to 4; None: as the input.
+        branches: Build the training form; the 9 x 9 convolution has no branches.
 
     Shape:
         (B, in_chans, H, W) in 0..1 -> (B, out_chans, rH, rW), not clamped, any H and W.
@@ -188,8 +188,8 @@ class SPANV2(SuperResolver):
     """SPANV2 of NTIRE 2026, whose gate is learned (see the module).
 
     Args:
-        width: Channels C.
-        scale: Height and width grow by this factor r.
+        width: Number of channels C.
+        scale: Factor r by which height and width grow.
         in_chans: Image channels, 1 to 4, in and out.
 
     Shape:
