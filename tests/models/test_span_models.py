@@ -94,7 +94,7 @@ def test_other_widths_scales_and_outputs():
     model = build("va_span_ch26_x4", width=5, scale=1, in_chans=4, out_chans=3, cat_width=2)
     assert model(torch.rand(1, 4, 3, 5)).shape == (1, 3, 3, 5)
     for wrong in ({"in_chans": 5}, {"out_chans": 0}, {"scale": 0}):
-        with pytest.raises(InputError, match="must be .*; got"):
+        with pytest.raises(InputError, match=r"must be .*; got"):
             build("va_span_ch26_x4", **wrong)
 
 
