@@ -19,6 +19,13 @@ TITLES = {
     "psnr_y": "PSNR dB (Y)",
     "ssim_y": "SSIM (Y)",
     "macs_256x256": "MACs at 256 x 256",
+    "epe": "EPE px",
+    "bad_0_5": "bad-0.5 %",
+    "bad_1": "bad-1 %",
+    "bad_2": "bad-2 %",
+    "bad_4": "bad-4 %",
+    "d1": "D1 %",
+    "density": "density %",
 }
 
 

@@ -8,28 +8,39 @@ from collections.abc import Callable
 from benchmarks.markdown import markdown, plain
 from benchmarks.report import RESULTS, read_rows
 
+SCENE_MEASURES = ("bad-2 %", "EPE px", "bad-1 %", "bad-4 %", "D1 %", "density %")
+TRAINING = {
+    "run": "run",
+    "crop size": "crop_size",
+    "max disparity": "max_disparity",
+    "updates": "updates",
+    "EPE": "epe",
+    "EPE, non-occluded": "nonocc_epe",
+    "bad-1 %": "bad_1",
+    "bad-2 %": "bad_2",
+    "bad-2 %, non-occluded": "nonocc_bad_2",
+}
+
 
 def match_stereo_scenes() -> str:
-    """Errors of each scene, our network and semi-global matching."""
+    """bad-2 of each scene and means of all measures, our network and semi-global matching."""
     rows = [row for row in read_rows(RESULTS / "match_stereo_scenes.csv") if row["region"] == "all"]
-    rows.sort(key=lambda row: row["scene"])
     if not rows:
         return "Not measured yet.\n"
-    measures = ("epe", "bad_1", "bad_2", "bad_4", "d1", "density")
-    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    scenes = sorted({row["scene"] for row in rows})
+    measures = ("bad_2", "epe", "bad_1", "bad_4", "d1", "density")
+    groups: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault((row["model"], row["enlarge"]), []).append(row)
-    means = [
-        {**found[0], "scene": "mean"}
-        | {key: str(statistics.fmean(float(row[key]) for row in found)) for key in measures}
-        for found in groups.values()
-    ]
-    body = [
-        [row["scene"], f"`{row['model']}`", row["enlarge"], *(f"{float(row[key]):.1f}" for key in measures)]
-        for row in rows + means
-    ]
-    head = ["scene", "model", "views enlarged", "EPE", *(key.replace("_", "-") for key in measures[1:])]
-    return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n"
+        groups.setdefault((row["model"], row["enlarge"]), {})[row["scene"]] = row
+    body = []
+    for (model, factor), found in sorted(groups.items()):
+        name = f"`{model}`" + f", --enlarge {factor}" * (float(factor) != 1)
+        means = (statistics.fmean(float(row[key]) for row in found.values()) for key in measures)
+        cells = [f"{float(found[scene]['bad_2']):.1f}" for scene in scenes]
+        body.append([name, *cells, *(f"{mean:.1f}" for mean in means)])
+    head = ["model", *scenes, *(f"mean {title}" for title in SCENE_MEASURES)]
+    origin = f"{rows[0]['device']}, torch {rows[0]['torch']}"
+    return markdown(head, body) + f"\nColumns of scenes: bad-2 in %. {origin}.\n"
 
 
 def match_stereo_fields() -> str:
@@ -41,10 +52,11 @@ def match_stereo_fields() -> str:
     found = {(row["size"], row["network"], row["field"]): row for row in rows}
     head = ["field", *(f"{size}, {network.removeprefix('va_match_stereo_')}" for size, network in cases)]
     body = []
-    for field in sorted({row["field"] for row in rows}, key=_place_of_field):
+    fields = {row["field"] for row in rows if not row["field"].endswith("self")}
+    for field in sorted(fields, key=_place_of_field):
         own = [found.get((*case, field)) for case in cases]
         body.append([field, *(f"{float(r['epe']):.2f}, {float(r['bad_16']):.1f} %" if r else "" for r in own)])
-    return markdown(head, body) + "\nEPE, and the share that is more than 16 pixels off.\n"
+    return markdown(head, body) + "\nEPE in pixels, and the percentage of pixels with an error above 16 pixels.\n"
 
 
 def _place_of_field(field: str) -> tuple[int, int, int]:
@@ -57,12 +69,12 @@ def _place_of_field(field: str) -> tuple[int, int, int]:
 
 
 def match_stereo_training() -> str:
-    """Errors on held-out generated pairs, epoch by epoch."""
+    """Errors on held-out generated pairs at the end of each run."""
     rows = read_rows(RESULTS / "match_stereo_training.csv")
     if not rows:
         return "Not measured yet.\n"
-    columns = ("run", "crop_size", "max_disparity", "updates", "epe", "nonocc_epe", "bad_1", "bad_2", "nonocc_bad_2")
-    return markdown([key.replace("_", " ") for key in columns], ([row[key] for key in columns] for row in rows))
+    last = {row["run"]: row for row in rows}
+    return markdown(list(TRAINING), ([row[key] for key in TRAINING.values()] for row in last.values()))
 
 
 TABLES: dict[str, Callable[[], str]] = {
