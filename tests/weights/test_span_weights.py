@@ -336,9 +336,9 @@ def test_spandrel_loads_published_fused_files_through_us():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: timm.create_model("va_spanf_x4"), "holds a SPAN"),
-        (lambda: SPAN(width=4, in_chans=1), "one of 3 channels; this network has 1"),
-        (lambda: SPAN(width=4, cat_width=5), "4 outputs at most; this one has 5"),
+        (lambda: timm.create_model("va_spanf_x4"), "must be those of a SPAN"),
+        (lambda: SPAN(width=4, in_chans=1), "requires 3 channels; this network has 1"),
+        (lambda: SPAN(width=4, cat_width=5), "at most 4 outputs; this one has 5"),
     ],
 )
 def test_what_the_authors_layout_has_no_place_for(model, message):
@@ -386,15 +386,15 @@ def test_damaged_ncnn_pairs(tmp_path):
     write_ncnn(state, tmp_path / "net.bin")
     data = (tmp_path / "net.bin").read_bytes()
     for damaged, message in [
-        (data[:-3], "does not hold what .*net.param announces"),
-        (data + b"1234", "announces"),
+        (data[:-3], "does not match .*net.param"),
+        (data + b"1234", "requires"),
         (data[:12] + b"abcd" + data[16:], "tag 0x64636261"),
     ]:
         (tmp_path / "net.bin").write_bytes(damaged)
         with pytest.raises(CheckpointError, match=message):
             visionattn.load(tmp_path / "net.bin")
     (tmp_path / "net.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"two files, and there is no .*net\.bin"):
+    with pytest.raises(CheckpointError, match=r"There is no file .*net\.bin: ncnn stores"):
         visionattn.load(tmp_path / "net.param")
     (tmp_path / "other.param").write_text("hello")
     (tmp_path / "other.bin").write_text("hello")

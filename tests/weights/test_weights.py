@@ -35,9 +35,9 @@ class Code:
     ("name", "content", "message"),
     [
         ("none.pt", None, "There is no file"),
-        ("text.pt", b"hello", "not a checkpoint of tensors|Could not read"),
+        ("text.pt", b"hello", "must contain only tensors|Could not read"),
         ("cut.safetensors", b"\x10", "Could not read"),
-        ("code.pt", Code, "nothing else is loaded"),
+        ("code.pt", Code, "must contain only tensors and plain types"),
         ("list.pt", [1, 2], "holds a list"),
     ],
 )

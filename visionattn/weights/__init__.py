@@ -1,6 +1,6 @@
-"""Published checkpoint layouts and ours: pure functions on state dicts, one file a family; and the weights we ship.
+"""Checkpoint layouts, published and ours, as pure functions on state dicts, one file per family; and shipped weights.
 
-This module holds what all families share: reading a file safely, and taking a state dict out of its wrappers.
+This module contains what all families share: reading a file safely, and taking a state dict out of its wrappers.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from visionattn.errors import CheckpointError, shorten
 __all__ = ["SHIPPED", "check_archive", "check_values", "count_bytes", "mismatches", "name_some", "read", "unwrap"]
 
 SHIPPED = Path(__file__).parent
-"""Folder of the weights that lie in the package, NAME.safetensors, each with its card, NAME.md."""
+"""Folder of the weights in the package, NAME.safetensors, each with a card NAME.md."""
 
 # In timm's order: averaged weights come first.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "params_ema", "params")
 PREFIXES = ("module.", "_orig_mod.", "net.")
 COUNTER = ".num_batches_tracked"
 _DEEPEST = 8
-_ROOM = 2**26  # bytes that an archive may unpack to beyond four times its size
+_ROOM = 2**26  # bytes by which the unpacked size of an archive may exceed four times its size
 
 
 def check_archive(path: str | Path) -> None:
-    """Verify the checksums of a file that `torch.save` wrote, which `torch.load` does not look at.
+    """Verify the checksums of a file written by `torch.save`, which `torch.load` ignores.
 
-    Files that are no archive, such as safetensors and old pickles, have none and pass.
+    Files that are not archives, such as safetensors and old pickles, have no checksums and pass.
 
     Raises:
         CheckpointError: The file is damaged, or unpacks to far more than its size.
@@ -48,8 +48,8 @@ def check_archive(path: str | Path) -> None:
             unpacked, size = sum(entry.file_size for entry in entries), Path(path).stat().st_size
             if unpacked > 4 * size + _ROOM:
                 raise CheckpointError(
-                    f"{shorten(path)} has {size / 1e6:,.1f} MB and would unpack to {unpacked / 1e6:,.1f} MB; no "
-                    "checkpoint does."
+                    f"{shorten(path)} has {size / 1e6:,.1f} MB and would unpack to {unpacked / 1e6:,.1f} MB: it is not "
+                    "a checkpoint."
                 )
             for entry in entries:
                 # Without checksums, as torch.serialization.set_crc32_options(False) writes, nothing can be verified.
@@ -67,8 +67,8 @@ def read(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file: safetensors, or a pickle of plain types and tensors (`weights_only`).
 
     Raises:
-        CheckpointError: There is no such file, it is damaged (archives of torch.save have checksums, which are
-            verified), or it holds objects that would run code.
+        CheckpointError: The file does not exist, is damaged (checksums of archives of `torch.save` are verified), or
+            contains objects that would run code.
     """
     path = Path(path)
     try:
@@ -85,13 +85,13 @@ def read(path: str | Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        # PyTorch surrounds its reason with advice to load files without care.
+        # PyTorch's message also advises loading the file unsafely; only the reason is kept.
         named = re.search(r"GLOBAL (\S+) was not", str(error))
-        reason = f": it names {shorten(named[1])}" if named else ""
+        reason = f"; it contains {shorten(named[1])}" if named else ""
         raise CheckpointError(
-            f"{shorten(path)} is not a checkpoint of tensors and plain types, and nothing else is loaded{reason}."
+            f"{shorten(path)} cannot be loaded: a checkpoint must contain only tensors and plain types{reason}."
         ) from error
-    # A damaged pickle can fail in any way that the unpickler's bookkeeping can.
+    # A damaged pickle can raise any exception.
     except Exception as error:
         raise CheckpointError(f"Could not read the checkpoint {shorten(path)}: {shorten(error)}.") from error
     if not isinstance(content, Mapping):
@@ -100,12 +100,12 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Take the state dict out of training wrappers, and training prefixes off its keys.
+    """Take a state dict out of training wrappers, and remove training prefixes from its keys.
 
-    Of a checkpoint of a training task only the network is taken, whose keys begin with `net.`.
+    From a checkpoint of a training task only the network is taken, whose keys start with `net.`.
 
     Raises:
-        CheckpointError: There are no tensors in it, or some that no network has.
+        CheckpointError: It contains no tensors, or tensors that are not plain.
     """
     found: Mapping[Any, Any] = content
     trained = "pytorch-lightning_version" in content or "hyper_parameters" in content
@@ -119,8 +119,8 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
         some = ", ".join(shorten(key, 40) for key in list(content)[:5])
         raise CheckpointError(f"The checkpoint holds no weights; its entries are {some or 'none'}.")
     if strange := [key for key, value in state.items() if not _is_plain(value)]:
-        raise CheckpointError(f"The checkpoint holds what is not a plain tensor: {name_some(strange)}.")
-    # A task can train more than its network, such as a decoder that is thrown away.
+        raise CheckpointError(f"The checkpoint contains tensors that are not plain: {name_some(strange)}.")
+    # A task can train more than its network, such as a decoder that is discarded.
     if trained and (network := {key: value for key, value in state.items() if key.startswith("net.")}):
         state = network
     return _without_prefixes(state)
@@ -136,29 +136,29 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense, on the CPU, and has not more elements than its memory."""
+    """Whether a tensor is dense, real, on the CPU, and no larger than its storage."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or tensor.is_complex():
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes() + 2**20
 
 
 def count_bytes(state: Mapping[str, Tensor]) -> int:
-    """Memory that tensors take, each storage counted once."""
+    """Memory of the tensors in bytes, each storage counted once."""
     return sum(
         {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}.values()
     )
 
 
 def name_some(lines: list[str]) -> str:
-    """The first three of what is wrong, and how many more there are."""
+    """Join the first three lines, and state how many more there are."""
     more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
     return "; ".join(shorten(line) for line in lines[:3]) + more
 
 
 def mismatches(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """In words, each weight that is missing, unknown, of another shape, or whole numbers instead of fractions.
+    """Describe each weight that is missing, unknown, of another shape, or integer instead of floating point.
 
-    Counters of batch norms may be missing, as timm has it: evaluation does not use them.
+    Counters of batch norms may be missing, as in timm: evaluation does not use them.
     """
     lines = [f"{key} is missing" for key in wanted if key not in found and not key.endswith(COUNTER)]
     lines += [f"{key} is unknown" for key in found if key not in wanted]
@@ -174,15 +174,15 @@ def mismatches(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> lis
 
 
 def check_values(found: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights that are NaN or infinite, which nothing can be computed with.
+    """Check that weights are finite.
 
     Args:
-        found: The weights of a file.
-        own: Those of a fresh model, of which some buffers may be infinite by intent.
-        source: The file, for the message.
+        found: Weights of a file.
+        own: Weights of a new model; buffers that are infinite there may be infinite in the file too.
+        source: Name of the file, for the message.
 
     Raises:
-        CheckpointError: Some are.
+        CheckpointError: Some weights are NaN or infinite.
     """
     wrong = [
         key
@@ -193,6 +193,6 @@ def check_values(found: Mapping[str, Tensor], own: Mapping[str, Tensor], source:
     ]
     if wrong:
         raise CheckpointError(
-            f"{source} holds NaN or infinite values, as a training that diverged leaves: {name_some(wrong)}. Take an "
-            "earlier checkpoint."
+            f"{source} holds NaN or infinite values, as after diverged training: {name_some(wrong)}. Use an earlier "
+            "checkpoint."
         )

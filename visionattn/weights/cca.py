@@ -1,7 +1,7 @@
-"""Weights of attribute retrieval: what a state dict says of the model that it belongs to.
+"""Weights of attribute retrieval: arguments of the model that a state dict belongs to.
 
-There is one layout, ours. The names of the attributes stand in it as UTF-8 of their JSON list, since what a row of the
-table means is no number.
+There is one layout, ours. It stores the names of the attributes, the meaning of the table's rows, as a JSON list in
+UTF-8.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["NAMES", "decode_names", "encode_names", "settings"]
 
 NAMES = "attribute_names"
 _MOST_BYTES = 2**20
-# A weight that no other head has.
+# A weight that identifies each head.
 HEADS = {
     "cca": "head.blocks.0.query.weight",
     "asen": "head.fc1.weight",
@@ -29,30 +29,30 @@ HEADS = {
 
 
 def encode_names(names: Sequence[str]) -> Tensor:
-    """Write names as bytes, uint8 (n,)."""
+    """Encode names as bytes, uint8 (n,)."""
     return torch.tensor(list(json.dumps(list(names), ensure_ascii=False).encode()), dtype=torch.uint8)
 
 
 def decode_names(encoded: Tensor) -> tuple[str, ...]:
-    """Read names back.
+    """Decode names from the bytes of `encode_names`.
 
     Raises:
-        CheckpointError: They are damaged.
+        CheckpointError: The bytes are damaged.
     """
     try:
         names = json.loads(bytes(encoded[:_MOST_BYTES].tolist()).decode())
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return tuple(names)
-    except (TypeError, ValueError, RecursionError):  # no bytes, no UTF-8, no JSON
+    except (TypeError, ValueError, RecursionError):  # not bytes, not UTF-8, not JSON
         pass
     raise CheckpointError(f"The entry {NAMES} is damaged: it must hold a list of names.")
 
 
 def settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of the model that a state dict tells: attributes, head and width; none for that of another family.
+    """Derive the arguments of the model from a state dict: attributes, head and width; empty for another family.
 
     Raises:
-        CheckpointError: It is of this family, but damaged.
+        CheckpointError: The state dict is of this family, but damaged.
     """
     if NAMES not in state:
         return {}

@@ -1,4 +1,4 @@
-"""Telling whether two models have the same weights."""
+"""Hash of a state dict, to check whether two models have the same weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["hash_state"]
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and values of a state dict, in the order of the names."""
+    """SHA-256 of the names, dtypes, shapes and values of a state dict, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

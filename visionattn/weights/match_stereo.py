@@ -1,4 +1,4 @@
-"""Layouts of MatchStereo and MatchFlow files: which network is it, and its weights under our names.
+"""Layouts of MatchStereo and MatchFlow files: identification of the network, and conversion to our names.
 
 The authors' files hold, under "model", 646 tensors for 26 layers:
 
@@ -10,11 +10,11 @@ The authors' files hold, under "model", 646 tensors for 26 layers:
     ....match_attention_cross.g.0                    ....match_attention_cross.g
     up_decoders.{i}, i = 1 .. 3                      fusions.{i - 1}
     up_masks.{i}, i = 1 .. 4                         upsamplings.{i - 1}.mask
-    encoder.head, encoder.stages.{i}.{j}.res_scale*  18 tensors that no network reads: left out
+    encoder.head, encoder.stages.{i}.{j}.res_scale*  18 unused tensors: left out
 
-The rest has one name in both. No shape tells stereo from flow: files of ours have an entry `flow` of one number where
-they are of flow; one of the authors is taken for stereo, of which are three of the four that are published, unless a
-name says otherwise.
+All other names are equal. Shapes do not distinguish stereo from flow: our files of flow networks contain an entry
+`flow` with one element; the authors' files are taken for stereo, as three of the four published ones are, unless a
+model name states otherwise.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
     "small": {"widths": (64, 128, 160, 320), "encoder_depths": (2, 2, 6, 2), "depths": (8, 8, 8, 2)},
     "base": {"widths": (128, 256, 320, 512), "encoder_depths": (2, 2, 6, 2), "depths": (8, 8, 8, 2)},
 }
-# Names that exist; a network of other widths is built under the first with these as arguments.
+# Existing model names; a network of other widths gets the first name, with its widths as arguments.
 NAMES = {"stereo": ("tiny", "nano", "small", "base"), "flow": ("tiny", "base")}
 SIGN, OUR_SIGN = "init_correlation_volume.q.weight", "start.q.weight"
 UNREAD = re.compile(r"encoder\.head\.|encoder\.stages\.\d+\.\d+\.res_scale")
@@ -54,7 +54,7 @@ FROM_ONE = ("encoder.downsamplings", "fusions", "upsamplings")  # the authors co
 
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give weights under our names, without those that nothing reads; ours and others' keep theirs."""
+    """Rename the authors' weights to our names, without unused ones; other state dicts are returned as they are."""
     if SIGN not in state:
         return dict(state)
     return {_our_key(key): value for key, value in state.items() if not UNREAD.match(key)}
@@ -74,13 +74,13 @@ def identify(state: Mapping[str, Tensor], name: str | None = None) -> tuple[str,
 
     Args:
         state: Weights in either layout (see the module), without wrappers.
-        name: The model that they are known to belong to, if so.
+        name: Model that the weights belong to, if known.
 
     Returns:
-        Name and arguments, or None for a network of another kind.
+        Name and arguments, or None for a network of another family.
 
     Raises:
-        CheckpointError: They are of this kind, but some are missing.
+        CheckpointError: The weights are of this family, but some are missing.
     """
     own = convert(state)
     if OUR_SIGN not in own:
@@ -105,27 +105,27 @@ def _channels(own: Mapping[str, Tensor], key: str) -> int:
 
 
 def _count(own: Mapping[str, Tensor], place: str) -> int:
-    """Layers at a place: they are numbered from 0."""
+    """Number of layers under a prefix of keys."""
     pattern = re.compile(re.escape(place) + r"\.(\d+)\.")
     return len({found[1] for key in own if (found := pattern.match(key))})
 
 
 def _layer(key: str) -> str:
-    """The layer of the decoder that a key belongs to, or nothing."""
+    """Prefix of the decoder layer that a key belongs to; empty for other keys."""
     found = re.match(r"decoder\.\d+\.\d+\.", key)
     return found[0] if found else ""
 
 
 def adapt(state: Mapping[str, Any], wanted: Mapping[str, Tensor], prefix: str = "") -> Mapping[str, Any]:
-    """Give weights the names that a model has, and of the layers at each size the first as many.
+    """Convert weights to the names of a model, and keep only as many layers per scale as it has.
 
     Args:
         state: Weights in either layout (see the module); wrappers such as `model` are opened.
-        wanted: The model's own state dict, for its keys.
-        prefix: What stands before the model's keys in `state`; other entries are kept.
+        wanted: State dict of the model, for its keys.
+        prefix: Prefix of the model's keys in `state`; other entries are kept.
 
     Returns:
-        `state` itself where it is the model's own layout, or no network of the family; else a new dictionary.
+        `state` itself if it has the model's layout or belongs to another family; otherwise a new dictionary.
     """
     inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if set(inner) == set(wanted):

@@ -1,4 +1,4 @@
-"""Layouts of SPAN files and its relatives': which network is it, and its weights under our names.
+"""Layouts of SPAN files and those of its successors: identification of the network, and conversion to our names.
 
     published                                          keys of one 3 x 3 convolution P
     authors' repository, BasicSR, neosr, spandrel      P.sk, P.conv.0, P.conv.1, P.conv.2, and P.eval_conv
@@ -6,11 +6,11 @@
     SPANV2                                             P.conv
     ncnn, a .param and a .bin file                     see `read_ncnn`
 
-Ours has P.conv where the convolution is one, and P.skip, P.expand, P.mix, P.project in branches. A file that has
-branches also has P.eval_conv, which is out of date wherever it was saved while training: it is never read.
+Ours has P.conv for a fused convolution, and P.skip, P.expand, P.mix, P.project for one in branches. Published files
+with branches also contain P.eval_conv, which is stale in files saved during training and is therefore never read.
 
-What no shape tells: `no_norm`, an entry of one number, says that the network takes images as they are;
-`norm.img_range`, ours alone, is the range that they are stretched to where that is not 255.
+Shapes do not reveal the normalisation: the entry `no_norm`, with one element, marks a network without it;
+`norm.img_range`, in our files only, is the range that images are scaled to if it is not 255.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from visionattn.weights import unwrap
 
 __all__ = ["adapt", "convert", "fuse", "identify", "read_ncnn", "to_official", "unfuse"]
 
-# A key that only this network's files have, in the layouts of others and in ours.
+# Keys that identify the files of each network, in published layouts and in ours.
 SIGNS = {
     "spanf": ("conv_near.weight", "conv_cat.weight"),
     "espan": ("tea_conv_cat.weight", "tea_upsampler.0.eval_conv.weight"),
@@ -43,7 +43,7 @@ OUR_SIGNS = {
     "spanv2": ("blocks.1.gate.weight", "pointwise.weight"),
     "span": ("blocks.5.conv3.conv.weight|blocks.5.conv3.mix.weight", "conv_cat.weight", "upsampler.weight"),
 }
-# Published place of a layer -> ours; blocks are counted from 1 there.
+# Published name of a layer -> ours; published blocks are numbered from 1.
 PLACES = {
     "span": {r"block_(\d+)\.c(\d)_r": "blocks.{}.conv{}", r"upsampler\.0": "upsampler"},
     "spanf": {
@@ -82,22 +82,22 @@ def _family(state: Mapping[str, Any], signs: dict[str, tuple[str, ...]]) -> str 
 
 
 def identify(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
-    """Find the model name and its arguments for the weights of a SPAN or a relative.
+    """Find the model name and its arguments for the weights of a SPAN or one of its successors.
 
-    A width or scale without a name of its own gives `va_span_ch48_x4` with the arguments `width` and `scale`.
+    A width or scale without a model name of its own gives `va_span_ch48_x4` with the arguments `width` and `scale`.
 
     Args:
         state: Weights in any of the layouts (see the module), without wrappers.
 
     Returns:
-        Name and arguments, or None for a network of another kind.
+        Name and arguments, or None for a network of another family.
 
     Raises:
-        CheckpointError: It is a relative that no model here computes, or its shapes contradict each other.
+        CheckpointError: It is a variant that is not supported, or its shapes contradict each other.
     """
     if any(key.startswith("feats.") and ".eval_conv." in key for key in state):
         raise CheckpointError(
-            "This is a SPANPlus network. Its blocks have Mish in place of SiLU, so that no SPAN here computes it."
+            "This is a SPANPlus network, which is not supported: its blocks have Mish instead of SiLU."
         )
     own = convert(state)
     family = _family(own, OUR_SIGNS)
@@ -132,7 +132,7 @@ def identify(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
 
 
 def _ends(own: Mapping[str, Tensor], layer: str) -> tuple[int, int]:
-    """Input and output channels of a layer, in branches or one."""
+    """Input and output channels of a layer, fused or in branches."""
     for name in (f"{layer}.weight", f"{layer}.conv.weight", f"{layer}.skip.weight"):
         if name in own and own[name].ndim == 4:
             return own[name].shape[1], own[name].shape[0]
@@ -140,20 +140,23 @@ def _ends(own: Mapping[str, Tensor], layer: str) -> tuple[int, int]:
 
 
 def _scale(pixels: int, in_chans: int) -> tuple[int, int]:
-    """Output channels and scale behind `pixels` = out_chans * scale^2; the channels are the input's where that fits."""
+    """Output channels and scale such that `pixels` = out_chans * scale^2; preferably as many channels as the input."""
     for out_chans in (in_chans, 3, 1, 4, 2):
         scale = math.isqrt(pixels // out_chans)
         if scale and out_chans * scale**2 == pixels:
             return out_chans, scale
-    raise CheckpointError(f"The last convolution gives {pixels} channels, which no scale and 1 to 4 colours have.")
+    raise CheckpointError(f"The last convolution has {pixels} outputs, not 1 to 4 channels times a squared scale.")
 
 
 def convert(state: Mapping[str, Tensor], branches: bool | None = None) -> dict[str, Tensor]:
-    """Give weights under our names; those that are ours, or of another network, keep theirs.
+    """Rename published weights to our names; other state dicts keep their names.
 
     Args:
         state: Weights in any of the layouts (see the module), without wrappers.
-        branches: Whether 3 x 3 convolutions shall be in branches or one; None leaves them as they are.
+        branches: True: 3 x 3 convolutions in branches; False: fused; None: as they are.
+
+    Returns:
+        A new state dict.
     """
     family = _family(state, SIGNS)
     own = dict(state)
@@ -190,7 +193,7 @@ def _layers(own: Mapping[str, Tensor], part: str) -> list[str]:
 
 
 def fuse(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Make every 3 x 3 convolution in branches one (equations: `visionattn.blocks.span`), computed in float64.
+    """Fuse the branches of every 3 x 3 convolution (equations: `visionattn.blocks.span`), computed in float64.
 
     The result has the dtype of the branches, or float32 if that is wider.
     """
@@ -212,9 +215,9 @@ def fuse(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unfuse(own: Mapping[str, Tensor], gain: int = 2) -> dict[str, Tensor]:
-    """Give every 3 x 3 convolution that is one branches that compute exactly the same, `gain` times as wide.
+    """Replace every fused 3 x 3 convolution by exactly equivalent branches, `gain` times as wide.
 
-    All branches receive gradients: the inner ones carry copies of the convolution, and the last reads the first copy.
+    All branches receive gradients: the inner ones contain copies of the convolution, and the last selects the first.
     """
     wide = dict(own)
     for layer in _layers(own, "conv"):
@@ -242,15 +245,15 @@ def unfuse(own: Mapping[str, Tensor], gain: int = 2) -> dict[str, Tensor]:
 
 
 def adapt(state: Mapping[str, Any], wanted: Mapping[str, Tensor], prefix: str = "") -> Mapping[str, Any]:
-    """Give weights the names and the form, in branches or one, that a model has.
+    """Convert weights to the names and the form, fused or in branches, of a model.
 
     Args:
         state: Weights in any of the layouts (see the module); wrappers such as `params_ema` are opened.
-        wanted: The model's own state dict, for its keys.
-        prefix: What stands before the model's keys in `state`; other entries are kept.
+        wanted: State dict of the model, for its keys.
+        prefix: Prefix of the model's keys in `state`; other entries are kept.
 
     Returns:
-        `state` itself where it is the model's own layout, or no network of the family; else a new dictionary.
+        `state` itself if it has the model's layout or belongs to another family; otherwise a new dictionary.
     """
     inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if set(inner) == set(wanted):
@@ -269,28 +272,31 @@ def adapt(state: Mapping[str, Any], wanted: Mapping[str, Tensor], prefix: str = 
 
 
 def to_official(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Write a SPAN in the authors' layout in branches, which spandrel, neosr and BasicSR read.
+    """Convert a SPAN to the authors' layout in branches, which spandrel, neosr and BasicSR read.
 
-    What the layout cannot say is folded in exactly: a pruned `conv_cat` gets outputs of zeros, and a range of images
-    other than 255 goes into the first convolution.
+    What the layout cannot express is folded in exactly: a pruned `conv_cat` is padded with outputs of zeros, and an
+    image range other than 255 is folded into the first convolution.
 
     Args:
         weights: A SPAN of any width and scale, or its state dict, in either form.
 
+    Returns:
+        State dict in the authors' layout.
+
     Raises:
-        CheckpointError: It is no SPAN, or one that the layout has no place for.
+        CheckpointError: It is not a SPAN, or the layout cannot express it.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     own = convert(state)
     if _family(own, OUR_SIGNS) != "span":
-        raise CheckpointError("The authors' layout holds a SPAN; these weights are none.")
+        raise CheckpointError("The weights must be those of a SPAN; these belong to another network.")
     wide, fused = unfuse(own), fuse(own)
     in_chans, width = _ends(own, "conv_1")
     cat_width = own["conv_cat.weight"].shape[0]
     if in_chans != 3 and "no_norm" not in own:
-        raise CheckpointError(f"The authors' normalisation is one of 3 channels; this network has {in_chans}.")
+        raise CheckpointError(f"The authors' normalisation requires 3 channels; this network has {in_chans}.")
     if cat_width > width:
-        raise CheckpointError(f"The authors' conv_cat has {width} outputs at most; this one has {cat_width}.")
+        raise CheckpointError(f"The authors' conv_cat has at most {width} outputs; this one has {cat_width}.")
     stretch = wide.pop("norm.img_range", torch.tensor(255.0)).item() / 255
     for key in ("conv_1.expand.weight", "conv_1.skip.weight"):
         wide[key] = wide[key] * stretch
@@ -305,7 +311,7 @@ def to_official(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     official = {}
     for key, value in wide.items():
         layer, dot, end = key.rpartition(".")
-        if layer.endswith(".skip"):  # once a convolution
+        if layer.endswith(".skip"):  # once per convolution
             place = _their_place(layer.removesuffix(".skip"))
             kernel = fused[f"{layer.removesuffix('.skip')}.conv.{end}"]
             factor = stretch if key == "conv_1.skip.weight" else 1
@@ -323,29 +329,29 @@ def _their_place(layer: str) -> str:
     return re.sub(r"blocks\.(\d+)\.conv(\d)", lambda found: f"block_{int(found[1]) + 1}.c{found[2]}_r", layer)
 
 
-HALF = 0x01306B47  # before weights in float16; 0 before float32
+HALF = 0x01306B47  # tag of weights in float16; that of float32 is 0
 
 
 def read_ncnn(path: str | Path) -> dict[str, Tensor]:
     """Read a fused SPAN from ncnn's pair of files.
 
-    The .param file names the layers, one a line. The .bin file has their numbers in that order: for a constant, its
-    values in float32; for a convolution, a tag of four bytes, the weights in float16 (filled up to four bytes) or
-    float32 as the tag says, and the bias in float32.
+    The .param file lists the layers, one per line. The .bin file has their values in that order: for a constant, its
+    values in float32; for a convolution, a tag of four bytes, the weights in float16 (padded to four bytes) or float32
+    according to the tag, and the bias in float32.
 
     Args:
-        path: Either file; the other stands beside it under the same name.
+        path: Either file; the other one has the same name in the same folder.
 
     Returns:
         Weights in the authors' fused layout, float32.
 
     Raises:
-        CheckpointError: A file is missing, damaged, or holds something else.
+        CheckpointError: A file is missing, damaged, or contains something else.
     """
     graph, numbers = Path(path).with_suffix(".param"), Path(path).with_suffix(".bin")
     for file in (graph, numbers):
         if not file.is_file():
-            raise CheckpointError(f"ncnn keeps a network in two files, and there is no {file}.")
+            raise CheckpointError(f"There is no file {file}: ncnn stores a network in a .param and a .bin file.")
     try:
         lines = [line.split() for line in graph.read_text().splitlines()]
     except UnicodeDecodeError as error:
@@ -370,21 +376,21 @@ def read_ncnn(path: str | Path) -> dict[str, Tensor]:
                 outputs, side, size = int(options["0"]), int(options["1"]), int(options["6"])
                 tag = int(take(1, "<u4")[0])
                 if tag not in (0, HALF):
-                    raise CheckpointError(f"{numbers} holds weights in a form (tag {tag:#x}) that is not read here.")
+                    raise CheckpointError(f"{numbers} holds weights with the unknown tag {tag:#x}.")
                 weight = take(size, "<f2" if tag else "<f4").astype(np.float32)
                 layer = _torch_layer(words[1])
                 state[f"{layer}.weight"] = torch.from_numpy(weight.reshape(outputs, -1, side, side).copy())
                 if options.get("5") == "1":
                     state[f"{layer}.bias"] = torch.from_numpy(take(outputs, "<f4").copy())
     except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{numbers} does not hold what {graph} announces: {error}") from error
+        raise CheckpointError(f"{numbers} does not match {graph}: {error}") from error
     if offset != len(data):
-        raise CheckpointError(f"{numbers} has {len(data)} bytes, but {graph} announces {offset}.")
+        raise CheckpointError(f"{numbers} has {len(data)} bytes; {graph} requires {offset}.")
     if not means:
         state["no_norm"] = torch.zeros(1)
     elif len(means) > 1 or means[0].shape != (3,) or not np.allclose(means[0], RGB_MEAN, atol=1e-4):
         told = ", ".join(f"{value:.4g}" for value in means[0][:4])
-        raise CheckpointError(f"{graph} takes off a mean of {told}; SPAN's is {RGB_MEAN}.")
+        raise CheckpointError(f"{graph} subtracts a mean of {told}; SPAN's is {RGB_MEAN}.")
     return state
 
 
