@@ -10,13 +10,16 @@ from benchmarks.report import RESULTS, read_rows
 from visionattn.mixers import MIXERS
 
 DIM, HEADS = 192, 3
-ARENA = (
+# Title, measure, setting, and the images of accuracy.
+ARENA: tuple[tuple[str, ...], ...] = (
     ("recall, K = 16", "recall", "K=16"),
     ("recall at distance 7", "recall by distance", "r=7"),
     ("recall, 16 x 16 grid, K = 64", "recall on a larger grid", "K=64"),
     ("regression error", "regression error", "L=40"),
-    ("digits, equal parameters", "accuracy", "equal parameters"),
-    ("digits, equal MACs", "accuracy", "equal MACs"),
+    ("digits, equal parameters", "accuracy", "equal parameters", "digits"),
+    ("digits, equal MACs", "accuracy", "equal MACs", "digits"),
+    ("CIFAR-10, equal parameters", "accuracy", "equal parameters", "cifar10"),
+    ("CIFAR-10, equal MACs", "accuracy", "equal MACs", "cifar10"),
     ("speed-up over softmax, N = 784", "times faster", "N=784"),
     ("speed-up over softmax, N = 3136", "times faster", "N=3136"),
     ("peak MiB, N = 3136", "MiB", "N=3136"),
@@ -43,15 +46,19 @@ def arena() -> str:
     rows = [row for row in read_rows(RESULTS / "arena.csv") if not row["device"].startswith("NVIDIA")]
     if not rows:
         return "Not measured yet.\n"
-    head = ["mixer", *(title for title, _, _ in ARENA)]
+    head = ["mixer", *(title for title, *_ in ARENA)]
     names = list(dict.fromkeys(row["mixer"] for row in rows))
-    body = [[f"`{name}`", *(_cell(rows, name, measure, setting) for _, measure, setting in ARENA)] for name in names]
+    body = [[f"`{name}`", *(_cell(rows, name, *column) for _, *column in ARENA)] for name in names]
     return markdown(head, body)
 
 
-def _cell(rows: list[dict[str, str]], name: str, measure: str, setting: str) -> str:
+def _cell(rows: list[dict[str, str]], name: str, measure: str, setting: str, images: str = "") -> str:
     wanted = (name, measure, setting)
-    found = [float(row["value"]) for row in rows if (row["mixer"], row["measure"], row["setting"]) == wanted]
+    found = [
+        float(row["value"])
+        for row in rows
+        if (row["mixer"], row["measure"], row["setting"]) == wanted and row["recipe"].endswith(images)
+    ]
     if not found:
         return "–"
     digits = 2 if measure in ("ms", "MiB", "times faster") else 3
