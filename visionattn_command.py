@@ -1,6 +1,6 @@
-"""The console script `visionattn`: its version and the list of models need no PyTorch, all else is `visionattn.cli`.
+"""The console script `visionattn`: prints its version and the list of models itself, and delegates to `visionattn.cli`.
 
-`visionattn list` reads the table `costs.csv` of the package, which need not be imported for that.
+`visionattn list` reads the package's table `costs.csv` without importing the package, and thus without PyTorch.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def main() -> int:
 
 
 def facts(row: Mapping[str, Any]) -> list[str]:
-    """What the table says of a model behind its name, of a row of costs.csv."""
+    """Cells of the table after a model's name, from a row of costs.csv."""
     parameters, macs = int(row["parameters"]) / 1e6, int(row["macs"]) / 1e6
     return [row["task"], f"{parameters:.2f} M", f"{macs:,.1f} M", row["input"], row["weights"]]
 
 
 def model_table(rows: Iterable[Mapping[str, Any]]) -> Any:
-    """The table of models for a console of rich, of rows of costs.csv."""
+    """Build the table of models for a rich console from rows of costs.csv."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -57,7 +57,7 @@ def model_table(rows: Iterable[Mapping[str, Any]]) -> Any:
 
 
 def _rows(pattern: str = "*") -> list[dict[str, str]]:
-    """Rows of costs.csv whose names fit; none where the file cannot be read."""
+    """Rows of costs.csv whose names match; none if the file cannot be read."""
     spec = find_spec("visionattn")  # finds the package and does not import it
     for folder in (spec and spec.submodule_search_locations) or ():
         try:
@@ -74,7 +74,7 @@ def _show(rows: list[dict[str, str]]) -> int:
     try:
         Console(width=None if sys.stdout.isatty() else 160).print(model_table(rows))
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader of the pipe has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

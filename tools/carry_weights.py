@@ -1,9 +1,9 @@
-"""Carry the weights of a MatchStereo into one of other depths, to be trained on.
+"""Transfer the weights of a MatchStereo to one with other depths, for further training.
 
     python -m tools.carry_weights FILE va_match_stereo_nano NEW.safetensors
 
-Of the blocks and layers at each size, those that the file has keep their weights, those beyond are left out, and new
-ones begin as what changes nothing: their last maps are 0.
+At each scale, blocks and layers that exist in both keep their weights, surplus ones are left out, and new ones start as
+the identity: the weights of their last linear layers are 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import visionattn
 from visionattn.files import atomic_path
 
-# The last map of each residual branch of a block of the encoder and of a layer of the decoder.
+# The last linear layer of each residual branch, in the blocks of the encoder and the layers of the decoder.
 LAST = re.compile(r"token_mixer\.pwconv2|mlp\.fc2|match_attention_(self|cross)\.proj")
 
 

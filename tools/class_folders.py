@@ -1,13 +1,13 @@
-"""Lay data sets out as folders of one sub-folder a class, which every reader of image folders takes.
+"""Convert data sets to folders with one sub-folder per class, which every reader of image folders accepts.
 
     python -m tools.class_folders mnist --root FOLDER_OF_IDX_FILES --images 10000 --output FOLDER
     python -m tools.class_folders cifar10 --root FOLDER_OF_SHEETS --output FOLDER
     python -m tools.class_folders products --root FOLDER --attribute articleType --output FOLDER
 
-`mnist` writes the first images of the training part, and the test part. `cifar10` reads the sheets that
-`benchmarks.models.cifar_sheets` describes, of which the last one is held out; torchvision's reader would refuse them as
-files of its own, of which it knows the checksums. `products` reads `attributes.csv` (columns id,
-split and attributes) and `images.zip` (ID.webp), keeps values that at least 40 training images have, and writes PNG.
+`mnist` writes the first images of the training split, and the test split. `cifar10` reads the sheets that
+`benchmarks.models.cifar_sheets` describes, and holds out the last one; torchvision's reader rejects them by their
+checksums. `products` reads `attributes.csv` (columns id, split and attributes) and `images.zip` (ID.webp), keeps values
+with at least 40 training images, and writes PNG.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def main() -> None:
     parser.add_argument("data", choices=["mnist", "cifar10", "products"])
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--images", type=int, help="of the training part of mnist; all by default")
-    parser.add_argument("--attribute", default="articleType", help="of products")
+    parser.add_argument("--images", type=int, help="number of training images of mnist (default: all)")
+    parser.add_argument("--attribute", default="articleType", help="attribute of products (default: %(default)s)")
     args = parser.parse_args()
     {"mnist": mnist, "cifar10": cifar10, "products": products}[args.data](args)
 

@@ -1,4 +1,4 @@
-"""Count what every model costs, for `visionattn list`, after a model was added or changed.
+"""Count the costs of every model for `visionattn list`; run it after a model was added or changed.
 
 python -m tools.count_costs
 """

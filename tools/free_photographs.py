@@ -1,15 +1,15 @@
-"""Make a folder of training pictures for super-resolution from three packages of freely licensed pictures.
+"""Make a folder of training images for super-resolution from three packages of freely licensed images.
 
     apt-get download plasma-workspace-wallpapers mate-backgrounds tuxpaint-stamps-default
     for package in *.deb; do dpkg-deb -x "$package" unpacked; done
     python -m tools.free_photographs unpacked FOLDER
 
 Debian 12's plasma-workspace-wallpapers 4:5.27.5-2, mate-backgrounds 1.26.0-1 and tuxpaint-stamps-default 2022.06.04-1,
-whose copyright files state GPL-2 or GPL-2+ for the pictures chosen here: photographs, and drawings with sharp edges.
+whose copyright files state GPL-2 or GPL-2+ for the images chosen here: photographs, and drawings with sharp edges.
 
-Each wallpaper is shrunk to widths of about 960, 640 and 480 pixels, which hides the traces of its own compression, and
-cut into tiles, of which the half with the most detail is kept: skies teach nothing. The stamps are mostly animals,
-plants and things cut out of photographs; those of at least 128 pixels a side are laid on grey as they are.
+Each wallpaper is reduced to widths of about 960, 640 and 480 pixels, which hides its compression artefacts, and divided
+into tiles; the half with the most detail is kept, since flat areas such as skies add little. The stamps are mostly
+animals, plants and objects cut out of photographs; those of at least 128 x 128 pixels are placed on grey.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SMALLEST = 128
 
 
 def wallpapers(share: Path) -> dict[str, Path]:
-    """Name of each wallpaper and its largest file."""
+    """Map the name of each wallpaper to its largest file."""
     found = {}
     for name in PLASMA.split():
         files = (share / "wallpapers" / name / "contents" / "images").iterdir()
@@ -51,7 +51,7 @@ def wallpapers(share: Path) -> dict[str, Path]:
 
 
 def stamps(share: Path) -> Iterator[tuple[str, Image.Image]]:
-    """Names and pictures of the stamps."""
+    """Yield names and images of the stamps."""
     folder = share / "tuxpaint" / "stamps"
     for file in sorted(folder.rglob("*.png")):
         name = file.relative_to(folder)
@@ -69,7 +69,7 @@ def stamps(share: Path) -> Iterator[tuple[str, Image.Image]]:
 
 
 def tiles(name: str, image: Image.Image, width: int) -> Iterator[tuple[str, Image.Image]]:
-    """The tiles of a picture shrunk to about a width."""
+    """Yield names and tiles of an image that is reduced to about a width in pixels."""
     factor = max(1, round(image.width / width))
     image = image.resize((image.width // factor, image.height // factor), Image.Resampling.LANCZOS)
     for y, x in product(range(0, image.height - TILE + 1, TILE), range(0, image.width - TILE + 1, TILE)):
@@ -77,7 +77,7 @@ def tiles(name: str, image: Image.Image, width: int) -> Iterator[tuple[str, Imag
 
 
 def detail(tile: Image.Image) -> float:
-    """How much the brightness of a picture differs between neighbours, in levels of 255."""
+    """Mean absolute difference of brightness between neighbouring pixels, in levels of 255."""
     grey = np.asarray(tile.convert("L"), dtype=float)
     return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean())
 

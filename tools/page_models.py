@@ -1,4 +1,4 @@
-"""Write what the page of `visionattn demo` loads beside its own code: models as checked ONNX files, and examples.
+"""Write the data of the page of `visionattn demo`: models as checked ONNX files, and example images.
 
     python -m tools.page_models web/public
 
@@ -39,14 +39,14 @@ KEPT = (
     "std",
     "task",
 )
-SMALL = 2  # the cat is shrunk by this, to be enlarged
+SMALL = 2  # factor by which the example image for upscaling is reduced
 
 
 class WithAttention(nn.Module):
-    """A minimal transformer that also gives what the class token looks at in each block.
+    """A minimal transformer that also returns the attention of the class token in each block.
 
     Shape:
-        (B, C, H, W) -> logits (B, classes), attention (B, blocks, h, w): the mean of the heads over the h x w patches.
+        (B, C, H, W) -> logits (B, classes), attention (B, blocks, h, w): mean of the heads, for the h x w patches.
     """
 
     output_names = ("logits", "attention")
@@ -68,7 +68,7 @@ class WithAttention(nn.Module):
 
 
 def write_models(folder: Path) -> None:
-    """Write the files, and last the list of them, which says that all are there."""
+    """Write the files, and then their list, whose presence shows that all files exist."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "models.json").unlink(missing_ok=True)
     entries = []
@@ -88,7 +88,7 @@ def write_models(folder: Path) -> None:
 
 
 def _entry(written: OnnxFile | Variant) -> dict[str, Any]:
-    """What the page has to know of a file."""
+    """Entry of a file in the page's list."""
     print(f"{written.path}: {written.bytes / 1e6:.2f} MB")
     entry = {key: getattr(written.spec, key) for key in KEPT if getattr(written.spec, key) is not None}
     precision = written.spec.precision or "fp32"

@@ -1,10 +1,10 @@
-"""Turn a checkpoint of `visionattn fit` into the file that the package ships for a name.
+"""Convert a checkpoint of `visionattn fit` to the weight file that the package ships for a model name.
 
     python -m tools.ship_weights CHECKPOINT va_span_ch26_x4
     python -m tools.ship_weights CHECKPOINT va_match_stereo_nano --half
 
-The input range that SPAN's training used is folded into the first convolution, exactly, so that the network is the one
-that `timm.create_model` builds by that name. `--half` stores float16.
+The input range of SPAN's training is folded exactly into the first convolution, so that the network equals the one that
+`timm.create_model` builds for the name. `--half` stores float16.
 """
 
 from __future__ import annotations

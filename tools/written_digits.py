@@ -1,4 +1,4 @@
-"""Ten digits drawn by strokes, the examples of the page that reads digits: no image of a dataset is shipped."""
+"""Ten digits drawn from strokes, the example of the demo page; no image of a data set is shipped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Stroke = list[tuple[float, float]]
 
 SIDE = 28  # pixels
 WIDTH = 2.3  # of the pen, in pixels
-ZOOM = 8  # subpixels along each side of a pixel
+ZOOM = 8  # subpixels per side of a pixel
 
 
 def _arc(x: float, y: float, rx: float, ry: float, start: float, end: float) -> Stroke:
@@ -21,7 +21,7 @@ def _arc(x: float, y: float, rx: float, ry: float, start: float, end: float) -> 
     return [(x + rx * math.cos(angle), y + ry * math.sin(angle)) for angle in angles]
 
 
-# Of each digit, in pixels from the upper left corner of its square.
+# Strokes of each digit, in pixels from the upper left corner of its square.
 STROKES: list[list[Stroke]] = [
     [_arc(14, 14, 5, 8, 0, 360)],
     [[(14.5, 6), (13.5, 22)]],

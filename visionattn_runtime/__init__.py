@@ -1,14 +1,14 @@
-"""Run what `visionattn export` wrote, without PyTorch: this package needs numpy, pillow and onnxruntime, nothing else.
+"""Run files of `visionattn export` without PyTorch: this package needs only numpy, pillow and onnxruntime.
 
     from visionattn_runtime import load
 
     model = load("model.onnx")
     model.classify("cat.jpg")               [[("cat", 0.98), ...]], the most probable first
     model.features("a.jpg", "b.jpg")        (2, D)
-    model.upscale("small.png")              (r H, r W, C) of uint8, of any size, in tiles
-    model.stereo("left.png", "right.png")   (H, W), disparity in pixels, NaN where there is none
+    model.upscale("small.png")              (r H, r W, C) of uint8, for images of any size, in tiles
+    model.stereo("left.png", "right.png")   (H, W), disparity in pixels, NaN where it is unknown
     model.flow("first.png", "second.png")   (H, W, 2), in pixels
-    load("F.onnx").embed("a.jpg")           (1, A, E), of the pair F.tower.onnx and F.head.onnx
+    load("F.onnx").embed("a.jpg")           (1, A, E), with the pair F.tower.onnx and F.head.onnx
 
 An image is a path, a PIL image, or an array (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1. As a command:
 

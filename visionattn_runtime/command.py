@@ -18,7 +18,7 @@ from visionattn_runtime.verify import verify
 
 __all__ = ["main"]
 
-DISPARITY_STEPS = 256  # of a pixel, in a PNG of 16 bits as KITTI writes it; 0 is not known
+DISPARITY_STEPS = 256  # per pixel, in a 16-bit PNG in KITTI's format; 0 is unknown
 CLASSES = (".json", ".npy")
 SUFFIXES = {"restore": (".png", ".jpg", ".webp"), "stereo": (".npy", ".png")}
 
@@ -27,21 +27,21 @@ def main(argv: list[str] | None = None, folder: str = ".") -> int:
     """Run the command.
 
     Args:
-        argv: The arguments. Default: those of the process.
-        folder: The bundle that `--verify` without a value means.
+        argv: Arguments of the command. Default: those of the process.
+        folder: Bundle that `--verify` without a value refers to.
 
     Returns:
-        0; 1 where a bundle is not as its card says; 2 for a mistake, told on one line.
+        0; 1 if a bundle does not match its card; 2 for an error, reported on one line.
     """
     parser = argparse.ArgumentParser(prog="visionattn_runtime", description="Run an exported file without PyTorch.")
-    parser.add_argument("model", nargs="?", metavar="MODEL.onnx", help="file that `visionattn export` wrote")
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="one image or more; left and right in stereo")
-    parser.add_argument("--output", metavar="F", help="where the result goes: .png, .npy or .json")
+    parser.add_argument("model", nargs="?", metavar="MODEL.onnx", help="file written by `visionattn export`")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="one image or more; left and right for stereo")
+    parser.add_argument("--output", metavar="F", help="output file: .png, .npy or .json")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to name (default: 5)")
-    parser.add_argument("--tile", type=int, default=256, metavar="N", help="pixels a side at once (default: 256)")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes to print (default: 5)")
+    parser.add_argument("--tile", type=int, default=256, metavar="N", help="side of a tile in pixels (default: 256)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads (default: ONNX Runtime's choice)")
-    parser.add_argument("--verify", nargs="?", const=folder, metavar="FOLDER", help="verify a bundle and end")
+    parser.add_argument("--verify", nargs="?", const=folder, metavar="FOLDER", help="verify a bundle and exit")
     args = parser.parse_args(argv)
     try:
         if args.verify is not None:
@@ -79,7 +79,7 @@ def _predict(args: argparse.Namespace) -> None:
         _write(output, model.embed(*args.images))
     elif model.spec["task"] == "restore":
         if len(args.images) != 1:
-            raise RunError(f"{short(args.model)} takes 1 image; {len(args.images)} were given.")
+            raise RunError(f"{short(args.model)} requires 1 image; got {len(args.images)}.")
         _write(output, model.upscale(args.images[0], args.tile))
     elif model.has_classes:
         if output is not None and output.suffix.lower() == ".npy":
@@ -95,12 +95,12 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _checked_output(args: argparse.Namespace, model: Model | Pair) -> Path | None:
-    """Where the result goes; raises for what cannot be written, before anything is computed."""
+    """Return the output path; raise an error before any computation if it cannot be written."""
     classes = isinstance(model, Model) and model.has_classes
     suffixes = CLASSES if classes else SUFFIXES.get(model.spec["task"], (".npy",))
     if args.output is None:
         if not classes:
-            raise RunError(f"Say where the result goes: --output F{suffixes[0]}.")
+            raise RunError(f"Give an output file: --output F{suffixes[0]}.")
         return None
     output = Path(args.output)
     if output.suffix.lower() not in suffixes:
@@ -113,7 +113,7 @@ def _checked_output(args: argparse.Namespace, model: Model | Pair) -> Path | Non
 
 
 def _write(output: Path | None, result: Any) -> None:
-    """Write a result whole or not at all."""
+    """Write a result atomically."""
     assert output is not None
     temporary = output.with_name(f".{output.stem[:50]}.{os.getpid()}{output.suffix}")
     try:

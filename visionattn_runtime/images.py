@@ -1,4 +1,4 @@
-"""Images: reading them with checks, fitting them to a file's size as timm does, and cutting them into tiles."""
+"""Images: reading with checks, resizing and cropping to a file's size as in timm, and division into tiles."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from visionattn_runtime.errors import RunError, short
 
 __all__ = ["cut", "eight_bits", "fit_image", "pad", "read_image", "unit"]
 
-MOST_PIXELS = 2**29  # of an image file that is decoded
+MOST_PIXELS = 2**29  # in an image file that is decoded
 PEAKS = {"u1": 255, "u2": 65535}
 
 
 def read_image(image: Any, channels: int = 3) -> np.ndarray:
-    """Give an image's pixels: (H, W, C) of uint8, uint16 or float32 in 0..1.
+    """Read the pixels of an image: (H, W, C) of uint8, uint16 or float32 in 0..1.
 
     Args:
-        image: A path, whose image is turned upright; a PIL image; or an array (H, W) or (H, W, C).
-        channels: How many are given: 3 for RGB, 1 for grey. What is transparent is laid on white.
+        image: A path, whose image is rotated upright; a PIL image; or an array (H, W) or (H, W, C).
+        channels: Number of channels C to return: 3 for RGB, 1 for grey. Alpha is blended onto white.
 
     Raises:
         RunError: The file cannot be read, or shape, type or values are not accepted.
@@ -55,7 +55,7 @@ def read_image(image: Any, channels: int = 3) -> np.ndarray:
 
 def _open(path: Path) -> Image.Image:
     try:
-        if not path.is_file():  # a pipe would wait for its writer for ever
+        if not path.is_file():  # reading a pipe could block forever
             raise RunError(f"There is no file {short(path)}.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of large images and of damaged metadata
@@ -65,7 +65,7 @@ def _open(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except RunError:
         raise
-    # Broken files make PIL raise nearly anything.
+    # PIL can raise any exception on damaged files.
     except Exception as error:
         raise RunError(f"Cannot read the image {short(path)}: {short(error).rstrip('.')}.") from error
 
@@ -74,7 +74,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)
     if image.mode in ("I", "F"):
-        raise RunError("The image has 32 bits a channel, whose range is unknown; 8 and 16 bits are accepted.")
+        raise RunError("The image has 32 bits per channel, whose range is unknown; it must have 8 or 16 bits.")
     if image.mode in ("L", "LA", "RGB", "RGBA"):
         return np.asarray(image)
     if image.mode == "1":
@@ -92,7 +92,7 @@ def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     if channels == 1:
         return _like(pixels @ np.array([[0.299], [0.587], [0.114]], np.float32), pixels.dtype)
     if pixels.shape[2] != 1:
-        raise RunError(f"The image has {pixels.shape[2]} channels; this file takes {channels}.")
+        raise RunError(f"The image has {pixels.shape[2]} channels; this file requires {channels}.")
     return np.repeat(pixels, channels, axis=2)
 
 
@@ -101,12 +101,12 @@ def _like(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def unit(pixels: np.ndarray) -> np.ndarray:
-    """Pixels as float32 in 0..1."""
+    """Convert pixels to float32 in 0..1."""
     return pixels.astype(np.float32) / np.float32(PEAKS.get(pixels.dtype.str[1:], 1))
 
 
 def eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """Pixels as uint8."""
+    """Convert pixels to uint8."""
     return pixels if pixels.dtype == np.uint8 else np.floor(unit(pixels) * 255 + np.float32(0.5)).astype(np.uint8)
 
 
@@ -115,14 +115,14 @@ def fit_image(pixels: np.ndarray, spec: dict[str, Any]) -> np.ndarray:
 
     Args:
         pixels: The image.
-        spec: The file's metadata: `input_size`, `crop_pct`, `crop_mode`, `interpolation` and `mean` count.
+        spec: The file's metadata; `input_size`, `crop_pct`, `crop_mode`, `interpolation` and `mean` are used.
     """
     pixels = eight_bits(pixels)
     channels, height, width = spec["input_size"]
     image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
     image = image.resize(_scaled(image, spec), Image.Resampling[(spec["interpolation"] or "bilinear").upper()])
     scaled = np.asarray(image).reshape(image.height, image.width, channels)
-    # What lies beyond the image has the mean colour where timm pads on purpose, and is black elsewhere.
+    # Padding has the mean colour in timm's mode "border", and is black in the others.
     border = spec["crop_mode"] == "border" and spec["mean"]
     fitted = np.empty((height, width, channels), np.uint8)
     fitted[:] = [min(255, round(255 * mean)) for mean in spec["mean"]] if border else 0
@@ -147,7 +147,7 @@ def _scaled(image: Image.Image, spec: dict[str, Any]) -> tuple[int, int]:
 
 
 def _centred(given: int, wanted: int) -> tuple[slice, slice]:
-    """Along one side: what is taken from an image, and where it lies in the fitted one."""
+    """Slices along one side: of the given image, and of the fitted image that it is copied to."""
     if given >= wanted:
         start = round((given - wanted) / 2)
         return slice(start, start + wanted), slice(0, wanted)
@@ -162,24 +162,27 @@ def pad(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def cut(length: int, window: int, overlap: int, fixed: bool) -> list[tuple[slice, slice]]:
-    """Cut one side of an image into windows that overlap: what is read, and the part of it that is kept.
+    """Divide one side of an image into overlapping windows.
 
     Args:
-        length: The side.
-        window: The most that is read at once.
-        overlap: By how much a window reaches beyond what is kept, except at the image's border.
-        fixed: Whether every window must be as long as `window`.
+        length: Length of the side, in pixels.
+        window: Maximum length of a window.
+        overlap: Margin by which a window extends beyond its kept interval, except at the image's border.
+        fixed: Every window must have the length `window`.
+
+    Returns:
+        For each window, the interval that is read and the interval that is kept.
 
     Raises:
-        RunError: A window would be all overlap.
+        RunError: `window` is not larger than twice the overlap.
     """
     if window >= length:
         return [(slice(0, length), slice(0, length))]
     kept = window - 2 * overlap
     if kept < 1:
         raise RunError(
-            f"Tiles of {window} pixels a side would be all overlap, which takes {2 * overlap}: export the file with a "
-            "dynamic size, or with a larger one by --image-size."
+            f"Tiles of {window} pixels must be larger than their overlap of {2 * overlap}: export the file with a "
+            "dynamic size, or with a larger --image-size."
         )
     step = math.ceil(length / math.ceil(length / kept))
     reach = window if fixed else min(window, step + 2 * overlap)

@@ -1,4 +1,4 @@
-"""What an exported file says about itself: the keys that running it needs, of those in `visionattn.export.spec`."""
+"""Metadata of an exported file: the keys of `visionattn.export.spec` that are needed to run it."""
 
 from __future__ import annotations
 
@@ -47,13 +47,16 @@ _LARGEST = 2**31
 
 
 def read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Read a file's metadata, and check them. What a file leaves out is None.
+    """Read and check the metadata of a file.
 
     Args:
-        metadata: The key-value texts of an ONNX file.
+        metadata: Key-value strings of an ONNX file.
+
+    Returns:
+        Value of each key; None for optional keys that are missing.
 
     Raises:
-        RunError: An entry is missing, or is not what `visionattn export` writes.
+        RunError: A required entry is missing, or an entry is invalid.
     """
     spec = {key: _entry(key, metadata.get(key), kind) for key, kind in {**_REQUIRED, **_OPTIONAL}.items()}
     missing = [key for key in _REQUIRED if spec[key] is None]
@@ -89,7 +92,7 @@ def _entry(key: str, text: str | None, kind: Any) -> Any:
         raise RunError(f"its entry {key} is not JSON: {short(text, 60)}") from error
     items, types = (value, kind[0]) if isinstance(kind, list) else ([value], kind)
     if not isinstance(items, list) or not all(isinstance(v, types) and not isinstance(v, bool) for v in items):
-        raise RunError(f"its entry {key} is of another type: {short(text, 60)}")
+        raise RunError(f"its entry {key} has the wrong type: {short(text, 60)}")
     if types == _NUMBER and not all(math.isfinite(v) for v in items if isinstance(v, float)):
         raise RunError(f"its entry {key} is not finite")
     return value

@@ -15,8 +15,8 @@ from visionattn_runtime.metadata import read_metadata
 
 __all__ = ["Model", "Pair", "load"]
 
-MOST_AT_ONCE = 32  # images in one pass of a file with a free batch
-OVERLAP = 32  # pixels, where a file does not state its radius
+MOST_AT_ONCE = 32  # images per pass of a file with dynamic batch size
+OVERLAP = 32  # pixels, if a file does not state its radius
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
@@ -24,11 +24,11 @@ def load(path: str | Path, threads: int = 0) -> Model | Pair:
     """Open an exported file, or the two files of a model for attribute retrieval by their common name.
 
     Args:
-        path: `model.onnx`, of any precision, with or without the preparation of images inside.
-        threads: Threads that compute; 0 leaves it to ONNX Runtime.
+        path: `model.onnx`, of any precision, with or without built-in preprocessing.
+        threads: Number of threads; 0: ONNX Runtime's default.
 
     Raises:
-        RunError: There is no such file, it cannot be loaded, or `visionattn export` did not write it.
+        RunError: The file does not exist, cannot be loaded, or was not written by `visionattn export`.
     """
     path = Path(path)
     tower, head = path.with_suffix(".tower.onnx"), path.with_suffix(".head.onnx")
@@ -38,18 +38,18 @@ def load(path: str | Path, threads: int = 0) -> Model | Pair:
 
 
 class Model:
-    """One exported file.
+    """An exported file.
 
     Args:
         path: The file.
-        threads: Threads that compute; 0 leaves it to ONNX Runtime.
+        threads: Number of threads; 0: ONNX Runtime's default.
 
     Attributes:
-        spec: Its metadata, as `visionattn_runtime.metadata.read_metadata` gives them.
-        texts: All its metadata as they stand in the file.
+        spec: Metadata, as `visionattn_runtime.metadata.read_metadata` returns them.
+        texts: All metadata of the file, as strings.
 
     Raises:
-        RunError: There is no such file, it cannot be loaded, or `visionattn export` did not write it.
+        RunError: The file does not exist, cannot be loaded, or was not written by `visionattn export`.
     """
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
@@ -69,12 +69,12 @@ class Model:
         try:
             self.spec = read_metadata(self.texts)
         except RunError as error:
-            raise RunError(f"{short(path)} does not carry the metadata of `visionattn export`: {error}.") from error
+            raise RunError(f"{short(path)} lacks the metadata of `visionattn export`: {error}.") from error
         self._types = {value.name: value.type for value in self.session.get_inputs()}
         outputs = {value.name for value in self.session.get_outputs()}
         if set(self.spec["input_names"]) != set(self._types) or not outputs.issuperset(self.spec["output_names"]):
             names = short(", ".join([*self._types, *outputs]))
-            raise RunError(f"{short(path)} has other inputs or outputs than its metadata say: {names}.")
+            raise RunError(f"{short(path)} has inputs or outputs that differ from its metadata: {names}.")
 
     @property
     def channels(self) -> int:
@@ -83,32 +83,30 @@ class Model:
 
     @property
     def dynamic(self) -> bool:
-        """Whether the file takes more than one height and width."""
+        """Whether the file accepts images of different sizes."""
         return "height" in self.spec["dynamic_axes"]
 
     @property
     def output_kind(self) -> str:
-        """What the first output is: "logits", "probabilities", "features", "image", "disparity" or "flow"."""
+        """Kind of the first output: "logits", "probabilities", "features", "image", "disparity" or "flow"."""
         return self.spec["output_kind"] or self.spec["output_names"][0]
 
     @property
     def has_classes(self) -> bool:
-        """Whether it classifies."""
+        """Whether the file is a classifier."""
         return self.spec["task"] == "classify" and self.output_kind in ("logits", "probabilities")
 
     def predict(self, *images: Any) -> np.ndarray:
-        """Compute what the file is for, of one image or more: whichever method below fits its task.
+        """Apply the method of the file's task to one image or more.
 
         Returns:
-            Probabilities where it has classes, else features; an image in 0..1; disparity; or flow.
+            Probabilities (B, K) of a classifier, otherwise features; an image in 0..1; disparity; or flow.
         """
         task = self.spec["task"]
         if task in ("restore", "stereo", "flow"):
             count = len(self.spec["input_names"])
             if len(images) != count:
-                raise RunError(
-                    f"{self.spec['model']} takes {count} image{'s' * (count > 1)}; {len(images)} were given."
-                )
+                raise RunError(f"{self.spec['model']} requires {count} image{'s' * (count > 1)}; got {len(images)}.")
             methods: dict[str, Any] = {"restore": self.enlarge, "stereo": self.stereo, "flow": self.flow}
             return methods[task](*images)
         return (
@@ -116,7 +114,7 @@ class Model:
         )
 
     def features(self, *images: Any) -> np.ndarray:
-        """Compute the output as the file gives it: (B, D) features or logits, or (B, N, D) tokens."""
+        """Compute the raw output of the file: (B, D) features or logits, or (B, N, D) tokens."""
         self._expect("classify", "features", "retrieve")
         return self.compute([fit_image(read_image(image, self.channels), self.spec) for image in images])
 
@@ -124,7 +122,7 @@ class Model:
         """Compute the probabilities (B, K) of K classes."""
         self._expect("classify")
         if not self.has_classes:
-            raise RunError(f"{self.spec['model']} has no classes: ask it for features.")
+            raise RunError(f"{self.spec['model']} has no classes: use features() instead.")
         found = self.features(*images)
         if self.output_kind == "logits":
             found = np.exp(found.astype(np.float64) - found.max(axis=1, keepdims=True))
@@ -132,20 +130,20 @@ class Model:
         return found.astype(np.float32)
 
     def classify(self, *images: Any, top: int = 5) -> list[list[tuple[str, float]]]:
-        """Name the `top` most probable classes of each image, with their probabilities."""
+        """Return the `top` most probable classes of each image, with their probabilities."""
         found, labels = self.probabilities(*images), self.spec["labels"]
         names = labels if labels and len(labels) == found.shape[1] else list(map(str, range(found.shape[1])))
         orders = np.argsort(-found, axis=1, kind="stable")[:, :top]
         return [[(names[k], float(row[k])) for k in order] for row, order in zip(found, orders)]
 
     def upscale(self, image: Any, tile: int = 256) -> np.ndarray:
-        """Enlarge an image of any size.
+        """Upscale an image of any size.
 
-        Tiles overlap by the network's radius, so that no seam shows, and none is there.
+        Tiles overlap by the network's receptive field, so that there are no seams.
 
         Args:
             image: The image.
-            tile: Height and width that are computed at once; a file of fixed size computes that.
+            tile: Height and width of a tile in pixels; a file of fixed size uses its own.
 
         Returns:
             (r H, r W, C) of uint8.
@@ -153,7 +151,7 @@ class Model:
         return np.floor(self.enlarge(image, tile) * 255 + np.float32(0.5)).astype(np.uint8)
 
     def enlarge(self, image: Any, tile: int = 256) -> np.ndarray:
-        """Compute `upscale` before it is rounded: float32 in 0..1."""
+        """Compute `upscale` without rounding: float32 in 0..1."""
         self._expect("restore")
         if tile < 1:
             raise RunError(f"The tile must be at least 1 pixel; got {tile}.")
@@ -172,7 +170,7 @@ class Model:
         return result[: scale * pixels.shape[0], : scale * pixels.shape[1]]
 
     def stereo(self, left: Any, right: Any) -> np.ndarray:
-        """Compute the left view's disparity (H, W) in pixels; NaN where it is not above 0, which is not known."""
+        """Compute the left view's disparity (H, W) in pixels; NaN where it is unknown (not above 0)."""
         self._expect("stereo")
         found = self._match(left, right)[0]
         return np.where(found > 0, found, np.float32(np.nan))
@@ -183,12 +181,12 @@ class Model:
         return np.moveaxis(self._match(first, second)[:2], 0, -1)
 
     def _match(self, *images: Any) -> np.ndarray:
-        """(C, H, W) of two images of one size; smaller ones than the file takes are padded below and on the right."""
+        """Result (C, H, W) for two images of equal size; too small images are padded below and on the right."""
         views = [read_image(image, self.channels) for image in images]
         (height, width), other = (view.shape[:2] for view in views)
         if (height, width) != other:
             raise RunError(
-                f"The images are {height} x {width} and {other[0]} x {other[1]}; both must have one size: crop one."
+                f"The images must have the same size; got {height} x {width} and {other[0]} x {other[1]}: crop one."
             )
         multiple, least = self.spec["size_multiple"] or 1, self.spec["size_minimum"] or 1
         wanted = [-(-max(side, least) // multiple) * multiple for side in (height, width)]
@@ -196,28 +194,28 @@ class Model:
             wanted = self.spec["input_size"][1:]
             if height > wanted[0] or width > wanted[1]:
                 raise RunError(
-                    f"The images are {height} x {width}; this file takes at most {wanted[0]} x {wanted[1]}: reduce "
+                    f"The images are {height} x {width}; this file accepts at most {wanted[0]} x {wanted[1]}: reduce "
                     "them, or export it without --static-size."
                 )
         found = self.compute(*([pad(view, *wanted)] for view in views))[0]
         return (found if found.ndim == 3 else found[None])[:, :height, :width].astype(np.float32)
 
     def _image(self, output: np.ndarray) -> np.ndarray:
-        """The first of a batch of images, as (H, W, C) of float32 in 0..1."""
+        """First image of a batch, as (H, W, C) of float32 in 0..1."""
         image = output[0] if self.spec["input_layout"] == "NHWC" else np.moveaxis(output[0], 0, -1)
         return np.clip(unit(image), 0, 1)
 
     def compute(self, *batches: Sequence[np.ndarray]) -> np.ndarray:
-        """Compute the first output of pixels of one size.
+        """Compute the first output for images of equal size.
 
         Args:
-            batches: A list of images an input: (H, W, C) of uint8, uint16 or floats in 0..1.
+            batches: One list of images per input: (H, W, C) of uint8, uint16 or floats in 0..1.
 
         Returns:
-            The output; half precision comes as float32.
+            The output; half precision is converted to float32.
 
         Raises:
-            RunError: The file does not take the size, or the result is not finite.
+            RunError: The file does not accept the size, or the result is not finite.
         """
         if not batches[0]:
             raise RunError("No image was given.")
@@ -225,14 +223,14 @@ class Model:
         for start in range(0, count, step):
             parts = [list(images[start : start + step]) for images in batches]
             taken = len(parts[0])
-            if self.spec["batch"]:  # it takes no fewer
+            if self.spec["batch"]:  # the batch size is fixed
                 parts = [part + part[-1:] * (step - taken) for part in parts]
             feeds = {name: self._array(part, name) for name, part in zip(self.spec["input_names"], parts)}
             found.append(self.run(feeds)[:taken])
         return np.concatenate(found)
 
     def run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
-        """Compute the first output of arrays that are as the file takes them (see `compute`)."""
+        """Compute the first output for prepared arrays (see `compute`)."""
         try:
             found = self.session.run(self.spec["output_names"][:1], feeds)[0]
         # ONNX Runtime's exceptions share no base class but Exception.
@@ -247,9 +245,9 @@ class Model:
         spec, (height, width) = self.spec, images[0].shape[:2]
         own, least = spec["input_size"][1:], spec["size_minimum"] or 1
         if not self.dynamic and [height, width] != own:
-            raise RunError(f"The image is {height} x {width}; this file takes {own[0]} x {own[1]} only: resize it.")
+            raise RunError(f"The image is {height} x {width}; this file requires {own[0]} x {own[1]}: resize it.")
         if min(height, width) < least:
-            raise RunError(f"The image is {height} x {width}; this file takes sides of at least {least}: enlarge it.")
+            raise RunError(f"The image is {height} x {width}; its sides must be at least {least}: enlarge it.")
         dtype = TYPES.get(self._types[name], np.float32)
         if dtype == np.uint8:
             batch = np.stack([eight_bits(image) for image in images])
@@ -265,7 +263,7 @@ class Model:
 
 
 def _moved(part: slice, window: slice, scale: int) -> slice:
-    """Where a part of an image lies in the result of a window."""
+    """Slice of a window's result that corresponds to an interval of the image."""
     return slice(scale * (part.start - window.start), scale * (part.stop - window.start))
 
 
@@ -273,12 +271,12 @@ class Pair:
     """The two files of a model for attribute retrieval: a tower, image to tokens, and a head, tokens to embeddings.
 
     Attributes:
-        tower: The one.
-        head: The other.
+        tower: File that maps images to tokens.
+        head: File that maps tokens to embeddings.
         attributes: Names of the attributes.
 
     Raises:
-        RunError: The two do not belong together.
+        RunError: The two files are of different models.
     """
 
     def __init__(self, tower: Model, head: Model) -> None:
@@ -289,7 +287,7 @@ class Pair:
             raise RunError("Tower and head are of different models: export both again.")
 
     def embed(self, *images: Any, attributes: Sequence[str] | None = None) -> np.ndarray:
-        """Compute an embedding of length 1 an image and attribute: (B, A, E).
+        """Compute one embedding of length 1 per image and attribute: (B, A, E).
 
         Args:
             images: The images.

@@ -1,9 +1,9 @@
-"""Try a file in a process of its own: does it run with inputs of these shapes, how long does it take, how much memory?
+"""Run a file in a separate process with inputs of given shapes, and measure its time and memory.
 
     python -m visionattn_runtime.trial '{"file": "model.onnx", "threads": 1, "seconds": 1.0, "trials": [...]}'
 
-A trial has for each input its type of numpy and its shape, and for floats their range. A line of JSON comes out of
-each, then one of the memory. What kills the process, such as lack of memory, does not kill its parent.
+A trial lists for each input its numpy type and shape, and for floats the range. Each trial prints one line of JSON, and
+the last line states the memory. A crash of the process, for example by lack of memory, does not affect its parent.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ __all__ = ["make_inputs", "try_file"]
 
 MOST_RUNS = 200
 MIB = 2**20
-SHARE = 0.9  # of the values: where a network decides between close scores, rounding turns some
+SHARE = 0.9  # quantile of the values: rounding changes some decisions between close scores
 
 
 def make_inputs(inputs: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Draw inputs from a fixed seed; the first of a batch does not depend on its size.
+    """Draw inputs with a fixed seed; the first image of a batch does not depend on the batch size.
 
     Args:
-        inputs: By name: `type`, `shape` and, for floats, `range`. Integers other than uint8 are 0, which is an index
-            that exists.
+        inputs: For each name `type`, `shape` and, for floats, `range`. Integers other than uint8 are 0, a valid index.
     """
     arrays = {}
     for name, value in inputs.items():
@@ -47,7 +46,7 @@ def make_inputs(inputs: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def try_file(plan: dict[str, Any]) -> None:
-    """Print what each trial of a plan finds (see the module)."""
+    """Print the result of each trial of a plan (see the module)."""
     before = _peak()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -69,7 +68,7 @@ def try_file(plan: dict[str, Any]) -> None:
             continue
         numbers = [array for array in outputs if isinstance(array, np.ndarray) and array.dtype.kind == "f"]
         batch = next(iter(feeds.values())).shape[0]
-        # The first image of a batch has to give what it gives alone.
+        # The first image of a batch must give the same result as alone.
         differs = None
         if alone is not None and batch > 1:
             differs = max((_difference(one, many) for one, many in zip(alone, numbers)), default=0.0)
@@ -93,7 +92,7 @@ def _difference(one: np.ndarray, many: np.ndarray) -> float:
 
 
 def _time(session: Any, feeds: dict[str, np.ndarray], budget: float, threads: int) -> list[float]:
-    # What else the machine does counts less in the processor's time, which only one thread's is a latency.
+    # CPU time is less affected by other processes, but equals latency only with one thread.
     clock = time.process_time if threads == 1 else time.perf_counter
     seconds: list[float] = []
     end = time.perf_counter() + budget
@@ -105,9 +104,9 @@ def _time(session: Any, feeds: dict[str, np.ndarray], budget: float, threads: in
 
 
 def _peak() -> float:
-    """The most memory that this process has had so far, in MiB; 0 where the system does not say."""
+    """Peak memory of this process so far, in MiB; 0 if the system does not report it."""
     try:
-        # The system's resource usage would count what the parent had before this program was started.
+        # getrusage would include the memory of the parent before this program was started.
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
     except (OSError, StopIteration):

@@ -1,4 +1,4 @@
-"""Verify a bundle of `visionattn export --bundle`: its files, their metadata, and what they compute of the sample."""
+"""Verify a bundle of `visionattn export --bundle`: its files, their metadata, and their results on the sample."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["CARD", "Row", "sample_error", "verify"]
 
 CARD = "card.json"
 FORMAT = 1
-# Rounding turns some decisions of a network that matches: this share of the values must be as near as allowed.
+# Rounding changes some decisions of a matching network: this fraction of the values must be within the tolerance.
 SHARE = 0.999
 _BLOCK = 2**20
 
 
 class Row(NamedTuple):
-    """One thing that was verified.
+    """One check of a bundle.
 
     Attributes:
-        file: What it is about.
-        passed: Whether it is as the card says.
-        finding: What was found, in words.
+        file: Name of the checked file.
+        passed: Whether it matches the card.
+        finding: The result in words.
     """
 
     file: str
@@ -36,9 +36,9 @@ class Row(NamedTuple):
 
 
 def sample_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """The absolute difference that 99.9 % of the values have at most; infinite where the shapes differ.
+    """99.9th percentile of the absolute differences; infinite if the shapes differ.
 
-    NaN stands for a value that is not known; one that only one of the two knows is infinitely far away.
+    NaN marks an unknown value; the difference is infinite where only one of the two is NaN.
     """
     if found.shape != expected.shape:
         return float("inf")
@@ -51,13 +51,14 @@ def verify(folder: str | Path) -> list[Row]:
     """Verify a bundle without PyTorch.
 
     Args:
-        folder: The bundle.
+        folder: Folder of the bundle.
 
     Returns:
-        A row a file, for its hash, and a row a variant, for its metadata and for what it computes of the sample.
+        One row per file for its hash, and for each variant one row for its metadata and one for its result on the
+        sample.
 
     Raises:
-        RunError: It is no bundle, or its card cannot be read.
+        RunError: The folder is not a bundle, or its card cannot be read.
     """
     folder = Path(folder)
     card = _read_card(folder / CARD)
@@ -73,12 +74,12 @@ def _read_card(path: Path) -> Any:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RunError(f"{short(path.parent)} is no bundle: there is no {CARD} in it.") from error
+        raise RunError(f"{short(path.parent)} is not a bundle: it contains no {CARD}.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"Cannot read {short(path)}: {short(error).rstrip('.')}.") from error
     try:
         if card["format"] != FORMAT:
-            raise RunError(f"{short(path)} is of format {short(card['format'], 20)}; this version reads {FORMAT}.")
+            raise RunError(f"{short(path)} has format {short(card['format'], 20)}; this version reads {FORMAT}.")
         names = [*card["files"], *card["sample"]["images"], card["sample"]["expected"]]
         for entry in card["files"].values():
             str.lower(entry["sha256"])
@@ -121,7 +122,7 @@ def _verify_variant(folder: Path, card: Any, variant: Any) -> list[Row]:
     try:
         expected = np.load(folder / card["sample"]["expected"], allow_pickle=False)
         found = model.predict(*(folder / image for image in card["sample"]["images"]))
-    # What reads damaged arrays raises nearly anything.
+    # Reading damaged arrays can raise any exception.
     except Exception as error:
         return [*rows, Row(name, False, f"does not compute the sample: {short(error)}")]
     if not isinstance(expected, np.ndarray) or expected.dtype.kind != "f":

@@ -80,7 +80,7 @@ def test_modes_of_pil(mode, photo):
         ([[1, 2]], r"got a list"),
         ("absent.png", r"There is no file absent\.png"),
         ("n\0ul.png", r"n ul\.png"),
-        (Image.new("F", (4, 4)), r"32 bits a channel"),
+        (Image.new("F", (4, 4)), r"32 bits per channel"),
     ],
 )
 def test_what_is_no_image_is_refused_in_one_line(image, told):
@@ -99,7 +99,7 @@ def test_damaged_files(tmp_path, photo):
 
 
 def test_channels_that_a_file_does_not_take():
-    with pytest.raises(RunError, match="has 3 channels; this file takes 5"):
+    with pytest.raises(RunError, match="has 3 channels; this file requires 5"):
         read_image(np.zeros((4, 4, 3), np.uint8), 5)
 
 
@@ -120,7 +120,7 @@ def test_tiles_keep_every_pixel_once_and_reach_beyond_it(length, fixed):
 
 
 def test_tiles_that_are_all_overlap():
-    with pytest.raises(RunError, match=r"Tiles of 16 pixels a side would be all overlap, which takes 16: export"):
+    with pytest.raises(RunError, match=r"Tiles of 16 pixels must be larger than their overlap of 16: export"):
         cut(100, 16, 8, True)
 
 

@@ -150,8 +150,8 @@ def test_files_that_are_not_taken(files, tmp_path):
     for name, told in {
         "absent.onnx": r"There is no file .*absent\.onnx",
         "text.onnx": r"cannot load .*text\.onnx",
-        "foreign.onnx": r"foreign\.onnx does not carry the metadata .*its entry model is missing",
-        "renamed.onnx": r"renamed\.onnx has other inputs or outputs than its metadata say: image, logits",
+        "foreign.onnx": r"foreign\.onnx lacks the metadata .*its entry model is missing",
+        "renamed.onnx": r"renamed\.onnx has inputs or outputs that differ from its metadata: image, logits",
     }.items():
         with pytest.raises(RunError, match=told) as raised:
             load(tmp_path / name)
@@ -165,11 +165,14 @@ def test_what_a_file_does_not_take(files, photo):
         (lambda: load(files["Labelled"]).features(), r"No image was given"),
         (lambda: load(files["Enlarger"]).classify(photo), r"is for the task 'restore', not 'classify'"),
         (lambda: load(files["Enlarger"]).upscale(photo, tile=0), r"tile must be at least 1 pixel; got 0"),
-        (lambda: load(files["Enlarger"]).predict(photo, photo), r"takes 1 image; 2 were given"),
-        (lambda: load(files["Stereo"]).predict(photo), r"takes 2 images; 1 were given"),
-        (lambda: load(files["Stereo"]).stereo(left, right[1:]), r"are 24 x 32 and 23 x 32; both must have one size"),
-        (lambda: load(files["StereoStatic"]).stereo(*views(25, 32)), r"are 25 x 32; this file takes at most 24 x 32"),
-        (lambda: load(files["Features"]).compute([photo[..., :1]]), r"is 36 x 50; this file takes 8 x 12 only"),
+        (lambda: load(files["Enlarger"]).predict(photo, photo), r"requires 1 image; got 2"),
+        (lambda: load(files["Stereo"]).predict(photo), r"requires 2 images; got 1"),
+        (
+            lambda: load(files["Stereo"]).stereo(left, right[1:]),
+            r"must have the same size; got 24 x 32 and 23 x 32: crop one",
+        ),
+        (lambda: load(files["StereoStatic"]).stereo(*views(25, 32)), r"are 25 x 32; this file accepts at most 24 x 32"),
+        (lambda: load(files["Features"]).compute([photo[..., :1]]), r"is 36 x 50; this file requires 8 x 12"),
     ):
         with pytest.raises(RunError, match=told):
             call()

@@ -91,7 +91,7 @@ def test_a_file_that_does_not_load(bundle):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda card: card.update(format=2), r"is of format 2; this version reads 1"),
+        (lambda card: card.update(format=2), r"has format 2; this version reads 1"),
         (lambda card: card.pop("files"), r"is damaged: KeyError 'files'"),
         (lambda card: card.update(variants=3), r"is damaged: TypeError"),
         (lambda card: card.update(files=[1]), r"is damaged: AttributeError"),
@@ -109,7 +109,7 @@ def test_damaged_cards(bundle, change, told):
 
 
 def test_no_bundle(bundle, tmp_path):
-    with pytest.raises(RunError, match=r"is no bundle: there is no card\.json in it"):
+    with pytest.raises(RunError, match=r"is not a bundle: it contains no card\.json"):
         verify(tmp_path)
     (bundle / "card.json").write_text("{")
     with pytest.raises(RunError, match=r"Cannot read .*card\.json"):
