@@ -48,15 +48,20 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def plain(name: str, **own: str) -> str:
-    """A script's CSV with readable titles, `own` before `TITLES`; where the rows come from stands below the table."""
+    """A script's CSV with readable titles, `own` before `TITLES`; what all rows have in common stands below."""
     rows = read_rows(RESULTS / f"{name}.csv")
     if not rows:
         return "Not measured yet.\n"
-    origin = [key for key in ("device", "threads") if key in rows[0] and len({row[key] for row in rows}) == 1]
-    shown = [key for key in rows[0] if key not in PROVENANCE or (key in ("device", "threads") and key not in origin)]
-    titles = [(TITLES | own).get(key, key.replace("_", " ")) for key in shown]
-    table = markdown(titles, ([_value(key, row[key]) for key in shown] for row in rows))
-    return table + f"\n{_origin(rows[0], origin)}.\n"
+    fixed = [key for key in rows[0] if len(rows) > 1 and len({row[key] for row in rows}) == 1]
+    kept = [key for key in PROVENANCE[:2] if key in rows[0] and key not in fixed]
+    shown = [key for key in rows[0] if key not in fixed and (key not in PROVENANCE or key in kept)]
+    titles = TITLES | own
+    head = [titles.get(key, key.replace("_", " ")) for key in shown]
+    table = markdown(head, ([_value(key, row[key]) for key in shown] for row in rows))
+    first = rows[0]
+    same = [f"{titles.get(key, key.replace('_', ' '))} {first[key]}" for key in fixed if key not in PROVENANCE]
+    origin = _origin(first, [key for key in PROVENANCE[:2] if key in first and key not in kept])
+    return table + f"\n{'; '.join([origin, ', '.join(same)] if same else [origin])}.\n"
 
 
 def _value(key: str, cell: str) -> str:
