@@ -191,11 +191,11 @@ def test_the_boundary_moves_by_keys(browser, pictures):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("notes.txt", "notes.txt cannot be opened: it is damaged, or no image that this browser reads. PNG, JPEG"),
+        ("notes.txt", "notes.txt cannot be opened: it is damaged, or not an image that this browser supports. Use"),
         ("empty.png", "empty.png cannot be opened: the file is empty."),
         ("cut.png", "cut.png cannot be opened"),
-        ("long.png", "long.png has 17,000 × 10 pixels; a browser holds 16,384 a side, 268 million in all: reduce it"),
-        ("broad.png", "The result has 20,000 × 40 pixels; a browser holds 16,384 a side, 268 million in all: choose a"),
+        ("long.png", "long.png has 17,000 × 10 pixels; the maximum is 16,384 per side and 268 million in total:"),
+        ("broad.png", "The result has 20,000 × 40 pixels; the maximum is 16,384 per side and 268 million in total:"),
     ],
 )
 def test_what_is_no_image_is_told(browser, pictures, name, message):
@@ -349,7 +349,7 @@ def test_it_works_without_a_network_and_is_small(pictures):
         with Browser() as browser:
             browser.open(url=served.url)
             enlarge(browser, pictures / "wide.png")
-            assert browser.told(selector="#offline").startswith("Kept in this browser")
+            assert browser.told(selector="#offline").startswith("Stored in this browser")
             loaded = {url.split("?")[0].removeprefix(served.url) or "index.html" for url in browser.requests()}
             served.stop()
             browser.load(url=served.url)

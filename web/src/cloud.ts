@@ -1,4 +1,4 @@
-// A surface in space with a photograph on it, turned by pointer and keys; WebGL draws when something has changed.
+// A 3D surface textured with a photograph, rotated by pointer and keys; WebGL redraws only after changes.
 
 import type { Surface } from "./surface";
 
@@ -39,7 +39,7 @@ export class Cloud {
   constructor(private readonly canvas: HTMLCanvasElement) {
     this.gl = canvas.getContext("webgl2", { antialias: true, preserveDrawingBuffer: true });
     if (!this.gl) {
-      canvas.setAttribute("aria-label", "The scene in three dimensions needs WebGL 2, which this browser does not offer.");
+      canvas.setAttribute("aria-label", "The 3D view needs WebGL 2, which this browser does not support.");
       return;
     }
     this.program = link(this.gl);
@@ -186,7 +186,7 @@ function fill(gl: WebGL2RenderingContext, program: WebGLProgram, name: string, v
   return buffer;
 }
 
-/** The matrix, column by column, of a viewer who goes round the point at the median depth. */
+/** View matrix, column by column, of a camera that orbits the point at the median depth. */
 function look({ yaw, pitch, zoom }: typeof START, lens: number, aspect: number): Float32Array {
   const [cy, sy, cp, sp] = [Math.cos(yaw), Math.sin(yaw), Math.cos(pitch), Math.sin(pitch)];
   const back = 1 / zoom; // distance from the point, which lies at (0, 0, -1)

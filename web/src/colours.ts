@@ -1,4 +1,4 @@
-// Disparities as colours (visionattn/predict/colours.py): blue is far, red is near, black is not known.
+// Disparities as colours (visionattn/predict/colours.py): blue is far, red is near, black is unknown.
 
 // Coefficients of x^0 to x^5 of red, green and blue: the colour map Turbo by A. Mikhailov in polynomials by R. Du,
 // copyright 2019 Google LLC, Apache-2.0 (turbo_colormap.glsl).
@@ -9,7 +9,7 @@ const TURBO = [
 ];
 const TOP = 0.995; // the share of values below what is red, so that single wrong pixels do not take the colours
 
-/** The value to show as the largest; 1 where none is above 0. */
+/** Upper end of the colour scale; 1 if no value is above 0. */
 export function usualTop(values: Float32Array): number {
   const known = values.filter((value) => value > 0).sort();
   return known.length ? known[Math.min(Math.floor(TOP * known.length), known.length - 1)] : 1;
@@ -22,7 +22,7 @@ export function turbo(x: number): [number, number, number] {
   return [red, green, blue];
 }
 
-/** A picture of disparities; those not above 0 are black. */
+/** Colour image of disparities; values not above 0 are black. */
 export function disparityColours(values: Float32Array, height: number, width: number, top: number): ImageData {
   const steps = 1024;
   const table = Array.from({ length: steps + 1 }, (_, step) => turbo(step / steps));

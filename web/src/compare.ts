@@ -1,11 +1,11 @@
-// Two images of one size, one upon the other, with a boundary that moves: before on its left, after on its right.
+// Two overlaid images of equal size with a movable boundary: before on the left, after on the right.
 
 import { find } from "./dom";
 
 type Save = (canvas: HTMLCanvasElement, name: string) => Promise<void>;
 
 export interface Comparison {
-  /** Show the image before, and nothing yet of the one that is `scale` times as large. */
+  /** Show the image before upscaling by `scale`; the result is still empty. */
   begin(before: ImageData, scale: number): void;
   add(part: ImageData, x: number, y: number): void;
   end(name: string): void;
@@ -22,7 +22,7 @@ export function compare(root: HTMLElement): Comparison {
   const saving = find<HTMLButtonElement>(root, ".save");
   let name = "";
 
-  /** The boundary lies in the visible part, the images are scrolled below it. */
+  /** The boundary stays in the visible area while the images scroll below it. */
   const place = () => {
     const handle = boundary.offsetHeight && 44; // its width in style.css
     const at = handle / 2 + (boundary.valueAsNumber / 100) * (boundary.offsetWidth - handle);
@@ -57,7 +57,7 @@ export function compare(root: HTMLElement): Comparison {
       root.hidden = false;
       saving.disabled = true;
       layers.style.aspectRatio = `${image.width} / ${image.height}`;
-      // Nothing is gained by showing a small result larger than its pixels, or a tall one beyond the window.
+      // Do not scale a small result beyond its pixels, or a tall one beyond the window.
       layers.style.maxWidth = `min(${after.width}px, ${(80 * image.width) / image.height}vh)`;
       enlarge(false);
     },

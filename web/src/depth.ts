@@ -1,4 +1,4 @@
-// Disparity of two rectified views: a picture in colours, and the scene in three dimensions.
+// Disparity of two rectified views: as a colour image, and as a 3D view of the scene.
 
 import { Cloud } from "./cloud";
 import { disparityColours, usualTop } from "./colours";
@@ -12,20 +12,20 @@ import { buildSurface } from "./surface";
 
 type Side = "left" | "right";
 
-// Most pixels that are matched: the network looks along whole rows, so that tiles are of no use.
+// Maximum number of pixels that are matched: the network compares whole rows, so that tiling is not possible.
 const DETAIL = { quick: 110_000, fine: 400_000 };
-// Of scikit-image's pair "Motorcycle", in pixels and metres.
+// Camera of scikit-image's pair "Motorcycle", in pixels and metres.
 const EXAMPLE = { focal: 994.978, baseline: 0.193001, doffs: 31.086 };
 const MUCH = 0.3; // of the pixels without a match, and the views may be exchanged
 
 interface Found {
-  /** In pixels of the photographs; not above 0 is not known. */
+  /** In pixels of the photographs; values not above 0 are unknown. */
   disparity: Float32Array;
   height: number;
   width: number;
-  /** Pixels of the photograph to one of the disparities. */
+  /** Pixels of the photograph per pixel of the disparity map. */
   ratio: number;
-  /** Those of both views, the left one first. */
+  /** Disparities of both views, the left one first. */
   both: Float32Array;
   /** The left view at this size. */
   view: ImageData;
@@ -71,13 +71,13 @@ export function depthPanel(root: HTMLElement, engine: Engine, used: Model): void
     if (right.width !== width || right.height !== height) {
       throw new Error(
         `The left view has ${width} × ${height} pixels and the right one ${right.width} × ${right.height}. ` +
-          "Both must have one size, and be rectified for it.",
+          "Both must have the same size and be rectified.",
       );
     }
     const least = (used.size_minimum ?? 1) / Math.min(width, height);
     const zoom = Math.max(Math.min(1, Math.sqrt(DETAIL[detail] / (width * height))), least);
     const [h, w] = [Math.ceil(zoom * height), Math.ceil(zoom * width)];
-    if (w * h > 4 * DETAIL.fine) throw new Error(`Views of ${width} × ${height} pixels are too narrow for the model.`);
+    if (w * h > 4 * DETAIL.fine) throw new Error(`Views of ${width} × ${height} pixels are too elongated for the model: crop both to a smaller aspect ratio.`);
     report("Matching");
     const [first, second] = [left, right].map((view) => toFloats(resized(view, w, h)));
     const inputs = { [used.input_names[0]]: first, [used.input_names[1]]: second };
@@ -90,7 +90,7 @@ export function depthPanel(root: HTMLElement, engine: Engine, used: Model): void
     found = { disparity: both.subarray(0, w * h), height: h, width: w, ratio: width / w, both, view: resized(left, w, h) };
     showResult(found);
     const unknown = found.disparity.filter((value) => !(value > 0)).length / (w * h);
-    const exchanged = unknown > MUCH ? " Little matches: are left and right exchanged, or not rectified?" : "";
+    const exchanged = unknown > MUCH ? " Few pixels match: are the views swapped, or not rectified?" : "";
     const size = w === width ? "" : `, at ${w} × ${h} of ${width} × ${height} pixels`;
     return `Matched in ${describeTiming(answer.milliseconds, answer)}${size}.${exchanged}`;
   }
@@ -103,8 +103,8 @@ export function depthPanel(root: HTMLElement, engine: Engine, used: Model): void
     const known = camera();
     if (known) summary += `, the nearest at ${metres(top, known).toFixed(2)} m`;
     colours.setAttribute("aria-label", `Depth in colours, red is near and blue is far. ${summary}.`);
-    readout.textContent = `${summary}. Point at the picture for single values.`;
-    // Without a camera a usual lens is assumed: the surface is right but for its stretch in depth.
+    readout.textContent = `${summary}. Point at the image for single values.`;
+    // Without a camera a typical lens is assumed: the surface is correct up to its scale in depth.
     const focal = (known?.focal ?? width * ratio) / ratio;
     const own = both.map((value) => value / ratio);
     const lens = { focal, doffs: known?.doffs ?? 0 };
@@ -123,7 +123,7 @@ export function depthPanel(root: HTMLElement, engine: Engine, used: Model): void
     readout.textContent = `${place}: ${value > 0 ? `${value.toFixed(1)} pixels${far}` : "no match"}.`;
   });
   colours.addEventListener("pointerleave", () => {
-    if (found) readout.textContent = `${summary}. Point at the picture for single values.`;
+    if (found) readout.textContent = `${summary}. Point at the image for single values.`;
   });
 
   const again = () => {

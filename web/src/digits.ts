@@ -1,4 +1,4 @@
-// Reading a digit that was drawn or chosen, with where the model looks.
+// Classification of a drawn or chosen digit, with the attention of the class token.
 
 import { find } from "./dom";
 import { describeTiming, type Engine } from "./engine";
@@ -39,7 +39,7 @@ export function digitsPanel(root: HTMLElement, engine: Engine, model: Model): vo
     const chances = softmax(logits.data);
     bars(chances);
     const best = chances.indexOf(Math.max(...chances));
-    overlay.setAttribute("aria-label", `The digit, bright where the model looks to read ${best}`);
+    overlay.setAttribute("aria-label", `The digit with the attention of the model, which reads ${best}`);
     paint();
     return `It reads ${best}, at ${percent(chances[best])}, in ${describeTiming(answer.milliseconds, answer)}.`;
   }
@@ -73,7 +73,7 @@ function percent(share: number): string {
   return `${(100 * share).toFixed(share > 0.999 ? 0 : 1)} %`;
 }
 
-/** Ten bars; the function fills them. */
+/** Create ten bars; the returned function sets their values. */
 function probabilityBars(list: HTMLElement, labels: string[]): (chances: number[]) => void {
   const rows = labels.map((label) => {
     const row = document.createElement("li");
@@ -95,7 +95,7 @@ function probabilityBars(list: HTMLElement, labels: string[]): (chances: number[
   };
 }
 
-/** The digit, dimmed, under a glow that follows the attention between the centres of its patches. */
+/** Draw the digit dimmed, with the attention interpolated between the centres of its patches. */
 function attentionPicture(digit: Float32Array, map: Float32Array, rows: number, columns: number): ImageData {
   const picture = new ImageData(SIDE, SIDE);
   const top = Math.max(...map) || 1;
@@ -118,7 +118,7 @@ function attentionPicture(digit: Float32Array, map: Float32Array, rows: number, 
   return picture;
 }
 
-/** Buttons with the digits of a strip of squares. */
+/** Create one button per digit of a strip of squares. */
 async function showSamples(group: HTMLElement, take: (image: CanvasImageSource) => void): Promise<void> {
   const strip = await createImageBitmap(await (await fetch("examples/digits.png")).blob());
   const side = strip.height;
@@ -128,7 +128,7 @@ async function showSamples(group: HTMLElement, take: (image: CanvasImageSource) 
     canvas.getContext("2d")?.drawImage(strip, digit * side, 0, side, side, 0, 0, side, side);
     const button = document.createElement("button");
     button.type = "button";
-    button.setAttribute("aria-label", `Take the written digit ${digit}`);
+    button.setAttribute("aria-label", `Use the sample digit ${digit}`);
     button.append(canvas);
     button.addEventListener("click", () => take(canvas));
     group.append(button);

@@ -1,13 +1,13 @@
 // Small helpers for elements of the page.
 
-/** The one element that a selector names. */
+/** Return the element that a selector matches. */
 export function find<Kind extends Element>(root: ParentNode, selector: string): Kind {
   const element = root.querySelector<Kind>(selector);
   if (!element) throw new Error(`The page has no ${selector}.`);
   return element;
 }
 
-/** Fill a fieldset with radio buttons; hidden where there is nothing to choose. */
+/** Fill a fieldset with radio buttons; it is hidden if there is only one option. */
 export function choose<Value extends string>(
   root: ParentNode,
   name: string,
@@ -30,7 +30,7 @@ export function choose<Value extends string>(
   }
 }
 
-/** Let a label with a file input also take a file that is dropped on it. */
+/** Let a label with a file input also accept a dropped file. */
 export function onFile(drop: HTMLLabelElement, take: (file: File) => void): void {
   const input = find<HTMLInputElement>(drop, "input");
   input.addEventListener("change", () => {

@@ -3,7 +3,7 @@
 import type { Model } from "./models";
 import type { Answer, Floats, Provider, Request, Result } from "./protocol";
 
-/** Threads that pay: all cores where the page may share memory between them, else one. */
+/** Number of useful threads: all cores if the page may share memory between threads, otherwise one. */
 export const MOST_THREADS = globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 8) : 1;
 
 export class Engine {
@@ -46,7 +46,7 @@ export class Engine {
         this.stop();
         finish(() => reject(new Error("The model could not be run: the browser stopped the computation.")));
       };
-      // A pass of a model knows no cancelling: its worker ends, and the next pass starts another.
+      // A running pass cannot be cancelled: its worker is terminated, and the next pass starts a new one.
       const cancel = () => {
         this.stop();
         finish(() => reject(signal?.reason));
@@ -71,7 +71,7 @@ export class Engine {
   }
 
   private start(): Worker {
-    // The runtime takes its number of threads once.
+    // The runtime reads its number of threads only once.
     if (this.worker && this.threadsOfWorker !== this.threads) this.stop();
     this.worker ??= new Worker(new URL("./worker.ts", import.meta.url), { type: "module" });
     this.threadsOfWorker = this.threads;

@@ -1,4 +1,4 @@
-// Enlarging a photograph, tile by tile, beside what the browser's own scaling makes of it.
+// Upscaling of a photograph, tile by tile, compared with the browser's own scaling.
 
 import { compare } from "./compare";
 import { choose, fetchExample, find, onFile } from "./dom";

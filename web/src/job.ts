@@ -1,7 +1,7 @@
-// The part of a panel that shows a computation: progress, its words, cancelling, what went wrong, what came out.
+// The status area of a panel: progress, cancel button, error and result of a computation.
 
 export interface Report {
-  /** Share that is done, 0 to 1; left out, it is not known. */
+  /** Fraction that is done, 0 to 1; undefined if unknown. */
   (text: string, done?: number): void;
 }
 

@@ -44,15 +44,15 @@ function settings(engine: Engine): void {
 async function keepForOffline(): Promise<void> {
   const told = find(document, "#offline");
   if (!("serviceWorker" in navigator)) {
-    told.textContent = "This browser does not keep the page for work without a network.";
+    told.textContent = "This browser cannot store the page for offline use.";
     return;
   }
   try {
     await navigator.serviceWorker.register("offline.js");
     await navigator.serviceWorker.ready;
-    told.textContent = "Kept in this browser: the page works without a network.";
+    told.textContent = "Stored in this browser: the page works offline.";
   } catch {
-    told.textContent = "The page could not be kept for work without a network.";
+    told.textContent = "The page could not be stored for offline use.";
   }
 }
 

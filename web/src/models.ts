@@ -1,4 +1,4 @@
-// What the exported files say about themselves: `models.json`, written by tools/page_models.py from their metadata.
+// Metadata of the exported files: `models.json`, written by tools/page_models.py.
 
 export interface Model {
   /** Address of the file, relative to the page. */
@@ -12,13 +12,13 @@ export interface Model {
   /** Channels, height, width. */
   input_size: [number, number, number];
   scale?: number;
-  /** Input pixels around its place that an output pixel depends on. */
+  /** Radius of the receptive field, in input pixels. */
   radius?: number;
   size_minimum?: number;
   mean?: number[];
   std?: number[];
   labels?: string[];
-  /** Blocks of a transformer that gives its attention. */
+  /** Number of blocks of a transformer that returns its attention. */
   blocks?: number;
 }
 

@@ -1,8 +1,8 @@
-// The service worker: keeps the whole page, so that it works without a network after the first visit.
+// The service worker: stores the whole page, so that it works offline after the first visit.
 
 /// <reference lib="webworker" />
 
-// The build puts the list and its version here.
+// The build inserts the list and its version here.
 declare const __FILES__: string[];
 declare const __VERSION__: string;
 

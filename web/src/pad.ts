@@ -1,6 +1,6 @@
-// A square to draw a digit on, which comes out as the digits that the model was trained on: 28 x 28, centred by mass.
+// A drawing area for a digit; the drawing is converted to the format of the training data: 28 x 28, centred by mass.
 
-/** Pixels a side of the square. */
+/** Side of the drawing area in pixels. */
 export const SIDE = 280;
 const GRID = 28;
 const BOX = 20; // the longer side of a digit, in the 28 x 28
@@ -9,7 +9,7 @@ const INK = 24; // of 255, from which on a pixel counts
 
 export interface Pad {
   clear(): void;
-  /** Show a written digit, light on dark. */
+  /** Show a sample digit, light on dark. */
   show(image: CanvasImageSource): void;
 }
 
@@ -66,7 +66,7 @@ export function drawingPad(canvas: HTMLCanvasElement, changed: (digit?: Float32A
   };
 }
 
-/** A drawing, scaled into the box and moved so that its centre of mass is in the middle; undefined if it is empty. */
+/** Scale a drawing into the box and centre it by its mass; undefined if it is empty. */
 function centred(drawing: ImageData): Float32Array | undefined {
   let [left, top, right, bottom] = [SIDE, SIDE, -1, -1];
   for (let place = 0; place < SIDE * SIDE; place++) {

@@ -1,20 +1,20 @@
-// Between files, canvases and the numbers of a model: planes of red, green and blue, 0 to 1.
+// Conversion between files, canvases and the tensors of a model: planes of red, green and blue, 0 to 1.
 
 import type { Floats } from "./protocol";
 import type { Span } from "./tiles";
 
-/** What a browser's canvas can hold, and the most that is read of a file. */
+/** Limits of a browser's canvas, which also apply to files. */
 const LONGEST = 16384;
 const MOST_PIXELS = 2 ** 28;
 
-/** Read an image file upright, on white where it is transparent. */
+/** Read an image file, rotated upright and blended onto white. */
 export async function readImage(file: Blob, name: string): Promise<ImageData> {
   let bitmap: ImageBitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    const empty = file.size === 0 ? "the file is empty" : "it is damaged, or no image that this browser reads";
-    throw new Error(`${name} cannot be opened: ${empty}. PNG, JPEG, WebP, AVIF and GIF can.`);
+    const empty = file.size === 0 ? "the file is empty" : "it is damaged, or not an image that this browser supports";
+    throw new Error(`${name} cannot be opened: ${empty}. Use PNG, JPEG, WebP, AVIF or GIF.`);
   }
   try {
     checkSize(bitmap.width, bitmap.height, name, "reduce it first");
@@ -24,18 +24,18 @@ export async function readImage(file: Blob, name: string): Promise<ImageData> {
   }
 }
 
-/** Raise an error, in words, for an image that no canvas holds. */
+/** Throw an error for an image that exceeds the limits of a canvas. */
 export function checkSize(width: number, height: number, name: string, remedy: string): void {
   if (Math.max(width, height) <= LONGEST && width * height <= MOST_PIXELS) return;
   const size = `${width.toLocaleString("en")} × ${height.toLocaleString("en")}`;
-  const most = `${LONGEST.toLocaleString("en")} a side, ${Math.floor(MOST_PIXELS / 1e6)} million in all`;
-  throw new Error(`${name} has ${size} pixels; a browser holds ${most}: ${remedy}.`);
+  const most = `${LONGEST.toLocaleString("en")} per side and ${Math.floor(MOST_PIXELS / 1e6)} million in total`;
+  throw new Error(`${name} has ${size} pixels; the maximum is ${most}: ${remedy}.`);
 }
 
 function drawn(source: CanvasImageSource, width: number, height: number): ImageData {
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  if (!context) throw new Error("The memory does not suffice for this image.");
+  if (!context) throw new Error("There is not enough memory for this image.");
   context.fillStyle = "white";
   context.fillRect(0, 0, width, height);
   context.imageSmoothingQuality = "high";
@@ -70,7 +70,7 @@ export function toFloats(image: ImageData, rows?: Span, columns?: Span): Floats 
   return { data, dims: [1, 3, height, width] };
 }
 
-/** A part of a tensor (1, 3, H, W) as pixels. */
+/** Convert a window of a tensor (1, 3, H, W) to pixels. */
 export function toPixels({ data, dims }: Floats, rows: Span, columns: Span): ImageData {
   const [, , height, width] = dims;
   const plane = height * width;
@@ -88,7 +88,7 @@ export function toPixels({ data, dims }: Floats, rows: Span, columns: Span): Ima
   return image;
 }
 
-/** Put an image on a canvas of its size. */
+/** Draw an image on a canvas and set the canvas to its size. */
 export function show(canvas: HTMLCanvasElement, image: ImageData): void {
   canvas.width = image.width;
   canvas.height = image.height;
@@ -98,7 +98,7 @@ export function show(canvas: HTMLCanvasElement, image: ImageData): void {
 /** Let the browser save a canvas as a PNG file. */
 export async function save(canvas: HTMLCanvasElement, name: string): Promise<void> {
   const blob = await new Promise<Blob | null>((resolve) => canvas.toBlob(resolve, "image/png"));
-  if (!blob) throw new Error("The memory does not suffice to save this image.");
+  if (!blob) throw new Error("There is not enough memory to save this image.");
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
   link.download = name;

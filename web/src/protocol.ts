@@ -1,11 +1,11 @@
-// What the page and its worker say to each other.
+// Messages between the page and its worker.
 
 export interface Floats {
   data: Float32Array;
   dims: number[];
 }
 
-/** Where the numbers are computed. */
+/** Backend of the computation. */
 export type Provider = "wasm" | "webgpu";
 
 export interface Request {
@@ -16,14 +16,14 @@ export interface Request {
   inputs: Record<string, Floats>;
   provider: Provider;
   threads: number;
-  /** Address that the runtime's files lie below. */
+  /** Base address of the runtime's files. */
   runtime: string;
 }
 
 export interface Loading {
   kind: "loading";
   id: number;
-  /** Of the model, 0 to 1. */
+  /** Fraction of the model that is downloaded, 0 to 1. */
   done: number;
 }
 
@@ -31,9 +31,9 @@ export interface Result {
   kind: "result";
   id: number;
   outputs: Record<string, Floats>;
-  /** Of the computation alone, without loading. */
+  /** Time of the computation, without loading. */
   milliseconds: number;
-  /** What computed, which is WebAssembly where WebGPU did not start. */
+  /** Backend that was used: WebAssembly if WebGPU did not start. */
   provider: Provider;
   threads: number;
 }

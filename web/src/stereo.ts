@@ -1,9 +1,9 @@
-// What follows from the disparities of a rectified pair (visionattn/predict/stereo.py).
+// Depth and visibility from the disparities of a rectified pair (visionattn/predict/stereo.py).
 
 export interface Camera {
   /** Focal length in pixels. */
   focal: number;
-  /** Distance of the views in metres. */
+  /** Baseline in metres. */
   baseline: number;
   /** Column of the right view's principal point minus the left's, in pixels. */
   doffs: number;
@@ -15,9 +15,9 @@ export function metres(disparity: number, { focal, baseline, doffs }: Camera): n
 }
 
 /**
- * Which pixels of the left view the right one sees too: both disparities agree there up to `tolerance`.
+ * Find the non-occluded pixels of the left view, where both disparities agree up to `tolerance`.
  *
- * @param both Disparities of the left view (H, W), then of the right one, in pixels of this very size or finer.
+ * @param both Disparities of the left view (H, W), then of the right one, in pixels of this resolution or a higher one.
  */
 export function seenInBoth(both: Float32Array, height: number, width: number, tolerance = 2): Uint8Array {
   const seen = new Uint8Array(height * width);

@@ -1,7 +1,7 @@
-// The scene as a surface of triangles between neighbouring pixels, torn where the depth jumps.
+// The scene as a mesh of triangles between neighbouring pixels, cut at depth discontinuities.
 
 export interface Lens {
-  /** Focal length in pixels of the picture. */
+  /** Focal length in pixels of the image. */
   focal: number;
   /** Added to disparities: column of the right view's principal point minus the left's. */
   doffs: number;
@@ -10,7 +10,7 @@ export interface Lens {
 export interface Surface {
   /** x to the right, y up, z towards the viewer, who stands at 0; the median depth is 1. */
   places: Float32Array;
-  /** Where each place lies in the picture, 0 to 1. */
+  /** Position of each vertex in the image, 0 to 1. */
   corners: Float32Array;
   triangles: Uint32Array;
 }

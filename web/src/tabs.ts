@@ -1,4 +1,4 @@
-// Tabs as the ARIA practices have them: arrow keys move between them, the address remembers the one that is open.
+// Tabs after the ARIA practices: arrow keys move between them, and the address stores the open one.
 
 import { find } from "./dom";
 

@@ -1,11 +1,11 @@
-// Tiles that overlap by what an output pixel depends on, so that their seams are exact (visionattn/predict/tiles.py).
+// Tiles that overlap by the receptive field, so that there are no seams (visionattn/predict/tiles.py).
 
 export interface Span {
   start: number;
   stop: number;
 }
 
-/** A step: the window of the input that is read, and the part of it that is kept. */
+/** The interval of the input that is read, and the interval within it that is kept. */
 export interface Tile {
   rows: Span;
   columns: Span;
@@ -13,7 +13,7 @@ export interface Tile {
   keptColumns: Span;
 }
 
-/** Cut one side into windows of at most `window` pixels, of which `overlap` on each inner side are not kept. */
+/** Divide one side into windows of at most `window` pixels; `overlap` pixels at each inner border are discarded. */
 function cut(length: number, window: number, overlap: number): { read: Span; kept: Span }[] {
   if (window >= length) return [{ read: { start: 0, stop: length }, kept: { start: 0, stop: length } }];
   const most = window - 2 * overlap;
@@ -28,7 +28,7 @@ function cut(length: number, window: number, overlap: number): { read: Span; kep
   return parts;
 }
 
-/** Cut an image into tiles of at most `side` pixels a side. */
+/** Divide an image into tiles of at most `side` x `side` pixels. */
 export function planTiles(height: number, width: number, side: number, overlap: number): Tile[] {
   const lines = cut(width, side, overlap);
   return cut(height, side, overlap).flatMap((row) =>

@@ -1,4 +1,4 @@
-// Runs models off the page's own thread, so that it stays responsive. One session is kept: the last that was used.
+// Runs models in a worker, so that the page stays responsive. Only the last used session is kept.
 
 import type { InferenceSession, Tensor } from "onnxruntime-common";
 import type { Answer, Floats, Provider, Request } from "./protocol";
@@ -86,7 +86,7 @@ async function answer(request: Request): Promise<void> {
   const milliseconds = performance.now() - begin;
   const outputs: Record<string, Floats> = {};
   for (const [name, tensor] of Object.entries(found)) {
-    // A copy of its own: the runtime's memory may be shared between threads, and is used again.
+    // A copy, because the runtime's memory may be shared between threads and is reused.
     outputs[name] = { data: new Float32Array((await tensor.getData()) as Float32Array), dims: [...tensor.dims] };
     tensor.dispose();
   }
@@ -101,8 +101,8 @@ self.onmessage = async ({ data: request }: MessageEvent<Request>) => {
   try {
     await answer(request);
   } catch (error) {
-    // The runtime throws numbers where its memory ends.
-    const reason = error instanceof Error ? error.message : "the memory may not suffice";
+    // The runtime throws a number when it runs out of memory.
+    const reason = error instanceof Error ? error.message : "there may be too little memory";
     tell({ kind: "failure", id: request.id, message: reason });
   }
 };
