@@ -85,7 +85,7 @@ def calls(name: str, part: str) -> str:
     if not rows:
         return "Not measured yet.\n"
     memory = [key for key in ("peak_mib", "saved_mib") if any(row.get(key) for row in rows)]
-    head = ["case", "dtype", "pass", "implementation", "median ms", "IQR ms", "ratio"]
+    head = ["case", "dtype", "pass", "implementation", "median ms", "IQR ms", "speed-up"]
     head += [key.replace("_mib", " MiB") for key in memory]
     tables = []
     for device in dict.fromkeys(row["device"] for row in rows):

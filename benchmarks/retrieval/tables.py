@@ -8,29 +8,31 @@ from collections.abc import Callable
 from benchmarks.markdown import markdown, plain, spread
 from benchmarks.report import RESULTS, read_rows
 
+MATRICES = ("cca", "linear")
+LAST_CYCLE = "3"
+
 
 def retrieval_heads() -> str:
-    """Mean and spread over seeds, a row for each way to embed."""
+    """mAP, mean and spread over seeds, a row for each way to embed."""
     rows = read_rows(RESULTS / "retrieval_heads.csv")
     if not rows:
         return "Not measured yet.\n"
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in ("regime", "backbone", "pixels", "epochs", "head")), []).append(row)
-    measured = [key for key in rows[0] if key.startswith("test_")]
-    head = ["backbone", "head", *(key.removeprefix("test_") for key in measured), "trained", "seeds"]
+    measured = [f"test_{key}" for key in ("subCategory", "articleType", "baseColour", "judged", "all")]
+    head = ["backbone", "head", "subCategory", "articleType", "baseColour", "mean of these", "mean of all six", "seeds"]
     body = []
     for (regime, backbone, pixels, epochs, name), found in groups.items():
         setting = f"`{backbone}`, {pixels} pixels, {regime}, {epochs} epochs" if backbone else "none"
         shares = (spread([float(row[key]) for row in found], 1) for key in measured)
-        trained = found[0]["parameters"] and f"{int(found[0]['parameters']):,}"
-        body.append([setting, name, *shares, trained, str(len(found))])
+        body.append([setting, name, *shares, str(len(found))])
     devices = ", ".join(sorted({row["device"] for row in rows}))
     return markdown(head, body) + f"\n{devices}, torch {rows[-1]['torch']}.\n"
 
 
 def retrieval_entanglement() -> str:
-    """The matrix of each head, mean over seeds, in the setting that was measured last."""
+    """The matrix of two heads, mean over seeds, in the setting that was measured last."""
     rows = read_rows(RESULTS / "retrieval_entanglement.csv")
     if not rows:
         return "Not measured yet.\n"
@@ -39,12 +41,12 @@ def retrieval_entanglement() -> str:
     known = (*setting, "head", "seed", "condition", "device", "torch", "triton", "git_revision", "date")
     attributes = [key for key in rows[0] if key not in known]
     body = []
-    for head, condition in dict.fromkeys((row["head"], row["condition"]) for row in rows):
+    for head, condition in dict.fromkeys((row["head"], row["condition"]) for row in rows if row["head"] in MATRICES):
         found = [row for row in rows if (row["head"], row["condition"]) == (head, condition)]
         shares = (statistics.fmean(float(row[key]) for row in found) for key in attributes)
         body.append([head, condition, *(f"{share:.1f}" for share in shares)])
     words = "`{backbone}`, {pixels} pixels, {regime}, {epochs} epochs".format(**rows[0])
-    return markdown(["head", "asked for", *attributes], body) + f"\n{words}.\n"
+    return markdown(["head", "space of", *attributes], body) + f"\n{words}.\n"
 
 
 def dual_cross() -> str:
@@ -60,7 +62,7 @@ def dual_cross() -> str:
         shares = (spread([float(row[key]) for row in found], 1) for key in ("test_accuracy", "test_map"))
         seconds = statistics.median(float(row["seconds"]) for row in found)
         body.append([f"`{run}`", str(epochs), read, *shares, f"{seconds:.0f}", str(len(found))])
-    head = ["run", "epochs", "read out", "accuracy %", "mAP %", "seconds", "seeds"]
+    head = ["run", "epochs", "readout", "accuracy %", "mAP %", "seconds", "seeds"]
     devices = ", ".join(sorted({row["device"] for row in rows}))
     return markdown(head, body) + f"\n{devices}, torch {rows[-1]['torch']}.\n"
 
@@ -72,7 +74,8 @@ def rerank() -> str:
         return "Not measured yet.\n"
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault((row["start"], row["method"], row["cycle"]), []).append(row)
+        if row["cycle"] in ("0", LAST_CYCLE):
+            groups.setdefault((row["start"], row["method"], row["cycle"]), []).append(row)
     measured = ("subCategory", "articleType", "baseColour", "map", "precision_at_10")
     body = []
     for (start, method, cycle), found in groups.items():
@@ -82,7 +85,7 @@ def rerank() -> str:
         plain_map = {row["seed"]: float(row["map"]) for row in groups[start, "none", "0"]}
         gains = [float(row["map"]) - plain_map[row["seed"]] for row in found]
         body.append([start, words, *shares, spread(gains, 2), str(len(found))])
-    head = ["start", "ranked by", *measured, "map, gain", "seeds"]
+    head = ["embedding", "ranked by", *measured[:3], "mAP", "precision@10", "gain in mAP", "seeds"]
     setting = "{images} training images, {partners} nearest and random partners each, width {width}, depth {depth}"
     devices = ", ".join(sorted({row["device"] for row in rows}))
     return markdown(head, body) + f"\n{setting.format(**rows[-1])}; {devices}, torch {rows[-1]['torch']}.\n"
