@@ -1,8 +1,8 @@
-"""Evaluating a frozen backbone: its tokens are pooled into one vector per image for a small head.
+"""Evaluate a frozen backbone: its tokens are pooled into one vector per image for a small head.
 
-`Backbone` reads the tokens; `extract` stores them, or `LiveFeatures` computes them at each pass; `sweep`, `few_shot`
-and `nearest_neighbours` judge them. The package is called as the function of its name: `visionattn.probe(backbone,
-data)` does all of it and gives a report. Intervals and calibration need `pip install 'visionattn[train]'`.
+`Backbone` reads the tokens; `extract` stores them, or `LiveFeatures` computes them in each pass; `sweep`, `few_shot`
+and `nearest_neighbours` evaluate them. The package can be called: `visionattn.probe(backbone, data)` does all of this
+and returns a report. Intervals and calibration need `pip install 'visionattn[train]'`.
 """
 
 from visionattn.lazy import lazily, make_callable
@@ -17,10 +17,10 @@ from visionattn.probe.tokens.backbone import Backbone
 from visionattn.probe.tokens.features import LiveFeatures, StoredFeatures, extract
 
 make_callable(__name__, "visionattn.probe.api")
-# What reads files of images needs Lightning.
+# Reading image files requires Lightning.
 __getattr__ = lazily(__name__, {name: "visionattn.probe.applying" for name in ("apply_head", "open_classifier")})
 
-# `sweep` and `few_shot` are the functions: other names of these modules need `from ... import`.
+# `sweep` and `few_shot` are functions here: other names of the modules need `from ... import`.
 __all__ = [
     "POOLINGS",
     "Backbone",

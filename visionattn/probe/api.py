@@ -1,4 +1,4 @@
-"""`visionattn.probe`: a frozen backbone judged from one pass over the images."""
+"""`visionattn.probe`: evaluate a frozen backbone from one pass over the images."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def probe(
     progress: bool = True,
     **options: Any,
 ) -> Report | TaskReport | Comparison:
-    """Evaluate a frozen backbone by k-NN and by heads that are trained on its tokens; compare several of them.
+    """Evaluate a frozen backbone by k-NN and by heads trained on its tokens, or compare several backbones.
 
     Args:
         backbone: Name in timm's registry, weight file or folder, `torchvision/NAME`, a folder of transformers, a
@@ -69,22 +69,22 @@ def probe(
             (N, H, W) or (N, H, W, C) of uint8 with its labels, (images, labels), or a dataset of (image, label), where
             an image is a PIL image, a uint8 array (H, W) or (H, W, C), a uint8 tensor (C, H, W), or a float tensor
             (C, H, W) as the backbone takes it, and labels are whole numbers from 0.
-        settings: Settings; None is the defaults.
-        progress: Show what is read and how far the work is, in a terminal, a notebook or a log.
-        **options: Fields of `ProbeSettings`, in place of those of `settings`: `epochs=10`, `device="cpu"` ...
+        settings: Settings; None: the defaults.
+        progress: Show what is read and the progress, in a terminal, a notebook or a log.
+        **options: Fields of `ProbeSettings`, which override those of `settings`: `epochs=10`, `device="cpu"` ...
 
     Returns:
-        The report, of other tasks than classification a `TaskReport`. It is also written, with heads, maps and ONNX
-        file, where `output` names a folder; the same call then goes on where an earlier one was stopped. Of several
-        backbones their comparison; `output` then has it, with a folder below for each report.
+        The report; for tasks other than classification, a `TaskReport`. If `output` names a folder, it is also written,
+        with heads, maps and the ONNX file, and the same call resumes an interrupted run. For several backbones, their
+        comparison; `output` then contains it, with a sub-folder for each report.
 
     Raises:
-        CheckpointError: The weights could not be read, or do not fit.
-        DataError: The images cannot be read, or have not two classes.
+        CheckpointError: The weights could not be read, or do not match the model.
+        DataError: The images cannot be read, or have fewer than two classes.
         InputError: A setting is not accepted, or the backbone cannot be probed.
         MissingPackageError: `pip install 'visionattn[train]'` is needed.
-        StorageError: The tokens have no room, or a file could not be written.
-        UnknownNameError: There is no such model.
+        StorageError: There is not enough space for the tokens, or a file could not be written.
+        UnknownNameError: No model has this name.
     """
     settings = replace(settings or ProbeSettings(), **options)
     if isinstance(backbone, (list, tuple)):
@@ -102,13 +102,13 @@ def run_probes(
 ) -> Comparison:
     """Probe several backbones one after the other, and compare them.
 
-    With `always_write`, and where the settings name no folder, each report is written as `run_probe` does, and the
+    With `always_write`, and if the settings name no folder, each report is written as by `run_probe`, and the
     comparison to runs/probe/comparison-DATASET-HASH.
     """
     candidates = _candidates(backbones, settings)
     names = [one.name for one in candidates]
     folders = [None if settings.output is None else Path(settings.output) / name for name in _distinct(names)]
-    for one in candidates:  # a mistake shall be told before hours of work
+    for one in candidates:  # report mistakes before hours of work
         if isinstance(one.source, (str, Path)):
             open_backbone(one.source, one.checkpoint, one.random, image_size=settings.image_size)
     console = Console(highlight=False, markup=False, quiet=not progress)
@@ -125,7 +125,7 @@ def run_probes(
 
 
 class _Candidate(NamedTuple):
-    """A backbone among several, with its own weights."""
+    """One of several backbones, with its own weights."""
 
     source: BackboneSource
     name: str
@@ -137,17 +137,17 @@ def _candidates(backbones: Sequence[BackboneSource], settings: ProbeSettings) ->
     """Backbones to compare; `NAME=FILE` is a name with its weight file.
 
     Raises:
-        InputError: They are less than two, or one is given twice, or the settings are those of one backbone.
+        InputError: There are fewer than two, one is given twice, or a setting applies to a single backbone only.
     """
     if len(backbones) < 2:
-        raise InputError(f"A comparison needs at least two backbones; got {len(backbones)}.")
+        raise InputError(f"A comparison requires at least two backbones; got {len(backbones)}.")
     twice = [str(one) for place, one in enumerate(backbones) if one in backbones[:place]]
     if twice:
         raise InputError(f"{shorten(twice[0])} is given twice.")
     if settings.task != "classification":
-        raise InputError(f"Several backbones are compared in classification, not in {settings.task}: probe one alone.")
+        raise InputError(f"Several backbones can be compared for classification only; got the task {settings.task!r}.")
     if settings.checkpoint is not None or settings.export:
-        raise InputError("--checkpoint and --export are of one backbone; NAME=FILE gives one of several its weights.")
+        raise InputError("--checkpoint and --export require a single backbone; use NAME=FILE to give each its weights.")
     found = []
     for source in backbones:
         name, equals, file = str(source).partition("=")
@@ -160,7 +160,7 @@ def _candidates(backbones: Sequence[BackboneSource], settings: ProbeSettings) ->
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Names of folders, numbered where they would be the same."""
+    """Names of folders, with numbers added to equal names."""
     plain = [re.sub(r"[^\w.-]+", "-", Path(name).stem if os.path.exists(name) else name)[:100] for name in names]
     return [f"{name}-{place}" if plain.count(name) > 1 else name for place, name in enumerate(plain, 1)]
 
@@ -173,19 +173,19 @@ def run_probe(
     progress: bool = True,
     always_write: bool = False,
 ) -> Report | TaskReport:
-    """As `probe`; with `always_write`, to runs/probe/BACKBONE-DATASET-HASH where the settings name no folder."""
+    """Like `probe`; with `always_write`, writes to runs/probe/BACKBONE-DATASET-HASH if the settings name no folder."""
     _check(settings)
     settings = replace(settings, device=str(find_device(settings.device)))
     if settings.output is not None or always_write:
         return _launch(backbone, data, settings, None, progress)
     if settings.export:
-        raise InputError("An ONNX file needs a folder: set output.")
+        raise InputError("export requires a folder: set output.")
     with tempfile.TemporaryDirectory(prefix="visionattn-") as folder:
         return _launch(backbone, data, settings, Path(folder), progress)
 
 
 def _check(settings: ProbeSettings) -> None:
-    """Refuse what cannot be done here, before a model is opened."""
+    """Check the settings before a model is opened."""
     for folder in (settings.output, settings.cache):
         if folder is not None:
             check_folder(folder)
@@ -193,13 +193,13 @@ def _check(settings: ProbeSettings) -> None:
     if settings.device == "auto":
         available = torch.cuda.device_count() or available
     if settings.devices > max(1, available):
-        raise InputError(f"--devices must be at most {max(1, available)} here; got {settings.devices}.")
+        raise InputError(f"--devices must be at most {max(1, available)} on this machine; got {settings.devices}.")
 
 
 def _launch(
     backbone: Any, data: Any, settings: ProbeSettings, temporary: Path | None, progress: bool
 ) -> Report | TaskReport:
-    """Probe in this process, or in one for each device."""
+    """Probe in this process, or in one process per device."""
     if settings.devices == 1:
         return _probe(backbone, data, settings, temporary, progress)
     fabric = require("lightning.fabric", "train").Fabric(
@@ -207,10 +207,10 @@ def _launch(
         devices=settings.devices,
         strategy="ddp_spawn",
     )
-    # Pickled here: Lightning takes apart what it sends, and refuses frozen dataclasses.
+    # Pickled here, since Lightning unpacks the arguments that it sends, and fails on frozen dataclasses.
     job = pickle.dumps((backbone, data, settings, temporary, progress))
     with tempfile.TemporaryDirectory(prefix="visionattn-") as folder:
-        # Not returned: Lightning's pipe, read after the processes have ended, holds 64 kB.
+        # Passed by file: Lightning's pipe is read after the processes have ended, and holds only 64 kB.
         answer = Path(folder) / "report"
         fabric.launch(_probe_in_process, job, str(answer))
         found = pickle.loads(answer.read_bytes())
@@ -220,11 +220,11 @@ def _launch(
 
 
 def _probe_in_process(fabric: Any, job: bytes, answer: str) -> None:
-    """What each of several processes does; the first one writes its report, or error, to a file."""
+    """Work of one of several processes; the first one writes its report, or its error, to a file."""
     backbone, data, settings, temporary, progress = pickle.loads(job)
     try:
         found: Any = _probe(backbone, data, replace(settings, device=str(fabric.device)), temporary, progress)
-    except VisionAttnError as error:  # raised there it would come back as a stack trace
+    except VisionAttnError as error:  # if raised there, it would be reported as a stack trace
         found = error
     if rank_and_size()[0] == 0:
         Path(answer).write_bytes(pickle.dumps(found))
@@ -233,7 +233,7 @@ def _probe_in_process(fabric: Any, job: bytes, answer: str) -> None:
 def _probe(
     backbone: Any, data: Any, settings: ProbeSettings, temporary: Path | None, progress: bool
 ) -> Report | TaskReport:
-    """Probe, alone or as one of several processes, of which the first writes."""
+    """Probe, as the only process or as one of several, of which the first one writes."""
     quiet = not progress or rank_and_size()[0] > 0
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, quiet=quiet)
     if isinstance(backbone, Backbone):

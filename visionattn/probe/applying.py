@@ -1,4 +1,4 @@
-"""Using a head saved by `visionattn probe`: opens its backbone and classifies images."""
+"""Use a head saved by `visionattn probe`: open its backbone and classify images."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _SCHEMA = {
 
 
 class Applied(NamedTuple):
-    """What a head says of images.
+    """Predictions of a head.
 
     Attributes:
-        images: Names of those that could be read.
+        images: Names of the images that could be read.
         classes: Names of the classes.
-        probabilities: Of each image and class, float32 (n, K).
-        skipped: Name of each other image, and what is wrong with it.
+        probabilities: Probability of each class for each image, float32 (n, K).
+        skipped: Name of each image that could not be read, and the reason.
     """
 
     images: list[str]
@@ -54,7 +54,7 @@ class Applied(NamedTuple):
     skipped: list[tuple[str, str]]
 
     def top(self, k: int = 1) -> list[list[tuple[str, float]]]:
-        """The most probable classes of each image with their probabilities, the first of equals first."""
+        """The most probable classes of each image, with their probabilities; ties are in the order of the classes."""
         found = []
         for row in self.probabilities.tolist():
             order = sorted(range(len(row)), key=lambda label: (-row[label], label))
@@ -66,14 +66,14 @@ class HeadClassifier:
     """A frozen backbone with a head.
 
     Args:
-        backbone: Reads the head's layer alone.
-        head: In evaluation, on the backbone's device.
-        classes: Names.
-        mean: Of the images' normalisation.
-        std: Likewise.
+        backbone: Backbone that reads only the head's layer.
+        head: Head in evaluation mode, on the backbone's device.
+        classes: Names of the classes.
+        mean: Mean of the images' normalisation.
+        std: Standard deviation of the images' normalisation.
 
     Attributes:
-        transform: From a PIL image to what `__call__` takes, without the batch.
+        transform: From a PIL image to an input of `__call__`, without the batch dimension.
     """
 
     def __init__(
@@ -97,24 +97,24 @@ def apply_head(
     checkpoint: str | Path | None = None,
     device: str | torch.device = "auto",
 ) -> Applied:
-    """Classify images by a frozen backbone and a head that `visionattn probe` saved.
+    """Classify images with a frozen backbone and a head saved by `visionattn probe`.
 
     Args:
         images: A file, a folder with its sub-folders, a list of these, or a list of images: PIL images, uint8 arrays
             (H, W) or (H, W, C), uint8 tensors (C, H, W), or float tensors as the backbone takes them.
-        head: A .safetensors file of a report's folder `heads`. It names its backbone, image size, normalisation and
-            classes.
-        backbone: The backbone, where it lies elsewhere by now or was given in Python: a name, file, folder or module.
-        checkpoint: Weight file for a name.
-        device: "auto" (a GPU where there is one), or a device of PyTorch.
+        head: A .safetensors file from the folder `heads` of a report. It states its backbone, image size, normalisation
+            and classes.
+        backbone: The backbone, if it has been moved or was a module: a name, file, folder or module.
+        checkpoint: Weight file, if `backbone` is a name.
+        device: "auto" (a GPU if available), or a device of PyTorch.
 
     Returns:
         Probabilities of the classes.
 
     Raises:
         CheckpointError: The file is not such a head, or the head was trained on other weights of the backbone.
-        DataError: There are no images, or more than 10 % and more than a handful cannot be read.
-        InputError: The head does not say which backbone it reads, or an image is of another kind.
+        DataError: There are no images, or more than 10 % and more than a few cannot be read.
+        InputError: The head does not state its backbone, or an image has another type.
     """
     classifier = open_classifier(head, backbone=backbone, checkpoint=checkpoint, device=device)
     names, dataset = open_pictures(images, classifier.transform)
@@ -150,7 +150,7 @@ def open_classifier(
     if wrong:
         told = f"Run its command again: `{shorten(facts['command'], 400)}`." if "command" in facts else ""
         raise CheckpointError(
-            f"{shorten(head)} does not say what it reads ({wrong}), as heads of earlier versions. {told}".rstrip()
+            f"{shorten(head)} does not state its inputs ({wrong}), like heads of earlier versions. {told}".rstrip()
         )
     size, layer = facts["data"]["image_size"], facts["layer"]
     backbone = backbone.model if isinstance(backbone, Backbone) else backbone
@@ -161,22 +161,22 @@ def open_classifier(
     if hash_state(reading.model.state_dict()) != facts["backbone"]["sha256"]:
         raise CheckpointError(
             f"{shorten(head)} was trained on {shorten(facts['backbone']['name'])} with other weights "
-            f"({shorten(facts['backbone']['weights'])}): name these by --backbone and --checkpoint."
+            f"({shorten(facts['backbone']['weights'])}): give these with --backbone and --checkpoint."
         )
     if (ours.dim, list(ours.grid)) != (layer["dim"], layer["grid"]) or reading.channels != len(facts["data"]["mean"]):
-        raise CheckpointError(f"{shorten(head)} does not fit the layer {ours.name} of its backbone.")
+        raise CheckpointError(f"{shorten(head)} does not match layer {ours.name} of its backbone.")
     return HeadClassifier(reading, read.to(where), tuple(facts["classes"]), facts["data"]["mean"], facts["data"]["std"])
 
 
 def _bad_value(facts: dict[str, Any]) -> str | None:
-    """What in a head's facts has the right type and no sense."""
+    """A value of a head's metadata that has the right type but is not valid; None if all are."""
     data = facts["data"]
     if not 1 <= data["image_size"] <= LARGEST:
         return f"images of {data['image_size']} pixels"
     if len(data["mean"]) != len(data["std"]) or not all(map(math.isfinite, data["mean"])):
-        return "a normalisation without sense"
+        return "an invalid normalisation"
     if not all(0 < value < math.inf for value in data["std"]):
-        return "a normalisation without sense"
+        return "an invalid normalisation"
     return None
 
 
@@ -189,10 +189,10 @@ def _open_backbone(
 ) -> nn.Module:
     if backbone is None and checkpoint is None:
         if facts["given"]:
-            raise InputError(f"The backbone of {shorten(head)} was given in Python: give it again as backbone=.")
-        if facts["name"].startswith(HOSTED):  # a file shall not choose what is fetched
+            raise InputError(f"The backbone of {shorten(head)} was a Python object: pass it again as backbone=.")
+        if facts["name"].startswith(HOSTED):  # a file must not decide what is downloaded
             name = shorten(facts["name"])
-            raise InputError(f"{shorten(head)} reads {name}, which is not fetched unasked: give --backbone {name}.")
+            raise InputError(f"{shorten(head)} reads {name}. Add --backbone {name} to allow its download.")
         checkpoint = facts["checkpoint"]
     random = facts["random"] and backbone is None and checkpoint is None
     try:
@@ -207,13 +207,13 @@ def _open_backbone(
 
 
 def write_applied(applied: Applied, file: str | Path, top: int = 1, probabilities: bool = False) -> None:
-    """Write a row an image, in the form of `visionattn predict` for a trained model.
+    """Write one row per image, in the format of `visionattn predict` for a trained model.
 
     Args:
-        applied: What the head says.
-        file: CSV, or JSON by its suffix.
-        top: So many of the most probable classes, each with its number, name and probability.
-        probabilities: The probability of every class in their place.
+        applied: Predictions of the head.
+        file: Output file; JSON if it ends in .json, otherwise CSV.
+        top: Number of the most probable classes, each with its index, name and probability.
+        probabilities: Write the probability of every class instead.
 
     Raises:
         StorageError: The file could not be written.
@@ -250,7 +250,7 @@ def _likeliest(applied: Applied, top: int) -> list[dict[str, Any]]:
 
 
 def _nested(row: dict[str, Any], top: int, probabilities: bool) -> dict[str, Any]:
-    """A row as JSON has it: probabilities are numbers, and several classes a list or a mapping."""
+    """A row for JSON: probabilities are numbers, and several classes a list or a mapping."""
     image, *values = row.values()
     if probabilities:
         return {"image": image, "probabilities": dict(zip(list(row)[1:], map(float, values)))}

@@ -1,4 +1,4 @@
-"""How well each class is told from the others: precision, recall and F1."""
+"""Precision, recall and F1 of each class."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ __all__ = ["ClassScore", "class_scores"]
 
 
 class ClassScore(NamedTuple):
-    """A class of the test images.
+    """Scores of one class on the test images.
 
     Attributes:
-        name: Of the class.
-        precision: Share of the images that were taken for it and are; 0 where none was.
+        name: Name of the class.
+        precision: Share of the predictions of this class that are correct; 0 if it was never predicted.
         recall: Share of its images that were recognised.
-        f1: Harmonic mean of the two.
-        support: Its images.
-        taken_for: The class that it is most often taken for; None where all its images were recognised.
-        times: How often that happened.
+        f1: Harmonic mean of precision and recall.
+        support: Number of its images.
+        taken_for: The class with which it is most often confused; None if all its images were recognised.
+        times: Number of these confusions.
     """
 
     name: str
@@ -33,18 +33,18 @@ class ClassScore(NamedTuple):
 
 
 def class_scores(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> list[ClassScore]:
-    """The scores of each class that has images, the lowest F1 first, of equals the one with more images.
+    """Scores of each class that has images, in order of increasing F1; ties: the class with more images first.
 
     Args:
-        predictions: Class of each image, int64 (n,).
-        labels: Likewise, as it is.
-        classes: Names.
+        predictions: Predicted class of each image, int64 (n,).
+        labels: True class of each image, int64 (n,).
+        classes: Names of the classes.
     """
     count = len(classes)
     support, taken = labels.bincount(minlength=count), predictions.bincount(minlength=count)
     right = labels[labels == predictions].bincount(minlength=count)
     wrong, times = (labels * count + predictions)[labels != predictions].unique(return_counts=True)
-    mistaken: dict[int, tuple[int, int]] = {}  # class -> how often, and for which other
+    mistaken: dict[int, tuple[int, int]] = {}  # class -> number of confusions, and the other class
     for pair, often in zip(wrong.tolist(), times.tolist()):
         label, other = divmod(pair, count)
         if often > mistaken.get(label, (0, 0))[0]:

@@ -14,18 +14,18 @@ __all__ = ["ProbedClassifier"]
 
 
 class ProbedClassifier(nn.Module):
-    """A backbone and a head as one model, of one input size.
+    """A backbone and a head as one model, with a fixed input size.
 
     Args:
-        backbone: On the CPU, computing in float32.
-        position: Which of the backbone's layers the head reads.
-        head: In evaluation.
-        classes: Names.
-        mean: Of the images' normalisation.
-        std: Likewise.
+        backbone: Backbone on the CPU that computes in float32.
+        position: Index of the head's layer among those that the backbone reads.
+        head: Head in evaluation mode.
+        classes: Names of the classes.
+        mean: Mean of the images' normalisation.
+        std: Standard deviation of the images' normalisation.
 
     Shape:
-        (B, C, H, W), normalised -> (B, K), logits.
+        Normalised images (B, C, H, W) -> logits (B, K).
     """
 
     def __init__(

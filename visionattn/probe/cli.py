@@ -1,6 +1,6 @@
-"""`visionattn probe BACKBONE ... --data FOLDER|DATASET`: frozen backbones, judged from one pass over the images.
+"""`visionattn probe BACKBONE ... --data FOLDER|DATASET`: evaluate frozen backbones from one pass over the images.
 
-`visionattn probe --compare REPORT ...` compares those that were judged before.
+`visionattn probe --compare REPORT ...` compares the reports of earlier runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def _numbers(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """The type of a comma list."""
+    """Type of a comma-separated list."""
 
     def parse_all(text: str) -> list[Any]:
         return [parse(part.strip()) for part in text.split(",") if part.strip()]
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "backbone",
         nargs="*",
         metavar="NAME|CKPT",
-        help="name in timm's registry, or a weight file or folder; several, also as NAME=FILE, are compared",
+        help="name in timm's registry, or a weight file or folder; several (also NAME=FILE) are compared",
     )
     parser.add_argument(
         "--compare", nargs="+", type=Path, metavar="REPORT", help="compare folders of reports; nothing is probed"
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random", action="store_true", help="untrained weights for NAME")
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="FOLDER|DATASET", help="images by class, or digits, mnist, torch/..., hfds/...")
-    data.add_argument("--task", choices=TASKS, help="default: %(default)s; segmentation: images with masks")
+    data.add_argument("--task", choices=TASKS, help="task of the heads (default: %(default)s)")
     data.add_argument("--classes", type=Path, metavar="FILE", help="class names for segmentation, one per line")
     data.add_argument("--root", metavar="FOLDER", help="folder of the files of a named dataset")
     data.add_argument("--train-split", metavar="NAME", help="training split, of readers with named splits")
@@ -96,28 +96,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokens.add_argument(
         "--cache", type=Path, metavar="FOLDER", help="folder of stored tokens (default: features in the output)"
     )
-    tokens.add_argument("--live", action="store_true", help="store no tokens: run the backbone at each pass")
+    tokens.add_argument("--live", action="store_true", help="store no tokens; run the backbone in each pass")
     heads = parser.add_argument_group("heads")
     heads.add_argument(
         "--heads", type=_numbers(str), metavar="LIST", help=f"poolings (default: {','.join(HEADS)}; linear,attentive)"
     )
     heads.add_argument("--optimizer", choices=tuple(LRS), help="adamw, or the paper's lars")
     heads.add_argument(
-        "--lrs", type=_numbers(number(0, above=True)), metavar="LIST", help="learning rates; lars: times batch / 256"
+        "--lrs", type=_numbers(number(0, above=True)), metavar="LIST", help="learning rates (lars: x batch size / 256)"
     )
     heads.add_argument("--weight-decays", type=_numbers(number(0)), metavar="LIST", help="default: 0")
     heads.add_argument(
         "--seeds", type=_numbers(whole_number(0, SEEDS)), metavar="LIST", help="seeds of initial weights"
     )
-    heads.add_argument("--epochs", type=whole_number(1), metavar="N", help="default: %(default)s; the paper's: 90")
+    heads.add_argument("--epochs", type=whole_number(1), metavar="N", help="epochs (default: %(default)s; paper: 90)")
     heads.add_argument(
         "--batch-size",
         type=whole_number(1),
         metavar="N",
-        help="images per step (default: 256, of other tasks 16 or 32; the paper's: 4096)",
+        help="images per step (default: 256, for other tasks 16 or 32; paper: 4096)",
     )
-    heads.add_argument("--no-knn", action="store_true", help="leave out nearest neighbours")
-    heads.add_argument("--no-pixels", action="store_true", help="leave out the baseline of 16 x 16 pixels")
+    heads.add_argument("--no-knn", action="store_true", help="skip nearest neighbours")
+    heads.add_argument("--no-pixels", action="store_true", help="skip the baseline of 16 x 16 pixels")
     heads.add_argument(
         "--few-shot", type=_numbers(_size), metavar="LIST",
         help="images per class, or fractions such as 0.01 (default: 1,5,10; '' for none)",
@@ -136,7 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="test images with attention maps, or predicted masks (default: %(default)s)",
     )
-    output.add_argument("--export", metavar="POOLING", help="write backbone and this pooling's best head as ONNX")
+    output.add_argument("--export", metavar="POOLING", help="write the backbone and this pooling's best head as ONNX")
     add_old_spelling(parser, "--dataset", "--data")
     add_old_spelling(parser, "--precision", "--dtype", {old: new for new, old in DTYPES.items() if old != new})
     parser.set_defaults(**vars(ProbeSettings()))
@@ -146,15 +146,15 @@ def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        0, or 1 where some images could not be read: they were left out and are listed.
+        0, or 1 if some images could not be read; these are listed.
 
     Raises:
-        VisionAttnError: Nothing could be reported.
+        VisionAttnError: No report could be written.
     """
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     if args.compare:
         if args.backbone or args.data is not None:
-            raise InputError("--compare takes reports only: leave out NAME|CKPT and --data.")
+            raise InputError("--compare accepts only reports: remove NAME|CKPT and --data.")
         found = compare_reports(args.compare, {}, args.output, args.overwrite, args.device, always_write=True)
         _print_comparison(console, found)
         return 0
@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"note: {note}")
     assert report.folder is not None
     heads = "" if isinstance(report, TaskReport) else " and heads"
-    console.print(f"The report is {report.folder / 'report.html'}, next to its numbers{heads}.")
+    console.print(f"The report is {report.folder / 'report.html'}; its tables are in the same folder{heads}.")
     for entry in report.skipped:
         print(f"visionattn: left out of {entry.part}: {entry.name}: {entry.reason}", file=sys.stderr)
     return int(bool(report.skipped))
@@ -183,11 +183,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _embed(args: argparse.Namespace, settings: ProbeSettings) -> int:
     if len(args.backbone) > 1:
-        raise InputError(f"--embed takes one backbone; got {len(args.backbone)}.")
+        raise InputError(f"--embed requires a single backbone; got {len(args.backbone)}.")
     found = embed(args.backbone[0], args.data, args.embed, settings=settings)
     count, width = found.features.shape
     classes = f", of {len(found.classes):,} classes" if found.classes else ", without labels"
-    print(f"Wrote {args.embed}: {count:,} vectors of {width:,} numbers, {found.facts['features']}{classes}.")
+    print(f"Wrote {args.embed}: {count:,} vectors of {width:,} values, {found.facts['features']}{classes}.")
     for name, reason in found.skipped:
         print(f"visionattn: left out: {shorten(name)}: {reason}", file=sys.stderr)
     return int(bool(found.skipped))
@@ -199,4 +199,4 @@ def _print_comparison(console: Console, comparison: Comparison) -> None:
     for note in comparison.notes:
         console.print(f"note: {note}")
     assert comparison.folder is not None
-    console.print(f"The comparison is {comparison.folder / 'comparison.html'}, next to its numbers.")
+    console.print(f"The comparison is {comparison.folder / 'comparison.html'}; its tables are in the same folder.")

@@ -1,4 +1,4 @@
-"""`visionattn.compare`: backbones whose reports are of the same test images, side by side."""
+"""`visionattn.compare`: compare backbones whose reports were made on the same test images."""
 
 from __future__ import annotations
 
@@ -63,25 +63,25 @@ def compare(
     overwrite: bool = False,
     device: str = "auto",
 ) -> Comparison:
-    """Compare backbones that were judged on the same test images.
+    """Compare backbones that were evaluated on the same test images.
 
     Args:
-        reports: Two or more: what `visionattn.probe` returned, or folders that it wrote.
-        output: Folder of the comparison; None writes none.
+        reports: Two or more reports that `visionattn.probe` returned, or folders that it wrote.
+        output: Folder of the comparison; None: it is not written.
         overwrite: Replace a comparison of other reports in that folder.
-        device: On which backbones are timed, those that their reports can open again: "auto" (a GPU where there is
-            one), or a device of PyTorch.
+        device: Device on which backbones are timed, if their reports can open them: "auto" (a GPU if available), or a
+            device of PyTorch.
 
     Returns:
         The comparison.
 
     Raises:
         DataError: A report cannot be read.
-        InputError: They are fewer than two, or are of other test images, or a report is given twice.
+        InputError: There are fewer than two reports, their test images differ, or a report is given twice.
         StorageError: A file could not be written.
     """
     if isinstance(reports, (str, Path, Report)):
-        raise InputError("A comparison needs at least two reports; got one.")
+        raise InputError("A comparison requires at least two reports; got one.")
     return compare_reports(reports, {}, output, overwrite, device)
 
 
@@ -93,9 +93,9 @@ def compare_reports(
     device: str,
     always_write: bool = False,
 ) -> Comparison:
-    """As `compare`; `models` has those backbones, by their places, that only the caller can open.
+    """Like `compare`; `models` has the backbones, by index, that only the caller can open.
 
-    With `always_write`, and without `output`, it is written to runs/probe/comparison-DATASET-HASH.
+    With `always_write`, and without `output`, the comparison is written to runs/probe/comparison-DATASET-HASH.
     """
     if output is not None:
         check_folder(output)
@@ -129,10 +129,10 @@ def _judged(report: Report | str | Path) -> tuple[Mapping[str, Any], dict[str, n
     if isinstance(report, Report):
         content, answers = report.to_json(), report.answers()
         if not answers:
-            raise InputError(f"{shorten(report)} has nothing to compare: it has no k-NN, and all heads diverged.")
+            raise InputError(f"{shorten(report)} cannot be compared: it has no k-NN, and all heads diverged.")
         return content, {one.name: one.correct.numpy() for one in answers}
     if not isinstance(report, (str, Path)):
-        raise InputError(f"Reports of classification and their folders can be compared; got {shorten(report)}.")
+        raise InputError(f"Only reports of classification, or their folders, can be compared; got {shorten(report)}.")
     folder = Path(report)
     folder = folder.parent if folder.is_file() else folder
     if not (folder / "results.json").is_file():
@@ -142,8 +142,8 @@ def _judged(report: Report | str | Path) -> tuple[Mapping[str, Any], dict[str, n
     content = read_json(folder / "results.json", {"command": str})
     if content.get("task", "classification") != "classification":
         task = shorten(content["task"])
-        raise InputError(f"Reports of classification can be compared; {shorten(report)} is of {task}.")
-    again = f"Run its command again: `{shorten(content['command'], 400)}`; what was computed is kept."
+        raise InputError(f"Only reports of classification can be compared; {shorten(report)} is a report of {task}.")
+    again = f"Run its command again: `{shorten(content['command'], 400)}`. It keeps finished work."
     try:
         content = read_json(folder / "results.json", _SCHEMA)
         correct = read_predictions(folder / PREDICTIONS).correct
@@ -151,14 +151,14 @@ def _judged(report: Report | str | Path) -> tuple[Mapping[str, Any], dict[str, n
         raise DataError(f"{error} {again}") from error
     sizes = [content["backbone"][name] for name in ("parameters", "macs", "bytes")]
     if min(sizes) < 0 or max(sizes) > 2**63 or not 0 < content["data"]["image_size"] <= LARGEST:
-        raise DataError(f"{shorten(folder / 'results.json')} has costs without sense. {again}")
+        raise DataError(f"{shorten(folder / 'results.json')} has invalid costs. {again}")
     if {one["name"] for one in content["answers"]} != set(correct) or content.get("best") not in correct:
         raise DataError(f"{shorten(folder / PREDICTIONS)} does not belong to results.json. {again}")
     return content, correct
 
 
 def _time(comparison: Comparison, models: Mapping[int, nn.Module], device: torch.device) -> None:
-    """Time those backbones that can be opened, and note the others."""
+    """Time the backbones that can be opened, and add notes about the others."""
     opened: dict[str, Backbone] = {}
     for place, one in enumerate(comparison.judged):
         try:
@@ -173,11 +173,11 @@ def _time(comparison: Comparison, models: Mapping[int, nn.Module], device: torch
 
 
 def _open(report: Mapping[str, Any], model: nn.Module | None, device: torch.device) -> Backbone:
-    """The backbone of a report; a name has random weights, which take as long as others."""
+    """The backbone of a report; a name gets random weights, which take the same time."""
     backbone, size = report["backbone"], report["data"]["image_size"]
     if model is None:
         if backbone["given"]:
-            raise InputError("it was given in Python, and a report cannot open it.")
+            raise InputError("it was a Python object, which a report cannot open.")
         is_name = backbone["checkpoint"] is not None or not os.path.exists(backbone["name"])
         model = open_backbone(backbone["name"], random=is_name, image_size=size).model
     layers = [layer["index"] for layer in report["layers"]]

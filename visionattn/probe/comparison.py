@@ -1,4 +1,4 @@
-"""Backbones that were judged on the same test images, side by side: paired tests, costs, and which are on the front."""
+"""Comparison of backbones on the same test images: paired tests, costs, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from visionattn.probe.statistics import (
 __all__ = ["Comparison", "Judged", "PairedDifference", "pareto_front"]
 
 COSTS = ("macs", "milliseconds")
-LEVEL = 0.05  # of a test, after the correction
+LEVEL = 0.05  # significance level, after the correction
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Judged:
     """A backbone with its report.
 
     Attributes:
-        name: As tables call it.
-        report: All numbers, as `Report.to_json` gives them.
-        correct: Of each head or k-NN whether it is right on each test image, bool (n,).
+        name: Name in tables.
+        report: All numbers, in the form of `Report.to_json`.
+        correct: For each head or k-NN, whether it is right on each test image, bool (n,).
     """
 
     name: str
@@ -46,31 +46,31 @@ class Judged:
 
     @property
     def best(self) -> str:
-        """The head or k-NN that the held-out images prefer."""
+        """The head or k-NN with the highest held-out accuracy."""
         return self.report["best"]
 
     @property
     def best_neighbours(self) -> str | None:
-        """The k-NN that the held-out images prefer."""
+        """The k-NN with the highest held-out accuracy."""
         found = [one for one in self.report["answers"] if one["name"].startswith("k-NN")]
         return max(found, key=lambda one: one["held_out_accuracy"] or 0, default={"name": None})["name"]
 
     def accuracy(self, method: str) -> tuple[float, Interval]:
-        """Of a head or k-NN on the test images, with Wilson's 95 % interval."""
+        """Test accuracy of a head or k-NN, with Wilson's 95 % interval."""
         correct = self.correct[method]
         return float(correct.mean()), wilson_interval(int(correct.sum()), len(correct))
 
 
 class PairedDifference(NamedTuple):
-    """Two backbones on the same test images.
+    """Difference between two backbones on the same test images.
 
     Attributes:
-        one: Name of the one.
-        other: Name of the other.
-        difference: Accuracy of the one less the other's.
-        interval: Of the difference, bootstrapped over images, 95 %.
-        p: Of McNemar's exact test.
-        p_holm: The same after Holm's correction for the number of pairs.
+        one: Name of the first backbone.
+        other: Name of the second backbone.
+        difference: Accuracy of the first minus that of the second.
+        interval: 95 % interval of the difference, bootstrapped over images.
+        p: P value of McNemar's exact test.
+        p_holm: P value after Holm's correction for the number of pairs.
     """
 
     one: str
@@ -82,11 +82,11 @@ class PairedDifference(NamedTuple):
 
 
 def pareto_front(costs: Sequence[float | None], values: Sequence[float]) -> list[bool]:
-    """Which of several are on the front: no other costs less and is worth as much, or costs as much and is worth more.
+    """Whether entries are on the Pareto front: no other has at most the same cost and a higher value, or the reverse.
 
     Args:
-        costs: Of each; one without a cost is not on the front.
-        values: Of each, the larger the better.
+        costs: Cost of each entry; an entry without a cost is not on the front.
+        values: Value of each entry; higher is better.
     """
     points = [(math.inf if cost is None else cost, value) for cost, value in zip(costs, values, strict=True)]
     return [
@@ -98,14 +98,14 @@ def pareto_front(costs: Sequence[float | None], values: Sequence[float]) -> list
 
 @dataclass(repr=False)
 class Comparison:
-    """Several backbones that were judged on the same test images.
+    """Several backbones that were evaluated on the same test images.
 
     Attributes:
-        judged: The backbones, in the order given.
-        timings: Milliseconds of an image of each that could be timed, in turns.
-        device: On which they were timed.
-        notes: In words.
-        folder: Where it was written; None where it was not.
+        judged: The backbones, in the given order.
+        timings: Milliseconds per image of each backbone that could be timed, taking turns.
+        device: Device on which they were timed.
+        notes: Notes for the reader.
+        folder: Folder of the comparison; None if it was not written.
     """
 
     judged: list[Judged]
@@ -116,28 +116,28 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if len(self.judged) < 2:
-            raise InputError(f"A comparison needs at least two backbones; got {len(self.judged)}.")
+            raise InputError(f"A comparison requires at least two backbones; got {len(self.judged)}.")
         first = self.judged[0].report
         for one in self.judged[1:]:
             if one.report["plan"] == first["plan"] and one.report["plan"]:
                 raise InputError(f"{shorten(one.name)} is given twice.")
             if one.report["data"]["test_digest"] != first["data"]["test_digest"]:
                 raise InputError(
-                    f"{shorten(one.name)} was judged on other test images than {shorten(self.judged[0].name)}: paired "
-                    "tests need the same ones. Probe both with the same --data."
+                    f"{shorten(one.name)} and {shorten(self.judged[0].name)} have different test images; paired tests "
+                    "require the same ones. Probe both with the same --data."
                 )
             if one.report["data"]["train_digest"] != first["data"]["train_digest"]:
-                self.notes.append(f"{one.name} has other training images than {self.judged[0].name}.")
+                self.notes.append(f"{one.name} and {self.judged[0].name} have different training images.")
             lengths = {len(correct) for each in (one, self.judged[0]) for correct in each.correct.values()}
             if len(lengths) != 1:
-                raise InputError(f"{shorten(one.name)} could not read as many test images as the others.")
+                raise InputError(f"{shorten(one.name)} has another number of readable test images than the others.")
 
     def __repr__(self) -> str:
         return f"Comparison({self.summary()})"
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """What the first report says of the data."""
+        """Data facts of the first report."""
         return self.judged[0].report["data"]
 
     @property
@@ -147,14 +147,14 @@ class Comparison:
 
     @property
     def leader(self) -> Judged:
-        """The backbone with the highest test accuracy, the first of equals."""
+        """The backbone with the highest test accuracy; ties: the first."""
         return max(self.judged, key=lambda one: one.accuracy(one.best)[0])
 
     def tests(self, neighbours: bool = False) -> list[PairedDifference]:
-        """Each pair of backbones on the same test images.
+        """Paired difference of each pair of backbones.
 
         Args:
-            neighbours: Compare the best k-NN of each, whatever does best.
+            neighbours: Compare the best k-NN of each backbone instead of its best method.
         """
         chosen = {one.name: one.best_neighbours if neighbours else one.best for one in self.judged}
         correct = {one.name: one.correct[method] for one in self.judged if (method := chosen[one.name]) is not None}
@@ -168,7 +168,7 @@ class Comparison:
         return found
 
     def against_leader(self) -> dict[str, PairedDifference]:
-        """Each backbone but the leader, less the leader; p is corrected for all pairs."""
+        """Difference of each other backbone from the leader; p is corrected for all pairs."""
         found, leader = {}, self.leader.name
         for test in self.tests():
             if test.other == leader:
@@ -181,7 +181,7 @@ class Comparison:
         return found
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a backbone, as they were given; what is not known is None."""
+        """One row per backbone, in the given order; unknown values are None."""
         behind = self.against_leader()
         rows: list[dict[str, Any]] = []
         for one in self.judged:
@@ -221,17 +221,17 @@ class Comparison:
         return rows
 
     def summary(self) -> str:
-        """The result in a line."""
+        """The result in one line."""
         leader, behind = self.leader, self.against_leader()
         accuracy, interval = leader.accuracy(leader.best)
         words = f"{leader.name} is right most often, {percent(accuracy, interval)} % by {leader.best}"
         close = [name for name, test in behind.items() if test.p_holm >= LEVEL]
         if not close:
-            return f"{words}; each other is behind it (p < {LEVEL:g} after Holm's correction)."
-        return f"{words}; {_listed(close)} cannot be told from it (p of {LEVEL:g} or more after Holm's correction)."
+            return f"{words}; all others are significantly worse (p < {LEVEL:g} after Holm's correction)."
+        return f"{words}; {_listed(close)} did not differ significantly (p >= {LEVEL:g} after Holm's correction)."
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """All numbers as plain values."""
         return plain(
             {
                 "kind": "comparison",

@@ -1,4 +1,4 @@
-"""What reading a backbone costs: parameters, multiply-accumulates, size, and time in runs that take turns."""
+"""Costs of running a backbone: parameters, multiply-accumulates, size, and time measured in turns."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from visionattn.probe.tokens.backbone import Backbone
 __all__ = ["BackboneCost", "Timing", "backbone_cost", "time_backbones"]
 
 ROUNDS, SECONDS = (7, 50), 2.0
-"""Fewest and most rounds of a timing, and the seconds a backbone after which no more are begun."""
+"""Minimum and maximum number of timing rounds, and the seconds per backbone after which no new round starts."""
 
 
 class BackboneCost(NamedTuple):
-    """What a backbone is made of.
+    """Size of a backbone.
 
     Attributes:
-        parameters: Numbers of it.
-        macs: Multiply-accumulates of reading one image: matrix products, convolutions and attention.
-        bytes: Of its weights, as they are loaded.
+        parameters: Number of parameters.
+        macs: Multiply-accumulates for one image: matrix products, convolutions and attention.
+        bytes: Size of its weights in memory, in bytes.
     """
 
     parameters: int
@@ -33,7 +33,7 @@ class BackboneCost(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one image alone: the median of several runs, their quartiles, and how many they were."""
+    """Milliseconds for a single image: median and quartiles of several runs, and the number of runs."""
 
     median: float
     low: float
@@ -42,7 +42,7 @@ class Timing(NamedTuple):
 
 
 def backbone_cost(backbone: Backbone) -> BackboneCost:
-    """Count a backbone, with one black image."""
+    """Count the costs of a backbone with one black image."""
     model = backbone.model
     with FlopCounterMode(display=False) as counter:
         backbone(_image(backbone))
@@ -54,15 +54,15 @@ def backbone_cost(backbone: Backbone) -> BackboneCost:
 
 
 def time_backbones(backbones: Sequence[Backbone]) -> list[Timing]:
-    """Time backbones by turns, one image each, so that what else the machine does meets all of them alike.
+    """Time backbones in turns, one image each, so that other load on the machine affects all of them alike.
 
     Args:
-        backbones: On the device that is to be timed.
+        backbones: Backbones on the device to be timed.
     """
     images = [_image(backbone) for backbone in backbones]
     found: list[list[float]] = [[] for _ in backbones]
     fewest, most = ROUNDS
-    for backbone, image in zip(backbones, images):  # allocates, and chooses algorithms
+    for backbone, image in zip(backbones, images):  # warm-up: memory allocation and choice of algorithms
         _milliseconds(backbone, image)
     start = time.perf_counter()
     for number in range(most):
@@ -84,7 +84,7 @@ def _image(backbone: Backbone) -> torch.Tensor:
 
 
 def _milliseconds(backbone: Backbone, image: torch.Tensor) -> float:
-    """Of one image; a GPU's work is waited for."""
+    """Milliseconds for one image, synchronised with the GPU."""
     _synchronize(backbone.device)
     start = time.perf_counter()
     backbone(image)

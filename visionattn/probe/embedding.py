@@ -41,13 +41,13 @@ class Embeddings:
     """Vectors of images.
 
     Attributes:
-        features: The class token, or the mean of the patches where there is none, float32 (n, D).
+        features: The class token, or the mean of the patches if there is none, float32 (n, D).
         patch_means: The mean of the patches, float32 (n, D).
-        labels: Class of each image, int64 (n,); -1 where none is known.
+        labels: Class of each image, int64 (n,); -1 if it is not known.
         names: Names of the images.
         classes: Names of the classes.
-        facts: What made them: `backbone`, `layer`, `preprocessing`; plain values.
-        skipped: Name of each image that could not be read, and what is wrong with it.
+        facts: How they were computed: `backbone`, `layer`, `preprocessing`; plain values.
+        skipped: Name of each image that could not be read, and the reason.
     """
 
     features: np.ndarray
@@ -61,10 +61,10 @@ class Embeddings:
     def __repr__(self) -> str:
         count, width = self.features.shape
         known = f", {len(self.classes)} classes" if self.classes else ", no labels"
-        return f"Embeddings({count:,} images, {width} numbers each{known})"
+        return f"Embeddings({count:,} images, {width} values each{known})"
 
     def save(self, file: str | Path) -> None:
-        """Write them as .npz, which `numpy.load(file)` opens; `facts` is JSON.
+        """Write the vectors as .npz, which `numpy.load(file)` opens; `facts` is JSON.
 
         Raises:
             StorageError: The file could not be written.
@@ -93,24 +93,24 @@ def embed(
     """Compute one vector per image.
 
     Args:
-        backbone: As `visionattn.probe` takes it.
-        data: A folder of images with its sub-folders, an image file, or a list of images given in Python; or a named
-            dataset or (train, test), as `visionattn.probe` takes them. In a folder the first sub-folder is the class,
-            below `train`, `val` and `test` where these are there; images that lie in none have no label.
-        output: File of the vectors, .npz; None writes none.
-        settings: Settings, of which those of backbone, data and device count.
-        progress: Show how far the work is.
-        **options: Fields of `ProbeSettings`, in place of those of `settings`.
+        backbone: See `visionattn.probe`.
+        data: A folder of images with its sub-folders, an image file, or a list of images; or a named dataset or
+            (train, test), as in `visionattn.probe`. In a folder, the first sub-folder of an image is its class, below
+            `train`, `val` and `test` if these exist; images outside of sub-folders have no label.
+        output: File of the vectors, .npz; None: they are not written.
+        settings: Settings, of which only those of backbone, data and device are used.
+        progress: Show the progress.
+        **options: Fields of `ProbeSettings`, which override those of `settings`.
 
     Returns:
         The vectors.
 
     Raises:
-        CheckpointError: The weights could not be read, or do not fit.
-        DataError: There are no images, or more than 10 % and more than a handful cannot be read.
-        InputError: A setting is not accepted, the file exists, or several layers are asked for.
+        CheckpointError: The weights could not be read, or do not match the model.
+        DataError: There are no images, or more than 10 % and more than a few cannot be read.
+        InputError: A setting is not accepted, the file exists, or several layers are requested.
         StorageError: The file could not be written.
-        UnknownNameError: There is no such model.
+        UnknownNameError: No model has this name.
     """
     settings = replace(settings or ProbeSettings(), **options)
     settings = replace(settings, device=str(find_device(settings.device)))
@@ -124,7 +124,7 @@ def embed(
     size, mean, std = image_config(settings, config)
     reading = make_backbone(settings, opened.model, size)
     if len(reading.layers) > 1:
-        raise InputError(f"One layer is embedded; --layers asks for {len(reading.layers)}.")
+        raise InputError(f"embed reads a single layer; --layers selects {len(reading.layers)}.")
     names, dataset, labels, classes = _read(data, settings, config)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, quiet=not progress)
     found = _vectors(reading, dataset, len(names), settings.workers, console)
@@ -156,7 +156,7 @@ def embed(
 def _read(
     data: Any, settings: ProbeSettings, config: dict[str, Any]
 ) -> tuple[list[str], Any, list[int] | None, tuple[str, ...]]:
-    """Names, data set, labels (those of a data set are read with its images: None) and names of the classes."""
+    """Names, data set, labels (None if they are read together with the images) and names of the classes."""
     named = isinstance(data, str) and (data in NAMED or data.startswith(READERS))
     if named or isinstance(data, tuple):
         images = read_images(data, settings, config)
@@ -172,14 +172,14 @@ def _read(
 
 
 def class_of(name: str) -> str | None:
-    """The class of an image of a folder: its first sub-folder, below that of a split."""
+    """The class of an image in a folder: its first sub-folder, below that of a split."""
     folders = PurePath(name).parts[:-1]
     folders = folders[1:] if folders and folders[0] in SPLITS else folders
     return folders[0] if folders else None
 
 
 class _Vectors(NamedTuple):
-    """Rows that could be read, their labels and vectors, and the others."""
+    """Rows that could be read, with labels and vectors, and rows that could not."""
 
     rows: list[int]
     labels: list[int]
@@ -210,5 +210,5 @@ def _vectors(backbone: Backbone, dataset: Any, count: int, workers: int, console
     check_share(skipped, count)
     found = _Vectors(rows, labels, torch.cat(features), torch.cat(means), skipped)
     if not (found.features.isfinite().all() and found.patch_means.isfinite().all()):
-        raise DataError("Some vectors are NaN or infinite: check the backbone's weights.")
+        raise DataError("Some vectors contain NaN or infinity. Check the weights of the backbone.")
     return found

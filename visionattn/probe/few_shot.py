@@ -1,4 +1,4 @@
-"""Sweeps over a few training images of each class, drawn several times."""
+"""Sweeps with a few training images per class, over several random subsets."""
 
 import math
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ class FewShotResult:
     """Accuracy of a pooling with a few training images.
 
     Attributes:
-        pooling: Its name.
+        pooling: Name of the pooling.
         layer: Name of the layer.
-        size: Images per class, or the fraction of each class where it is a float.
-        accuracies: On the test images, one of each draw: of the head and the epoch that the held-out images chose.
+        size: Images per class (int), or fraction of each class (float).
+        accuracies: Test accuracy of each draw, for the head and the epoch selected on the held-out images.
     """
 
     pooling: str
@@ -37,7 +37,7 @@ class FewShotResult:
 
     @property
     def mean(self) -> float:
-        """Over the draws."""
+        """Mean over the draws."""
         return float(np.mean(self.accuracies))
 
     @property
@@ -52,22 +52,23 @@ def few_shot_rows(
     """Draw a few training images of each class.
 
     Args:
-        labels: Of all training images, (n,).
-        per_class: Images of each class, or
-        fraction: share of each class, rounded, and at least one image.
-        draw_seed: Of the draw.
+        labels: Labels of all training images, (n,).
+        per_class: Number of images of each class.
+        fraction: Instead of `per_class`: fraction of each class, rounded, and at least one image.
+        draw_seed: Seed of the draw.
 
     Returns:
-        Rows, sorted, int64.
+        Rows of the images, sorted, int64.
 
     Raises:
-        InputError: Not one of the two is given, it is out of range, or a class has fewer images.
+        InputError: Neither or both of `per_class` and `fraction` are given, the value is out of range, or a class has
+            too few images.
     """
     if (per_class is None) == (fraction is None):
-        raise InputError("Few-shot images are so many a class or a fraction of each: give one of the two.")
+        raise InputError("Exactly one of per_class and fraction must be given.")
     if (per_class is not None and per_class < 1) or (fraction is not None and not 0 < fraction <= 1):
         raise InputError(
-            f"Few-shot images are 1 or more a class, or a fraction above 0 and up to 1, but got "
+            f"per_class must be at least 1, or fraction above 0 and at most 1; got "
             f"{fraction if per_class is None else per_class}."
         )
     random, drawn = np.random.default_rng(draw_seed), []
@@ -75,9 +76,7 @@ def few_shot_rows(
         members = (labels == label).nonzero().squeeze(1).numpy()
         count = per_class if fraction is None else max(1, math.floor(fraction * len(members) + 0.5))
         if count is None or count > len(members):
-            raise InputError(
-                f"Class {int(label)} has {len(members)} training images, fewer than the {count} asked for."
-            )
+            raise InputError(f"Class {int(label)} has {len(members)} training images; {count} are required.")
         drawn.append(random.permutation(members)[:count])
     return torch.from_numpy(np.sort(np.concatenate(drawn)))
 
@@ -93,23 +92,23 @@ def few_shot(
     state: Path | None = None,
     **options: Any,
 ) -> list[FewShotResult]:
-    """Sweep over heads with a few training images, several times for each number of them.
+    """Sweep over heads with a few training images, several times for each number of images.
 
     Args:
         train: Training images.
         test: Test images.
-        heads: What to train.
+        heads: Heads to train.
         sizes: Images per class (int), or fractions of each class (float).
-        draws: Of the images, independent, seeded 0, 1, ...
-        batch_size: Images a step, or all that there are where these are less.
-        state: Folder of a state file a draw.
-        **options: Of `sweep`.
+        draws: Number of independent draws of the images, with the seeds 0, 1, ...
+        batch_size: Images per step; all images if there are fewer.
+        state: Folder with one state file per draw.
+        **options: Options of `sweep`.
 
     Returns:
-        Of each size and each pooling and layer. Draws in which all its heads diverged are left out.
+        One result per size, pooling and layer, without draws in which all its heads diverged.
 
     Raises:
-        InputError: As in `sweep` and `few_shot_rows`.
+        InputError: See `sweep` and `few_shot_rows`.
     """
     found: dict[tuple[float, str, str], list[float]] = {}
     progress: Progress | None = options.get("progress")

@@ -1,4 +1,4 @@
-"""Image files as a backbone takes them."""
+"""Image files as inputs of a backbone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ImageFiles(Dataset):
 
 
 class GivenPictures(Dataset):
-    """Images that are given in Python as normalised tensors, each with the class 0.
+    """Images given in Python, as normalised tensors, each with the class 0.
 
     Args:
         images: PIL images, uint8 arrays or tensors (see `visionattn.probe`).
@@ -57,15 +57,15 @@ class GivenPictures(Dataset):
 
 
 def open_pictures(images: Any, transform: Callable[[Any], Tensor]) -> tuple[list[str], Dataset]:
-    """Images without labels, and what they are called.
+    """Images without labels, and their names.
 
     Args:
         images: A file, a folder with its sub-folders, a list of these, or a list of images given in Python.
         transform: From a PIL image or a float tensor to a tensor (C, H, W).
 
     Raises:
-        DataError: There is no such file or folder, or no image in it.
-        InputError: An image is of another kind.
+        DataError: The file or folder does not exist, or contains no image.
+        InputError: An image has another type.
     """
     if isinstance(images, (str, Path)):
         images = [images]
@@ -88,13 +88,13 @@ def open_pictures(images: Any, transform: Callable[[Any], Tensor]) -> tuple[list
 
 
 def part_of_files(paths: Sequence[Path], root: Path, transform: Callable[[Image.Image], Tensor]) -> Part:
-    """Image files as a part of a data set, known by their names, sizes and times."""
+    """Image files as a split of a data set, identified by their names, sizes and modification times."""
     names = [str(path.relative_to(root)) for path in paths]
     return Part(ImageFiles(paths, transform), names, digest_files(paths, root))
 
 
 def digest_files(paths: Sequence[Path], root: Path) -> str:
-    """Hash of the names, sizes and times of files."""
+    """Hash of the names, sizes and modification times of files."""
     digest = hashlib.sha256()
     for path in paths:
         status = path.stat()

@@ -1,4 +1,4 @@
-"""Images that are given in Python, as arrays or as datasets of (image, label)."""
+"""Images given in Python, as arrays or as datasets of (image, label)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _ACCEPTED = "PIL images, uint8 arrays (H, W) or (H, W, C), or tensors (C, H, W) 
 def eval_transform(
     channels: int, size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Image.Image | Tensor], Tensor]:
-    """The transform of images from folders, which leaves float tensors (C, size, size) as they are.
+    """The transform of images from folders; float tensors (C, size, size) are not changed.
 
     Raises:
-        InputError: The model takes no images of 1, 3 or 4 channels, or a tensor is of another shape.
+        InputError: The model does not take images with 1, 3 or 4 channels, or a tensor has another shape.
     """
     if channels not in MODES:
         raise InputError(f"The model takes {channels} channels; images can have 1, 3 or 4.")
@@ -43,32 +43,32 @@ def _prepare(prepare: Callable[[Image.Image], Tensor], shape: tuple[int, ...], i
     if isinstance(image, Image.Image):
         return prepare(image)
     if tuple(image.shape) != shape:
-        raise InputError(f"Float tensors must be {shape}, as the backbone takes them; got {tuple(image.shape)}.")
+        raise InputError(f"Float tensors must have shape {shape} for this backbone; got {tuple(image.shape)}.")
     return image.float()
 
 
 class GivenImages(Dataset):
-    """Images and labels, each image as the backbone takes it.
+    """Images and labels, with each image as an input of the backbone.
 
     Args:
         source: Arrays (images, labels), or a dataset of (image, label).
         transform: From a PIL image or a float tensor to a normalised tensor (C, H, W).
-        name: How messages call an image, with `{}` for its number.
+        name: Name of an image in messages, with `{}` for its index.
 
     Attributes:
-        labels: Label of each image; -1 where the image cannot be read.
+        labels: Label of each image; -1 if the image cannot be read.
         names: Name of each image.
         digest: Hash of the images and labels.
 
     Raises:
-        InputError: The source is neither, or has images or labels of other kinds.
+        InputError: The source is neither of these, or has images or labels of other types.
     """
 
     def __init__(self, source: Any, transform: Callable[[Image.Image | Tensor], Tensor], name: str) -> None:
         if isinstance(source, (tuple, list)) and len(source) == 2 and hasattr(source[0], "shape"):
             images, labels = source
             if len(images) != len(labels):
-                raise InputError(f"There are {len(images)} images, but {len(labels)} labels.")
+                raise InputError(f"images and labels must have the same length; got {len(images)} and {len(labels)}.")
             source = list(zip(images, labels))
         if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
             raise InputError(
@@ -103,7 +103,7 @@ class GivenImages(Dataset):
     def _read(self, row: int) -> tuple[Image.Image | Tensor, int]:
         pair = self.source[row]
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-            raise InputError(f"A dataset must give (image, label); got {shorten(type(pair).__name__)}.")
+            raise InputError(f"A dataset must return (image, label); got {shorten(type(pair).__name__)}.")
         image, label = pair
         if int(label) != label or label < 0:
             raise InputError(f"Labels must be whole numbers from 0; got {shorten(label)}.")
@@ -111,7 +111,7 @@ class GivenImages(Dataset):
 
 
 def to_picture(image: Any) -> Image.Image | Tensor:
-    """A PIL image, or a float tensor as it is."""
+    """Convert an image to a PIL image; float tensors are not changed."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, Tensor):
@@ -128,15 +128,15 @@ def to_picture(image: Any) -> Image.Image | Tensor:
 
 
 def class_names(given: Sequence[GivenImages], num_classes: int | None) -> tuple[str, ...]:
-    """Names of the classes: those that the training dataset says, else numbers.
+    """Names of the classes: those of the training dataset, otherwise numbers.
 
     Raises:
-        DataError: There is one class only, or a label has no name.
+        DataError: There is only one class, or a label has no name.
     """
     count = 1 + max((label for one in given for label in one.labels), default=0)
     names = given[0].class_names or range(max(count, num_classes or 0))
     if max(count, num_classes or 0) > len(names):
         raise DataError(f"The images have {max(count, num_classes or 0)} classes, but {len(names)} names.")
     if len(names) < 2:
-        raise DataError("The images have one class only, and probing needs two or more.")
+        raise DataError("The images have only one class; probing requires at least two.")
     return tuple(map(str, names))

@@ -1,4 +1,4 @@
-"""What `visionattn probe` works on: the backbone with its weights, and the images that train and test."""
+"""Inputs of `visionattn probe`: the backbone with its weights, and the training and test images."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ READERS = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
 
 
 class Part(NamedTuple):
-    """Images that train, or test."""
+    """Images of one split."""
 
     dataset: Any  # of (tensor, label)
     names: list[str]
-    digest: str  # of what they are
+    digest: str  # hash of the images
 
 
 @dataclass
 class Images:
-    """The data set as the backbone shall see it."""
+    """The data set as input of the backbone."""
 
     dataset: str  # its name; "folder" for a folder
     root: str | None
@@ -46,12 +46,12 @@ class Images:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    told: list[str] = field(default_factory=list)  # what the splits hold
-    left_out: list[str] = field(default_factory=list)  # what lies in folders and is not read
+    told: list[str] = field(default_factory=list)  # description of the splits
+    left_out: list[str] = field(default_factory=list)  # contents of folders that are not read
 
     @property
     def data(self) -> str:
-        """What `--data` says."""
+        """Value of `--data`."""
         return self.root if self.dataset == "folder" and self.root else self.dataset
 
     @property
@@ -62,7 +62,7 @@ class Images:
 
 
 def backbone_name(backbone: str | Path | nn.Module | Backbone) -> str:
-    """What a report calls a backbone."""
+    """Name of a backbone in reports."""
     if isinstance(backbone, Backbone):
         backbone = backbone.model
     if isinstance(backbone, AdaptedModel):
@@ -71,7 +71,7 @@ def backbone_name(backbone: str | Path | nn.Module | Backbone) -> str:
 
 
 def make_backbone(settings: ProbeSettings, model: nn.Module, size: int | tuple[int, int]) -> Backbone:
-    """Put the model on its device, and read the layers that were asked for.
+    """Put the model on its device, and select the requested layers.
 
     Raises:
         InputError: The model cannot be probed at this image size.
@@ -87,17 +87,17 @@ def make_backbone(settings: ProbeSettings, model: nn.Module, size: int | tuple[i
 
 
 def read_images(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> Images:
-    """Give the images that train and test, each as the backbone takes it.
+    """Return the training and test images as inputs of the backbone.
 
     Args:
         data: Folder, name of a dataset, or the training and the test images (see `visionattn.probe`).
-        settings: Of the run.
-        config: The model's data configuration, as timm resolves it.
+        settings: Settings of the run.
+        config: The model's data configuration, as resolved by timm.
 
     Raises:
-        ConfigError: The options do not fit the dataset.
-        DataError: It is a stream, or has not two classes.
-        InputError: It is none of these.
+        ConfigError: The options do not match the dataset.
+        DataError: The dataset is a stream, or has fewer than two classes.
+        InputError: `data` is none of these.
     """
     if isinstance(data, (str, Path)):
         return _read_named(str(data), settings, config)
@@ -107,7 +107,7 @@ def read_images(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> I
             f"{shorten(type(data).__name__)}."
         )
     if settings.root is not None:
-        raise InputError("root is for named datasets: leave it out where images are given.")
+        raise InputError("root applies to named datasets only: remove it, or give the name of a dataset.")
     size, mean, std = image_config(settings, config)
     transform = eval_transform(config["input_size"][0], size, mean, std)
     given = [GivenImages(one, transform, f"{what} {{}}") for one, what in zip(data, ("training image", "test image"))]
@@ -120,7 +120,7 @@ def read_images(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> I
 def image_config(settings: ProbeSettings, config: dict[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     """Side, mean and standard deviation of the images."""
     if isinstance(settings.image_size, tuple):
-        raise InputError("image_size must be one whole number here: images are squares.")
+        raise InputError("image_size must be one whole number for this task: images are square.")
     return settings.image_size or config["input_size"][1], config["mean"], config["std"]
 
 
@@ -154,7 +154,7 @@ def _read_named(name: str, settings: ProbeSettings, config: dict[str, Any]) -> I
         if len(classes) != data.num_classes:
             raise ConfigError(f"{dataset} has {len(classes)} classes, but --num-classes is {data.num_classes}.")
         if data.num_classes < 2:
-            raise DataError(f"{dataset} has one class only, and probing tells two or more apart.")
+            raise DataError(f"{dataset} has only one class; probing requires at least two.")
         loaders = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader()]
     except ConfigError as error:
         text = str(error).replace("data.dataset", "--data")
@@ -162,15 +162,15 @@ def _read_named(name: str, settings: ProbeSettings, config: dict[str, Any]) -> I
         raise ConfigError(text) from error
     if any(isinstance(loader, StreamLoader) for loader in loaders):
         raise DataError(
-            f"{dataset} is a stream, and probing reads images in any order: take a folder, or a reader such as "
+            f"{dataset} is a stream, but probing reads images in random order: use a folder, or a reader such as "
             "torch/ or hfds/."
         )
     train, val, test = (_part(loader.dataset) for loader in loaders)
     told = [f"Training images: {data.describe('train')}.", f"Test images: {data.describe('test')}."]
     if val.digest != test.digest:
-        told.insert(1, f"Validation images, which train too: {data.describe('val')}.")
+        told.insert(1, f"Validation images, also used for training: {data.describe('val')}.")
     left_out = [f"Left out of {words}." for words in data.left_out()]
-    # A validation part that does not test is more training images; some of all of them are held out to choose.
+    # A validation split that is not used for testing adds training images; some of all of them are held out.
     if val.digest != test.digest:
         digest = hashlib.sha256((train.digest + val.digest).encode()).hexdigest()
         train = Part(ConcatDataset([train.dataset, val.dataset]), train.names + val.names, digest)
@@ -186,7 +186,7 @@ def _part(dataset: Any) -> Part:
     if hasattr(whole, "images"):
         digest.update(whole.images.tobytes())
     elif hasattr(whole, "reader") and hasattr(whole.reader, "samples"):
-        # Pictures that were replaced are others, also under their old names.
+        # Images that were replaced have another digest, even under their old names.
         for row in rows:
             file = Path(whole.reader.filename(row, absolute=True))
             if file.is_file():

@@ -3,17 +3,18 @@ r"""Exact nearest-neighbour classification of frozen features.
     s_ij  = x_i . t_j / (|x_i| |t_j|)                      x_i a test image's vector, t_j a training image's
     p_ic  proportional to sum over the k largest s_ij of exp(s_ij / T) [label of j is c]
 
-Cosines are led by the channels of the largest magnitude, and some backbones put most of a vector's energy into a few.
-With `standardize`, each channel is first shifted and scaled to mean 0 and deviation 1 over the training images.
+Cosines are dominated by the channels of the largest magnitude, and some backbones put most of a vector's energy into a
+few of them. With `standardize`, each channel is first normalised to zero mean and unit variance over the training
+images.
 
-Of images that are equally near, the one with the lower row counts first; of classes with equal votes, the lower wins.
-The vote is counted in float64. k and T are chosen by training images that are held out, whose neighbours are the other
-training images; test images vote among all.
+Ties between neighbours are broken by the lower row, ties between classes by the lower index. Votes are summed in
+float64. k and T are selected on held-out training images, whose neighbours are the other training images; the
+neighbours of test images are all training images.
 
-The training images are read once, batch by batch, and only each test image's neighbours so far are kept, so that the
-memory does not grow with their number. Under torch.distributed every process votes for a part of the test images and
-sees all training images. Products are formed in blocks of one shape whatever the number of processes is, so that their
-results are equal bit by bit.
+The training images are read once, batch by batch, and only the current neighbours of each test image are kept, so that
+memory does not grow with their number. Under torch.distributed every process handles a share of the test images and
+reads all training images. Products are computed in blocks of one shape for any number of processes, so that the results
+are bit-identical.
 
 Source: the weighted vote is that of Wu et al., arXiv 1805.01978, and of DINO, arXiv 2104.14294.
 """
@@ -39,15 +40,15 @@ __all__ = ["ChannelStatistics", "Neighbours", "NeighboursResult", "channel_stati
 
 @dataclass(frozen=True)
 class Neighbours:
-    """How a number of neighbours and a temperature do.
+    """Result for one number of neighbours and one temperature.
 
     Attributes:
-        k: Neighbours.
-        temperature: T.
-        held_out_accuracy: On held-out training images; NaN where none are held out.
-        predictions: Class of each test image, int64 (n,).
-        confidences: Share of the vote of that class, float64 (n,).
-        correct: Whether it is right, bool (n,).
+        k: Number of neighbours.
+        temperature: Temperature T.
+        held_out_accuracy: Accuracy on held-out training images; NaN if none are held out.
+        predictions: Predicted class of each test image, int64 (n,).
+        confidences: Share of the votes for the predicted class, float64 (n,).
+        correct: Whether the prediction is correct, bool (n,).
     """
 
     k: int
@@ -59,7 +60,7 @@ class Neighbours:
 
     @property
     def accuracy(self) -> float:
-        """Share of test images that it gets right."""
+        """Share of the test images with a correct prediction."""
         return float(self.correct.double().mean())
 
     @property
@@ -70,13 +71,13 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class NeighboursResult:
-    """Every pair of k and T, and the one that the held-out images chose, the first of equals."""
+    """Every pair of k and T, and the pair with the highest held-out accuracy (ties: the first)."""
 
     pairs: list[Neighbours]
     chosen: Neighbours
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give the table, a row a pair."""
+        """Return the table, one row per pair."""
         return [
             {
                 "k": pair.k,
@@ -92,7 +93,7 @@ class NeighboursResult:
 
 
 class ChannelStatistics(NamedTuple):
-    """Mean and deviation of each channel of images' vectors, float64 (D,); the deviation of a constant channel is 1."""
+    """Mean and standard deviation of each channel, float64 (D,); the deviation of a constant channel is 1."""
 
     mean: torch.Tensor
     deviation: torch.Tensor
@@ -101,20 +102,20 @@ class ChannelStatistics(NamedTuple):
 def channel_statistics(
     features: Features, batch_size: int = 4096, progress: Progress | None = None
 ) -> dict[tuple[int, str], ChannelStatistics]:
-    """Read all images once, and give the statistics of the vectors at each layer, for `nearest_neighbours`.
+    """Read all images once, and return the statistics of the vectors at each layer, for `nearest_neighbours`.
 
     Args:
         features: Training images.
-        batch_size: Images at once.
-        progress: Where a bar appears.
+        batch_size: Images per batch.
+        progress: Display of the progress bar.
 
     Returns:
-        By the index of the layer and the source, `"class"` or `"mean"`.
+        Statistics by the index of the layer and the source, `"class"` or `"mean"`.
 
     Raises:
-        DataError: Tokens are not finite.
+        DataError: Tokens contain NaN or infinity.
     """
-    sums: dict[tuple[int, str], torch.Tensor] = {}  # (2, D), of the values and of their squares, less a first guess
+    sums: dict[tuple[int, str], torch.Tensor] = {}  # (2, D): values and squares, shifted by a first estimate
     first: dict[tuple[int, str], torch.Tensor] = {}
     bar = progress.add_task("channels", total=len(features)) if progress is not None else None
     for numbers, tokens in features.batches(torch.arange(len(features)), batch_size):
@@ -123,7 +124,7 @@ def channel_statistics(
         for layer, given in enumerate(tokens):
             for source in ("class", "mean") if given.class_token is not None else ("mean",):
                 vectors = _pooled(given, source, numbers, torch.device("cpu")).double()
-                # Squares of a channel far from 0 would swallow its deviation.
+                # Without the shift, the squares of a channel with a large mean would lose its variance to rounding.
                 vectors = vectors - first.setdefault((layer, source), vectors.mean(0))
                 more = torch.stack([vectors.sum(0), vectors.square().sum(0)])
                 sums[layer, source] = sums[layer, source] + more if (layer, source) in sums else more
@@ -133,7 +134,7 @@ def channel_statistics(
     for key, (total, squares) in sums.items():
         shift = total / len(features)
         mean, deviation = first[key] + shift, (squares / len(features) - shift.square()).clamp_min(0).sqrt()
-        varies = deviation > 1e-6 * mean.abs()  # less is the rounding of float32
+        varies = deviation > 1e-6 * mean.abs()  # smaller values are rounding errors of float32
         found[key] = ChannelStatistics(mean, torch.where(varies, deviation, 1.0))
     return found
 
@@ -142,12 +143,12 @@ def _pooled(tokens: Tokens, source: str, rows: torch.Tensor, device: torch.devic
     """The class token, or the mean of the patches, (B, D), in float32 or float64."""
     vector = tokens.class_token if source == "class" else tokens.patches
     if vector is None:
-        raise InputError("The features have no class token, although their layer says so.")
+        raise InputError("The features have no class token, although their layer states one.")
     vector = vector.to(device, torch.promote_types(vector.dtype, torch.float32))
     vector = vector if source == "class" else vector.mean(dim=1)
     if not vector.isfinite().all():
         broken = rows[~vector.isfinite().all(1).cpu()].tolist()
-        raise DataError(f"The tokens of {len(broken)} images are not finite, the first of them row {broken[0]}.")
+        raise DataError(f"The tokens of {len(broken)} images contain NaN or infinity; the first is row {broken[0]}.")
     return vector
 
 
@@ -173,43 +174,43 @@ def nearest_neighbours(
     Args:
         train: Training images.
         test: Test images.
-        layer: Which of the features' layers, an index.
-        source: What an image's vector is: the `"class"` token, or the `"mean"` of the patches.
-        ks: Numbers of neighbours; one that is larger than the training images that are not held out becomes as many as
-            these are.
-        temperatures: T of the vote.
-        holdout: Share of the training images that chooses; 0 with a single pair.
-        seed: Of the held-out part.
-        train_chunk: Training images at once.
-        test_chunk: Test images at once.
-        device: Where products are formed.
-        process_group: Whose processes divide the test images; the default group if None, where torch.distributed has
-            been initialised. Every process gets the whole result.
-        standardize: Compare channels of mean 0 and deviation 1 over the training images. True reads these once more;
-            the statistics that `channel_statistics` gave of them can be handed over.
-        progress: Where a bar appears.
+        layer: Index of the layer among those of the features.
+        source: Vector of an image: the `"class"` token, or the `"mean"` of the patches.
+        ks: Numbers of neighbours; limited to the number of training images that are not held out.
+        temperatures: Temperatures T of the vote.
+        holdout: Share of the training images that is held out for selection; 0 with a single pair.
+        seed: Seed of the held-out split.
+        train_chunk: Training images per block.
+        test_chunk: Test images per block.
+        device: Device on which products are computed.
+        process_group: Processes that divide the test images; None: the default group, if torch.distributed has been
+            initialised. Every process returns the whole result.
+        standardize: Normalise channels to zero mean and unit variance over the training images. True reads these once
+            more; pass the result of `channel_statistics` to avoid this.
+        progress: Display of the progress bar.
 
     Raises:
-        InputError: The features or settings do not allow it; the message says why.
-        DataError: Tokens are not finite.
+        InputError: The features or settings are not supported; the message states why.
+        DataError: Tokens contain NaN or infinity.
     """
     layers = train.layers
     if layers != test.layers or train.classes != test.classes or not len(train) or not len(test):
         raise InputError("Training and test images must exist and have the same layers and classes.")
     if not -len(layers) <= layer < len(layers) or source not in ("class", "mean"):
         raise InputError(
-            f"A layer of {len(layers)} and the source 'class' or 'mean' are needed, but got {layer} and {source!r}."
+            f"layer must be an index of {len(layers)} layers, and source one of 'class', 'mean'; got {layer} and "
+            f"{source!r}."
         )
     if source == "class" and not layers[layer].has_class:
-        raise InputError(f"Layer {layers[layer].name!r} has no class token: take the source 'mean'.")
+        raise InputError(f"Layer {layers[layer].name!r} has no class token: use the source 'mean'.")
     if not ks or not temperatures or min(ks) < 1 or min(temperatures) <= 0 or min(train_chunk, test_chunk) < 1:
-        raise InputError("Neighbours, temperatures and chunks are above 0, and there is one of each or more.")
+        raise InputError("ks, temperatures and chunk sizes must be above 0, with at least one of each.")
     every = torch.arange(len(train))
     kept, held = hold_out(train.labels, every, holdout, seed)
     ks = list(dict.fromkeys(min(k, len(kept)) for k in ks))
     pairs = [(k, temperature) for k in ks for temperature in temperatures]
     if not len(held) and len(pairs) > 1:
-        raise InputError("No training image is held out, so that nothing can choose: hold out some, or give one pair.")
+        raise InputError("Selecting k and T requires held-out training images: set holdout above 0, or give one pair.")
 
     if standardize is True:
         standardize = channel_statistics(train, train_chunk)[layer % len(layers), source]
@@ -245,7 +246,7 @@ def nearest_neighbours(
 
 
 class _Search:
-    """The k nearest training images of blocks of queries."""
+    """Search for the k nearest training images of blocks of images."""
 
     def __init__(
         self,
@@ -265,10 +266,10 @@ class _Search:
     def run(
         self, blocks: list[tuple[Features, torch.Tensor, bool]], held: torch.Tensor, size: int
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Search for blocks of images and their rows, without the held-out training images where it says so.
+        """Search for blocks of images and their rows, excluding held-out training images where requested.
 
         Returns:
-            Of each block similarities (b, k), falling, and rows of training images (b, k), int64, on the CPU.
+            Per block, similarities (b, k) in decreasing order, and rows of training images (b, k), int64, on the CPU.
         """
         queries = [self._vectors(features, rows, size) for features, rows, _ in blocks]
         absent = torch.zeros(len(self.train), dtype=torch.bool)
@@ -298,7 +299,7 @@ class _Search:
         return found
 
     def _vectors(self, features: Features, rows: torch.Tensor, size: int) -> torch.Tensor:
-        """Unit vectors (size, D) of up to so many images, zeros below them: the products have one shape."""
+        """Unit vectors (size, D) of up to `size` images, padded with zeros so that all products have one shape."""
         parts = []
         for numbers, tokens in features.batches(rows, size):
             vector = _pooled(tokens[self.layer], self.source, numbers, self.device)
@@ -311,10 +312,10 @@ class _Search:
 
 
 def _largest(similarity: torch.Tensor, places: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row, falling, and their places; of equals those to the left, where places rise."""
+    """The k largest values of each row in decreasing order, and their positions; ties: the lower position first."""
     k = min(k, similarity.shape[1])
     values, indices = similarity.topk(k, dim=1)
-    # topk takes any of those that equal the last one taken; where more of these exist than there was room for, sort.
+    # topk chooses arbitrarily among values equal to the last one; if there are more of them than fit, sort.
     several = ((similarity >= values[:, -1:]).sum(1) > k).nonzero().squeeze(1)
     if len(several):
         ordered = similarity[several].sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -327,12 +328,12 @@ def _largest(similarity: torch.Tensor, places: torch.Tensor, k: int) -> tuple[to
 def _vote(
     similarity: torch.Tensor, labels: torch.Tensor, pairs: list[tuple[int, float]], classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Classes, and their share of the vote, of each pair of k and T: (b, k) -> (pairs, b)."""
+    """Predicted classes, and their share of the vote, for each pair of k and T: (b, k) -> (pairs, b)."""
     similarity = similarity.double()
     numbers = torch.arange(classes)
     predictions, confidences = [], []
     for k, temperature in pairs:
-        # Less the largest: a small T does not overflow.
+        # Subtracting the largest avoids overflow for a small T.
         weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
         votes = weights.new_zeros(len(weights), classes).scatter_add_(1, labels[:, :k], weights)
         most = votes.amax(1, keepdim=True)

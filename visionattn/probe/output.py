@@ -1,4 +1,4 @@
-"""Where a run writes: a folder for each pair of weights and data, whose report is not replaced unasked."""
+"""Output folder of a run: one per pair of weights and data; an existing report is replaced only on request."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _FILES = (
     "classes.csv",
     "examples",
 )
-_LONGEST = 150  # letters of a folder's name before its hash
+_LONGEST = 150  # characters of a folder's name before its hash
 
 
 def default_output(settings: ProbeSettings, name: str, weights: str, images: Images) -> Path:
-    """Give `runs/probe/BACKBONE-DATASET-HASH`, whose hash is of the weights and of where the data lie.
+    """Return `runs/probe/BACKBONE-DATASET-HASH`, with a hash of the weights and of the location of the data.
 
-    A folder of that name without the hash, as earlier versions wrote it, goes on where it has these weights and images.
+    A folder of that name without the hash, from earlier versions, is used if it has these weights and images.
 
     Args:
-        settings: Of the run.
-        name: Of the backbone, or its file.
+        settings: Settings of the run.
+        name: Name of the backbone, or its file.
         weights: Hash of the backbone's weights.
         images: The data set.
     """
@@ -53,7 +53,7 @@ def default_output(settings: ProbeSettings, name: str, weights: str, images: Ima
 
 
 def _belongs(folder: Path, weights: str, images: Images) -> bool:
-    """Whether a run of these weights and images was begun in a folder."""
+    """Whether a run with these weights and images was started in a folder."""
     try:
         found = _read_report(folder)
         return _describes(found, weights, images)
@@ -81,30 +81,30 @@ def _describes(report: dict[str, Any], weights: str, images: Images) -> bool:
 
 
 def check_report(folder: Path, plan: str, weights: str, images: Images, overwrite: bool) -> None:
-    """Refuse to replace the report of another plan.
+    """Check that no report of another plan would be replaced.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         plan: Hash of all that the numbers of the report depend on.
         weights: Hash of the backbone's weights.
         images: The data set.
         overwrite: Whether a report may be replaced.
 
     Raises:
-        InputError: The folder holds another report and `overwrite` was not given, or it cannot be a folder.
+        InputError: The folder contains another report and `overwrite` is false, or the path is not a folder.
     """
     check_folder(folder)
     if overwrite:
         return
-    way = "Give --overwrite to replace it, or name another folder by --output."
+    way = "Use --overwrite to replace it, or --output to choose another folder."
     if not (folder / "results.json").exists():
         others = [name for name in _FILES if (folder / name).exists()]
-        if others and not (folder / "state").exists():  # a run that was stopped has its state there
-            raise InputError(f"{shorten(folder)} holds a file {others[0]} that is not of a report. {way}")
+        if others and not (folder / "state").exists():  # an interrupted run has its state there
+            raise InputError(f"{shorten(folder)} contains a file {others[0]} that does not belong to a report. {way}")
         return
     try:
         found = _read_report(folder)
     except DataError as error:
-        raise InputError(f"{shorten(folder)} holds a report that cannot be read: {error} {way}") from error
+        raise InputError(f"{shorten(folder)} contains a report that cannot be read: {error} {way}") from error
     if found.get("plan") != plan or not _describes(found, weights, images):
-        raise InputError(f"{shorten(folder)} holds the report of another run, `{shorten(found['command'])}`. {way}")
+        raise InputError(f"{shorten(folder)} contains the report of another run, `{shorten(found['command'])}`. {way}")

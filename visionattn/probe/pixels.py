@@ -1,6 +1,6 @@
-"""A baseline without a network: each image averaged to 16 x 16 pixels, judged by k-NN and a linear classifier.
+"""A baseline without a network: each image averaged to 16 x 16 pixels, with k-NN and a linear classifier.
 
-A backbone is credited with what it tells beyond pixels; one that they beat tells little of these classes.
+A backbone that does not beat this baseline has learned little about these classes.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SIDE = 16
 
 @dataclass(frozen=True)
 class PixelHead:
-    """A linear classifier of pixels after its training: batch norm without gain and shift, then the classifier.
+    """A trained linear classifier of pixels: batch norm without scale and shift, then the classifier.
 
     Attributes:
-        spec: How it was trained.
-        held_out_accuracy: On the held-out training images after its best epoch.
-        best_epoch: Which the held-out images chose.
+        spec: Settings of its training.
+        held_out_accuracy: Accuracy on the held-out training images after its best epoch.
+        best_epoch: Epoch selected on the held-out images.
         parameters: Number of its parameters.
-        score: What it says of the test images.
+        score: Score on the test images.
     """
 
     spec: HeadSpec
@@ -47,11 +47,11 @@ class PixelHead:
 
 @dataclass(frozen=True)
 class PixelBaseline:
-    """What pixels tell of the classes.
+    """Results of the baseline.
 
     Attributes:
-        neighbours: k-NN on the pixels as they are, and with standardised channels.
-        linear: The linear classifier that the held-out images chose; None where all diverged.
+        neighbours: k-NN on the raw pixels, and with standardised channels.
+        linear: Linear classifier with the highest held-out accuracy; None if all diverged.
     """
 
     neighbours: dict[bool, NeighboursResult]
@@ -64,14 +64,14 @@ class PixelBaseline:
 
 
 class PixelComparison(NamedTuple):
-    """Pixels against the backbone, judged in the same way on the same test images.
+    """Pixels compared with the backbone, with the same method and test images.
 
     Attributes:
         method: `"k-NN"` or `"linear"`.
         pixels: Accuracy of the pixels.
-        name: Of the backbone's best by held-out images, k-NN or head.
+        name: Name of the backbone's best k-NN or head by held-out accuracy.
         backbone: Its accuracy.
-        p: Of McNemar's exact test.
+        p: P value of McNemar's exact test.
     """
 
     method: str
@@ -82,18 +82,18 @@ class PixelComparison(NamedTuple):
 
     @property
     def pixels_win(self) -> bool:
-        """Whether the pixels are right more often."""
+        """Whether the pixels have the higher accuracy."""
         return self.pixels > self.backbone
 
     def __str__(self) -> str:
         return (
             f"{self.method} {100 * self.pixels:.1f} % against {100 * self.backbone:.1f} % of {self.name} "
-            f"(p {self.p:.2g})"
+            f"(p = {self.p:.2g})"
         )
 
 
 class PixelFeatures(Features):
-    """Images as one token each, their pixels in [0, 1], held in memory.
+    """Images as one token each, with pixels in [0, 1], held in memory.
 
     Args:
         pixels: Values of 0 to 255, uint8 (n, D).
@@ -120,16 +120,16 @@ def read_pixels(
     num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PixelFeatures:
-    """Read all images of a data set once, averaged to 16 x 16 pixels: 768 bytes each in colour.
+    """Read all images of a data set once, averaged to 16 x 16 pixels: 768 bytes per colour image.
 
     Args:
         dataset: Map-style data set of (normalised float image (C, size, size), int label), all of them readable.
         size: Side of the images.
-        mean: Of their normalisation, which is undone.
-        std: Likewise.
+        mean: Mean of their normalisation, which is undone.
+        std: Standard deviation of their normalisation.
         classes: Names of the classes.
         num_workers: Loading processes.
-        progress: Where a bar appears.
+        progress: Display of the progress bar.
 
     Raises:
         DataError: An image cannot be read.
@@ -141,7 +141,7 @@ def read_pixels(
     pixels, labels = [], []
     for batch in read_batches(dataset, (size, size), cuts, num_workers):
         if batch.images is None or batch.skipped:
-            raise DataError(f"An image could be read before and cannot now: {batch.skipped[0][1]}")
+            raise DataError(f"An image that was readable before cannot be read any more: {batch.skipped[0][1]}")
         small = F.interpolate(batch.images.float() * scale + shift, (SIDE, SIDE), mode="area")
         pixels.append((255 * small).round().clamp(0, 255).byte().flatten(1))
         labels += batch.labels

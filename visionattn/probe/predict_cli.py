@@ -1,4 +1,4 @@
-"""`visionattn predict IMAGES ... --head FILE`: images classified by a head of `visionattn probe`."""
+"""`visionattn predict IMAGES ... --head FILE`: classify images with a head saved by `visionattn probe`."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        0, or 1 where some images could not be read: they were left out and are listed.
+        0, or 1 if some images could not be read; these are listed.
 
     Raises:
-        VisionAttnError: Nothing could be predicted.
+        VisionAttnError: No image could be classified.
     """
     check_output(args.output, args.overwrite, (".csv", ".json"))
     applied = apply_head(args.images, args.head, backbone=args.backbone, checkpoint=args.checkpoint, device=args.device)

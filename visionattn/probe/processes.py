@@ -1,4 +1,4 @@
-"""The processes that divide a probing run, under torch.distributed; without it there is one."""
+"""Processes that share a probing run under torch.distributed; without it there is one process."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ T = TypeVar("T")
 
 
 def rank_and_size(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
-    """Give the number of this process, from 0, and how many there are; 0 and 1 without torch.distributed."""
+    """Return the rank of this process and the number of processes; 0 and 1 without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(group), dist.get_world_size(group)
     return 0, 1
 
 
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """Do this process's share, and wait for the others.
+    """Do this process's share of the work, and wait for the others.
 
     Args:
-        work: Gives something that can be pickled.
-        group: The processes; the default group if None.
+        work: Returns something that can be pickled.
+        group: The processes; None: the default group.
 
     Returns:
-        What all processes found, in their order.
+        The results of all processes, in the order of their ranks.
 
     Raises:
-        VisionAttnError: The work of a process raised it; all processes raise it then, so that none waits for ever.
+        VisionAttnError: The work of a process raised it; then all processes raise it, so that none waits forever.
     """
     found: tuple[T | None, VisionAttnError | None]
     try:
@@ -55,10 +55,10 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder for this run, whose first process takes the lock.
+    """Lock a folder for this run; the first process takes the lock.
 
     Raises:
-        StorageError: Another run writes to it, or nothing can be written there.
+        StorageError: Another run is writing to it, or it is not writable.
     """
     with ExitStack() as stack:
 

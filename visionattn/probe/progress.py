@@ -1,4 +1,4 @@
-"""How far long work is: bars in a terminal, a line now and then in a log."""
+"""Progress of long work: bars in a terminal, a line from time to time in a log."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class LoggedProgress(Progress):
     """Writes a line with an estimate every 30 seconds instead of bars.
 
     Args:
-        console: Where lines go.
+        console: Console for the lines.
     """
 
     def __init__(self, console: Console) -> None:
         super().__init__(console=console, disable=True)
         self._last = time.monotonic()
-        self._starts: dict[TaskID, tuple[float, float]] = {}  # time, and what was done then
+        self._starts: dict[TaskID, tuple[float, float]] = {}  # time, and the amount completed then
 
     def add_task(self, description: str, *args: Any, **options: Any) -> TaskID:
-        """Begin a piece of work."""
+        """Start a task."""
         number = super().add_task(description, *args, **options)
         self._starts[number] = time.monotonic(), self._tasks[number].completed
         return number
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        """Count what was done, and write a line where it is time."""
+        """Count completed work, and write a line if it is time."""
         super().advance(task_id, advance)
         now = time.monotonic()
         if now - self._last >= EVERY:
@@ -64,7 +64,7 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[Progress]:
-    """Bars that disappear when they are done; lines where the output is no terminal or notebook."""
+    """Bars that disappear when they are done; lines of text if the output is not a terminal or notebook."""
     if not draws_bars(console):
         yield LoggedProgress(console)
         return

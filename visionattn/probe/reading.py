@@ -1,4 +1,4 @@
-"""The tokens of the training and of the test images, stored or computed at each pass, as the settings say."""
+"""Tokens of the training and test images, stored or computed in each pass, according to the settings."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ EXTRACTION_BATCH = 64
 
 
 class TokenReader:
-    """Reads the images of a run through its backbone.
+    """Computes the tokens of a run's images.
 
     Args:
-        settings: Of the run.
-        name: Of the backbone.
-        backbone: Gives the tokens.
-        images: That train and test.
-        console: Where the progress is shown.
+        settings: Settings of the run.
+        name: Name of the backbone.
+        backbone: Backbone that computes the tokens.
+        images: Training and test images.
+        console: Console for the progress.
 
     Attributes:
         skipped: Images that could not be read.
-        readable: Rows of the training and of the test images that could.
+        readable: Rows of the training and of the test images that could be read.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TokenReader:
         settings, parts = self.settings, {"train": self.images.train, "test": self.images.test}
         count = sum(len(part.names) for part in parts.values())
         if settings.live:
-            self.console.print(f"Tokens of {count:,} images are computed at each pass (--live): nothing is stored.")
+            self.console.print(f"Tokens of {count:,} images are computed in each pass (--live) and not stored.")
         else:
             self.console.print(space_line(self.backbone, count, settings.precision, Path(settings.cache or "")))
         found: list[Features] = []
@@ -98,8 +98,8 @@ class TokenReader:
                     progress=progress,
                 )
         except StorageError as error:
-            raise StorageError(f"{error} The options are --live and --dtype int8.") from error
+            raise StorageError(f"{error} Use --live or --dtype int8.") from error
         ours = [str(warning.message) for warning in told if warning.category is UserWarning]
-        for words in dict.fromkeys(ours):  # others are of the reader's files left open, and such
+        for words in dict.fromkeys(ours):  # other warnings come from readers, such as about open files
             self.console.print(f"note: {words}")
         return features, features.skipped

@@ -1,4 +1,4 @@
-"""Opening the files of tensors that a probing run keeps."""
+"""Read the tensor files of a probing run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["read_state"]
 
 
 def read_state(path: str | Path) -> Any:
-    """Read what `visionattn.files.write_state` wrote: tensors on the CPU and plain values.
+    """Read a file of `visionattn.files.write_state`: tensors on the CPU and plain values.
 
     Raises:
-        DataError: The file is missing, not such a file, or damaged, if only by a bit.
+        DataError: The file is missing, damaged (even in a single bit), or another file.
     """
     path = Path(path)
     try:
@@ -28,5 +28,5 @@ def read_state(path: str | Path) -> Any:
     except VisionAttnError as error:
         raise DataError(str(error)) from error
     except Exception as error:
-        # A damaged pickle fails in any way that its reader's bookkeeping can.
-        raise DataError(f"{shorten(path)} is damaged, or holds something else: {shorten(error)}.") from error
+        # Reading a damaged pickle can raise any error.
+        raise DataError(f"{shorten(path)} is damaged, or is not a state file: {shorten(error)}.") from error

@@ -15,23 +15,23 @@ from visionattn.probe.tokens.interface import Layer
 
 __all__ = ["DTYPES", "HEADS", "LARGEST", "LRS", "SEEDS", "TASKS", "ProbeSettings"]
 
-BATCHES = {"classification": 256, "segmentation": 16, "multilabel": 32, "regression": 32}  # images a step
+BATCHES = {"classification": 256, "segmentation": 16, "multilabel": 32, "regression": 32}  # images per step
 TASKS = tuple(BATCHES)
 LARGEST = 2048  # pixels of an image's side
 HEADS = ("cls", "gap", "ep_8", "ep_16", "ep_32")
-# Of AdamW, whose steps have one size whatever the scale is; of LARS, the paper's range.
+# For LARS, the range of the paper.
 LRS = {"adamw": (0.001, 0.003, 0.01, 0.03, 0.1), "lars": (0.1, 0.3, 1.0)}
-DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "int8"}  # -> as stores call them
+DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "int8"}  # -> names in feature stores
 SEEDS = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What `visionattn.probe` and the command do, where it is not the default.
+    """Settings of `visionattn.probe` and of the command.
 
     Attributes:
-        checkpoint: Weight file for the name of a backbone; a classifier in it is not needed.
-        random: Random weights for a name.
+        checkpoint: Weight file, if the backbone is a name; it may lack a classifier.
+        random: Random weights, if the backbone is a name.
 
         task: "classification", "segmentation" of images with masks, or "multilabel" or "regression" of images with a
             file of labels.
@@ -40,30 +40,30 @@ class ProbeSettings:
         val_split: Validation split; also used for testing if there is no test split.
         test_split: Test split.
         num_classes: Number of classes, if the data does not define it.
-        classes: File of the names of a segmentation's classes, one per line; None takes `classes.txt` of the folder.
-        image_size: Side of the images in pixels, or height and width for segmentation; None takes the model's.
+        classes: File of class names for segmentation, one per line; None: `classes.txt` of the folder.
+        image_size: Side of the images in pixels, or height and width for segmentation; None: the model's.
         workers: Loading processes.
 
         layers: "last", "all", or indices.
         dtype: Type of the stored tokens: "float16", "bfloat16", "float32" or "int8".
-        cache: Folder of the stored tokens; None is `features` in the output.
-        live: Store no tokens; run the backbone at each pass.
+        cache: Folder of the stored tokens; None: `features` in the output.
+        live: Store no tokens; run the backbone in each pass.
 
-        heads: Poolings; None tries "cls", "gap", "ep_8", "ep_16" and "ep_32". Of segmentation "linear" and "attentive".
-        optimizer: "adamw", or "lars", the paper's.
-        lrs: Learning rates, for lars multiplied by batch size / 256; None takes those of `LRS`.
+        heads: Poolings; None: "cls", "gap", "ep_8", "ep_16" and "ep_32", or "linear" and "attentive" for segmentation.
+        optimizer: "adamw", or "lars" as in the paper.
+        lrs: Learning rates; for "lars" they are multiplied by batch size / 256; None: those of `LRS`.
         weight_decays: Weight decays. Each combination of the lists is a head.
         seeds: Seeds of initial weights.
-        epochs: Epochs of training; the paper's are 90.
-        batch_size: Images per step; None is 256, of segmentation 16, of labels and numbers 32. The paper's are 4096.
-        no_knn: Leave out nearest neighbours.
-        no_pixels: Leave out the baseline of 16 x 16 pixels.
+        epochs: Epochs of training (paper: 90).
+        batch_size: Images per step (paper: 4096); None: 256, 16 for segmentation, 32 for labels and numbers.
+        no_knn: Skip nearest neighbours.
+        no_pixels: Skip the baseline of 16 x 16 pixels.
         few_shot: Images per class as whole numbers, or fractions such as 0.01.
         draws: Random few-shot subsets per size.
         device: "auto" (a GPU if available), or a device of PyTorch.
-        devices: Number of devices, each with a process.
+        devices: Number of devices, with one process each.
 
-        output: Folder of the report. None writes none in Python; the command writes to
+        output: Folder of the report. None: no report in Python; the command writes to
             runs/probe/BACKBONE-DATASET-HASH.
         overwrite: Replace the report of another run in that folder.
         maps: Test images with attention maps, or predicted masks, in the report.
@@ -147,7 +147,7 @@ class ProbeSettings:
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
-        """Those to try."""
+        """Learning rates to try."""
         return tuple(self.lrs or LRS[self.optimizer])
 
     @property
@@ -157,18 +157,18 @@ class ProbeSettings:
 
     @property
     def precision(self) -> str:
-        """The data type of stored tokens, as stores call it."""
+        """Data type of stored tokens, by its name in feature stores."""
         return DTYPES[self.dtype]
 
     def specs(self, layers: Sequence[Layer], classes: int) -> tuple[list[HeadSpec], list[str]]:
-        """The heads to train, each pooling at each layer that it fits, and notes of where one was left out.
+        """The heads to train, each pooling at each layer that it supports, and notes about skipped combinations.
 
         Args:
             layers: The backbone's layers that are read.
             classes: Number of classes.
 
         Raises:
-            InputError: A pooling that was asked for fits nowhere.
+            InputError: A requested pooling supports none of the layers.
         """
         poolings = list(dict.fromkeys(self.heads or HEADS))
         specs: list[HeadSpec] = []
@@ -184,10 +184,10 @@ class ProbeSettings:
             if refused is not None:
                 if self.heads and not fitting:
                     raise refused
-                # Without a class token there is no such head to be expected.
+                # Without a class token, this head of the default list is not expected.
                 if pooling != "cls" or self.heads:
                     names = [layer.name for position, layer in enumerate(layers) if position not in fitting]
-                    notes.append(f"{pooling} was left out at {', '.join(names)}: {refused}")
+                    notes.append(f"{pooling} was skipped at {', '.join(names)}: {refused}")
             specs += self.grid(pooling, fitting)
         if self.export and self.export not in {spec.pooling for spec in specs}:
             raise InputError(f"--export {self.export} must be one of the heads {', '.join(poolings)} of this backbone.")
@@ -199,7 +199,7 @@ class ProbeSettings:
         return grid([pooling], positions, [self.optimizer], rates, list(self.weight_decays), list(self.seeds))
 
     def command(self, backbone: str, data: str) -> str:
-        """The command line with every option as it was used, so that other defaults of a later version change nothing.
+        """The command line with all options, so that changed defaults of a later version have no effect.
 
         Args:
             backbone: Name or file.
@@ -216,18 +216,18 @@ class ProbeSettings:
             words.append(f"--{entry.name.replace('_', '-')}")
             if value is not True:
                 separator = "x" if entry.name == "image_size" else ","
-                # Joined by "=", a value may begin with a minus.
+                # With "=", a value may start with a minus sign.
                 words[-1] += "=" + (separator.join(map(str, value)) if isinstance(value, tuple) else str(value))
         return shlex.join(words)
 
 
 def _check_task(settings: ProbeSettings) -> None:
-    """Refuse options that the task does not have."""
+    """Check that all options apply to the task."""
     task = settings.task
     if task not in TASKS:
         raise InputError(f"task must be one of {', '.join(map(repr, TASKS))}; got {shorten(task)!r}.")
     if task != "segmentation" and isinstance(settings.image_size, tuple):
-        raise InputError(f"For {task} image_size must be one whole number: images are squares.")
+        raise InputError(f"image_size must be one whole number for {task}: images are square.")
     size = settings.image_size
     if isinstance(size, tuple) and not (
         len(size) == 2 and all(isinstance(side, int) and 1 <= side <= LARGEST for side in size)
@@ -240,7 +240,7 @@ def _check_task(settings: ProbeSettings) -> None:
             raise InputError(f"{option} is an option of the task {' or '.join(needed)}, not of {task}.")
 
 
-# Options that not all tasks have.
+# Options of some tasks only.
 _ONLY = dict.fromkeys(
     (
         "root",

@@ -1,6 +1,6 @@
-"""State of a probing run besides its sweep, so that the same command can resume; checked when it is opened.
+"""State of a probing run besides its sweep, from which the same command resumes; checked when it is opened.
 
-A part that is damaged is computed again, and that is said.
+A damaged part is computed again, with a note.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class RunState:
     """The folder of a run's state.
 
     Args:
-        folder: The folder, named by what the numbers depend on.
+        folder: The folder, named by a hash of what the numbers depend on.
         images: Number of test images.
-        tell: Takes what a reader should know.
+        tell: Called with notes for the reader.
 
     Attributes:
-        folder: As given.
-        seconds: Of each part of the work, in all runs.
+        folder: The folder.
+        seconds: Time of each part of the work, over all runs.
     """
 
     def __init__(self, folder: Path, images: int, tell: Callable[[str], Any]) -> None:
@@ -48,36 +48,36 @@ class RunState:
         self.seconds = self._recall("seconds.json", _read_seconds) or {}
 
     def spend(self, what: str, seconds: float) -> None:
-        """Count time that a part of the work took."""
+        """Add time spent on a part of the work."""
         self.seconds[what] = self.seconds.get(what, 0.0) + seconds
         if rank_and_size()[0] == 0:
             write_json(self.folder / "seconds.json", self.seconds, indent=None)
 
     def neighbours(self, name: str) -> dict[tuple[Any, ...], NeighboursResult]:
-        """The results of k-NN that are known, by what was searched."""
+        """Known results of k-NN, by the settings of the search."""
         return self._recall(name, lambda file: _read_neighbours(read_state(file), self.images)) or {}
 
     def keep_neighbours(self, name: str, known: dict[tuple[Any, ...], NeighboursResult]) -> None:
-        """Keep results of k-NN."""
+        """Store results of k-NN."""
         self._keep(name, {key: _pairs(result) for key, result in known.items()})
 
     def pixels(self, name: str) -> PixelBaseline | None:
-        """The baseline of pixels, None where it is not known yet."""
+        """Results of the pixel baseline; None if they are not known yet."""
         return self._recall(name, lambda file: _read_pixels(read_state(file), self.images))
 
     def keep_pixels(self, name: str, found: PixelBaseline) -> None:
-        """Keep the baseline of pixels."""
+        """Store the results of the pixel baseline."""
         linear = found.linear
         head = None if linear is None else {**vars(linear), "spec": asdict(linear.spec), "score": vars(linear.score)}
         pairs = {standardized: _pairs(result) for standardized, result in found.neighbours.items()}
         self._keep(name, {"neighbours": pairs, "linear": head})
 
     def few_shot(self, name: str) -> list[FewShotResult] | None:
-        """Results of few-shot heads, None where there are none yet."""
+        """Results of few-shot heads; None if they are not known yet."""
         return self._recall(name, lambda file: _read_few_shot(read_state(file)))
 
     def keep_few_shot(self, name: str, results: list[FewShotResult]) -> None:
-        """Keep results of few-shot heads."""
+        """Store results of few-shot heads."""
         self._keep(name, [asdict(result) for result in results])
 
     def _keep(self, name: str, content: Any) -> None:
@@ -85,7 +85,7 @@ class RunState:
             write_state(self.folder / name, content)
 
     def _recall(self, name: str, read: Callable[[Path], T]) -> T | None:
-        """What a file holds; None where it is missing or damaged."""
+        """Content of a file; None if it is missing or damaged."""
         file = self.folder / name
         if not file.exists():
             return None
@@ -94,8 +94,8 @@ class RunState:
         except DataError as error:
             reason = str(error)
         except Exception as error:
-            # The content of another program's file can be of any shape.
-            reason = f"{shorten(file)} is not what `visionattn probe` wrote there: {shorten(error)}."
+            # A file of another program can have any content.
+            reason = f"{shorten(file)} was not written by `visionattn probe`: {shorten(error)}."
         self.tell(f"{reason} It is computed again.")
         return None
 
@@ -103,7 +103,7 @@ class RunState:
 def _read_seconds(file: Path) -> dict[str, float]:
     content = read_checked_json(file, {})
     if not all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in content.values()):
-        raise DataError(f"{shorten(file)} is damaged: it has times that are not numbers of seconds.")
+        raise DataError(f"{shorten(file)} is damaged: its times are not valid.")
     return content
 
 
@@ -121,16 +121,16 @@ def _read_neighbours(content: dict[tuple[Any, ...], list[dict[str, Any]]], image
             _check_tensor(pair.confidences, torch.float64, images)
             _check_tensor(pair.correct, torch.bool, images)
             if not (isinstance(pair.k, int) and isinstance(pair.held_out_accuracy, float) and pair.temperature > 0):
-                raise ValueError("it has settings of another type")
+                raise ValueError("its settings have another type")
         if [type(one) for one in chosen] != [bool] * len(pairs) or sum(chosen) != 1:
-            raise ValueError("it does not say which pair was chosen")
+            raise ValueError("it does not state which pair was selected")
         known[key] = NeighboursResult(pairs, pairs[chosen.index(True)])
     return known
 
 
 def _check_tensor(tensor: Tensor, dtype: torch.dtype, images: int) -> None:
     if tensor.dtype != dtype or tensor.shape != (images,):
-        raise ValueError(f"it has {tuple(tensor.shape)} {tensor.dtype} where ({images},) {dtype} is needed")
+        raise ValueError(f"a tensor must be {dtype} ({images},); got {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def _read_pixels(content: dict[str, Any], images: int) -> PixelBaseline:

@@ -1,4 +1,4 @@
-"""How sure a number of the report is: intervals, paired tests, calibration."""
+"""Statistics of the report: intervals, paired tests, calibration."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 FEWEST_DRAWS = 4
-"""Draws below which a mean is reported as a point: the deviation of two or three says next to nothing."""
+"""Minimum number of draws for an interval: the standard deviation of two or three is too uncertain."""
 
 
 class Interval(NamedTuple):
@@ -33,13 +33,13 @@ class Interval(NamedTuple):
 
 
 def wilson_interval(correct: int, total: int, level: float = 0.95) -> Interval:
-    """Wilson's interval of a share.
+    """Wilson's interval of a proportion.
 
     Source: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953
 
     Args:
-        correct: Successes.
-        total: Trials, 1 or more.
+        correct: Number of successes.
+        total: Number of trials, at least 1.
         level: Confidence level.
     """
     test = require("scipy.stats", "train").binomtest(correct, total)
@@ -47,24 +47,24 @@ def wilson_interval(correct: int, total: int, level: float = 0.95) -> Interval:
 
 
 def bootstrap_interval(scores: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Percentile interval of the mean of a score that each image has, images drawn with replacement.
+    """Bootstrap percentile interval of the mean of a score per image, with images drawn with replacement.
 
     Args:
-        scores: Of each image, (n,).
+        scores: Score of each image, (n,).
         level: Confidence level.
-        resamples: Draws of n images.
-        seed: Of the draws.
+        resamples: Number of draws of n images.
+        seed: Seed of the draws.
 
     Raises:
         InputError: There are fewer than two images.
     """
     if len(scores) < 2:
-        raise InputError(f"An interval needs the scores of two images or more, but got {len(scores)}.")
+        raise InputError(f"A bootstrap interval requires the scores of at least two images; got {len(scores)}.")
     found = require("scipy.stats", "train").bootstrap(
         (np.asarray(scores, dtype=np.float64),),
         np.mean,
         n_resamples=resamples,
-        batch=max(1, 2**22 // len(scores)),  # 32 MiB of draws at once
+        batch=max(1, 2**22 // len(scores)),  # at most 32 MiB of draws in memory
         confidence_level=level,
         method="percentile",
         rng=np.random.default_rng(seed),
@@ -73,22 +73,22 @@ def bootstrap_interval(scores: np.ndarray, level: float = 0.95, resamples: int =
 
 
 def mcnemar_test(correct: np.ndarray, other: np.ndarray) -> float:
-    """McNemar's exact test of whether two heads are right equally often on the same images.
+    """McNemar's exact test of whether two heads are equally accurate on the same images.
 
     Source: McNemar 1947, https://doi.org/10.1007/BF02295996
 
     Args:
-        correct: Whether the one head is right, bool (n,).
-        other: Whether the other is.
+        correct: Whether the first head is correct, bool (n,).
+        other: Whether the second head is correct, bool (n,).
 
     Returns:
-        The two-sided p value; 1 where they differ on no image.
+        The two-sided p value; 1 if they differ on no image.
 
     Raises:
-        InputError: They are not about the same number of images.
+        InputError: The numbers of images differ.
     """
     if correct.shape != other.shape:
-        raise InputError(f"A paired test needs the same images of both, but got {len(correct)} and {len(other)}.")
+        raise InputError(f"A paired test requires the same images for both; got {len(correct)} and {len(other)}.")
     only_one, only_other = int((correct & ~other).sum()), int((other & ~correct).sum())
     if only_one + only_other == 0:
         return 1.0
@@ -96,7 +96,7 @@ def mcnemar_test(correct: np.ndarray, other: np.ndarray) -> float:
 
 
 def holm_correction(p: Sequence[float]) -> list[float]:
-    """P values of several tests, raised by Holm's step-down method for their number; in the order given.
+    """P values of several tests with Holm's step-down correction for their number, in the given order.
 
     Source: Holm 1979, https://www.jstor.org/stable/4615733
     """
@@ -107,25 +107,25 @@ def holm_correction(p: Sequence[float]) -> list[float]:
 
 
 def calibration_error(confidences: torch.Tensor, correct: torch.Tensor, bins: int = 15) -> float:
-    """Expected calibration error: mean distance of confidence and accuracy over bins of equal width.
+    """Expected calibration error: mean distance between confidence and accuracy over bins of equal width.
 
     Source: "On Calibration of Modern Neural Networks", arXiv 1706.04599.
 
     Args:
-        confidences: Probability of the class that was predicted, (n,).
-        correct: Whether it was right, bool (n,).
-        bins: Of [0, 1].
+        confidences: Probability of the predicted class, (n,).
+        correct: Whether the prediction is correct, bool (n,).
+        bins: Number of bins of [0, 1].
     """
     classification = require("torchmetrics.functional.classification", "train")
-    # Confidence in an answer, and whether it was right, are a binary problem.
+    # Confidence and correctness form a binary classification problem.
     return float(classification.binary_calibration_error(confidences, correct.long(), n_bins=bins, norm="l1"))
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Student's t interval of the mean of independent draws; NaN for less than two of them.
+    """Student's t interval of the mean of independent draws; NaN for fewer than two of them.
 
     Args:
-        values: One of each draw.
+        values: Value of each draw.
         level: Confidence level.
     """
     if len(values) < 2:
@@ -137,14 +137,14 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def share_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    r"""Interval of the mean of independent draws of a share, such as accuracies: within [0, 1].
+    r"""Interval of the mean of independent draws of a proportion, such as an accuracy; it stays within [0, 1].
 
-    Student's interval is formed on the logit scale, where the deviation of the mean m is s / (m (1 - m)), and mapped
-    back. Of 4 or 5 draws from beta distributions with means from 0.1 to 0.99 it holds the true mean in 94 to 95 % of
-    20,000 trials, Student's own in 88 to 95 %, and that one leaves [0, 1] in up to 75 % of them.
+    Student's interval is computed on the logit scale, where the deviation of the mean m is s / (m (1 - m)), and mapped
+    back. For 4 or 5 draws from beta distributions with means from 0.1 to 0.99 it covers the true mean in 94 to 95 % of
+    20,000 trials. Student's plain interval covers it in 88 to 95 %, and leaves [0, 1] in up to 75 % of the trials.
 
     Args:
-        values: One of each draw, in [0, 1].
+        values: Value of each draw, in [0, 1].
         level: Confidence level.
 
     Returns:

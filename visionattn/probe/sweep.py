@@ -1,16 +1,16 @@
-"""Train many probing heads in one pass over a frozen backbone's tokens, and choose among them honestly.
+"""Train many probing heads in one pass over a frozen backbone's tokens, and select among them without the test images.
 
-A part of the training images is held out and chooses: the epoch of each head, and the head of each pooling and layer.
-The test images are read when the training is over, and no choice depends on them.
+A share of the training images is held out to select the epoch of each head, and the head of each pooling and layer. The
+test images are read after the training, and no selection depends on them.
 
 The protocol is that of the paper: LARS with momentum 0.9 and trust 0.001, no trust ratio for biases, or AdamW; warm-up,
-then half a cosine to 0, step by step; batches of one size, the rest of an epoch's images left out of that epoch.
+then cosine decay to 0 per step; batches of one size, with the incomplete last batch of an epoch dropped.
 
 Sources: Efficient Probing, arXiv 2506.10178; MAE, arXiv 2111.06377; LARS, arXiv 1708.03888.
 
-Deviations, and why. The authors choose by the test images and report their best epoch. Here the last epoch and the one
-that the held-out images chose are both reported. LARS is timm's, which divides by |g| + decay |w|, as its paper does,
-where the authors' code divides by |g + decay w|; without weight decay these are the same.
+Deviations, and why. The authors select on the test images and report their best epoch. Here the last epoch and the one
+selected on the held-out images are both reported. LARS is timm's, which divides by |g| + decay |w| as in its paper,
+while the authors' code divides by |g + decay w|; without weight decay these are the same.
 """
 
 import math
@@ -34,24 +34,24 @@ __all__ = ["hold_out", "sweep"]
 
 
 def hold_out(labels: torch.Tensor, rows: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide training images into those that train and those that choose.
+    """Split training images into those used for training and those held out for selection.
 
-    Each class gives its share, rounded, and at least one image; a class of one image gives none.
+    The share applies to each class, rounded, with at least one image; no image of a class with one image is held out.
 
     Args:
-        labels: Of all images, (n,).
-        rows: Images to divide, (m,).
-        share: To hold out, 0 to less than 1; none at 0.
-        seed: Of the draw.
+        labels: Labels of all images, (n,).
+        rows: Images to split, (m,).
+        share: Share to hold out, from 0 to less than 1; 0: none.
+        seed: Seed of the draw.
 
     Returns:
-        Rows that train, and rows that are held out, both sorted.
+        Rows for training, and rows that are held out, both sorted.
 
     Raises:
         InputError: The share is out of range.
     """
     if not 0 <= share < 1:
-        raise InputError(f"A share of the training images between 0 and 1 is held out, but got {share}.")
+        raise InputError(f"holdout must be from 0 to less than 1; got {share}.")
     random, kept, held = np.random.default_rng(seed), [], []
     for label in labels[rows].unique():
         members = random.permutation(rows[labels[rows] == label].numpy())
@@ -77,33 +77,33 @@ def sweep(
     rows: torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Train heads together, choose, and test (see the module).
+    """Train heads together, select, and test (see the module).
 
-    Every batch is read once for all heads. A head becomes what it becomes alone, but for rounding. Heads compute in
-    float32, or in float64 where the tokens are float64. Under torch.distributed all processes call this, each trains a
-    part of the heads, and all get the whole result.
+    Every batch is read once for all heads. Except for rounding, a head is the same as if it were trained alone. Heads
+    compute in float32, or in float64 if the tokens are float64. Under torch.distributed all processes call this, each
+    trains a share of the heads, and all return the whole result.
 
     Args:
         train: Training images.
         test: Test images.
-        heads: What to train.
+        heads: Heads to train.
         epochs: Passes over the training images.
-        batch_size: Images a step.
-        warmup_epochs: In which the learning rate rises from 0.
-        holdout: Share of the training images that chooses; 0 where there is nothing to choose.
-        refit: Train the chosen heads again, on the held-out images too, for the same number of epochs, and test them
-            after the last.
-        seed: Of the held-out part and of the order of images, which is a function of it and of the epoch.
-        device: Where heads are trained.
-        state: File that is written after each epoch. A sweep that finds its own file goes on from there, and ends with
-            the same table. The refit's is next to it; of several processes each has its own.
-        rows: Training images to use, (m,); all if None.
-        progress: Where a bar appears while heads train.
+        batch_size: Images per step.
+        warmup_epochs: Epochs in which the learning rate rises from 0.
+        holdout: Share of the training images that is held out for selection; 0 if there is nothing to select.
+        refit: Train the selected heads again, including the held-out images, for the same number of epochs, and test
+            them after the last epoch.
+        seed: Seed of the held-out images and of the order of images, which depends on it and on the epoch.
+        device: Device on which heads are trained.
+        state: File that is written after each epoch. A sweep that finds its own file resumes from it, with the same
+            final result. The file of the refit is next to it; each of several processes has its own.
+        rows: Training images to use, (m,); None: all.
+        progress: Display of the progress bar.
 
     Raises:
-        InputError: The images or settings do not allow the sweep; the message says why.
-        UnknownNameError: There is no such pooling.
-        DataError: Tokens are not finite, or the state file is another sweep's or unreadable.
+        InputError: The images or settings are not supported; the message states why.
+        UnknownNameError: A pooling does not exist.
+        DataError: Tokens contain NaN or infinity, or the state file belongs to another sweep or is unreadable.
         StorageError: The state file could not be written.
     """
     heads = [_with_layer(spec, train) for spec in heads]
@@ -113,8 +113,8 @@ def sweep(
     keys = [(spec.pooling, spec.layer) for spec in heads]
     if not len(held_rows) and len(set(keys)) < len(keys):
         raise InputError(
-            "No training image is held out, so that nothing can choose among several heads of one pooling and layer: "
-            "hold out a share, with two images or more of a class, or give one head of each."
+            "Selecting among several heads of one pooling and layer requires held-out training images: set holdout "
+            "above 0, with at least two images of some class, or give one head of each."
         )
     common: dict[str, Any] = {
         "epochs": epochs, "batch_size": batch_size, "warmup_epochs": warmup_epochs, "seed": seed, "progress": progress
@@ -126,7 +126,7 @@ def sweep(
         if able:
             chosen.append(max(able, key=lambda result: result.held_out_accuracy if result.held_out else 0.0))
         else:
-            notes.append(f"All heads of {key[0]} at {train.layers[key[1]].name} diverged; none was chosen.")
+            notes.append(f"All heads of {key[0]} at {train.layers[key[1]].name} diverged; none was selected.")
     if refit and chosen:
         state = None if state is None else state.with_name(f"{state.stem}-refit{state.suffix}")
         specs, none = [result.spec for result in chosen], torch.empty(0, dtype=torch.int64)
@@ -146,7 +146,7 @@ def _divide(
     state: Path | None,
     common: dict[str, Any],
 ) -> tuple[list[HeadResult], float]:
-    """Train each process's share of the heads; give all of them, and the seconds of the slowest process."""
+    """Train each process's share of the heads; return all heads, and the seconds of the slowest process."""
     process, processes = rank_and_size()
     if processes > 1 and state is not None:
         state = state.with_name(f"{state.stem}-{process + 1}-of-{processes}{state.suffix}")
@@ -166,7 +166,7 @@ def _divide(
 
 
 def _with_layer(spec: HeadSpec, features: Features) -> HeadSpec:
-    """The same head with its layer counted from 0."""
+    """The same head, with its layer counted from 0."""
     count = len(features.layers)
     if not -count <= spec.layer < count:
         raise InputError(f"{spec} reads layer {spec.layer}, but the features have {count} layers.")
@@ -176,11 +176,11 @@ def _with_layer(spec: HeadSpec, features: Features) -> HeadSpec:
 def _check(
     train: Features, test: Features, heads: list[HeadSpec], rows: torch.Tensor, epochs: int, warmup_epochs: float
 ) -> list[str]:
-    """Refuse what cannot be swept over; give notes about what can."""
+    """Check the inputs of a sweep, and return notes about them."""
     if not heads or epochs < 1 or not 0 <= warmup_epochs <= epochs:
         raise InputError(
-            "A sweep has a head or more, an epoch or more, and no more epochs to warm up, but got "
-            f"{len(heads)} heads, {epochs} epochs and {warmup_epochs} to warm up."
+            "A sweep requires at least one head, at least one epoch, and warmup_epochs from 0 to epochs; got "
+            f"{len(heads)} heads, {epochs} epochs and {warmup_epochs} warm-up epochs."
         )
     if train.layers != test.layers or train.classes != test.classes:
         raise InputError("Training and test images must have the same layers and classes, in the same order.")
@@ -188,11 +188,11 @@ def _check(
         raise InputError("There are no test images.")
     present, tested = (set(labels.tolist()) for labels in (train.labels[rows], test.labels))
     if len(present) < 2:
-        raise InputError(f"Probing tells classes apart, but the training images have {len(present)} class(es).")
+        raise InputError(f"The training images must have at least two classes; got {len(present)}.")
     if tested - present:
         names = ", ".join(train.classes[label] for label in sorted(tested - present))
-        raise InputError(f"These classes have test images and no training images: {names}.")
+        raise InputError(f"These classes have test images but no training images: {names}.")
     if present - tested:
         names = ", ".join(train.classes[label] for label in sorted(present - tested))
-        return [f"These classes have no test images, so that the test says nothing about them: {names}."]
+        return [f"These classes have no test images, so that they are not evaluated: {names}."]
     return []

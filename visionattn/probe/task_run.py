@@ -1,4 +1,4 @@
-"""What the runs of segmentation, multi-label classification and regression share."""
+"""Base of the runs of segmentation, multi-label classification and regression."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WARMUP = 0.1  # of the epochs
 
 
 def divide(images: int, share: float) -> tuple[Tensor, Tensor]:
-    """Rows that train and rows that are held out, the same for the same number of images, both sorted.
+    """Rows for training and rows that are held out, both sorted; they depend only on the number of images.
 
     Raises:
         DataError: There are fewer than three images.
@@ -41,21 +41,21 @@ def divide(images: int, share: float) -> tuple[Tensor, Tensor]:
     order = np.random.default_rng(0).permutation(images)
     held = max(1, round(share * images)) if share else 0
     if images - held < 2:
-        raise DataError(f"Probing needs three training images or more; there are {images}.")
+        raise DataError(f"Probing requires at least three training images; got {images}.")
     rows, held_rows = (torch.from_numpy(np.sort(part)) for part in (order[held:], order[:held]))
     return rows, held_rows
 
 
 class TaskRun(ABC):
-    """The parts of a run.
+    """A run, part by part.
 
     Args:
-        settings: Of the run.
-        name: Of the backbone.
-        opened: The backbone as it was opened.
-        backbone: Gives its tokens.
-        images: That train and test.
-        console: Where the progress is shown.
+        settings: Settings of the run.
+        name: Name of the backbone.
+        opened: The opened model, with its source and licence.
+        backbone: Backbone that computes the tokens.
+        images: Training and test images.
+        console: Console for the progress.
     """
 
     specs: list[HeadSpec]
@@ -72,7 +72,7 @@ class TaskRun(ABC):
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
+        """Folder of the run."""
         return Path(self.settings.output or "")
 
     @property
@@ -94,10 +94,10 @@ class TaskRun(ABC):
 
     @abstractmethod
     def report(self, command: str | None = None) -> TaskReport:
-        """All parts of the work.
+        """Do all parts of the work.
 
         Args:
-            command: What was called; None is the command line.
+            command: The call to be reported; None: the command line.
         """
 
     def write(self, report: TaskReport) -> None:
@@ -113,7 +113,7 @@ class TaskRun(ABC):
         optimizer: str,
         **more: Any,
     ) -> TaskReport:
-        """A report of heads."""
+        """Make the report of heads."""
         settings = self.settings
         images: Images = self.images
         train, test = parts

@@ -1,4 +1,4 @@
-"""The run of each task: what reads its data, and what trains its heads."""
+"""The run of each task: reading its data, and training its heads."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def make_run(settings: ProbeSettings, name: str, opened: Opened, data: Any, cons
     """Read the data of a task, and set up its run.
 
     Args:
-        settings: Of the run.
-        name: Of the backbone.
-        opened: The backbone.
-        data: As `visionattn.probe` takes it.
-        console: Where the progress is shown.
+        settings: Settings of the run.
+        name: Name of the backbone.
+        opened: The opened backbone.
+        data: See `visionattn.probe`.
+        console: Console for the progress.
 
     Raises:
-        VisionAttnError: The data or the backbone do not fit the task.
+        VisionAttnError: The data or the backbone do not match the task.
     """
     config = resolve_model_data_config(opened.model)
     if settings.task == "segmentation":

@@ -1,4 +1,4 @@
-"""The parts of a run of `visionattn probe`, from the tokens to the ONNX file; each can be stopped and goes on."""
+"""Run of `visionattn probe`, from the tokens to the ONNX file; each part can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ __all__ = ["HOLDOUT", "WARMUP", "ProbedClassifier", "ProbingRun"]
 
 HOLDOUT = 0.1
 WARMUP = 0.1  # of the epochs
-# A few images make an epoch of one step: a head needs more of these than a data set has epochs.
+# With a few images an epoch is a single step, so that few-shot heads need more epochs.
 FEW_SHOT_STEPS = 200
 
 
 class ProbingRun:
-    """The parts of a run, each of which goes on where an earlier run of the same settings ended."""
+    """A run, part by part; each part resumes from an earlier run with the same settings."""
 
     def __init__(
         self,
@@ -71,14 +71,14 @@ class ProbingRun:
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
+        """Folder of the run."""
         return Path(self.settings.output or "")
 
     def report(self, command: str | None = None) -> Report:
-        """All parts of the work but the export.
+        """Do all parts of the work except the export.
 
         Args:
-            command: What was called; None is the command line.
+            command: The call to be reported; None: the command line.
         """
         settings, images = self.settings, self.images
         start = time.perf_counter()
@@ -86,7 +86,7 @@ class ProbingRun:
         train, test = self.tokens.read()
         extracting = time.perf_counter() - start
         found = self.sweep(train, test)
-        if "tokens" not in self.state.seconds:  # later runs only look whether they are there
+        if "tokens" not in self.state.seconds:  # later runs only check that the tokens exist
             self.state.spend("tokens", extracting)
         report = Report(
             command=command or settings.command(self.name, images.data),
@@ -134,12 +134,12 @@ class ProbingRun:
         return report
 
     def _note_ends(self, report: Report) -> None:
-        """Note where the chosen learning rate is the least or the largest of several."""
+        """Add a note if a selected learning rate is the lowest or the highest of several."""
         rates = self.settings.learning_rates
         at_end = [result for result in report.best() if result.spec.lr in (min(rates), max(rates))]
         if at_end and len(rates) > 1:
             names = ", ".join(f"{report.name(result)} ({result.spec.lr:g})" for result in at_end)
-            report.notes.append(f"The chosen learning rate is an end of those tried for {names}: --lrs can take more.")
+            report.notes.append(f"The selected learning rate is at an end of the range for {names}: extend --lrs.")
 
     @property
     def plan(self) -> str:
@@ -199,7 +199,7 @@ class ProbingRun:
         self.console.print(f"note: {words}")
 
     def neighbours(self, report: Report, train: Features, test: Features) -> None:
-        """k-NN on the class token and on the mean of the patches, at each layer, as they are and standardised."""
+        """k-NN on the class token and on the mean of the patches, at each layer, raw and standardised."""
         known = self.state.neighbours("neighbours.pt")
         wanted = [
             (position, source, standardized)
@@ -210,7 +210,7 @@ class ProbingRun:
         statistics: dict[tuple[int, str], ChannelStatistics] = {}
         with show_progress(self.console) as progress:
             for position, source, standardized in wanted:
-                # Without standardisation the key has two parts.
+                # Without standardisation the key has two entries.
                 key = (position, source, "standardized") if standardized else (position, source)
                 if key not in known:
                     start = time.perf_counter()
@@ -277,7 +277,7 @@ class ProbingRun:
         return PixelHead(chosen.spec, chosen.held_out_accuracy, chosen.best_epoch, parameters, chosen.best)
 
     def few_shot(self, report: Report, train: Features, test: Features) -> None:
-        """The best of each pooling with a few training images."""
+        """Train the best head of each pooling with a few training images."""
         settings = self.settings
         specs = [result.spec for result in report.best()]
         counts = train.labels.bincount(minlength=len(report.classes))
@@ -286,7 +286,7 @@ class ProbingRun:
             if size > int(present.min()):
                 rarest = report.classes[int(torch.where(counts > 0, counts, len(train) + 1).argmin())]
                 report.notes.append(
-                    f"No head was trained on {size} images per class: {rarest} has {int(present.min())} in training."
+                    f"No head was trained with {size} images per class: {rarest} has {int(present.min())} for training."
                 )
                 continue
             name = f"few-shot-{size}-{settings.draws}.pt"
@@ -333,7 +333,7 @@ class ProbingRun:
             with atomic_path(self.folder / file) as temporary:
                 sheet.save(temporary, quality=90)
             truth, said = (report.classes[int(label)] for label in (test.labels[row], result.best.predictions[row]))
-            verdict = "right" if truth == said else f"taken for {said}"
+            verdict = "correct" if truth == said else f"predicted {said}"
             report.maps.append((file, f"{report.name(result)} on {name}: {truth}, {verdict}"))
 
     def write(self, report: Report) -> None:
@@ -347,14 +347,14 @@ class ProbingRun:
         """Backbone and head as one ONNX file."""
         result = next((result for result in report.best() if result.spec.pooling == self.settings.export), None)
         if result is None:
-            raise InputError(f"No head of {self.settings.export} was chosen, so that none can be exported.")
+            raise InputError(f"No head of {self.settings.export} was selected, so that none can be exported.")
         model = copy.deepcopy(self.backbone.model).to("cpu", torch.float32)
         index = self.backbone.indices[result.spec.layer]
         backbone = Backbone(model, [index], self.backbone.norm, image_size=self.backbone.image_size)
         probed = ProbedClassifier(
             backbone, 0, result.head.float(), report.classes, self.images.mean, self.images.std
         )  # fmt: skip
-        with self.console.status("Exporting; a large network takes minutes."):
+        with self.console.status("Exporting; this takes minutes for a large network."):
             file = export_onnx(
                 probed,
                 self.folder / f"{self.settings.export}.onnx",
@@ -365,7 +365,7 @@ class ProbingRun:
 
 
 def _picture(image: Tensor, images: Images) -> Image.Image:
-    """What the backbone saw."""
+    """The image as the backbone saw it."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (images.mean, images.std))
     pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

@@ -1,10 +1,10 @@
-"""Probing heads, and heads that are alike stacked, so that many train at little more than the price of one.
+"""Probing heads, and banks that stack similar heads, so that many heads train at little more than the cost of one.
 
-A head is pooling -> batch norm without gain and shift -> linear classifier. A bank holds heads of one pooling at one
-layer. Its heads keep their own parameters, which are slices of the bank's: the classifiers, and the value matrices of
-efficient probing, are batched matrix products, and its queries, with those of other banks, one call of
-`multi_query_pool`. Poolings without parameters, and their batch norms, are the same for all heads of a bank and are
-computed once. Any other pooling has a bank for each head.
+A head is pooling -> batch norm without scale and shift -> linear classifier. A bank holds heads with one pooling at one
+layer. The parameters of its heads are slices of the bank's: the classifiers, and the value matrices of efficient
+probing, are batched matrix products, and its queries, together with those of other banks, are one call of
+`multi_query_pool`. Poolings without parameters, and their batch norms, are shared by all heads of a bank and computed
+once. Any other pooling has a bank per head.
 """
 
 import math
@@ -34,22 +34,22 @@ __all__ = [
     "make_banks",
 ]
 
-# Numbers in the averages (B, M, D) of a call of `multi_query_pool`. On CPUs 16 MiB of float32 stay below what malloc
-# hands back to the system after each use and fetches again page by page; elsewhere, the limit bounds the memory.
+# Elements in the averages (B, M, D) of a call of `multi_query_pool`. On CPUs, 16 MiB of float32 are below the size from
+# which malloc returns memory to the system after each use; on other devices the limit bounds the memory.
 _AVERAGES_ON_CPU, _AVERAGES_ELSEWHERE = 2**22, 2**28
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A head to train, and how.
+    """A head to train, with its settings.
 
     Attributes:
         pooling: Name of the pooling, as `create_pooling` takes it, such as `"ep_32"`.
-        layer: Which of the features' layers it reads, an index.
+        layer: Index of the layer that it reads among those of the features.
         optimizer: `"lars"` (momentum 0.9, trust 0.001) or `"adamw"`.
-        lr: Peak learning rate. LARS takes it times batch / 256.
-        weight_decay: Of matrices; biases do not decay.
-        seed: Of the starting weights.
+        lr: Peak learning rate; for LARS it is multiplied by batch size / 256.
+        weight_decay: Weight decay of matrices; biases do not decay.
+        seed: Seed of the initial weights.
     """
 
     pooling: str
@@ -63,11 +63,11 @@ class HeadSpec:
         sizes = 0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf
         if self.optimizer not in ("lars", "adamw") or not sizes:
             raise InputError(
-                "A head's optimizer must be 'lars' or 'adamw', its learning rate a finite number above 0 and its "
-                f"weight decay a finite number, 0 or more; got {self}."
+                "optimizer must be one of 'lars', 'adamw', lr a finite number above 0, and weight_decay a finite "
+                f"number of at least 0; got {self}."
             )
         if not 0 <= self.seed < 2**63:
-            raise InputError(f"A head's seed must be a whole number from 0 to 2^63 - 1; got {self.seed}.")
+            raise InputError(f"seed must be a whole number from 0 to 2^63 - 1; got {self.seed}.")
 
 
 def grid(
@@ -78,7 +78,7 @@ def grid(
     weight_decays: Sequence[float] = (0.0,),
     seeds: Sequence[int] = (0,),
 ) -> list[HeadSpec]:
-    """Give every combination, the seeds changing fastest."""
+    """Return every combination; seeds vary fastest."""
     return [HeadSpec(*values) for values in product(poolings, layers, optimizers, lrs, weight_decays, seeds)]
 
 
@@ -86,11 +86,11 @@ class Head(nn.Module):
     """Pooling, batch norm, classifier.
 
     Args:
-        pooling: What makes the tokens one vector.
-        num_classes: Classes K.
+        pooling: Pooling of the tokens to one vector.
+        num_classes: Number K of classes.
 
     Shape:
-        (B, N, D), the tokens that `pooling.tokens` names -> (B, K), logits.
+        Tokens (B, N, D) of the kind `pooling.tokens` -> logits (B, K).
     """
 
     def __init__(self, pooling: Pooling, num_classes: int) -> None:
@@ -107,11 +107,11 @@ class Head(nn.Module):
 
 
 def create_head(spec: HeadSpec, layer: Layer, num_classes: int) -> Head:
-    """Make a head with the starting weights of its seed, on the CPU in float32.
+    """Create a head with the initial weights of its seed, on the CPU in float32.
 
     Raises:
-        UnknownNameError: There is no such pooling.
-        InputError: The pooling cannot be made at this layer.
+        UnknownNameError: The pooling does not exist.
+        InputError: The pooling does not support this layer.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
@@ -119,18 +119,18 @@ def create_head(spec: HeadSpec, layer: Layer, num_classes: int) -> Head:
     if head.pooling.tokens != "patches" and not layer.has_class:
         instead = spec.pooling.replace("ep_all", "ep") if spec.pooling.startswith("ep_all") else "gap"
         raise InputError(
-            f"The pooling {spec.pooling!r} reads the class token, and layer {layer.name!r} has none; take {instead!r}, "
-            "or any of gap and ep_M, which read the patches."
+            f"Pooling {spec.pooling!r} reads the class token, which layer {layer.name!r} does not have; use "
+            f"{instead!r}, or any of gap and ep_M, which read the patches."
         )
     return head
 
 
 def head_tokens(tokens: Tokens, kind: str) -> torch.Tensor:
-    """Give the tokens that a pooling reads, (B, N, D).
+    """Return the tokens that a pooling reads, (B, N, D).
 
     Args:
-        tokens: Of a layer.
-        kind: `"patches"`, `"class"`, or `"all"` for the class token before the patches.
+        tokens: Tokens of a layer.
+        kind: `"patches"`, `"class"`, or `"all"` for the class token followed by the patches.
     """
     if kind == "patches" or tokens.class_token is None:
         return tokens.patches
@@ -139,7 +139,7 @@ def head_tokens(tokens: Tokens, kind: str) -> torch.Tensor:
 
 
 def _stack(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Make parameters, and their gradients, slices of one tensor."""
+    """Move parameters and their gradients into one tensor, of which they become slices."""
     stack = torch.stack([parameter.detach() for parameter in parameters]).requires_grad_()
     stack.grad = torch.zeros_like(stack)
     for number, parameter in enumerate(parameters):
@@ -151,13 +151,13 @@ class Bank:
     """Heads of one pooling at one layer (see the module).
 
     Args:
-        heads: On one device and in one dtype. Their parameters become slices of the bank's.
+        heads: Heads on one device and in one dtype. Their parameters become slices of the bank's.
 
     Attributes:
-        kind: The tokens that they read.
-        queries: All queries (H M, D) of efficient probing, None for other poolings.
-        takes_int8: Whether tokens can stay in int8: efficient probing and the mean make no use of each by itself.
-        parameters: What receives gradients beside the parameters of a pooling that is not stacked.
+        kind: Kind of the tokens that they read.
+        queries: All queries (H M, D) of efficient probing; None for other poolings.
+        takes_int8: Whether tokens can stay in int8, as for efficient probing and the mean, which only average tokens.
+        parameters: Stacked parameters that receive gradients.
     """
 
     def __init__(self, heads: list[Head]) -> None:
@@ -175,12 +175,12 @@ class Bank:
             self.parameters += [queries, self.value]
             self.queries = queries
         self.takes_int8 = self.queries is not None or isinstance(self.pooling, Mean)
-        # That differ between the heads, and so do the batch norms of them.
+        # These differ between heads, and so do their batch norms.
         self.vectors = len(heads) if self.queries is not None else 1
         self._give_norms(self.vectors)
 
     def _give_norms(self, count: int) -> None:
-        """Make so many batch norms, one a head or one for all, slices of one tensor."""
+        """Stack `count` batch norms, one per head or one for all, in one tensor."""
         norms: list = [head.norm for head in self.heads]
         self.running = [
             torch.stack([getattr(norm, name) for norm in norms[:count]]) for name in ("running_mean", "running_var")
@@ -189,7 +189,7 @@ class Bank:
             norm.running_mean, norm.running_var = (x[number % count] for x in self.running)
 
     def load(self, weights: Sequence[dict[str, torch.Tensor]]) -> None:
-        """Give heads weights of different epochs, for evaluation: each its own batch norm."""
+        """Load weights of different epochs for evaluation, each head with its own batch norm."""
         self._give_norms(len(self.heads))
         for head, own in zip(self.heads, weights, strict=True):
             head.load_state_dict(own)
@@ -207,12 +207,12 @@ class Bank:
             self.pooling.zero_grad()
 
     def project(self, averages: torch.Tensor) -> torch.Tensor:
-        """Efficient probing's values of the tokens' averages: (B, H M, D) -> (B, H O)."""
+        """Values of efficient probing from the averages of the tokens: (B, H M, D) -> (B, H O)."""
         weight = self.value.reshape(averages.shape[1], -1, averages.shape[2])  # (H M, O / M, D)
         return torch.bmm(averages.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1).flatten(1)
 
     def classify(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Logits of the pooled vectors: (B, H O), or (B, O) where the heads share them -> (H, B, K)."""
+        """Logits of the pooled vectors: (B, H O), or (B, O) if the heads share them -> (H, B, K)."""
         norms = len(self.running[0])
         if norms > self.vectors:
             vectors = vectors.repeat(1, norms)
@@ -231,15 +231,15 @@ class Bank:
 def make_banks(
     heads: list[Head], specs: Sequence[HeadSpec], batch_size: int
 ) -> list[tuple[int, list[Bank], list[int]]]:
-    """Put heads into banks, and banks into groups whose queries are answered by one call.
+    """Assign heads to banks, and banks to groups whose queries are computed in one call.
 
     Args:
-        heads: On one device and in one dtype.
-        specs: What they are.
-        batch_size: Images at once.
+        heads: Heads on one device and in one dtype.
+        specs: Their settings.
+        batch_size: Images per batch.
 
     Returns:
-        Layer, banks, and the numbers of the heads in them one after the other, of each group.
+        For each group: layer, banks, and the indices of their heads in the order of the banks.
     """
 
     def alike(number: int) -> tuple:
@@ -249,7 +249,7 @@ def make_banks(
         return specs[number].layer, probing, pooling.tokens, specs[number].pooling, apart
 
     def pieces() -> Iterator[tuple[tuple, int, list[int]]]:
-        """Heads of a bank, and how many numbers their averages hold."""
+        """Heads of a bank, and the number of elements of their averages."""
         for key, numbers in groupby(sorted(range(len(heads)), key=alike), key=alike):
             members = list(numbers)
             pooling = heads[members[0]].pooling
@@ -279,17 +279,17 @@ def make_banks(
 def bank_tokens(
     bank: Bank, tokens: Tokens, scales: Tokens | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Give the tokens that a bank reads, (B, N, D), on a device.
+    """Return the tokens that a bank reads, (B, N, D), on a device.
 
     Args:
-        bank: One of a group; the others of it read the same.
-        tokens: Of the bank's layer.
-        scales: Of int8 tokens, as `Features.stored_batches` gives them.
-        device: Where the heads are.
-        dtype: Of the heads.
+        bank: A bank of a group; the other banks of the group read the same tokens.
+        tokens: Tokens of the bank's layer.
+        scales: Scales of int8 tokens, from `Features.stored_batches`.
+        device: Device of the heads.
+        dtype: Data type of the heads.
 
     Returns:
-        Tokens in that dtype and None, or, where the bank takes these, int8 tokens and their scales (B, N).
+        Tokens in that dtype and None, or, if the bank supports it, int8 tokens and their scales (B, N).
     """
     x = head_tokens(tokens, bank.kind).to(device)
     if scales is None:
@@ -302,15 +302,15 @@ def group_logits(banks: list[Bank], tokens: torch.Tensor, scales: torch.Tensor |
     """Logits of the heads of each bank of a group, (H, B, K).
 
     Args:
-        banks: A group of `make_banks`.
-        tokens: What they read, (B, N, D).
-        scales: Of int8 tokens, (B, N); None of others.
+        banks: A group from `make_banks`.
+        tokens: Tokens that they read, (B, N, D).
+        scales: Scales of int8 tokens, (B, N); None for other tokens.
     """
     pool = torch.ops.visionattn.multi_query_pool
     queries = [bank.queries.flatten(0, 1) for bank in banks if bank.queries is not None]
     if not queries:
         if scales is not None:
-            # To a query of zeros all tokens are alike: what remains of them is their mean, (B, 1, D).
+            # A query of zeros weights all tokens equally: the result is their mean, (B, 1, D).
             tokens, _ = pool(tokens, banks[0].weight.new_zeros(1, tokens.shape[2]), None, scales)
         return [bank.classify(bank.pooling(tokens)) for bank in banks]
     averages, _ = pool(tokens, torch.cat(queries), None, scales)  # (B, sum of H M, D)

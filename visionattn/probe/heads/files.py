@@ -1,4 +1,4 @@
-"""Files of heads: safetensors whose metadata say what the head reads, and what its classes are called."""
+"""Files of heads: safetensors whose metadata state what the head reads, and the names of its classes."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ _KEY = "visionattn_head"
 
 
 def save_head(head: Head, facts: Mapping[str, Any], path: Path) -> None:
-    """Write a head, whole or not at all.
+    """Write a head, completely or not at all.
 
     Args:
         head: The head.
-        facts: Plain values: `pooling`, `layer` with `dim` and `grid`, `classes`, and what else shall be known.
+        facts: Metadata as plain values: `pooling`, `layer` with `dim` and `grid`, `classes`, and further entries.
         path: The file.
 
     Raises:
         StorageError: The file could not be written.
     """
     with atomic_path(path) as temporary:
-        # Writing bytes gives the system's words for a full disk.
+        # Writing bytes raises the system's error for a full disk.
         state = {key: value.contiguous() for key, value in head.state_dict().items()}
         temporary.write_bytes(save(state, {_KEY: json.dumps(facts, ensure_ascii=False)}))
 
 
 def load_head(file: str | Path) -> Head:
-    """Open a head that `visionattn probe` wrote: pooling, batch norm and classifier, in evaluation.
+    """Open a head written by `visionattn probe`: pooling, batch norm and classifier, in evaluation mode.
 
-    Its `forward` takes the tokens (B, N, D) that its `pooling.tokens` names and gives logits (B, K).
+    Its `forward` takes tokens (B, N, D) of the kind `pooling.tokens` and returns logits (B, K).
 
     Args:
-        file: A .safetensors file of the folder `heads`.
+        file: A .safetensors file from the folder `heads` of a report.
 
     Raises:
-        CheckpointError: There is no such file, or it is not a head.
+        CheckpointError: The file does not exist, or is not a head.
     """
     return read_head(file)[0]
 
 
 def read_head(file: str | Path) -> tuple[Head, dict[str, Any]]:
-    """As `load_head`, with what the file says of the head.
+    """Like `load_head`, but also returns the metadata of the head.
 
     Raises:
-        CheckpointError: There is no such file, or it is not a head.
+        CheckpointError: The file does not exist, or is not a head.
     """
     try:
         if not Path(file).is_file():
@@ -71,7 +71,7 @@ def read_head(file: str | Path) -> tuple[Head, dict[str, Any]]:
         def build() -> Head:
             return Head(create_pooling(facts["pooling"], layer["dim"], tuple(layer["grid"])), len(facts["classes"]))
 
-        with torch.device("meta"):  # sizes that the weights do not have would ask for any memory
+        with torch.device("meta"):  # wrong sizes in the metadata could require any amount of memory
             wrong = mismatches(state, build().state_dict())
         if wrong:
             raise ValueError("; ".join(wrong[:3]))
@@ -81,8 +81,8 @@ def read_head(file: str | Path) -> tuple[Head, dict[str, Any]]:
     except CheckpointError:
         raise
     except Exception as error:
-        # A damaged file, and metadata that anybody can write, fail in any way.
+        # A damaged file, or arbitrary metadata, can raise any error.
         raise CheckpointError(
-            f"{shorten(file)} is not a head that `visionattn probe` wrote: {shorten(error)}"
+            f"{shorten(file)} is not a head written by `visionattn probe`: {shorten(error)}"
         ) from error
     return head.eval(), facts

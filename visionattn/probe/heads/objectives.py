@@ -1,4 +1,4 @@
-"""What heads are trained for: the loss of images, and what is said of the images that choose and that test."""
+"""Objectives of heads: the loss, the score on held-out images, and the results on test images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class Objective(ABC):
-    """What heads are trained for."""
+    """Objective of the training of heads."""
 
     @abstractmethod
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -28,15 +28,15 @@ class Objective(ABC):
 
     @abstractmethod
     def held_out(self, batches: Batches) -> list[float]:
-        """What chooses, of each head; the larger the better."""
+        """Score of each head on the held-out images; higher is better."""
 
     @abstractmethod
     def scores(self, batches: Batches) -> list[Any]:
-        """What is kept of the test images, of each head."""
+        """Results of each head on the test images."""
 
 
 class Classification(Objective):
-    """One class of each image: cross-entropy, accuracy, a `Score`."""
+    """One class per image: cross-entropy, accuracy, a `Score`."""
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """See `Objective.losses`."""
@@ -64,7 +64,7 @@ class Classification(Objective):
 
 
 class _Numbers(Objective):
-    """Labels are K numbers of each image, (n, K); what is kept of the test images are outputs (n, K)."""
+    """Labels are K numbers per image, (n, K); the results on the test images are outputs (n, K)."""
 
     def scores(self, batches: Batches) -> list[Any]:
         """See `Objective.scores`."""
@@ -72,7 +72,7 @@ class _Numbers(Objective):
 
     @abstractmethod
     def outputs(self, logits: Tensor) -> Tensor:
-        """Predictions of logits."""
+        """Predictions from logits."""
 
     def _all(self, batches: Batches) -> tuple[Tensor, Tensor]:
         pairs = [(labels.cpu(), self.outputs(logits).cpu()) for labels, logits in batches]
@@ -94,7 +94,7 @@ class _Numbers(Objective):
 
 
 class MultiLabel(_Numbers):
-    """Any classes of each image: binary cross-entropy, mean average precision; outputs are logits."""
+    """Any number of classes per image: binary cross-entropy, mean average precision; outputs are logits."""
 
     metric = staticmethod(average_precision)
 
@@ -109,11 +109,11 @@ class MultiLabel(_Numbers):
 
 
 class Regression(_Numbers):
-    """Numbers of each image: squared error of standardised targets, R^2; outputs are in the targets' units.
+    """Numbers per image: squared error of standardised targets, R^2; outputs are in the units of the targets.
 
     Args:
-        mean: Of each target over the training images, (K,).
-        deviation: Likewise.
+        mean: Mean of each target over the training images, (K,).
+        deviation: Standard deviation of each target over the training images, (K,).
     """
 
     metric = staticmethod(r2_score)

@@ -1,4 +1,4 @@
-"""What a sweep found: the scores of each head on the test images, the heads, and the table of them."""
+"""Results of a sweep: the heads, their scores on the test images, and the table of them."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -14,13 +14,13 @@ __all__ = ["HeadResult", "Score", "SweepResult"]
 
 @dataclass(frozen=True)
 class Score:
-    """What a head says of the test images.
+    """Predictions of a head for the test images.
 
     Attributes:
-        predictions: Class of each image, int64 (n,).
-        confidences: Probability that it gives to that class, (n,).
-        correct: Whether it is right, bool (n,).
-        nll: Negative log-likelihood of each image's class, in nats, (n,).
+        predictions: Predicted class of each image, int64 (n,).
+        confidences: Probability of the predicted class, (n,).
+        correct: Whether the prediction is correct, bool (n,).
+        nll: Negative log-likelihood of each image's true class, in nats, (n,).
     """
 
     predictions: torch.Tensor
@@ -30,7 +30,7 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """Share of images that it gets right."""
+        """Share of the images with a correct prediction."""
         return float(self.correct.double().mean())
 
     @property
@@ -49,17 +49,17 @@ class HeadResult:
     """A head after its training.
 
     Attributes:
-        spec: What it is.
+        spec: Settings of the head.
         layer: Name of its layer.
-        head: The head with the weights of its best epoch, on the CPU, in evaluation.
-        held_out: Accuracy on the held-out images after each epoch; empty where none are held out.
-        best_epoch: The first of the epochs with the highest of these, counted from 1; the last where none are held out,
-            0 where the head diverged in the first.
-        last: Test images after the last epoch; None for a head that diverged.
-        best: Test images after the best epoch; None for a head without one.
-        diverged: Epoch in which its loss stopped being finite, 0 for a head whose loss never did. Its best epoch is one
-            before that, and it is not chosen.
-        refit: Whether it was trained on the held-out images too.
+        head: The head with the weights of its best epoch, on the CPU, in evaluation mode.
+        held_out: Accuracy on the held-out images after each epoch; empty if none are held out.
+        best_epoch: First epoch with the highest of these accuracies, counted from 1; the last epoch if none are held
+            out, 0 if the head diverged in the first epoch.
+        last: Score on the test images after the last epoch; None for a head that diverged.
+        best: Score on the test images after the best epoch; None for a head without one.
+        diverged: Epoch in which its loss became infinite or NaN; 0 if it never did. The best epoch of such a head is an
+            earlier one, and the head is not selected.
+        refit: Whether it was also trained on the held-out images.
     """
 
     spec: HeadSpec
@@ -74,22 +74,22 @@ class HeadResult:
 
     @property
     def held_out_accuracy(self) -> float:
-        """Accuracy on the held-out images after the best epoch; NaN where there is none."""
+        """Accuracy on the held-out images after the best epoch; NaN if there is none."""
         return self.held_out[self.best_epoch - 1] if self.held_out and self.best_epoch else math.nan
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found.
+    """Result of a sweep.
 
     Attributes:
-        heads: In the order in which they were asked for.
-        chosen: Of each pooling and layer the head with the highest held-out accuracy, the first of equals; with `refit`
+        heads: The heads in the requested order.
+        chosen: For each pooling and layer, the head with the highest held-out accuracy (ties: the first); with `refit`,
             trained again on all training images.
-        epochs: Of the training.
-        seconds: The sweep took, reading tokens included and time between a kill and the next start not. The heads share
-            them.
-        notes: What a reader of the table should know, such as classes without test images.
+        epochs: Number of training epochs.
+        seconds: Wall time of the sweep for all heads, including token reads, excluding time between interruption and
+            resume.
+        notes: Notes for the reader of the table, such as classes without test images.
     """
 
     heads: list[HeadResult]
@@ -99,7 +99,7 @@ class SweepResult:
     notes: list[str] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Give the table, a row a head, then those that were fitted again; missing numbers are NaN."""
+        """Return the table, one row per head, then those that were trained again; missing numbers are NaN."""
         chosen = {id(result) for result in self.chosen}
         again = [result for result in self.chosen if result.refit]
         selected = {(result.spec, result.layer) for result in again}

@@ -1,4 +1,4 @@
-"""Heads in training: their optimizers, epochs, best weights and state file (protocol: see `visionattn.probe.sweep`)."""
+"""Training of heads: optimizers, epochs, best weights and state file (protocol: see `visionattn.probe.sweep`)."""
 
 import hashlib
 import math
@@ -22,41 +22,41 @@ from visionattn.probe.tokens.interface import Features, Tokens
 
 __all__ = ["HeadTraining"]
 
-KEPT = ("epoch", "seconds", "held_out", "best_epoch", "best", "diverged")  # in a state file, as they are
+KEPT = ("epoch", "seconds", "held_out", "best_epoch", "best", "diverged")  # stored in the state file unchanged
 
 
 def _refuse_broken(features: Features, tokens: list[Tokens], rows: torch.Tensor) -> None:
-    """Refuse tokens that are not finite."""
+    """Check that tokens are finite."""
     for layer, given in zip(features.layers, tokens, strict=True):
         for part in given:
             if part is not None and not part.isfinite().all():
                 broken = rows[~part.flatten(1).isfinite().all(1).cpu()].tolist()
                 raise DataError(
-                    f"The tokens of layer {layer.name!r} are not finite in {len(broken)} images of a batch, "
-                    f"the first of them row {broken[0]}: extract them again, in a wider type."
+                    f"The tokens of layer {layer.name!r} contain NaN or infinity in {len(broken)} images of a batch, "
+                    f"the first of them row {broken[0]}: extract them again with a wider data type."
                 )
 
 
 class HeadTraining:
-    """A training of heads on some rows, and its test.
+    """Training of heads on some rows, and their test.
 
     Args:
         train: Training images.
         test: Test images.
-        specs: The heads, their layers counted from 0.
-        fit_rows: Training images that train.
-        held_rows: Those that choose the epoch of each head; the last epoch is taken if there are none.
-        epochs: Passes over the images that train.
-        batch_size: Images a step.
-        warmup_epochs: In which the learning rate rises from 0.
-        seed: Of the order of images.
-        device: Where heads are trained.
-        state: File that is written after each epoch, and gone on from.
-        progress: Where a bar appears.
-        objective: What the heads are trained for; None is classification.
+        specs: Settings of the heads, with layers counted from 0.
+        fit_rows: Training images used for training.
+        held_rows: Training images used to select the epoch of each head; if empty, the last epoch is used.
+        epochs: Passes over the images of `fit_rows`.
+        batch_size: Images per step.
+        warmup_epochs: Epochs in which the learning rate rises from 0.
+        seed: Seed of the order of images.
+        device: Device on which heads are trained.
+        state: File that is written after each epoch, and from which training resumes.
+        progress: Display of the progress bar.
+        objective: Objective of the heads; None: classification.
 
     Raises:
-        InputError: A batch is larger than there are images to train on, or has one.
+        InputError: A batch has fewer than 2 images, or more than there are for training.
     """
 
     def __init__(
@@ -79,14 +79,13 @@ class HeadTraining:
         self.objective = objective or Classification()
         if not 2 <= batch_size <= len(fit_rows):
             raise InputError(
-                f"A batch has 2 images or more and no more than there are to train on, {len(fit_rows)}, but got "
-                f"{batch_size}."
+                f"batch_size must be from 2 to {len(fit_rows)}, the number of images to train on; got {batch_size}."
             )
         self.train, self.test, self.specs = train, test, specs
         self.fit_rows, self.held_rows = fit_rows, held_rows
         self.epochs, self.batch_size, self.warmup_epochs, self.seed = epochs, batch_size, warmup_epochs, seed
         self.device, self.state, self.progress = device, state, progress
-        self.steps = len(fit_rows) // batch_size  # an epoch
+        self.steps = len(fit_rows) // batch_size  # per epoch
         first = next(train.batches(fit_rows[:1], 1))[1]
         self.dtype = torch.float64 if first[0].patches.dtype == torch.float64 else torch.float32
         self.heads = [
@@ -103,7 +102,7 @@ class HeadTraining:
         self.diverged = [0] * len(specs)
 
     def results(self) -> list[HeadResult]:
-        """Train from where the state file stands, then test."""
+        """Train, resuming from the state file, then test."""
         self._resume()
         bar: Any = None
         if self.progress is not None:
@@ -143,7 +142,7 @@ class HeadTraining:
         return results
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """One of each kind, its parameters in groups of like settings, with their peak learning rates."""
+        """One optimizer of each kind, with parameters grouped by their settings, and the peak learning rates."""
         groups: dict[tuple, list[torch.nn.Parameter]] = {}
         for spec, head in zip(self.specs, self.heads, strict=True):
             for parameter in head.parameters():
@@ -164,7 +163,7 @@ class HeadTraining:
         ]
 
     def _train_epoch(self, bar: Any) -> torch.Tensor:
-        """Give whether the loss of each bank's heads stayed finite, (heads,) in the order of the banks."""
+        """Train for an epoch; return whether the loss of each head stayed finite, (heads,) in the banks' order."""
         for bank in self.banks:
             bank.train(True)
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.fit_rows))
@@ -195,7 +194,7 @@ class HeadTraining:
         return finite.cpu()
 
     def _after_epoch(self, finite: torch.Tensor) -> None:
-        """Keep what the epoch gave: divergence, held-out accuracies, the best weights."""
+        """Record the results of the epoch: divergence, held-out accuracies, the best weights."""
         diverging = [int(n) for n, fine in zip(self.order, finite, strict=True) if not fine and not self.diverged[n]]
         if diverging:
             for rows, tokens in self.train.batches(self.fit_rows, self.batch_size):
@@ -215,12 +214,12 @@ class HeadTraining:
                 before.append(accuracies[number])
 
     def _scores(self) -> list[Any]:
-        """Test the heads as they are."""
+        """Test the heads with their current weights."""
         return self.objective.scores(self._logits(self.test, torch.arange(len(self.test))))
 
     @torch.no_grad()
     def _logits(self, features: Features, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Labels (B,) and logits (heads, B, K) of each batch, in evaluation, the heads as they were asked for."""
+        """Labels (B,) and logits (heads, B, K) of each batch, in evaluation mode, with heads in the requested order."""
         for bank in self.banks:
             bank.train(False)
         place = self.order.argsort().to(self.device)
@@ -253,7 +252,7 @@ class HeadTraining:
         return {name: value.detach().cpu().clone() for name, value in head.state_dict().items()}
 
     def _identity(self) -> str:
-        """What must be the same for a state file to be this run's."""
+        """Hash of all that must be equal for a state file to belong to this run."""
         settings = [
             self.specs, self.train.layers, self.train.classes, len(self.train), self.epochs, self.batch_size,
             self.warmup_epochs, self.seed, str(self.dtype),
@@ -285,20 +284,20 @@ class HeadTraining:
         except InputError as error:
             raise DataError(
                 f"{shorten(self.state)} belongs to a sweep over other images, heads or settings: delete it to start "
-                "anew, or name another file."
+                "again, or choose another file."
             ) from error
         except Exception as error:
-            # What is no state can lack any entry, or have it of any type or shape.
+            # A file that is not a state can lack any entry, or have entries of any type or shape.
             raise DataError(
-                f"{shorten(self.state)} is not a state of a sweep: {shorten(error)} Delete it to start anew."
+                f"{shorten(self.state)} is not a state of a sweep: {shorten(error)} Delete it to start again."
             ) from error
 
     def _take(self, content: dict[str, Any]) -> None:
-        """Go on from what was saved."""
+        """Resume from saved content."""
         count = len(self.specs)
         lists = all(len(content[name]) == count for name in ("held_out", "best_epoch", "best", "diverged"))
         if not lists or not 0 <= content["epoch"] <= self.epochs or not content["seconds"] >= 0:
-            raise DataError("It has other numbers of heads or epochs.")
+            raise DataError("It has a different number of heads or epochs.")
         for head, weights in zip(self.heads, content["heads"], strict=True):
             head.load_state_dict(weights)
         for optimizer, kept in zip(self.optimizers, content["optimizers"], strict=True):

@@ -1,4 +1,4 @@
-"""A comparison of backbones in words, tables and pictures, and its files."""
+"""Text, tables and plots of a comparison of backbones, and its files."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ __all__ = ["check_comparison", "comparison_sections", "write_comparison"]
 FILE = "comparison.json"
 _SHOWN_CLASSES = 50
 _PICTURES = {
-    "macs": ("accuracy_macs.svg", 1e9, "multiply-accumulates of an image, billions"),
-    "milliseconds": ("accuracy_ms.svg", 1.0, "milliseconds of an image"),
+    "macs": ("accuracy_macs.svg", 1e9, "multiply-accumulates per image, billions"),
+    "milliseconds": ("accuracy_ms.svg", 1.0, "milliseconds per image"),
 }
 
 
 def check_comparison(folder: Path, comparison: Comparison, overwrite: bool) -> None:
-    """Refuse to replace another comparison.
+    """Check that no comparison of other reports would be replaced.
 
     Raises:
-        InputError: The folder holds one of other reports, or a file that is none, and `overwrite` was not given.
+        InputError: The folder contains one, or a file that is not a comparison, and `overwrite` is false.
     """
     file = folder / FILE
     if overwrite or not file.exists():
         return
-    way = "Give --overwrite to replace it, or name another folder by --output."
+    way = "Use --overwrite to replace it, or --output to choose another folder."
     try:
         found = read_json(file, {"plan": str})
     except DataError as error:
-        raise InputError(f"{shorten(folder)} holds a comparison that cannot be read: {error} {way}") from error
+        raise InputError(f"{shorten(folder)} contains a comparison that cannot be read: {error} {way}") from error
     if found["plan"] != comparison.plan:
-        raise InputError(f"{shorten(folder)} holds a comparison of other reports. {way}")
+        raise InputError(f"{shorten(folder)} contains a comparison of other reports. {way}")
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> None:
-    """Write `comparison.html`, `.md`, `.json` and `.csv` with their pictures, each whole or not at all.
+    """Write `comparison.html`, `.md`, `.json` and `.csv` with their plots, each completely or not at all.
 
     Raises:
         StorageError: A file could not be written.
@@ -56,36 +56,36 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> None:
 
 
 def comparison_sections(comparison: Comparison) -> list[Section]:
-    """Say all that a comparison has, in the order of reading."""
+    """All sections of a comparison, in order."""
     data, judged = comparison.data, comparison.judged
     sections = [
         Section(
             f"{len(judged)} backbones on {dataset_name(data)}",
             [
                 f"{data['train_images']:,} training images, {data['test_images']:,} test images of "
-                f"{len(judged[0].report['classes']):,} classes. Each backbone is frozen and judged by the head, or "
-                "the k-NN, that its held-out training images prefer.",
+                f"{len(judged[0].report['classes']):,} classes. Each backbone is frozen and evaluated with the head or "
+                "k-NN that has the highest accuracy on held-out training images.",
                 comparison.summary(),
             ],
         ),
         _accuracy_section(comparison),
         _cost_section(comparison),
         *_picture_sections(comparison),
-        _tests_section("Pair by pair", comparison.tests()),
+        _tests_section("Paired tests", comparison.tests()),
     ]
     if neighbours := comparison.tests(neighbours=True):
-        sections.append(_tests_section("Pair by pair: k-NN", neighbours))
+        sections.append(_tests_section("Paired tests: k-NN", neighbours))
     sections.append(_methods_section(comparison))
     if all(one.report["classes_of_best"] for one in judged):
         sections.append(_classes_section(comparison))
     if comparison.notes:
         sections.append(Section("Notes", comparison.notes))
     commands = [f"`{one.report['command']}`" for one in judged]
-    return [*sections, Section("To do it again", commands)]
+    return [*sections, Section("Reproduction", commands)]
 
 
 def _accuracy_section(comparison: Comparison) -> Section:
-    table = [["backbone", "head or k-NN", "test, %", "less the best, points", "p, Holm", "k-NN, %"]]
+    table = [["backbone", "head or k-NN", "test, %", "difference from the best, points", "p, Holm", "k-NN, %"]]
     for row in comparison.rows():
         difference, neighbours = "–", row["neighbours_accuracy"]
         if row["difference"] is not None:
@@ -101,15 +101,15 @@ def _accuracy_section(comparison: Comparison) -> Section:
             ]
         )
     words = (
-        "Brackets of accuracies are Wilson's 95 % intervals; of differences to the best, bootstrapped over the test "
-        "images, which are the same of all. p is McNemar's exact test with Holm's correction for all pairs. The column "
-        "k-NN is the one that the held-out images prefer."
+        "Brackets are 95 % intervals: Wilson's for accuracies, and bootstrapped over the test images, which are the "
+        "same for all, for differences from the best. p is McNemar's exact test with Holm's correction for all pairs. "
+        "The column k-NN shows the k-NN with the highest held-out accuracy."
     )
     return Section("Accuracy", [words], table)
 
 
 def _cost_section(comparison: Comparison) -> Section:
-    table = [["backbone", "pixels", "MACs, G", "ms", "parameters, M", "weights, MB", "on the front of"]]
+    table = [["backbone", "pixels", "MACs, G", "ms", "parameters, M", "weights, MB", "Pareto front of"]]
     for row in comparison.rows():
         ms = row["milliseconds"]
         fronts = [name for name, cost in (("MACs", "macs"), ("ms", "milliseconds")) if row[f"front_{cost}"]]
@@ -124,12 +124,12 @@ def _cost_section(comparison: Comparison) -> Section:
                 " and ".join(fronts) or "–",
             ]
         )
-    words = "Of the backbone without head. On a front are those of which no cheaper one is right as often."
+    words = "Costs of the backbone without head. On a Pareto front, no cheaper backbone is at least as accurate."
     if comparison.timings:
         rounds = min(timing.rounds for timing in comparison.timings.values())
         words += (
-            f" Times are of one image alone, the median and quartiles of {rounds} rounds or more in which the "
-            f"backbones took turns, on {comparison.device}."
+            f" Times are for a single image: median and quartiles of at least {rounds} rounds in which the backbones "
+            f"took turns, on {comparison.device}."
         )
     return Section("Cost", [words], table)
 
@@ -150,14 +150,14 @@ def _picture_sections(comparison: Comparison) -> list[Section]:
             if row[cost]
         ]
         if points:
-            words = "The dashed line joins those that no other beats; bars are 95 % intervals."
-            title = "Accuracy against arithmetic" if cost == "macs" else "Accuracy against time"
+            words = "The dashed line is the Pareto front; bars are 95 % intervals."
+            title = "Accuracy against multiply-accumulates" if cost == "macs" else "Accuracy against time"
             sections.append(Section(title, [words], drawings=[(file, draw_scatter(points, across))]))
     return sections
 
 
 def _tests_section(title: str, tests: Sequence[PairedDifference]) -> Section:
-    table = [["one", "other", "one less other, points", "p, McNemar", "p, Holm"]]
+    table = [["first", "second", "first minus second, points", "p, McNemar", "p, Holm"]]
     for test in tests:
         difference = percent(test.difference, test.interval)
         table.append([test.one, test.other, difference, f"{test.p:.2g}", f"{test.p_holm:.2g}"])
@@ -170,7 +170,7 @@ def _methods_section(comparison: Comparison) -> Section:
     for method in methods:
         cells = [percent(*one.accuracy(method)) if method in one.correct else "–" for one in comparison.judged]
         table.append([method, *cells])
-    return Section("Head by head", ["Test accuracy in %, with Wilson's 95 % intervals."], table)
+    return Section("Results by head", ["Test accuracy in %, with Wilson's 95 % intervals."], table)
 
 
 def _classes_section(comparison: Comparison) -> Section:
@@ -180,7 +180,7 @@ def _classes_section(comparison: Comparison) -> Section:
     table = [["class", "images", *(one.name for one in comparison.judged)]]
     for name in names[:_SHOWN_CLASSES]:
         table.append([name, f"{scores[0][name]['support']:,}", *(percent(one[name]["f1"]) for one in scores)])
-    words = "F1 in %, each backbone by its best head or k-NN; the classes that are hardest for all first."
+    words = "F1 in %, for each backbone with its best head or k-NN; the classes that are hardest for all come first."
     if len(names) > _SHOWN_CLASSES:
         words += f" The {_SHOWN_CLASSES} hardest of {len(names):,}."
-    return Section("Class by class", [words], table)
+    return Section("Results by class", [words], table)

@@ -1,4 +1,4 @@
-"""What every report says of its backbone, its images and the packages."""
+"""Facts in every report about its backbone, its images and the packages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def backbone_facts(name: str, opened: Opened, backbone: Backbone, weights: str) 
 
 
 def data_facts(images: Any, train_images: int, test_images: int) -> dict[str, Any]:
-    """Name, place, digests and preparation of the images."""
+    """Name, location, digests and preprocessing of the images."""
     return {
         "dataset": images.dataset,
         "root": images.root,
@@ -41,6 +41,6 @@ def data_facts(images: Any, train_images: int, test_images: int) -> dict[str, An
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that numbers depend on."""
+    """Versions of Python and of the packages that numbers depend on."""
     packages = {name: version(name) for name in ("torch", "timm", "numpy")}
     return {"visionattn": visionattn.__version__, "python": platform.python_version(), **packages}

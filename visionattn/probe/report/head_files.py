@@ -1,4 +1,4 @@
-"""The chosen heads of a report as files, each with its card."""
+"""Files of a report's selected heads, each with its card."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["head_file", "write_head"]
 
 
 def head_file(folder: Path, report: Report, result: HeadResult) -> Path:
-    """Where a chosen head stands."""
+    """Path of a selected head."""
     return folder / f"{result.spec.pooling}-layer{report.indices[result.spec.layer]}.safetensors"
 
 
 def write_head(report: Report, result: HeadResult, folder: Path) -> None:
-    """Write a chosen head and its card, each whole or not at all.
+    """Write a selected head and its card, each completely or not at all.
 
     Raises:
         StorageError: A file could not be written.
@@ -47,14 +47,14 @@ def write_head(report: Report, result: HeadResult, folder: Path) -> None:
         "",
         f"- Backbone's weights: {backbone['weights']}, SHA-256 `{backbone['sha256']}`",
         f"- Trained on: {data['dataset']}, {data['root'] or 'embedded'}, {data['train_images']:,} images, "
-        f"{report.held_out:,} of which chose learning rate, weight decay and epoch",
+        f"{report.held_out:,} of which were held out to select learning rate, weight decay and epoch",
         f"- Images: {data['transform']}",
         f"- Test accuracy: {accuracy} % (Wilson's 95 % interval), {data['test_images']:,} images",
         f"- Training: {spec.optimizer}, lr {spec.lr:g}, weight decay {spec.weight_decay:g}, seed {spec.seed}, epoch "
         f"{result.best_epoch} of {report.sweep.epochs}",
         f"- Command: `{report.command}`",
-        f"- Classifies images by: `visionattn predict IMAGES --head {path.name}`",
-        f'- Opens in Python with: `visionattn.probe.load_head("{path.name}")`',
+        f"- To classify images: `visionattn predict IMAGES --head {path.name}`",
+        f'- To open it in Python: `visionattn.probe.load_head("{path.name}")`',
         "",
     ]
     with atomic_path(path.with_suffix(".md")) as temporary:

@@ -1,4 +1,4 @@
-"""Where the queries of efficient probing look: their attention laid over an image, one panel per query."""
+"""Attention maps of efficient probing: the attention of each query as an overlay on the image, one panel per query."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from visionattn.probe.tokens.interface import Tokens
 
 __all__ = ["attention_of", "overlay"]
 
-_PANEL = 112  # pixels of a panel's longer side, at least
+_PANEL = 112  # minimum length of a panel's longer side, in pixels
 _GAP = 4
-_OPACITY = 0.75  # of the heat map where a query looks most
+_OPACITY = 0.75  # of the heat map at its maximum
 
 
 @torch.no_grad()
@@ -25,17 +25,17 @@ def attention_of(head: Head, tokens: Tokens) -> torch.Tensor:
     """Attention weights of a head's queries over the patches.
 
     Args:
-        head: One whose pooling is efficient probing.
-        tokens: Of B images, at the head's layer.
+        head: A head whose pooling is efficient probing.
+        tokens: Tokens of B images at the head's layer.
 
     Returns:
-        (B, M, N). With a class token among the tokens (`ep_all`), its share is left out, and rows sum to less than 1.
+        (B, M, N). With a class token among the tokens (`ep_all`), its weight is dropped, and rows sum to less than 1.
 
     Raises:
         InputError: The head has another pooling.
     """
     if not isinstance(head.pooling, PatchProbing):
-        raise InputError(f"{type(head.pooling).__name__} has no queries to be shown: take a head of efficient probing.")
+        raise InputError(f"{type(head.pooling).__name__} has no queries to show: use a head of efficient probing.")
     weight = head.classifier.weight
     _, attention = head.pooling(
         head_tokens(tokens, head.pooling.tokens).to(weight.device, weight.dtype), return_attention=True
@@ -49,26 +49,27 @@ def _heat(values: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: Image.Image, attention: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
-    """Lay each query's attention over a picture.
+    """Draw each query's attention as an overlay on an image.
 
-    Maps are enlarged bilinearly and coloured from their smallest weight, where the grey image shows, over red to their
-    largest, yellow. So that a query that looks nearly everywhere alike is not taken for one that points, each panel
-    says its largest share in units of the uniform share, 1 / N.
+    Maps are upsampled bilinearly. Colours go from the grey image at the smallest weight over red to yellow at the
+    largest weight. Each panel states its largest weight in units of the uniform weight 1 / N, since colours alone would
+    show a nearly uniform map like a sharp one.
 
     Args:
-        image: What the backbone saw.
-        attention: (M, N), weights of the patches, row by row of the grid.
-        grid: Height and width of the patches, N = H W.
+        image: The image as the backbone saw it.
+        attention: Attention weights of the patches, (M, N), row by row of the grid.
+        grid: Height and width of the grid of patches, N = H W.
 
     Returns:
-        An RGB image of panels, row by row: the image itself, then the queries in their order, counted from 1.
+        An RGB image of panels, row by row: the image itself, then the queries in order, counted from 1.
 
     Raises:
-        InputError: The attention has not the patches of the grid.
+        InputError: The shape of the attention does not match the grid.
     """
     if attention.ndim != 2 or attention.shape[1] != grid[0] * grid[1]:
         raise InputError(
-            f"Attention over {grid[0]} x {grid[1]} patches is (M, {grid[0] * grid[1]}), not {tuple(attention.shape)}."
+            f"attention must have shape (M, {grid[0] * grid[1]}) for {grid[0]} x {grid[1]} patches; got "
+            f"{tuple(attention.shape)}."
         )
     factor = max(1.0, _PANEL / max(image.size))
     width, height = (round(side * factor) for side in image.size)

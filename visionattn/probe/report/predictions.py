@@ -1,4 +1,4 @@
-"""`predictions.csv`: what the best heads say of each test image, so that reports can be compared pair by pair."""
+"""`predictions.csv`: predictions of the best heads for each test image, for paired comparisons of reports."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _FIRST = ["image", "label"]
 
 
 class Predictions(NamedTuple):
-    """What is said of the test images.
+    """Which predictions for the test images are correct.
 
     Attributes:
-        images: Their names.
-        correct: Of each head or k-NN whether it is right, bool (n,).
+        images: Names of the test images.
+        correct: For each head or k-NN, whether its prediction is correct, bool (n,).
     """
 
     images: list[str]
@@ -31,7 +31,7 @@ class Predictions(NamedTuple):
 
 
 def write_predictions(report: Report, file: Path) -> None:
-    """Write a row a test image: its name, its class, and the class that each of `Report.answers` gives it.
+    """Write one row per test image: its name, its class, and the class predicted by each of `Report.answers`.
 
     Raises:
         StorageError: The file could not be written.
@@ -47,20 +47,20 @@ def write_predictions(report: Report, file: Path) -> None:
 
 
 def read_predictions(file: Path) -> Predictions:
-    """Read what `write_predictions` wrote.
+    """Read a file of `write_predictions`.
 
     Raises:
-        DataError: The file is missing, damaged or something else.
+        DataError: The file is missing or damaged, or is another file.
     """
     try:
         if not file.is_file():
-            raise ValueError("there is no such file")
+            raise ValueError("the file does not exist")
         with file.open(newline="", encoding="utf-8") as table:
             header, *rows = csv.reader(table, strict=True)
         if header[:2] != _FIRST or len(set(header)) != len(header) or not rows:
             raise ValueError("it is not a table of predictions")
         if any(len(row) != len(header) for row in rows):
-            raise ValueError("a row is not as long as the first")
+            raise ValueError("a row has another number of columns than the header")
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"Could not read {shorten(file)}: {shorten(error)}.") from error
     columns = [np.array(column) for column in zip(*rows)]

@@ -1,7 +1,8 @@
-"""The files of a probing report: its numbers, and its sections as Markdown and HTML with curves in SVG.
+"""Files of a probing report: its numbers, and its sections as Markdown and HTML with curves in SVG.
 
-`results.json` has everything, with the command that gives it again; `results.csv` a row a head, those that were not
-chosen too. `report.md` and `report.html` have tables, curves and attention maps; the HTML file needs no other.
+`results.json` has everything, with the command that reproduces it; `results.csv` has one row per head, including those
+that were not selected. `report.md` and `report.html` have tables, curves and attention maps; the HTML file is
+self-contained.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ __all__ = ["draw_curves", "write_pages", "write_report", "write_table"]
 
 
 def write_report(report: Report, folder: str | Path) -> None:
-    """Write all files but the maps, which lie there already, each whole or not at all.
+    """Write all files except the maps, which were written before, each completely or not at all.
 
     Args:
-        report: What was found.
-        folder: Of the run; heads, maps and curves of an earlier report in it are replaced, or removed.
+        report: The report.
+        folder: Folder of the run; heads, maps and curves of an earlier report are replaced or removed.
 
     Raises:
         StorageError: A file could not be written.

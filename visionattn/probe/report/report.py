@@ -1,7 +1,7 @@
-"""What a probing run found: its numbers as plain values, and the chosen heads as files.
+"""The report of a probing run: its numbers as plain values, and the selected heads as files.
 
-`heads` has the chosen heads as safetensors, each with its card, which `load_head` opens.
-`visionattn.probe.report.sections` says the rest in words and tables, and `visionattn.probe.report.rendering` writes it.
+The folder `heads` contains the selected heads as safetensors, each with its card; `load_head` opens them.
+`visionattn.probe.report.sections` makes text and tables, and `visionattn.probe.report.rendering` writes the files.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class LayerNeighbours(NamedTuple):
     """k-NN at a layer.
 
     Attributes:
-        layer: Index into the features' layers.
+        layer: Index of the layer among those of the features.
         source: `"class"` or `"mean"`.
-        result: What was found.
-        standardized: Whether channels were shifted and scaled to mean 0 and deviation 1.
+        result: Accuracies and predictions.
+        standardized: Whether channels were normalised to zero mean and unit variance.
     """
 
     layer: int
@@ -60,12 +60,12 @@ class LayerNeighbours(NamedTuple):
 
     @property
     def method(self) -> str:
-        """What tables call it."""
+        """Name in tables."""
         return f"k-NN {self.source}" + (", standardised" if self.standardized else "")
 
 
 class Skipped(NamedTuple):
-    """An image that could not be read: its part of the data, its name there, and what is wrong with it."""
+    """An image that could not be read: its split, its name, and the reason."""
 
     part: str
     name: str
@@ -73,14 +73,14 @@ class Skipped(NamedTuple):
 
 
 class PairedTest(NamedTuple):
-    """A head against another on the same test images.
+    """A head compared with another on the same test images.
 
     Attributes:
         other: Name of the other head.
-        difference: Accuracy less the other's.
-        interval: Of the difference, bootstrapped over images, 95 %.
-        p: Of McNemar's exact test.
-        p_holm: The same after Holm's correction for the number of tests.
+        difference: Accuracy minus that of the other head.
+        interval: 95 % interval of the difference, bootstrapped over images.
+        p: P value of McNemar's exact test.
+        p_holm: P value after Holm's correction for the number of tests.
     """
 
     other: str
@@ -91,14 +91,14 @@ class PairedTest(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What a head, or k-NN, says of the test images.
+    """Predictions of a head or k-NN for the test images.
 
     Attributes:
-        name: As `Report.name` gives it.
-        held_out_accuracy: By which one is chosen.
-        predictions: Class of each image, int64 (n,).
-        correct: Whether it is right, bool (n,).
-        parameters: Of the head.
+        name: Name from `Report.name`.
+        held_out_accuracy: Accuracy on the held-out images.
+        predictions: Predicted class of each image, int64 (n,).
+        correct: Whether the prediction is correct, bool (n,).
+        parameters: Number of parameters of the head.
     """
 
     name: str
@@ -110,30 +110,30 @@ class Answers(NamedTuple):
 
 @dataclass(repr=False)
 class Report:
-    """All that is reported.
+    """Result of `visionattn.probe` for classification.
 
     Attributes:
         command: The command line.
         backbone: Name, origin and hash of the weights, parameters; plain values.
-        data: Data set, parts, numbers of images, transform; plain values.
-        protocol: How heads were trained and chosen; plain values.
-        versions: Of Python and the packages.
-        layers: That were read.
-        indices: Their places among the backbone's layers.
-        classes: Names.
-        held_out: Training images that chose.
-        sweep: The heads.
-        neighbours: k-NN.
-        few_shot: Poolings with a few training images.
-        seconds: Of each part of the work.
-        notes: In words.
+        data: Data set, splits, numbers of images, transform; plain values.
+        protocol: How heads were trained and selected; plain values.
+        versions: Versions of Python and the packages.
+        layers: Layers that were read.
+        indices: Their indices among the backbone's layers.
+        classes: Names of the classes.
+        held_out: Number of training images held out for selection.
+        sweep: Results of the heads.
+        neighbours: Results of k-NN.
+        few_shot: Results with a few training images.
+        seconds: Time of each part of the work.
+        notes: Notes for the reader.
         skipped: Images that could not be read.
-        maps: Files below the folder, with what each shows.
-        pixels: The baseline without a network; None where it was left out.
+        maps: Files of attention maps below the folder, with captions.
+        pixels: The baseline without a network; None if it was skipped.
         plan: Hash of all that the numbers depend on.
-        test_names: Names of the test images; empty where they are not known.
-        test_labels: Their classes, int64 (n,).
-        folder: Where the report was written; None where it was not.
+        test_names: Names of the test images; empty if they are not known.
+        test_labels: Classes of the test images, int64 (n,).
+        folder: Folder of the report; None if it was not written.
     """
 
     command: str
@@ -162,7 +162,7 @@ class Report:
         return f"Report({self.backbone['name']} on {self.data['dataset']}: {self.summary()})"
 
     def _scores(self) -> list[tuple[str, str]]:
-        """The best of each pooling and of k-NN: its name, and its test accuracy in per cent with the interval."""
+        """Best head of each pooling and best k-NN: name, and test accuracy in percent with its interval."""
         entries = [(self.name(entry), entry.result.chosen) for entry in self.best_neighbours()]
         heads = [(self.name(result), result.best) for result in self.best()]
         return [(name, percent(score.accuracy, score.interval) if score else "–") for name, score in [*entries, *heads]]
@@ -173,14 +173,14 @@ class Report:
         return f"<table>{head}{rows}</table><p>{escape(self.summary())}</p>"
 
     def name(self, result: HeadResult | LayerNeighbours) -> str:
-        """What a head, or a k-NN, is called: its layer is said where several were read."""
+        """Name of a head or k-NN, with its layer if several were read."""
         several = len(self.layers) > 1
         if isinstance(result, LayerNeighbours):
             return result.method + (f" at {self.layers[result.layer].name}" if several else "")
         return result.spec.pooling + (f" at {result.layer}" if several else "")
 
     def best(self) -> list[HeadResult]:
-        """Of each pooling the chosen head at the layer with the highest held-out accuracy, as poolings were given."""
+        """For each pooling, the selected head at the layer with the highest held-out accuracy, in the given order."""
         found: dict[str, HeadResult] = {}
         for result in self.sweep.chosen:
             other = found.get(result.spec.pooling)
@@ -189,7 +189,7 @@ class Report:
         return list(found.values())
 
     def best_neighbours(self) -> list[LayerNeighbours]:
-        """Of each source of vectors, as it is and standardised, the k-NN at the layer that held-out images prefer."""
+        """For each source of vectors, raw and standardised, the k-NN at the layer with the best held-out accuracy."""
         found: dict[str, LayerNeighbours] = {}
         for entry in self.neighbours:
             other = found.get(entry.method)
@@ -198,16 +198,16 @@ class Report:
         return list(found.values())
 
     def reference(self) -> HeadResult | None:
-        """The head that the others are compared with: the best of efficient probing by the held-out images.
+        """The head with which the others are compared: the best head of efficient probing by held-out accuracy.
 
-        Without efficient probing the best of all, and None where all heads diverged.
+        Without efficient probing, the best of all heads; None if all heads diverged.
         """
         best = self.best()
         probing = [result for result in best if result.spec.pooling.split("_")[0] == "ep"]
         return max(probing or best, key=lambda result: result.held_out_accuracy, default=None)
 
     def answers(self) -> list[Answers]:
-        """What the best of each k-NN and pooling says of the test images, k-NN first."""
+        """Predictions of the best k-NN and of the best head of each pooling, k-NN first."""
         pairs = [(self.name(entry), entry.result.chosen) for entry in self.best_neighbours()]
         found = [Answers(name, pair.held_out_accuracy, pair.predictions, pair.correct, 0) for name, pair in pairs]
         for result in self.best():
@@ -220,18 +220,18 @@ class Report:
         return found
 
     def best_answers(self) -> Answers | None:
-        """Those of the head or k-NN that the held-out images prefer; of equals, a head."""
+        """Predictions of the head or k-NN with the highest held-out accuracy; ties: a head."""
         return max(self.answers(), key=lambda one: (one.held_out_accuracy, one.parameters > 0), default=None)
 
     def class_scores(self) -> list[ClassScore]:
-        """Of the best head or k-NN, class by class, the worst first; none where the labels are not known."""
+        """Scores of each class for the best head or k-NN, the worst first; empty if the labels are not known."""
         best = self.best_answers()
         if best is None or self.test_labels is None:
             return []
         return class_scores(best.predictions, self.test_labels, self.classes)
 
     def tests(self) -> list[PairedTest]:
-        """The reference against the best of each other pooling and of k-NN."""
+        """The reference compared with the best of each other pooling and of k-NN."""
         reference = self.reference()
         if reference is None or reference.best is None:
             return []
@@ -248,9 +248,9 @@ class Report:
         return tests
 
     def pixel_comparisons(self) -> list[PixelComparison]:
-        """The pixels against the backbone: k-NN against its best k-NN, linear against its best linear head.
+        """Pixels compared with the backbone: k-NN with its best k-NN, linear with its best linear head.
 
-        Without a linear head among those that were trained, against the best of all heads.
+        If no linear head was trained, the linear classifier is compared with the best of all heads.
         """
         found: list[PixelComparison] = []
         if self.pixels is None:
@@ -274,7 +274,7 @@ class Report:
         return found
 
     def summary(self) -> str:
-        """The result in a line: the best by held-out images, and whether pixels alone do better."""
+        """The result in one line: the best head by held-out accuracy, and whether pixels alone are better."""
         reference = max(self.best(), key=lambda result: result.held_out_accuracy, default=None)
         words = "All heads diverged."
         if reference is not None and reference.best is not None:
@@ -289,7 +289,7 @@ class Report:
         return words
 
     def _pixel_records(self) -> list[dict[str, Any]]:
-        """Rows of the baseline, as those of k-NN and heads."""
+        """Rows of the baseline, in the form of those of k-NN and heads."""
         if self.pixels is None:
             return []
         place = {"pooling": "pixels", "layer": f"{SIDE} x {SIDE} pixels", "layer_index": None}
@@ -323,7 +323,7 @@ class Report:
         return rows
 
     def records(self) -> list[dict[str, Any]]:
-        """A row a head, k-NN first and pixels last; what a row has not is None."""
+        """One row per head, k-NN first and pixels last; missing values are None."""
         rows: list[dict[str, Any]] = []
         for entry in self.neighbours:
             for row in entry.result.rows():
@@ -351,7 +351,7 @@ class Report:
         return [{key: plain(row.get(key)) for key in keys} for row in rows]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """All numbers as plain values."""
         reference, best = self.reference(), self.best_answers()
         content: dict[str, Any] = {
             "command": self.command,
@@ -394,7 +394,7 @@ class Report:
 
 
 def plain(value: Any) -> Any:
-    """The same with None for numbers that are not finite: JSON has no others, and a table leaves them empty."""
+    """Replace numbers that are not finite by None, which JSON supports and tables leave empty."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -403,12 +403,12 @@ def plain(value: Any) -> Any:
 
 
 def dataset_name(data: Mapping[str, Any]) -> str:
-    """What a report's data are called: a folder by its own name."""
+    """Name of a report's data; for a folder, the name of the folder."""
     return Path(data["root"]).name if data["dataset"] == "folder" and data["root"] else data["dataset"]
 
 
 def percent(value: float, interval: Sequence[float] | None = None) -> str:
-    """Write a share as every table does: `92.5 [89.1, 94.8]`, in %."""
+    """Format a share in %, as in all tables: `92.5 [89.1, 94.8]`."""
     text = f"{100 * value:.1f}" if math.isfinite(value) else "–"
     if interval is None or not all(map(math.isfinite, interval)):
         return text

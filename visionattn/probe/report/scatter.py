@@ -1,4 +1,4 @@
-"""Accuracy, or another share, against cost as an SVG: named points, and the line of those that are on the front."""
+"""Scatter plot of accuracy, or another share, against cost as an SVG, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from visionattn.probe.statistics import Interval
 
 __all__ = ["ScatterPoint", "draw_scatter"]
 
-_LETTER = 6.6  # pixels of one, at the size of these
+_LETTER = 6.6  # width of a character in pixels
 
 
 class ScatterPoint(NamedTuple):
     """A backbone.
 
     Attributes:
-        name: Beside its point.
-        cost: Above 0.
-        accuracy: A share.
-        interval: Of the accuracy.
-        on_front: Whether the line goes through it.
-        number: Of its colour, so that it is the same in several pictures.
+        name: Label next to the point.
+        cost: Cost, above 0.
+        accuracy: Accuracy, from 0 to 1.
+        interval: Interval of the accuracy.
+        on_front: Whether it is on the Pareto front.
+        number: Index of its colour, so that it is the same in several plots.
     """
 
     name: str
@@ -36,11 +36,11 @@ class ScatterPoint(NamedTuple):
 
 
 def draw_scatter(points: Sequence[ScatterPoint], across: str, up: str = "test accuracy, %") -> str:
-    """Draw accuracies against costs, these on a logarithmic axis.
+    """Draw accuracies against costs on a logarithmic axis.
 
     Args:
-        points: One or more.
-        across: What the costs are, the words below the horizontal axis.
+        points: One or more points.
+        across: Label of the horizontal axis, the costs.
         up: Label of the vertical axis.
     """
     left, top, width, height = 52, 14, 460, 280
@@ -74,7 +74,7 @@ def draw_scatter(points: Sequence[ScatterPoint], across: str, up: str = "test ac
     front = sorted((point.cost, point.accuracy) for point in points if point.on_front)
     line = " ".join(f"{x_of(cost):.1f},{y_of(accuracy):.1f}" for cost, accuracy in front)
     parts.append(f'<polyline points="{line}" fill="none" stroke="#888" stroke-dasharray="4 3"/>')
-    taken: list[tuple[float, float, float]] = []  # of names: left and right end, and height
+    taken: list[tuple[float, float, float]] = []  # occupied by names: left and right end, and height
     for point in sorted(points, key=lambda point: point.accuracy, reverse=True):
         colour = COLOURS[point.number % len(COLOURS)]
         x, y = x_of(point.cost), y_of(point.accuracy)
@@ -84,7 +84,7 @@ def draw_scatter(points: Sequence[ScatterPoint], across: str, up: str = "test ac
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}"/>')
         length = _LETTER * len(point.name)
         start = x + 9 if x + 9 + length < left + width else max(left + 2, x - 9 - length)
-        # The line rises to the right of a point, above the place of its name.
+        # The line rises to the right of a point, above its name.
         row = y + 12 if point.on_front and start > x else y - 7
         while any(abs(row - other) < 14 and start < end and begin < start + length for begin, end, other in taken):
             row += 14
@@ -97,7 +97,7 @@ def draw_scatter(points: Sequence[ScatterPoint], across: str, up: str = "test ac
 
 
 def _ticks(first: float, last: float) -> list[float]:
-    """Round numbers between two powers of 10, at least two of them where there are so many."""
+    """Round numbers for the ticks of a logarithmic axis, at least two if possible."""
     decades = range(math.floor(first), math.ceil(last) + 1)
     for digits in ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10)), tuple(n / 10 for n in range(10, 100))):
         found = [digit * 10.0**power for power in decades for digit in digits]

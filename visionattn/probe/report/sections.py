@@ -1,4 +1,4 @@
-"""A probing report in words: sections with sentences, tables and the points of curves, however they are shown."""
+"""Sections of a probing report: text, tables and the points of curves, independent of the output format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN_CLASSES = 50
 
 
 def make_sections(report: Report) -> list[Section]:
-    """Say all that the report has, in the order of reading."""
+    """All sections of the report, in order."""
     data, backbone, reference = report.data, report.backbone, report.reference()
     seconds = ", ".join(f"{name} {value:,.1f} s" for name, value in report.seconds.items())
     sections = [
@@ -30,7 +30,7 @@ def make_sections(report: Report) -> list[Section]:
             [
                 f"Frozen weights: {backbone['weights']}, SHA-256 {backbone['sha256'][:16]}, "
                 f"{backbone['parameters'] / 1e6:,.2f} million parameters. {data['train_images']:,} training images, "
-                f"{report.held_out:,} of which chose, and {data['test_images']:,} test images of "
+                f"{report.held_out:,} of which held out for selection, and {data['test_images']:,} test images of "
                 f"{len(report.classes):,} classes, {data['transform']}.",
                 f"{len(report.sweep.heads)} heads trained together for {report.sweep.epochs} epochs. Time: {seconds}.",
                 report.summary(),
@@ -39,12 +39,12 @@ def make_sections(report: Report) -> list[Section]:
         Section(
             "Heads",
             [
-                "The best head of each pooling and layer, by the held-out images, which chose its epoch too. Brackets "
-                "are 95 % intervals: Wilson's for accuracies, bootstrapped over images for the negative log-likelihood "
-                f"(NLL, nats, of the chosen epoch), Student's on the logit scale over {FEWEST_DRAWS} seeds or more. "
-                "Parameters are pooling and classifier. Standardised k-NN compares channels of mean 0 and deviation 1 "
-                f"over the training images. Rows of pixels have no backbone: each image averaged to {SIDE} x {SIDE} "
-                "pixels, with the settings of the heads."
+                "The best head of each pooling and layer by accuracy on the held-out images, on which its epoch was "
+                "selected too. Brackets are 95 % intervals: Wilson's for accuracies, bootstrapped over images for the "
+                "negative log-likelihood (NLL in nats, at the selected epoch), Student's on the logit scale over at "
+                f"least {FEWEST_DRAWS} seeds. Parameters are those of pooling and classifier. Standardised k-NN "
+                "compares channels normalised over the training images. Rows of pixels use no backbone: each image is "
+                f"averaged to {SIDE} x {SIDE} pixels, with the settings of the heads."
             ],
             _heads_table(report),
         ),
@@ -58,10 +58,10 @@ def make_sections(report: Report) -> list[Section]:
         ]
         sections.append(
             Section(
-                f"{report.name(reference)} against the others",
+                f"{report.name(reference)} compared with the others",
                 [
-                    "Paired on the same test images: its accuracy less the other's with the bootstrapped 95 % "
-                    "interval, and McNemar's exact test, alone and with Holm's correction for the number of tests."
+                    "Paired on the same test images: its accuracy minus the other's with the bootstrapped 95 % "
+                    "interval, and McNemar's exact test, without and with Holm's correction for the number of tests."
                 ],
                 table,
             )
@@ -78,19 +78,19 @@ def make_sections(report: Report) -> list[Section]:
                 point = CurvePoint(result.spec.layer, result.best.accuracy, result.best.interval)
                 series.setdefault(result.spec.pooling, []).append(point)
         curves = Curves("layers.svg", [layer.name for layer in report.layers], series, "test accuracy, %")
-        sections.append(Section("Layer by layer", ["Bars are Wilson's 95 % intervals."], curves=curves))
+        sections.append(Section("Results by layer", ["Bars are Wilson's 95 % intervals."], curves=curves))
     if report.few_shot:
         sections.append(_few_shot_section(report))
     if report.maps:
         words = (
             "The image as the backbone saw it, then one panel per query, from its smallest attention weight (grey) "
-            "over red to its largest (yellow), which is written in units of the uniform share: at 1.0 x a query looks "
-            "everywhere alike."
+            "over red to its largest (yellow), which is given in units of the uniform weight: at 1.0 x the attention "
+            "is uniform."
         )
-        sections.append(Section("Where the queries look", [words], pictures=report.maps))
+        sections.append(Section("Attention maps", [words], pictures=report.maps))
     notes = list(report.notes)
     if report.skipped:
-        notes.append(f"{len(report.skipped)} images could not be read and were left out:")
+        notes.append(f"{len(report.skipped)} images could not be read and were skipped:")
         notes += [f"{entry.part}: {entry.name}: {entry.reason}" for entry in report.skipped]
     if notes:
         sections.append(Section("Notes", notes))
@@ -103,15 +103,15 @@ def make_sections(report: Report) -> list[Section]:
         if "--checkpoint" in given:
             weights = given[given.index("--checkpoint") :][:2]
         command = shlex.join(["visionattn", "inspect", backbone["name"], *weights, "--images", str(data["root"])])
-        again += ["What the attention behind these tokens does, on the same images:", f"`{command}`"]
-    sections.append(Section("To do it again", again))
+        again += ["Inspect the attention of the backbone on the same images:", f"`{command}`"]
+    sections.append(Section("Reproduction", again))
     return sections
 
 
 def _classes_section(report: Report, scores: list[ClassScore]) -> Section:
     best = report.best_answers()
     assert best is not None
-    table = [["class", "precision, %", "recall, %", "F1, %", "images", "most often taken for"]]
+    table = [["class", "precision, %", "recall, %", "F1, %", "images", "most often confused with"]]
     for score in scores[:_SHOWN_CLASSES]:
         mistake = "" if score.taken_for is None else f"{score.taken_for} ({score.times})"
         shares = map(percent, (score.precision, score.recall, score.f1))
@@ -119,10 +119,10 @@ def _classes_section(report: Report, scores: list[ClassScore]) -> Section:
     columns = zip(*((score.precision, score.recall, score.f1) for score in scores))
     mean = [sum(column) / len(scores) for column in columns]
     table.append(["mean of the classes", *map(percent, mean), f"{sum(score.support for score in scores):,}", ""])
-    words = f"Of {best.name}, the best by the held-out images, on the test images; the lowest F1 first."
+    words = f"Test results of {best.name}, the best by held-out accuracy; the lowest F1 first."
     if len(scores) > _SHOWN_CLASSES:
         words += f" The {_SHOWN_CLASSES} worst of {len(scores):,} classes; classes.csv has all."
-    return Section("Class by class", [words], table)
+    return Section("Results by class", [words], table)
 
 
 def _heads_table(report: Report) -> list[list[str]]:
@@ -187,7 +187,7 @@ def _held_out(report: Report, result: HeadResult | Neighbours | PixelHead) -> st
 
 def _few_shot_section(report: Report) -> Section:
     sizes = list(dict.fromkeys(result.size for result in report.few_shot))
-    labels = [f"{100 * size:g} %" if isinstance(size, float) else f"{size} a class" for size in sizes]
+    labels = [f"{100 * size:g} %" if isinstance(size, float) else f"{size} per class" for size in sizes]
     series: dict[str, list[CurvePoint]] = {}
     cells: dict[str, dict[float, str]] = {}
     for result in report.few_shot:
@@ -203,7 +203,7 @@ def _few_shot_section(report: Report) -> Section:
     )
     words = (
         f"Test accuracy in %, mean of {draws} draws of training images{sure}. Learning rate and weight decay are those "
-        "that the whole training set chose; no image is held out, and the last epoch counts."
+        "selected with the whole training set; no image is held out, and the last epoch is used."
     )
     curves = Curves("few_shot.svg", labels, series, "test accuracy, %")
     return Section("Few training images", [words], table, curves)

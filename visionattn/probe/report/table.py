@@ -1,4 +1,4 @@
-"""The short tables of a report, its heads, k-NN and pixels, and of a comparison, for a terminal."""
+"""Short tables of a report (heads, k-NN and pixels) and of a comparison, for a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["best_heads", "compared_backbones"]
 
 
 def best_heads(report: Report) -> Table:
-    """The best of each pooling by the held-out images, with its test accuracy."""
+    """The best head of each pooling by held-out accuracy, with its test accuracy."""
     reference = report.reference()
     p = {test.other: f"{test.p:.2g}" for test in report.tests()}
     against = "" if reference is None else report.name(reference)
@@ -47,7 +47,7 @@ def best_heads(report: Report) -> Table:
 
 
 def compared_backbones(comparison: Comparison) -> Table:
-    """A row a backbone, with its best head and its costs."""
+    """One row per backbone, with its best head and its costs."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for title in ("backbone", "by", "test, %", "95 % interval", "p, Holm", "k-NN, %", "MACs, G", "ms", "MB"):
         table.add_column(title, justify="left" if title in ("backbone", "by") else "right", no_wrap=True)

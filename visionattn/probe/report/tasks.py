@@ -1,7 +1,7 @@
-"""The report of a probe of another task than classification: heads with several metrics, and values of each class.
+"""Report of a probe for a task other than classification: heads with several metrics, and values of each class.
 
-`results.json` has everything, `results.csv` a row a head, `classes.csv` a row a class or target; `report.md` and
-`report.html` have the tables and pictures.
+`results.json` has everything, `results.csv` one row per head, `classes.csv` one row per class or target; `report.md`
+and `report.html` have the tables and figures.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["Difference", "Metric", "TaskHead", "TaskReport"]
 
 
 class Metric(NamedTuple):
-    """A number that heads are measured by.
+    """A metric of heads.
 
     Attributes:
-        key: In the files.
-        name: In tables.
-        share: Whether it is a share, shown in per cent.
+        key: Name in the files.
+        name: Name in tables.
+        share: Whether it is a share, shown in percent.
     """
 
     key: str
@@ -40,11 +40,11 @@ class Metric(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Of a column."""
+        """Title of its column."""
         return f"{self.name}, %" if self.share else self.name
 
     def write(self, value: float, interval: Interval | None = None) -> str:
-        """A value with its interval, as tables have it."""
+        """Format a value with its interval for a table."""
         if self.share:
             return percent(value, interval)
         text = f"{value:.3g}" if math.isfinite(value) else "–"
@@ -58,13 +58,13 @@ class TaskHead:
     """A head after its training.
 
     Attributes:
-        name: Of the head, such as "linear", "ep_32" or "pixels".
-        spec: How it was trained.
+        name: Name of the head, such as "linear", "ep_32" or "pixels".
+        spec: Settings of its training.
         layer: Name of its layer.
-        layer_index: Its place in the backbone; None for pixels.
+        layer_index: Index of its layer in the backbone; None for pixels.
         parameters: Number of its parameters.
         held_out: First metric on the held-out images.
-        scores: Metrics on the test images with 95 % intervals; empty for heads that were not chosen.
+        scores: Metrics on the test images with 95 % intervals; empty for heads that were not selected.
         classes: Metrics of each class or target, by key.
     """
 
@@ -79,12 +79,12 @@ class TaskHead:
 
     @property
     def chosen(self) -> bool:
-        """Whether the held-out images chose it."""
+        """Whether it was selected on the held-out images."""
         return bool(self.scores)
 
 
 class Difference(NamedTuple):
-    """The first metric of the best head less that of another, with its 95 % interval over the same test images."""
+    """First metric of the best head minus that of another, with its 95 % interval over the same test images."""
 
     other: str
     value: float
@@ -93,31 +93,31 @@ class Difference(NamedTuple):
 
 @dataclass(repr=False)
 class TaskReport:
-    """All that is reported.
+    """Result of `visionattn.probe` for a task other than classification.
 
     Attributes:
         task: "segmentation", "multilabel" or "regression".
         command: The command line.
         backbone: Name, origin and hash of the weights, parameters; plain values.
         data: Data set, numbers of images, transform; plain values.
-        protocol: How heads were trained and chosen; plain values.
-        versions: Of Python and the packages.
-        layers: That were read.
-        indices: Their places among the backbone's layers.
+        protocol: How heads were trained and selected; plain values.
+        versions: Versions of Python and the packages.
+        layers: Layers that were read.
+        indices: Their indices among the backbone's layers.
         classes: Names of classes or targets.
-        held_out: Training images that chose.
-        metrics: Of the test images; the first one chooses.
-        class_metrics: Of each class.
-        heads: All that were trained.
-        differences: Of the best head to the others.
-        words: How to read the table of heads.
-        examples: Pictures below the folder, with what each shows.
-        counts: What is said of each class beside its metrics, by the title of a column.
-        seconds: Of each part of the work.
-        notes: In words.
+        held_out: Number of training images held out for selection.
+        metrics: Metrics of the test images; heads are selected by the first one.
+        class_metrics: Metrics of each class.
+        heads: All heads that were trained.
+        differences: Differences between the best head and the others.
+        words: Explanation of the table of heads.
+        examples: Example images below the folder, with captions.
+        counts: Further values of each class, by the title of their column.
+        seconds: Time of each part of the work.
+        notes: Notes for the reader.
         skipped: Images that could not be read.
         plan: Hash of all that the numbers depend on.
-        folder: Where the report was written; None where it was not.
+        folder: Folder of the report; None if it was not written.
     """
 
     task: str
@@ -154,28 +154,28 @@ class TaskReport:
         return f"<table><tr>{head}</tr>{body}</table><p>{escape(self.summary())}</p>"
 
     def chosen(self) -> list[TaskHead]:
-        """The heads that the held-out images chose, one of each kind and layer."""
+        """The heads selected on the held-out images, one per kind and layer."""
         return [head for head in self.heads if head.chosen]
 
     def best(self) -> TaskHead | None:
-        """Of those that read the backbone the best by the held-out images; None where all diverged."""
+        """The best head on the backbone by the held-out images; None if all diverged."""
         heads = [head for head in self.chosen() if head.layer_index is not None]
         return max(heads, key=lambda head: head.held_out, default=None)
 
     def note_ends(self) -> None:
-        """Note where the chosen learning rate is the least or the largest of several."""
+        """Add a note if a selected learning rate is the lowest or the highest of several."""
         rates = {head.spec.lr for head in self.heads}
         at_end = [head for head in self.chosen() if head.spec.lr in (min(rates), max(rates))]
         if at_end and len(rates) > 1:
             names = ", ".join(f"{self.name(head)} ({head.spec.lr:g})" for head in at_end)
-            self.notes.append(f"The chosen learning rate is an end of those tried for {names}: --lrs can take more.")
+            self.notes.append(f"The selected learning rate is at an end of the range for {names}: extend --lrs.")
 
     def name(self, head: TaskHead) -> str:
-        """What a head is called: its layer is said where several were read."""
+        """Name of a head, with its layer if several were read."""
         return f"{head.name} at {head.layer}" if len(self.layers) > 1 and head.layer_index is not None else head.name
 
     def summary(self) -> str:
-        """The result in a line."""
+        """The result in one line."""
         best, first = self.best(), self.metrics[0]
         if best is None:
             return "All heads diverged."
@@ -209,7 +209,7 @@ class TaskReport:
         return table
 
     def records(self) -> list[dict[str, Any]]:
-        """A row a head; what a row has not is None."""
+        """One row per head; missing values are None."""
         rows = []
         for head in self.heads:
             spec = head.spec
@@ -223,7 +223,7 @@ class TaskReport:
         return rows
 
     def class_records(self) -> list[dict[str, Any]]:
-        """A row a class, with the metrics of each chosen head."""
+        """One row per class, with the metrics of each selected head."""
         rows = []
         for number, name in enumerate(self.classes):
             row: dict[str, Any] = {"class": name, **{title: values[number] for title, values in self.counts.items()}}
@@ -233,7 +233,7 @@ class TaskReport:
         return rows
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """All numbers as plain values."""
         return plain(
             {
                 "task": self.task,
@@ -255,13 +255,14 @@ class TaskReport:
         )
 
     def sections(self) -> list[Section]:
-        """All of it in words and tables, in the order of reading."""
+        """All sections with text and tables, in order."""
         backbone, data, first = self.backbone, self.data, self.metrics[0]
         seconds = ", ".join(f"{name} {value:,.1f} s" for name, value in self.seconds.items())
         opening = [
             f"Frozen weights: {backbone['weights']}, SHA-256 {backbone['sha256'][:16]}, "
             f"{backbone['parameters'] / 1e6:,.2f} million parameters. {data['train_images']:,} training images, "
-            f"{self.held_out:,} of which chose, and {data['test_images']:,} test images; {data['transform']}.",
+            f"{self.held_out:,} of which held out for selection, and {data['test_images']:,} test images; "
+            f"{data['transform']}.",
             f"{len(self.heads)} heads, trained for {self.protocol['epochs']} epochs. Time: {seconds}.",
             self.summary(),
         ]
@@ -273,20 +274,20 @@ class TaskReport:
         if best is not None and self.differences:
             table = [["against", f"difference in {first.title}"]]
             table += [[one.other, first.write(one.value, one.interval)] for one in self.differences]
-            words = f"{first.name} of the test images, less that of the other head, paired: test images drawn anew."
-            sections.append(Section(f"{self.name(best)} against the others", [words], table))
+            words = f"{first.name} on the test images minus that of the other head, bootstrapped over the same images."
+            sections.append(Section(f"{self.name(best)} compared with the others", [words], table))
         sections.append(Section("Classes" if self.task != "regression" else "Targets", [], self._class_table()))
         if self.examples:
             sections.append(Section("Examples", pictures=self.examples))
         notes = list(self.notes)
         if self.skipped:
-            notes.append(f"{len(self.skipped)} images could not be read and were left out:")
+            notes.append(f"{len(self.skipped)} images could not be read and were skipped:")
             notes += [f"{entry.part}: {entry.name}: {entry.reason}" for entry in self.skipped]
         if notes:
             sections.append(Section("Notes", notes))
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         protocol = ", ".join(f"{key} {value}" for key, value in self.protocol.items())
-        sections.append(Section("To do it again", [f"`{self.command}`", f"{protocol}.", versions]))
+        sections.append(Section("Reproduction", [f"`{self.command}`", f"{protocol}.", versions]))
         return sections
 
     def _class_table(self) -> list[list[str]]:
@@ -300,7 +301,7 @@ class TaskReport:
         return table
 
     def write(self, folder: str | Path) -> None:
-        """Write all files but the examples, which lie there already, each whole or not at all.
+        """Write all files except the examples, which were written before, each completely or not at all.
 
         Raises:
             StorageError: A file could not be written.

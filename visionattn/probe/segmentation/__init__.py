@@ -1,1 +1,1 @@
-"""Segmentation probes: each patch token of a frozen backbone says the class of its pixels."""
+"""Segmentation probes: the class of each pixel is predicted from the patch tokens of a frozen backbone."""

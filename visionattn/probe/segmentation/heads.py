@@ -1,13 +1,13 @@
-r"""Heads that give each patch token a logit for each class; between tokens, logits are interpolated bilinearly.
+r"""Heads that compute a logit per class for each patch token; between tokens, logits are interpolated bilinearly.
 
-With the tokens x_n (D,) of an image, batch-normalised without gain and shift, and the classes k = 1 .. K:
+With the tokens x_n (D,) of an image, batch-normalised without scale and shift, and the classes k = 1 .. K:
 
     linear      l_nk = w_k . x_n + b_k
     attentive   l_nk = (w_k + V z_k) . x_n + b_k,    z_k = sum over n of softmax_n(q_k . x_n / sqrt(D)) x_n
 
-The linear head is DINOv2's: a batch norm and a 1 x 1 convolution. In the attentive one a query a class reads the image,
-as the queries of efficient probing do, and what it finds moves the class's embedding, whose dot products with the
-tokens are the logits, as in MaskFormer. V (D, D) starts at 0, where the head is the linear one.
+The linear head is DINOv2's: a batch norm and a 1 x 1 convolution. In the attentive head, one query per class attends to
+the image, as in efficient probing. Its result is added to the embedding of the class, whose dot products with the
+tokens are the logits, as in MaskFormer. V (D, D) is initialised with 0, which makes the head equal to the linear one.
 
 Sources: DINOv2, arXiv 2304.07193; Efficient Probing, arXiv 2506.10178; MaskFormer, arXiv 2107.06278.
 """
@@ -50,7 +50,7 @@ class LinearSegmenter(nn.Module):
 
 
 class AttentiveSegmenter(LinearSegmenter):
-    """Class embeddings that read the image first (see the module).
+    """Class embeddings that attend to the image first (see the module).
 
     Args:
         dim: Width D of the tokens.
@@ -79,10 +79,10 @@ SEGMENTERS: dict[str, type[LinearSegmenter]] = {"linear": LinearSegmenter, "atte
 
 
 def create_segmenter(name: str, dim: int, num_classes: int, seed: int = 0) -> LinearSegmenter:
-    """Make a head with the starting weights of a seed.
+    """Create a head with the initial weights of a seed.
 
     Raises:
-        UnknownNameError: There is no such head.
+        UnknownNameError: The head does not exist.
     """
     if name not in SEGMENTERS:
         raise UnknownNameError(f"A segmentation head must be one of {', '.join(map(repr, SEGMENTERS))}; got {name!r}.")

@@ -1,4 +1,4 @@
-"""The images and masks of a segmentation probe, as the backbone and the heads take them."""
+"""Images and masks of a segmentation probe, as inputs of the backbone and the heads."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["SegmentationImages", "read_pairs"]
 
 @dataclass
 class SegmentationImages(Images):
-    """Images and masks that train and test.
+    """Images and masks for training and testing.
 
     Attributes:
-        pairs: Of training and test, in the order of the images.
+        pairs: Pairs of image and mask for training and for testing, in the order of the images.
         zero_is_ignored: Whether 0 in the masks means no class.
         truth_digest: Hash of the masks.
-        height: Of the images in pixels; `size` is their width.
+        height: Height of the images in pixels; `size` is their width.
     """
 
     pairs: tuple[list[MaskPair], list[MaskPair]] = field(default_factory=lambda: ([], []))
@@ -44,7 +44,7 @@ class SegmentationImages(Images):
 
     @property
     def data(self) -> str:
-        """What `--data` says."""
+        """Value of `--data`."""
         return str(self.root)
 
     @property
@@ -54,15 +54,15 @@ class SegmentationImages(Images):
         return f"resized to {self.height} x {self.size} pixels, mean {mean}, deviation {std}"
 
     def mask(self, part: int, row: int) -> np.ndarray:
-        """The mask of an image that trains (part 0) or tests (1), as it is in the file: uint8 (H, W)."""
+        """The mask of a training image (part 0) or test image (1), as stored in the file: uint8 (H, W)."""
         return read_mask(self.pairs[part][row].mask, self.zero_is_ignored)
 
     def training_masks(self, size: tuple[int, int], progress: Progress | None = None) -> Tensor:
-        """Look at all masks, name the classes where they have no names, and give those that train, uint8 (n, H, W).
+        """Read all masks, name the classes if they have no names, and return the training masks, uint8 (n, H, W).
 
         Raises:
-            DataError: A mask cannot be read, has not the size of its image, or a class without a name; or there are
-                not two classes.
+            DataError: A mask cannot be read, differs in size from its image, or has a class without a name; or there
+                are fewer than two classes.
         """
         bar = progress.add_task("masks", total=sum(map(len, self.pairs))) if progress is not None else None
         found: list[np.ndarray] = []
@@ -82,7 +82,7 @@ class SegmentationImages(Images):
             progress.remove_task(bar)
         classes = present[0] - {IGNORE}
         if len(classes) < 2:
-            binary = " A mask of 0 and 255 must have 1 in the place of 255." if classes == {0} else ""
+            binary = " In masks of 0 and 255, replace 255 by 1." if classes == {0} else ""
             raise DataError(
                 f"The training masks have {len(classes)} class(es) besides {IGNORE}, which is ignored; two or more are "
                 f"required.{binary}"
@@ -96,11 +96,11 @@ def _check_size(pair: MaskPair, mask: np.ndarray) -> None:
     try:
         with Image.open(pair.image) as image:
             width, height = image.size
-    except Exception:  # what cannot be read is left out and listed when the tokens are computed
+    except Exception:  # unreadable images are skipped and listed when the tokens are computed
         return
     if mask.shape != (height, width):
         raise DataError(
-            f"The mask {shorten(pair.mask)} has {mask.shape[0]} x {mask.shape[1]} pixels, and its image has "
+            f"The mask {shorten(pair.mask)} has {mask.shape[0]} x {mask.shape[1]} pixels, but its image has "
             f"{height} x {width}."
         )
 
@@ -110,12 +110,12 @@ def read_pairs(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> Se
 
     Args:
         data: The folder.
-        settings: Of the run.
-        config: The model's data configuration, as timm resolves it.
+        settings: Settings of the run.
+        config: The model's data configuration, as resolved by timm.
 
     Raises:
-        DataError: The folder has no layout that is read, or a class file does not fit.
-        InputError: It is not a folder, or the model takes other images.
+        DataError: The layout of the folder is not supported, or a class file does not match it.
+        InputError: `data` is not a folder, or the model takes other images.
     """
     if not isinstance(data, (str, Path)):
         raise InputError(

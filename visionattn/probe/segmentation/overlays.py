@@ -1,4 +1,4 @@
-"""An image, its ground truth and a prediction, side by side, with the names of the classes below."""
+"""An image, its ground truth and a prediction in a row, with the names of the classes below."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["compare_masks"]
 
 _SIDE = 320  # pixels of a panel's longer side
 _GAP = 4
-_LINE = 16  # height of a line of names
+_LINE = 16  # height of a line of text
 _OPACITY = 0.6
 _IGNORED = (224, 224, 224)
 
 
 def compare_masks(image: Image.Image, truth: np.ndarray, prediction: np.ndarray, classes: Sequence[str]) -> Image.Image:
-    """Lay masks over an image in the colours of VOC; ignored pixels are light grey in the ground truth.
+    """Draw masks over an image in the colours of VOC; ignored pixels are light grey in the ground truth.
 
     Args:
-        image: Of the size of the masks.
-        truth: Classes, uint8 (H, W).
-        prediction: Likewise.
-        classes: Their names.
+        image: Image of the size of the masks.
+        truth: Ground-truth classes, uint8 (H, W).
+        prediction: Predicted classes, uint8 (H, W).
+        classes: Names of the classes.
 
     Returns:
         An RGB image: the image, ground truth, prediction, and below them a line for each class in either mask.

@@ -1,4 +1,4 @@
-"""A baseline without a network: each token is the pixels of its patch, averaged to 4 x 4."""
+"""A baseline without a network: each token consists of the pixels of its patch, averaged to 4 x 4."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SIDE = 4
 
 
 class PixelTokens(Features):
-    """Patches of images as tokens, held in memory as half-precision numbers.
+    """Patches of images as tokens, held in memory in half precision.
 
     Args:
-        patches: (n, N, D).
+        patches: Pixels of the patches, (n, N, D).
         grid: Height and width of the patches.
         classes: Names of the classes.
     """
@@ -47,15 +47,15 @@ def read_pixel_tokens(
     num_workers: int = 0,
     progress: Progress | None = None,
 ) -> PixelTokens:
-    """Read all images of a data set once: 96 bytes a patch in colour.
+    """Read all images of a data set once: 96 bytes per patch in colour.
 
     Args:
-        dataset: Of (normalised float image (C, H, W), int), all of them readable.
+        dataset: Data set of (normalised float image (C, H, W), int), all of them readable.
         size: H and W.
-        grid: Height and width of the backbone's patches.
+        grid: Height and width of the backbone's grid of patches.
         classes: Names of the classes.
         num_workers: Loading processes.
-        progress: Where a bar appears.
+        progress: Display of the progress bar.
 
     Raises:
         DataError: An image cannot be read.
@@ -67,7 +67,7 @@ def read_pixel_tokens(
         dataset, size, [rows[first : first + 64] for first in range(0, len(rows), 64)], num_workers
     ):
         if batch.images is None or batch.skipped:
-            raise DataError(f"An image could be read before and cannot now: {batch.skipped[0][1]}")
+            raise DataError(f"An image that was readable before cannot be read any more: {batch.skipped[0][1]}")
         small = F.interpolate(batch.images.float(), (SIDE * grid[0], SIDE * grid[1]), mode="area")
         found.append(F.unfold(small, SIDE, stride=SIDE).transpose(1, 2).half())  # (B, N, C 16)
         if progress is not None and bar is not None:

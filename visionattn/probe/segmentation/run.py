@@ -1,4 +1,4 @@
-"""The parts of a segmentation probe, from the masks to the report."""
+"""Run of a segmentation probe, from the masks to the report."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ METRICS = (
     Metric("boundary_iou", "boundary mIoU"),
 )
 WORDS = (
-    "The best head of each kind and layer by the mIoU of the held-out images. mIoU is the mean of intersection over "
-    "union over classes, pixels of all test images counted together at the resolution of their masks; boundary mIoU is "
-    "that of the pixels near boundaries, at most 2 % of the image's diagonal away. Brackets are 95 % intervals, test "
-    "images drawn anew. Pixels are a baseline without a backbone: a linear head on each patch's 4 x 4 mean colours."
+    "The best head of each kind and layer by mIoU on the held-out images. mIoU is the mean of intersection over union "
+    "over classes, with pixels of all test images counted together at the resolution of their masks; boundary mIoU is "
+    "that of the pixels at most 2 % of the image's diagonal away from a boundary. Brackets are 95 % intervals, "
+    "bootstrapped over test images. Pixels are a baseline without a backbone: a linear head on 4 x 4 mean colours of "
+    "each patch."
 )
 
 
 class SegmentationRun(TaskRun):
-    """The parts of a run."""
+    """A run, part by part."""
 
     metrics = METRICS
     class_metrics = (Metric("iou", "IoU"), Metric("boundary_iou", "boundary IoU"))
@@ -73,7 +74,7 @@ class SegmentationRun(TaskRun):
         heads = list(dict.fromkeys(settings.heads or SEGMENTERS))
         if unknown := [head for head in heads if head not in SEGMENTERS]:
             names = ", ".join(map(repr, SEGMENTERS))
-            raise InputError(f"heads of segmentation must be of {names}; got {unknown[0]!r}.")
+            raise InputError(f"heads of segmentation must be some of {names}; got {unknown[0]!r}.")
         self.specs = self._grid(heads, range(len(backbone.layers)))
 
     def _grid(self, heads: Sequence[str], layers: Sequence[int]) -> list[HeadSpec]:
@@ -82,10 +83,10 @@ class SegmentationRun(TaskRun):
         return grid(heads, layers, ["adamw"], rates, list(settings.weight_decays), list(settings.seeds))
 
     def report(self, command: str | None = None) -> TaskReport:
-        """All parts of the work.
+        """Do all parts of the work.
 
         Args:
-            command: What was called; None is the command line.
+            command: The call to be reported; None: the command line.
         """
         settings, images, seconds = self.settings, self.images, {}
         plan = self.plan
@@ -117,7 +118,7 @@ class SegmentationRun(TaskRun):
             skipped=tokens.skipped,
             plan=plan,
         )
-        report.protocol["loss at"] = f"{DETAIL} x {DETAIL} places a token"
+        report.protocol["loss at"] = f"{DETAIL} x {DETAIL} positions per token"
         scored = [(result, head) for (result, _, _), head in zip(entries, report.heads) if head.chosen]
         if scored:
             counts = scored[0][0].pixels[:, 2].sum(0)
@@ -136,7 +137,7 @@ class SegmentationRun(TaskRun):
     def _train(
         self, train: Features, test: Features, masks: Tensor, specs: Sequence[HeadSpec]
     ) -> tuple[list[SegmenterResult], int]:
-        """Train, choose and test heads."""
+        """Train, select and test heads."""
         settings = self.settings
         with show_progress(self.console) as progress:
             results, held = train_segmenters(
@@ -187,7 +188,7 @@ class SegmentationRun(TaskRun):
         return [*self.images.left_out, *notes]
 
     def _examples(self, result: SegmenterResult, test: Features, name: str) -> list[tuple[str, str]]:
-        """Predictions of the best head, spread over the test images."""
+        """Predictions of the best head for images spread over the test split."""
         wanted = min(self.settings.maps, len(test))
         found = []
         for row in [round((number + 0.5) * len(test) / wanted - 0.5) for number in range(wanted)]:

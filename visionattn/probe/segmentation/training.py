@@ -1,9 +1,9 @@
-"""Segmentation heads in training, and their test.
+"""Training and test of segmentation heads.
 
 All heads of a run train together: the tokens of a batch are read once. The loss is the cross-entropy of the logits
-interpolated to `DETAIL` times the grid of tokens, pixels without a class left out; AdamW, warm-up, then half a cosine
-to 0. Some training images are held out, and choose learning rate, weight decay and seed by their mIoU after the last
-epoch, whose weights count. The test images are read when all is chosen, each at its own mask's resolution.
+interpolated to `DETAIL` times the grid of tokens, ignoring pixels without a class; AdamW, warm-up, then cosine decay to
+0. Learning rate, weight decay and seed are selected by the mIoU on held-out training images after the last epoch, whose
+weights are used. The test images are read after the selection, each at the resolution of its mask.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class SegmenterResult:
     """A head after its training.
 
     Attributes:
-        spec: What it is; `pooling` is the name of the head.
+        spec: Settings of the head; `pooling` is its name.
         layer: Name of its layer.
-        head: The head, in evaluation.
-        held_out: mIoU on the held-out images; NaN where none are held out, or for a head that diverged.
-        diverged: Epoch in which its loss stopped being finite; 0 for others.
-        pixels: Counts of each test image (n, 3, K), of heads that were chosen.
-        boundaries: Likewise.
+        head: The head, in evaluation mode.
+        held_out: mIoU on the held-out images; NaN if none are held out, or for a head that diverged.
+        diverged: Epoch in which its loss became infinite or NaN; 0 if it never did.
+        pixels: Pixel counts of each test image (n, 3, K), for selected heads.
+        boundaries: Counts of pixels near boundaries, in the same form.
     """
 
     spec: HeadSpec
@@ -69,17 +69,17 @@ def train_segmenters(
 
     Args:
         train: Tokens of the training images; its classes are those of the pixels.
-        masks: Classes of their pixels, uint8 (n, h, w), `DETAIL` times the grid.
-        specs: What to train.
+        masks: Classes of their pixels, uint8 (n, h, w), at `DETAIL` times the grid.
+        specs: Settings of the heads.
         epochs: Passes over the training images.
-        batch_size: Images a step.
-        warmup_epochs: In which the learning rate rises from 0.
-        holdout: Share of the images that chooses.
-        device: Where heads are trained.
-        progress: Where a bar appears.
+        batch_size: Images per step.
+        warmup_epochs: Epochs in which the learning rate rises from 0.
+        holdout: Share of the images that is held out for selection.
+        device: Device on which heads are trained.
+        progress: Display of the progress bar.
 
     Returns:
-        The heads, and how many images were held out.
+        The heads, and the number of images that were held out.
 
     Raises:
         DataError: There are too few images.
@@ -126,7 +126,7 @@ def train_segmenters(
 
 
 def _optimizer(result: SegmenterResult) -> torch.optim.AdamW:
-    """Biases do not decay."""
+    """AdamW without weight decay for biases."""
     spec = result.spec
     matrices = [parameter for parameter in result.head.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in result.head.parameters() if parameter.ndim <= 1]
@@ -149,7 +149,7 @@ def _choose_by(
     batch_size: int,
     device: str | torch.device,
 ) -> None:
-    """Give heads the mIoU of the held-out images, at the resolution of training."""
+    """Compute the mIoU of heads on the held-out images, at the resolution of training."""
     if not len(rows):
         return
     counts = torch.zeros(len(results), 3, len(train.classes), dtype=torch.int64)
@@ -177,11 +177,11 @@ def predict_masks(
     """Classes of the pixels of one image.
 
     Args:
-        head: A head in evaluation.
-        tokens: (1, N, D).
-        grid: Height and width of the patches.
+        head: A head in evaluation mode.
+        tokens: Tokens of the image, (1, N, D).
+        grid: Height and width of the grid of patches.
         size: H and W of the mask.
-        numbers: Logits of pixels that are held at once, which bounds the memory for large masks of many classes.
+        numbers: Maximum number of logits in memory, a bound for large masks with many classes.
 
     Returns:
         int64 (H, W).
@@ -206,10 +206,10 @@ def score_segmenter(
     """Count the pixels of each test image, at the resolution of its mask.
 
     Args:
-        results: Heads to test, which receive the counts.
-        test: Tokens.
-        read: Gives the mask of a row, uint8 (H, W).
-        progress: Where a bar appears.
+        results: Heads to test, in which the counts are stored.
+        test: Tokens of the test images.
+        read: Returns the mask of a row, uint8 (H, W).
+        progress: Display of the progress bar.
     """
     bar = progress.add_task("test", total=len(test)) if progress is not None else None
     pixels: list[list[Tensor]] = [[] for _ in results]

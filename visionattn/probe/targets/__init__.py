@@ -1,1 +1,1 @@
-"""Probes of several labels, or of numbers, of each image, by the heads of classification."""
+"""Probes for multi-label classification and regression, with the heads of classification."""

@@ -1,4 +1,4 @@
-"""Images with a file of labels, as the backbone takes them."""
+"""Images with a file of labels, as inputs of the backbone."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["TargetImages", "read_targets"]
 
 @dataclass
 class TargetImages(Images):
-    """Images and the numbers that are to be told from them.
+    """Images and the values to be predicted from them.
 
     Attributes:
-        source: What `--data` said.
-        values: Of training and test, float64 (n, K).
+        source: Value of `--data`.
+        values: Values for training and for testing, float64 (n, K).
         truth_digest: Hash of the values.
     """
 
@@ -36,7 +36,7 @@ class TargetImages(Images):
 
     @property
     def data(self) -> str:
-        """What `--data` says."""
+        """Value of `--data`."""
         return self.source
 
 
@@ -45,12 +45,12 @@ def read_targets(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> 
 
     Args:
         data: A file of labels, or a folder with one.
-        settings: Of the run.
-        config: The model's data configuration, as timm resolves it.
+        settings: Settings of the run.
+        config: The model's data configuration, as resolved by timm.
 
     Raises:
-        DataError: The labels cannot be read, or a target of all training images is one number.
-        InputError: It is not a folder or file.
+        DataError: The labels cannot be read, or a target has the same value in all training images.
+        InputError: `data` is not a folder or file.
     """
     if not isinstance(data, (str, Path)):
         raise InputError(
@@ -64,7 +64,7 @@ def read_targets(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> 
     train, test = (torch.from_numpy(values) for values in found.values)
     for name, column in zip(found.names, train.T):
         if settings.task == "regression" and len(column.unique()) < 2:
-            raise DataError(f"{shorten(name)} is {column[0]:g} in all training images: there is nothing to tell.")
+            raise DataError(f"{shorten(name)} is {column[0]:g} in all training images and cannot be learned.")
     digest = hashlib.sha256(repr(found.names).encode() + train.numpy().tobytes() + test.numpy().tobytes())
     told = [f"{len(train)} training and {len(test)} test images with labels ({found.told})."]
     return TargetImages(

@@ -1,4 +1,4 @@
-"""The parts of a probe of several labels or of numbers, from the tokens to the report."""
+"""Run of a probe for multi-label classification or regression, from the tokens to the report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from visionattn.probe.tokens.interface import Features
 
 __all__ = ["TargetRun"]
 
-# Of predictions (n,), ground truth (n,) and weights of draws (R, n).
+# A function of predictions (n,), ground truth (n,) and weights of draws (R, n).
 Function = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 MULTILABEL: dict[Metric, Function] = {Metric("average_precision", "mAP"): average_precision}
 REGRESSION: dict[Metric, Function] = {
@@ -40,18 +40,18 @@ REGRESSION: dict[Metric, Function] = {
     Metric("spearman", "Spearman", share=False): spearman,
 }
 WORDS = (
-    "The best head of each pooling and layer by the held-out images, which chose its epoch too. {measured} "
-    "Brackets are 95 % intervals, test images drawn anew. Pixels are a baseline without a backbone: each image "
+    "The best head of each pooling and layer by the held-out images, on which its epoch was selected too. {measured} "
+    "Brackets are 95 % intervals, bootstrapped over test images. Pixels are a baseline without a backbone: each image "
     "averaged to 16 x 16 pixels, and a linear head."
 )
 MEASURED = {
     "multilabel": "mAP is the mean over classes of the average precision.",
-    "regression": "Each is the mean over targets; MAE is in their units.",
+    "regression": "Each metric is the mean over targets; MAE is in their units.",
 }
 
 
 class TargetRun(TaskRun):
-    """The parts of a run."""
+    """A run, part by part."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class TargetRun(TaskRun):
         return self._train(found[0], found[1], self.settings.grid("gap", [0]))
 
     def _rare(self, train: Features) -> list[str]:
-        """Note classes that no training image has."""
+        """Notes about classes that no training image has."""
         if self.settings.task != "multilabel":
             return []
         names = [name for name, count in zip(self.images.classes, train.labels.sum(0)) if count == 0]
@@ -189,7 +189,7 @@ class TargetRun(TaskRun):
         return head
 
     def _values(self, function: Function, outputs: Any, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A metric of each class (K,), and its mean over classes in each draw (R,)."""
+        """A metric for each class (K,), and its mean over classes for each draw (R,)."""
         ones = np.ones((1, len(self.truth)))
         pairs = list(zip(outputs.double().numpy().T, self.truth.T))
         value = np.concatenate([function(*pair, ones) for pair in pairs])
@@ -203,7 +203,7 @@ class TargetRun(TaskRun):
 
 
 def _choose(entries: Sequence[tuple[HeadResult, int | None]]) -> set[int]:
-    """Of each pooling and layer, and of pixels, the head with the best held-out images."""
+    """Indices of the best head by the held-out images, for each pooling and layer, and for pixels."""
     chosen: dict[tuple[str, int | None], HeadResult] = {}
     for result, index in entries:
         key = (result.spec.pooling, index)
@@ -214,7 +214,7 @@ def _choose(entries: Sequence[tuple[HeadResult, int | None]]) -> set[int]:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of those that are defined."""
+    """Mean of the values that are not NaN."""
     defined = values[np.isfinite(values)]
     return float(defined.mean()) if len(defined) else math.nan
 

@@ -1,4 +1,4 @@
-"""A frozen backbone whose tokens are read at chosen layers: any model with timm's `forward_intermediates`."""
+"""A frozen backbone whose tokens are read at selected layers: any model with timm's `forward_intermediates`."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ __all__ = ["Backbone"]
 class Backbone:
     """Reads patches, class token and registers at some layers of a frozen model.
 
-    The model itself is changed: its parameters ask for no gradient any more, it is put into evaluation mode (batch
-    norms and dropout stand still, also where somebody switched to training mode in between), and models that compute
-    on maps (B, C, H, W) keep them channels-last. Tokens carry no gradient; they come without `inference_mode`, whose
-    tensors the heads could not train on.
+    The model itself is changed: its parameters no longer require gradients, it is set to evaluation mode (also before
+    each call, in case it was switched to training mode), and models that compute maps (B, C, H, W) are converted to
+    channels-last. Tokens have no gradients; they are computed without `inference_mode`, whose tensors could not be used
+    to train heads.
 
-    Which tokens stand before the patches is the model's own statement (`num_prefix_tokens`, `has_class_token`): first
-    the class token, the others (registers, a distillation token) are registers here. Where the class token joins
-    behind the layers (CaiT, XCiT, VOLO), they have none. A map becomes tokens row by row.
+    The tokens before the patches are those that the model states (`num_prefix_tokens`, `has_class_token`): first the
+    class token; all others (registers, a distillation token) are treated as registers. Layers of models that add the
+    class token later (CaiT, XCiT, VOLO) have none. A map is flattened to tokens row by row.
 
     Args:
-        model: Such as `timm.create_model(name, pretrained=True)`; the head is not used. Models of torchvision and of
-            transformers are adapted (`visionattn.adapters`).
-        layers: Which of the model's layers or stages, in the order wanted; -1 is the last. None: the last.
-        norm: Read what the model's own head reads, `forward_features`: the last layer behind the final norm, and behind
-            the final convolution where there is one (EfficientNet); a ViT's other layers behind the final norm too.
-            False: read layers as they are.
-        image_size: Height and width of the images in pixels, or the side of squares.
-        autocast: Compute in bfloat16 or float16; None computes in the dtype of the parameters.
+        model: A model such as `timm.create_model(name, pretrained=True)`; its head is not used. Models of torchvision
+            and of transformers are adapted (`visionattn.adapters`).
+        layers: Indices of the model's layers or stages, in the requested order; -1 is the last. None: the last.
+        norm: Read the input of the model's head, as in `forward_features`: the last layer after the final norm, and
+            after the final convolution if there is one (EfficientNet); a ViT's other layers after the final norm too.
+            False: read the raw outputs of layers.
+        image_size: Height and width of the images in pixels, or the side of square images.
+        autocast: Compute in bfloat16 or float16; None: compute in the dtype of the parameters.
 
     Attributes:
-        layers: The layers that are read, in the order asked for.
-        indices: Their places in the model, from 0.
+        layers: The layers that are read, in the requested order.
+        indices: Their indices in the model, from 0.
         image_size: Height and width of the images.
-        channels: Of the images.
-        device: Where the model lies.
-        memory_format: In which the model computes.
+        channels: Number of channels of the images.
+        device: Device of the model.
+        memory_format: Memory format of the model.
 
     Raises:
-        InputError: The model has no `forward_intermediates`, no such layer, no patch tokens, does not take this image
-            size, or has no final norm that could be applied.
+        InputError: The model has no `forward_intermediates`, no such layer, no patch tokens, does not support this
+            image size, or has no final norm that could be applied.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Backbone:
         forward: Any = getattr(model, "forward_intermediates", None)
         if forward is None:
             raise InputError(
-                f"{self._name} cannot be probed: it has no forward_intermediates. timm's classification models have "
-                "it; of any other function Backbone.from_callable makes a backbone."
+                f"{self._name} cannot be probed: it has no forward_intermediates, as timm's classification models do. "
+                "Use Backbone.from_callable for any other function."
             )
         weights = itertools.chain(model.parameters(), model.buffers())
         first = next((weight for weight in weights if weight.is_floating_point()), None)
@@ -82,7 +82,7 @@ class Backbone:
             raise InputError(f"{self._name} cannot be probed: it has no weights.")
         self.device, self.dtype = first.device, first.dtype
         accepted = inspect.signature(forward).parameters
-        # Some models fail over prefix tokens that they do not have.
+        # Some models raise an error when asked for prefix tokens that they do not have.
         self._prefix = getattr(model, "num_prefix_tokens", 0) if "return_prefix_tokens" in accepted else 0
         self._options = {"return_prefix_tokens": True} if self._prefix else {}
         self._stops_early = "stop_early" in accepted
@@ -101,23 +101,23 @@ class Backbone:
         device: str | torch.device = "cpu",
         name: str | None = None,
     ) -> Backbone:
-        """A backbone from any function of images (B, C, H, W), of one layer.
+        """Create a backbone with one layer from any function of images (B, C, H, W).
 
-        It gives features (B, D), a map (B, D, H, W), or tokens (B, N, D): first a class token, then registers, where it
-        has these, then the patches, row by row.
+        The function returns features (B, D), a map (B, D, H, W), or tokens (B, N, D): a class token and registers, if
+        there are any, followed by the patches, row by row.
 
         Args:
-            function: A module, or another callable; its answer, a tensor or an array, carries no gradient.
+            function: A module, or another callable; its output, a tensor or an array, has no gradient.
             image_size: Side of the images.
-            mean: Of the normalisation that it wants, a number a channel; the default is ImageNet's.
-            std: Likewise.
-            class_token: The first token is a class token.
-            registers: Tokens behind it that are no patches.
-            device: Where a function that is no module wants its images.
-            name: In reports; the function's own by default.
+            mean: Mean of the normalisation per channel; by default ImageNet's.
+            std: Standard deviation of the normalisation per channel; by default ImageNet's.
+            class_token: Whether the first token is a class token.
+            registers: Number of tokens after it that are not patches.
+            device: Device of the images, for a function that is not a module.
+            name: Name in reports; by default that of the function.
 
         Raises:
-            InputError: It gives something else.
+            InputError: The function returns something else.
         """
         model = FunctionModel(
             function,
@@ -136,7 +136,7 @@ class Backbone:
         channels = next((m.in_channels for m in self.model.modules() if isinstance(m, nn.Conv2d)), 3)
         if isinstance(self.model, AdaptedModel):
             channels = self.model.in_chans
-        # A stem that folds pixels into channels hides the images' own, which are colours then.
+        # A stem that folds pixels into channels hides the number of image channels; assume 3.
         self.channels = channels if channels in (1, 3, 4) else 3
         try:
             image = torch.zeros(1, self.channels, *self.image_size, device=self.device, dtype=self.dtype)
@@ -144,21 +144,21 @@ class Backbone:
         except Exception as error:
             hint = " Try norm=False." if self.norm and "norm" in str(error) else ""
             raise InputError(
-                f"{self._name} gives no layers for images of {self.image_size[0]} x {self.image_size[1]} pixels: "
+                f"{self._name} returns no layers for images of {self.image_size[0]} x {self.image_size[1]} pixels: "
                 f"{shorten(error, 300).rstrip('.')}.{hint}"
             ) from error
         count = len(everything)
         if layers is None:
             layers = [-1]
         if not layers or any(not -count <= index < count for index in layers):
-            raise InputError(f"{self._name} has the layers 0 to {count - 1}; asked for: {list(layers)}.")
+            raise InputError(f"layers of {self._name} must be from 0 to {count - 1}; got {list(layers)}.")
         self.indices = [index % count for index in layers]
         self._unique = sorted(set(self.indices))
         self._reads_end = self.norm and count - 1 in self._unique
         try:
             self._run(image, self._unique, "NLC")
             self._format, self.memory_format = "NLC", torch.contiguous_format
-        except AssertionError:  # timm's refusal of a format
+        except AssertionError:  # raised by timm for an unsupported format
             self._format, self.memory_format = "NCHW", torch.channels_last
         self.model.to(memory_format=self.memory_format)
         self.layers = self._describe(image, count)
@@ -175,16 +175,18 @@ class Backbone:
             if index == count - 1 and final is not None:
                 maps = final
             if maps.ndim != 4:
-                raise InputError(f"{self._name} has no patch tokens at layer {index}, but {tuple(maps.shape)}.")
+                raise InputError(
+                    f"{self._name} has no patch tokens at layer {index}; its shape is {tuple(maps.shape)}."
+                )
             if prefix is not None and prefix.shape[1] != self._prefix:
-                raise InputError(f"{self._name} states {self._prefix} prefix tokens and gives {prefix.shape[1]}.")
+                raise InputError(f"{self._name} states {self._prefix} prefix tokens but returns {prefix.shape[1]}.")
             grid = (maps.shape[2], maps.shape[3])
             found[index] = Layer(names[index], maps.shape[1], grid, has_class, self._prefix - has_class)
         self._reads_end = final is not None
         return tuple(found[index] for index in self.indices)
 
     def _run(self, images: Tensor, indices: list[int] | None, layout: str) -> tuple[Tensor | None, list[Any]]:
-        """What the layers give, and the map of `forward_features` where that is not what the last layer gives."""
+        """Outputs of the layers, and the map of `forward_features` if it differs from that of the last layer."""
         reads_end = indices is not None and self._reads_end
         options = {**self._options, "intermediates_only": not reads_end}
         if self._stops_early and not reads_end:
@@ -197,27 +199,27 @@ class Backbone:
         if not reads_end:
             return None, result
         final, outputs = result
-        # The formats that are not maps with channels first are those whose last layer has the final norm already.
+        # In formats other than channels-first maps, the final norm was already applied to the last layer.
         is_map = (
             isinstance(final, Tensor) and final.ndim == 4 and str(getattr(self.model, "output_fmt", "NCHW")) == "NCHW"
         )
         return (final if is_map else None), outputs
 
     def __call__(self, images: Tensor) -> list[Tokens]:
-        """Give the tokens of images, one entry for each of `layers`.
+        """Compute the tokens of images, one entry per layer of `layers`.
 
         Args:
-            images: Normalised as the model asks, (B, 3, H, W), on any device.
+            images: Images with the model's normalisation, (B, 3, H, W), on any device.
 
         Returns:
-            Tokens on the model's device, in the dtype in which it computed.
+            Tokens on the model's device, in the dtype of its computation.
 
         Raises:
             InputError: The images have another size than `image_size`.
         """
         if images.ndim != 4 or tuple(images.shape[2:]) != self.image_size:
             raise InputError(
-                f"The backbone was set up for images (B, C, {self.image_size[0]}, {self.image_size[1]}); "
+                f"images must have shape (B, C, {self.image_size[0]}, {self.image_size[1]}) for this backbone; "
                 f"got {tuple(images.shape)}."
             )
         self.model.eval()

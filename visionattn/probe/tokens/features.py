@@ -1,6 +1,6 @@
-"""Tokens of a data set: extracted once to memory-mapped files, or computed at each pass.
+"""Tokens of a data set: extracted once to memory-mapped files, or computed in each pass.
 
-`visionattn.probe.tokens.shards` says how the files of a store look.
+The file format of a store is documented in `visionattn.probe.tokens.shards`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from visionattn.weights.hashing import hash_state
 __all__ = ["LiveFeatures", "StoredFeatures", "estimate", "extract", "space_line"]
 
 _NAMED = ("model", "transform", "dataset")
-# Batches that the backbone may be ahead of the disk; each is held in memory.
+# Number of batches by which the backbone may be ahead of the disk; each is held in memory.
 _AHEAD = 2
 
 
 def estimate(backbone: Backbone, images: int, precision: str) -> int:
-    """Size of the tokens of `images` images on disk, in bytes. The model may lie on the meta device."""
+    """Size of the tokens of `images` images on disk, in bytes. The model may be on the meta device."""
     return sum(part.bytes(images) for part in shard_parts(backbone.layers, precision))
 
 
@@ -58,13 +58,13 @@ def _gigabytes(size: int) -> str:
 
 
 def _free(folder: Path) -> int:
-    """Bytes that may still be written to a folder that need not exist yet."""
+    """Free space in bytes for a folder, which need not exist yet."""
     folder = folder.absolute()
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def space_line(backbone: Backbone, images: int, precision: str, folder: str | Path) -> str:
-    """One line to be printed before an extraction: what it will take of the disk, and what is free there."""
+    """One line to print before an extraction: the required and the free disk space."""
     layers = ", ".join(f"{layer.name} {layer.grid[0]}x{layer.grid[1]}x{layer.dim}" for layer in backbone.layers)
     size, free = estimate(backbone, images, precision), _free(Path(folder))
     return f"Tokens of {images:,} images ({layers}) in {precision}: {_gigabytes(size)}; free: {_gigabytes(free)}."
@@ -84,39 +84,39 @@ def extract(
     names: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> StoredFeatures:
-    """Store the tokens of a data set, or open them where they are stored already.
+    """Store the tokens of a data set, or open them if they are stored already.
 
-    A run that ended early goes on: finished shards are checked and kept, and with the same arguments on the same
-    machine the files come out byte for byte as without the interruption. Damaged shards are computed again, with a
-    warning. Images that cannot be read are left out and listed in `meta.json`. While a run writes to a store, another
-    one that would is refused. Under torch.distributed all processes call this, and each computes a part of the shards.
+    An interrupted run is resumed: finished shards are checked and kept, and with the same arguments on the same
+    machine the files are byte-identical to those of an uninterrupted run. Damaged shards are computed again, with a
+    warning. Images that cannot be read are skipped and listed in `meta.json`. Only one run at a time can write to a
+    store. Under torch.distributed all processes call this, and each computes a share of the shards.
 
     Args:
-        backbone: Gives the tokens.
+        backbone: Backbone that computes the tokens.
         dataset: Map-style data set of (normalised float image (C, H, W), int label), always in the same order and
             without random augmentation.
-        folder: Holds the stores, each in a folder of its own.
-        identity: What the numbers depend on and the backbone does not know: `model` (its name), `transform` (its text)
-            and `dataset` (which images, such as path and part), plain values.
+        folder: Folder of the stores, each of which is a sub-folder.
+        identity: Plain values on which the numbers depend and which the backbone does not know: `model` (its name),
+            `transform` (its text) and `dataset` (which images, such as path and split).
         classes: Names of the classes.
-        precision: `"fp16"`, `"bf16"`, `"fp32"`, or `"int8"` with a scale a token: half the space of fp16, each number
-            off by at most 1 % of its token's largest magnitude (tokens wholly below 0.004 lose more).
-        batch_size: Images that the backbone takes at once.
+        precision: `"fp16"`, `"bf16"`, `"fp32"`, or `"int8"` with one scale per token: half the space of fp16, with an
+            error of at most 1 % of the token's largest magnitude (more for tokens wholly below 0.004).
+        batch_size: Images per forward pass.
         num_workers: Loading processes.
-        shard_images: Images a shard; a store that was begun keeps its own.
-        names: What messages call the images; their rows if None.
-        progress: Display in which a bar of images is shown.
+        shard_images: Images per shard; an existing store keeps its own number.
+        names: Names of the images in messages; None: their rows.
+        progress: Display of the progress bar.
 
     Raises:
-        ConfigError: There is no such precision, or `identity` lacks an entry.
+        ConfigError: The precision does not exist, or `identity` lacks an entry.
         InputError: The images do not have the backbone's size.
         DataError: The data set is empty, a label has no class, too many images cannot be read (more than 10 % and more
-            than a handful), or tokens are NaN, infinite or beyond the precision.
-        StorageError: The disk has no room for the tokens, or cannot be written, or another run is writing there.
+            than a few), or tokens are NaN, infinite or beyond the range of the precision.
+        StorageError: There is not enough disk space, the disk is not writable, or another run is writing there.
     """
     parts = shard_parts(backbone.layers, precision)
     if missing := [key for key in _NAMED if key not in identity]:
-        raise ConfigError(f"The identity of a feature store must name {', '.join(_NAMED)}; it lacks {missing}.")
+        raise ConfigError(f"identity must have the entries {', '.join(_NAMED)}; it lacks {missing}.")
     images = len(dataset)
     if images == 0:
         raise DataError("The data set has no images.")
@@ -153,25 +153,25 @@ def extract(
 
 
 def _find_store(store: Path, meta: dict[str, Any]) -> bool:
-    """Take the size of shards from a store that was begun, and say whether it was finished.
+    """Read the size of shards from an existing store, and return whether it is complete.
 
-    What `meta.json` says of the images must be what they are; if it does not, every shard is extracted again.
+    If the images differ from those in `meta.json`, every shard is extracted again.
     """
     if not (store / "meta.json").exists():
         return False
     try:
         found = read_meta(store)
     except DataError as error:
-        warnings.warn(f"{error} The shards that fit are kept.", stacklevel=3)
+        warnings.warn(f"{error} The shards that match are kept.", stacklevel=3)
         return False
     if found["identity"] != _plain(meta["identity"]):
-        raise DataError(f"{shorten(store)} holds the tokens of other images or of another backbone: delete it.")
+        raise DataError(f"{shorten(store)} contains the tokens of other images or of another backbone: delete it.")
     meta["shard_images"] = found["shard_images"]
     return found["complete"] and found["classes"] == meta["classes"] and found["layers"] == _plain(meta["layers"])
 
 
 def _plain(value: Any) -> Any:
-    """What JSON makes of a value: lists of tuples."""
+    """A value as JSON stores it: tuples become lists."""
     return json.loads(json.dumps(value))
 
 
@@ -182,7 +182,7 @@ def _spans(meta: Mapping[str, Any]) -> dict[int, range]:
 
 
 def _look(store: Path, parts: Sequence[ShardPart], meta: Mapping[str, Any]) -> dict[int, dict[str, Any] | None]:
-    """What the summaries of this process's shards say after their files were checked; None for what is to be done."""
+    """Summaries of this process's shards, after a check of their files; None for shards that must be extracted."""
     process, processes = rank_and_size()
     found = {}
     for shard, rows in _spans(meta).items():
@@ -207,7 +207,7 @@ def _fill(
     names: Sequence[str] | None,
     progress: Progress | None,
 ) -> None:
-    """Extract what a store lacks."""
+    """Extract the missing shards of a store."""
     found = _look(store, parts, meta)
     spans = _spans(meta)
     rows = {shard: spans[shard] for shard, content in found.items() if content is None}
@@ -216,8 +216,8 @@ def _fill(
     free = _free(store)
     if needed > free:
         raise StorageError(
-            f"The tokens would take {_gigabytes(needed)}, and {shorten(store.parent)} has {_gigabytes(free)} free. "
-            "Compute them at each pass (LiveFeatures), or store them in int8 at half the size of fp16."
+            f"The tokens require {_gigabytes(needed)}, but {shorten(store.parent)} has {_gigabytes(free)} free. "
+            "Compute them in each pass (LiveFeatures), or store them in int8, at half the size of fp16."
         )
 
     def describe() -> None:
@@ -226,7 +226,7 @@ def _fill(
 
     def write() -> list[tuple[int, str]]:
         for shard in rows:
-            # What a damaged shard left must not stand as finished while it is overwritten.
+            # A damaged shard must not look complete while it is overwritten.
             summary_file(store, shard).unlink(missing_ok=True)
         if rows:
             _write_shards(
@@ -264,13 +264,13 @@ def _write_shards(
     names: Sequence[str] | None,
     progress: Progress | None,
 ) -> None:
-    """Extract shards, given the rows of each, and add to `skipped` the images that cannot be read."""
+    """Extract shards, given the rows of each, and add unreadable images to `skipped`."""
     cuts = {
         shard: [list(all[i : i + batch_size]) for i in range(0, len(all), batch_size)] for shard, all in rows.items()
     }
     loaded = read_batches(dataset, backbone.image_size, [cut for some in cuts.values() for cut in some], num_workers)
     bar = progress.add_task("tokens", total=sum(map(len, rows.values()))) if progress else None
-    # Checking and writing a batch overlaps with computing the next.
+    # Checking and writing a batch overlaps with computing the next one.
     with ThreadPoolExecutor(1) as writer:
         for number, shard_cuts in cuts.items():
             with ShardWriter(store, number, backbone.layers, parts, names) as shard:
@@ -295,14 +295,14 @@ def _write_shards(
                     while pending:
                         pending.popleft().result()
                 finally:
-                    wait(pending)  # nothing may write to files that are being closed
+                    wait(pending)  # files must not be closed while they are being written
                 shard.finish()
 
 
 def _compute(
     backbone: Backbone, batch: ImageBatch, dtype: torch.dtype
 ) -> tuple[list[Encoded], torch.cuda.Event | None]:
-    """Tokens of a batch in main memory, on a GPU once the event has passed."""
+    """Tokens of a batch in main memory; with a GPU they are complete when the event has completed."""
     assert batch.images is not None
     encoded = [encode(part, dtype) for tokens in backbone(batch.images) for part in tokens if part is not None]
     if backbone.device.type != "cuda":
@@ -319,18 +319,18 @@ def _compute(
 
 
 class StoredFeatures(Features):
-    """Tokens that `extract` stored, read through memory maps and given as float32 on the CPU.
+    """Tokens stored by `extract`, read through memory maps and returned as float32 on the CPU.
 
     Row i of `labels` is the i-th readable image of the data set.
 
     Args:
-        folder: The folder of the store, the one with `meta.json`.
-        verify: Compare the checksum of every file, which reads them all once; without it, sizes only.
+        folder: Folder of the store, which contains `meta.json`.
+        verify: Compare the checksum of every file, which reads all of them once; False: compare only sizes.
 
     Attributes:
-        folder: As given.
-        meta: What `meta.json` says.
-        skipped: Place in the data set of each image that could not be read, and what was wrong with it.
+        folder: The folder.
+        meta: Content of `meta.json`.
+        skipped: Index in the data set of each image that could not be read, and the reason.
 
     Raises:
         DataError: The folder is not a store, the extraction did not finish, or a shard is damaged.
@@ -339,7 +339,7 @@ class StoredFeatures(Features):
     def __init__(self, folder: str | Path, verify: bool = True) -> None:
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
-        again = "Call extract again with the same arguments: it computes what is missing."
+        again = "Call extract again with the same arguments to compute the missing shards."
         if not self.meta["complete"]:
             raise DataError(f"The extraction to {folder} did not finish. {again}")
         self.layers = tuple(Layer(**{**layer, "grid": tuple(layer["grid"])}) for layer in self.meta["layers"])
@@ -368,7 +368,7 @@ class StoredFeatures(Features):
         return self._maps[key]
 
     def _gather(self, part: ShardPart, places: list[tuple[int, int, int]]) -> Tensor:
-        """Rows of a part as int8 or float32, given (shard, row in it, place in the batch) in the order of the files."""
+        """Rows as int8 or float32, from (shard, row in it, index in the batch) in the order of the files."""
         found = torch.empty(len(places), *part.shape, dtype=torch.int8 if part.dtype == torch.int8 else torch.float32)
         for shard, row, place in places:
             found[place] = self._map(part, shard)[row]
@@ -378,7 +378,7 @@ class StoredFeatures(Features):
         """See `Features.batches`.
 
         Raises:
-            InputError: There is no such row.
+            InputError: A row does not exist.
         """
         for some, tokens, scales in self.stored_batches(rows, batch_size):
             if scales is not None:
@@ -394,7 +394,7 @@ class StoredFeatures(Features):
         """See `Features.stored_batches`.
 
         Raises:
-            InputError: There is no such row.
+            InputError: A row does not exist.
         """
         int8 = self._parts[0].dtype == torch.int8
         for some in split_rows(rows, batch_size, len(self)):

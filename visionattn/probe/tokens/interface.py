@@ -1,6 +1,6 @@
-"""What probing reads: the tokens of images at some layers of a frozen backbone, however they are had.
+"""Interface of features: the tokens of images at some layers of a frozen backbone, stored or computed.
 
-Patches, class token and registers are kept apart; a convolutional network's map (B, D, H, W) gives N = H W patches.
+Patches, class token and registers are separate; the map (B, D, H, W) of a convolutional network has N = H W patches.
 """
 
 from abc import ABC, abstractmethod
@@ -18,11 +18,11 @@ class Layer:
     """A layer whose outputs are read.
 
     Attributes:
-        name: As it is shown, such as `"blocks.11"` or `"stage 4"`.
+        name: Displayed name, such as `"blocks.11"` or `"stage 4"`.
         dim: Width D of its tokens.
-        grid: Height and width of the patches.
+        grid: Height and width of the grid of patches.
         has_class: Whether there is a class token.
-        num_registers: Register tokens.
+        num_registers: Number of register tokens.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Tokens(NamedTuple):
 
     Attributes:
         patches: (B, N, D), row by row of the grid.
-        class_token: (B, D), None where the backbone has none.
-        registers: (B, R, D), None where it has none.
+        class_token: (B, D); None if the backbone has none.
+        registers: (B, R, D); None if the backbone has none.
     """
 
     patches: torch.Tensor
@@ -64,29 +64,29 @@ class Features(ABC):
 
     @abstractmethod
     def batches(self, rows: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, list[Tokens]]]:
-        """Give the images of some rows, in that order.
+        """Iterate over the tokens of some rows, in the given order.
 
         Args:
             rows: Rows of `labels`, int64 (m,); repeats are allowed.
-            batch_size: Images at once; the last batch has the rest.
+            batch_size: Images per batch; the last batch has the rest.
 
         Yields:
-            The rows of a batch, and its tokens, one entry a layer.
+            The rows of a batch, and its tokens, one entry per layer.
         """
 
     def stored_batches(
         self, rows: torch.Tensor, batch_size: int
     ) -> Iterator[tuple[torch.Tensor, list[Tokens], list[Tokens] | None]]:
-        """Give what `batches` gives, in int8 where it is stored so: a quarter of float32's memory.
+        """Like `batches`, but in int8 if the tokens are stored in int8: a quarter of the memory of float32.
 
         Yields:
-            The rows of a batch, its tokens, and their scales: None, or for int8 tokens a number each, as patches
-            (B, N), class token (B,) and registers (B, R), that `dequantize` multiplies them with.
+            The rows of a batch, its tokens, and their scales: None, or for int8 tokens one number per token, as patches
+            (B, N), class token (B,) and registers (B, R), with which `dequantize` multiplies them.
         """
         for some, tokens in self.batches(rows, batch_size):
             yield some, tokens, None
 
 
 def dequantize(tokens: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Tokens (..., D) in int8 times their scales (...), in the dtype of these."""
+    """Multiply int8 tokens (..., D) with their scales (...), in the dtype of the scales."""
     return tokens.to(scales.dtype).mul_(scales.unsqueeze(-1))

@@ -1,4 +1,4 @@
-"""Tokens that a frozen backbone computes at each pass, of which nothing is stored."""
+"""Tokens that a frozen backbone computes in each pass, without storing them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["LiveFeatures", "split_rows"]
 
 
 class LiveFeatures(Features):
-    """Tokens that the backbone computes at each pass, given as float32 on its device.
+    """Tokens that the backbone computes in each pass, returned as float32 on its device.
 
     Args:
-        backbone: Gives the tokens.
+        backbone: Backbone that computes the tokens.
         dataset: Map-style data set of (normalised float image (C, H, W), int label), without random augmentation.
         labels: Class of each image, int64 (n,).
         classes: Names of the classes.
         num_workers: Loading processes.
-        names: What messages call the images; their rows if None.
+        names: Names of the images in messages; None: their rows.
 
     Raises:
-        InputError: There are not as many labels as images.
+        InputError: The numbers of labels and images differ.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class LiveFeatures(Features):
         self.names = names
 
     def batches(self, rows: Tensor, batch_size: int) -> Iterator[tuple[Tensor, list[Tokens]]]:
-        """See `Features.batches`. The backbone takes a batch at once.
+        """See `Features.batches`; each batch is one forward pass.
 
         Raises:
-            InputError: There is no such row, or images do not have the backbone's size.
+            InputError: A row does not exist, or images do not have the backbone's size.
             DataError: An image cannot be read, or its tokens are NaN or infinite.
         """
         split = split_rows(rows, batch_size, len(self))
@@ -65,8 +65,8 @@ class LiveFeatures(Features):
             if batch.skipped:
                 row, reason = batch.skipped[0]
                 raise DataError(
-                    f"Image {self._name(row)} cannot be read: {reason} find_readable() lists the images that can; take "
-                    "these only."
+                    f"Image {self._name(row)} cannot be read: {reason} Use only the images that find_readable() "
+                    "returns."
                 )
             assert batch.images is not None
             tokens = [
@@ -80,8 +80,8 @@ class LiveFeatures(Features):
                     broken = [self._name(row) for row in some[~sound].tolist()]
                     more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
                     raise DataError(
-                        f"Tokens of the layer {layer.name} are NaN or infinite. Check the backbone's weights, and "
-                        f"compute without autocast or in bfloat16. They are those of the images: "
+                        f"Tokens of layer {layer.name} contain NaN or infinity. Check the backbone's weights, and "
+                        f"compute without autocast or in bfloat16. Affected images: "
                         f"{', '.join(broken[:5])}{more}."
                     )
             yield some, tokens
@@ -91,10 +91,10 @@ class LiveFeatures(Features):
 
 
 def split_rows(rows: Tensor, batch_size: int, count: int) -> tuple[Tensor, ...]:
-    """Cut rows into batches, if there are such rows."""
+    """Split rows into batches, after a check that they exist."""
     if len(rows) == 0:
         return ()
     low, high = rows.min().item(), rows.max().item()
     if low < 0 or high >= count:
-        raise InputError(f"There are the rows 0 to {count - 1}; asked for {low} to {high}.")
+        raise InputError(f"rows must be from 0 to {count - 1}; got {low} to {high}.")
     return rows.split(batch_size)

@@ -1,4 +1,4 @@
-"""Images of a data set loaded in batches; one that cannot be read is reported, and does not end the run."""
+"""Load images of a data set in batches; an image that cannot be read is reported and does not end the run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class ImageBatch(NamedTuple):
     """The readable images of a batch."""
 
     rows: list[int]
-    images: Tensor | None  # None where none could be read
+    images: Tensor | None  # None if none could be read
     labels: list[int]
     skipped: list[tuple[int, str]]
 
 
 class _Guarded(Dataset):
-    """Gives what is wrong with an image in the place of an error."""
+    """A data set that returns the reason as text if an image cannot be read."""
 
     def __init__(self, dataset: Any, size: tuple[int, int] | None) -> None:
         self.dataset = dataset
@@ -39,7 +39,7 @@ class _Guarded(Dataset):
     def __getitem__(self, row: int) -> tuple[int, Tensor | None, int, str]:
         try:
             image, label = self.dataset[row]
-        except Exception as error:  # broken files make readers raise nearly anything
+        except Exception as error:  # readers can raise any error for a damaged file
             return row, None, -1, str(error) or type(error).__name__
         if self.size is None:
             return row, None, int(label), ""
@@ -64,34 +64,34 @@ def _collate(samples: list[tuple[int, Tensor | None, int, str]]) -> ImageBatch:
 def read_batches(
     dataset: Any, size: tuple[int, int] | None, batches: list[list[int]], num_workers: int
 ) -> Iterator[ImageBatch]:
-    """Load batches of rows in order; without a size, labels only, after the images were opened."""
+    """Load batches of rows in order; without a size, images are opened but only labels are returned."""
     loader = ResumableLoader(
         _Guarded(dataset, size),
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=size is not None and torch.cuda.is_available(),
-        generator=torch.Generator(),  # the global one belongs to the training
+        generator=torch.Generator(),  # do not use the global generator, which training uses
     )
     return iter(loader)
 
 
 def check_share(skipped: Sequence[tuple[int, str]], images: int) -> None:
-    """Refuse a data set of which too much cannot be read.
+    """Check that enough images of a data set could be read.
 
     Raises:
-        DataError: More than 10 % of its images, and more than a handful, were skipped.
+        DataError: More than 10 % of its images, and more than a few, were skipped.
     """
     check_unreadable([f"image {row}: {reason}" for row, reason in skipped], images)
 
 
 class ReadableImages(NamedTuple):
-    """Which images of a data set can be read.
+    """Images of a data set that can be read.
 
     Attributes:
-        rows: Their places in the data set, int64 (n,).
+        rows: Their indices in the data set, int64 (n,).
         labels: Their classes, int64 (n,).
-        skipped: Place of each other image, and what is wrong with it.
+        skipped: Index of each other image, and the reason.
     """
 
     rows: Tensor
@@ -100,17 +100,17 @@ class ReadableImages(NamedTuple):
 
 
 def find_readable(dataset: Any, num_workers: int = 0, progress: Progress | None = None) -> ReadableImages:
-    """Open every image once, as `LiveFeatures` takes none that cannot be read.
+    """Open every image once, since `LiveFeatures` does not accept unreadable images.
 
-    `torch.utils.data.Subset(dataset, found.rows.tolist())` holds the images that `extract` would store.
+    `torch.utils.data.Subset(dataset, found.rows.tolist())` has the images that `extract` would store.
 
     Args:
         dataset: Map-style data set of (image, label).
         num_workers: Loading processes.
-        progress: Where a bar appears.
+        progress: Display of the progress bar.
 
     Raises:
-        DataError: More than 10 %, and more than a handful, cannot be read.
+        DataError: More than 10 %, and more than a few, cannot be read.
     """
     rows, labels, skipped = [], [], []
     places = list(range(len(dataset)))

@@ -1,10 +1,10 @@
-"""The files of a feature store: how tokens lie on the disk, are written, checked and read.
+"""Files of a feature store: format, writing, checking and reading.
 
-A store is a folder named by the hash of all that its numbers depend on. `meta.json` says these in words. Images are cut
-into shards of a fixed number; `000007.0.patches.bin` holds the patches of shard 7 at the first layer read, bare numbers
-in C order (n, N, D), beside it `class` (n, D) and `registers` (n, R, D) where there are some, and for int8 the fp16
-scales of the tokens, `....scale.bin` (n, N). `000007.json` has the shard's labels, the images that could not be read,
-and size and CRC-32 of its files and of itself; it is written last, so that a shard without it is incomplete.
+A store is a folder named by the hash of all that its numbers depend on, which `meta.json` lists. Images are split into
+shards of a fixed size. `000007.0.patches.bin` contains the patches of shard 7 at the first layer read, as raw numbers
+in C order (n, N, D); `class` (n, D) and `registers` (n, R, D) exist if the layer has these tokens, and for int8 the
+fp16 scales of the tokens, `....scale.bin` (n, N). `000007.json` has the shard's labels, the images that could not be
+read, and size and CRC-32 of its files and of itself. It is written last: a shard without it is incomplete.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
-# Part of each store's hash: raise it when the files are written in another way.
+# Part of each store's hash: increase it if the file format changes.
 FORMAT = 1
 
 
@@ -55,26 +55,26 @@ class ShardPart(NamedTuple):
     dtype: torch.dtype
 
     def path(self, folder: Path, shard: int) -> Path:
-        """Where it stands for a shard."""
+        """Path of the file for a shard."""
         return folder / f"{shard:06d}.{self.name}.bin"
 
     def bytes(self, images: int) -> int:
-        """Its size for a number of images."""
+        """Size of the file for a number of images."""
         return images * math.prod(self.shape) * self.dtype.itemsize
 
     def map(self, folder: Path, shard: int, images: int) -> Tensor:
-        """The file as a tensor (n, ...), of which pages are read when touched."""
+        """The file as a memory-mapped tensor (n, ...)."""
         shape = (images, *self.shape)
-        # Unlike numpy's maps it keeps no file open: a large store has more shards than a process may open files.
+        # Unlike numpy's maps, this keeps no file open: a large store has more shards than a process may open files.
         flat = torch.from_file(str(self.path(folder, shard)), shared=False, size=math.prod(shape), dtype=self.dtype)
         return flat.view(shape)
 
 
 def shard_parts(layers: Sequence[Layer], precision: str) -> list[ShardPart]:
-    """The files of a shard; the scales of int8 follow their numbers.
+    """Files of a shard; scales of int8 tokens follow the tokens.
 
     Raises:
-        ConfigError: There is no such precision.
+        ConfigError: The precision does not exist.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}.")
@@ -94,14 +94,14 @@ def shard_parts(layers: Sequence[Layer], precision: str) -> list[ShardPart]:
 
 
 class Encoded(NamedTuple):
-    """A part of a batch as it will be stored."""
+    """Tokens of a batch in their stored form."""
 
-    tensors: list[Tensor]  # numbers, and for int8 their scales
-    misfits: Tensor  # (B,), whether an image's numbers are NaN, infinite or beyond the precision
+    tensors: list[Tensor]  # tokens, and for int8 their scales
+    misfits: Tensor  # (B,), whether an image has values that are NaN, infinite or beyond the range of the precision
 
 
 def encode(tokens: Tensor, dtype: torch.dtype) -> Encoded:
-    """Numbers (B, ..., D) in a dtype; int8 has a scale (B, ...) such that a token's largest magnitude is 127."""
+    """Convert tokens (B, ..., D) to a dtype; int8 has scales (B, ...) such that a token's largest magnitude is 127."""
     low, high = tokens.flatten(1).aminmax(dim=1)
     if dtype is not torch.int8:
         limit = torch.finfo(dtype).max
@@ -110,7 +110,7 @@ def encode(tokens: Tensor, dtype: torch.dtype) -> Encoded:
     half = torch.finfo(torch.float16)
     tokens = tokens.float()
     scale = (tokens.abs().amax(dim=-1) / 127).half()
-    # Tokens of zeros, or nearly, shall not be divided by 0.
+    # Avoid a division by zero for tokens that are zero or nearly zero.
     step = scale.float().clamp_min(half.smallest_normal)
     values = (tokens / step.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8)
     limit = 127 * half.max
@@ -118,7 +118,7 @@ def encode(tokens: Tensor, dtype: torch.dtype) -> Encoded:
 
 
 class ShardWriter:
-    """The files of a shard while it is written: under names of their own, which a later try overwrites."""
+    """Writes the files of a shard under temporary names, which a later attempt overwrites."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        with contextlib.suppress(OSError):  # a full disk refuses what is left in the buffer once more
+        with contextlib.suppress(OSError):  # on a full disk, flushing the buffer fails again
             self.stack.close()
         if kind is not None:
             for path in self.temporary:
@@ -154,21 +154,21 @@ class ShardWriter:
 
     def _unwritten(self, error: OSError) -> StorageError:
         return StorageError(
-            f"Could not write shard {self.number} to {self.folder}: {error.strerror or error}. The shards before it "
-            "stay; the same call goes on behind them."
+            f"Could not write shard {self.number} to {self.folder}: {error.strerror or error}. Earlier shards are "
+            "kept; the same call resumes after them."
         )
 
     def write(self, rows: Sequence[int], encoded: list[Encoded], ready: torch.cuda.Event | None) -> None:
         """Append the tokens of a batch.
 
         Args:
-            rows: Places of its images in the data set.
+            rows: Indices of its images in the data set.
             encoded: Its tokens in main memory, in the order of the parts.
-            ready: When they have arrived there; None where they are there already.
+            ready: Event of the copy to main memory; None if it is complete.
 
         Raises:
-            DataError: Tokens are NaN, infinite or beyond the precision.
-            StorageError: The disk cannot be written.
+            DataError: Tokens are NaN, infinite or beyond the range of the precision.
+            StorageError: The disk is not writable.
         """
         if ready is not None:
             ready.synchronize()
@@ -182,7 +182,7 @@ class ShardWriter:
                 data: Any = tensor.flatten().view(torch.uint8).numpy()
                 self.sums[number] = zlib.crc32(data, self.sums[number])
                 file.write(data)
-                file.flush()  # a full disk shall be met here, not when the file is closed
+                file.flush()  # raise the error of a full disk here, not when the file is closed
         except OSError as error:
             raise self._unwritten(error) from error
 
@@ -190,19 +190,19 @@ class ShardWriter:
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
         named = [shorten(self.names[row]) if self.names is not None else str(row) for row in rows[:5]]
         rest = {
-            torch.float16: "or beyond fp16, which ends at 65504. Take the precision bf16 or fp32",
-            torch.int8: "or beyond the range of int8's scales. Take the precision bf16 or fp32",
-        }.get(self.parts[0].dtype, "as the backbone computes them. Check its weights")
+            torch.float16: "or above 65504, the maximum of fp16. Use the precision bf16 or fp32",
+            torch.int8: "or beyond the range of int8's scales. Use the precision bf16 or fp32",
+        }.get(self.parts[0].dtype, "as computed by the backbone. Check its weights")
         raise DataError(
-            f"Tokens of the layer {layer} are NaN or infinite, {rest}, and compute without autocast or in bfloat16. "
-            f"They are those of the images: {', '.join(named)}{more}."
+            f"Tokens of layer {layer} are NaN or infinite, {rest}, and compute without autocast or in bfloat16. "
+            f"Affected images: {', '.join(named)}{more}."
         )
 
     def finish(self) -> None:
-        """Let the shard appear.
+        """Move the finished shard to its final names.
 
         Raises:
-            StorageError: The disk cannot be written.
+            StorageError: The disk is not writable.
         """
         try:
             self.stack.close()
@@ -219,25 +219,25 @@ class ShardWriter:
 
 
 def summary_file(folder: Path, shard: int) -> Path:
-    """Where `000007.json` of a shard stands."""
+    """Path of `000007.json` of a shard."""
     return folder / f"{shard:06d}.json"
 
 
 def open_shard(
     folder: Path, shard: int, parts: Sequence[ShardPart], rows: range, classes: int, verify: bool
 ) -> dict[str, Any] | None:
-    """What `000007.json` says, or None where the shard was not finished.
+    """Content of `000007.json`; None if the shard is incomplete.
 
     Args:
         folder: The store.
-        shard: Number of the shard.
+        shard: Index of the shard.
         parts: Its files.
         rows: Rows of the data set that belong to it.
         classes: Number of classes.
         verify: Compare the checksums of its files, which reads them.
 
     Raises:
-        DataError: Its files are not those that were written, or it is the shard of other images.
+        DataError: Its files were changed, or the shard belongs to other images.
     """
     path = summary_file(folder, shard)
     if not path.exists():
@@ -249,16 +249,16 @@ def open_shard(
         labels, files = content["labels"], content["files"]
         content["skipped"] = read_skipped(content["skipped"], rows)
         if len(labels) + len(content["skipped"]) != len(rows):
-            raise DataError(f"It has {len(labels) + len(content['skipped'])} images instead of {len(rows)}.")
+            raise DataError(f"It must have {len(rows)} images; it has {len(labels) + len(content['skipped'])}.")
         if wrong := [label for label in labels if not 0 <= label < classes]:
             raise DataError(f"It has the label {wrong[0]}; there are {classes} classes.")
         for part in parts:
             file = part.path(folder, shard)
             size, known = file.stat().st_size, files[file.name]
             if not size == known["bytes"] == part.bytes(len(labels)):
-                raise DataError(f"{file.name} has {size} bytes instead of {part.bytes(len(labels))}.")
+                raise DataError(f"{file.name} must have {part.bytes(len(labels))} bytes; it has {size}.")
             if verify and _checksum(file) != known["crc32"]:
-                raise DataError(f"The checksum of {file.name} is not the recorded one.")
+                raise DataError(f"The checksum of {file.name} differs from the recorded one.")
     except OSError as error:
         raise DataError(f"The shard {shorten(path)} is damaged: {shorten(error)}.") from error
     except DataError as error:
@@ -279,25 +279,25 @@ def _checksum_of(content: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any], indent: int | None) -> None:
-    """Write plain values with their checksum, whole or not at all; a file that says the same already is left alone."""
+    """Write plain values with their checksum, completely or not at all; a file with equal content is not changed."""
     text = json.dumps({**content, "crc32": _checksum_of(content)}, indent=indent, ensure_ascii=False) + "\n"
     data = text.encode()
     if path.exists() and path.read_bytes() == data:
-        return  # finished stores may lie on a disk that is read only
+        return  # a finished store may be on a read-only disk
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def read_checked_json(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
-    """Read what `write_json` wrote; a file without a checksum is taken as it is.
+    """Read a file of `write_json`; a file without a checksum is accepted.
 
     Raises:
-        DataError: As `visionattn.files.read_json`, or the checksum is wrong.
+        DataError: See `visionattn.files.read_json`; or the checksum is wrong.
     """
     content = read_json(path, schema)
     known = content.pop("crc32", None)
     if known is not None and known != _checksum_of(content):
-        raise DataError(f"The checksum of {path.name} is not the recorded one.")
+        raise DataError(f"The checksum of {path.name} differs from the recorded one.")
     return content
 
 
@@ -305,21 +305,21 @@ def read_skipped(entries: Any, rows: range) -> list[tuple[int, str]]:
     """Rows of images that could not be read, with the reasons.
 
     Raises:
-        DataError: An entry is something else, or of another row.
+        DataError: An entry is invalid, or belongs to another row.
     """
     if not isinstance(entries, list):
         raise DataError("It does not list the images that could not be read.")
     for entry in entries:
         if not isinstance(entry, list) or [type(part) for part in entry] != [int, str] or entry[0] not in rows:
-            raise DataError(f"An image that could not be read is given as {shorten(entry)}.")
+            raise DataError(f"An entry of the unreadable images is not valid: {shorten(entry)}.")
     return [(row, reason) for row, reason in entries]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What `meta.json` of a store says.
+    """Content of `meta.json` of a store.
 
     Raises:
-        DataError: The folder is not a store, or a damaged one.
+        DataError: The folder is not a store, or is damaged.
     """
     layer = {"name": str, "dim": int, "grid": [int], "has_class": bool, "num_registers": int}
     schema = {
@@ -336,7 +336,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         sizes = [meta["shard_images"], meta["identity"]["images"]]
         sizes += [size for layer in meta["layers"] for size in (layer["dim"], *layer["grid"])]
         if min(sizes) < 1 or any(len(layer["grid"]) != 2 or layer["num_registers"] < 0 for layer in meta["layers"]):
-            raise DataError("A size in it is not one.")
+            raise DataError("It has an invalid size.")
     except DataError as error:
         raise DataError(f"{shorten(folder)} is not a feature store, or is damaged: {error}") from error
     return meta

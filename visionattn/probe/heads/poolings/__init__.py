@@ -1,4 +1,4 @@
-r"""The poolings that frozen backbones are judged by: efficient probing, and what it is compared with.
+r"""Poolings for the evaluation of frozen backbones: efficient probing, and those that it is compared with.
 
 A pooling maps the tokens of an image to one vector: X (B, N, D) -> y (B, out_dim). Here x_n is a token, g the mean of
 the tokens, u a learned query, LN a layer norm, h a number of heads, MLP two layers D -> 4 D -> D with a GELU between,
@@ -18,11 +18,11 @@ Parameters, without the classifier, for N = H W patches:
                                       abmilp       5 D^2 + 3 D + 1, plain D + 1
 
 Source: "Attention, Please! Revisiting Attentive Probing Through the Lens of Efficiency", arXiv 2506.10178. Forms, sizes
-and starting values are those of its authors' code; the papers named at each class can differ in them. The authors'
-weights fit after renaming, with the 1 x 1 convolutions of `dolg` flattened.
+and initial values are those of its authors' code; the papers named at each class can differ in them. The authors'
+weights can be loaded after renaming, with the 1 x 1 convolutions of `dolg` flattened.
 
-Deviations, and why. Rows that are thrown away afterwards are not computed (`coca`, `clip`), and a query is projected
-once instead of once a picture: the function is the same. A batch of one stays a batch.
+Deviations, and why. Rows that would be discarded are not computed (`coca`, `clip`), and a query is projected once
+instead of once per image: the function is the same. A batch of one image keeps its batch dimension.
 """
 
 import inspect
@@ -68,24 +68,24 @@ POOLINGS: dict[str, type[Pooling]] = {
 
 
 def create_pooling(spec: str, dim: int, grid: tuple[int, int], **options: Any) -> Pooling:
-    """Make a pooling by its name.
+    """Create a pooling by name.
 
     Args:
         spec: A name in `POOLINGS`, or `ep_M` or `ep_all_M` for M queries, such as `"ep_16"`.
         dim: Width D of the tokens.
-        grid: Height and width of the patches; most poolings do not look at it.
+        grid: Height and width of the grid of patches; most poolings do not use it.
         **options: Further arguments of the pooling's constructor, such as `num_heads`, `device` or `dtype`.
 
     Raises:
-        UnknownNameError: There is no such pooling.
-        InputError: The pooling cannot be made at this width.
+        UnknownNameError: The pooling does not exist.
+        InputError: The pooling does not support this width.
     """
     queries = re.fullmatch(r"(ep|ep_all)_([1-9][0-9]*)", spec)
     if queries is not None:
         spec, options["num_queries"] = queries[1], int(queries[2])
     if spec not in POOLINGS:
         raise UnknownNameError(
-            f"There is no pooling {spec!r}; there are {', '.join(POOLINGS)}, and ep_M or ep_all_M for M queries."
+            f"There is no pooling {spec!r}; use one of {', '.join(POOLINGS)}, or ep_M or ep_all_M for M queries."
         )
     constructor: Any = POOLINGS[spec]
     if "grid" in inspect.signature(constructor).parameters:

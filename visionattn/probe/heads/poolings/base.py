@@ -1,4 +1,4 @@
-"""What the poolings share: their interface, and attention."""
+"""Base of the poolings: their interface, and attention."""
 
 import torch
 import torch.nn as nn
@@ -13,7 +13,7 @@ class Pooling(nn.Module):
     """Base of the poolings: (B, N, D) -> (B, out_dim), any N unless the constructor takes a `grid`.
 
     Attributes:
-        tokens: Which tokens it is fed by default: `"patches"`, `"class"` (the class token as (B, 1, D)) or `"all"` (the
+        tokens: Kind of the tokens that it reads: `"patches"`, `"class"` (the class token as (B, 1, D)) or `"all"` (the
             class token, then the patches).
         out_dim: Width of the vector.
     """
@@ -23,15 +23,15 @@ class Pooling(nn.Module):
 
 
 def check_heads(dim: int, num_heads: int) -> None:
-    """Refuse heads of unequal width."""
+    """Check that the width is divisible by the number of heads."""
     if num_heads < 1 or dim % num_heads:
         raise InputError(f"dim ({dim}) must be divisible by num_heads ({num_heads}).")
 
 
 def check_patches(tokens: torch.Tensor, grid: tuple[int, int]) -> None:
-    """Refuse tokens that are not the patches of the grid."""
+    """Check that the number of tokens matches the grid."""
     if tokens.shape[1] != grid[0] * grid[1]:
-        raise InputError(f"A grid of {grid[0]} x {grid[1]} patches has no {tokens.shape[1]} tokens.")
+        raise InputError(f"{tokens.shape[1]} tokens do not match the grid of {grid[0]} x {grid[1]} patches.")
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int = 1) -> torch.Tensor:

@@ -88,7 +88,7 @@ class Jepa(Pooling):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Small weights, smaller still where a branch is added."""
+        """Small initial weights, and smaller ones at the end of residual branches."""
         trunc_normal_(self.query, std=0.02)
         for layer in (self.q, self.kv, self.proj, self.mlp.fc1, self.mlp.fc2):
             trunc_normal_(layer.weight, std=0.02)
@@ -123,8 +123,8 @@ class Cae(Pooling):
         self.norm1_q = nn.LayerNorm(dim, **dd)
         self.norm1_k = nn.LayerNorm(dim, **dd)
         self.norm1_v = nn.LayerNorm(dim, **dd)
-        # Unused: the norm before the MLP that the probe leaves out of CAE's block. It stands in the authors' heads and
-        # in their parameter counts, and without it those heads would not load strictly.
+        # Unused: the norm before the MLP of CAE's block, which the probe does not have. It is part of the authors'
+        # heads and of their parameter counts, and is required to load those heads strictly.
         self.norm2_cross = nn.LayerNorm(dim, **dd)
         self.q = nn.Linear(dim, dim, bias=False, **dd)
         self.k = nn.Linear(dim, dim, bias=False, **dd)
@@ -168,14 +168,14 @@ class Cait(Pooling):
 class Coca(Pooling):
     """CoCa's pooler: y = W_O concat_i softmax(q_i (W_K x)^T / 8) W_V x, q = W_Q LN u_1 in 8 heads of 64.
 
-    The heads share one key and one value head. CoCa learns many queries u_1, u_2, ... and reads the first as the
-    picture's vector; queries do not see each other, so that the others' gradients are zero.
+    The heads share one key and one value head. CoCa learns many queries u_1, u_2, ... and uses the first as the vector
+    of the image; queries do not attend to each other, so that the gradients of the others are zero.
 
     Source: CoCa, arXiv 2205.01917.
 
     Args:
         dim: Width D of the tokens.
-        num_queries: Learned queries, of which the first counts.
+        num_queries: Number of learned queries, of which only the first is used.
         num_heads: Heads, 64 wide.
     """
 

@@ -78,7 +78,7 @@ class Clip(Pooling):
 
 
 class SimPool(Pooling):
-    """SimPool: y = softmax(W_Q g (W_K LN x)^T / sqrt(D)) LN x, its power mean left out.
+    """SimPool: y = softmax(W_Q g (W_K LN x)^T / sqrt(D)) LN x, without its power mean.
 
     Source: SimPool, arXiv 2309.06891.
 
@@ -103,16 +103,16 @@ class SimPool(Pooling):
 class LinearFreeSimPool(Pooling):
     """SimPool without linear maps: y = MHA_h(LN g, LN x, x), one layer norm for both.
 
-    Source: after SimPool, arXiv 2309.06891.
+    Source: based on SimPool, arXiv 2309.06891.
 
     Args:
         dim: Width D of the tokens.
-        num_heads: Heads h. By default 12, or the next smaller number that divides D.
+        num_heads: Number h of heads; by default 12, or the next smaller divisor of D.
     """
 
     def __init__(self, dim: int, num_heads: int | None = None, device=None, dtype=None) -> None:
         super().__init__()
-        if num_heads is None:  # at D = 1024, the width of a ViT-L, 12 is not a divisor
+        if num_heads is None:  # 12 does not divide D = 1024, the width of a ViT-L
             num_heads = next(heads for heads in range(12, 0, -1) if dim % heads == 0)
         check_heads(dim, num_heads)
         self.out_dim = dim
@@ -126,7 +126,7 @@ class LinearFreeSimPool(Pooling):
 
 
 class Cbam(Pooling):
-    """CBAM: y = mean_n ReLU(x_n + c * s_n * x_n), with a gate c of the channels and a gate s of the places.
+    """CBAM: y = mean_n ReLU(x_n + c * s_n * x_n), with a channel gate c and a spatial gate s.
 
     c = sigmoid(f(mean_n x_n) + f(max_n x_n)), f: D -> D / 16 -> D with a ReLU and no biases
     s = sigmoid(BN(7 x 7 convolution of [mean, max] over the channels of c * x)) on the H x W grid
@@ -152,9 +152,9 @@ class Cbam(Pooling):
 
 
 class Dolg(Pooling):
-    """DOLG's spatial attention, after DELF: z = BN(W_1 x + b_1), y = mean_n softplus(w_2 ReLU(z_n) + b_2) z_n / |z_n|.
+    """DOLG's spatial attention, from DELF: z = BN(W_1 x + b_1), y = mean_n softplus(w_2 ReLU(z_n) + b_2) z_n / |z_n|.
 
-    Scores do not compete: there is no softmax.
+    There is no softmax: the scores are independent.
 
     Sources: DOLG, arXiv 2108.02927; DELF, arXiv 1612.06321.
 
@@ -181,7 +181,7 @@ class Dolg(Pooling):
 class DinoBlock(Pooling):
     """The mean after one transformer block: r = x + W_O MHA_h(W_Q LN x, W_K LN x, W_V LN x), y = mean(r + MLP(LN r)).
 
-    q, k and v have no bias, all other layers one.
+    q, k and v have no bias, all other layers have one.
 
     Source: the block of DINOv2, arXiv 2304.07193.
 
@@ -207,11 +207,11 @@ class AbMilp(Pooling):
     with self-attention     z = W_O MHA_1(W_Q x, W_K x, W_V x) + b, e(z) = w tanh(W z + b') + c
     plain                   z = x, e(z) = w z + c
 
-    Source: "Beyond [cls]", arXiv 2412.03215, whose command is the plain form; the other is the default of its code.
+    Source: "Beyond [cls]", arXiv 2412.03215, whose command line uses the plain form; its code defaults to the other.
 
     Args:
         dim: Width D of the tokens.
-        self_attention: Which of the two.
+        self_attention: Use the form with self-attention.
     """
 
     def __init__(self, dim: int, self_attention: bool = True, device=None, dtype=None) -> None:
