@@ -80,7 +80,7 @@ def test_a_function_says_how_its_images_are_prepared():
     [
         (3, "A function of images is required; got int"),
         (lambda images: "text", "must return a tensor; got str"),
-        (lambda images: images.sum(), r"gives no layers .* 0-d tensor|must return"),
+        (lambda images: images.sum(), r"returns no layers .* 0-d tensor|must return"),
         (lambda images: images[:, 0, 0, 0], r"must return .B, D., .B, N, D. or .B, D, H, W."),
         (lambda images: images.new_zeros(5, 4), r"for images \(1, 3, 32, 32\); got \(5, 4\)"),
         (tokens(1), "17 patch tokens for images of 32 x 32 pixels, which form no grid"),
@@ -116,7 +116,7 @@ def test_stages_of_torchvision_end_in_what_the_pooling_reads(name, stages, dim):
     net(IMAGES)
     hook.remove()
     found = Backbone(net, range(stages), image_size=32)
-    with pytest.raises(InputError, match=f"layers 0 to {stages - 1}"):
+    with pytest.raises(InputError, match=f"must be from 0 to {stages - 1}"):
         Backbone(net, [stages], image_size=32)
     assert found.layers[-1].dim == dim
     torch.testing.assert_close(found(IMAGES)[-1].patches, pooled[0].flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)

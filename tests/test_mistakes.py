@@ -196,7 +196,7 @@ MISTAKES = [
     (f"probe {VIT} {VIT}=broken.pth --data digits", r"No weights are published|broken\.pth"),
     (f"probe {VIT} {VIT} --random --data digits", r"is given twice"),
     ("probe --compare photos", r"photos is not the folder of a report"),
-    (f"probe {VIT} --compare photos", r"--compare takes reports only"),
+    (f"probe {VIT} --compare photos", r"--compare accepts only reports"),
     (f"probe {VIT} --random --data photos --embed notes.txt", r"notes\.txt"),
     (f"probe {VIT} --random --data lost --embed new.npz", r"There is no file or folder lost"),
     ("probe torchvision/lost --random --data digits", r"There is no model 'torchvision/lost'"),
@@ -212,7 +212,10 @@ MISTAKES = [
     (f"probe {VIT} --data digits --image-size 64x96", r"image_size must be one whole number"),
     (f"probe {VIT} --data empty --task multilabel", r"empty must hold labels\.csv or labels\.json; it has neither"),
     (f"probe {VIT} --data notes.txt --task regression", r"must be a \.csv or \.json file"),
-    (f"probe {VIT} {VIT}2 --data empty --task regression", r"compared in classification, not in regression"),
+    (
+        f"probe {VIT} {VIT}2 --data empty --task regression",
+        r"compared for classification only; got the task 'regression'",
+    ),
     # inspect
     ("inspect", r"required: NAME\|CKPT, --images"),
     (f"inspect {VIT}", r"required: --images"),

@@ -123,7 +123,7 @@ def test_the_head_of_a_module_needs_the_module(images, tmp_path):
     settings = ProbeSettings(heads=["gap"], lrs=[0.1], epochs=1, few_shot=(), maps=0, device="cpu", output=tmp_path)
     report = visionattn.probe(net, images, settings=settings, progress=False)
     head = next((tmp_path / "heads").glob("*.safetensors"))
-    with pytest.raises(InputError, match="was given in Python: give it again as backbone="):
+    with pytest.raises(InputError, match="was a Python object: pass it again as backbone="):
         apply_head(images / "test", head, device="cpu")
     applied = apply_head(images / "test", head, backbone=net, device="cpu")
     predicted = [applied.classes.index(entries[0][0]) for entries in applied.top()]
@@ -140,15 +140,15 @@ def test_images_that_cannot_be_read_are_listed(head, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"data__image_size": None}, "does not say what it reads .the entry dataimage_size is missing."),
+        ({"data__image_size": None}, "does not state its inputs .the entry dataimage_size is missing."),
         ({"data__image_size": 10**9}, "images of 1000000000 pixels"),
-        ({"data__std": [0.0]}, "a normalisation without sense"),
-        ({"data__mean": [0.1, 0.2, 0.3], "data__std": [1, 1, 1]}, "does not fit the layer"),
-        ({"layer__index": 99}, "has the layers 0 to 5"),
+        ({"data__std": [0.0]}, "an invalid normalisation"),
+        ({"data__mean": [0.1, 0.2, 0.3], "data__std": [1, 1, 1]}, "does not match layer"),
+        ({"layer__index": 99}, "must be from 0 to 5"),
         ({"backbone__sha256": "0"}, "with other weights"),
         ({"backbone__name": "va_lost"}, "There is no model 'va_lost'"),
-        ({"backbone__name": "hf-hub:somebody/model"}, "is not fetched unasked"),
-        ({"backbone__checkpoint": 3}, "does not say what it reads"),
+        ({"backbone__name": "hf-hub:somebody/model"}, "to allow its download"),
+        ({"backbone__checkpoint": 3}, "does not state its inputs"),
     ],
 )
 def test_a_file_that_somebody_made_is_not_trusted(images, head, tmp_path, entries, message):

@@ -86,9 +86,9 @@ def test_pairs_are_tested_and_corrected_for_their_number():
 def test_what_is_not_of_the_same_images_is_refused():
     right = np.ones(4, bool)
     first = judged("a", "a", "d", right, right)
-    with pytest.raises(InputError, match="b was judged on other test images than a"):
+    with pytest.raises(InputError, match="b and a have different test images"):
         Comparison([first, judged("b", "b", "other", right, right)])
-    with pytest.raises(InputError, match="b could not read as many test images"):
+    with pytest.raises(InputError, match="b has another number of readable test images"):
         Comparison([first, judged("b", "b", "d", right[1:], right[1:])])
     with pytest.raises(InputError, match="b is given twice"):
         Comparison([first, judged("b", "a", "d", right, right)])
@@ -161,10 +161,10 @@ def test_a_comparison_is_not_replaced_unasked(both, content, images, tmp_path):
     first, second = (both / row["backbone"] for row in content["backbones"])
     visionattn.compare([second, first], output=tmp_path, device="cpu")  # the same reports
     (tmp_path / "comparison.json").write_text('{"plan": "other"}')
-    with pytest.raises(InputError, match=r"holds a comparison of other reports\. Give --overwrite"):
+    with pytest.raises(InputError, match=r"contains a comparison of other reports\. Use --overwrite"):
         visionattn.compare([first, second], output=tmp_path, device="cpu")
     (tmp_path / "comparison.json").write_text("{")
-    with pytest.raises(InputError, match="holds a comparison that cannot be read"):
+    with pytest.raises(InputError, match="contains a comparison that cannot be read"):
         visionattn.compare([first, second], output=tmp_path, device="cpu")
     visionattn.compare([first, second], output=tmp_path, overwrite=True, device="cpu")
 
@@ -193,8 +193,11 @@ def test_reports_that_cannot_be_compared_say_what_to_do(both, content, tmp_path,
     ("words", "message"),
     [
         (["--compare", "lost"], "lost is not the folder of a report"),
-        (["--compare", "lost", "--data", "digits"], "--compare takes reports only"),
-        ([NAME, OTHER, "--data", "digits", "--checkpoint", "a.pth"], "--checkpoint and --export are of one backbone"),
+        (["--compare", "lost", "--data", "digits"], "--compare accepts only reports"),
+        (
+            [NAME, OTHER, "--data", "digits", "--checkpoint", "a.pth"],
+            "--checkpoint and --export require a single backbone",
+        ),
         ([NAME, "va_lost", "--random", "--data", "digits"], "There is no model 'va_lost'"),
         ([NAME, NAME, "--random", "--data", "digits", "--epochs", "1"], "is given twice"),
     ],

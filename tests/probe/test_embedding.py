@@ -43,7 +43,7 @@ def test_a_folder_with_classes(found, images):
 def test_they_are_what_the_backbone_gives(found, images):
     vectors = visionattn.embed(NAME, images, **QUICK)
     assert np.array_equal(vectors.features, found["features"])
-    assert repr(vectors) == "Embeddings(24 images, 64 numbers each, 2 classes)"
+    assert repr(vectors) == "Embeddings(24 images, 64 values each, 2 classes)"
     net = vit(img_size=28, patch_size=7)
     pixels = [np.array(Image.open(images / name).convert("RGB")) for name in found["names"][:3]]
     given = visionattn.embed(net, pixels, image_size=28, device="cpu", progress=False)
@@ -91,8 +91,8 @@ def test_files_are_kept_and_broken_images_listed(tmp_path, capsys):
         ([NAME, "--random", "--data", ".", "--embed", "out.npz"], "There are no images in ."),
         ([NAME, "--random", "--data", ".", "--embed", "out.csv"], ".npz"),
         ([NAME, "--random", "--embed", "out.npz"], "required: --data"),
-        ([NAME, NAME, "--random", "--data", ".", "--embed", "out.npz"], "--embed takes one backbone; got 2"),
-        ([NAME, "--random", "--data", "digits", "--layers", "1,2", "--embed", "out.npz"], "One layer is embedded"),
+        ([NAME, NAME, "--random", "--data", ".", "--embed", "out.npz"], "--embed requires a single backbone; got 2"),
+        ([NAME, "--random", "--data", "digits", "--layers", "1,2", "--embed", "out.npz"], "embed reads a single layer"),
     ],
 )
 def test_mistakes_of_the_command(tmp_path, monkeypatch, capsys, words, message):

@@ -20,11 +20,11 @@ def test_few_shot_rows():
     assert not torch.equal(rows, few_shot_rows(labels, per_class=4, draw_seed=0))
     assert labels[few_shot_rows(labels, fraction=0.1)].bincount().tolist() == [2, 2, 1]
     for wrong, message in [
-        ({}, "one of the two"),
-        ({"per_class": 3, "fraction": 0.1}, "one of the two"),
+        ({}, "Exactly one of"),
+        ({"per_class": 3, "fraction": 0.1}, "Exactly one of"),
         ({"per_class": 0}, "but got 0"),
         ({"fraction": 1.5}, "but got 1.5"),
-        ({"per_class": 6}, "Class 2 has 5 training images, fewer than the 6"),
+        ({"per_class": 6}, "Class 2 has 5 training images; 6 are required"),
     ]:
         with pytest.raises(InputError, match=message):
             few_shot_rows(labels, **wrong)

@@ -133,9 +133,9 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_what_cannot_be_searched():
     train, test = features()
-    with pytest.raises(InputError, match="no class token: take the source 'mean'"):
+    with pytest.raises(InputError, match="no class token: use the source 'mean'"):
         small(ArrayFeatures(train.patches, train.labels, 3), ArrayFeatures(test.patches, test.labels, 3))
-    with pytest.raises(InputError, match="nothing can choose"):
+    with pytest.raises(InputError, match="requires held-out training images"):
         small(train, test, holdout=0)
     with pytest.raises(InputError, match="same layers"):
         small(train, clustered(9, classes=4))

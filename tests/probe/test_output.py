@@ -18,7 +18,7 @@ def test_a_report_of_another_run_is_not_replaced(images, done, tmp_path, capsys)
     before = (out / "results.json").read_bytes()
     assert main(tiny(images, out, "--lrs", "0.2")) == 2
     told = capsys.readouterr().err
-    assert "holds the report of another run" in told
+    assert "contains the report of another run" in told
     assert "--overwrite" in told
     assert (out / "results.json").read_bytes() == before
     assert main(tiny(images, out, "--lrs", "0.2", "--overwrite")) == 0
@@ -33,7 +33,7 @@ def test_a_report_of_another_run_is_not_replaced(images, done, tmp_path, capsys)
     own.mkdir()
     (own / "report.md").write_text("mine")
     assert main(tiny(images, own)) == 2
-    assert "holds a file report.md" in capsys.readouterr().err
+    assert "contains a file report.md" in capsys.readouterr().err
     assert (own / "report.md").read_text() == "mine"
 
 

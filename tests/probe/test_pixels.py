@@ -35,5 +35,5 @@ def test_an_image_that_cannot_be_read_any_more():
 def test_who_wins():
     comparison = PixelComparison("k-NN", 0.423, "k-NN mean", 0.108, 1e-9)
     assert comparison.pixels_win
-    assert str(comparison) == "k-NN 42.3 % against 10.8 % of k-NN mean (p 1e-09)"
+    assert str(comparison) == "k-NN 42.3 % against 10.8 % of k-NN mean (p = 1e-09)"
     assert not comparison._replace(pixels=0.108).pixels_win

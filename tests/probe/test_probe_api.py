@@ -113,7 +113,7 @@ def test_given_images_go_on_where_they_are_the_same(validated, net, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr("visionattn.probe.tokens.features._compute", None)
         assert scores(visionattn.probe(net, (train, test), output=tmp_path / "out", **QUICK)) == scores(first)
-    with pytest.raises(InputError, match="holds the report of another run"):
+    with pytest.raises(InputError, match="contains the report of another run"):
         visionattn.probe(net, (train[1:], test), output=tmp_path / "out", **QUICK)
 
 
@@ -122,11 +122,11 @@ def test_given_images_go_on_where_they_are_the_same(validated, net, tmp_path, mo
     [
         (3, "the training and the test images .* got int"),
         ((3, 4), "a dataset of .image, label.; got int"),
-        (((np.zeros((2, 28, 28), np.uint8), [0]),) * 2, "2 images, but 1 labels"),
+        (((np.zeros((2, 28, 28), np.uint8), [0]),) * 2, "same length; got 2 and 1"),
         (([(np.zeros((28, 28)), 0)],) * 2, r"uint8 arrays .* got \(28, 28\) of float64"),
         (([(np.zeros((28, 28), np.uint8), -1)],) * 2, "Labels must be whole numbers from 0; got -1"),
-        (([np.zeros((28, 28), np.uint8)],) * 2, "must give .image, label.; got ndarray"),
-        (([(np.zeros((28, 28), np.uint8), 0)],) * 2, "one class only"),
+        (([np.zeros((28, 28), np.uint8)],) * 2, "must return .image, label.; got ndarray"),
+        (([(np.zeros((28, 28), np.uint8), 0)],) * 2, "only one class"),
         (([(torch.zeros(1, 32, 32), 0), (torch.zeros(1, 32, 32), 1)],) * 2, r"must be \(1, 28, 28\)"),
     ],
 )

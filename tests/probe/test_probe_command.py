@@ -66,7 +66,7 @@ def test_every_file_is_there(folder, results):
     assert results["data"]["train_images"] == 1437  # training and validation part
     assert results["data"]["test_images"] == 360
     assert [layer["index"] for layer in results["layers"]] == [2, 5]
-    assert any("No head was trained on 1000 images per class" in note for note in results["notes"])
+    assert any("No head was trained with 1000 images per class" in note for note in results["notes"])
     assert {entry["size"] for entry in results["few_shot"]} == {1, 5}
 
 
@@ -366,7 +366,7 @@ def test_heads_are_made_where_they_fit():
     found = {(spec.pooling, spec.layer) for spec in specs}
     fitting = {"gap": range(5), "ep_8": range(5), "ep_16": (0, 3, 4), "ep_32": (4,)}
     assert found == {(pooling, place) for pooling, places in fitting.items() for place in places}
-    assert [note.split(" was left out at ")[0] for note in notes] == ["ep_16", "ep_32"]
+    assert [note.split(" was skipped at ")[0] for note in notes] == ["ep_16", "ep_32"]
 
 
 def test_two_processes_report_what_one_does(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def test_a_flipped_bit_in_the_heads_is_an_error(images, done, tmp_path, capsys):
     assert main(tiny(images, out)) == 2
     told = capsys.readouterr().err
     assert "sweep.pt" in told
-    assert "Delete it to start anew" in told
+    assert "Delete it to start again" in told
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(images, done, tmp_path, capsys):

@@ -256,7 +256,7 @@ def test_a_head_that_diverges_does_not_disturb_the_others():
         assert head.last is head.best is None
         assert math.isnan(row["test_best"])
         assert not row["chosen"]
-    assert result.notes == ["All heads of ep_2 at layer 0 diverged; none was chosen."]
+    assert result.notes == ["All heads of ep_2 at layer 0 diverged; none was selected."]
 
 
 def test_hold_out_is_stratified_and_keeps_the_only_image_of_a_class():
@@ -278,11 +278,11 @@ def test_classes():
     with pytest.raises(InputError, match=r"have 1 class\(es\)"):
         sweep(train, test, [HeadSpec("gap")], rows=one_class, **SHORT)
     two_classes = (train.labels != 1).nonzero().squeeze(1)
-    with pytest.raises(InputError, match="test images and no training images: class 1"):
+    with pytest.raises(InputError, match="test images but no training images: class 1"):
         sweep(train, test, [HeadSpec("gap")], rows=two_classes, **SHORT)
     test.labels = test.labels % 2
     result = sweep(train, test, [HeadSpec("gap")], **SHORT)
-    assert result.notes == ["These classes have no test images, so that the test says nothing about them: class 2."]
+    assert result.notes == ["These classes have no test images, so that they are not evaluated: class 2."]
     with pytest.raises(InputError, match="same layers and classes"):
         sweep(train, clustered(60, classes=4), [HeadSpec("gap")], **SHORT)
 
@@ -293,14 +293,19 @@ def test_classes():
         ([], {}, InputError, "0 heads"),
         ([HeadSpec("gap")], {"epochs": 0}, InputError, "0 epochs"),
         ([HeadSpec("gap")], {"warmup_epochs": 9}, InputError, "9 to warm up"),
-        ([HeadSpec("gap")], {"batch_size": 151}, InputError, "there are to train on, 135, but got 151"),
+        (
+            [HeadSpec("gap")],
+            {"batch_size": 151},
+            InputError,
+            "from 2 to 135, the number of images to train on; got 151",
+        ),
         ([HeadSpec("gap")], {"holdout": -0.1}, InputError, "between 0 and 1"),
         ([HeadSpec("gap", layer=2)], {}, InputError, "reads layer 2, but the features have 1"),
         ([HeadSpec("nothing")], {}, UnknownNameError, "no pooling 'nothing'"),
         ([HeadSpec("ep_3")], {}, InputError, "out_dim divisible by num_queries"),
-        ([HeadSpec("cls")], {}, InputError, "class token.*take 'gap'.*ep_M"),
-        ([HeadSpec("ep_all_4")], {}, InputError, "class token.*take 'ep_4'"),
-        (grid(["gap"], lrs=[1.0, 2.0]), {"holdout": 0}, InputError, "nothing can choose"),
+        ([HeadSpec("cls")], {}, InputError, "class token.*use 'gap'.*ep_M"),
+        ([HeadSpec("ep_all_4")], {}, InputError, "class token.*use 'ep_4'"),
+        (grid(["gap"], lrs=[1.0, 2.0]), {"holdout": 0}, InputError, "requires held-out training images"),
     ],
 )
 def test_what_cannot_be_swept_over(heads, options, error, message):
@@ -312,7 +317,7 @@ def test_what_cannot_be_swept_over(heads, options, error, message):
 
 def test_specs_are_checked():
     for wrong in ({"optimizer": "sgd"}, {"lr": 0.0}, {"lr": float("nan")}, {"weight_decay": -1.0}):
-        with pytest.raises(InputError, match="'lars' or 'adamw'"):
+        with pytest.raises(InputError, match="one of 'lars', 'adamw'"):
             HeadSpec("gap", **wrong)
 
 
@@ -320,7 +325,9 @@ def test_specs_are_checked():
 def test_tokens_that_are_not_finite(part):
     given = {"train": clustered(150), "test": clustered(60, seed=1)}
     given[part].patches[0][7, 2, 3] = torch.nan
-    with pytest.raises(DataError, match="'layer 0' are not finite in 1 images of a batch, the first of them row 7"):
+    with pytest.raises(
+        DataError, match="'layer 0' contain NaN or infinity in 1 images of a batch, the first of them row 7"
+    ):
         sweep(given["train"], given["test"], [HeadSpec("gap"), HeadSpec("ep_4")], holdout=0, **SHORT)
 
 

@@ -102,7 +102,7 @@ def test_every_batch_keeps_its_axis(name, options):
 def test_any_number_of_tokens(name, options):
     pooling = make(name, **options)
     if hasattr(pooling, "grid"):
-        with pytest.raises(InputError, match="3 x 5 patches has no 16 tokens"):
+        with pytest.raises(InputError, match="16 tokens do not match the grid of 3 x 5"):
             pooling(torch.randn(2, 16, DIM))
     else:
         assert [pooling(torch.randn(2, size, DIM)).shape for size in (1, 16)] == [(2, DIM)] * 2
@@ -364,7 +364,7 @@ def test_short_names():
 
 @pytest.mark.parametrize("spec", ["attention", "EP", "jepa_4", "ep_0", "ep_x", ""])
 def test_unknown_names_say_what_is_known(spec):
-    with pytest.raises(UnknownNameError, match=f"no pooling {spec!r}; there are cls, gap, ep, ep_all, aim, .*ep_M"):
+    with pytest.raises(UnknownNameError, match=f"no pooling {spec!r}; use one of cls, gap, ep, ep_all, aim, .*ep_M"):
         create_pooling(spec, DIM, GRID)
 
 

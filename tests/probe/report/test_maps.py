@@ -74,5 +74,5 @@ def test_grids_need_not_be_square():
 
 
 def test_attention_of_another_grid_is_refused():
-    with pytest.raises(InputError, match=r"Attention over 2 x 2 patches is \(M, 4\), not \(1, 6\)"):
+    with pytest.raises(InputError, match=r"shape \(M, 4\) for 2 x 2 patches; got \(1, 6\)"):
         overlay(Image.new("RGB", (8, 8)), torch.rand(1, 6), (2, 2))

@@ -123,7 +123,7 @@ def test_other_files_are_no_heads(tmp_path, content):
     file = tmp_path / "head.safetensors"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"is not a head that|There is no file"):
+    with pytest.raises(CheckpointError, match=r"is not a head written by|There is no file"):
         load_head(file)
 
 
@@ -143,7 +143,7 @@ def test_both_reports_say_the_same_and_escape_what_they_are_given(folder):
     markdown, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
     assert "&lt;none&gt;" in page
     assert "<none>" not in page
-    for section in ("Heads", "Layer by layer", "Few training images", "Notes", "To do it again"):
+    for section in ("Heads", "Results by layer", "Few training images", "Notes", "Reproduction"):
         assert f"## {section}\n" in markdown
         assert f"<h2>{section}</h2>" in page
     assert page.count("<svg") == 2

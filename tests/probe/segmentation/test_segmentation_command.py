@@ -131,7 +131,7 @@ def test_voc_and_ade(tmp_path):
         (lambda root: Image.new("RGB", (48, 48)).save(root / "val/masks/000.png"), r"000\.png has the mode RGB"),
         (lambda root: (root / "classes.txt").write_text("a\nb"), r"\.png has the class 2, but there are 2 classes"),
         (lambda root: (root / "val/masks/000.png").write_bytes(b"no"), r"000\.png"),
-        (lambda root: whiten(root, 0), r"have 1 class\(es\) besides 255.* must have 1 in the place of 255"),
+        (lambda root: whiten(root, 0), r"have 1 class\(es\) besides 255.*replace 255 by 1"),
     ],
 )
 def test_what_is_refused(change, words, tmp_path):
@@ -164,8 +164,8 @@ def test_an_image_that_cannot_be_read_is_left_out(tmp_path, capsys):
         ({"task": "segmentation", "few_shot": (1,)}, "--few-shot is an option of the task classification, not of seg"),
         ({"task": "segmentation", "export": "linear"}, "--export is an option of the task classification"),
         ({"classes": "names.txt"}, "--classes is an option of the task segmentation, not of classification"),
-        ({"image_size": (64, 96)}, "For classification image_size must be one whole number"),
-        ({"task": "regression", "image_size": [64, 96]}, "For regression image_size must be one whole number"),
+        ({"image_size": (64, 96)}, "image_size must be one whole number for classification"),
+        ({"task": "regression", "image_size": [64, 96]}, "image_size must be one whole number for regression"),
         ({"task": "segmentation", "image_size": (64, 0)}, "image_size must be a side, or height and width"),
     ],
 )

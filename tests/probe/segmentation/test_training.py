@@ -111,7 +111,7 @@ def test_a_head_that_diverges_is_left_behind():
 
 def test_too_few_images():
     train, truth = stripes(2, 0)
-    with pytest.raises(DataError, match="three training images or more; there are 2"):
+    with pytest.raises(DataError, match="at least three training images; got 2"):
         train_segmenters(train, enlarged(truth, 4), [HeadSpec("linear", 0)], **OPTIONS)
 
 

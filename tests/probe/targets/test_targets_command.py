@@ -98,7 +98,7 @@ def test_what_is_refused(folder, tmp_path):
     with pytest.raises(DataError, match="age is 1 in all training images"):
         visionattn.probe(NAME, tmp_path, task="regression", random=True)
     (tmp_path / "labels.csv").write_text("file,split,cat,dog\na.png,train,1,0\nb.png,test,0,1\n")
-    with pytest.raises(DataError, match="three training images or more; there are 1"):
+    with pytest.raises(DataError, match="at least three training images; got 1"):
         visionattn.probe(NAME, tmp_path, task="multilabel", random=True, no_pixels=True, heads=["gap"])
 
 

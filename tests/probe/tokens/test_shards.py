@@ -131,7 +131,7 @@ def test_a_damaged_description_is_written_anew(backbone, tmp_path, wrong):
     path.write_text(json.dumps({**json.loads(path.read_text()), "shard_images": wrong}))
     with pytest.raises(DataError, match="damaged"):
         StoredFeatures(found.folder)
-    with pytest.warns(UserWarning, match="The shards that fit are kept"):
+    with pytest.warns(UserWarning, match="The shards that match are kept"):
         store(tmp_path, backbone=backbone)
     assert contents(tmp_path) == before
 
@@ -189,7 +189,7 @@ def test_a_shard_of_unreadable_images(backbone, tmp_path):
 def test_tokens_that_do_not_fit(tmp_path):
     model = vit()
     model.norm.weight.data[0] = 1e6
-    with pytest.raises(DataError, match=r"layer blocks.2 .*beyond fp16.*bf16 or fp32.*images: 0, 1, 2\."):
+    with pytest.raises(DataError, match=r"layer blocks.2 .*maximum of fp16.*bf16 or fp32.*images: 0, 1, 2\."):
         store(tmp_path, backbone=Backbone(model, image_size=32))
     assert not list(tmp_path.rglob("*.part"))
     for precision in ("bf16", "fp32", "int8"):
@@ -229,7 +229,7 @@ def test_a_full_disk(backbone, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # a shard's patches at one layer take 6144 bytes
     try:
-        with pytest.raises(StorageError, match=r"Could not write shard 0 .*File too large. The shards before it stay"):
+        with pytest.raises(StorageError, match=r"Could not write shard 0 .*File too large. Earlier shards are kept"):
             store(tmp_path / "a", backbone=backbone)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
