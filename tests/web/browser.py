@@ -18,9 +18,14 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def what_is_missing() -> str | None:
-    """Why no page can be driven here, or None."""
+    """Why the page of `visionattn demo` cannot be driven here, or None."""
     if not (PAGE / "index.html").is_file():
         return "the page is not built: make web"
+    return missing_browser()
+
+
+def missing_browser() -> str | None:
+    """Why no page can be driven here, or None."""
     if shutil.which("node") is None or not (WEB / "node_modules/playwright-core").is_dir():
         return "Node or playwright-core is missing: make web"
     if CHROMIUM is None:

@@ -22,7 +22,12 @@ const encoded = `(floats) => {
 }`;
 
 const actions = {
-  async open({ url, width = 1280, height = 900, dark = false }) {
+  async open({ url, ...options }) {
+    await actions.visit({ url, ...options });
+    await actions.ready();
+  },
+  /** Open any page, in a context of its own. */
+  async visit({ url, width = 1280, height = 900, dark = false }) {
     await page?.context().close();
     const context = await browser.newContext({
       viewport: { width, height },
@@ -40,10 +45,14 @@ const actions = {
       requests.push(request.url());
       if (!/^(http:\/\/127\.0\.0\.1|blob:|data:)/.test(request.url())) problems.push(`loads ${request.url()}`);
     });
-    await actions.load({ url });
+    await page.goto(url);
   },
   async load({ url }) {
     await page.goto(url);
+    await actions.ready();
+  },
+  /** Wait until the page of the demo is ready, and collect its events. */
+  async ready() {
     await page.waitForSelector("body[data-ready]");
     // Events of the page that carry a model's numbers.
     await page.evaluate(`(() => {
