@@ -41,20 +41,15 @@ def upscaling() -> Rows:
 
 
 def draw_upscaling(rows: Rows, axes: Any) -> None:
-    for row in rows:
-        ours, count = "shipped" in row["model"], int(row["parameters"]) / 1000
-        label = row["model"].replace(", shipped", "").partition("_")[2] if not ours else "va_span_ch26_x4"
-        if row["model"] == "bicubic":
-            axes.axhline(float(row["psnr_y"]), color=OTHERS, linestyle="--")
-            axes.annotate("bicubic", (124, float(row["psnr_y"])), xytext=(0, 4), textcoords="offset points")
-            continue
-        axes.plot(count, float(row["psnr_y"]), "o", color=OURS if ours else OTHERS)
-        right = label not in ("DSCF", "spanf")
-        shift, side = ((6, 3), "left") if right else ((-6, 3), "right")
-        axes.annotate(
-            label, (count, float(row["psnr_y"])), xytext=shift, textcoords="offset points", ha=side, fontsize=8
-        )
-    axes.set(xlabel="parameters in thousands", ylabel="PSNR on Y in dB, Set14 ×4", xlim=(120, 210), ylim=(25.8, 28.8))
+    rows = sorted(rows, key=lambda row: float(row["psnr_y"]))
+    labels = []
+    for place, row in enumerate(rows):
+        ours, count = "shipped" in row["model"], int(row["parameters"])
+        name = row["model"].removesuffix(", shipped") if ours or not count else row["model"].partition("_")[2]
+        labels.append(f"{name}, {count / 1000:.0f} k" if count else name)
+        axes.plot(float(row["psnr_y"]), place, "o", color=OURS if ours else OTHERS)
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set(xlabel="PSNR on Y in dB, Set14 ×4; names with their parameters", xlim=(25.8, 28.8))
 
 
 def halo() -> Rows:

@@ -1,21 +1,21 @@
-"""Make the pictures of the README and of the documentation's front page: outputs of shipped models, docs/images/*.webp.
+"""Make the pictures of the README and of the documentation's front page, docs/images/*.webp, of the tour's outputs.
 
-    python -m tools.front_pictures
+    visionattn quickstart TOUR
+    python -m tools.front_pictures TOUR [upscale disparity attention search]
 
-The photographs are those that scikit-image installs and that may be passed on: Chelsea (CC0), the Motorcycle pair of
-Middlebury (CC0), and those of `visionattn quickstart`, whose stations make the outputs.
+The tour's photographs are those that scikit-image installs and that may be passed on: the cat Chelsea and others (CC0),
+and the Motorcycle pair of Middlebury.
 """
 
 from __future__ import annotations
 
-import tempfile
+import argparse
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
-from rich.console import Console
 from skimage import data
 
 import visionattn
@@ -23,7 +23,6 @@ from visionattn.data.matching.disparity import read_disparity
 from visionattn.frozen import Call, observing
 from visionattn.predict.colours import disparity_colours, usual_top
 from visionattn.probe.report.maps import overlay
-from visionattn.quickstart import search, stereo, upscale
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "images"
 LARGEST = 60_000  # bytes of a file
@@ -34,42 +33,37 @@ BACKBONE = "va_minimal_vit_micro_patch4_32"
 SIDE = 112  # of the image whose attention is drawn: 28 x 28 patches
 
 
-def enlarged(folder: Path) -> list[Image.Image]:
+def enlarged(tour: Path) -> list[Image.Image]:
     """Chelsea's eyes at a quarter of the resolution, enlarged by interpolation and by the network."""
-    upscale.visit(folder, Console(quiet=True))
-    return [Image.open(folder / f"{name}.png").crop(EYES) for name in ("bicubic", "network")]
+    return [Image.open(tour / "upscale" / f"{name}.png").crop(EYES) for name in ("bicubic", "network")]
 
 
-def disparity(folder: Path) -> list[Image.Image]:
+def disparity(tour: Path) -> list[Image.Image]:
     """Left view and disparity, near in red."""
-    stereo.visit(folder, Console(quiet=True))
-    found = read_disparity(folder / "network.pfm")
-    truth = read_disparity(folder / "truth.pfm")
-    return [Image.open(folder / "left.png"), Image.fromarray(disparity_colours(found, usual_top(truth)))]
+    found, truth = (read_disparity(tour / "stereo" / f"{name}.pfm") for name in ("network", "truth"))
+    colours = disparity_colours(found, usual_top(truth))
+    return [Image.open(tour / "stereo" / "left.png"), Image.fromarray(colours)]
 
 
 def attention(_: Path) -> list[Image.Image]:
     """Chelsea, and where the class token of the last layer looks, mean over heads."""
     model = timm.create_model(BACKBONE, pretrained=True, img_size=SIDE).eval()
-    photograph = Image.fromarray(data.chelsea())
-    square = photograph.crop((60, 0, 360, 300)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    config = model.pretrained_cfg
-    pixels = torch.from_numpy(np.asarray(square)).permute(2, 0, 1)[None] / 255
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    photograph = Image.fromarray(data.chelsea()).crop((60, 0, 360, 300))
+    small = photograph.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    mean, std = (np.array(model.pretrained_cfg[key]) for key in ("mean", "std"))
+    pixels = torch.from_numpy((np.asarray(small) / 255 - mean) / std).float().permute(2, 0, 1)[None]
     calls: list[Call] = []
     with observing(model, calls.append), torch.inference_mode():
-        model((pixels - mean) / std)
-    call = calls[-1]
-    weights = (call.q[:, :, :1] @ call.k.mT * call.scale).softmax(-1)[0, :, 0, call.prefix :].mean(0, keepdim=True)
-    panels = overlay(photograph.crop((60, 0, 360, 300)), weights, call.grid)
-    return [panels]
+        model(pixels)
+    last = calls[-1]
+    weights = (last.q[0, :, :1] @ last.k[0].mT * last.scale).softmax(-1)[:, 0, last.prefix :].mean(0, keepdim=True)
+    return [overlay(photograph, weights, last.grid)]
 
 
-def nearest(folder: Path) -> list[Image.Image]:
+def nearest(tour: Path) -> list[Image.Image]:
     """A patch of the cat, and its four nearest images in an index of patches."""
-    search.visit(folder, Console(quiet=True))
-    index = folder / "photos.index"
-    hits = visionattn.search(index, folder / "query.jpg", top=4, images=folder / "photos", device="cpu")
+    folder = tour / "search"
+    hits = visionattn.search(folder / "photos.index", folder / "query.jpg", top=4, device="cpu")
     return [Image.open(path) for path in (folder / "query.jpg", *(folder / "photos" / hit.image for hit in hits))]
 
 
@@ -84,16 +78,17 @@ def side_by_side(images: list[Image.Image], height: int) -> Image.Image:
     return row
 
 
+PICTURES = {"upscale": enlarged, "disparity": disparity, "attention": attention, "search": nearest}
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tour", type=Path, help="folder of visionattn quickstart")
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join(PICTURES)}; default: all")
+    args = parser.parse_args()
     OUTPUT.mkdir(exist_ok=True)
-    for name, make, height in (
-        ("upscale", enlarged, HEIGHT),
-        ("disparity", disparity, HEIGHT),
-        ("attention", attention, HEIGHT),
-        ("search", nearest, 160),
-    ):
-        with tempfile.TemporaryDirectory() as folder:
-            picture = side_by_side(make(Path(folder)), height)
+    for name in args.names or PICTURES:
+        picture = side_by_side(PICTURES[name](args.tour), HEIGHT if name != "search" else 160)
         path = OUTPUT / f"{name}.webp"
         for quality in (90, 80, 70, 60):
             picture.save(path, quality=quality, method=6)

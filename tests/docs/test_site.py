@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def test_pages_in_a_browser(served):
                 assert browser.evaluate(code=BROKEN) == [], where
                 levels = browser.evaluate(code=HEADINGS)
                 assert levels.count(1) == 1, where
-                assert all(after <= before + 1 for before, after in zip(levels, levels[1:])), where
+                assert all(after <= before + 1 for before, after in pairwise(levels)), where
 
 
 @pytest.mark.parametrize("name", sorted(plots.ALL))

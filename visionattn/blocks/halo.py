@@ -67,8 +67,8 @@ class HaloAttention(nn.Module):
     Shape:
         (B, C, H, W) -> (B, dim_out, H', W'), any H and W. H' = ceil(H / s), or floor(H / s) if averaged.
 
-    InputError: The output is not divisible by the heads, a size is out of range, or a choice is unknown.
-        InputError: The heads do not divide the output, a size is negative or zero, or a choice is unknown.
+    Raises:
+        InputError: The output is not divisible by the heads, a size is out of range, or a choice is unknown.
     """
 
     def __init__(
