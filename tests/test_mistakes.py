@@ -166,6 +166,7 @@ MISTAKES = [
     ("evaluate sr va_lost --data photos", r"There is no model 'va_lost'"),
     ("evaluate sr broken.pth --data photos", r"broken\.pth"),
     (f"evaluate sr {SR} --data photos --scale 0", r"argument --scale"),
+    (f"evaluate sr {SR} --data photos --jpeg 101", r"argument --jpeg"),
     (f"evaluate sr {SR} --data photos --output taken.csv", r"taken\.csv exists"),
     (f"evaluate sr {SR} --data photos --device gpu7", r"gpu7"),
     (f"evaluate stereo {STEREO} --data absent", r"absent"),

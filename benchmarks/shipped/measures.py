@@ -20,6 +20,8 @@ from visionattn.evaluate import evaluate_sr, evaluate_stereo
 PSNR, EPE, BAD_2, ACCURACY = "PSNR dB (Y)", "EPE px", "bad-2 %", "accuracy %"
 LOWER = (EPE, BAD_2)
 """Metrics of which less is better."""
+QUALITIES = (None, 75, 30)
+"""Of JPEG, that low-resolution images go through; None for none."""
 TRAIN_IMAGES, BATCH = 10_000, 500
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -44,7 +46,7 @@ class Measured:
 
 
 def upscaling(name: str, folder: Path, published: Path | None) -> list[Measured]:
-    """PSNR on Y of each set, next to bicubic and the published files of the same scale and number of parameters."""
+    """PSNR on Y of each set, also after JPEG, next to bicubic and the published files of this scale and size."""
     own: Any = timm.create_model(name, pretrained=True).eval()
     models: dict[str, Any] = {name: own}
     for file in sorted(published.glob("*.pth")) if published else []:
@@ -53,11 +55,13 @@ def upscaling(name: str, folder: Path, published: Path | None) -> list[Measured]
             models[file.stem] = rival
     rows = []
     for images in sorted(folder.glob("*/HR")):
-        found = evaluate_sr(list(models.values()), images)
-        if found.failures:
-            raise SystemExit(f"Not measured: {found.failures}")
-        for method, mean in zip(["bicubic", *models], found.means(), strict=True):
-            rows.append(Measured(name, images.parent.name, method, PSNR, mean.psnr_y))
+        for quality in QUALITIES:
+            found = evaluate_sr(list(models.values()), images, jpeg=quality)
+            if found.failures:
+                raise SystemExit(f"Not measured: {found.failures}")
+            data = images.parent.name + (f", JPEG {quality}" if quality else "")
+            for method, mean in zip(["bicubic", *models], found.means(), strict=True):
+                rows.append(Measured(name, data, method, PSNR, mean.psnr_y))
     return rows
 
 

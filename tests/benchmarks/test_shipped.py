@@ -25,14 +25,19 @@ def test_weights_without_data_are_left_out_and_said_so(capsys):
     assert printed[2] == f"{names[2]} | Set5 | bicubic | PSNR dB (Y) | 30.0"
 
 
-def test_upscaling_is_that_of_evaluate(tmp_path):
+def test_upscaling_is_that_of_evaluate(tmp_path, monkeypatch):
     image = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8).repeat(4, 0).repeat(4, 1)
-    (tmp_path / "Set/HR").mkdir(parents=True)
-    Image.fromarray(image).save(tmp_path / "Set/HR/a.png")
+    folder = tmp_path / "Set/HR"
+    folder.mkdir(parents=True)
+    Image.fromarray(image).save(folder / "a.png")
+    monkeypatch.setattr(measures, "QUALITIES", (None, 75))
     rows = measures.upscaling("va_span_ch26_x4", tmp_path, None)
-    expected = evaluate_sr("va_span_ch26_x4", tmp_path / "Set/HR").means()
-    assert [(row.data, row.method) for row in rows] == [("Set", "bicubic"), ("Set", "va_span_ch26_x4")]
-    assert [row.value for row in rows] == [mean.psnr_y for mean in expected]
+    expected = [mean for quality in (None, 75) for mean in evaluate_sr([], folder, scale=4, jpeg=quality).means()]
+    assert [(row.data, row.method) for row in rows] == [
+        (data, method) for data in ("Set", "Set, JPEG 75") for method in ("bicubic", "va_span_ch26_x4")
+    ]
+    assert [row.value for row in rows[::2]] == [mean.psnr_y for mean in expected]
+    assert rows[1].value != rows[3].value
 
 
 def test_ridge_regression_separates_what_is_separable_and_nothing_else():

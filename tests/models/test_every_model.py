@@ -15,7 +15,7 @@ SMALLEST = {
     "va_dcal_nano_patch4_32": {},
     "va_espan_x4": {},
     "va_halonet_nano_32": {},
-    "va_match_flow_tiny": {"widths": (16, 16, 16, 16), "encoder_depths": (1, 1, 1, 1), "depths": (1, 1, 0, 1)},
+    "va_match_flow_nano": {"widths": (16, 16, 16, 16), "encoder_depths": (1, 1, 1, 1), "depths": (1, 1, 0, 1)},
     "va_match_stereo_nano": {"widths": (16, 16, 16, 16), "encoder_depths": (1, 1, 1, 1), "depths": (1, 1, 0, 1)},
     "va_minimal_vit_nano_patch7_28_minimum": {},
     "va_mobilenetv2_ulsam_050_32": {},

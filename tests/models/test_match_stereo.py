@@ -21,6 +21,7 @@ COSTS = {
     "va_match_stereo_tiny": (8_784_528 - 163_176, 34.81),
     "va_match_stereo_small": (25_231_248 - 324_200, 100.66),
     "va_match_stereo_base": (75_448_400 - 518_888, 366.36),
+    "va_match_flow_nano": (976_574, 5.386),
     "va_match_flow_tiny": (8_784_528 - 163_176, 34.84),
     "va_match_flow_base": (75_448_400 - 518_888, 366.47),
 }
@@ -62,8 +63,9 @@ def test_parameters_and_macs(name):
 @pytest.mark.parametrize("name", COSTS)
 def test_card_and_unknown_arguments(name):
     config = timm.get_pretrained_cfg(name)
-    published = name not in ("va_match_stereo_nano", "va_match_flow_tiny")
-    assert bool(config.has_weights) == (name != "va_match_flow_tiny")
+    untrained = name in ("va_match_flow_nano", "va_match_flow_tiny")
+    published = not untrained and name != "va_match_stereo_nano"
+    assert bool(config.has_weights) != untrained
     assert config.license == ("not stated" if published else "apache-2.0")
     assert config.hf_hub_id == ("Tingman/MatchAttention" if published else None)
     model = timm.create_model(name, device="meta")
@@ -73,6 +75,18 @@ def test_card_and_unknown_arguments(name):
     for wrong in ({"not_an_argument": 1}, {"num_classes": 10}, {"in_chans": 1}):
         with pytest.raises(TypeError):
             timm.create_model(name, device="meta", **wrong)
+
+
+def test_border_is_padding_and_a_crop():
+    plain, wide = build(), build(border=32)
+    wide.load_state_dict(plain.state_dict())
+    left, right = views(1, 192, 200)
+    extended = [F.pad(view, (32, 32 + 24, 0, 0), mode="replicate") for view in (left, right)]
+    with torch.inference_mode():
+        torch.testing.assert_close(wide(left, right), plain(*extended)[..., 32:232])
+        assert wide.forward_fields(left, right).start.shape == (2, 6, 9, 2)
+    with pytest.raises(InputError, match="border must be a multiple of 32; got 40"):
+        build(border=40)
 
 
 @pytest.mark.parametrize("depths", [*FEWER_LAYERS, (0, 2, 0, 1)])

@@ -249,6 +249,20 @@ def test_40_steps_lower_the_loss(tmp_path):
     assert errors[-1] < errors[0] / 4
 
 
+def test_nothing_is_asked_of_the_border():
+    wide, plain = (task(model_args={**SMALL, "border": border}) for border in (32, 0))
+    plain.load_state_dict(wide.state_dict())
+    views, truth, seen = torch.rand(1, 2, 3, 192, 192), 9 * torch.randn(2, 192, 192, 2), torch.rand(2, 192, 192) < 0.8
+    with torch.no_grad():
+        found = wide.losses(wide(views), truth, seen)
+        extended = plain(torch.nn.functional.pad(views, (32, 32, 0, 0, 0, 0), mode="replicate"))
+        nothing = torch.full((2, 192, 32, 2), torch.nan)
+        unseen = torch.zeros(2, 192, 32, dtype=torch.bool)
+        expected = plain.losses(extended, torch.cat([nothing, truth, nothing], 2), torch.cat([unseen, seen, unseen], 2))
+    for term in ("sequence", "full", "start"):
+        assert found[term].item() == pytest.approx(expected[term].item(), rel=1e-5)
+
+
 def test_flow_and_bfloat16_train():
     for name, flow in (("va_match_stereo_nano", False), ("va_match_flow_tiny", True)):
         match = detached(task(name, grad_checkpointing=True))

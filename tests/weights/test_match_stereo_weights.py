@@ -149,6 +149,8 @@ def test_our_own_files_say_what_they_are(tmp_path):
 def test_settings_come_from_the_shapes():
     nano = timm.create_model("va_match_stereo_nano", device="meta").state_dict()
     assert match_stereo.identify(nano) == ("va_match_stereo_nano", {})
+    nano = timm.create_model("va_match_flow_nano", device="meta").state_dict()
+    assert match_stereo.identify(nano) == ("va_match_flow_nano", {})
     odd = {"widths": (8, 12, 16, 24), "encoder_depths": (1, 2, 1, 1), "depths": (1, 11, 1, 1)}
     for network, name in ((MatchStereo, "va_match_stereo_tiny"), (MatchFlow, "va_match_flow_tiny")):
         assert match_stereo.identify(network(**odd, device="meta").state_dict()) == (name, odd)

@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sr.add_argument(
         "--scale", type=whole_number(1, 64), metavar="R", help="upscaling factor (default: that of the models)"
     )
+    sr.add_argument(
+        "--jpeg",
+        type=whole_number(1, 100),
+        metavar="Q",
+        help="compress the low-resolution images to JPEG of this quality first (default: no JPEG)",
+    )
     pairs = protocols.add_parser("stereo", help="stereo: end-point error, bad pixels and D1, on all and non-occluded")
     pairs.add_argument(
         "models",
@@ -157,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
             args.data,
             low_resolution=args.low_resolution,
             scale=args.scale,
+            jpeg=args.jpeg,
             device=args.device,
             dtype=args.dtype,
             console=console,
@@ -165,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
         if left_out := list_images(args.data).describe_left_out():
             print(f"visionattn: note: {shorten(args.data)}: left out {left_out}.", file=sys.stderr)
         title = f"PSNR / SSIM on Y, {found.folder}, scale {found.rows[0].scale}" if found.rows else ""
+        title += f", JPEG of quality {args.jpeg}" if args.jpeg else ""
     else:
         found = evaluate_stereo(
             args.models,

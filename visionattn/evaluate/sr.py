@@ -26,6 +26,7 @@ from torch import nn
 from visionattn import __version__
 from visionattn.data.images import find_images, pair_by_name, read_rgb
 from visionattn.data.restore.bicubic import crop_to_multiple, downscale, upscale
+from visionattn.data.restore.degradation import compress
 from visionattn.devices import find_device
 from visionattn.errors import ConfigError, DataError, InputError, VisionAttnError, require, shorten
 from visionattn.evaluate.opening import open_models, place
@@ -63,11 +64,13 @@ class Measurements:
         folder: Folder of the images.
         device: Device of the models.
         dtype: Precision of the models.
+        jpeg: JPEG quality of the low-resolution images; None without JPEG.
     """
 
     folder: str
     device: str
     dtype: str
+    jpeg: int | None = None
     rows: list[Measured] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -103,6 +106,7 @@ class Measurements:
             "folder": self.folder,
             "device": self.device,
             "dtype": self.dtype,
+            "jpeg": self.jpeg,
             "torch": torch.__version__,
             "visionattn": __version__,
         }
@@ -124,6 +128,7 @@ def evaluate_sr(
     *,
     low_resolution: str | Path | None = None,
     scale: int | None = None,
+    jpeg: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
     console: Console | None = None,
@@ -137,6 +142,8 @@ def evaluate_sr(
         folder: High-resolution images (png, jpg, webp, bmp, tiff).
         low_resolution: Folder of low-resolution images of the same names. Default: MATLAB's bicubic downscaling.
         scale: Factor r. Default: that of the models.
+        jpeg: Quality, 1 to 100, at which low-resolution images are compressed to JPEG (4:2:0 chroma subsampling) before
+            models and bicubic upscaling. Default: no JPEG.
         device: Device of the models: "auto" (a GPU if available), "cpu" or "cuda:1".
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
         console: Console for a progress bar. Default: no progress bar.
@@ -148,13 +155,15 @@ def evaluate_sr(
 
     Raises:
         ConfigError: A model has another task or does not take RGB; the models have different scales; no scale is
-            given; or the device or dtype does not exist.
+            given; the JPEG quality is out of range; or the device or dtype does not exist.
         CheckpointError: A weight file is unreadable or fits no model, or no weights are available for a name.
         DataError: The folder has no images, or the folder of low-resolution images lacks some.
         MissingPackageError: scikit-image is not installed.
         StorageError: The rows could not be written.
     """
     require("skimage.metrics", "images")
+    if jpeg is not None and not 1 <= jpeg <= 100:
+        raise ConfigError(f"The JPEG quality must be from 1 to 100; got {jpeg}.")
     files = find_images(folder)
     networks = open_models(models, ("restore", None))  # a module need not state its task
     for label, network in networks.items():
@@ -163,14 +172,14 @@ def evaluate_sr(
     small_files = pair_by_name(files, low_resolution, scale) if low_resolution is not None else [None] * len(files)
     device = str(find_device(device))
     networks = place(networks, device, dtype)
-    found = Measurements(str(folder), device, dtype)
+    found = Measurements(str(folder), device, dtype, jpeg)
     saved = time.monotonic()
     try:
         with counted("images", len(files), console) as advance:
             for file, small_file in zip(files, small_files):
                 try:
                     # An image counts for all models or for none: otherwise means would not be comparable.
-                    found.rows += _measure(file, small_file, scale, networks)
+                    found.rows += _measure(file, small_file, scale, jpeg, networks)
                 except VisionAttnError as error:
                     found.failures.append(str(error) if shorten(file) in str(error) else f"{shorten(file)}: {error}")
                 except (MemoryError, RuntimeError) as error:  # PyTorch raises the latter for nearly anything
@@ -185,8 +194,12 @@ def evaluate_sr(
     return found
 
 
-def _measure(file: Path, small_file: Path | None, scale: int, networks: dict[str, Any]) -> list[Measured]:
+def _measure(
+    file: Path, small_file: Path | None, scale: int, jpeg: int | None, networks: dict[str, Any]
+) -> list[Measured]:
     large, small = _pair(file, small_file, scale)
+    if jpeg is not None:
+        small = compress(small, jpeg)
     rows = []
     for label in (BICUBIC, *networks):
         output = upscale(small, scale) if label == BICUBIC else _run(networks[label], small)

@@ -86,10 +86,13 @@ class MatchStereo(nn.Module):
         widths: Channels C_1 to C_4 at 1/4 to 1/32, multiples of 4.
         encoder_depths: Blocks of the encoder at 1/4 to 1/32.
         depths: Layers of the decoder at 1/32 to 1/4. A scale without layers leaves the field unchanged.
+        border: Columns by which both views are extended to the left and to the right, a multiple of 32. They repeat the
+            outermost column, and results are cropped. A band of the left view has its matches beyond the left side of
+            the right view: with a border, windows can be centred there.
 
     Shape:
-        left, right (B, 3, H, W), RGB in 0..1, start (2B, ceil(H / 32), ceil(W / 32), 2) or None -> (B, 2, H, W): the
-        disparities of the left and the right view in pixels. H and W are at least 161.
+        left, right (B, 3, H, W), RGB in 0..1, start (2B, ceil(H / 32), ceil(W / 32) + border / 16, 2) or None ->
+        (B, 2, H, W): the disparities of the left and the right view in pixels. H and W are at least 161.
 
     Raises:
         InputError: The views differ in size, are not RGB or are too small; the start has another shape; a width is not
@@ -109,10 +112,13 @@ class MatchStereo(nn.Module):
         widths: tuple[int, ...] = (32, 64, 128, 160),
         encoder_depths: tuple[int, ...] = (2, 2, 6, 2),
         depths: tuple[int, ...] = (8, 8, 8, 2),
+        border: int = 0,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
+        if border < 0 or border % STRIDE:
+            raise InputError(f"border must be a multiple of {STRIDE}; got {border}.")
         if not len(widths) == len(encoder_depths) == len(depths) == len(RADII):
             raise InputError(
                 f"widths, encoder_depths and depths must have 4 entries, one per scale; got {len(widths)}, "
@@ -131,6 +137,7 @@ class MatchStereo(nn.Module):
         flow, up = self.task == "flow", widths[::-1]
         self.num_features = widths[0]
         self.grad_checkpointing = False
+        self.border = border
         self.encoder = MatchEncoder(widths, encoder_depths, **dd)
         self.start = CorrelationStart(up[0], flow, **dd)
         self.fusions = nn.ModuleList([MatchFusion(*pair, **dd) for pair in pairwise(up)])
@@ -152,10 +159,10 @@ class MatchStereo(nn.Module):
         self.grad_checkpointing = enable
 
     def pad(self, image: torch.Tensor) -> torch.Tensor:
-        """Repeat the first row and the last column until the sides are multiples of 32."""
+        """Repeat the first row and the last column until the sides are multiples of 32; then add the border."""
         H, W = image.shape[2:]
         whole_H, whole_W = (STRIDE * ((side + STRIDE - 1) // STRIDE) for side in (H, W))
-        return F.pad(image, (0, whole_W - W, whole_H - H, 0), mode="replicate")
+        return F.pad(image, (self.border, whole_W - W + self.border, whole_H - H, 0), mode="replicate")
 
     def forward_fields(self, left: torch.Tensor, right: torch.Tensor, start: torch.Tensor | None = None) -> MatchFields:
         """Compute the fields of all layers (arguments: see the class)."""
@@ -186,7 +193,7 @@ class MatchStereo(nn.Module):
                 after_cross.append(field)
             positions = positions.unflatten(-1, (NUM_HEADS, 2)).mean(-2)
         field = self.upsamplings[-1](x, field)
-        field = field[:, field.shape[1] - left.shape[2] :, : left.shape[3]]
+        field = field[:, field.shape[1] - left.shape[2] :, self.border : self.border + left.shape[3]]
         return MatchFields(field, start, probability, after_self, after_cross, upsampled)
 
     def low_resolution_start(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -222,10 +229,11 @@ class MatchFlow(MatchStereo):
         widths: See `MatchStereo`.
         encoder_depths: See `MatchStereo`.
         depths: See `MatchStereo`.
+        border: See `MatchStereo`.
 
     Shape:
-        first, second (B, 3, H, W), RGB in 0..1, start (2B, ceil(H / 32), ceil(W / 32), 2) or None -> (B, 4, H, W): x
-        and y in pixels from the first image to the second, then from the second to the first. H and W are at least 161.
+        first, second (B, 3, H, W), RGB in 0..1, start as in `MatchStereo` or None -> (B, 4, H, W): x and y in pixels
+        from the first image to the second, then from the second to the first. H and W are at least 161.
 
     Raises:
         InputError: See `MatchStereo`.
@@ -240,10 +248,11 @@ class MatchFlow(MatchStereo):
         widths: tuple[int, ...] = (32, 64, 128, 160),
         encoder_depths: tuple[int, ...] = (2, 2, 6, 2),
         depths: tuple[int, ...] = (8, 8, 8, 2),
+        border: int = 0,
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(widths, encoder_depths, depths, device, dtype)
+        super().__init__(widths, encoder_depths, depths, border, device, dtype)
         # Marks the state dict: its shapes equal those of a stereo network.
         self.register_buffer("flow", torch.zeros(1, device=device, dtype=dtype))
 
@@ -317,6 +326,7 @@ default_cfgs = generate_default_cfgs(
         "va_match_stereo_tiny.fsd": _published("matchstereo_tiny_fsd.pth"),
         "va_match_stereo_small.fsd": _published("matchstereo_small_fsd.pth"),
         "va_match_stereo_base.fsd": _published("matchstereo_base_fsd.pth"),
+        "va_match_flow_nano.untrained": _cfg(),
         "va_match_flow_tiny.untrained": _cfg(),
         "va_match_flow_base.sintel": _published("matchflow_base_sintel.pth"),
     }
@@ -356,6 +366,12 @@ def va_match_stereo_small(pretrained: bool = False, **kwargs: Any) -> MatchStere
 def va_match_stereo_base(pretrained: bool = False, **kwargs: Any) -> MatchStereo:
     """MatchStereo-B."""
     return _build(MatchStereo, "va_match_stereo_base", pretrained, kwargs)
+
+
+@register_model
+def va_match_flow_nano(pretrained: bool = False, **kwargs: Any) -> MatchFlow:
+    """MatchFlow for CPUs."""
+    return _build(MatchFlow, "va_match_flow_nano", pretrained, kwargs)
 
 
 @register_model

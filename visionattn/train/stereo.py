@@ -189,8 +189,11 @@ class MatchTask(OptimizedTask):
             truth: (2B, H, W, 2) in pixels, left views first, NaN where unknown.
             seen: bool (2B, H, W), non-occluded pixels.
         """
-        W = truth.shape[2]
-        coarse = {stride: coarse_truth(truth, seen, stride) for stride in STRIDES}
+        net: Any = self.net
+        border = (getattr(net, "border", 0),) * 2  # nothing is known of the columns that a network adds
+        extended = F.pad(truth, (0, 0, *border), value=float("nan")), F.pad(seen, border, value=False)
+        W = extended[0].shape[2]
+        coarse = {stride: coarse_truth(*extended, stride) for stride in STRIDES}
         # In the order in which they come: an upsampled field comes before the first layer of its resolution.
         waiting = {W // field.shape[2]: field for field in found.upsampled}
         fields: list[tuple[torch.Tensor, bool]] = []

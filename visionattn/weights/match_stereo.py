@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
     "base": {"widths": (128, 256, 320, 512), "encoder_depths": (2, 2, 6, 2), "depths": (8, 8, 8, 2)},
 }
 # Existing model names; a network of other widths gets the first name, with its widths as arguments.
-NAMES = {"stereo": ("tiny", "nano", "small", "base"), "flow": ("tiny", "base")}
+NAMES = {"stereo": ("tiny", "nano", "small", "base"), "flow": ("tiny", "nano", "base")}
 SIGN, OUR_SIGN = "init_correlation_volume.q.weight", "start.q.weight"
 UNREAD = re.compile(r"encoder\.head\.|encoder\.stages\.\d+\.\d+\.res_scale")
 PLACES = {

@@ -335,3 +335,34 @@ def test_flips_crops_and_scales_keep_the_truth():
     assert large.views.shape == (2, 12, 72, 3)
     assert set(np.unique(large.fields[0, ..., 0])) == {-12.0, -3.0}
     assert_true(large, tolerance=1)
+
+
+def test_thin_structures():
+    plain, thin = (draw_scene(np.random.default_rng(1), SIZE, 40.0, thin=share) for share in (0.0, 1.0))
+    again = draw_scene(np.random.default_rng(1), SIZE, 40.0)
+    assert [one.shape for one in plain.surfaces] == [one.shape for one in again.surfaces]
+    shapes = [draw_scene(np.random.default_rng(seed), SIZE, 40.0, thin=1.0).surfaces for seed in SEEDS]
+    shapes = [one.shape for surfaces in shapes for one in surfaces if one.shape is not None]
+    assert {shape.kind for shape in shapes} == {"box", "fence", "leaves"}
+    assert all(shape.half[1] <= 2 for shape in shapes if shape.kind == "box")
+    bars = [shape.numbers for shape in shapes if shape.kind == "fence"]
+    assert {len(numbers) for numbers in bars} == {1, 2}
+    assert all(1 <= width <= 4 for numbers in bars for _, width in numbers)
+    views, fields, seen = render(thin, SIZE)
+    assert np.isfinite(views).all()
+    assert np.isfinite(fields).all()
+    assert 0.3 < seen.mean() < 1
+    with pytest.raises(ConfigError, match="thin must be between 0 and 1; got 2"):
+        GeneratedPairs(1, SIZE, 40.0, thin=2)
+
+
+def test_a_grid_is_two_fences():
+    a, b = np.random.default_rng(0).uniform(-30, 30, (2, 500))
+    bars = ((8.0, 2.0), (11.0, 3.0))
+    grid = Shape("fence", (20, 25), 0.3, bars).distance(a, b)
+    cos, sin = np.cos(0.3), np.sin(0.3)
+    u, v = cos * a + sin * b, cos * b - sin * a
+    on_bar = np.abs(u - 8 * np.rint(u / 8)) <= 1, np.abs(v - 11 * np.rint(v / 11)) <= 1.5
+    expected = (np.abs(u) <= 20) & (np.abs(v) <= 25) & (on_bar[0] | on_bar[1])
+    assert np.array_equal(grid >= 0, expected)
+    assert 0.1 < expected.mean() < 0.5

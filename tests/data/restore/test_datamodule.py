@@ -12,6 +12,7 @@ pytest.importorskip("lightning")
 from visionattn.data.images import find_images, pair_by_name, read_rgb
 from visionattn.data.restore.bicubic import downscale
 from visionattn.data.restore.datamodule import CropsByArea, Degradation, Pair, RandomPatches, RestoreData
+from visionattn.data.restore.degradation import compress
 from visionattn.errors import ConfigError, DataError, InputError
 
 
@@ -155,6 +156,15 @@ def test_degradations_are_seeded_and_leave_the_target(folders):
         assert 0.1 < close < 40
 
 
+def test_validation_images_after_jpeg(folders):
+    plain, coded = (list(opened(folders, **settings).val_dataloader()) for settings in ({}, {"val_jpeg": 50}))
+    for (small, large, _), (found, same, _) in zip(plain, coded, strict=True):
+        assert torch.equal(large, same)
+        expected = compress(small[0].permute(1, 2, 0).numpy(), 50)
+        assert np.array_equal(found[0].permute(1, 2, 0), expected)
+        assert not torch.equal(found, small)
+
+
 def test_noise_has_the_drawn_strength():
     np.random.seed(0)
     grey = np.full((64, 64, 3), 128, np.uint8)
@@ -197,6 +207,8 @@ def test_wrong_input(folders):
         opened(folders, train_small=["a"], noise=3.0)
     with pytest.raises(ConfigError, match=r"a quality from 1 to 94"):
         opened(folders, jpeg=99)
+    with pytest.raises(ConfigError, match=r"val_jpeg must be a quality from 1 to 100; got 0"):
+        opened(folders, val_jpeg=0)
     with pytest.raises(ConfigError, match=r"epoch_crops must be at least data\.batch_size \(4\); got 2"):
         opened(folders, epoch_crops=2).train_dataloader()
     with pytest.raises(DataError, match=r"has no low-resolution images for 2\.png"):

@@ -145,6 +145,7 @@ class MatchData(DataModule):
         max_disparity: Largest disparity or motion of generated pairs, in pixels.
         photographs: Folders of images to texture generated surfaces with, next to procedural textures.
         rectification: Largest vertical error of generated stereo pairs, in pixels; validation has none.
+        thin: Probability of an object of generated pairs to be a thin structure: a wire, a fence, a grid or foliage.
         scaling: Largest scale factor of pairs from folders.
         colours: Colour change of each view of pairs from folders (standard deviation of logarithms).
         batch_size: Pairs per batch and device.
@@ -166,6 +167,7 @@ class MatchData(DataModule):
         max_disparity: float = 96.0,
         photographs: list[str] | str | None = None,
         rectification: float = 0.6,
+        thin: float = 0.0,
         scaling: float = 1.4,
         colours: float = 0.1,
         batch_size: int = 4,
@@ -229,6 +231,7 @@ class MatchData(DataModule):
             given.rectification if training else 0.0,
             # Validation and test use other scenes than training, and than each other.
             seed=3 * given.seed + ("train", "val", "test").index(part),
+            thin=given.thin if training else 0.0,
         )
 
     def _find(self, folders: list[str] | str) -> Sequence[Any]:

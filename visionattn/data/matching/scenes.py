@@ -90,6 +90,7 @@ def draw_scene(
     max_disparity: float,
     photographs: Sequence[Path] = (),
     flow: bool = False,
+    thin: float = 0.0,
 ) -> Scene:
     """Draw a random scene.
 
@@ -99,6 +100,7 @@ def draw_scene(
         max_disparity: Largest disparity, or length of motion, in pixels; many scenes stay below it.
         photographs: Image files to use as textures, next to procedural ones.
         flow: Move surfaces in two dimensions instead of showing depth.
+        thin: Probability of an object to be a thin structure: a wire, a fence, a grid or foliage.
     """
     height, width = size
     reach = float(np.exp(rng.uniform(np.log(min(8.0, max_disparity)), np.log(max_disparity))))
@@ -106,7 +108,8 @@ def draw_scene(
     behind = surfaces[0].quadric[-1]
     scale = np.sqrt(height * width)
     for order in range(int(rng.integers(4, 24))):
-        shape = _shape(rng, scale)
+        # Without thin structures nothing is drawn for them, so that scenes stay what they are.
+        shape = _thin_shape(rng, scale) if thin and rng.random() < thin else _shape(rng, scale)
         margin = 0.5 * (0 if flow else reach)
         origin = np.array([rng.uniform(-margin, width + margin), rng.uniform(0, height)])
         if flow:
@@ -202,6 +205,19 @@ def _shape(rng: np.random.Generator, scale: float) -> Shape:
     return Shape(kind, half, angle, numbers)
 
 
+def _thin_shape(rng: np.random.Generator, scale: float) -> Shape:
+    """An outline with parts of one to four pixels: a wire, a fence, a grid, or leaves of a few pixels."""
+    kind = str(rng.choice(("box", "fence", "grid", "leaves")))
+    half = (scale * rng.uniform(0.1, 0.5), scale * rng.uniform(0.1, 0.5))
+    if kind == "box":
+        return Shape(kind, (half[0], rng.uniform(0.5, 2)), rng.uniform(0, 2 * np.pi))
+    if kind == "leaves":
+        waves = rng.uniform((0, 0, 4), (2 * np.pi, 2 * np.pi, 16), (6, 3))
+        return Shape(kind, half, rng.uniform(0, 2 * np.pi), tuple(tuple(map(float, wave)) for wave in waves))
+    bars = tuple((rng.uniform(5, 25), rng.uniform(1, 4)) for _ in range(2 if kind == "grid" else 1))
+    return Shape("fence", half, rng.uniform(-0.3, 0.3), bars)
+
+
 def _look(rng: np.random.Generator, scale: float, photographs: Sequence[Path], background: bool) -> Look:
     picture = len(photographs) > 0 and rng.random() < (0.8 if background else 0.5)
     number = int(rng.integers(len(photographs) if picture else POOL))
@@ -278,9 +294,10 @@ class GeneratedPairs(Dataset):
         flow: Generate pairs for optical flow.
         rectification: Largest vertical error of the right view in pixels, applied to half of the pairs; stereo only.
         seed: Seed of all random draws.
+        thin: Probability of an object to be a thin structure.
 
     Raises:
-        ConfigError: The largest disparity is not between 1 pixel and the width.
+        ConfigError: The largest disparity is not between 1 pixel and the width, or `thin` not between 0 and 1.
         DataError: A folder does not exist or holds no image.
     """
 
@@ -293,7 +310,10 @@ class GeneratedPairs(Dataset):
         flow: bool = False,
         rectification: float = 0.0,
         seed: int = 0,
+        thin: float = 0.0,
     ) -> None:
+        if not 0 <= thin <= 1:
+            raise ConfigError(f"thin must be between 0 and 1; got {thin}.")
         if not 1 <= max_disparity <= size[1]:
             raise ConfigError(f"max_disparity must be between 1 and the width ({size[1]}); got {max_disparity}.")
         self.length = length
@@ -303,6 +323,7 @@ class GeneratedPairs(Dataset):
         self.flow = flow
         self.rectification = rectification
         self.seed = seed
+        self.thin = thin
 
     def __len__(self) -> int:
         return self.length
@@ -310,7 +331,7 @@ class GeneratedPairs(Dataset):
     def __getitem__(self, key: SampleKey | int) -> MatchPair:
         sample, epoch, _ = key if isinstance(key, SampleKey) else SampleKey(key, epoch=0)
         rng = np.random.default_rng((self.seed, epoch, sample))
-        scene = draw_scene(rng, self.size, self.max_disparity, self.photographs, self.flow)
+        scene = draw_scene(rng, self.size, self.max_disparity, self.photographs, self.flow, self.thin)
         views, fields, seen = render(scene, self.size)
         # Drawn in any case, so that the cameras do not depend on it.
         imperfect, (shift, slope) = rng.random() < 0.5, rng.uniform(-0.5, 0.5, 2) * self.rectification

@@ -44,7 +44,8 @@ class Shape:
         half: Half the sizes along the shape's own axes, in pixels.
         angle: Angle between these axes and those of the surface.
         numbers: star: amplitude and phase of waves of the radius, from the second on. ring: width in pixels. fence:
-            period and width of its bars in pixels. leaves: direction, phase and wavelength in pixels of each wave.
+            period and width of its bars in pixels, then those of bars across them, if any. leaves: direction, phase and
+            wavelength in pixels of each wave.
     """
 
     kind: str
@@ -66,8 +67,11 @@ class Shape:
         if self.kind in ("box", "fence"):
             inside = np.minimum(hu - np.abs(u), hv - np.abs(v))
             if self.kind == "fence":
-                period, width = self.numbers[0]
-                inside = np.minimum(inside, width / 2 - np.abs((u + period / 2) % period - period / 2))
+                bars = [
+                    width / 2 - np.abs((at + period / 2) % period - period / 2)
+                    for at, (period, width) in zip((u, v), self.numbers)
+                ]
+                inside = np.minimum(inside, np.maximum.reduce(bars))
             return inside
         radius = np.hypot(u / hu, v / hv)
         if self.kind == "star":

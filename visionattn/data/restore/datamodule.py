@@ -6,12 +6,12 @@ is downscaled, so that patches at the border equal those that a model sees at te
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import random
 import warnings
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from visionattn.data.images import FORMATS, check_unreadable, find_images, list_images, pair_by_name, read_rgb
 from visionattn.data.module import DataModule
 from visionattn.data.restore.bicubic import crop_to_multiple, downscale
+from visionattn.data.restore.degradation import Degradation, compress
 from visionattn.data.samplers import EpochSampler, ResumableLoader, SampleKey, SeededDataset
 from visionattn.errors import ConfigError, DataError, InputError, shorten
 
@@ -115,46 +115,6 @@ class CropsByArea(Dataset):
         return self.pairs[int(self._which[index])]
 
 
-class Degradation:
-    """Degradations of cameras and files: blur before downscaling, then noise, then JPEG.
-
-    The strength of each is drawn for every patch, uniformly from 0 (no change) to its maximum.
-
-    Args:
-        blur: Largest standard deviation of a Gaussian blur, in pixels of the high-resolution image.
-        noise: Largest standard deviation of Gaussian noise, in levels of 0..255.
-        jpeg: Lowest JPEG quality, below 95; None for no JPEG.
-    """
-
-    def __init__(self, blur: float, noise: float, jpeg: int | None) -> None:
-        self.blur = blur
-        self.noise = noise
-        self.jpeg = jpeg
-
-    def __bool__(self) -> bool:
-        return bool(self.blur or self.noise or self.jpeg)
-
-    def before(self, large: np.ndarray) -> np.ndarray:
-        """Blur."""
-        sigma = random.uniform(0, self.blur)
-        if sigma < 0.1:
-            return large
-        image = torch.from_numpy(large).permute(2, 0, 1)
-        size = [min(2 * math.ceil(3 * sigma) + 1, (side - 1) // 2 * 2 + 1) for side in image.shape[:0:-1]]
-        return gaussian_blur(image, size, [sigma, sigma]).permute(1, 2, 0).contiguous().numpy()
-
-    def after(self, small: np.ndarray) -> np.ndarray:
-        """Noise and JPEG."""
-        if self.noise:
-            noisy = small + np.random.normal(0, random.uniform(0, self.noise), small.shape)
-            small = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
-        if self.jpeg is not None:
-            file = io.BytesIO()
-            Image.fromarray(small).save(file, "JPEG", quality=random.randint(self.jpeg, 95))
-            small = np.array(Image.open(file))
-        return small
-
-
 class RandomPatches:
     """Draws an aligned pair of patches from an image pair, in one of eight orientations.
 
@@ -202,8 +162,10 @@ def _to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def _whole(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pair as tensors uint8 (3, H, W) and (3, rH, rW)."""
+def _whole(pair: Pair, jpeg: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pair as tensors uint8 (3, H, W) and (3, rH, rW), the low-resolution one after JPEG of a quality."""
+    if jpeg is not None and pair.small is not None:
+        pair = pair._replace(small=compress(pair.small, jpeg))
     return tuple(_to_tensor(picture) for picture in pair if picture is not None)  # type: ignore[return-value]
 
 
@@ -238,7 +200,9 @@ class RestoreData(DataModule):
         memory_gb: The decoded images of a split are kept in memory if they need at most this.
         blur: Largest standard deviation of a blur before downscaling, in pixels of the high-resolution image.
         noise: Largest standard deviation of noise in the low-resolution image, in levels of 0..255.
-        jpeg: Lowest JPEG quality of the low-resolution image, below 95; None for no JPEG.
+        jpeg: Lowest JPEG quality of the low-resolution image, below 95, with any chroma subsampling; None for no JPEG.
+        val_jpeg: JPEG quality of the low-resolution validation and test images, with 4:2:0 chroma subsampling; None for
+            no JPEG.
         seed: Seed of order, patches and degradations.
     """
 
@@ -259,6 +223,7 @@ class RestoreData(DataModule):
         blur: float = 0.0,
         noise: float = 0.0,
         jpeg: int | None = None,
+        val_jpeg: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -279,6 +244,8 @@ class RestoreData(DataModule):
         self.check_counts(patch_size=1, epoch_crops=1, scale=1)
         if min(blur, noise) < 0 or (jpeg is not None and not 1 <= jpeg < 95):
             raise ConfigError("data.blur and data.noise must be at least 0, and data.jpeg a quality from 1 to 94.")
+        if val_jpeg is not None and not 1 <= val_jpeg <= 100:
+            raise ConfigError(f"data.val_jpeg must be a quality from 1 to 100; got {val_jpeg}.")
         self._degradation = Degradation(blur, noise, jpeg)
         if self._degradation and train_small:
             raise ConfigError(
@@ -330,11 +297,15 @@ class RestoreData(DataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Whole validation images, one per batch."""
-        return self._loader(SeededPairs(self._pairs["val"], _whole, None), 1, training=False)
+        return self._loader(SeededPairs(self._pairs["val"], self._whole, None), 1, training=False)
 
     def test_dataloader(self) -> DataLoader:
         """Whole test images, one per batch."""
-        return self._loader(SeededPairs(self._pairs["test"], _whole, None), 1, training=False)
+        return self._loader(SeededPairs(self._pairs["test"], self._whole, None), 1, training=False)
+
+    @property
+    def _whole(self) -> Callable[[Pair], tuple[torch.Tensor, torch.Tensor]]:
+        return partial(_whole, jpeg=self.hparams.val_jpeg)
 
     def _loader(self, dataset: SeededPairs, batch_size: int, training: bool) -> DataLoader:
         num_workers = self.hparams.num_workers if training else 0
