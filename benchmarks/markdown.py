@@ -79,24 +79,38 @@ def _origin(row: dict[str, str], keys: list[str]) -> str:
     return ", ".join([*words, f"torch {row['torch']}"])
 
 
-def calls(name: str, part: str) -> str:
-    """Calls of one part of a script, a table for each device."""
-    rows = [row for row in read_rows(RESULTS / f"{name}.csv") if row["part"] == part]
+def calls(name: str, part: str | None = None) -> str:
+    """Calls of a script, or of one part: a table per device, a row per case, a column per implementation.
+
+    The baseline's cells have its time, the others their speed-up over it; both have peak memory.
+    """
+    rows = [row for row in read_rows(RESULTS / f"{name}.csv") if part is None or row["part"] == part]
     if not rows:
         return "Not measured yet.\n"
-    memory = [key for key in ("peak_mib", "saved_mib") if any(row.get(key) for row in rows)]
-    head = ["case", "dtype", "pass", "implementation", "median ms", "IQR ms", "speed-up"]
-    head += [key.replace("_mib", " MiB") for key in memory]
     tables = []
     for device in dict.fromkeys(row["device"] for row in rows):
         found = [row for row in rows if row["device"] == device]
+        cases: dict[tuple[str, ...], dict[str, str]] = {}
+        for row in found:
+            key = (row["case"], row["dtype"], row["pass"])
+            cases.setdefault(key, {})[row["implementation"]] = _call(row)
+        names = dict.fromkeys(row["implementation"] for row in found)
+        dtypes = len({row["dtype"] for row in found}) > 1
+        head = ["case", *(["dtype"] if dtypes else []), "pass", *names]
         body = (
-            [
-                *(row[key] for key in ("case", "dtype", "pass", "implementation")),
-                *(row[key] and f"{float(row[key]):.2f}" for key in ("median_ms", "iqr_ms", "ratio")),
-                *(row.get(key) and f"{float(row[key]):,.0f}" for key in memory),
-            ]
-            for row in found
+            [*(key if dtypes else (key[0], key[2])), *(cells.get(each, "") for each in names)]
+            for key, cells in cases.items()
         )
-        tables.append(markdown(head, body) + f"\n{_origin(found[0], ['device', 'threads'])}.\n")
+        origin = _origin(found[0], ["device", "threads"])
+        dtype = "" if dtypes else f", {found[0]['dtype']}"
+        tables.append(markdown(head, body) + f"\n{origin}{dtype}.\n")
     return "\n".join(tables)
+
+
+def _call(row: dict[str, str]) -> str:
+    """Speed-up, or the time of the baseline, and peak memory of a call."""
+    memory = row.get("peak_mib") and f"{float(row['peak_mib']):,.0f} MiB"
+    time = row["median_ms"] and f"{_value('median_ms', row['median_ms'])} ms"
+    if row["ratio"] and float(row["ratio"]) != 1:
+        time = f"{float(row['ratio']):.2f} x"
+    return ", ".join(filter(None, [time, memory]))

@@ -77,7 +77,7 @@ def cpu_bfloat16() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "symmetric_gate": lambda: plain("symmetric_gate"),
+    "symmetric_gate": lambda: calls("symmetric_gate"),
     "halo_attention_layer": lambda: calls("halo_attention", "layer"),
     "halo_attention_growth": lambda: calls("halo_attention", "growth"),
     "halo_attention_model": lambda: calls("halo_attention", "model"),
