@@ -180,7 +180,7 @@ def test_wrong_settings(table, settings, words):
 
 
 def test_too_few_images_and_pairs_are_refused(table):
-    with pytest.raises(ConfigError, match=r"data\.neighbours must be below the 18 training images.*; got 18"):
+    with pytest.raises(ConfigError, match=r"data\.neighbours must be below the number of training images, 18; got 18"):
         data(table, neighbours=18).pairs  # noqa: B018
     with pytest.raises(ConfigError, match=r"data\.pairs_per_batch must be at least 1; got 0"):
         data(table, pairs_per_batch=0)
@@ -189,5 +189,5 @@ def test_too_few_images_and_pairs_are_refused(table):
 def test_several_devices_are_refused(table):
     made = task(data(table))
     made.trainer = SimpleNamespace(world_size=2)
-    with pytest.raises(ConfigError, match=r"trains on one device: set trainer\.devices to 1"):
+    with pytest.raises(ConfigError, match=r"requires one device: set trainer\.devices to 1"):
         made.on_fit_start()

@@ -1,17 +1,17 @@
-r"""A pair encoder and an embedding teach each other, without labels: Trans-Encoder (arXiv 2109.13059) for images.
+r"""Mutual distillation of a pair encoder and an embedding, without labels: Trans-Encoder (arXiv 2109.13059) for images.
 
-With f the embedding, p(x) the patches of the network as training began, and y in [0, 1] how alike two images are,
+With f the embedding, p(x) the patches of the initial network, and y in [0, 1] the target similarity of two images,
 
     similarity(a, b) = (1 + cos(f(a), f(b))) / 2
-    pair encoder:  y = similarity of the embedding so far     loss = BCE(logit(p(a), p(b)), y),  in both orders
+    pair encoder:  y = similarity of the current embedding    loss = BCE(logit(p(a), p(b)), y),  in both orders
     embedding:     y = sigmoid(logit of the pair encoder)     loss = (similarity(a, b) - y)^2
 
-A cycle is `pair_epochs` of the first and `embed_epochs` of the second. Each begins anew: the pair encoder from random
-weights, the embedding from those that training began with. Pairs are chosen once (`PairData`). The published method
-takes the cosine itself as y, which BCE is not made for where it is negative.
+A cycle consists of `pair_epochs` of the first and `embed_epochs` of the second. Each phase restarts its student: the
+pair encoder from random weights, the embedding from the initial weights. Pairs are chosen once (`PairData`). The
+published method uses the cosine itself as y, which is not a valid target of BCE where it is negative.
 
-The result is two things: an embedding that needs no re-ranking, and the pair encoder, which re-ranks a search of the
-network that training began with.
+Training yields an embedding that is used without re-ranking, and the pair encoder, which re-ranks searches of the
+initial network.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from visionattn.train.retrieve import EmbeddingTask
 __all__ = ["RerankTask", "embedding_loss", "pair_loss", "similarity"]
 
 LABELLED = 256  # pairs whose labels are computed at a time
-WARMUP = 0.1  # share of the pair encoder's steps in which its learning rate grows
+WARMUP = 0.1  # fraction of the pair encoder's steps in which its learning rate increases
 
 
 def similarity(first: Tensor, second: Tensor) -> Tensor:
@@ -45,40 +45,40 @@ def similarity(first: Tensor, second: Tensor) -> Tensor:
 
 
 def pair_loss(logits: Tensor, alike: Tensor) -> Tensor:
-    """Binary cross-entropy of a pair encoder's logits (B,) against how alike the embedding finds the pairs, (B,)."""
+    """Binary cross-entropy of a pair encoder's logits (B,) and the similarities of the embedding (B,)."""
     return F.binary_cross_entropy_with_logits(logits, alike, reduction="none")
 
 
 def embedding_loss(alike: Tensor, logits: Tensor) -> Tensor:
-    """Squared difference of how alike the embedding finds pairs, (B,), and the pair encoder's sigmoid, (B,)."""
+    """Squared difference of the similarities of the embedding (B,) and the sigmoid of a pair encoder's logits (B,)."""
     return (alike - logits.sigmoid()).square()
 
 
 class RerankTask(EmbeddingTask):
     """A backbone and a pair encoder, trained in alternating cycles (equations: see the module).
 
-    `trainer.max_epochs` should be cycles times `pair_epochs + embed_epochs`: 3 cycles are the published ones.
-    `val/map` is the embedding's, in the mean over the attributes of the data, and chooses the best checkpoint;
-    attributes serve for nothing else. `visionattn search --rerank` takes the checkpoint.
+    `trainer.max_epochs` should be the number of cycles, 3 in the source, times `pair_epochs + embed_epochs`. The best
+    checkpoint is selected by `val/map`, the embedding's mAP averaged over the attributes of the data; training does not
+    use attributes. `visionattn search --rerank` accepts the checkpoint.
 
     Args:
         name: Name of a model in timm's registry; its pooled features are the embedding.
-        model_args: Further arguments of the model, such as `img_size` or `checkpoint_path`, the weights to begin with.
+        model_args: Further arguments of the model, such as `img_size`, or `checkpoint_path` for the initial weights.
         attributes: Attribute -> its values; follows from the data.
-        pretrained: Begin with the published weights.
-        pair_epochs: Epochs of the pair encoder in a cycle.
-        embed_epochs: Epochs of the embedding in a cycle.
+        pretrained: Start from the published weights.
+        pair_epochs: Epochs of the pair encoder per cycle.
+        embed_epochs: Epochs of the embedding per cycle.
         width: Channels of the pair encoder, divisible by 16.
-        depth: Blocks of the pair encoder.
+        depth: Number of blocks of the pair encoder.
         pair_lr: Peak learning rate of the pair encoder, warmed up for a tenth of its steps.
         lr: Peak learning rate of the embedding; both fall to 0 linearly.
         weight_decay: Weight decay.
         sched: "none": each phase has its own schedule.
-        **optimization: Those of `OptimizedTask`.
+        **optimization: Arguments of `OptimizedTask`.
 
     Raises:
-        ConfigError: A number is out of range, or training is on several devices.
-        InputError: The model gives no patches.
+        ConfigError: An argument is out of range, or training uses several devices.
+        InputError: The model returns no patches.
     """
 
     monitor = "val/map"
@@ -122,7 +122,7 @@ class RerankTask(EmbeddingTask):
 
     @property
     def trains_pairs(self) -> bool:
-        """Whether this epoch is one of the pair encoder."""
+        """Whether the current epoch trains the pair encoder."""
         return self.current_epoch % self._period < self.hparams.pair_epochs
 
     @property
@@ -130,7 +130,7 @@ class RerankTask(EmbeddingTask):
         return self.hparams.pair_epochs + self.hparams.embed_epochs
 
     def configure_optimizers(self) -> Any:
-        """One optimizer; what a phase does not train gets no gradients and stays as it is."""
+        """Create one optimizer; the model that a phase does not train gets no gradients and is unchanged."""
         optimizer: Any = super().configure_optimizers()
         pair = {id(parameter) for parameter in self.pair_encoder.parameters()}
         for group in list(optimizer.param_groups):
@@ -142,15 +142,15 @@ class RerankTask(EmbeddingTask):
         return optimizer
 
     def on_fit_start(self) -> None:
-        """Read the patches of all training images, and choose the pairs by the network that training begins with."""
+        """Read the patches of all training images, and choose the pairs with the initial network."""
         if self.trainer.world_size > 1:
-            raise ConfigError("RerankTask trains on one device: set trainer.devices to 1.")
+            raise ConfigError("RerankTask requires one device: set trainer.devices to 1.")
         embeddings, patches = self._read_training_images(self.base, patches=True)
         self.trainer.datamodule.choose(embeddings)
         self._patches = patches
 
     def on_train_epoch_start(self) -> None:
-        """Begin a phase: label the pairs by the one, and set the other back."""
+        """Start a phase: label the pairs with one model, and reset the other."""
         place = self.current_epoch % self._period
         if place in (0, self.hparams.pair_epochs):
             self._labels = self._label()
@@ -161,7 +161,7 @@ class RerankTask(EmbeddingTask):
             self.trainer.optimizers[0].state.clear()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set the learning rates: linear, after the pair encoder's warm-up."""
+        """Set the learning rates: linear decay, for the pair encoder after a warm-up."""
         given, place = self.hparams, self.current_epoch % self._period
         epochs = given.pair_epochs if self.trains_pairs else given.embed_epochs
         epoch = place if self.trains_pairs else place - given.pair_epochs
@@ -174,9 +174,9 @@ class RerankTask(EmbeddingTask):
         super().on_train_batch_start(batch, batch_idx)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Loss of one batch: images (2 B, 3, H, W), first and second of each pair in turn, and the pairs' numbers."""
+        """Loss of one batch: images (2 B, 3, H, W), both images of each pair in turn, and the indices of the pairs."""
         images, numbers = batch
-        if self._labels is None:  # a run that is resumed within a phase
+        if self._labels is None:  # the run was resumed within a phase
             self._labels = self._label()
         labels = self._labels.to(self.device)[numbers]
         if self.trains_pairs:
@@ -191,8 +191,8 @@ class RerankTask(EmbeddingTask):
         return loss
 
     def judge(self, name: str, embeddings: Tensor, part: Part) -> None:
-        """Rank by each attribute, and state the mean mAP."""
-        if not (part.is_query.any() and part.is_gallery.any()):  # a trial of a few batches
+        """Rank by each attribute, and log the mean mAP."""
+        if not (part.is_query.any() and part.is_gallery.any()):  # a test run of a few batches
             return
         attributes = self.hparams.attributes or {}
         found = [score(embeddings[:, 0], part, column, attribute).map for column, attribute in enumerate(attributes)]
@@ -202,7 +202,7 @@ class RerankTask(EmbeddingTask):
 
     @torch.no_grad()
     def _label(self) -> Tensor:
-        """What the phase learns of each pair: how alike the embedding finds it, or the pair encoder's logit, (P,)."""
+        """Target of the phase for each pair, (P,): similarity of the embedding, or logit of the pair encoder."""
         pairs = self.trainer.datamodule.pairs
         if self.trains_pairs:
             embeddings, _ = self._read_training_images(self.net)
@@ -227,7 +227,7 @@ class RerankTask(EmbeddingTask):
 
     @torch.no_grad()
     def _read_training_images(self, net: nn.Module, patches: bool = False) -> tuple[Tensor, Tensor]:
-        """Embeddings (N, E) of the training images in order, and if asked for their patches, float16 on the CPU."""
+        """Embeddings (N, E) of the training images in order, and with `patches` their patches, float16 on the CPU."""
         training = net.training
         net.eval()
         found, kept = [], []

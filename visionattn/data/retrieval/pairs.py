@@ -1,8 +1,8 @@
-"""Pairs of images, to train a pair encoder and an embedding on in turn: `visionattn fit` with `RerankTask`.
+"""Pairs of images for alternating training of a pair encoder and an embedding: `visionattn fit` with `RerankTask`.
 
-Training batches are images (2 B, 3, H, W), the first and second of each pair in turn, and the pairs' numbers (B,).
-Which images make a pair is chosen by the task, from its embeddings: each image with its nearest ones and with others
-at random. Values of attributes are only read to validate and test.
+Training batches are images (2 B, 3, H, W), the two images of each pair in turn, and the indices of the pairs (B,). The
+task chooses the pairs by its embeddings: each image with its nearest ones and with random ones. Attribute values are
+used only for validation and test.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from visionattn.errors import ConfigError
 
 __all__ = ["PairData", "choose_pairs"]
 
-CELLS = 2**24  # numbers of a chunk of the matrix of cosines
+CELLS = 2**24  # elements per chunk of the matrix of cosines
 
 
 def choose_pairs(embeddings: Tensor, neighbours: int, others: int, seed: int) -> Tensor:
-    """Each image with its nearest ones and with others drawn at random, never with itself.
+    """Pair each image with its nearest ones and with random ones, never with itself.
 
     Args:
-        embeddings: L2-normalised, (N, E).
-        neighbours: Nearest images, below N.
-        others: Images at random; they can be near, or drawn twice.
-        seed: Seed of the drawing.
+        embeddings: L2-normalised embeddings (N, E).
+        neighbours: Number of nearest images per image, below N.
+        others: Number of random images per image; they can be near, or drawn twice.
+        seed: Seed of the random images.
 
     Returns:
         int64 (N (neighbours + others), 2), on the CPU.
@@ -50,7 +50,7 @@ def choose_pairs(embeddings: Tensor, neighbours: int, others: int, seed: int) ->
 
 
 class _PairImages(Dataset):
-    """Both images of each pair, with its number."""
+    """Both images of each pair, and the index of the pair."""
 
     def __init__(self, store: ImageStore, names: list[str], pairs: Tensor) -> None:
         self.store, self.names, self.pairs = store, names, pairs
@@ -63,7 +63,7 @@ class _PairImages(Dataset):
 
 
 def _stack(transform: Callable[[Image.Image], Tensor], images: list[Image.Image]) -> Tensor:
-    """Images, each transformed by itself -> (2, 3, H, W)."""
+    """Transform the images separately and stack them: (2, 3, H, W)."""
     return torch.stack([transform(image) for image in images])
 
 
@@ -76,18 +76,18 @@ class PairData(RetrieveData):
     """Training pairs, and validation and test items of retrieval.
 
     Args:
-        root: As of `RetrieveData`, and so are layout, images, attributes, min_count, image_size, augmentation,
+        root: See `RetrieveData`, also for layout, images, attributes, min_count, image_size, augmentation,
             num_workers and seed.
-        neighbours: Nearest images that each image is paired with.
-        others: Further ones, at random.
-        pairs_per_batch: Pairs of a training batch, each of two images.
+        neighbours: Number of nearest images that each image is paired with.
+        others: Number of random images that each image is paired with.
+        pairs_per_batch: Pairs per training batch, each of two images.
         batch_size: Images per batch in validation and test.
 
     Attributes:
-        pairs: int64 (P, 2), places in the training part; the task fills it before training begins.
+        pairs: int64 (P, 2), indices in the training split; the task fills it before training starts.
 
     Raises:
-        ConfigError: As `RetrieveData`, or the training part has no more images than `neighbours`.
+        ConfigError: As `RetrieveData`, or `neighbours` is not below the number of training images.
         DataError: Files are missing or damaged.
     """
 
@@ -123,17 +123,16 @@ class PairData(RetrieveData):
 
     @cached_property
     def pairs(self) -> Tensor:
-        """Which images make each pair; worker processes see what is written into it."""
+        """Indices of the images of each pair, in memory shared with worker processes."""
         given, count = self.hparams, len(self.part("train").images)
         if given.neighbours >= count:
             raise ConfigError(
-                f"data.neighbours must be below the {count} training images, each of which is paired with others; got "
-                f"{given.neighbours}."
+                f"data.neighbours must be below the number of training images, {count}; got {given.neighbours}."
             )
         return torch.zeros(count * (given.neighbours + given.others), 2, dtype=torch.int64).share_memory_()
 
     def choose(self, embeddings: Tensor) -> None:
-        """Fill `pairs` by the L2-normalised embeddings (N, E) of the training images, in their order."""
+        """Fill `pairs` from the L2-normalised embeddings (N, E) of the training images, in their order."""
         given = self.hparams
         self.pairs.copy_(choose_pairs(embeddings, given.neighbours, given.others, given.seed))
 
@@ -147,5 +146,5 @@ class PairData(RetrieveData):
         return self._loader(dataset, sampler, given.pairs_per_batch, _collate)
 
     def train_images(self) -> DataLoader:
-        """The training images in order, each once, as those of a validation."""
+        """Training images in order, each once, with evaluation transforms."""
         return self._ordered("train")

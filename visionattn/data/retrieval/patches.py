@@ -1,4 +1,4 @@
-"""Patches of images, as any backbone gives them, for comparing two images by parts."""
+"""Patch features of images from any backbone, for patch-wise comparison of two images."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from visionattn.errors import InputError, shorten
 
 __all__ = ["SIDE", "read_patches"]
 
-SIDE = 7  # most patches along a side of an image; more are averaged
+SIDE = 7  # maximum number of patches along a side; more are averaged
 
 
 @torch.no_grad()
 def read_patches(model: nn.Module, images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) -> the patches of a model's last map, float32 (B, N, D), averaged to at most 7 x 7.
+    """Compute the patches of a model's last feature map: images (B, 3, H, W) -> float32 (B, N, D), at most 7 x 7.
+
+    Larger maps are averaged.
 
     Args:
-        model: A model of timm's registry, or one that embeds by attributes, of which the backbone is read.
-        images: Prepared as the model asks, on its device.
+        model: A model of timm's registry, or an attribute model, whose backbone is used.
+        images: Images with the model's preprocessing, on its device.
 
     Raises:
-        InputError: The model gives no map of patches.
+        InputError: The model returns no map of patches.
     """
     net: Any = model.backbone if conditions_of(model) and hasattr(model, "backbone") else model
     try:
