@@ -175,7 +175,7 @@ def test_settings(options, words):
 
 
 def test_heads_of_other_tasks(folder):
-    with pytest.raises(InputError, match="heads of segmentation must be of 'linear', 'attentive'; got 'ep_32'"):
+    with pytest.raises(InputError, match="heads of segmentation must be some of 'linear', 'attentive'; got 'ep_32'"):
         visionattn.probe("test_vit", folder, image_size=64, heads=["ep_32"], **OPTIONS)
     with pytest.raises(InputError, match="data must be a folder of images and masks; got tuple"):
         visionattn.probe("test_vit", ([], []), **OPTIONS)
