@@ -114,7 +114,7 @@ MISTAKES = [
     # stereo and flow
     ("stereo good.png", r"required: right"),
     ("stereo good.png good.png --calibration absent.txt", r"absent\.txt"),
-    ("stereo good.png good.png --calibration notes.txt", r"notes\.txt is of no kind that is read"),
+    ("stereo good.png good.png --calibration notes.txt", r"notes\.txt must be Middlebury"),
     ("stereo good.png good.png --calibration notes.txt --focal 3", r"file already gives --focal: leave that out"),
     ("stereo good.png good.png a.pfm --fy 3", r"--fy requires --focal and --baseline"),
     ("stereo absent.png good.png a.pfm", r"absent\.png"),
@@ -302,9 +302,9 @@ def place(tmp_path_factory):
 FAILURES = [
     ("upscale notes.txt a.png", r"notes\.txt is not an image"),
     ("upscale good.png a.xyz", r"cannot write a\.xyz: its suffix is none of"),
-    ("upscale good.png taken.png", r"taken\.png exists: give --overwrite"),
+    ("upscale good.png taken.png", r"taken\.png exists\. Use --overwrite"),
     ("stereo good.png good.png a.xyz", r"cannot write a\.xyz: its suffix is none of"),
-    ("stereo good.png good.png taken.pfm", r"taken\.pfm exists: give --overwrite"),
+    ("stereo good.png good.png taken.pfm", r"taken\.pfm exists\. Use --overwrite"),
     ("stereo good.png notes.txt a.pfm", r"notes\.txt is not an image"),
 ]
 

@@ -97,7 +97,7 @@ def test_what_is_not_read_is_named_and_counted(folder, capsys):
         "Could not read in/gone.jpg",
         "Could not read in/pipe.png",
     ]
-    assert "files of ending .HEIC are not read" in failures[0]
+    assert ".HEIC files are not supported" in failures[0]
     assert "it is not a regular file" in failures[2]
     assert lines[-1] == "3 of 4 failed: in/b.HEIC, in/gone.jpg, in/pipe.png"
     assert written(folder / "out") == ["a.png"]

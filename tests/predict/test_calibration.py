@@ -58,7 +58,7 @@ def test_opencv_by_its_own_numbers(tmp_path):
 def test_a_baseline_that_seems_to_be_of_millimetres_is_told(tmp_path):
     found = read(tmp_path, OPENCV.replace("-60.", "-60000."))
     assert found.baseline == 120
-    assert "taken for metres: if these are millimetres, give --baseline 0.12" in found.notes[0]
+    assert "assumed to be in metres: if it is in millimetres, give --baseline 0.12" in found.notes[0]
     given = open_calibration(tmp_path / "calib.txt", None, 0.12)
     assert (given.baseline, given.notes) == (0.12, ())
 
@@ -67,8 +67,8 @@ def test_images_of_another_size(tmp_path):
     found = read(tmp_path, MIDDLEBURY).at(497, 741)
     assert (found.focal, found.doffs) == (3979.911 / 4, 124.343 / 4)
     assert found.principal_point == (1244.772 / 4, 1019.507 / 4)
-    assert found.notes == ("the calibration, of 1988 x 2964 pixels, was scaled to the images",)
-    with pytest.raises(InputError, match="the images of 400 x 741: these were cut"):
+    assert found.notes == ("the calibration for 1988 x 2964 pixels was scaled to the images",)
+    with pytest.raises(InputError, match="the images have 400 x 741 and were cropped"):
         read(tmp_path, MIDDLEBURY).at(400, 741)
     assert Calibration(1, 1).at(3, 4) == Calibration(1, 1)
 
@@ -85,8 +85,8 @@ def test_numbers_beside_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "of no kind that is read"),
-        ("just words", "of no kind that is read"),
+        ("", "must be Middlebury's"),
+        ("just words", "must be Middlebury's"),
         (MIDDLEBURY.replace("3979.912", ""), "9 numbers are required; got 8"),
         (MIDDLEBURY.replace("baseline=193.001", ""), "lacks baseline"),
         (MIDDLEBURY.replace("193.001", "nan"), "finite and above 0"),
@@ -95,7 +95,7 @@ def test_numbers_beside_a_file(tmp_path):
         (MIDDLEBURY.replace("1988", "9" * 5000), "damaged"),
         (KITTI.replace("P_rect_03", "P_rect_07"), "lacks the projections P2 and P3"),
         (KITTI.replace("721.5", "0"), "damaged"),
-        (OPENCV.replace("P2", "P3"), "of no kind that is read"),
+        (OPENCV.replace("P2", "P3"), "must be Middlebury's"),
         (OPENCV.replace("[ 500.", "[ "), "damaged"),
         (OPENCV.replace("500.", ".nan"), "finite and above 0"),
         (OPENCV.replace("data: [", "data: [[["), "damaged"),

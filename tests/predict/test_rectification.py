@@ -31,7 +31,7 @@ def test_large_images_are_measured_in_their_own_pixels():
 def test_a_note_where_rows_do_not_match():
     (note,) = describe_rows(*pair(rows=3))
     assert (
-        "corners lie 3.0 rows apart in the two views (median), so that the pair does not seem to be rectified" in note
+        "corners are 3.0 rows apart in the two views (median), so that the pair does not seem to be rectified" in note
     )
     assert describe_rows(*pair()) == []
 

@@ -83,7 +83,7 @@ def test_folders_go_by_name_and_can_be_resumed(folder, capsys):
     assert capsys.readouterr().out == "skipped: out/a.pfm exists\nwrote out/b.pfm\n"
     np.testing.assert_allclose(read_disparity(folder / "out" / "b.pfm"), 0.4 * GAIN, rtol=1e-5)
     assert run("stereo", "left", "right", "out", "--format", "pfm") == 1
-    assert "out/a.pfm exists: give --overwrite" in capsys.readouterr().out
+    assert "out/a.pfm exists. Use --overwrite" in capsys.readouterr().out
 
 
 def test_grey_of_16_bits_and_alpha(folder):
@@ -136,7 +136,7 @@ def test_options_reach_the_matcher(folder):
         (["l.png", "r.png", "o.png", "--max-pixels", "0"], "max_pixels must be at least 1; got 0"),
         (["l.png", "r.png", "o.png", "--format", "pfm"], "leave out --format, which is for folders"),
         (["l.png", "none.png", "o.png"], "There is no file or folder none.png"),
-        (["left", "right", "out"], "left holds no image or video"),
+        (["left", "right", "out"], "left contains no image or video"),
         (
             ["l.png", "r.png", "o.png", "--model", "va_span_ch26_x4"],
             "it is a 'restore' model; a 'stereo' model is required",
@@ -266,7 +266,7 @@ def test_video_without_ffmpeg_is_told(folder, monkeypatch, capsys):
     for name in ("l.mp4", "r.mp4"):
         (folder / name).touch()
     assert run("stereo", "l.mp4", "r.mp4", "out.mp4") == 1
-    assert "failed: l.mp4: Video needs the program ffprobe" in capsys.readouterr().out
+    assert "failed: l.mp4: Video requires the program ffprobe" in capsys.readouterr().out
 
 
 def test_what_lies_beyond_0_is_told_and_not_in_the_cloud(folder, capsys):
@@ -321,7 +321,7 @@ def test_what_stands_beside_an_output_is_not_replaced(folder, pair, capsys, name
     (folder / name).write_bytes(b"mine")
     arguments = [*pair, "o.pfm", "--color", "--nonocc", "--focal", 10, "--baseline", 1, "--ply"]
     assert run("stereo", *arguments) == 1
-    assert f"{name} exists: give --overwrite" in capsys.readouterr().out
+    assert f"{name} exists. Use --overwrite" in capsys.readouterr().out
     assert (folder / name).read_bytes() == b"mine"
     assert not (folder / "o.pfm").exists()
     assert run("stereo", *arguments, "--overwrite") == 0
@@ -362,7 +362,7 @@ def test_without_an_output_a_picture_is_written(folder, pair, capsys):
     picture = np.asarray(Image.open(folder / "disparity.png"))
     np.testing.assert_array_equal(picture, disparity_colours(np.full((8, 12), 0.4 * GAIN, np.float32)))
     assert run("stereo", *pair) == 1
-    assert "disparity.png exists: give --overwrite" in capsys.readouterr().out
+    assert "disparity.png exists. Use --overwrite" in capsys.readouterr().out
     assert run("stereo", *pair, "named.png", "--format", "color", "--color") == 0
     assert (folder / "named.png").read_bytes() == (folder / "disparity.png").read_bytes()
     assert not (folder / "named_color.png").exists()
@@ -399,7 +399,7 @@ def test_the_right_view(folder):
 def test_depth_by_a_calibration_file(folder, pair, capsys):
     (folder / "calib.txt").write_text("cam0=[200 0 12; 0 100 8; 0 0 1]\ndoffs=4\nbaseline=200\nwidth=24\nheight=16\n")
     assert run("stereo", *pair, "out.npy", "--calibration", "calib.txt", "--ply") == 0
-    assert "note: l.png: the calibration, of 16 x 24 pixels, was scaled to the images." in capsys.readouterr().out
+    assert "note: l.png: the calibration for 16 x 24 pixels was scaled to the images." in capsys.readouterr().out
     np.testing.assert_allclose(np.load(folder / "out_depth.npy"), 100 * 0.2 / (0.4 * GAIN + 2), rtol=1e-5)
     points = (folder / "out.ply").read_bytes().split(b"end_header\n")[1]
     places = np.frombuffer(points, [("xyz", "<f4", 3), ("rgb", "u1", 3)])["xyz"]

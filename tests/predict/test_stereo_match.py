@@ -87,7 +87,7 @@ def test_files_are_what_the_functions_give(tmp_path, capsys):
     outcome = visionattn.flow_files(paths, tmp_path / "f.npy", Flow())
     assert outcome.exit_code == 1
     assert outcome.failed[0][0] == paths[0]
-    assert "exists: give --overwrite" in outcome.failed[0][1]
+    assert "exists. Use --overwrite" in outcome.failed[0][1]
     assert "skipped: " in capsys.readouterr().out
 
 

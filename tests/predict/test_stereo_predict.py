@@ -308,7 +308,7 @@ def test_point_cloud(tmp_path):
     body = (tmp_path / "a.ply").read_bytes().partition(b"end_header\n")[2]
     np.testing.assert_allclose(struct.unpack("<3f", body[:12]), [0, -0.2, 2], rtol=1e-6)
     for focal, point in ((float("nan"), None), (10, (float("nan"), 1.0))):
-        with pytest.raises(InputError, match="finite ones are needed"):
+        with pytest.raises(InputError, match="must be finite"):
             write_point_cloud(tmp_path / "b.ply", metres, colours, focal, point)
     assert not (tmp_path / "b.ply").exists()
 

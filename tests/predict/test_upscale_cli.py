@@ -125,7 +125,7 @@ def test_comparison(folder):
 def test_what_was_lost_is_said(folder, capsys):
     save(folder / "in.png", picture(channels=4))
     assert upscale("in.png", "out.jpg") == 0
-    assert "note: in.png: JPEG holds no alpha, so that the picture was laid on white." in capsys.readouterr().out
+    assert "note: in.png: JPEG has no alpha, so that the image was composited on white." in capsys.readouterr().out
 
 
 def test_overflow_is_said(folder, capsys, monkeypatch):
@@ -151,7 +151,7 @@ def test_the_old_spelling_of_the_type_works(folder, capsys):
     ("arguments", "message"),
     [
         (["none.png", "out.png"], "There is no file or folder none.png"),
-        (["*.tiff", "out"], "holds no image or video"),
+        (["*.tiff", "out"], "contains no image or video"),
         (["in.png", "net.pth/out.png"], "Cannot write into the folder net.pth"),
         (["in.png", "out.png", "--model", "va_nothing_x4"], "There is no model 'va_nothing_x4'"),
         (["in.png", "out.png", "--model", "lost.pth"], "There is no file lost.pth"),
@@ -180,7 +180,7 @@ def test_mistakes_are_one_message(folder, capsys, arguments, message):
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("out.gif", "its suffix is none of .png"), ("out.webp", "WEBP ends at 16383 a side")],
+    [("out.gif", "its suffix is none of .png"), ("out.webp", "WEBP supports at most 16383 per side")],
 )
 def test_targets_that_cannot_be(folder, capsys, target, message):
     save(folder / "in.png", picture(4, 9000))
@@ -224,7 +224,7 @@ def test_video_without_ffmpeg_is_told(folder, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(folder))
     (folder / "in.mp4").touch()
     assert upscale("in.mp4", "out.mp4") == 1
-    assert "failed: Video needs the program ffprobe" in capsys.readouterr().out
+    assert "failed: Video requires the program ffprobe" in capsys.readouterr().out
     assert upscale("in.mp4", "out.png") == 1
     assert "its suffix is none of .mp4" in capsys.readouterr().out
 
@@ -272,6 +272,6 @@ def test_format_and_quality(folder, capsys):
     assert sizes["webp", 10] < sizes["webp", 95]
     capsys.readouterr()
     assert upscale("in", "out", "--quality", 10) == 0
-    assert "note: in/a.png: PNG loses nothing, so that the quality, of JPEG and WebP, was left out." in (
+    assert "note: in/a.png: PNG is lossless, so that the quality, which applies to JPEG and WebP, was ignored." in (
         capsys.readouterr().out
     )

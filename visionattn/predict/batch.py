@@ -1,6 +1,7 @@
-"""Files one after the other: what exists stays, a bad file costs one line, a stopped run can go on.
+"""Process files one after the other: existing outputs are kept, a bad file costs one line, and a run can be resumed.
 
-`upscale_files`, `stereo_files` and `flow_files` make `Job`s of their arguments and give `run` what does one of them.
+`upscale_files`, `stereo_files` and `flow_files` make `Job`s from their arguments and pass the function for a job to
+`run`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from visionattn.progress import draws_bars
 __all__ = ["Bar", "Job", "Outcome", "files_of", "keep_freed_memory", "run", "target_folder"]
 
 TAKEN = (*SUFFIXES, *VIDEOS)
-# Images and videos of formats that are not read. They are named as failed: leaving them out would look like success.
+# Images and videos in unsupported formats. They are reported as failed: skipping them would look like success.
 UNREAD = {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".psb", ".svg", ".eps", ".tga"}
 UNREAD |= {".ico", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pbm", ".pnm"}
 UNREAD |= {".apng", ".wmv", ".flv", ".mpg", ".mpeg", ".mts", ".m2ts", ".3gp", ".ogv", ".vob"}
 UNREAD -= set(TAKEN)
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 LONGEST_PATH = 4096  # characters, Linux's limit
-SILENCE = 30.0  # seconds between two lines of progress where there is no terminal
+SILENCE = 30.0  # seconds between two lines of progress without a terminal
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Job:
 
     @property
     def source(self) -> Path:
-        """The first file, by which messages name the job."""
+        """The first file, which names the job in messages."""
         return self.sources[0]
 
     @property
@@ -59,12 +60,12 @@ class Job:
 
 @dataclass(frozen=True, repr=False)
 class Outcome:
-    """What became of the jobs.
+    """Outcome of the jobs.
 
     Attributes:
-        written: The outputs.
-        skipped: Outputs that existed and stayed, as asked.
-        failed: Each input, and what went wrong, on one line.
+        written: Outputs that were written.
+        skipped: Existing outputs that were kept, as requested.
+        failed: Each failed input, with the reason in one line.
     """
 
     written: list[Path] = field(default_factory=list)
@@ -73,7 +74,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0 when every output was written or skipped as asked, 1 when some were not."""
+        """0 if every output was written, or skipped as requested; otherwise 1."""
         return 1 if self.failed else 0
 
     def __repr__(self) -> str:
@@ -81,12 +82,12 @@ class Outcome:
 
 
 class Bar:
-    """What a job shows of itself: a progress bar, or a line now and then where there is no terminal.
+    """Progress of a job: a bar, or a line from time to time without a terminal.
 
     Args:
-        progress: Shows the bar.
-        task: The job's.
-        name: What lines of progress begin with.
+        progress: Display of the bar.
+        task: Task of the job.
+        name: Start of the lines of progress.
     """
 
     def __init__(self, progress: Progress, task: TaskID, name: str) -> None:
@@ -98,12 +99,12 @@ class Bar:
         self.start = self.told = time.monotonic()
 
     def expect(self, steps: int | None) -> None:
-        """State how many steps there will be."""
+        """Set the number of steps."""
         self.steps = steps
         self.progress.update(self.task, total=steps)
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count one finished step."""
         self.progress.advance(self.task)
         self.done += 1
         now = time.monotonic()
@@ -121,9 +122,9 @@ class Bar:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, where its C library is glibc.
+    """Let this process keep freed memory, if its C library is glibc.
 
-    Large blocks otherwise go back to the system at once, and each layer gets new ones, page by page: SPAN of 48
+    Otherwise large blocks are returned to the system at once, and each layer gets new ones page by page: SPAN with 48
     channels took 1.7 times as long on 512 x 512 pixels.
     """
     try:
@@ -135,21 +136,20 @@ def keep_freed_memory() -> None:
 
 
 def files_of(given: str | Path, recursive: bool = False, without: Path | None = None) -> tuple[list[Path], bool]:
-    """The images and videos that an argument names, in order, and whether it may name several.
+    """The images and videos that an argument names, in order, and whether it can name several.
 
-    What lies in a folder and is neither is told on one line. Images that cannot be read are among the files, so that
-    `run` names them.
+    Other files of a folder are reported in one line. Unreadable images are included, so that `run` reports them.
 
     Args:
         given: A file, a folder or a pattern.
-        recursive: Look into the sub-folders of a folder too.
-        without: A folder that is left out, such as that of the outputs.
+        recursive: Search the sub-folders of a folder too.
+        without: A folder to exclude, such as that of the outputs.
 
     Raises:
         DataError: There are none.
     """
     text = os.fspath(given)
-    if not text:  # an empty variable of a shell must not stand for the working folder
+    if not text:  # an empty shell variable must not mean the working folder
         raise DataError("The name of an input is empty.")
     path, several = Path(text), True
     left_out = ""
@@ -172,23 +172,23 @@ def files_of(given: str | Path, recursive: bool = False, without: Path | None = 
         raise DataError(f"There is no file or folder {shorten(text)}.")
     if not found:
         reason = f" Left out: {left_out}." if left_out else ""
-        raise DataError(f"{shorten(text)} holds no image or video: {', '.join(TAKEN)} are read.{reason}")
+        raise DataError(f"{shorten(text)} contains no image or video: {', '.join(TAKEN)} are supported.{reason}")
     if left_out:
         print(f"note: {shorten(text)}: left out {left_out}.")
     return found, several
 
 
 def target_folder(output: str | Path, several: bool) -> tuple[Path, bool]:
-    """The folder that results go to, which is made and can be written to, and whether the argument names it itself.
+    """Create the folder for results, check that it is writable, and return it and whether the argument names it.
 
     Raises:
-        StorageError: Nothing can be written there.
+        StorageError: The folder is not writable.
     """
     output = os.fspath(output)
     target = Path(output)
     try:
         if not output or "\0" in output:
-            raise ValueError("a name must not be empty, and must not hold a null byte")
+            raise ValueError("a name must not be empty, and must not contain a null byte")
         is_folder = several or target.is_dir() or output.endswith("/") or not target.suffix
         folder = target if is_folder else target.parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,12 +213,12 @@ def run(
     """Do all jobs.
 
     Args:
-        jobs: In order.
-        work: Does a job and gives notes of what is worth knowing; its third argument says how many jobs are left.
-            Whatever it raises costs one line, and the other jobs are done.
+        jobs: The jobs, in order.
+        work: Does a job and returns notes for the user; its third argument is the number of remaining jobs. An error
+            costs one line, and the other jobs are done.
         writable: Suffixes of outputs that are not videos.
         overwrite: Replace outputs that exist.
-        skip_existing: Leave outputs that exist.
+        skip_existing: Keep outputs that exist.
     """
     outcome = Outcome()
     written: set[str] = set()
@@ -247,7 +247,7 @@ def run(
                     outcome.written.append(job.target)
                     told = f"wrote {_shown(job.target)}"
             except Exception as error:
-                # A fault of ours must not end the folder either.
+                # An unexpected error must not end the run either.
                 outcome.failed.append((job.source, _reason(job, error)))
                 told = f"failed: {outcome.failed[-1][1]}"
             finally:
@@ -264,17 +264,17 @@ def run(
 
 
 def _shown(path: Path) -> str:
-    """A path on one line; one that exists is not cut, for others may read the line."""
+    """A path on one line; an existing path is not shortened, so that the line can be parsed."""
     return shorten(path, LONGEST_PATH)
 
 
 def _reason(job: Job, error: Exception) -> str:
-    """What went wrong, with the name of the file, on one line."""
+    """The reason of a failure, with the name of the file, in one line."""
     source = _shown(job.source)
     if isinstance(error, VisionAttnError):
         return shorten(error, 1000)
     if isinstance(error, MemoryError):
-        return f"{source}: input and result do not fit the memory."
+        return f"{source}: not enough memory for input and result."
     if isinstance(error, OSError) and error.strerror:
         return f"{source}: {shorten(error.filename or 'the system')}: {error.strerror}."
     frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -283,7 +283,7 @@ def _reason(job: Job, error: Exception) -> str:
 
 
 def _check_job(job: Job, known: tuple[str, ...], inputs: set[str]) -> None:
-    """Raise where a job cannot be done; `inputs` are the files of all jobs, without symbolic links."""
+    """Raise an error if a job cannot be done; `inputs` are the files of all jobs, with symbolic links resolved."""
     for path in job.sources:
         _check_source(path)
     source, target = _shown(job.source), _shown(job.target)
@@ -293,25 +293,25 @@ def _check_job(job: Job, known: tuple[str, ...], inputs: set[str]) -> None:
         if os.path.realpath(path) in inputs:
             own = os.path.realpath(path) in {os.path.realpath(own) for own in job.sources}
             replaced = "the input" if own else f"another input, {_shown(path)}"
-            raise InputError(f"{source}: the output would replace {replaced}: name another.")
+            raise InputError(f"{source}: the output would replace {replaced}. Choose another output.")
 
 
 def _check_outputs(job: Job, written: set[str], replace: bool) -> None:
-    """Raise where an output must stay; `written` are those of the jobs before, without symbolic links."""
+    """Raise an error if an output must be kept; `written` are the outputs so far, with symbolic links resolved."""
     source = _shown(job.source)
     for path in (job.target, *job.also):
         if os.path.realpath(path) in written:
             raise InputError(f"{source}: {_shown(path)} was written already, from another input of that name.")
-        # What stands next to a missing target is left from a run that was stopped.
+        # Further files without their target are left over from an interrupted run.
         if path.is_file() and not replace:
             raise InputError(
-                f"{source}: {_shown(path)} exists: give --overwrite to replace it or --skip-existing to leave it."
+                f"{source}: {_shown(path)} exists. Use --overwrite to replace it, or --skip-existing to keep it."
             )
         check_output(path, overwrite=True)
 
 
 def _check_source(path: Path) -> None:
-    """Raise `DataError` for what is certainly not read; opening a pipe would wait for its writer for ever."""
+    """Raise `DataError` for files that cannot be read; opening a pipe would wait forever."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -322,6 +322,6 @@ def _check_source(path: Path) -> None:
         raise DataError(f"Could not read {_shown(path)}: it is not a regular file.")
     if path.suffix.lower() in UNREAD:
         raise DataError(
-            f"Could not read {_shown(path)}: files of ending {path.suffix} are not read. Convert it to one of "
+            f"Could not read {_shown(path)}: {path.suffix} files are not supported. Convert it to one of "
             f"{', '.join(TAKEN)}."
         )

@@ -1,10 +1,10 @@
-"""What depth needs of a pair of cameras, from options or from the calibration files of data sets and OpenCV.
+"""Camera parameters for depth, from options or from the calibration files of data sets and OpenCV.
 
-| file | told by | length of the baseline |
+| file | recognised by | unit of the baseline |
 | --- | --- | --- |
 | calib.txt of Middlebury 2014 and 2021 and of ETH3D | `cam0=`, `baseline=`, `doffs=` | millimetres |
 | KITTI: calib_cam_to_cam.txt, calib/000000.txt | `P_rect_02:` and `_03:`, `P2:` and `P3:`, else 0 and 1 | metres |
-| OpenCV's YAML and JSON after `stereoRectify` | `P1` and `P2`, or `Q` | that of the board; taken for metres |
+| OpenCV's YAML and JSON after `stereoRectify` | `P1` and `P2`, or `Q` | that of the board; assumed to be metres |
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from visionattn.files import read_text
 
 __all__ = ["Calibration", "read_calibration"]
 
-LARGEST = 2**20  # bytes of a file
-FAR = 5.0  # metres from which on a baseline of OpenCV's is doubted
+LARGEST = 2**20  # maximum size of a file in bytes
+FAR = 5.0  # metres; a longer baseline in an OpenCV file is probably in millimetres
 KITTI = (("P2", "P3"), ("P_rect_02", "P_rect_03"), ("P0", "P1"), ("P_rect_00", "P_rect_01"))
-ASPECT = 0.01  # by which the ratio of width and height may differ
+ASPECT = 0.01  # tolerance of the aspect ratio
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Calibration:
     """A rectified pair of cameras.
 
     Attributes:
-        focal: Focal length in pixels along rows.
-        baseline: Distance of the cameras in metres.
-        doffs: Column of the right view's principal point minus the left's, in pixels.
-        principal_point: Column and row of the left view; None is its middle.
-        fy: Focal length in pixels along columns; None is `focal`.
-        size: Height and width of the images that pixels are of; None is those that are given.
-        notes: What was assumed, in words.
+        focal: Horizontal focal length in pixels.
+        baseline: Distance between the cameras in metres.
+        doffs: Column of the right view's principal point minus that of the left view, in pixels.
+        principal_point: Column and row of the left view's principal point; None: its centre.
+        fy: Vertical focal length in pixels; None: `focal`.
+        size: Height and width of the calibrated images; None: those of the given images.
+        notes: Notes about assumptions.
     """
 
     focal: float
@@ -53,18 +53,18 @@ class Calibration:
     notes: tuple[str, ...] = ()
 
     def at(self, height: int, width: int) -> Calibration:
-        """For images of another size than those that were calibrated.
+        """The calibration for images of another size than the calibrated ones.
 
         Raises:
-            InputError: They have another shape, so that they were cut.
+            InputError: The images have another aspect ratio, so that they were cropped.
         """
         if self.size is None or self.size == (height, width):
             return self
         ratio = width / self.size[1]
         if abs(height / self.size[0] / ratio - 1) > ASPECT:
             raise InputError(
-                f"The calibration is of {self.size[0]} x {self.size[1]} pixels, the images of {height} x {width}: "
-                "these were cut. Give --focal and --baseline."
+                f"The calibration is for {self.size[0]} x {self.size[1]} pixels, but the images have {height} x "
+                f"{width} and were cropped. Give --focal and --baseline."
             )
         point = self.principal_point and (ratio * self.principal_point[0], ratio * self.principal_point[1])
         return replace(
@@ -76,16 +76,16 @@ class Calibration:
             size=(height, width),
             notes=(
                 *self.notes,
-                f"the calibration, of {self.size[0]} x {self.size[1]} pixels, was scaled to the images",
+                f"the calibration for {self.size[0]} x {self.size[1]} pixels was scaled to the images",
             ),
         )
 
 
 def read_calibration(path: str | Path) -> Calibration:
-    """Read a calibration file, of whichever kind it is.
+    """Read a calibration file of any supported format.
 
     Raises:
-        DataError: The file is missing or damaged, of no kind that is read, or describes no pair of cameras.
+        DataError: The file is missing or damaged, has an unsupported format, or does not describe a pair of cameras.
     """
     text = read_text(path, LARGEST)
     try:
@@ -144,7 +144,7 @@ def _kitti(entries: Mapping[str, str]) -> Calibration:
 
 
 def _of_projections(left: np.ndarray, right: np.ndarray) -> Calibration:
-    """Of two projections (3, 4) of rectified cameras: the last column is focal length times place."""
+    """Calibration from two projections (3, 4) of rectified cameras: the last column is focal length x position."""
     focal = float(left[0, 0])
     baseline = abs(float(left[0, 3] - right[0, 3])) / focal
     return Calibration(focal, baseline, float(right[0, 2] - left[0, 2]), (left[0, 2], left[1, 2]), float(left[1, 1]))
@@ -161,13 +161,13 @@ _Loader.add_constructor(
 
 def _opencv(text: str, path: str | Path) -> Calibration:
     lines = text.splitlines()
-    if lines and lines[0].startswith("%YAML"):  # OpenCV's "%YAML:1.0" is no directive of YAML
+    if lines and lines[0].startswith("%YAML"):  # OpenCV's "%YAML:1.0" is not a valid YAML directive
         lines[0] = ""
     entries: Any = yaml.load("\n".join(lines), _Loader)
     if not isinstance(entries, dict) or not ({"P1", "P2"} <= entries.keys() or "Q" in entries):
         raise DataError(
-            f"The calibration file {shorten(path)} is of no kind that is read: Middlebury's (cam0=), KITTI's (P2:, "
-            "P_rect_02:), or OpenCV's with P1 and P2, or Q, of stereoRectify."
+            f"The calibration file {shorten(path)} must be Middlebury's (cam0=), KITTI's (P2:, P_rect_02:), or "
+            "OpenCV's with P1 and P2, or Q, of stereoRectify."
         )
     if {"P1", "P2"} <= entries.keys():
         found = _of_projections(_matrix(entries["P1"], (3, 4)), _matrix(entries["P2"], (3, 4)))
@@ -181,8 +181,8 @@ def _opencv(text: str, path: str | Path) -> Calibration:
         found = replace(
             found,
             notes=(
-                f"the baseline of {shorten(path)} is {found.baseline:g}, taken for metres: if these are millimetres, "
-                f"give --baseline {found.baseline / 1000:g}",
+                f"the baseline of {shorten(path)}, {found.baseline:g}, is assumed to be in metres: if it is in "
+                f"millimetres, give --baseline {found.baseline / 1000:g}",
             ),
         )
     return replace(found, size=None if size is None else (int(size[1]), int(size[0])))

@@ -17,16 +17,16 @@ MOST_MILLIMETRES = 65535
 
 
 def write_depth(path: str | Path, depth: np.ndarray) -> list[str]:
-    """Write a depth (H, W) in metres, NaN where there is none.
+    """Write a depth map (H, W) in metres; NaN means no depth.
 
-    PNG holds millimetres in 16 bits, 0 where there is none or where it is beyond 65.535 m; other formats of
-    `write_disparity` hold metres.
+    PNG stores millimetres in 16 bits, and 0 for no depth or more than 65.535 m; the other formats of `write_disparity`
+    store metres.
 
     Returns:
-        What was lost, in words.
+        Notes about what was lost.
 
     Raises:
-        InputError: The suffix is no format.
+        InputError: The suffix is not a supported format.
         StorageError: The file could not be written.
     """
     path = Path(path)
@@ -54,20 +54,20 @@ def write_point_cloud(
 
     Args:
         path: The file.
-        depth: (H, W) in metres; NaN is no point.
-        colours: (H, W, 3) of uint8.
-        focal: Focal length in pixels.
-        principal_point: Column and row; default the middle of the image.
-        fy: Focal length along columns; default `focal`.
+        depth: Depth (H, W) in metres; NaN: no point.
+        colours: Colours (H, W, 3), uint8.
+        focal: Horizontal focal length in pixels.
+        principal_point: Column and row of the principal point; None: the centre of the image.
+        fy: Vertical focal length; None: `focal`.
 
     Raises:
-        InputError: Focal length or principal point make no sense.
+        InputError: Focal length or principal point are not finite.
         StorageError: The file could not be written.
     """
     height, width = depth.shape
     column, row = principal_point or ((width - 1) / 2, (height - 1) / 2)
     if not (0 < focal < np.inf and np.isfinite((column, row)).all()):
-        raise InputError(f"Focal length and principal point are {focal}, {column} and {row}: finite ones are needed.")
+        raise InputError(f"Focal length and principal point must be finite; got {focal}, {column} and {row}.")
     rows, columns = np.nonzero(np.isfinite(depth))
     z = depth[rows, columns]
     points = np.empty(len(z), [("xyz", "<f4", 3), ("rgb", "u1", 3)])

@@ -1,7 +1,7 @@
-"""Whether the rows of a stereo pair match: corners of the left view are looked for in several rows of the right one.
+"""Check whether the rows of a stereo pair match: corners of the left view are searched in several rows of the right.
 
-A network that looks along rows cannot tell a pair that is not rectified; its result is only wrong. Corners are those of
-Shi and Tomasi (CVPR 1994); a match is the largest normalised correlation of windows around them.
+A network that searches along rows does not detect a pair that is not rectified, and its result is wrong. Corners are
+those of Shi and Tomasi (CVPR 1994); a match is the largest normalised correlation of windows around them.
 """
 
 from __future__ import annotations
@@ -17,48 +17,48 @@ from visionattn.predict.matching import as_tensor
 
 __all__ = ["RowOffset", "describe_rows", "row_offset"]
 
-WIDTH = 640  # columns that views are reduced to
-LEAST = 64  # pixels of a side, for enough corners
-WINDOW, ROWS = 13, 12  # side of the windows, and rows above and below that are searched
-CORNERS, CHUNK = 160, 40  # corners that are looked for, and how many at a time
-NEAR, CLEAR = 0.85, 0.03  # correlation of a match, and by how much all other rows must be below it
-ENOUGH = 20  # matches of which a median says something
-SLACK = 8  # columns to the right of the same place, where views that converge may have their match
-UNEVEN = 1.0  # reduced pixels from the plane of all offsets, the median of which is smaller if matches are true
-PRECISION = 0.4  # reduced pixels that an offset may have by chance
+WIDTH = 640  # number of columns to which views are downsampled
+LEAST = 64  # minimum side in pixels, for enough corners
+WINDOW, ROWS = 13, 12  # side of the windows, and number of rows searched above and below
+CORNERS, CHUNK = 160, 40  # number of corners, and how many are searched at a time
+NEAR, CLEAR = 0.85, 0.03  # minimum correlation of a match, and its minimum margin over all other rows
+ENOUGH = 20  # minimum number of matches for a meaningful median
+SLACK = 8  # columns to the right of the same position, where converging views may have their match
+UNEVEN = 1.0  # maximum median distance of offsets from their plane for correct matches, in downsampled pixels
+PRECISION = 0.4  # offset that can occur by chance, in downsampled pixels
 
 
 class RowOffset(NamedTuple):
-    """By how many rows matched corners are apart: the median of the distances in pixels, and the number of matches."""
+    """Row offset of matched corners: the median of the distances in pixels, and the number of matches."""
 
     rows: float
     matches: int
 
 
 def describe_rows(left: np.ndarray, right: np.ndarray) -> list[str]:
-    """A note where a pair seems not to be rectified.
+    """A note if a pair does not seem to be rectified.
 
     Args:
-        left: (H, W) or (H, W, C), as of `estimate_disparity`.
-        right: Likewise, of the same size.
+        left: Left view, (H, W) or (H, W, C); see `estimate_disparity`.
+        right: Right view, of the same size.
     """
     found = row_offset(left, right)
     ratio = min(1.0, WIDTH / left.shape[1])
     if found is None or found.rows <= max(1.0, PRECISION / ratio):
         return []
     return [
-        f"its rows do not match: {found.matches} corners lie {found.rows:.1f} rows apart in the two views (median), so "
-        "that the pair does not seem to be rectified, which its disparities need"
+        f"its rows do not match: {found.matches} corners are {found.rows:.1f} rows apart in the two views (median), so "
+        "that the pair does not seem to be rectified, as disparities require"
     ]
 
 
 @torch.inference_mode()
 def row_offset(left: np.ndarray, right: np.ndarray) -> RowOffset | None:
-    """Measure by how many rows corresponding points are apart; None where too few corners match.
+    """Measure by how many rows corresponding points are apart; None if too few corners match.
 
     Args:
-        left: (H, W) or (H, W, C), as of `estimate_disparity`.
-        right: Likewise, of the same size.
+        left: Left view, (H, W) or (H, W, C); see `estimate_disparity`.
+        right: Right view, of the same size.
     """
     views = [as_tensor(pixels).mean(1, keepdim=True) for pixels in (left, right)]
     height, width = views[0].shape[2:]
@@ -76,11 +76,11 @@ def row_offset(left: np.ndarray, right: np.ndarray) -> RowOffset | None:
 
 
 def _smooth(found: Tensor) -> bool:
-    """Whether most offsets of (row, column, offset) are those of one plane over the image; those of chance are not."""
+    """Whether most offsets of (row, column, offset) lie on one plane over the image, unlike those of chance matches."""
     known = torch.cat([torch.ones(len(found), 1), found[:, :2] / WIDTH], 1).double()
     offsets = found[:, 2:].double()
     inside = torch.ones(len(found), dtype=torch.bool)
-    for _ in range(2):  # the second time without what is far from the first plane
+    for _ in range(2):  # the second time without outliers of the first plane
         plane = torch.linalg.lstsq(known[inside], offsets[inside], driver="gelsd").solution
         away = (offsets - known @ plane).abs()[:, 0]
         inside = away <= away.median()
@@ -104,7 +104,7 @@ def _corners(view: Tensor) -> Tensor:
 
 
 def _match(first: Tensor, second: Tensor, places: Tensor) -> Tensor:
-    """Row and column of corners (N, 2) whose match is clear, and by how many rows it is apart: (M, 3)."""
+    """Row and column of corners (N, 2) with a clear match, and its row offset: (M, 3)."""
     half, width = WINDOW // 2, first.shape[1]
     reach = width // 3
     padded = F.pad(second[None], (reach, SLACK), mode="replicate")[0]

@@ -71,7 +71,7 @@ def test_png_text_and_colour_space_are_said_to_be_lost_elsewhere(tmp_path):
     write(tmp_path / "b.jpg", found)
     assert found.notes == [
         "JPEG files keep no PNG text, so that it was left out",
-        "its colour space (gAMA, cHRM, cICP) was left out, which only PNG states so",
+        "its colour space (gAMA, cHRM, cICP), which only PNG can store, was left out",
     ]
 
 
@@ -154,14 +154,14 @@ def test_animations_are_named(tmp_path, name, kind):
     options = {"lossless": True} if name.endswith("webp") else {}
     first.save(tmp_path / name, save_all=True, append_images=[second], **options)
     found = read(tmp_path / name)
-    assert found.notes == [f"only the first of its 2 {kind} was taken"]
+    assert found.notes == [f"only the first of its 2 {kind} was used"]
     assert found.pixels.shape[:2] == (20, 30)
 
 
 def test_further_images_of_a_telephone_are_named(tmp_path):
     first, second = (Image.fromarray(picture(seed=seed)) for seed in (0, 1))
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
-    assert read(tmp_path / "a.jpg").notes == ["only the first of its 2 images was taken"]
+    assert read(tmp_path / "a.jpg").notes == ["only the first of its 2 images was used"]
 
 
 def test_xmp_iptc_and_comments_are_said_to_be_lost(tmp_path):

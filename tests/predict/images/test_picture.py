@@ -155,8 +155,8 @@ def test_what_a_format_cannot_hold_is_said(tmp_path):
     deep.pixels[:] = [65535, 0, 257, 0]
     write(tmp_path / "a.jpg", deep)
     assert deep.notes == [
-        "JPEG holds 8 bits, so that 16 were reduced",
-        "JPEG holds no alpha, so that the picture was laid on white",
+        "JPEG stores 8 bits, so that 16 bits were reduced",
+        "JPEG has no alpha, so that the image was composited on white",
     ]
     assert (read(tmp_path / "a.jpg").pixels == 255).all()
 
@@ -173,7 +173,7 @@ def test_pages_are_said(tmp_path):
     first.save(tmp_path / "a.tif", save_all=True, append_images=[second])
     found = read(tmp_path / "a.tif")
     np.testing.assert_array_equal(found.pixels, np.asarray(first))
-    assert found.notes == ["only the first of its 2 pages was taken"]
+    assert found.notes == ["only the first of its 2 pages was used"]
 
 
 def broken(tmp_path, kind):
@@ -209,7 +209,7 @@ def test_other_files_that_are_not_taken(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         read(tmp_path / "none.png")
     Image.fromarray(np.zeros((3, 3), np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(InputError, match=r"float.tif: Its pixels are of 32 bits"):
+    with pytest.raises(InputError, match=r"float.tif: Its pixels have 32 bits"):
         read(tmp_path / "float.tif")
 
 
@@ -219,10 +219,10 @@ def test_size_of_the_header(tmp_path):
 
 
 def test_sizes_that_a_format_cannot_state(tmp_path):
-    with pytest.raises(InputError, match="WEBP ends at 16383 a side"):
+    with pytest.raises(InputError, match="WEBP supports at most 16383 per side"):
         check_size(tmp_path / "a.webp", 100, 16384)
     check_size(tmp_path / "a.png", 100, 70000)
-    with pytest.raises(InputError, match="JPEG ends at 65535"):
+    with pytest.raises(InputError, match="JPEG supports at most 65535"):
         write(tmp_path / "a.jpg", Picture(np.zeros((1, 65536, 1), np.uint8)))
     assert list(tmp_path.iterdir()) == []
 

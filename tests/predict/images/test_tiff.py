@@ -116,7 +116,7 @@ def test_tiled_big_and_lzw_files(tmp_path):
         (np.zeros((4, 5, 3), np.float16), "16 bits, signed or floats"),
         (np.zeros((4, 5, 3), np.float32), "32 bits, signed or floats"),
         (np.zeros((4, 5, 3), np.int16), "16 bits, signed or floats"),
-        (np.zeros((4, 5, 3), np.uint32), "of 32 bits, whose range"),
+        (np.zeros((4, 5, 3), np.uint32), "have 32 bits, whose range"),
     ],
 )
 def test_samples_of_unknown_range_are_refused(tmp_path, pixels, message):
@@ -141,7 +141,7 @@ def test_without_tag_262_the_usual_meaning_is_taken_and_said(tmp_path, dtype, ch
     kind = "rgb" if channels == 3 else "minisblack"
     found = read(renamed(save(tmp_path / "a.tif", pixels, photometric=kind), 262))
     np.testing.assert_array_equal(found.pixels, pixels)
-    assert found.notes == ["it does not say what its samples mean (tag 262): taken was the usual"]
+    assert found.notes == ["it does not state its photometric interpretation (tag 262): assumed the default"]
 
 
 def test_profile_resolution_and_exif_of_separate_planes(tmp_path):

@@ -143,7 +143,7 @@ def test_odd_sides_are_made_even_by_repeating_and_said(tools, clip, monkeypatch)
     stream = {"width": 25, "height": 24, "avg_frame_rate": "25/1"}
     monkeypatch.setenv("ANSWER", json.dumps({"streams": [stream]}))
     notes = convert_videos([tools / "in.mp4"], tools / "out.mp4", lambda frame: frame, (24, 25), lambda: None)
-    assert notes == ["its odd sides were made even by repeating the last row or column, as most codecs want"]
+    assert notes == ["its odd sides were made even by repeating the last row or column, as most codecs require"]
     frame = stream_of(tools / "out.mp4")[0][2].reshape(24, 26, 3)
     np.testing.assert_array_equal(frame[:, :25], clip.reshape(3, 24, 25, 3)[0])
     np.testing.assert_array_equal(frame[:, 25], frame[:, 24])
@@ -179,7 +179,7 @@ def test_what_is_no_video(tools, monkeypatch, answer):
 
 def test_without_ffmpeg(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match="Video needs the program ffprobe, which is not on the PATH"):
+    with pytest.raises(InputError, match="Video requires the program ffprobe, which is not on the PATH"):
         probe(tmp_path / "in.mp4")
 
 
@@ -291,8 +291,8 @@ def test_sound_subtitles_titles_chapters_pixels_and_tags_are_kept_or_told(tmp_pa
     assert (
         notes[".mp4"]
         == [
-            "its sound (pcm_s16le) became aac, for .mp4 does not hold it",
-            "its subtitles (subrip) became mov_text, for .mp4 does not hold it",
+            "its sound (pcm_s16le) was converted to aac, since .mp4 does not support it",
+            "its subtitles (subrip) was converted to mov_text, since .mp4 does not support it",
         ]
         or "sound" not in notes[".mp4"][0]
     )  # newer versions of ffmpeg put PCM into MP4
@@ -330,11 +330,11 @@ def test_what_ffmpeg_cannot_read_is_one_line(tmp_path):
             {"pix_fmt": "p010le", "color_transfer": "smpte2084", "side_data_list": [{"side_data_type": "DOVI x"}]},
             [
                 "its 10 bits per channel became 8",
-                "it is HDR: its colour tags are kept, and data of the display that it was made on is not",
+                "it is HDR: its colour tags are kept, but not the metadata of its mastering display",
                 "left out: dovi x",
             ],
         ),
-        ({"field_order": "tt"}, ["it is interlaced, and frames were taken whole, with both fields"]),
+        ({"field_order": "tt"}, ["it is interlaced, and frames were processed as a whole, with both fields"]),
     ],
 )
 def test_what_frames_cannot_carry_is_said(stream, notes):

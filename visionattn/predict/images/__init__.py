@@ -1,1 +1,1 @@
-"""Image files in and out."""
+"""Reading and writing image files."""

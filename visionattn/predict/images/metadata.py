@@ -1,4 +1,4 @@
-"""What image files say next to their pixels: what describes the picture, what can be written, and what is not kept."""
+"""Metadata of image files: what describes the image, what can be written, and what is not kept."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ ORIENTATION = 0x0112
 EXIF_IFD, GPS_IFD = 0x8769, 0x8825
 TIFF_RESOLUTION = X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296
 XMP, IPTC, PHOTOSHOP, ICC = 700, 33723, 34377, 34675
-# A file's own structure (size, strips, compression, resolution, tiles, palette, XMP, IPTC, ICC), which TIFF keeps among
-# its EXIF tags. Resolution is written from `dpi`.
+# Tags about the structure of the file (size, strips, compression, resolution, tiles, palette, XMP, IPTC, ICC), which
+# TIFF stores among its EXIF tags. Resolution is written from `dpi`.
 STRUCTURE = {*range(254, 260), 262, 263, 266, 273, *range(277, 285), *range(288, 298), 301, *range(317, 346), 347}
 STRUCTURE |= {*range(512, 533), XMP, IPTC, PHOTOSHOP, ICC}
-MOST_DOTS = 65535  # per inch that JPEG can state
-IPTC_RESOURCE = 0x0404  # of Photoshop's block in JPEG
+MOST_DOTS = 65535  # maximum resolution of JPEG in dots per inch
+IPTC_RESOURCE = 0x0404  # in Photoshop's block in JPEG
 
 
 def exif_of(load: Callable[[], Image.Exif]) -> tuple[Image.Exif | None, list[str]]:
-    """The EXIF tags that describe the picture, without those of the file that it was in, and notes of what was lost.
+    """The EXIF tags that describe the image, without those about the file, and notes of what was lost.
 
-    Files hold tags that PIL reads but cannot write, such as fractions by 0; those are left out.
+    Tags that PIL reads but cannot write, such as fractions with denominator 0, are left out.
 
     Args:
-        load: Gives the tags. It may raise anything, for they may be damaged.
+        load: Returns the tags. It may raise any error, since they may be damaged.
     """
     try:
         exif = load()
         tags = {tag: value for tag, value in exif.items() if tag not in STRUCTURE and tag not in (EXIF_IFD, GPS_IFD)}
         parts = {ifd: dict(exif.get_ifd(ifd)) for ifd in (EXIF_IFD, GPS_IFD)}
-    # Damaged EXIF makes PIL raise nearly anything.
+    # PIL can raise any error for damaged EXIF tags.
     except Exception:
         return None, ["its EXIF tags are damaged, so that they were left out"]
     kept = Image.Exif()
@@ -61,14 +61,14 @@ def _writable(tag: int, value: Any) -> bool:
     trial[tag] = value
     try:
         trial.tobytes()
-    # Values of a wrong type or range make PIL raise nearly anything.
+    # PIL can raise any error for values of a wrong type or range.
     except Exception:
         return False
     return True
 
 
 def resolution(info: Mapping[Any, Any]) -> tuple[tuple[float, float] | None, list[str]]:
-    """Horizontal and vertical resolution in dots per inch of what PIL calls `info`; a note where it makes no sense."""
+    """Horizontal and vertical resolution in dots per inch from PIL's `info`; with a note if it is not valid."""
     found = info.get("dpi")
     notes = []
     if found is None:
@@ -81,9 +81,9 @@ def resolution(info: Mapping[Any, Any]) -> tuple[tuple[float, float] | None, lis
         dots = float(found[0]), float(found[1])
     except (TypeError, ValueError, ArithmeticError, LookupError):
         dots = (math.nan, math.nan)
-    if all(0 < value <= MOST_DOTS for value in dots):  # which NaN is not
+    if all(0 < value <= MOST_DOTS for value in dots):  # false for NaN
         return dots, notes
-    if dots != (0, 0):  # which stands for unknown
+    if dots != (0, 0):  # (0, 0) means unknown
         notes.append(
             f"its resolution is not a number above 0 and up to {MOST_DOTS} dots per inch, so that it was left out"
         )
@@ -102,12 +102,12 @@ def tiff_resolution(tags: Mapping[int, Any]) -> dict[str, Any]:
 
 
 def unkept(path: Path, image: Image.Image, tags: Mapping[int, Any] | None = None) -> list[str]:
-    """What the file says that no output keeps.
+    """Content of the file that no output keeps.
 
     Args:
         path: The file.
         image: As PIL opened it.
-        tags: Of a TIFF file.
+        tags: Tags of a TIFF file.
     """
     found = []
     info = image.info
@@ -125,7 +125,7 @@ def unkept(path: Path, image: Image.Image, tags: Mapping[int, Any] | None = None
 
 
 def _is_deep_avif(path: Path) -> bool:
-    """Whether the codec configuration states 10 or 12 bits, which PIL cuts to 8."""
+    """Whether the codec configuration states 10 or 12 bits, which PIL reduces to 8."""
     with path.open("rb") as file:
         head = file.read(2**16)
     place = head.find(b"av1C")

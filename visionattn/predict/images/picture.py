@@ -1,7 +1,7 @@
-"""Image files in and out: 8 and 16 bit, grey, palette, alpha, with orientation, EXIF, ICC profile and resolution.
+"""Read and write image files: 8 and 16 bit, grey, palette, alpha, with orientation, EXIF, ICC profile and resolution.
 
-PIL reads and writes all but colour of 16 bits, which it would cut to 8: those pixels go through OpenCV (PNG) and
-tifffile (TIFF), and the rest of the file still through PIL.
+PIL reads and writes everything except 16-bit colour, which it would reduce to 8 bits: such pixels are read and written
+by OpenCV (PNG) and tifffile (TIFF), and the rest of the file by PIL.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["READABLE", "WRITABLE", "Picture", "check_size", "on_white", "read", 
 WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}
 WRITABLE |= {".tif": "TIFF", ".tiff": "TIFF"}
 READABLE = SUFFIXES
-LONGEST = {"JPEG": 65535, "WEBP": 16383}  # sides that the formats can state
+LONGEST = {"JPEG": 65535, "WEBP": 16383}  # maximum side of the formats
 OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {},
     "JPEG": {"quality": 95, "subsampling": 0},
@@ -47,9 +47,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "TIFF": {"compression": "tiff_deflate"},
 }
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-EXIF_SIZE = {0xA002: 1, 0xA003: 0}  # tags of width and height, and the axes of an array that they state
+EXIF_SIZE = {0xA002: 1, 0xA003: 0}  # tags of width and height, and the corresponding axes of an array
 OPTIONAL = {"exif": "EXIF", "dpi": "resolution", "icc_profile": "ICC profile", "pnginfo": "text"}
-# What writers raise for metadata that they cannot put into a file.
+# Errors that writers raise for metadata that they cannot write.
 UNWRITABLE = (
     ValueError,
     TypeError,
@@ -60,21 +60,21 @@ UNWRITABLE = (
     SyntaxError,
     struct.error,
 )
-# Orientation -> whether to transpose, and which of the axes to turn over after that.
+# Orientation -> whether to transpose, and which of the axes to flip afterwards.
 TURNS = {2: (False, (1,)), 3: (False, (0, 1)), 4: (False, (0,)), 5: (True, ()), 6: (True, (1,)), 7: (True, (0, 1))}
 TURNS[8] = (True, (0,))
 
 
 @dataclass
 class Picture:
-    """Pixels, and what a file says beside them.
+    """Pixels of an image and the metadata of its file.
 
     Attributes:
         pixels: (H, W, C) of uint8 or uint16: grey, grey and alpha, RGB, or RGB and alpha.
         icc: The colour profile.
-        exif: The EXIF tags, upright.
+        exif: The EXIF tags, for upright orientation.
         dpi: Horizontal and vertical resolution.
-        notes: What could not be kept, in words.
+        notes: Notes of what could not be kept.
         chunks: Names and contents of PNG chunks of text and colour space.
     """
 
@@ -87,7 +87,7 @@ class Picture:
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:
-        """Take the pixels of a PIL image; those of other modes become grey, RGB or RGBA.
+        """Create a picture from a PIL image; other modes are converted to grey, RGB or RGBA.
 
         Raises:
             InputError: The mode has no known range (32-bit integers and floats).
@@ -97,7 +97,7 @@ class Picture:
         dpi, unknown = resolution(image.info)
         notes += unknown
         if image.mode in ("I", "F"):
-            raise InputError("Its pixels are of 32 bits, whose range is unknown: save it with 8 or 16 bits.")
+            raise InputError("Its pixels have 32 bits, whose range is unknown: save it with 8 or 16 bits.")
         if image.mode.startswith("I;16"):
             pixels = np.asarray(image).astype(np.uint16)
         else:
@@ -125,7 +125,7 @@ class Picture:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever a reader raises for a file into one line."""
+    """Convert any error of a reader into a one-line message."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -138,14 +138,14 @@ def _reading(path: Path) -> Iterator[None]:
         size = path.stat().st_size
         what = "it is empty" if size == 0 else f"it is none of {', '.join(FORMATS)}, or damaged"
         raise DataError(f"{shorten(path)} is not an image: {what}.") from error
-    # Broken files make PIL raise nearly anything: OSError, SyntaxError, struct.error, ValueError.
+    # PIL can raise any error for damaged files: OSError, SyntaxError, struct.error, ValueError.
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"Could not read the image {shorten(path)}: {shorten(reason).rstrip('.')}.") from error
 
 
 def _check_regular(path: Path) -> None:
-    """Raise `DataError` for what is not a file: a pipe would wait for its writer for ever."""
+    """Raise `DataError` for a path that is not a file: reading a pipe would wait forever."""
     if path.exists() and not path.is_file():
         raise DataError(f"Could not read the image {shorten(path)}: it is not a regular file.")
 
@@ -154,14 +154,14 @@ def size_of(path: Path) -> tuple[int, int]:
     """Height and width of an image file, from its header.
 
     Raises:
-        DataError: There is no such file, or it is no image.
+        DataError: The file does not exist, or is not an image.
     """
     with _reading(path):
         _check_regular(path)
         layout = read_layout(path)
         if layout is not None and layout.beyond_pil:
             return layout.height, layout.width
-        # Pictures of more than 89 megapixels are what this is for; of a bomb's size PIL still raises an error.
+        # Images of more than 89 megapixels are allowed; PIL still raises an error for decompression bombs.
         with Image.open(path, formats=FORMATS) as image:
             return image.height, image.width
 
@@ -170,9 +170,9 @@ def read(path: Path) -> Picture:
     """Read an image file, upright: the first frame of an animation, the first page of a TIFF file.
 
     Raises:
-        DataError: There is no such file, it is no image, or it is damaged.
+        DataError: The file does not exist, is not an image, or is damaged.
         InputError: Its pixels have no known range.
-        MissingPackageError: It is of 16-bit colour, and OpenCV or tifffile is not installed.
+        MissingPackageError: It has 16-bit colour, and OpenCV or tifffile is not installed.
     """
     with _reading(path):
         _check_regular(path)
@@ -202,12 +202,12 @@ def _read_by_pil(path: Path, image: Image.Image, layout: Layout | None) -> Pictu
         picture.pixels = _read_png_16(path)
     if png.key:
         picture.pixels = with_alpha(picture.pixels[:, :, : len(png.key)], png.key, png.bits)
-    if layout is not None and layout.bits == 12:  # PIL leaves them in 0..4095
+    if layout is not None and layout.bits == 12:  # PIL does not scale them from 0..4095
         picture.pixels = np.rint(picture.pixels * np.float32(65535 / 4095)).astype(np.uint16)
     if frames > 1:
-        # MPO is the JPEG of telephones, with a preview or a depth map behind it.
+        # MPO is a JPEG from a phone, followed by a preview or a depth map.
         kind = {"TIFF": "pages", "MPO": "images"}.get(image.format or "", "frames")
-        picture.notes.append(f"only the first of its {frames} {kind} was taken")
+        picture.notes.append(f"only the first of its {frames} {kind} was used")
     picture.chunks = png.chunks
     if lost := dict.fromkeys([*png.lost, *unkept(path, image)]):
         picture.notes.append(f"left out: {', '.join(lost)}")
@@ -238,34 +238,34 @@ def _read_png_16(path: Path) -> np.ndarray:
     cv2: Any = require("cv2", "images")
     pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
-        raise DataError(f"Could not read the 16-bit image {shorten(path)}: OpenCV does not know its layout.")
+        raise DataError(f"Could not read the 16-bit image {shorten(path)}: OpenCV does not support its layout.")
     return pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]]
 
 
 def check_size(path: Path, height: int, width: int) -> None:
-    """Raise `InputError` for a result that the format of `path` cannot hold, before it is computed."""
+    """Raise `InputError` for a result that is too large for the format of `path`, before it is computed."""
     longest = LONGEST.get(WRITABLE[path.suffix.lower()])
     if longest and max(height, width) > longest:
         raise InputError(
-            f"The result is {height} x {width} pixels, and {WRITABLE[path.suffix.lower()]} ends at {longest} a side: "
-            "write PNG or TIFF."
+            f"The result has {height} x {width} pixels; {WRITABLE[path.suffix.lower()]} supports at most {longest} per "
+            "side: write PNG or TIFF."
         )
 
 
 def write(path: Path, picture: Picture, quality: int | None = None) -> None:
-    """Write an image file in the format of its suffix, whole or not at all; `picture.notes` gains what was lost.
+    """Write an image file in the format of its suffix, completely or not at all; `picture.notes` gets what was lost.
 
-    JPEG and WebP hold 8 bits, and JPEG no alpha: such pixels are reduced, or laid on white.
+    JPEG and WebP store 8 bits, and JPEG has no alpha: pixels are reduced, or composited on white.
 
     Args:
         path: The file.
-        picture: What is written.
-        quality: Of JPEG and WebP, 1 to 100; default 95.
+        picture: The image.
+        quality: Quality of JPEG and WebP, 1 to 100; None: 95.
 
     Raises:
-        InputError: The format cannot hold the size.
+        InputError: The image is too large for the format.
         StorageError: The file could not be written.
-        MissingPackageError: It is of 16-bit colour, and OpenCV or tifffile is not installed.
+        MissingPackageError: It has 16-bit colour, and OpenCV or tifffile is not installed.
     """
     form = WRITABLE[path.suffix.lower()]
     height, width, channels = picture.pixels.shape
@@ -274,20 +274,20 @@ def write(path: Path, picture: Picture, quality: int | None = None) -> None:
         values = picture.exif.get_ifd(EXIF_IFD)
         values.update({tag: picture.pixels.shape[axis] for tag, axis in EXIF_SIZE.items() if tag in values})
     if form in ("JPEG", "WEBP") and picture.pixels.dtype == np.uint16:
-        picture.notes.append(f"{form} holds 8 bits, so that 16 were reduced")
+        picture.notes.append(f"{form} stores 8 bits, so that 16 bits were reduced")
         picture.pixels = np.rint(picture.pixels / np.float32(257)).astype(np.uint8)
     if form == "JPEG" and channels in (2, 4):
-        picture.notes.append("JPEG holds no alpha, so that the picture was laid on white")
+        picture.notes.append("JPEG has no alpha, so that the image was composited on white")
         picture.pixels = on_white(picture.pixels)
     if quality is not None and "quality" not in OPTIONS[form]:
-        picture.notes.append(f"{form} loses nothing, so that the quality, of JPEG and WebP, was left out")
+        picture.notes.append(f"{form} is lossless, so that the quality, which applies to JPEG and WebP, was ignored")
         quality = None
     if form != "PNG" and picture.chunks:
         names = {name for name, _ in picture.chunks}
         if names & set(TEXT):
             picture.notes.append(f"{form} files keep no PNG text, so that it was left out")
         if space := [name.decode() for name in COLOUR_SPACE if name in names and not picture.icc]:
-            picture.notes.append(f"its colour space ({', '.join(space)}) was left out, which only PNG states so")
+            picture.notes.append(f"its colour space ({', '.join(space)}), which only PNG can store, was left out")
     with atomic_path(path) as temporary:
         if picture.pixels.dtype == np.uint16 and picture.pixels.shape[2] > 1:
             (_write_png_16 if form == "PNG" else _write_tiff_16)(temporary, picture)
@@ -296,7 +296,7 @@ def write(path: Path, picture: Picture, quality: int | None = None) -> None:
 
 
 def on_white(pixels: np.ndarray) -> np.ndarray:
-    """Lay uint8 colours with alpha (H, W, C + 1) on white: (H, W, C)."""
+    """Composite uint8 colours with alpha (H, W, C + 1) on white: (H, W, C)."""
     alpha = pixels[..., -1:] / np.float32(255)
     return np.rint(pixels[..., :-1] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
@@ -308,7 +308,7 @@ def _write_pil(path: Path, form: str, picture: Picture, quality: int | None) -> 
     if picture.exif is not None:
         options["exif"] = picture.exif
         if form == "TIFF" and {EXIF_IFD, GPS_IFD} & set(picture.exif):
-            # libtiff, which compresses, cannot be given these; PIL's own writer does not compress.
+            # libtiff, which compresses, does not accept these; PIL's own writer does not compress.
             options.pop("compression")
     if picture.dpi:
         options["dpi"] = picture.dpi
@@ -317,7 +317,7 @@ def _write_pil(path: Path, form: str, picture: Picture, quality: int | None) -> 
         for name, data in picture.chunks:
             options["pnginfo"].add(name, data)
     image = Picture(picture.pixels).image()
-    # Metadata that a format cannot hold must not cost the picture.
+    # Metadata that a format cannot store must not prevent writing the image.
     for key, what in OPTIONAL.items():
         try:
             image.save(path, form, **options)
@@ -354,7 +354,7 @@ def _write_png_16(path: Path, picture: Picture) -> None:
 def _write_tiff_16(path: Path, picture: Picture) -> None:
     tifffile: Any = require("tifffile", "images")
     pixels = picture.pixels
-    if pixels.shape[2] == 2:  # PIL opens no TIFF of grey with alpha in 16 bits
+    if pixels.shape[2] == 2:  # PIL cannot open a 16-bit TIFF of grey with alpha
         pixels = pixels[:, :, [0, 0, 0, 1]]
     if picture.exif is not None:
         picture.notes.append("the EXIF tags were left out: 16-bit colour TIFF keeps the ICC profile and the resolution")

@@ -1,4 +1,4 @@
-"""What PNG files say next to their pixels: chunks that PIL does not hand on, and the colour that is transparent."""
+"""Metadata of PNG files: chunks that PIL does not return, and the transparent colour."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ COLOUR_SPACE = (b"gAMA", b"cHRM", b"cICP")
 TEXT = (b"tEXt", b"zTXt", b"iTXt")
 KEPT = (*COLOUR_SPACE, b"sRGB", *TEXT)
 MASTERING = (b"mDCV", b"mDCv", b"cLLI", b"cLLi")
-LONGEST = 2**24  # bytes of a chunk that is kept
-GREY, RGB = 0, 2  # colour types that can name a transparent colour
+LONGEST = 2**24  # maximum size of a chunk in bytes
+GREY, RGB = 0, 2  # colour types that can have a transparent colour
 
 
 @dataclass
@@ -25,10 +25,10 @@ class Png:
     """A file's header and the chunks that are kept.
 
     Attributes:
-        bits: Of a sample.
-        key: The transparent colour in the samples' own range, one value or three; empty if there is none.
+        bits: Bits per sample.
+        key: The transparent colour in the range of the samples, one value or three; empty if there is none.
         chunks: Names and contents to write into another PNG file.
-        lost: What is not kept, in words.
+        lost: Notes of what is not kept.
     """
 
     bits: int = 8
@@ -38,7 +38,7 @@ class Png:
 
 
 def read_png(path: Path) -> Png:
-    """Read the chunks of a PNG file, as far as it is whole."""
+    """Read the chunks of a PNG file, up to damage."""
     found = Png()
     kind = -1
     with path.open("rb") as file:
@@ -67,7 +67,7 @@ def read_png(path: Path) -> Png:
 
 
 def with_alpha(pixels: np.ndarray, key: tuple[int, ...], bits: int) -> np.ndarray:
-    """Add alpha to pixels (H, W, 1 or 3): 0 where they have the colour `key`, which counts in `bits` bits."""
+    """Add alpha to pixels (H, W, 1 or 3): 0 for pixels of the colour `key`, which has `bits` bits."""
     top = np.iinfo(pixels.dtype).max
     colour = np.array([round(value * top / (2**bits - 1)) for value in key])
     hidden = (pixels == colour).all(axis=2, keepdims=True)
@@ -75,5 +75,5 @@ def with_alpha(pixels: np.ndarray, key: tuple[int, ...], bits: int) -> np.ndarra
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
-    """A chunk as it stands in a file."""
+    """A chunk in its file format."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -1,7 +1,7 @@
-"""TIFF layouts that PIL reads wrong or not at all: 16-bit colour, separate planes with alpha, white that is zero.
+"""TIFF layouts that PIL reads incorrectly or not at all: 16-bit colour, separate planes with alpha, white is zero.
 
-PIL cuts 16-bit colour to 8 bits, and OpenCV mixes up separate planes; tifffile gives the samples as they are stored,
-and what they mean is worked out here.
+PIL reduces 16-bit colour to 8 bits, and OpenCV confuses separate planes; tifffile returns the samples as stored, and
+this module interprets them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Layout", "read_layout", "read_samples"]
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 WIDTH, HEIGHT, BITS, PHOTOMETRIC, SAMPLES, PLANES, INKS, EXTRA, FORMAT = 256, 257, 258, 262, 277, 284, 332, 338, 339
 DESCRIBING = (*TIFF_RESOLUTION, XMP, IPTC, ICC)
-COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}  # photometric interpretation -> how many samples are colours
+COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}  # photometric interpretation -> number of colour samples
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK = COLOURS
 ASSOCIATED, UNASSOCIATED = 1, 2  # alpha, premultiplied or not, among extra samples
 
@@ -34,14 +34,14 @@ class Layout:
     Attributes:
         height: Rows.
         width: Columns.
-        bits: Of a sample, the most.
-        photometric: What the samples mean.
-        stated: Whether the file says so; otherwise it is black is zero, or RGB, as libtiff has it.
-        samples: Number of samples of a pixel.
-        separate: Whether each sample has a plane of its own.
-        extra: What each sample beyond the colours is.
-        format: 1 for unsigned integers.
-        inks: 1 for CMYK.
+        bits: Largest number of bits per sample.
+        photometric: Photometric interpretation of the samples.
+        stated: Whether the file states it; otherwise it is "black is zero" or RGB, as in libtiff.
+        samples: Number of samples per pixel.
+        separate: Whether each sample has its own plane.
+        extra: Meaning of each sample beyond the colours.
+        format: Sample format; 1: unsigned integers.
+        inks: Ink set; 1: CMYK.
         described: Tags of resolution, ICC profile, XMP and IPTC.
     """
 
@@ -59,14 +59,14 @@ class Layout:
 
     @property
     def beyond_pil(self) -> bool:
-        """Whether PIL reads it wrong or not at all, and this module does."""
+        """Whether this module must read it, since PIL does not read it correctly."""
         if self.bits > 8:
             return self.samples > 1 or self.photometric != BLACK_IS_ZERO or not self.stated
         return self.bits == 8 and (not self.stated or (self.separate and bool(self.extra)))
 
 
 def read_layout(path: Path) -> Layout | None:
-    """The layout of a file, from its tags; None for what is not a TIFF file.
+    """The layout of a file, from its tags; None if it is not a TIFF file.
 
     Raises:
         DataError: The tags are damaged.
@@ -98,39 +98,39 @@ def read_layout(path: Path) -> Layout | None:
                 values(INKS, 1)[0],
                 {tag: tags[tag] for tag in DESCRIBING if tag in tags},
             )
-        # Damaged tags make PIL raise nearly anything.
+        # PIL can raise any error for damaged tags.
         except Exception as error:
             raise DataError(f"Could not read the image {shorten(path)}: its TIFF tags are damaged.") from error
 
 
 def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
-    """The pixels of the first image as grey or RGB, with alpha where the file says so: (H, W, C) in 1 to 4 channels.
+    """The pixels of the first image as grey or RGB, with alpha if the file states it: (H, W, C) in 1 to 4 channels.
 
     Returns:
-        The pixels, of uint8 or uint16, and notes of what was left out.
+        The pixels, uint8 or uint16, and notes of what was left out.
 
     Raises:
         InputError: The samples have no known range or meaning.
-        DataError: The file is damaged, too large, or compressed in a way that is not read.
+        DataError: The file is damaged, too large, or has an unsupported compression.
         MissingPackageError: tifffile is not installed.
     """
     colours = COLOURS.get(layout.photometric, 0)
     if layout.format != 1 or layout.bits not in (8, 16):
         raise InputError(
-            f"Its samples are of {layout.bits} bits{'' if layout.format == 1 else ', signed or floats'}, whose range "
-            "is unknown: save it with 8 or 16 bits, unsigned."
+            f"Its samples have {layout.bits} bits{'' if layout.format == 1 else ', signed or floats'}, whose range is "
+            "unknown: save it with 8 or 16 bits, unsigned."
         )
     if not colours or layout.samples < colours or (layout.photometric == CMYK and layout.inks != 1):
         raise InputError(
             f"Its photometric interpretation {layout.photometric} with {layout.samples} samples of {layout.bits} bits "
-            "is not read: save it as RGB."
+            "is not supported: save it as RGB."
         )
     if layout.height * layout.width > 2 * (Image.MAX_IMAGE_PIXELS or 2**28):
         raise DataError(f"Could not read the image {shorten(path)}: {layout.height} x {layout.width} is too large.")
     samples, colour_map = _stored(path, layout)
     top = np.iinfo(samples.dtype).max
     colour = samples[..., :colours]
-    notes = [] if layout.stated else ["it does not say what its samples mean (tag 262): taken was the usual"]
+    notes = [] if layout.stated else ["it does not state its photometric interpretation (tag 262): assumed the default"]
     if layout.photometric == WHITE_IS_ZERO:
         colour = top - colour
     elif layout.photometric == PALETTE:
@@ -154,9 +154,9 @@ def read_samples(path: Path, layout: Layout) -> tuple[np.ndarray, list[str]]:
 
 
 def _stored(path: Path, layout: Layout) -> tuple[np.ndarray, Any]:
-    """Samples (H, W, S) as they are stored, and the colour map."""
+    """Samples (H, W, S) as stored, and the colour map."""
     tifffile: Any = require("tifffile", "images")
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it complains of is raised as well
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # the problems that it logs are raised as well
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages.first
@@ -164,7 +164,7 @@ def _stored(path: Path, layout: Layout) -> tuple[np.ndarray, Any]:
             colour_map = page.colormap
     except MemoryError:
         raise
-    # Broken files make tifffile raise nearly anything.
+    # tifffile can raise any error for damaged files.
     except Exception as error:
         if "imagecodecs" not in str(error):
             raise DataError(f"Could not read the image {shorten(path)}: {shorten(error).rstrip('.')}.") from error
@@ -175,13 +175,13 @@ def _stored(path: Path, layout: Layout) -> tuple[np.ndarray, Any]:
 
 
 def _by_opencv(path: Path, layout: Layout) -> np.ndarray:
-    """What is compressed in a way that tifffile leaves to another package, where OpenCV reads it right."""
+    """Read a file whose compression tifffile does not support itself, if OpenCV reads it correctly."""
     cv2: Any = require("cv2", "images")
     if layout.photometric == RGB and not layout.separate and layout.samples in (3, 4):
         pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
         if pixels is not None and pixels.shape == (layout.height, layout.width, layout.samples):
             return pixels[:, :, [2, 1, 0, 3][: layout.samples]]
     raise DataError(
-        f"Could not read the image {shorten(path)}: its compression is not read in this layout. Save it without "
+        f"Could not read the image {shorten(path)}: its compression is not supported in this layout. Save it without "
         "compression, or install the package imagecodecs."
     )

@@ -1,1 +1,1 @@
-"""Videos in and out."""
+"""Reading and writing videos."""

@@ -1,7 +1,7 @@
-"""Raw RGB frames with their times as a Matroska stream, which ffmpeg reads from a pipe.
+"""Raw RGB frames with timestamps as a Matroska stream, which ffmpeg reads from a pipe.
 
-A raw pipe carries no times, so that a film that starts late or has no constant rate would lose them. Times are whole
-nanoseconds here, finer than any container's. Format: RFC 9559.
+A raw pipe has no timestamps, so that a video that starts late or has a variable frame rate would lose them. Timestamps
+are whole nanoseconds here, finer than those of any container. Format: RFC 9559.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ BLOCK_HEAD = b"\x81\x00\x00\x00"  # track 1, at the cluster's time, no flags
 
 
 def stream_head(height: int, width: int, duration: int) -> bytes:
-    """What stands before the first frame.
+    """Bytes before the first frame.
 
     Args:
         height: Rows of a frame.
         width: Columns of a frame.
-        duration: Usual one of a frame, in nanoseconds.
+        duration: Default duration of a frame, in nanoseconds.
     """
     ebml = _element(b"\x42\x82", b"matroska") + _number(b"\x42\x87", 4) + _number(b"\x42\x85", 2)
     information = _number(b"\x2a\xd7\xb1", 1)  # nanoseconds of a tick
@@ -36,7 +36,7 @@ def stream_head(height: int, width: int, duration: int) -> bytes:
 
 
 def frame_head(time: int, duration: int, size: int) -> bytes:
-    """What stands before a frame's `size` bytes; time and duration are in nanoseconds."""
+    """Bytes before a frame's `size` bytes; time and duration are in nanoseconds."""
     stamp, length = _number(TIMESTAMP, time), _number(DURATION, duration)
     block = BLOCK + _size(len(BLOCK_HEAD) + size) + BLOCK_HEAD
     group = GROUP + _size(len(length) + len(block) + size) + length

@@ -1,4 +1,4 @@
-"""Video through ffmpeg: raw RGB frames out of one process for each input, through a function, into another."""
+"""Convert videos with ffmpeg: one process per input decodes raw RGB frames, and another encodes the result."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from visionattn.predict.videos.matroska import frame_head, stream_head
 __all__ = ["VIDEOS", "Video", "convert_videos", "probe", "upscale_video"]
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-MOST_PIXELS = 2**27  # of a frame
+MOST_PIXELS = 2**27  # per frame
 NANO = 10**9
-# Quality of the encoders that are usual for a suffix; AVI knows no times but a rate.
+# Quality of the default encoder of each suffix; AVI has no timestamps, only a frame rate.
 QUALITY = {".avi": ["-q:v", "2"]}
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video's frames as ffmpeg gives them, upright; the usual rate; their number where the file states it.
+    """A video as decoded by ffmpeg, upright.
 
     Attributes:
-        height: Rows.
-        width: Columns.
-        rate: Mean number of frames in a second.
-        frames: Their number, or None.
-        tick: Of the file's times, in seconds.
-        stream: What ffprobe says of the stream.
-        streams: What it says of all.
-        turned: Whether ffmpeg swaps the sides of frames.
+        height: Rows of a frame.
+        width: Columns of a frame.
+        rate: Mean number of frames per second.
+        frames: Number of frames; None if the file does not state it.
+        tick: Resolution of the file's timestamps, in seconds.
+        stream: ffprobe's description of the stream.
+        streams: ffprobe's description of all streams.
+        turned: Whether ffmpeg swaps height and width of frames.
     """
 
     height: int
@@ -57,7 +57,7 @@ class Video:
 
     @property
     def colours(self) -> Colours:
-        """How its values mean colours."""
+        """Interpretation of its values as colours."""
         return colours_of(self.stream, self.height, self.width)
 
 
@@ -65,14 +65,14 @@ def _program(name: str) -> str:
     path = shutil.which(name)
     if path is None:
         raise InputError(
-            f"Video needs the program {name}, which is not on the PATH. Install ffmpeg (ffmpeg.org, or your system's "
-            "package `ffmpeg`), or give single images."
+            f"Video requires the program {name}, which is not on the PATH. Install ffmpeg (ffmpeg.org, or your "
+            "system's package `ffmpeg`), or use images."
         )
     return path
 
 
 def _every_frame() -> list[str]:
-    """The option that lets ffmpeg neither drop nor repeat frames, whose name changed in version 5.1."""
+    """The option by which ffmpeg neither drops nor repeats frames; its name changed in version 5.1."""
     told = subprocess.run([_program("ffmpeg"), "-version"], capture_output=True, text=True).stdout
     version = re.match(r"ffmpeg version n?(\d+)\.(\d+)", told)
     is_old = version is not None and (int(version.group(1)), int(version.group(2))) < (5, 1)
@@ -80,11 +80,11 @@ def _every_frame() -> list[str]:
 
 
 def probe(path: Path) -> Video:
-    """What ffprobe says of a file's first video stream that is not a cover.
+    """Describe a file's first video stream that is not a cover image.
 
     Raises:
         InputError: ffmpeg is not installed.
-        DataError: The file is no video, or is damaged.
+        DataError: The file is not a video, or is damaged.
     """
     command = [_program("ffprobe"), "-v", "error", "-show_streams", "-of", "json", *input_of(path)]
     found = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -98,11 +98,11 @@ def probe(path: Path) -> Video:
         tick = Fraction(stream.get("time_base", "1/90000"))
         height, width = int(stream["height"]), int(stream["width"])
         if not 0 < height * width <= MOST_PIXELS or rate <= 0 or tick <= 0:
-            raise ValueError(f"it has {width} x {height} pixels at {rate} frames in a second")
+            raise ValueError(f"it has {width} x {height} pixels at {rate} frames per second")
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, ZeroDivisionError) as error:
         told = str(error) if isinstance(error, ValueError) else "it has no video stream of known size and rate"
         raise DataError(f"{shorten(path)} is not a video that ffprobe can read: {shorten(told, 300)}.") from error
-    # ffmpeg turns frames upright, and ffprobe states their size before that.
+    # ffmpeg rotates frames upright, and ffprobe states their size before the rotation.
     turned = any(round(float(entry.get("rotation", 0))) % 180 for entry in stream.get("side_data_list", []))
     count = str(stream.get("nb_frames", ""))
     size = (width, height) if turned else (height, width)
@@ -117,22 +117,22 @@ def upscale_video(
     advance: Callable[[], None],
     expect: Callable[[int], None] = lambda steps: None,
 ) -> list[str]:
-    """Upscale frame by frame; times, sound, subtitles, colours and titles stay.
+    """Upscale a video frame by frame; timestamps, sound, subtitles, colours and titles are kept.
 
     Args:
         source: The video.
-        target: The result, in the container of its suffix with that container's usual codec; whole or not at all.
+        target: The result, in the container of its suffix with its default codec; written completely or not at all.
         enlarge: (H, W, 3) -> (r H, r W, 3) of uint8.
-        scale: r.
+        scale: Factor r.
         advance: Called after each frame.
         expect: Called with the number of frames.
 
     Returns:
-        What was lost, in words.
+        Notes of what was lost.
 
     Raises:
         InputError: ffmpeg is not installed.
-        DataError: The file is no video, or is damaged.
+        DataError: The file is not a video, or is damaged.
         StorageError: ffmpeg could not write the result.
     """
     video = probe(source)
@@ -149,24 +149,24 @@ def convert_videos(
     expect: Callable[[int], None] = lambda steps: None,
     colours: Colours | None = None,
 ) -> list[str]:
-    """Make a video of one or several that are read in step, with the times and the sound of the first.
+    """Make a video from one or several that are read in step, with the timestamps and the sound of the first.
 
     Args:
         sources: The videos. The result ends with the shortest.
-        target: The result, in the container of its suffix with that container's usual codec; whole or not at all.
-        convert: Takes a frame (H, W, 3) of uint8 of each video and gives a frame of `size`, or None for no frame. The
-            first frame that it gives has the time of the first frame, and so on.
+        target: The result, in the container of its suffix with its default codec; written completely or not at all.
+        convert: Takes a frame (H, W, 3) of uint8 of each video and returns a frame of `size`, or None for no frame. The
+            first frame that it returns has the timestamp of the first frame, and so on.
         size: Height and width of the result.
         advance: Called after each step.
         expect: Called with the number of steps.
-        colours: How the result's values mean colours; None is BT.709, stated.
+        colours: Interpretation of the result's values as colours; None: BT.709, stated in the file.
 
     Returns:
-        What was lost, in words.
+        Notes of what was lost.
 
     Raises:
         InputError: ffmpeg is not installed.
-        DataError: A file is no video, or is damaged.
+        DataError: A file is not a video, or is damaged.
         StorageError: ffmpeg could not write the result.
     """
     videos = [probe(source) for source in sources]
@@ -177,7 +177,7 @@ def convert_videos(
     expect(len(times))
     readers = []
     for path, video in zip(sources, videos):
-        # Another rate is brought to that of the first.
+        # Another frame rate is converted to that of the first.
         rate = "" if video.rate == first.rate else f"fps={first.rate},"
         pixels = [*whole, "-vf", rate + video.colours.to_rgb(), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
         readers.append([*ffmpeg, *input_of(path), *_map(video), *pixels])
@@ -185,7 +185,7 @@ def convert_videos(
     notes = list(dict.fromkeys(note for video in videos for note in what_is_lost(video.stream))) + notes
     even = tuple(side + side % 2 for side in size)
     if even != size:
-        notes.append("its odd sides were made even by repeating the last row or column, as most codecs want")
+        notes.append("its odd sides were made even by repeating the last row or column, as most codecs require")
     colours = Colours("bt709", {"colorspace": "bt709"}) if colours is None else colours
     written, tags = colours.from_rgb(*even)
     shape = shape_of(first.stream, first.turned)
@@ -204,7 +204,7 @@ def convert_videos(
         try:
             frames = [decoder.stdout for decoder in decoders]
             count = _pump(frames, encoder.stdin, videos, convert, advance, times, even)
-            # Of several, the longer ones end with a broken pipe, which is no failure.
+            # With several videos, the longer ones end with a broken pipe, which is not a failure.
             failed = all([decoder.wait() for decoder in decoders]) or not count
             encoder_failed = encoder.wait()
         finally:
@@ -213,13 +213,13 @@ def convert_videos(
                 process.wait()
         told = [_said(log) for log in logs]
         if encoder_failed:
-            raise OSError(f"ffmpeg says: {shorten(reason(told[0]), 400)}")
+            raise OSError(f"ffmpeg reports: {shorten(reason(told[0]), 400)}")
         complaints = "\n".join(told[1:])
         if failed:
             named = " and ".join(shorten(path) for path in sources)
             raise DataError(f"ffmpeg could not read {named} after {count} frames: {shorten(reason(complaints), 400)}")
         if len(sources) == 1 and complaints.strip():
-            notes.append(f"ffmpeg complained of the input: {shorten(reason(complaints), 300).rstrip('.')}")
+            notes.append(f"ffmpeg reported a problem in the input: {shorten(reason(complaints), 300).rstrip('.')}")
     return notes
 
 
@@ -228,7 +228,7 @@ def _map(video: Video) -> list[str]:
 
 
 def _titles(stream: dict[str, Any]) -> list[str]:
-    """Language and title of the video stream, which is new to ffmpeg."""
+    """Language and title of the video stream, which ffmpeg does not copy to the new stream."""
     tags = {key.lower(): value for key, value in stream.get("tags", {}).items()}
     return [x for key in ("language", "title") if key in tags for x in ("-metadata:s:v:0", f"{key}={tags[key]}")]
 
@@ -239,7 +239,7 @@ def _said(log: IO[str]) -> str:
 
 
 def _times(ffmpeg: list[str], whole: list[str], source: Path, video: Video) -> list[tuple[Fraction, Fraction]]:
-    """Time and duration of each frame in seconds, from the file's start; by decoding the video once.
+    """Timestamp and duration of each frame in seconds from the file's start, found by decoding the video once.
 
     Raises:
         DataError: There are no frames.
@@ -255,7 +255,7 @@ def _times(ffmpeg: list[str], whole: list[str], source: Path, video: Video) -> l
             unit = Fraction(line.removeprefix("#tb 0: "))
         elif not line.startswith("#"):
             _, _, stamp, duration, *_ = line.split(",")
-            # Frames of damaged files may have no order; each gets a time of its own.
+            # Frames of damaged files may be out of order; each gets its own timestamp.
             stamps.append(max(int(stamp), stamps[-1] + 1) if stamps else int(stamp))
             last = int(duration)
     if not stamps:
@@ -275,11 +275,11 @@ def _pump(
     times: Sequence[tuple[Fraction, Fraction]],
     size: tuple[int, ...],
 ) -> int:
-    """Read, convert and write frames until a stream ends; returns how many steps there were."""
+    """Read, convert and write frames until a stream ends; return the number of steps."""
     assert sink is not None
     count = written = 0
     with ExitStack() as opened:
-        opened.enter_context(suppress(BrokenPipeError))  # the encoder ended, and says why in its own words
+        opened.enter_context(suppress(BrokenPipeError))  # the encoder ended; its own message states why
         opened.enter_context(sink)
         sources = [opened.enter_context(stream) for stream in streams if stream is not None]
         sink.write(stream_head(size[0], size[1], round(NANO / videos[0].rate)))
