@@ -171,7 +171,7 @@ def test_comparisons_are_not_overwritten_unasked(folder, capsys):
     save(folder / "in.png")
     save(folder / "out_compare.png", picture(2, 2))
     assert upscale("in.png", "out.png", "--compare") == 1
-    assert "failed: in.png: out_compare.png exists: give --overwrite" in capsys.readouterr().out
+    assert "failed: in.png: out_compare.png exists. Use --overwrite" in capsys.readouterr().out
     assert not (folder / "out.png").exists()
     assert upscale("in.png", "out.png", "--compare", "--overwrite") == 0
     assert Image.open(folder / "out_compare.png").size[0] > 100

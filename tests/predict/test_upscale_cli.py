@@ -81,7 +81,7 @@ def test_nothing_is_overwritten_unasked(folder, capsys):
     pixels = save(folder / "in.png", picture())
     old = save(folder / "out.png", picture(2, 2))
     assert upscale("in.png", "out.png") == 1
-    assert "failed: in.png: out.png exists: give --overwrite" in capsys.readouterr().out
+    assert "failed: in.png: out.png exists. Use --overwrite" in capsys.readouterr().out
     assert upscale("in.png", "out.png", "--skip-existing") == 0
     assert capsys.readouterr().out == "skipped: out.png exists\n"
     np.testing.assert_array_equal(pixels_of(folder / "out.png"), old)
