@@ -91,6 +91,20 @@ def rerank() -> str:
     return markdown(head, body) + f"\n{setting.format(**rows[-1])}; {devices}, torch {rows[-1]['torch']}.\n"
 
 
+def retrieval_cost() -> str:
+    """Time of one attribute over that of six, a row a backbone, a column a head."""
+    rows = [row for row in read_rows(RESULTS / "retrieval_cost.csv") if row["asked"] == "six attributes"]
+    if not rows:
+        return "Not measured yet.\n"
+    cells = {(row["backbone"], row["head"]): f"{float(row['ratio']):.3f}" for row in rows}
+    heads = list(dict.fromkeys(row["head"] for row in rows))
+    names = dict.fromkeys(row["backbone"] for row in rows)
+    body = ([f"`{name}`", *(cells.get((name, head), "") for head in heads)] for name in names)
+    first = rows[0]
+    origin = f"{first['device']}, {first['threads']} thread, batch {first['batch']}, torch {first['torch']}"
+    return markdown(["backbone", *heads], body) + f"\n{origin}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "retrieval_heads": retrieval_heads,
     "retrieval_entanglement": retrieval_entanglement,
@@ -98,5 +112,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "rerank": rerank,
     "search_index": lambda: plain("search_index"),
     "search_scale": lambda: plain("search_scale"),
-    "retrieval_cost": lambda: plain("retrieval_cost"),
+    "retrieval_cost": retrieval_cost,
 }

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from benchmarks.markdown import markdown, plain
 from benchmarks.report import RESULTS, read_rows
 
+MEMORY = {"held_mib": "live tensors MiB", "bytes_a_pixel": "bytes per pixel", "weights_mib": "weights MiB"}
+PRECISION = {"largest_px": "largest value px", "share_off_by_1px": "proportion off by 1 px"}
 SCENE_MEASURES = ("bad-2 %", "EPE px", "bad-1 %", "bad-4 %", "D1 %", "density %")
 TRAINING = {
     "run": "run",
@@ -83,7 +85,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "match_stereo_training": match_stereo_training,
     "match_stereo_fields": match_stereo_fields,
     "stereo_dnn": lambda: plain("stereo_dnn"),
-    "match_stereo_speed": lambda: plain("match_stereo_speed"),
-    "match_stereo_precision": lambda: plain("match_stereo_precision"),
-    "match_stereo_memory": lambda: plain("match_stereo_memory"),
+    "match_stereo_speed": lambda: plain("match_stereo_speed", ratio="speed-up", ratio_to="over"),
+    "match_stereo_precision": lambda: plain("match_stereo_precision", **PRECISION),
+    "match_stereo_memory": lambda: plain("match_stereo_memory", **MEMORY),
 }
