@@ -196,7 +196,7 @@ def test_weights_of_other_attributes_do_not_load():
     model, _ = build()
     other, _ = build(attributes=["colour", "kind", "season", "pattern"])
     with pytest.raises(
-        RuntimeError, match="those of the attributes colour, kind, season, größe, the model has colour,"
+        RuntimeError, match="for the attributes colour, kind, season, größe; the model has colour,"
     ):
         other.load_state_dict(model.state_dict())
     assert decode_names(encode_names(ATTRIBUTES)) == tuple(ATTRIBUTES)

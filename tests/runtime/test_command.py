@@ -81,7 +81,7 @@ def test_overwriting(place):
         ("Enlarger.onnx photo.png left.png --output a.png", "requires 1 image; got 2"),
         ("Enlarger.onnx taken.png --output a.png", "Cannot read the image taken.png"),
         ("Enlarger.onnx photo.png --output absent/a.png", "No such file or directory"),
-        ("Stereo.onnx left.png photo.png --output a.npy", "are 24 x 32 and 36 x 50"),
+        ("Stereo.onnx left.png photo.png --output a.npy", "got 24 x 32 and 36 x 50"),
         ("--verify .", "is not a bundle"),
     ],
 )

@@ -426,7 +426,7 @@ def test_what_is_no_span_is_said(tmp_path):
         visionattn.load(tmp_path / "whole.pth", name="va_span_ch28_x2")
     odd = official(width=26) | {"upsampler.0.weight": torch.zeros(7, 26, 3, 3)}
     torch.save(odd, tmp_path / "odd.pth")
-    with pytest.raises(CheckpointError, match="gives 7 channels"):
+    with pytest.raises(CheckpointError, match="has 7 outputs"):
         visionattn.load(tmp_path / "odd.pth")
 
 
