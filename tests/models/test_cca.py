@@ -195,9 +195,7 @@ def test_a_training_checkpoint(tmp_path):
 def test_weights_of_other_attributes_do_not_load():
     model, _ = build()
     other, _ = build(attributes=["colour", "kind", "season", "pattern"])
-    with pytest.raises(
-        RuntimeError, match="for the attributes colour, kind, season, größe; the model has colour,"
-    ):
+    with pytest.raises(RuntimeError, match="for the attributes colour, kind, season, größe; the model has colour,"):
         other.load_state_dict(model.state_dict())
     assert decode_names(encode_names(ATTRIBUTES)) == tuple(ATTRIBUTES)
 
