@@ -1,4 +1,4 @@
-"""Every Triton kernel on a GPU: its values against float64, then its times beside what users would take instead.
+"""Every Triton kernel on a GPU: its values against float64, then its times compared with what users would use instead.
 
     python -m benchmarks.gpu [--families NAME ...] [--reference FOLDER] [--repeats 20] [--again]
 
@@ -153,7 +153,7 @@ def differentiate(
 
 
 def each(args: tuple, function: Callable[[Tensor], Tensor]) -> tuple:
-    """Arguments with a function of each tensor in its place."""
+    """Arguments with a function applied to each tensor."""
     return tuple(function(arg) if isinstance(arg, Tensor) else arg for arg in args)
 
 
@@ -215,7 +215,7 @@ def describe(args: tuple) -> str:
 
 
 def outcome(check: Callable[[], bool]) -> str:
-    """Whether a check holds, or what it raised: one that fails shall not cost the rows of the others."""
+    """Whether a check holds, or what it raised: a failing one must not cost the rows of the others."""
     try:
         return str(check())
     except Exception as error:
@@ -300,7 +300,7 @@ def main() -> None:
 
 
 def checked(name: str, again: bool) -> bool:
-    """Check an operator, unless its rows stand in the table, and say if all checks hold."""
+    """Check an operator, unless its rows are in the table, and return whether all checks hold."""
     table, origin = RESULTS / "gpu_checks.csv", environment("cuda")
     rows = [
         row

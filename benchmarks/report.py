@@ -37,7 +37,7 @@ def environment(device: str) -> dict[str, str]:
 def paired_milliseconds(
     functions: dict[str, Callable], device: str, repeats: int, warm_up: int = 3
 ) -> dict[str, list[float]]:
-    """Time functions in turn, round after round, so that a disturbance meets all of them.
+    """Time functions that take turns in every round, so that a disturbance affects all of them.
 
     Args:
         functions: Implementation -> function without arguments.
@@ -74,7 +74,7 @@ def summarize(times: dict[str, list[float]], baseline: str) -> dict[str, dict[st
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file; none where there is no file."""
+    """Rows of a CSV file; none if the file does not exist."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -82,7 +82,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: list[dict], key: tuple[str, ...] = ("device",)) -> None:
-    """Write rows to a CSV file, in place of those that it holds with the same values in the columns `key`."""
+    """Write rows to a CSV file, replacing those with the same values in the columns `key`."""
     new = {tuple(str(row[column]) for column in key) for row in rows}
     kept = [row for row in read_rows(path) if tuple(row[column] for column in key) not in new]
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:

@@ -46,7 +46,7 @@ class Implementation:
         build: Gives the problem of a case in a dtype on a device. It can be pickled, and gives the same numbers in
             every process.
         definition: Builds the plain definition of the same.
-        no_training: Why there is no training step; empty where there is one.
+        no_training: Why there is no training step; empty if there is one.
     """
 
     build: Callable[[Any, torch.dtype, str], Problem]
@@ -159,7 +159,7 @@ def measure(
 
 
 def saved_mib(problem: Problem) -> float:
-    """What autograd keeps for the way back, in MiB: each storage once, without inputs and parameters."""
+    """Memory that autograd keeps for the backward pass, in MiB: each storage once, without inputs and parameters."""
     module, inputs, _ = problem
     module.train()
     kept: dict[int, Tensor] = {}

@@ -42,7 +42,7 @@ class Case:
         return model
 
     def images(self) -> tuple[Tensor, ...]:
-        """One image, or two views of a smooth picture, 9 pixels apart."""
+        """One image, or two views of a smooth image, 9 pixels apart."""
         generator = torch.Generator().manual_seed(SEED)
         height, width = self.size
         if len(self.inputs) == 1:

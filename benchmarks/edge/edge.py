@@ -1,11 +1,11 @@
-"""Small networks beside their closest peers in ONNX Runtime: size, accuracy, time on 1 and 2 threads, memory.
+"""Small networks compared with their closest peers in ONNX Runtime: size, accuracy, time on 1 and 2 threads, memory.
 
     python -m benchmarks.edge.edge [--groups span] [--rounds 21] [--spandrel FOLDER]
 
 Ours are exported by `visionattn.export`, peers by their own tool: `timm.utils.onnx.onnx_export` for timm's, and
-PyTorch's exporter for spandrel's SPAN, which has none (`--spandrel`: where its package lies, if not installed). All
+PyTorch's exporter for spandrel's SPAN, which has none (`--spandrel`: folder of its package, if not installed). All
 files have a fixed size and one image; weights are random but for those that ship with this package, since they do not
-change the time. The files of a group run in turn, round after round; `ratio` is the time of ours over that of the file
+change the time. The files of a group take turns in every round; `ratio` is the time of ours over that of the file
 in the same round, so that above 1 the peer is faster. One thread is timed by the processor time that it takes, two by
 the time that passes. `peak_mib` is what a process with ONNX Runtime alone needs for
 the file above what it has before: weights, plan and one call on one thread. `accuracy` is quoted from the results of
@@ -146,7 +146,7 @@ def write_spandrel(ours: nn.Module, case: Case, folder: Path) -> nn.Module:
 
 
 def peak_mib(path: Path) -> float:
-    """What ONNX Runtime needs for a file: the peak of a process of its own above what it has before."""
+    """Memory that ONNX Runtime needs for a file: peak of a separate process above its memory before."""
     command = [sys.executable, "-c", MEMORY, path, path.with_suffix(".npz")]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

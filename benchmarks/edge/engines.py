@@ -66,7 +66,7 @@ class Ncnn(Engine):
         done = subprocess.run([program.strip(), "model.onnx", "fp16=0"], cwd=folder, capture_output=True, text=True)
         param = folder / "model.ncnn.param"
         if not param.exists():
-            raise RuntimeError(f"pnnx ends with code {done.returncode} and without a file")
+            raise RuntimeError(f"pnnx exited with code {done.returncode} and wrote no file")
         kinds = {line.split()[0] for line in param.read_text().splitlines()[2:]}
         unknown = sorted(kind for kind in kinds if "." in kind or kind.startswith("aten"))
         if unknown:
@@ -200,7 +200,7 @@ ENGINES: dict[str, type[Engine]] = {
 
 
 def traced(case: str) -> Any:
-    """The program of a network, with plain definitions in place of this package's operators, and its images."""
+    """The program of a network, with plain definitions instead of this package's operators, and its images."""
     import torch
 
     import visionattn.kernels
@@ -248,7 +248,7 @@ def measure(runtime: str, folder: Path, case: str, rounds: int) -> dict[str, Any
             calls = {"runtime": call, "onnxruntime": onnx_runtime(folder / "model.onnx", inputs)}
             found |= {"times": paired(calls, rounds), "onnxruntime": importlib.metadata.version("onnxruntime")}
         return found | {"step": "ran"}
-    except Exception as error:  # runtimes raise what they like, and a reason is what is asked for
+    except Exception as error:  # runtimes can raise any error, which is reported
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return found | {"reason": f"{type(error).__name__}: {lines[0] if lines else ''}"}
 
@@ -256,7 +256,7 @@ def measure(runtime: str, folder: Path, case: str, rounds: int) -> dict[str, Any
 def paired(
     calls: dict[str, Call], rounds: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, list[float]]:
-    """Milliseconds of calls in turn, round after round, two rounds not counted.
+    """Milliseconds of calls that take turns in every round, without two warm-up rounds.
 
     The default clock is the processor time of all threads of the process: of calls on one thread, what they take on a
     machine that has nothing else to do, whatever else it does.

@@ -1,9 +1,9 @@
-"""HaloNet-H0 as an ONNX file: the form of halo attention for exported graphs beside the one before it, and two peers.
+"""HaloNet-H0 as an ONNX file: halo attention in its form for exported graphs, the previous form, and two peers.
 
     git worktree add ../before eed5635
     python -m benchmarks.edge.halonet --before ../before --folder FOLDER
 
-Writes results/edge_halonet.csv: milliseconds an image of 256 x 256 in ONNX Runtime on the CPU, at 1 and 2 threads. All
+Writes results/edge_halonet.csv: milliseconds per image of 256 x 256 in ONNX Runtime on the CPU, at 1 and 2 threads. All
 files are of that size and one image; peers are timm's models, exported with `torch.onnx.export`. Files that FOLDER
 already holds are taken from there. Weights are random. The last convolution of each branch, zero at the start, gets
 random numbers too, the same in both forms: else the attention would not reach the output. Nothing is timed before both
@@ -71,10 +71,10 @@ def filled(path: Path) -> bytes:
 
 
 def compare(paths: dict[str, Path], threads: int, rounds: int) -> dict[str, dict[str, str]]:
-    """Milliseconds of each file, round after round in turn."""
+    """Milliseconds of each file; the files take turns in every round."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting is no work
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # busy waiting does no work
     sessions = {name: onnxruntime.InferenceSession(filled(path), options) for name, path in paths.items()}
     image = np.random.default_rng(0).standard_normal((1, 3, SIZE, SIZE), dtype=np.float32)
     outputs = {name: session.run(None, {session.get_inputs()[0].name: image})[0] for name, session in sessions.items()}

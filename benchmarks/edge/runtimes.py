@@ -91,7 +91,7 @@ def make_environment(folder: Path, runtime: str) -> None:
 
 
 def run_cell(python: Path, runtime: str, folder: Path, case: str, rounds: int) -> dict[str, Any]:
-    """What `engines.py` says of a case in a runtime."""
+    """Output of `engines.py` for a case in a runtime."""
     script = Path(__file__).with_name("engines.py")
     command = [python, script, runtime, folder, case, "--rounds", str(rounds)]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -9,7 +9,7 @@ from benchmarks.report import RESULTS, read_rows
 
 
 def edge_web() -> str:
-    """The ratio of both runtimes' times, a row a case; last what is downloaded."""
+    """Ratio of both runtimes' times, one row per case, and the sizes of the downloads."""
     rows = read_rows(RESULTS / "edge_web.csv")
     if not rows:
         return "Not measured yet.\n"

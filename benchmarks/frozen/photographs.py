@@ -22,7 +22,7 @@ KINDS = 10
 
 
 def square(image: Image.Image, side: int) -> np.ndarray:
-    """The middle square of an image, resized."""
+    """The central square of an image, resized."""
     width, height = image.size
     edge = min(width, height)
     left, top = (width - edge) // 2, (height - edge) // 2

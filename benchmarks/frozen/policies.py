@@ -5,8 +5,8 @@
 Parts:
     photographs   4 photographs at 256 x 256 pixels, 4,096 tokens: error of the final patch features
     products      200 product photographs of ten kinds at 96 x 96 pixels, 576 tokens: k-NN accuracy by leaving one out
-    router        the same at 64 x 64: a router trained on one half, beside the best fixed budget at equal cost on the
-                  other
+    router        the same at 64 x 64: a router trained on one half, compared on the other half with the best fixed
+                  budget at equal cost
 
 Backbones are those of `benchmarks.frozen.backbones`; two are trained for `--minutes` and kept in `--runs`. Writes
 results/frozen_policies.csv and results/frozen_router.csv; rows of other backbones and parts stay.

@@ -1,10 +1,10 @@
-"""Smaller frozen backbones: accuracy against multiply-accumulates, beside their controls.
+"""Smaller frozen backbones: accuracy against multiply-accumulates, compared with their controls.
 
     python -m benchmarks.frozen.pruning --cifar SHEETS [--backbones NAME ...] [--images 2000]
 
 Tokens are cut before a quarter of the blocks has run, by every score of `visionattn.prune_tokens`; heads are pruned by
 those scores of `visionattn.prune_heads` that need no labels; and whole blocks are left out. Accuracy is leave-one-out
-k-NN (k 20, standardised, cosine) of CIFAR-10's test images, one class token an image for the supervised backbone and
+k-NN (k 20, standardised, cosine) of CIFAR-10's test images, one class token per image for the supervised backbone and
 the mean of the patches for the others.
 
 `ahead_of_grid`, `ahead_of_random` and `ahead_of_blocks` are differences in accuracy, with the half of their 95 %

@@ -43,7 +43,7 @@ def right(model: Any, images: Tensor, labels: Tensor, context: Any = None) -> Te
 
 
 def candidates(model: Any) -> dict[str, Callable[..., Any]]:
-    """Settings that a half may choose from; called with a detector in place of their own they are the control."""
+    """Settings among which a half selects; called with a detector instead of their own they are the control."""
     count = len(model.blocks)
     late = [f"blocks.{index}.attn" for index in range(count // 2, count)]
     found: dict[str, Callable[..., Any]] = {}
@@ -114,7 +114,7 @@ def occlusion(model: Any, images: Tensor) -> list[dict[str, Any]]:
     weights: list[Tensor] = []
     with observing(model, lambda call: weights.append((call.q @ call.k.mT * call.scale).softmax(-1))):
         model(images)
-    rows_of_class = [one[:, :, 0].mean(1) for one in weights]  # (n, 1 + N) a layer
+    rows_of_class = [one[:, :, 0].mean(1) for one in weights]  # (n, 1 + N) per layer
     last = rows_of_class[-1][:, 1:]
     sinks = outliers(last)[:, None]
     maps = {

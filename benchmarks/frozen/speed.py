@@ -1,4 +1,4 @@
-"""Time of sparse attention beside PyTorch's own, on one thread of a CPU: selection included, in paired rounds.
+"""Time of sparse attention compared with PyTorch's own, on one thread of a CPU: selection included, in paired rounds.
 
     python -m benchmarks.frozen.speed [--sides 32 64 128] [--repeats 5]
 
@@ -32,7 +32,7 @@ POLICIES: dict[str, Policy] = {
     "tail_only": TailOnly(),
 }
 HEADS, WIDTH = 3, 64
-LARGEST_IMAGE = 64  # tokens a side: the whole model has eight layers
+LARGEST_IMAGE = 64  # tokens per side: the whole model has eight layers
 
 
 def layer(side: int) -> dict[str, Callable[[], Tensor]]:
@@ -56,7 +56,7 @@ def model(side: int) -> dict[str, Callable[[], Tensor]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sides", nargs="+", type=int, default=[32, 64, 128], help="tokens a side")
+    parser.add_argument("--sides", nargs="+", type=int, default=[32, 64, 128], help="tokens per side")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -91,7 +91,7 @@ def _points(cell: str) -> str:
 
 
 def sinks() -> str:
-    """Differences in accuracy, a row for each method and control, a column for each half of the images."""
+    """Differences in accuracy, one row per method and control, one column per half of the images."""
     rows = read_rows(RESULTS / "frozen_sinks.csv")
     if not rows:
         return "Not measured yet.\n"

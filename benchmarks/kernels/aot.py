@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a kernel takes: registers a thread, and bytes of stack, shared and local memory."""
+    """Resources of a kernel: registers per thread, and bytes of stack, shared and local memory."""
 
     registers: int
     stack: int
@@ -86,7 +86,7 @@ def resources(compiled: CompiledKernel, folder: Path) -> Resources:
     cubin.write_bytes(compiled.asm["cubin"])
     text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    # Shared memory is asked for at launch, so that the file does not say how much.
+    # Shared memory is requested at launch, so that the file does not state its size.
     return Resources(int(usage["REG"]), int(usage["STACK"]), compiled.metadata.shared, int(usage["LOCAL"]))
 
 

@@ -1,4 +1,4 @@
-"""Operators and accelerated layers in bfloat16 on a CPU, beside their plain definitions and timm's layers.
+"""Operators and accelerated layers in bfloat16 on a CPU, compared with their plain definitions and timm's layers.
 
     python -m benchmarks.kernels.cpu_bfloat16 [--parts multi_query_pool accelerate ...]
 

@@ -1,4 +1,4 @@
-"""Halo attention beside timm's layer and other ways to compute it: one layer, growing maps, whole models, ONNX files.
+"""Halo attention compared with timm's layer and other implementations: layers, growing maps, models, ONNX files.
 
     python -m benchmarks.kernels.halo_attention --device cpu
     python -m benchmarks.kernels.halo_attention --parts growth

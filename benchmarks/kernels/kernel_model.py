@@ -1,4 +1,4 @@
-"""What compiled kernels would take on an H100, reckoned from their instructions and bytes: a model, not a measurement.
+"""Time of compiled kernels on an H100, estimated from their instructions and bytes: a model, not a measurement.
 
     python -m benchmarks.kernels.kernel_model
 
@@ -40,7 +40,7 @@ EFFICIENCY = 0.65
 class Launch(NamedTuple):
     """A kernel's work in one call: threads, how often its loops are run through, outer ones first, and megabytes.
 
-    `again` is of a forward kernel that the way back begins with.
+    `again` applies to a forward kernel with which the backward pass begins.
     """
 
     kernel: str

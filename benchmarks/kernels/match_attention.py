@@ -1,4 +1,4 @@
-"""Match attention beside its definition, and in a decoder layer.
+"""Match attention compared with its definition, and in a decoder layer.
 
     python -m benchmarks.kernels.match_attention --device cpu --reference FOLDER
     python -m benchmarks.kernels.match_attention --parts operator --size 384x1248
@@ -60,7 +60,7 @@ class Case:
 
 
 class Operator(nn.Module):
-    """Output and attention side by side, so that both get a gradient."""
+    """Output and attention concatenated, so that both get a gradient."""
 
     radius: int
 
@@ -190,7 +190,7 @@ def scales(height: int, width: int, shared: bool) -> list[Case]:
 
 
 def operator(device: str, repeats: int, size: tuple[int, int], reference: Path | None) -> list[dict]:
-    """The operator beside its definition, with fields of each head and of all; on a GPU beside all forms."""
+    """The operator compared with its definition, with fields per head and shared; on a GPU with all forms."""
     cases = {torch.float32: [*scales(*size, False), *scales(*size, True)]}
     cases[torch.bfloat16] = cases[torch.float32]
     names = {dtype: ["definition", "operator"] + ["authors"] * bool(reference) for dtype in cases}

@@ -1,11 +1,11 @@
-"""Efficient probing beside the authors' order of it and beside multi-head attention, and the operator in it.
+"""Efficient probing compared with the authors' order of operations and with multi-head attention, and its operator.
 
     python -m benchmarks.kernels.multi_query_pool --device cpu
     python -m benchmarks.kernels.multi_query_pool --parts operator
 
 Writes results/multi_query_pool.csv, part by part; rows of other parts and devices stay. A form whose values are wrong
 is not timed. The tokens are frozen, as those of a backbone are: a training step gives the gradients of the parameters,
-and those of the tokens only where it says so.
+and those of the tokens only where stated.
 
 Forms of the pooling:
     values first         the authors' order: all tokens are projected to values, which the queries then average
@@ -151,7 +151,7 @@ def averages(module: type[nn.Module], trained: bool, case: Case, dtype: torch.dt
 
 
 def int8_averages(module: type[nn.Module], case: Case, dtype: torch.dtype, device: str) -> Problem:
-    """The same of tokens that lie in int8 with scales in float16, as a feature store has them."""
+    """The same for tokens stored in int8 with scales in float16, as in a feature store."""
     problem = averages(module, False, case, dtype, device)
     tokens, rows = problem.inputs
     scales = (tokens.abs().amax(-1) / 127).half()
@@ -168,7 +168,7 @@ DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 def block(device: str, repeats: int) -> list[dict]:
-    """The pooling beside its rivals."""
+    """The pooling compared with its alternatives."""
     rows, dtype = [], DTYPE[device]
     for case in CASES[device]:
         names = ["values first", "EfficientProbing"] + ["one after the other"] * (case.probes > 1)
@@ -183,7 +183,7 @@ def block(device: str, repeats: int) -> list[dict]:
 
 
 def operator(device: str, repeats: int) -> list[dict]:
-    """The operator beside its definition."""
+    """The operator compared with its definition."""
     rows = []
     for case in CASES[device]:
         for dtype, tolerance in TOLERANCES.items():

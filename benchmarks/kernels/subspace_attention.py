@@ -1,4 +1,4 @@
-"""Subspace attention of ULSAM, all subspaces at once, beside a branch for each of them.
+"""Subspace attention of ULSAM, all subspaces at once, compared with one branch per subspace.
 
     python -m benchmarks.kernels.subspace_attention --device cpu
 
@@ -10,7 +10,7 @@ Forms:
     grouped   visionattn.blocks.SubspaceAttention
 
 In a training step the module form takes statistics of the batch. Its two biases before batch norm, whose gradient is 0,
-are frozen: rounding alone is no gradient to compare.
+are frozen: their gradients consist of rounding errors only.
 """
 
 from __future__ import annotations

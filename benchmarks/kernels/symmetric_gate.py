@@ -1,4 +1,4 @@
-"""Symmetric gate: the operator against its definition, in inference and in a training step, side by side.
+"""Symmetric gate: the operator compared with its definition, in inference and in a training step.
 
     python -m benchmarks.kernels.symmetric_gate --device cpu
 

@@ -4,7 +4,8 @@
     python -m benchmarks.mixers.arena --device cuda
     python -m benchmarks.mixers.arena hsa window --data FOLDER              # accuracy on images train/CLASS, test/CLASS
 
-Stopped, the same command goes on: state and report are in `runs/arena`. Rows of accuracy name the folder of images.
+After an interruption the same command resumes: state and report are in `runs/arena`. Rows of accuracy name the folder
+of images.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from visionattn.progress import new_console
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mixers", nargs="*", help="names; all, if none is given")
-    parser.add_argument("--data", type=Path, help="images by class, in place of the other tasks")
+    parser.add_argument("--data", type=Path, help="images by class; only the task accuracy is run")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", default="runs/arena")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""CIFAR-10 in lossless sheets: 1,000 images of 32 x 32 pixels tiled 25 x 40 in a WebP picture.
+"""CIFAR-10 in lossless sheets: 1,000 images of 32 x 32 pixels tiled 25 x 40 in a WebP image.
 
 Folder: `train_00.webp`, `train_01.webp`, ... (1,000 training images each, in the original order), `labels.npz` with the
 array `train`, and `test_jpeg.zip` with all 10,000 test images as `CLASS/NNNN.jpg`. The test images passed through JPEG,
@@ -41,7 +41,7 @@ def _read_test(path: Path) -> tuple[np.ndarray, np.ndarray]:
             for name in sorted(n for n in archive.namelist() if n.lower().endswith(".jpg")):
                 folder = Path(name).parent.name
                 if folder not in CLASSES:
-                    raise DataError(f"{path}: {name} lies in no folder named after a class ({', '.join(CLASSES)}).")
+                    raise DataError(f"{path}: {name} is not in a folder named after a class ({', '.join(CLASSES)}).")
                 with archive.open(name) as file, Image.open(file) as image:
                     images.append(np.asarray(image.convert("RGB")))
                 labels.append(CLASSES.index(folder))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.models.halonet_cifar10 --root FOLDER_OF_SHEETS --epochs 100 --seeds 0 1 2 --device cuda
 
-Rows that the CSV already holds are not run again; an interrupted grid goes on. The recipe is that of `small_images.py`.
+Rows that are already in the CSV file are not run again. The recipe is that of `small_images.py`.
 
 Groups of runs:
     halo      `va_halonet_nano_32`, and the same with a halo of 1 pixel

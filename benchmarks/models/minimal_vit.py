@@ -5,7 +5,7 @@
 
 FOLDER holds MNIST's four idx files, or the CIFAR-10 sheets. Networks have the width and depth of the public
 replication of arXiv 2410.13732 (6 blocks of width 64, MLP ratio 1, patch 7 on MNIST and 8 on CIFAR-10), so that its
-numbers can stand beside ours. Rows that the CSV already holds are not run again; an interrupted grid goes on.
+numbers can be compared with ours. Rows that are already in the CSV file are not run again.
 
 Groups of runs:
     variant      each form of `VARIANTS`; "_1head" and "_4heads" change the heads alone

@@ -1,4 +1,4 @@
-"""What leaving out projections buys: time of each minimal ViT beside the baseline, paired.
+"""Speed-up without projections: time of each minimal ViT compared with the baseline, paired.
 
     python -m benchmarks.models.minimal_vit_speed [--device cuda]
 

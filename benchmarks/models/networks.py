@@ -1,4 +1,4 @@
-"""Whole networks on a GPU beside what users would run instead.
+"""Whole networks on a GPU compared with what users would run instead.
 
     python -m benchmarks.models.networks [--parts NAME ...] [--reference FOLDER] [--repeats 20]
 
@@ -10,10 +10,10 @@ above what was held before it. Writes results/networks.csv, part by part; rows o
 Parts:
     halonet       training steps of va_halonet_h1 and of timm's halonet_h1, whose outputs are not compared
     accelerate    timm's halonet50ts before and after `visionattn.accelerate`, inference and training steps
-    match_stereo  va_match_stereo_tiny over one pair, beside the authors' form if FOLDER is a checkout of their
+    match_stereo  va_match_stereo_tiny on one pair, compared with the authors' form if FOLDER is a checkout of their
                   repository, and their CUDA operator if it was built there; then ours over growing pairs
-    span          va_span_ch28_x4 over one picture, where it says plain as it is exported, which compilers can fuse: the
-                  definition in the gate's place; and its gates alone
+    span          va_span_ch28_x4 on one image; plain: as it is exported, which compilers can fuse: the
+                  definition instead of the gate; and its gates alone
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def run_grid(
     data: tuple[str, ...],
     output: str,
 ) -> None:
-    """Read the command line and train what it asks for; runs that the CSV file already holds are not run again.
+    """Read the command line and train; runs that are already in the CSV file are not run again.
 
     Args:
         description: Text of the help.

@@ -3,8 +3,8 @@
     python -m benchmarks.models.ulsam_controls --data cifar10 --root FOLDER_OF_SHEETS --width 0.25 --epochs 3
     python -m benchmarks.models.ulsam_controls --data NAME --root FOLDER --size 64 --epochs 30 --device cuda
 
-A FOLDER holds train/CLASS/* and test/CLASS/*, pictures of any size, which are cut to squares from the middle and
-resized; NAME is for the table. Rows that the CSV already holds are not run again; an interrupted grid goes on.
+A FOLDER holds train/CLASS/* and test/CLASS/*, images of any size, which are cropped to their central square and
+resized; NAME is for the table. Rows that are already in the CSV file are not run again.
 
 The network is `va_mobilenetv2_ulsam_050_32` without its attention, at any width: MobileNet-V2 with strides for small
 images. Something is put behind its last block of 96 and of 160 channels, times the width (add), or in their place
@@ -14,8 +14,8 @@ images. Something is put behind its last block of 96 and of 160 channels, times 
     add_g1, _g4, _g8      ULSAM as in the paper, with 1, 4 and 8 subspaces
     add_scaled            ULSAM with the gain 1 + H W A
     add_se, add_eca       squeeze and excitation (reduction 16), efficient channel attention
-    replace_g4, _scaled, _se, _eca    the same in place of the blocks
-    deleted               the blocks are gone and nothing is in their place: the control that the paper lacks
+    replace_g4, _scaled, _se, _eca    the same instead of the blocks
+    deleted               the blocks are removed without replacement: the control that the paper lacks
 
 Recipe: that of `small_images.py` (AdamW, batch 64, peak 2e-3, cosine, gradient norm clipped at 1; images shifted by up
 to an eighth of their side and flipped). Accuracy comes with Wilson's 95 % interval for this number of test images; the
@@ -90,7 +90,7 @@ def build(run: str, width: float, classes: int, size: int) -> nn.Module:
 
 
 def read_folder(root: Path, size: int, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, size, size, 3) and labels (N,) of the pictures under root/CLASS."""
+    """Images (N, size, size, 3) and labels (N,) of the images under root/CLASS."""
     images, labels = [], []
     for label, name in enumerate(classes):
         for path in sorted((root / name).iterdir()):
@@ -209,7 +209,7 @@ def train(run: str, seed: int, args: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="cifar10", help="cifar10 (sheets), or a name for a folder of pictures")
+    parser.add_argument("--data", default="cifar10", help="cifar10 (sheets), or a name for a folder of images")
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--size", type=int, default=32, help="side of the images of a folder")
     parser.add_argument("--width", type=float, default=0.5, help="of the network, as a multiple of MobileNet-V2's")

@@ -1,8 +1,8 @@
-"""ULSAM's table by arithmetic: parameters and multiply-accumulates of every network in its tables, ours beside printed.
+"""ULSAM's table by arithmetic: parameters and multiply-accumulates of every network in its tables, ours and printed.
 
     python -m benchmarks.models.ulsam_costs
 
-Writes results/ulsam_costs.csv. The authors' slides, poster and code do not say where their modules stand; which
+Writes results/ulsam_costs.csv. The authors' slides, poster and code do not state the positions of their modules; which
 position explains a printed row is inferred from its cost. Rows with ULSAM are differences to the printed base: the
 columns `from_printed_base` are that base, plus what the change adds or saves here. A verdict says whether that agrees
 with the printed number to its last digit (`equal`), agrees if digits are cut off instead of rounded (`cut off`), or by

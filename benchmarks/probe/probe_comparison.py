@@ -4,7 +4,7 @@
 
 FOLDER of products has the archive images.zip and attributes.csv; of ten kinds (subCategory) 25 photographs each train
 and 20 test, drawn with seed 0. `--weights` holds EfficientNet-Lite0 (ImageNet-1k) and the CIFAR ResNets as safetensors.
-Each backbone takes images of its own size. Writes results/probe_comparison.csv, a row a backbone.
+Each backbone gets images of its own size. Writes results/probe_comparison.csv, one row per backbone.
 """
 
 from __future__ import annotations

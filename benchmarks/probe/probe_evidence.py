@@ -14,7 +14,7 @@ Each case is one `visionattn probe` in `--runs`, which an interrupted run contin
 those of other cases stay. `accuracy` is of the test images at the epoch that a tenth of the training images chose, with
 Wilson's 95 % interval; `ahead` is how much the best EP of the same case by held-out images is ahead, with the
 bootstrap's interval and McNemar's p after Holm. `step_ms` is a training step of the pooling alone over that backbone's
-tokens, all poolings in turn, batch 64, one thread. Writes results/probe_evidence.csv.
+tokens, with poolings taking turns, batch 64, one thread. Writes results/probe_evidence.csv.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Case:
     """A backbone and a data set.
 
     Attributes:
-        name: Of the backbone, in the table.
+        name: Name of the backbone in the table.
         data: Which folder.
         model: Name in timm's registry.
         heads: Poolings.
         weights: File in the folder of weights; empty where the name has its own; `random` for none.
-        epochs: Of the heads.
+        epochs: Epochs of the heads.
         pixels: Side of the images; the model's own if None.
     """
 
@@ -160,7 +160,7 @@ def rows_of(case: Case, folder: Path) -> list[dict[str, str]]:
 
 
 def percent(share: float | None) -> str:
-    """A share in per cent; nothing where there is none."""
+    """A share in percent; empty if there is none."""
     return "" if share is None else f"{100 * share:.2f}"
 
 

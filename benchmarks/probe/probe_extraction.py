@@ -1,8 +1,8 @@
-"""Extraction of tokens to disk beside the bare backbone: `forward_features` over the same batches.
+"""Extraction of tokens to disk compared with the bare backbone: `forward_features` over the same batches.
 
     OMP_NUM_THREADS=1 python -m benchmarks.probe.probe_extraction [--device cpu] [--images 128] [--repeats 9]
 
-Random images lie ready in memory, so that what is compared is the store's own work: hashing the weights, collating,
+Random images are kept in memory, so that only the work of the store is compared: hashing the weights, collating,
 splitting and converting tokens, checking them, checksums and files. The column `ratio` is the bare backbone's time over
 the extraction's in the same round, its median: the share of the backbone's speed that is left. Writes
 results/probe_extraction.csv.

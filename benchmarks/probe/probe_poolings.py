@@ -3,7 +3,7 @@
     python -m benchmarks.probe.probe_poolings [--device cuda] [--batch-size 16] [--repeats 7]
 
 All poolings get the same tokens, those of a ViT-B/16 (196 patches of width 768), and give the gradients of their
-parameters for the same cotangent; all are called in turn, round after round. `ratio` is the time of `aim`, multi-head
+parameters for the same cotangent; all take turns in every round. `ratio` is the time of `aim`, multi-head
 attention with one query, over the pooling's: above 1 is faster. Writes results/probe_poolings.csv.
 """
 

@@ -5,7 +5,7 @@
 Scenes of 96 x 128 pixels show discs, squares, triangles and rings of random colours, grain and shading, which hide each
 other, before a ground of other colours: the classes differ by their shape alone. 200 scenes train, 100 test; each seed
 draws other scenes and other starting weights. Heads of one backbone and seed see the same tokens, and are compared on
-the same test scenes: `ahead` is the mIoU of a head less that of the linear one.
+the same test scenes: `ahead` is the mIoU of a head minus that of the linear one.
 
 `--weights` is a folder with efficientnet_lite0_fp16.safetensors (ImageNet-1k); without it only the shipped ViT is
 measured. Writes results/probe_segmentation.csv.

@@ -1,4 +1,4 @@
-"""A sweep of 32 heads beside trainings of one head: over cached tokens, and with the backbone on the fly.
+"""A sweep of 32 heads compared with trainings of one head: over cached tokens, and with the backbone on the fly.
 
     python -m benchmarks.probe.probe_sweep --device cpu
     python -m benchmarks.probe.probe_sweep --cases "in memory, 64 x 192, 32 ep_8"
@@ -6,7 +6,7 @@
 Writes results/probe_sweep.csv, case by case; rows of other cases and devices stay. All train an epoch with LARS on
 random tokens, evaluate the held-out images, then test, and read float16 from a memory-mapped file. `from disk` drops
 the file from the system's page cache before each pass, as a cache larger than the memory would be. `live` stores no
-tokens: a timm backbone with random weights computes them at each pass from random images that lie in memory.
+tokens: a timm backbone with random weights computes them in each pass from random images in memory.
 
 Trainings:
     sweep of 32        visionattn's sweep
@@ -64,7 +64,7 @@ class Case:
     images: int = 2816
     on_disk: bool = False
     live: str = ""  # a backbone's name
-    pixels: int = 128  # of a side of its images
+    pixels: int = 128  # per side of its images
 
     def heads(self) -> list[HeadSpec]:
         return grid(self.poolings, lrs=RATES, seeds=range(32 // (len(RATES) * len(self.poolings))))

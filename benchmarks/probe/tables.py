@@ -117,7 +117,7 @@ def probe_segmentation() -> str:
 
 
 def probe_comparison() -> str:
-    """Backbones side by side."""
+    """Comparison of backbones."""
     rows = read_rows(RESULTS / "probe_comparison.csv")
     if not rows:
         return "Not measured yet.\n"

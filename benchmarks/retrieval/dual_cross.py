@@ -1,4 +1,4 @@
-"""DCAL beside the plain ViT that it contains: kinds of products, recognised and retrieved.
+"""DCAL compared with the plain ViT that it contains: classification and retrieval of kinds of products.
 
     python -m benchmarks.retrieval.dual_cross --data FOLDER --epochs 10
     python -m benchmarks.retrieval.dual_cross --data FOLDER --epochs 20 --runs plain

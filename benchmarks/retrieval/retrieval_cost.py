@@ -3,7 +3,7 @@
     python -m benchmarks.retrieval.retrieval_cost [--device cuda] [--batch-size 2] [--repeats 9]
 
 Each backbone with each head embeds a batch of images for one attribute, for six, and, as what is to be avoided, for six
-one after the other. All are called in turn, round after round. `ratio` is the time for one attribute over the time of
+one after the other. All take turns in every round. `ratio` is the time for one attribute over the time of
 the row: 1 / 1.1 = 0.909 or more is within a tenth. Writes results/retrieval_cost.csv.
 """
 

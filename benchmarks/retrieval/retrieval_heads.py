@@ -1,4 +1,4 @@
-"""Conditional heads on one backbone and schedule: CCA-style, a linear map an attribute, CSN, ASEN; trivial rows beside.
+"""Conditional heads on one backbone and schedule: CCA-style, a linear map per attribute, CSN, ASEN, and baselines.
 
     python -m benchmarks.retrieval.retrieval_heads --data FOLDER trivial
     python -m benchmarks.retrieval.retrieval_heads --data FOLDER --weights FILE frozen
@@ -18,7 +18,7 @@ Frozen: the backbone's tokens of all images are computed once, without augmentat
 backbone learns at a tenth of the head's rate, images are flipped and shifted. `pooled` is the backbone's mean token.
 
 Each finished run is a row of results/retrieval_heads.csv and, by condition, of results/retrieval_entanglement.csv; an
-interrupted script goes on behind them.
+interrupted script resumes after them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def trivial_features(name: str, catalogue: Catalogue, part: Part) -> Tensor:
     """L2-normalised features (N, D) that nobody trained.
 
     random: directions. pixels: the image in 16 x 16, less the part's mean image. histogram: roots of the shares of 512
-    colours, of pixels whose darkest channel is below 212, for the products stand on white.
+    colours, of pixels whose darkest channel is below 212, since the products are on a white background.
     """
     if name == "random":
         return F.normalize(torch.randn(len(part.images), 64, generator=torch.Generator().manual_seed(0)), dim=1)

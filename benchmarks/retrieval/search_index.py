@@ -2,8 +2,8 @@
 
     python -m benchmarks.retrieval.search_index
 
-Vectors of 128 numbers stand in 2,000 clusters. `search` finds 12 images for one query, by one attribute, by a mix of
-two and of all six; torch's exact search of the same matrix, `topk` of a product, stands beside. `load` is of all six
+Vectors of 128 values form 2,000 clusters. `search` finds 12 images for one query, by one attribute, by a mix of
+two and of all six; torch's exact search of the same matrix, `topk` of a product, is measured too. `load` is of all six
 attributes. Search is timed in turns; build, save and load five times each. Writes results/search_index.csv.
 """
 

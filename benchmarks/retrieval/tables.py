@@ -13,7 +13,7 @@ LAST_CYCLE = "3"
 
 
 def retrieval_heads() -> str:
-    """mAP, mean and spread over seeds, a row for each way to embed."""
+    """mAP, mean and spread over seeds, one row per embedding."""
     rows = read_rows(RESULTS / "retrieval_heads.csv")
     if not rows:
         return "Not measured yet.\n"
@@ -50,7 +50,7 @@ def retrieval_entanglement() -> str:
 
 
 def dual_cross() -> str:
-    """Mean and spread over seeds, a row for each way to train and to read out."""
+    """Mean and spread over seeds, one row per training and readout."""
     rows = read_rows(RESULTS / "dual_cross.csv")
     if not rows:
         return "Not measured yet.\n"
@@ -68,7 +68,7 @@ def dual_cross() -> str:
 
 
 def rerank() -> str:
-    """Mean and spread over seeds, a row for each start and way to rank."""
+    """Mean and spread over seeds, one row per initialisation and ranking."""
     rows = read_rows(RESULTS / "rerank.csv")
     if not rows:
         return "Not measured yet.\n"

@@ -1,4 +1,4 @@
-"""The authors' MatchStereo from a checkout of their repository, to run beside ours."""
+"""The authors' MatchStereo from a checkout of their repository, for comparison with ours."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     python -m benchmarks.stereo.match_stereo_fields [FILE ...] --photographs FOLDER
 
 Networks are the shipped one and weights from files. Pairs of each size are the same for all, none of which was trained
-on. A field is compared with the truth of its own map (`coarse_truth`), which a coarser map has less of: errors are
-comparable within a size of map. Pixels that both views see. Writes results/match_stereo_fields.csv.
+on. A field is compared with the ground truth of its own map (`coarse_truth`), of which a coarser map has less: errors
+are comparable within a size of map. Pixels that both views see. Writes results/match_stereo_fields.csv.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The shipped MatchStereo network and OpenCV's semi-global matching on real pairs with truth.
+"""The shipped MatchStereo network and OpenCV's semi-global matching on real pairs with ground truth.
 
 python -m benchmarks.stereo.match_stereo_scenes FOLDER --factor teddy=4 --factor tsukuba=16    # of Middlebury scenes
 
 The network sees the views as they are, and in rows of their own enlarged twice (`--enlarge 2`). Semi-global matching
 stands as it is, and filled. Writes results/match_stereo_scenes.csv and the picture
 docs/how-to/match_stereo_scenes.webp: of each scene filled semi-global matching and the enlarged network, disparities as
-colours and, in red, pixels with truth that are off by more than 2.
+colours and, in red, pixels with ground truth whose error exceeds 2.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from visionattn.predict.colours import disparity_colours, usual_top
 NETWORK = "va_match_stereo_nano"
 ENLARGED = 2
 PICTURE = RESULTS.parent / "docs" / "how-to" / "match_stereo_scenes.webp"
-WIDTH = 240  # of a scene in the picture
+WIDTH = 240  # of a scene in the figure
 
 
 def panels(pair: StereoPair, disparities: list[np.ndarray]) -> np.ndarray:

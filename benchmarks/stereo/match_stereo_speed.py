@@ -1,4 +1,4 @@
-"""MatchStereo on a CPU: nano and tiny in PyTorch and ONNX Runtime, beside the authors' code, one stereo pair a call.
+"""MatchStereo on a CPU: nano and tiny in PyTorch and ONNX Runtime, and the authors' code, one stereo pair per call.
 
     python -m benchmarks.stereo.match_stereo_speed [--reference FOLDER] [--size 1248x384] [--repeats 5] [--threads 2]
 

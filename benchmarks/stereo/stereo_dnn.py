@@ -1,4 +1,4 @@
-"""The small trained networks of NVIDIA's stereoDNN on real pairs with truth, those within their range.
+"""The small trained networks of NVIDIA's stereoDNN on real pairs with ground truth within their range.
 
     pip install tensorflow-cpu
     python -m benchmarks.stereo.stereo_dnn MODELS FOLDER    # stereoDNN/models of its repository; Middlebury scenes

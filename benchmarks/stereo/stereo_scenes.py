@@ -20,7 +20,7 @@ CASES = ((192, 192, 64.0), (192, 384, 96.0), (320, 736, 192.0))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photographs", help="a folder of pictures to use as textures too")
+    parser.add_argument("--photographs", help="a folder of photographs also used as textures")
     parser.add_argument("--pairs", type=int, default=20)
     args = parser.parse_args()
     for number in range(POOL):

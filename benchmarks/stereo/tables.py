@@ -46,7 +46,7 @@ def match_stereo_scenes() -> str:
 
 
 def match_stereo_fields() -> str:
-    """Errors of each field of a stereo network, networks side by side."""
+    """Errors of each field of a stereo network, one column per network."""
     rows = read_rows(RESULTS / "match_stereo_fields.csv")
     if not rows:
         return "Not measured yet.\n"

@@ -1,11 +1,11 @@
-"""SPAN beside ONNX Runtime and spandrel: one fused network of 48 channels, scale 4, in every engine, side by side.
+"""SPAN compared with ONNX Runtime and spandrel: one fused network of 48 channels, scale 4, in every engine.
 
     python -m benchmarks.super_resolution.span_speed [--inputs 128x128 512x512 1280x720] [--repeats 5]
 
 All engines have the same weights and the same image, a photograph, and one thread; nothing is timed before outputs
 agree. `ours` is the network as `create_model` gives it, in one pass; `ours channels-last` has its weights in that
 layout too; `ours branches` is the form that is trained; `upscale` is `visionattn.predict.upscale`, which cuts large
-pictures into overlapping tiles, and clamps. Engines that are not installed are left out. Writes results/span_speed.csv.
+images into overlapping tiles, and clamps. Engines that are not installed are left out. Writes results/span_speed.csv.
 """
 
 from __future__ import annotations

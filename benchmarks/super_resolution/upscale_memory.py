@@ -3,7 +3,7 @@
     python -m benchmarks.super_resolution.upscale_memory [--sizes 4000x3000] [--models va_span_ch26_x4]
 
 The command runs in a process of its own, with its defaults and one thread; the photograph is scikit-image's astronaut,
-repeated. What is measured is all that a user's machine gives to it: Python, PyTorch, both pictures, the tiles, and the
+repeated. What is measured is all that a user's machine gives to it: Python, PyTorch, both images, the tiles, and the
 writing of the PNG. Writes results/upscale_memory.csv.
 """
 

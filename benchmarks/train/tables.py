@@ -16,7 +16,7 @@ def _table(name: str, columns: dict[str, str]) -> str:
 
 
 def finetune_folder() -> str:
-    """Fine-tuning against k-NN, a row a seed."""
+    """Fine-tuning compared with k-NN, one row per seed."""
     columns = {
         "seed": "seed",
         "k-NN, %": "knn_accuracy",
@@ -30,7 +30,7 @@ def finetune_folder() -> str:
 
 
 def timm_train() -> str:
-    """Two trainers, a row a seed."""
+    """Two trainers, one row per seed."""
     columns = {
         "trainer": "trainer",
         "epochs": "epochs",

@@ -50,7 +50,7 @@ def ours(data: Path, epochs: int, seed: int, folder: Path) -> tuple[float, float
     (file,) = folder.rglob("metrics.csv")
     with file.open(newline="") as lines:
         accuracies = [float(row["val/accuracy"]) for row in csv.DictReader(lines) if row["val/accuracy"]]
-    return 100 * accuracies[epochs - 1], seconds  # behind them stands that of the best checkpoint
+    return 100 * accuracies[epochs - 1], seconds  # followed by that of the best checkpoint
 
 
 def theirs(data: Path, timm: Path, epochs: int, seed: int, folder: Path) -> tuple[float, float]:
