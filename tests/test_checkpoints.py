@@ -53,7 +53,8 @@ def test_a_foreign_file_names_what_does_not_fit(tmp_path):
 
 
 def test_a_file_of_no_family_is_compared_with_every_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(visionattn.checkpoints.models, "names", lambda: ["va_span_ch26_x2", "va_halonet_nano_32"])
+    names = ["va_span_ch26_x2", "va_halonet_nano_32"]
+    monkeypatch.setattr("visionattn.checkpoints.by_shapes.models.names", lambda: names)
     torch.save({"lost.weight": torch.zeros(2, 3)}, tmp_path / "w.pt")
     with pytest.raises(
         CheckpointError, match=r"fits no model of this package. Nearest: it does not fit va_span_ch26_x2"

@@ -106,6 +106,6 @@ def test_mistakes(model, settings, error, message):
 
 
 def test_nothing_is_loaded_for_another_task(monkeypatch):
-    monkeypatch.setattr(visionattn.checkpoints, "load", None)
+    monkeypatch.setattr(visionattn.opening, "load", None)
     with pytest.raises(InputError):
         open_model("va_span_ch26_x4", task="flow")

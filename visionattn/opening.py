@@ -13,7 +13,9 @@ from torch import nn
 
 from visionattn import models
 from visionattn.adapters import CLASSIFIERS, TorchvisionModel, TransformersModel, adapt
-from visionattn.checkpoints import HOSTED, create, create_pretrained, load, load_weights, read_card
+from visionattn.checkpoints.creating import HOSTED, create, create_pretrained
+from visionattn.checkpoints.loading import load, load_backbone
+from visionattn.checkpoints.weight_file import load_weights
 from visionattn.errors import (
     CheckpointError,
     DataError,
@@ -76,13 +78,28 @@ def open_model(
     """
     if isinstance(model, nn.Module):
         _refuse(type(model).__name__, "is a model with its weights", checkpoint, random, model_args)
-        models.check_task(model, task)
-        return Opened(model, "as given", None)
-    if model is None:
-        model, checkpoint = checkpoint, None
-    if model is None:
-        raise InputError("A model is required: its name, or a weight file.")
-    name = os.fspath(model)
+        opened, name = Opened(model, "as given", None), None
+    else:
+        if model is None:
+            model, checkpoint = checkpoint, None
+        if model is None:
+            raise InputError("A model is required: its name, or a weight file.")
+        name = os.fspath(model)
+        opened = _open_named(name, checkpoint, random, task, image_size, drop_classifier, model_args)
+    models.check_task(opened.model, task, name)
+    return opened
+
+
+def _open_named(
+    name: str,
+    checkpoint: str | Path | None,
+    random: bool,
+    task: str | tuple[str | None, ...] | None,
+    image_size: int | tuple[int, int] | None,
+    drop_classifier: bool,
+    model_args: dict[str, Any],
+) -> Opened:
+    """Open a file or a name (arguments: see `open_model`)."""
     for given in (name, checkpoint and os.fspath(checkpoint)):
         if str(given).lower().endswith(".onnx"):
             raise CheckpointError(
@@ -91,24 +108,22 @@ def open_model(
             )
     if is_file(name):
         _refuse(name, "is a file with weights", checkpoint, random, model_args)
-        opened = Opened(load(Path(name)), f"file {Path(name).name}", None)
-        models.check_task(opened.model, task, name)
-        return opened
+        return Opened(load(Path(name)), f"file {Path(name).name}", None)
     if checkpoint is not None and random:
         raise InputError("Weights are random or from a file: leave out --random or --checkpoint.")
     config = _config(name)
     if image_size and config is not None and config.fixed_input_size:
         model_args["img_size"] = image_size
     if checkpoint is not None:
-        found = _with_weights(name, checkpoint, drop_classifier, model_args)
-        models.check_task(found, task, name)
+        if drop_classifier:
+            found = load_backbone(checkpoint, name, **model_args)
+        else:
+            found = load(checkpoint, name, **model_args)
         return Opened(found, f"file {Path(checkpoint).name}", None)
     if random:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            found = create(name, **model_args).eval()
-        models.check_task(found, task, name)
-        return Opened(found, "random", None)
+            return Opened(create(name, **model_args).eval(), "random", None)
     found = create_pretrained(name, lambda outline: models.check_task(outline, task, name), **model_args)
     source = "as named" if config is None else config.hf_hub_id or config.url or Path(str(config.file)).name
     return Opened(found, f"{name}, {source}", config and config.license)
@@ -236,15 +251,3 @@ def _open_transformers(folder: Path) -> nn.Module:
         if shown:
             logging.enable_progress_bar()
     return TransformersModel(model, folder).eval()
-
-
-def _with_weights(name: str, checkpoint: str | Path, drop_classifier: bool, model_args: dict[str, Any]) -> nn.Module:
-    if not drop_classifier:
-        return load(checkpoint, name, **model_args)
-    # The checkpoint's card takes precedence; its classifier may have other classes, or be missing.
-    card = read_card(checkpoint)
-    if card is not None and card.name == name.split(".")[0]:
-        model_args = {**card.model_args, **model_args}
-    model = create(name, **{**model_args, "num_classes": 0})
-    load_weights(model, checkpoint, drop_classifier=True)
-    return model.eval()

@@ -105,7 +105,7 @@ def test_weights_that_cannot_be_had_are_one_line_that_says_what_to_do(monkeypatc
     def refuse(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("visionattn.checkpoints.timm.create_model", refuse)
+    monkeypatch.setattr("visionattn.checkpoints.creating.timm.create_model", refuse)
     with pytest.raises(CheckpointError, match=r"'resnet18' are not on this machine .*--model.checkpoint FILE"):
         ClassifyTask("resnet18", pretrained=True)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from visionattn.errors import CheckpointError
-from visionattn.weights import unwrap
+from visionattn.weights.reading import unwrap
 
 __all__ = ["VARIANTS", "adapt", "convert", "identify"]
 
