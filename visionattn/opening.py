@@ -12,7 +12,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from visionattn import models
-from visionattn.adapters import CLASSIFIERS, TorchvisionModel, TransformersModel, adapt
+from visionattn.adapters import CLASSIFIERS, TransformersModel, adapt
 from visionattn.checkpoints.creating import HOSTED, create, create_pretrained
 from visionattn.checkpoints.loading import load, load_backbone
 from visionattn.checkpoints.weight_file import load_weights
@@ -151,18 +151,18 @@ def open_backbone(
         MissingPackageError: transformers is not installed.
         UnknownNameError: The model is unknown.
     """
+    name = "" if model is None or isinstance(model, nn.Module) else os.fspath(model)
     if isinstance(model, nn.Module):
         opened = open_model(model, checkpoint, random)
-        return opened._replace(model=adapt(opened.model))
-    name = "" if model is None else os.fspath(model)
-    if name.startswith(TORCHVISION):
+    elif name.startswith(TORCHVISION):
         found = _open_torchvision(name.removeprefix(TORCHVISION), checkpoint, random, image_size)
-        source = "random" if random else f"file {Path(str(checkpoint)).name}"
-        return Opened(TorchvisionModel(found), source, None)
-    if _is_of_transformers(Path(name)):
+        opened = Opened(found, "random" if random else f"file {Path(str(checkpoint)).name}", None)
+    elif _is_of_transformers(Path(name)):
         _refuse(name, "is a folder with weights", checkpoint, random, {})
-        return Opened(_open_transformers(Path(name)), f"folder {Path(name).name}", None)
-    return open_model(model, checkpoint, random, image_size=image_size, drop_classifier=True)
+        opened = Opened(_open_transformers(Path(name)), f"folder {Path(name).name}", None)
+    else:
+        opened = open_model(model, checkpoint, random, image_size=image_size, drop_classifier=True)
+    return opened._replace(model=adapt(opened.model))
 
 
 def is_file(name: str | Path) -> bool:

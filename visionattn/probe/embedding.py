@@ -22,11 +22,11 @@ from visionattn.files import atomic_path, check_output
 from visionattn.opening import open_backbone
 from visionattn.probe.files import open_pictures
 from visionattn.probe.given import eval_transform
-from visionattn.probe.inputs import NAMED, READERS, backbone_name, image_config, make_backbone, read_images
+from visionattn.probe.inputs import NAMED, READERS, image_config, read_images
 from visionattn.probe.progress import show_progress
 from visionattn.probe.report.facts import backbone_facts
 from visionattn.probe.settings import ProbeSettings
-from visionattn.probe.tokens.backbone import Backbone
+from visionattn.probe.tokens.backbone import Backbone, backbone_name, make_backbone
 from visionattn.probe.tokens.loading import check_share, read_batches
 from visionattn.weights.hashing import hash_state
 
@@ -122,7 +122,7 @@ def embed(
     opened = open_backbone(source, settings.checkpoint, settings.random, image_size=settings.image_size)
     config = resolve_model_data_config(opened.model)
     size, mean, std = image_config(settings, config)
-    reading = make_backbone(settings, opened.model, size)
+    reading = make_backbone(opened.model, settings.layers, size, settings.device)
     if len(reading.layers) > 1:
         raise InputError(f"embed reads a single layer; --layers selects {len(reading.layers)}.")
     names, dataset, labels, classes = _read(data, settings, config)

@@ -1,4 +1,4 @@
-"""Inputs of `visionattn probe`: the backbone with its weights, and the training and test images."""
+"""The training and test images of `visionattn probe`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
-from visionattn.adapters import AdaptedModel
 from visionattn.data.module import count_classes
 from visionattn.data.samplers import StreamLoader
 from visionattn.errors import ConfigError, DataError, InputError, shorten
 from visionattn.probe.given import GivenImages, class_names, eval_transform
 from visionattn.probe.settings import ProbeSettings
-from visionattn.probe.tokens.backbone import Backbone
 
-__all__ = ["Images", "Part", "image_config", "make_backbone", "read_images"]
+__all__ = ["Images", "Part", "image_config", "read_images"]
 
 NAMED = ("digits", "mnist", "cifar10-sheets", "folder")
 READERS = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
@@ -59,31 +55,6 @@ class Images:
         """In words."""
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         return f"resized and cropped to {self.size} x {self.size} pixels, mean {mean}, deviation {std}"
-
-
-def backbone_name(backbone: str | Path | nn.Module | Backbone) -> str:
-    """Name of a backbone in reports."""
-    if isinstance(backbone, Backbone):
-        backbone = backbone.model
-    if isinstance(backbone, AdaptedModel):
-        return backbone.name
-    return type(backbone).__name__ if isinstance(backbone, nn.Module) else str(backbone)
-
-
-def make_backbone(settings: ProbeSettings, model: nn.Module, size: int | tuple[int, int]) -> Backbone:
-    """Put the model on its device, and select the requested layers.
-
-    Raises:
-        InputError: The model cannot be probed at this image size.
-    """
-    device = torch.device(settings.device)
-    model = model.to(device)
-    options: dict[str, Any] = {"image_size": size, "autocast": torch.bfloat16 if device.type == "cuda" else None}
-    if settings.layers == "last":
-        return Backbone(model, None, **options)
-    if settings.layers == "all":
-        return Backbone(model, range(Backbone(model, None, **options).indices[0] + 1), **options)
-    return Backbone(model, [int(index) for index in settings.layers], **options)
 
 
 def read_images(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> Images:

@@ -8,13 +8,14 @@ from rich.console import Console
 from timm.data import resolve_model_data_config
 
 from visionattn.opening import Opened
-from visionattn.probe.inputs import make_backbone, read_images
+from visionattn.probe.inputs import read_images
 from visionattn.probe.segmentation.images import read_pairs
 from visionattn.probe.segmentation.run import SegmentationRun
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.targets.images import read_targets
 from visionattn.probe.targets.run import TargetRun
 from visionattn.probe.task_run import TaskRun
+from visionattn.probe.tokens.backbone import make_backbone
 from visionattn.probe.work import ProbingRun
 
 __all__ = ["make_run"]
@@ -35,12 +36,13 @@ def make_run(settings: ProbeSettings, name: str, opened: Opened, data: Any, cons
     """
     config = resolve_model_data_config(opened.model)
     if settings.task == "segmentation":
-        pairs = read_pairs(data, settings, config)
-        backbone = make_backbone(settings, opened.model, (pairs.height, pairs.size))
-        return SegmentationRun(settings, name, opened, backbone, pairs, console)
-    if settings.task != "classification":
-        targets = read_targets(data, settings, config)
-        backbone = make_backbone(settings, opened.model, targets.size)
-        return TargetRun(settings, name, opened, backbone, targets, console)
-    images = read_images(data, settings, config)
-    return ProbingRun(settings, name, opened, make_backbone(settings, opened.model, images.size), images, console)
+        images: Any = read_pairs(data, settings, config)
+        size, run = (images.height, images.size), SegmentationRun
+    elif settings.task != "classification":
+        images = read_targets(data, settings, config)
+        size, run = images.size, TargetRun
+    else:
+        images = read_images(data, settings, config)
+        size, run = images.size, ProbingRun
+    backbone = make_backbone(opened.model, settings.layers, size, settings.device)
+    return run(settings, name, opened, backbone, images, console)

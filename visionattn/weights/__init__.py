@@ -1,4 +1,4 @@
-"""Checkpoint layouts, published and ours, as pure functions on state dicts, one file per family; and shipped weights."""
+"""Checkpoint layouts, published and ours, as pure functions on state dicts, one file per family; shipped weights."""
 
 from pathlib import Path
 

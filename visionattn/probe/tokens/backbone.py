@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from visionattn.adapters import AdaptedModel, FunctionModel, adapt
 from visionattn.errors import InputError, shorten
 from visionattn.probe.tokens.interface import Layer, Tokens
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "backbone_name", "make_backbone"]
 
 
 class Backbone:
@@ -242,3 +243,30 @@ class Backbone:
             prefix[:, 0] if layer.has_class else None,
             prefix[:, int(layer.has_class) :] if layer.num_registers else None,
         )
+
+
+def backbone_name(backbone: str | Path | nn.Module | Backbone) -> str:
+    """Name of a backbone in reports."""
+    if isinstance(backbone, Backbone):
+        backbone = backbone.model
+    if isinstance(backbone, AdaptedModel):
+        return backbone.name
+    return type(backbone).__name__ if isinstance(backbone, nn.Module) else str(backbone)
+
+
+def make_backbone(
+    model: nn.Module, layers: str | Sequence[int], image_size: int | tuple[int, int], device: str
+) -> Backbone:
+    """Put a model on a device, and select layers: "last", "all" or indices.
+
+    Raises:
+        InputError: The model cannot be probed at this image size.
+    """
+    place = torch.device(device)
+    model = model.to(place)
+    options: dict[str, Any] = {"image_size": image_size, "autocast": torch.bfloat16 if place.type == "cuda" else None}
+    if layers == "last":
+        return Backbone(model, None, **options)
+    if layers == "all":
+        return Backbone(model, range(Backbone(model, None, **options).indices[0] + 1), **options)
+    return Backbone(model, [int(index) for index in layers], **options)
