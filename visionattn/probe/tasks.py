@@ -35,8 +35,11 @@ def make_run(settings: ProbeSettings, name: str, opened: Opened, data: Any, cons
         VisionAttnError: The data or the backbone do not match the task.
     """
     config = resolve_model_data_config(opened.model)
+    images: Any
+    run: Any
+    size: int | tuple[int, int]
     if settings.task == "segmentation":
-        images: Any = read_pairs(data, settings, config)
+        images = read_pairs(data, settings, config)
         size, run = (images.height, images.size), SegmentationRun
     elif settings.task != "classification":
         images = read_targets(data, settings, config)
