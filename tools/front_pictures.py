@@ -28,9 +28,9 @@ OUTPUT = Path(__file__).parents[1] / "docs" / "images"
 LARGEST = 60_000  # bytes of a file
 HEIGHT = 300
 GAP = 6
-EYES = (150, 60, 350, 210)  # of Chelsea: left, top, right, bottom
+EYES = (120, 60, 345, 210)  # of Chelsea: left, top, right, bottom
 BACKBONE = "va_minimal_vit_micro_patch4_32"
-SIDE = 112  # of the image whose attention is drawn: 28 x 28 patches
+SIDES = (112, 168)  # of the image whose attention is drawn: 28 x 42 patches
 
 
 def enlarged(tour: Path) -> list[Image.Image]:
@@ -47,9 +47,9 @@ def disparity(tour: Path) -> list[Image.Image]:
 
 def attention(_: Path) -> list[Image.Image]:
     """Chelsea, and where the class token of the last layer looks, mean over heads."""
-    model = timm.create_model(BACKBONE, pretrained=True, img_size=SIDE).eval()
-    photograph = Image.fromarray(data.chelsea()).crop((60, 0, 360, 300))
-    small = photograph.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    model = timm.create_model(BACKBONE, pretrained=True, img_size=SIDES).eval()
+    photograph = Image.fromarray(data.chelsea()).crop((0, 0, 450, 300))
+    small = photograph.resize(SIDES[::-1], Image.Resampling.BICUBIC)
     mean, std = (np.array(model.pretrained_cfg[key]) for key in ("mean", "std"))
     pixels = torch.from_numpy((np.asarray(small) / 255 - mean) / std).float().permute(2, 0, 1)[None]
     calls: list[Call] = []
@@ -61,9 +61,9 @@ def attention(_: Path) -> list[Image.Image]:
 
 
 def nearest(tour: Path) -> list[Image.Image]:
-    """A patch of the cat, and its four nearest images in an index of patches."""
+    """A patch of the cat, and its two nearest images in an index of patches."""
     folder = tour / "search"
-    hits = visionattn.search(folder / "photos.index", folder / "query.jpg", top=4, device="cpu")
+    hits = visionattn.search(folder / "photos.index", folder / "query.jpg", top=2, device="cpu")
     return [Image.open(path) for path in (folder / "query.jpg", *(folder / "photos" / hit.image for hit in hits))]
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     OUTPUT.mkdir(exist_ok=True)
     for name in args.names or PICTURES:
-        picture = side_by_side(PICTURES[name](args.tour), HEIGHT if name != "search" else 160)
+        picture = side_by_side(PICTURES[name](args.tour), HEIGHT)
         path = OUTPUT / f"{name}.webp"
         for quality in (90, 80, 70, 60):
             picture.save(path, quality=quality, method=6)

@@ -29,6 +29,27 @@ CUT = """[...document.querySelectorAll('article pre > code')].filter((code) => {
 WIDER = "document.scrollingElement.scrollWidth - innerWidth"
 HEADINGS = "[...document.querySelectorAll('article :is(h1, h2, h3, h4, h5, h6)')].map((found) => +found.tagName[1])"
 WITHOUT_TEXT = "[...document.querySelectorAll('article img')].filter((image) => !image.alt).map((image) => image.src)"
+# The lowest contrast of the article's texts with what lies below them, by WCAG.
+CONTRAST = """(() => {
+  const parts = (colour) => { const [r, g, b, a = 1] = colour.match(/[0-9.]+/g).map(Number); return [r, g, b, a]; };
+  const over = (top, below) => [0, 1, 2].map((at) => top[3] * top[at] + (1 - top[3]) * below[at]);
+  const light = (rgb) => {
+    const [r, g, b] = rgb.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const below = (element) => {
+    const colour = parts(getComputedStyle(element).backgroundColor);
+    return colour[3] === 1 || element === document.body ? colour : over(colour, below(element.parentElement));
+  };
+  const texts = [...document.querySelectorAll('article :is(h1, h2, h3, p, li, td, th, a, code, span)')].filter(
+    (element) => [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim()) &&
+      element.offsetWidth && !element.matches('.headerlink, .md-clipboard, .md-clipboard *'));
+  return texts.map((element) => {
+    const ground = below(element);
+    const pair = [light(over(parts(getComputedStyle(element).color), ground)), light(ground)].sort((a, b) => a - b);
+    return [(pair[1] + 0.05) / (pair[0] + 0.05), element.textContent.slice(0, 40)];
+  }).sort((a, b) => a[0] - b[0])[0];
+})()"""
 BROKEN = "[...document.querySelectorAll('article img')].filter((image) => !image.naturalWidth).map((one) => one.src)"
 
 
@@ -105,6 +126,10 @@ def test_pages_in_a_browser(served):
                 levels = browser.evaluate(code=HEADINGS)
                 assert levels.count(1) == 1, where
                 assert all(after <= before + 1 for before, after in pairwise(levels)), where
+            for dark in (False, True):
+                browser.visit(url=f"{served}/reference/search.html", width=width, dark=dark)
+                lowest, text = browser.evaluate(code=CONTRAST)
+                assert lowest >= 4.5, text
 
 
 @pytest.mark.parametrize("name", sorted(plots.ALL))
