@@ -118,7 +118,7 @@ class FunctionModel(AdaptedModel):
             output for one image identifies them.
         image_size: Side of the images.
         mean: Mean for normalisation; the default is ImageNet's.
-        std: Likewise.
+        std: Standard deviation for normalisation; the default is ImageNet's.
         class_token: The first token is a class token.
         registers: Number of tokens after it that are not patches.
         device: Device of the images for a function that is not a module.

@@ -33,7 +33,7 @@ from benchmarks.report import RESULTS, environment, write_rows
 from visionattn.kernels._triton import halo_attention, match_attention
 
 ISSUE = 132 * 128 * 1.755e9  # thread-instructions a second
-BANDWIDTH = 3.0e12  # bytes a second
+BANDWIDTH = 3.0e12  # bytes per second
 EFFICIENCY = 0.65
 
 

@@ -152,7 +152,7 @@ def edge_halonet() -> str:
 
 
 def minimal_vit_speed() -> str:
-    """Times and speed-ups of the variants, a row a variant."""
+    """Times and speed-ups of the variants, one row per variant."""
     rows = read_rows(RESULTS / "minimal_vit_speed.csv")
     if not rows:
         return "Not measured yet.\n"

@@ -92,7 +92,7 @@ def rerank() -> str:
 
 
 def retrieval_cost() -> str:
-    """Time of one attribute over that of six, a row a backbone, a column a head."""
+    """Time of one attribute over that of six, one row per backbone, one column per head."""
     rows = [row for row in read_rows(RESULTS / "retrieval_cost.csv") if row["asked"] == "six attributes"]
     if not rows:
         return "Not measured yet.\n"

@@ -121,8 +121,8 @@ def ridge_accuracy(train: Labelled, val: Labelled, test: Labelled) -> float:
 
     Args:
         train: Features (N, C) and labels (N,).
-        val: Likewise.
-        test: Likewise.
+        val: Validation features and labels.
+        test: Test features and labels.
     """
     mean, deviation = train[0].mean(0), train[0].std(0) + 1e-9
     inputs = [np.pad((x - mean) / deviation, ((0, 0), (0, 1)), constant_values=1) for x, _ in (train, val, test)]

@@ -61,12 +61,12 @@ def test_results_are_one_line():
     left[:, 6:, 0] = 0
     found = visionattn.stereo(left, left, Stereo(), focal=10, baseline=1)
     assert repr(found) == (
-        "StereoMatch(8 x 12 pixels, disparity 8 to 8, 0.0% seen in both views, depth 1.25 to 1.25 m, notes: 1)"
+        "StereoMatch(8 x 12 pixels, disparity 8 to 8, 0.0% non-occluded, depth 1.25 to 1.25 m, notes: 1)"
     )
     assert "50.0% of the left view have no disparity" in found.notes[0]
     assert "disparity unknown" in repr(visionattn.stereo(view(8, 12, 0), view(8, 12, 0), Stereo()))
     found = visionattn.flow(view(8, 12, 0), view(8, 12, 0.4), Flow())
-    assert repr(found) == "FlowMatch(8 x 12 pixels, lengths 0 to 0, 0.0% seen in both images)"
+    assert repr(found) == "FlowMatch(8 x 12 pixels, lengths 0 to 0, 0.0% non-occluded)"
 
 
 def test_files_are_what_the_functions_give(tmp_path, capsys):

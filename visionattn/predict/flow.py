@@ -36,7 +36,7 @@ class FlowMatch:
         height, width, _ = self.flow.shape
         length = np.hypot(self.flow[..., 0], self.flow[..., 1])
         parts = [f"{height} x {width} pixels", f"lengths {length.min():.4g} to {length.max():.4g}"]
-        parts += [f"{self.nonocc.mean():.1%} seen in both images"]
+        parts += [f"{self.nonocc.mean():.1%} non-occluded"]
         parts += [f"notes: {len(self.notes)}"] if self.notes else []
         return f"FlowMatch({', '.join(parts)})"
 

@@ -63,7 +63,7 @@ class StereoMatch:
     def __repr__(self) -> str:
         height, width = self.disparity.shape
         parts = [f"{height} x {width} pixels", f"disparity {_range(self.disparity)}"]
-        parts += [f"{self.nonocc.mean():.1%} seen in both views"]
+        parts += [f"{self.nonocc.mean():.1%} non-occluded"]
         parts += [] if self.depth is None else [f"depth {_range(self.depth)} m"]
         parts += [f"notes: {len(self.notes)}"] if self.notes else []
         return f"StereoMatch({', '.join(parts)})"

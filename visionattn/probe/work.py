@@ -47,7 +47,7 @@ __all__ = ["HOLDOUT", "WARMUP", "ProbedClassifier", "ProbingRun"]
 
 HOLDOUT = 0.1
 WARMUP = 0.1  # of the epochs
-# With a few images an epoch is a single step, so that few-shot heads need more epochs.
+# With a few images, an epoch is a single step, so that few-shot heads need more epochs.
 FEW_SHOT_STEPS = 200
 
 

@@ -27,8 +27,8 @@ class StereoPair:
     """The arrays of a scene.
 
     Attributes:
-        left: uint8 (H, W, 3).
-        right: Likewise.
+        left: Left view, uint8 (H, W, 3).
+        right: Right view, uint8 (H, W, 3).
         truth: float32 (H, W), ground-truth disparity of the left view in pixels, NaN where unknown.
         nonocc: bool (H, W), whether the right view sees the pixel too; None if the dataset does not say.
         right_truth: (H, W), ground-truth disparity of the right view; None if the dataset has none.

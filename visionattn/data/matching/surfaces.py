@@ -224,8 +224,8 @@ def seen_by_other(
     Args:
         surfaces: All of them.
         top: The nearest surface at each pixel, (N,).
-        x: Pixels (N,).
-        y: Likewise.
+        x: Columns of the pixels, (N,).
+        y: Rows of the pixels, (N,).
         fields: Positions of their matches relative to them, (N, 2).
         s: The view.
 
