@@ -79,8 +79,20 @@ def match_stereo_training() -> str:
     return markdown(list(TRAINING), ([row[key] for key in TRAINING.values()] for row in last.values()))
 
 
+def flow_pairs() -> str:
+    """Errors of flow methods, means over the pairs of a kind."""
+    rows = read_rows(RESULTS / "flow_pairs.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    measures = ("epe", "bad_1", "bad_2", "bad_4", "d1")
+    body = ([row["data"], row["method"], *(f"{float(row[key]):.1f}" for key in measures)] for row in rows)
+    head = ["pairs", "method", "EPE", *(key.replace("_", "-") for key in measures[1:-1]), "Fl"]
+    return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "stereo_scenes": lambda: plain("stereo_scenes"),
+    "flow_pairs": flow_pairs,
     "match_stereo_scenes": match_stereo_scenes,
     "match_stereo_training": match_stereo_training,
     "match_stereo_fields": match_stereo_fields,
