@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from pathlib import Path
@@ -315,3 +316,20 @@ def test_wrong_input(pictures, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "skimage.metrics", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'visionattn\[images\]'"):
         evaluate_sr([], pictures, scale=2)
+
+
+def test_jpeg_of_low_resolution_images(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (12, 15, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    for name in ("large", "small"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(picture).save(tmp_path / "large/a.png")
+    file = io.BytesIO()
+    Image.fromarray(downscale(picture, 2)).save(file, "JPEG", quality=40)
+    Image.open(file).save(tmp_path / "small/a.png")
+    found = evaluate_sr([], tmp_path / "large", scale=2, jpeg=40)
+    expected = evaluate_sr([], tmp_path / "large", scale=2, low_resolution=tmp_path / "small")
+    assert found.rows == expected.rows
+    assert found.jpeg == 40
+    assert found.rows != evaluate_sr([], tmp_path / "large", scale=2).rows
+    with pytest.raises(ConfigError, match="The JPEG quality must be from 1 to 100; got 0"):
+        evaluate_sr([], tmp_path / "large", scale=2, jpeg=0)
