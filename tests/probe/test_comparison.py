@@ -212,7 +212,7 @@ def test_mistakes_of_the_command(words, message, capsys, monkeypatch, tmp_path):
 
 def test_reports_of_other_tasks_are_refused(both, tmp_path):
     (tmp_path / "results.json").write_text('{"command": "visionattn probe", "task": "segmentation"}')
-    with pytest.raises(InputError, match="is of segmentation"):
+    with pytest.raises(InputError, match="is a report of segmentation"):
         visionattn.compare([both / NAME, tmp_path], device="cpu")
     with pytest.raises(InputError, match="can be compared; got 3"):
         visionattn.compare([both / NAME, 3], device="cpu")

@@ -22,7 +22,7 @@ def test_few_shot_rows():
     for wrong, message in [
         ({}, "Exactly one of"),
         ({"per_class": 3, "fraction": 0.1}, "Exactly one of"),
-        ({"per_class": 0}, "but got 0"),
+        ({"per_class": 0}, "got 0"),
         ({"fraction": 1.5}, "but got 1.5"),
         ({"per_class": 6}, "Class 2 has 5 training images; 6 are required"),
     ]:
