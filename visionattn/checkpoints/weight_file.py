@@ -91,12 +91,12 @@ class WeightFile:
         Raises:
             CheckpointError: They do not fit it; the first mismatches are named.
         """
-        return self._fit(self.state, wanted, name)
+        with _naming(self.path):
+            return self._fit(self.state, wanted, name)
 
     def _fit(self, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-        with _naming(self.path):
-            for family in (span, match_stereo):
-                state = family.adapt(state, wanted)
+        for family in (span, match_stereo):
+            state = family.adapt(state, wanted)
         if wrong := mismatches(state, wanted):
             raise CheckpointError(f"{shorten(self.path)} does not fit {name}: {name_some(wrong)}.")
         return dict(state)
@@ -114,14 +114,14 @@ class WeightFile:
         """
         net: Any = model
         own, state = net.state_dict(), self.state
-        if drop_classifier:
-            with _naming(self.path):
+        name = name or net.pretrained_cfg.get("architecture") or type(net).__name__
+        with _naming(self.path):
+            if drop_classifier:
                 state = _without_classifier(net, own, state)
-        state = self._fit(state, own, name or net.pretrained_cfg.get("architecture") or type(net).__name__)
-        check_values(state, own, shorten(self.path))
-        net.load_state_dict({**own, **state})
-        if self.card is not None:
-            with _naming(self.path):
+            state = self._fit(state, own, name)
+            check_values(state, own, self.path)
+            net.load_state_dict({**own, **state})
+            if self.card is not None:
                 self.card.apply(net)
 
 

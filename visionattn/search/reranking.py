@@ -151,7 +151,7 @@ def _build(path: Path, state: dict[str, Tensor]) -> PairEncoder:
         outline = PairEncoder(embed.shape[1], len(embed), depth)
     if wrong := weights.mismatches(state, outline.state_dict()):
         raise CheckpointError(f"{shorten(path)} is damaged: its pair encoder has {weights.name_some(wrong)}.")
-    weights.check_values(state, outline.state_dict(), shorten(path))
+    weights.check_values(state, outline.state_dict(), path)
     encoder = outline.to_empty(device="cpu")
     encoder.load_state_dict(state)
     return encoder.float().eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def mismatches(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> lis
     return lines
 
 
-def check_values(found: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+def check_values(found: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str | Path) -> None:
     """Check that weights are finite.
 
     Args:
@@ -64,6 +65,6 @@ def check_values(found: Mapping[str, Tensor], own: Mapping[str, Tensor], source:
     ]
     if wrong:
         raise CheckpointError(
-            f"{source} holds NaN or infinite values, as after diverged training: {name_some(wrong)}. Use an earlier "
-            "checkpoint."
+            f"{shorten(source)} holds NaN or infinite values, as after diverged training: {name_some(wrong)}. Use an "
+            "earlier checkpoint."
         )
