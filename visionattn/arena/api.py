@@ -200,8 +200,12 @@ def measure(
         # Costs are measured while nothing else runs.
         for some, at_once in ((timed, 1), (trained, min(processes, len(trained)))):
             for one in _measured(some, plan, device, images, at_once):
-                origin = (*one.cell[3:], one.threads, str(torch.__version__), version, one.seconds)
-                rows += [Row(*one.cell[:3], *number, *origin) for number in one.found]
+                rows += [
+                    Row(
+                        *one.cell[:3], *number, *one.cell[3:], one.threads, str(torch.__version__), version, one.seconds
+                    )
+                    for number in one.found
+                ]
                 rows.sort(key=lambda row: order.get(row.cell, -1))
                 write_rows(file, rows)
                 advance(1)

@@ -174,8 +174,8 @@ def duplicates(
         raise InputError(f"The threshold must be above 0 and at most 1; got {threshold}.")
     opened = index if isinstance(index, ImageIndex) else ImageIndex(index)
     if attribute is None and len(opened.conditions) > 1:
-        names = ", ".join(map(shorten, opened.conditions))
-        raise InputError(f"{shorten(opened.folder)} has the attributes {names}: choose with --attribute.")
+        listed = ", ".join(map(shorten, opened.conditions))
+        raise InputError(f"{shorten(opened.folder)} has the attributes {listed}: choose with --attribute.")
     attribute = opened.conditions[0] if attribute is None else attribute
     opened.check_attributes([attribute])
     if output is not None:
