@@ -90,7 +90,7 @@ MISTAKES = [
     ("upscale absent.png a.png", r"absent\.png"),
     ("upscale 'n\0ul.png' a.png", r"There is no file or folder n"),
     (f"upscale {LONG}.png a.png", r"nnn \.\.\. nnn"),
-    ("upscale empty out", r"empty holds no image"),
+    ("upscale empty out", r"empty contains no image"),
     ("upscale good.png notes.txt/a.png", r"notes\.txt"),
     (f"upscale good.png a.png --model {VIT}", r"it is a 'classify' model; a 'restore' model is required"),
     (f"upscale good.png a.png --model {STEREO}", r"it is a 'stereo' model; a 'restore' model is required"),

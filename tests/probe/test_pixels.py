@@ -28,7 +28,7 @@ def test_pixels_are_means_of_blocks():
 
 
 def test_an_image_that_cannot_be_read_any_more():
-    with pytest.raises(DataError, match="cannot now: image 4 is truncated"):
+    with pytest.raises(DataError, match="cannot be read any more: image 4 is truncated"):
         read_pixels(Images(broken=[4]), 32, (0.5,) * 3, (0.5,) * 3, ("a", "b", "c"))
 
 

@@ -236,7 +236,7 @@ def test_absurd_numbers_are_refused(tmp_path, capsys, option, value, message):
         ([NAME, "--data", "digits"], f"No weights are published for {NAME}"),
         ([NAME, "--random", "--data", "mnist"], "needs a folder: set --root"),
         ([NAME, "--random", "--data", "nowhere"], "There is no folder nowhere"),
-        ([NAME, "--random", "--data", "digits", "--layers", "9"], "layers 0 to 5"),
+        ([NAME, "--random", "--data", "digits", "--layers", "9"], "must be from 0 to 5"),
         ([NAME, "--random", "--data", "digits", "--heads", "gap", "--export", "ep_8"], "must be one of the heads gap"),
         ([NAME, "--random", "--data", "digits", "--heads", "wave"], "There is no pooling 'wave'"),
         ([NAME, "--random", "--data", "digits", "--heads", "ep_7"], "out_dim divisible by num_queries"),
@@ -308,7 +308,7 @@ def test_folders_are_read_as_in_training(tmp_path, capsys):
                  str(tmp_path / "out")]) == 0  # fmt: skip
     shown = " ".join(capsys.readouterr().out.split())
     assert "Training images: 18 images in 2 classes (none 7, one 11)." in shown
-    assert "Validation images, which train too: 2 images in 2 classes (none 1, one 1)." in shown
+    assert "Validation images, also used for training: 2 images in 2 classes (none 1, one 1)." in shown
     assert "notes.txt" in shown
     content = json.loads((tmp_path / "out/results.json").read_text())
     assert content["classes"] == ["none", "one"]
@@ -328,7 +328,7 @@ def test_a_few_images_of_each_class_are_enough(tmp_path, capsys):
                  str(tmp_path / "out")]) == 0  # fmt: skip
     shown = " ".join(capsys.readouterr().out.split())
     assert "Training images: 6 images in 2 classes" in shown
-    assert "Validation images, which train too: 3 images in 2 classes" in shown
+    assert "Validation images, also used for training: 3 images in 2 classes" in shown
 
 
 def test_a_checkpoint_of_fit_brings_its_images(images, tmp_path):

@@ -292,7 +292,7 @@ def test_classes():
     [
         ([], {}, InputError, "0 heads"),
         ([HeadSpec("gap")], {"epochs": 0}, InputError, "0 epochs"),
-        ([HeadSpec("gap")], {"warmup_epochs": 9}, InputError, "9 to warm up"),
+        ([HeadSpec("gap")], {"warmup_epochs": 9}, InputError, "9 warm-up epochs"),
         (
             [HeadSpec("gap")],
             {"batch_size": 151},

@@ -127,7 +127,7 @@ def test_voc_and_ade(tmp_path):
     ("change", "words"),
     [
         (lambda root: (root / "train/masks/003.png").unlink(), r"has no masks for 003\.png"),
-        (lambda root: Image.new("L", (9, 9), 1).save(root / "train/masks/001.png"), r"001\.png has 9 x 9 pixels, and"),
+        (lambda root: Image.new("L", (9, 9), 1).save(root / "train/masks/001.png"), r"001\.png has 9 x 9 pixels, but"),
         (lambda root: Image.new("RGB", (48, 48)).save(root / "val/masks/000.png"), r"000\.png has the mode RGB"),
         (lambda root: (root / "classes.txt").write_text("a\nb"), r"\.png has the class 2, but there are 2 classes"),
         (lambda root: (root / "val/masks/000.png").write_bytes(b"no"), r"000\.png"),

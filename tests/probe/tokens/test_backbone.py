@@ -108,8 +108,8 @@ def test_autocast_computes_in_the_given_dtype():
     ("build", "options", "words"),
     [
         (lambda: torch.nn.Linear(3, 3), {}, "no forward_intermediates"),
-        (vit, {"layers": [3]}, "layers 0 to 2"),
-        (vit, {"layers": []}, "layers 0 to 2"),
+        (vit, {"layers": [3]}, "must be from 0 to 2"),
+        (vit, {"layers": []}, "must be from 0 to 2"),
         (vit, {"image_size": 40}, "40 x 40 pixels"),
         (lambda: timm.create_model("hiera_tiny_224"), {"image_size": 224}, "norm=False"),
     ],

@@ -34,7 +34,7 @@ def test_unreadable_images_are_left_out_and_listed(backbone, tmp_path):
     assert readable.skipped == found.skipped
     live = LiveFeatures(backbone, Subset(dataset, good), readable.labels, CLASSES)
     assert_equal(read(live, range(27)), read(found, range(27)), rtol=1e-5, atol=1e-5)
-    with pytest.raises(DataError, match="Image 3 cannot be read: image 3 is truncated find_readable"):
+    with pytest.raises(DataError, match="Image 3 cannot be read: image 3 is truncated Use only"):
         read(LiveFeatures(backbone, dataset, torch.zeros(30), CLASSES), range(6))
 
 

@@ -148,7 +148,7 @@ def test_files_without_checksums_of_their_own_are_read(backbone, tmp_path):
 def test_shards_of_another_length_are_not_taken(backbone, tmp_path):
     found = store(tmp_path, backbone=backbone, shard_images=5)
     (found.folder / "meta.json").unlink()
-    with pytest.warns(UserWarning, match="images instead of 8"):
+    with pytest.warns(UserWarning, match="must have 8 images"):
         again = store(tmp_path, backbone=backbone)
     assert again.labels.tolist() == [row % 3 for row in range(22)]
 
