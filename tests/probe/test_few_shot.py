@@ -23,7 +23,7 @@ def test_few_shot_rows():
         ({}, "Exactly one of"),
         ({"per_class": 3, "fraction": 0.1}, "Exactly one of"),
         ({"per_class": 0}, "got 0"),
-        ({"fraction": 1.5}, "but got 1.5"),
+        ({"fraction": 1.5}, "got 1.5"),
         ({"per_class": 6}, "Class 2 has 5 training images; 6 are required"),
     ]:
         with pytest.raises(InputError, match=message):
