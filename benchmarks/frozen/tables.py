@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 from benchmarks.markdown import markdown, plain
@@ -51,6 +52,26 @@ def accuracy() -> str:
         ]
         for row in rows
     ]
+    return markdown(head, body)
+
+
+def router() -> str:
+    """Score of the router and the labels, and what each gains over a fixed budget of equal cost, over seeds."""
+    rows = read_rows(RESULTS / "frozen_router.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    scores: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        scores.setdefault((row["backbone"], row["name"]), []).append(float(row["score"]))
+    head = ["backbone", "budgets by", "score", "gain over a fixed budget of equal cost"]
+    body = []
+    for backbone in dict.fromkeys(row["backbone"] for row in rows):
+        for name, control in (("router", "fixed"), ("labels", "fixed at the labels' cost")):
+            found = scores[backbone, name]
+            gains = [one - other for one, other in zip(found, scores[backbone, control], strict=True)]
+            # Adding zero turns the zero that rounding leaves below zero into a positive one.
+            mean, low, high = (round(value, 4) + 0.0 for value in (statistics.mean(gains), min(gains), max(gains)))
+            body.append([backbone, name, f"{statistics.mean(found):.4f}", f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"])
     return markdown(head, body)
 
 
@@ -131,7 +152,7 @@ def occlusion() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "frozen_policies": errors,
     "frozen_accuracy": accuracy,
-    "frozen_router": lambda: plain("frozen_router"),
+    "frozen_router": router,
     "frozen_speed": lambda: plain("frozen_speed", ratio="speed-up", part="timed"),
     "frozen_pruning": pruning,
     "frozen_sinks": sinks,
