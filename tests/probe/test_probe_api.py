@@ -127,7 +127,7 @@ def test_given_images_go_on_where_they_are_the_same(validated, net, tmp_path, mo
         (([(np.zeros((28, 28), np.uint8), -1)],) * 2, "Labels must be whole numbers from 0; got -1"),
         (([np.zeros((28, 28), np.uint8)],) * 2, "must return .image, label.; got ndarray"),
         (([(np.zeros((28, 28), np.uint8), 0)],) * 2, "only one class"),
-        (([(torch.zeros(1, 32, 32), 0), (torch.zeros(1, 32, 32), 1)],) * 2, r"must be \(1, 28, 28\)"),
+        (([(torch.zeros(1, 32, 32), 0), (torch.zeros(1, 32, 32), 1)],) * 2, r"must have shape \(1, 28, 28\)"),
     ],
 )
 def test_images_of_other_kinds_are_refused(net, data, message):
