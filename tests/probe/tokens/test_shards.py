@@ -198,7 +198,7 @@ def test_tokens_that_do_not_fit(tmp_path):
     dataset = Images()
     dataset.images[10, 0, 0, 0] = float("nan")
     for precision in PRECISIONS:
-        with pytest.raises(DataError, match=r"blocks.2 contain NaN .*images: 10\.$"):
+        with pytest.raises(DataError, match=r"blocks.2 are NaN .*images: 10\.$"):
             store(tmp_path / "nan", dataset, precision=precision)
     with pytest.raises(DataError, match=r"blocks.2 contain NaN .*images: 10\.$"):
         read(LiveFeatures(Backbone(vit(), image_size=32), dataset, torch.zeros(22), CLASSES), range(22))
