@@ -268,7 +268,7 @@ def test_hold_out_is_stratified_and_keeps_the_only_image_of_a_class():
     assert torch.equal(held, hold_out(labels, rows, 0.1, 0)[1])
     assert not torch.equal(held, hold_out(labels, rows, 0.1, 1)[1])
     assert len(hold_out(labels, rows, 0, 0)[1]) == 0
-    with pytest.raises(InputError, match="from 0 to less than 1; got 1.0"):
+    with pytest.raises(InputError, match=r"from 0 to less than 1; got 1\.0"):
         hold_out(labels, rows, 1.0, 0)
 
 
@@ -299,7 +299,7 @@ def test_classes():
             InputError,
             "from 2 to 135, the number of images to train on; got 151",
         ),
-        ([HeadSpec("gap")], {"holdout": -0.1}, InputError, "from 0 to less than 1; got -0.1"),
+        ([HeadSpec("gap")], {"holdout": -0.1}, InputError, r"from 0 to less than 1; got -0\.1"),
         ([HeadSpec("gap", layer=2)], {}, InputError, "reads layer 2, but the features have 1"),
         ([HeadSpec("nothing")], {}, UnknownNameError, "no pooling 'nothing'"),
         ([HeadSpec("ep_3")], {}, InputError, "out_dim divisible by num_queries"),
