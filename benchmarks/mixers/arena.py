@@ -23,12 +23,13 @@ from visionattn.progress import new_console
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mixers", nargs="*", help="names; all, if none is given")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--data", type=Path, help="images by class; only the task accuracy is run")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", default="runs/arena")
     args = parser.parse_args()
     console = new_console()
-    tasks = TASKS if args.data is None else ["accuracy"]
+    tasks = args.tasks if args.data is None else ["accuracy"]
     found = visionattn.arena(
         args.mixers, tasks, data=args.data, output=args.output, device=args.device, console=console
     )
