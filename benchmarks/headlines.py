@@ -5,24 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
+from benchmarks.markdown import markdown
 from benchmarks.report import RESULTS, read_rows
 
 
 def headlines() -> str:
     """A row for each task: what was measured, what it is compared with, and under which conditions."""
     head = ["task", "visionattn", "compared with", "conditions"]
-    rows = [
-        head,
-        ["---"] * len(head),
-        _upscaling(),
-        _int8(),
-        _stereo(),
-        _stereo_speed(),
-        _probing(),
-        _halo(),
-        _search(),
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return markdown(head, [_upscaling(), _int8(), _stereo(), _stereo_speed(), _probing(), _halo(), _search()])
 
 
 def _find(name: str, **cells: str) -> dict[str, str]:
