@@ -66,6 +66,7 @@ browser:
 # The page of `visionattn demo`. Node 20 or newer is needed to build it, and nothing but files to use it.
 web: web/node_modules/.package-lock.json $(PAGE_MODELS)
 	cd web && npm run --silent build
+	$(RUN) tools.compress_page visionattn/demo/page
 
 $(PAGE_MODELS): tools/page_models.py $(wildcard visionattn/weights/*.safetensors visionattn/demo/*.safetensors) | $(LINKED)
 	$(RUN) tools.page_models web/public

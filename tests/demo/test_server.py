@@ -1,6 +1,7 @@
 """The server of the page: its headers, what it does not give, whom it answers."""
 
 import http.client
+import lzma
 import socket
 import threading
 
@@ -20,6 +21,7 @@ def page(tmp_path_factory):
     (page / "index.html").write_text("<!doctype html><title>page</title>")
     (page / "worker.mjs").write_text("export {}")
     (page / "runtime.wasm").write_bytes(b"\0asm")
+    (page / "compressed.wasm.xz").write_bytes(lzma.compress(b"\0asm" * 1000))
     (page / "models/span.onnx").write_bytes(b"model")
     (page / "link.txt").symlink_to(root / "secret.txt")
     return page
@@ -51,6 +53,7 @@ def ask(server, path, method="GET"):
         ("/", "text/html; charset=utf-8", b"<!doctype html><title>page</title>"),
         ("/worker.mjs", "text/javascript; charset=utf-8", b"export {}"),
         ("/runtime.wasm", "application/wasm", b"\0asm"),
+        ("/compressed.wasm", "application/wasm", b"\0asm" * 1000),
         ("/models/span.onnx?again", "application/octet-stream", b"model"),
     ],
 )

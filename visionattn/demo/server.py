@@ -7,10 +7,13 @@ them, the page runs on one thread. The content security policy blocks requests t
 from __future__ import annotations
 
 import errno
+import lzma
+import os
 import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,19 @@ class _Handler(SimpleHTTPRequestHandler):
         except (OSError, ValueError, RuntimeError):  # a NUL in the path, a loop of links
             inside = False
         return str(found) if inside else str(Path(self.directory) / "no such file")
+
+    def send_head(self) -> Any:
+        """Send the headers of a file. If only FILE.xz exists, as in a wheel, the file is its decompressed content."""
+        path = self.translate_path(self.path)
+        compressed = f"{path}.xz"
+        if os.path.exists(path) or not os.path.isfile(compressed):  # pathlib raises for names that are too long
+            return super().send_head()
+        content = lzma.decompress(Path(compressed).read_bytes())
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", self.guess_type(path))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        return BytesIO(content)
 
     def list_directory(self, path: Any) -> None:
         """Refuse to list folders."""
