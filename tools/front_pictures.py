@@ -45,8 +45,8 @@ def disparity(tour: Path) -> list[Image.Image]:
     return [Image.open(tour / "stereo" / "left.png"), Image.fromarray(colours)]
 
 
-def attention(_: Path) -> list[Image.Image]:
-    """Chelsea, and where the class token of the last layer looks, mean over heads."""
+def looked_at() -> tuple[Image.Image, list[Call]]:
+    """Chelsea, and the attention calls of a frozen transformer that sees the photograph, one per layer."""
     model = timm.create_model(BACKBONE, pretrained=True, img_size=SIDES).eval()
     photograph = Image.fromarray(data.chelsea()).crop((0, 0, 450, 300))
     small = photograph.resize(SIDES[::-1], Image.Resampling.BICUBIC)
@@ -55,6 +55,12 @@ def attention(_: Path) -> list[Image.Image]:
     calls: list[Call] = []
     with observing(model, calls.append), torch.inference_mode():
         model(pixels)
+    return photograph, calls
+
+
+def attention(_: Path) -> list[Image.Image]:
+    """Chelsea, and where the class token of the last layer looks, mean over heads."""
+    photograph, calls = looked_at()
     last = calls[-1]
     weights = (last.q[0, :, :1] @ last.k[0].mT * last.scale).softmax(-1)[:, 0, last.prefix :].mean(0, keepdim=True)
     return [overlay(photograph, weights, last.grid)]

@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranked.add_argument("--matrix", type=Path, metavar="PNG", help="image of the entanglement matrix of one model")
     for protocol in (sr, pairs, ranked):
         protocol.add_argument("--output", type=Path, metavar="CSV", help="file for all rows")
-        protocol.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+        protocol.add_argument("--overwrite", action="store_true", help="replace existing outputs")
         protocol.add_argument("--device", default="auto", help="such as cpu or cuda:1 (default: a GPU if available)")
         protocol.add_argument("--dtype", default="float32", choices=DTYPES, help="precision (default: float32)")
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder to write: the files with a card, licence, sample and a runner that does not need PyTorch",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for NAME")
     parser.add_argument(
         "--num-classes", type=whole_number(0), metavar="N", help="number of classes for NAME (default: the model's)"

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="height and width of the first run",
     )
     parser.add_argument("--json", metavar="F.json", help="also write the result to this file")
-    parser.add_argument("--overwrite", action="store_true", help="replace the JSON file if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing JSON file")
 
 
 def run(args: argparse.Namespace) -> int:
