@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None, folder: str = ".") -> int:
     parser.add_argument("model", nargs="?", metavar="MODEL.onnx", help="file written by `visionattn export`")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="one image or more; left and right for stereo")
     parser.add_argument("--output", metavar="F", help="output file: .png, .npy or .json")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes to print (default: 5)")
     parser.add_argument("--tile", type=int, default=256, metavar="N", help="side of a tile in pixels (default: 256)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads (default: ONNX Runtime's choice)")

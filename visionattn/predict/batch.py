@@ -217,8 +217,8 @@ def run(
         work: Does a job and returns notes for the user; its third argument is the number of remaining jobs. An error
             costs one line, and the other jobs are done.
         writable: Suffixes of outputs that are not videos.
-        overwrite: Replace outputs that exist.
-        skip_existing: Keep outputs that exist.
+        overwrite: Replace existing outputs.
+        skip_existing: Keep existing outputs.
     """
     outcome = Outcome()
     written: set[str] = set()
