@@ -14,7 +14,7 @@ from torch import nn
 from visionattn import models
 from visionattn.adapters import CLASSIFIERS, TransformersModel, adapt
 from visionattn.checkpoints.creating import HOSTED, create, create_pretrained
-from visionattn.checkpoints.loading import load, load_backbone
+from visionattn.checkpoints.loading import load
 from visionattn.checkpoints.weight_file import load_weights
 from visionattn.errors import (
     CheckpointError,
@@ -116,9 +116,8 @@ def _open_named(
         model_args["img_size"] = image_size
     if checkpoint is not None:
         if drop_classifier:
-            found = load_backbone(checkpoint, name, **model_args)
-        else:
-            found = load(checkpoint, name, **model_args)
+            model_args["drop_classifier"] = True
+        found = load(checkpoint, name, **model_args)
         return Opened(found, f"file {Path(checkpoint).name}", None)
     if random:
         with torch.random.fork_rng(devices=[]):

@@ -3,14 +3,14 @@
 - `weight_file`: a file that was read: its card, the model it states, its weights
 - `creating`: a model by its name
 - `by_shapes`: the model of bare weights, found by their shapes
-- `building`: the model of a file, within the `bounds` of its weights
+- `building`: the model of a file, within the bounds of its weights
 - `loading`: `load`, which is all of these in order
 
 Every error of a weight file is named in `weight_file`.
 """
 
 from visionattn.checkpoints.creating import HOSTED, create, create_pretrained
-from visionattn.checkpoints.loading import load, load_backbone
+from visionattn.checkpoints.loading import load
 from visionattn.checkpoints.weight_file import WeightFile, classifier_keys, load_weights, read_card
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "create",
     "create_pretrained",
     "load",
-    "load_backbone",
     "load_weights",
     "read_card",
 ]

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from visionattn import models
-from visionattn.checkpoints.bounds import bounded
+from visionattn.checkpoints.building import bounded
 from visionattn.checkpoints.weight_file import WeightFile
 from visionattn.errors import CheckpointError, shorten
 from visionattn.weights.comparing import mismatches, name_some

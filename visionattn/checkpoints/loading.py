@@ -13,10 +13,12 @@ from visionattn.checkpoints.creating import check_name, create
 from visionattn.checkpoints.weight_file import WeightFile
 from visionattn.errors import CheckpointError, shorten
 
-__all__ = ["load", "load_backbone"]
+__all__ = ["load"]
 
 
-def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Module:
+def load(
+    path: str | Path, name: str | None = None, *, drop_classifier: bool = False, **model_args: Any
+) -> nn.Module:
     """Build the model that a weight file belongs to, with its weights, ready for inference.
 
     For a checkpoint of `visionattn fit`, timm's `model.pretrained_cfg` describes the training images: input_size,
@@ -28,7 +30,9 @@ def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Mod
             of ncnn's pair .param and .bin, or a folder written by timm's `save_for_hf`.
         name: Model name, if the file does not contain it and its shapes fit several. The authors' MatchFlow files need
             it: without it they are read as MatchStereo, whose shapes they share.
-        **model_args: Further arguments of the model.
+        drop_classifier: Build the named model without its classifier, and leave out the file's. Its arguments in the
+            file's card apply if the card is of this model.
+        **model_args: Further arguments of the model, which take precedence.
 
     Returns:
         The model on the CPU in evaluation mode.
@@ -39,41 +43,27 @@ def load(path: str | Path, name: str | None = None, **model_args: Any) -> nn.Mod
         UnknownNameError: No model has that name.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not drop_classifier:
         return _load_folder(path, model_args)
-    if name is not None:
+    if name is not None and not drop_classifier:
         check_name(name)
     file = WeightFile.read(path)
-    found, args = file.identify(name)
-    if found is None:
-        found, args = find_by_shapes(file, args)
-    model = build(file, found, {**args, **model_args})
-    file.load_into(model, found)
+    if drop_classifier:
+        found, model = None, _create_backbone(file, str(name), model_args)
+    else:
+        found, args = file.identify(name)
+        if found is None:
+            found, args = find_by_shapes(file, args)
+        model = build(file, found, {**args, **model_args})
+    file.load_into(model, found, drop_classifier)
     return model.eval()
 
 
-def load_backbone(path: str | Path, name: str, **model_args: Any) -> nn.Module:
-    """Build a model without its classifier, and load a weight file with or without one.
-
-    Args:
-        path: A file, as `load` takes it.
-        name: Model name. Arguments in the file's card apply if the card is of this model.
-        **model_args: Further arguments of the model, which take precedence.
-
-    Returns:
-        The model on the CPU in evaluation mode.
-
-    Raises:
-        CheckpointError: The file is unreadable or does not fit, or holds NaN or infinite values.
-        UnknownNameError: No model has that name.
-    """
-    file = WeightFile.read(path)
+def _create_backbone(file: WeightFile, name: str, model_args: dict[str, Any]) -> nn.Module:
+    """A model without its classifier."""
     card = file.card
-    if card is not None and card.name == name.split(".")[0]:
-        model_args = {**card.model_args, **model_args}
-    model = create(name, **{**model_args, "num_classes": 0})
-    file.load_into(model, drop_classifier=True)
-    return model.eval()
+    stated = card.model_args if card is not None and card.name == name.split(".")[0] else {}
+    return create(name, **{**stated, **model_args, "num_classes": 0})
 
 
 def _load_folder(folder: Path, model_args: dict[str, Any]) -> nn.Module:

@@ -31,7 +31,7 @@ from visionattn.probe.embedding import class_of
 from visionattn.probe.files import open_pictures
 from visionattn.probe.given import eval_transform
 from visionattn.probe.progress import show_progress
-from visionattn.probe.tokens.backbone import backbone_name
+from visionattn.probe.sources import backbone_name
 from visionattn.probe.tokens.loading import check_share, read_batches
 
 __all__ = ["inspect"]

@@ -65,6 +65,6 @@ def probe(
         UnknownNameError: No model has this name.
     """
     settings = replace(settings or ProbeSettings(), **options)
-    if isinstance(backbone, (list, tuple)):
-        return run_probes(backbone, data, settings, progress=progress)
-    return run_probe(backbone, data, settings, progress=progress)  # type: ignore[arg-type]
+    if not isinstance(backbone, (list, tuple)):
+        return run_probe(backbone, data, settings, progress=progress)  # type: ignore[arg-type]
+    return run_probes(backbone, data, settings, progress=progress)

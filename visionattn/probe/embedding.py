@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -13,20 +12,20 @@ import numpy as np
 import torch
 from rich.console import Console
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from visionattn.devices import find_device
 from visionattn.errors import DataError, InputError
 from visionattn.files import atomic_path, check_output
-from visionattn.opening import open_backbone
 from visionattn.probe.files import open_pictures
 from visionattn.probe.given import eval_transform
 from visionattn.probe.inputs import NAMED, READERS, image_config, read_images
 from visionattn.probe.progress import show_progress
 from visionattn.probe.report.facts import backbone_facts
 from visionattn.probe.settings import ProbeSettings
-from visionattn.probe.tokens.backbone import Backbone, backbone_name, make_backbone
+from visionattn.probe.sources import BackboneSource, backbone_name, open_source
+from visionattn.probe.tokens.backbone import Backbone, make_backbone
 from visionattn.probe.tokens.loading import check_share, read_batches
 from visionattn.weights.hashing import hash_state
 
@@ -82,7 +81,7 @@ class Embeddings:
 
 
 def embed(
-    backbone: str | Path | nn.Module | Backbone,
+    backbone: BackboneSource,
     data: Any,
     output: str | Path | None = None,
     *,
@@ -116,10 +115,7 @@ def embed(
     settings = replace(settings, device=str(find_device(settings.device)))
     if output is not None:
         check_output(output, settings.overwrite, (".npz",))
-    source = backbone.model if isinstance(backbone, Backbone) else backbone
-    if isinstance(source, nn.Module):
-        source = copy.deepcopy(source)
-    opened = open_backbone(source, settings.checkpoint, settings.random, image_size=settings.image_size)
+    opened = open_source(backbone, settings.checkpoint, settings.random, settings.image_size)
     config = resolve_model_data_config(opened.model)
     size, mean, std = image_config(settings, config)
     reading = make_backbone(opened.model, settings.layers, size, settings.device)

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from visionattn.adapters import AdaptedModel, FunctionModel, adapt
 from visionattn.errors import InputError, shorten
 from visionattn.probe.tokens.interface import Layer, Tokens
 
-__all__ = ["Backbone", "backbone_name", "make_backbone"]
+__all__ = ["Backbone", "make_backbone"]
 
 
 class Backbone:
@@ -243,15 +242,6 @@ class Backbone:
             prefix[:, 0] if layer.has_class else None,
             prefix[:, int(layer.has_class) :] if layer.num_registers else None,
         )
-
-
-def backbone_name(backbone: str | Path | nn.Module | Backbone) -> str:
-    """Name of a backbone in reports."""
-    if isinstance(backbone, Backbone):
-        backbone = backbone.model
-    if isinstance(backbone, AdaptedModel):
-        return backbone.name
-    return type(backbone).__name__ if isinstance(backbone, nn.Module) else str(backbone)
 
 
 def make_backbone(
