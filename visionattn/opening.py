@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,23 +11,15 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from visionattn import models
-from visionattn.adapters import CLASSIFIERS, TransformersModel, adapt
+from visionattn.adapters import adapt
+from visionattn.adapters.torchvision import TORCHVISION, open_torchvision
+from visionattn.adapters.transformers import is_of_transformers, open_transformers
 from visionattn.checkpoints.creating import HOSTED, create, create_pretrained
 from visionattn.checkpoints.loading import load
-from visionattn.checkpoints.weight_file import load_weights
-from visionattn.errors import (
-    CheckpointError,
-    DataError,
-    InputError,
-    UnknownNameError,
-    require,
-    shorten,
-)
-from visionattn.files import read_json
+from visionattn.errors import CheckpointError, InputError, UnknownNameError, shorten
 
 __all__ = ["WEIGHT_FILES", "Opened", "has_weights", "is_file", "open_backbone", "open_model"]
 
-TORCHVISION = "torchvision/"
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 
 
@@ -151,16 +142,13 @@ def open_backbone(
         UnknownNameError: The model is unknown.
     """
     name = "" if model is None or isinstance(model, nn.Module) else os.fspath(model)
-    if isinstance(model, nn.Module):
-        opened = open_model(model, checkpoint, random)
-    elif name.startswith(TORCHVISION):
-        found = _open_torchvision(name.removeprefix(TORCHVISION), checkpoint, random, image_size)
-        opened = Opened(found, "random" if random else f"file {Path(str(checkpoint)).name}", None)
-    elif _is_of_transformers(Path(name)):
+    if name.startswith(TORCHVISION):
+        source = "random" if random else f"file {Path(str(checkpoint)).name}"
+        return Opened(open_torchvision(name, checkpoint, random, image_size), source, None)
+    if name and is_of_transformers(Path(name)):
         _refuse(name, "is a folder with weights", checkpoint, random, {})
-        opened = Opened(_open_transformers(Path(name)), f"folder {Path(name).name}", None)
-    else:
-        opened = open_model(model, checkpoint, random, image_size=image_size, drop_classifier=True)
+        return Opened(open_transformers(Path(name)), f"folder {Path(name).name}", None)
+    opened = open_model(model, checkpoint, random, image_size=image_size, drop_classifier=True)
     return opened._replace(model=adapt(opened.model))
 
 
@@ -195,58 +183,3 @@ def _config(name: str) -> Any:
     except RuntimeError as error:
         hint = "Leave out the part after the dot for the default weights."
         raise UnknownNameError(f"{shorten(error)} {hint}") from error
-
-
-def _open_torchvision(
-    name: str, checkpoint: str | Path | None, random: bool, image_size: int | tuple[int, int] | None
-) -> nn.Module:
-    """A torchvision classifier without its last linear layers."""
-    from torchvision import models as torchvision_models
-
-    if name not in torchvision_models.list_models(torchvision_models):
-        near = difflib.get_close_matches(name, torchvision_models.list_models(torchvision_models), 3)
-        hint = f" Did you mean {', '.join(TORCHVISION + one for one in near)}?" if near else ""
-        raise UnknownNameError(f"There is no model {shorten(TORCHVISION + name)!r}.{hint}")
-    if (checkpoint is not None) == random:
-        given = "both" if random else "none"
-        raise CheckpointError(
-            f"{TORCHVISION}{name} needs --checkpoint FILE, since nothing is downloaded, or --random; got {given}."
-        )
-    options = {"image_size": image_size} if image_size and name.startswith("vit_") else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        found: Any = torchvision_models.get_model(name, weights=None, **options)
-    for part in CLASSIFIERS:
-        if hasattr(found, part):
-            setattr(found, part, nn.Identity())
-    if checkpoint is not None:
-        found.pretrained_cfg = {"architecture": name, "classifier": CLASSIFIERS}
-        load_weights(found, checkpoint, drop_classifier=True)
-    return found.eval()
-
-
-def _is_of_transformers(folder: Path) -> bool:
-    """Whether a folder was written by `save_pretrained` of transformers: its configuration names a type of model."""
-    try:
-        return "model_type" in read_json(folder / "config.json", {})
-    except DataError:
-        return False
-
-
-def _open_transformers(folder: Path) -> nn.Module:
-    """A model in a folder; code in it is not run, and nothing is downloaded."""
-    transformers: Any = require("transformers", "transformers")
-    logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModel.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32
-        )
-    except Exception as error:
-        # transformers raises almost any exception for damaged files.
-        raise CheckpointError(f"{shorten(folder)} could not be opened by transformers: {shorten(error)}.") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    return TransformersModel(model, folder).eval()

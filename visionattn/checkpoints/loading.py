@@ -16,9 +16,7 @@ from visionattn.errors import CheckpointError, shorten
 __all__ = ["load"]
 
 
-def load(
-    path: str | Path, name: str | None = None, *, drop_classifier: bool = False, **model_args: Any
-) -> nn.Module:
+def load(path: str | Path, name: str | None = None, *, drop_classifier: bool = False, **model_args: Any) -> nn.Module:
     """Build the model that a weight file belongs to, with its weights, ready for inference.
 
     For a checkpoint of `visionattn fit`, timm's `model.pretrained_cfg` describes the training images: input_size,
@@ -49,7 +47,11 @@ def load(
         check_name(name)
     file = WeightFile.read(path)
     if drop_classifier:
-        found, model = None, _create_backbone(file, str(name), model_args)
+        if name is None:
+            raise CheckpointError("drop_classifier requires the name of the model.")
+        card, found = file.card, None
+        stated = card.model_args if card is not None and card.name == name.split(".")[0] else {}
+        model = create(name, **{**stated, **model_args, "num_classes": 0})
     else:
         found, args = file.identify(name)
         if found is None:
@@ -57,13 +59,6 @@ def load(
         model = build(file, found, {**args, **model_args})
     file.load_into(model, found, drop_classifier)
     return model.eval()
-
-
-def _create_backbone(file: WeightFile, name: str, model_args: dict[str, Any]) -> nn.Module:
-    """A model without its classifier."""
-    card = file.card
-    stated = card.model_args if card is not None and card.name == name.split(".")[0] else {}
-    return create(name, **{**stated, **model_args, "num_classes": 0})
 
 
 def _load_folder(folder: Path, model_args: dict[str, Any]) -> nn.Module:
