@@ -1,6 +1,7 @@
 """A self-contained folder to run a model without PyTorch: `visionattn export NAME --bundle FOLDER`.
 
     model.onnx, model.int8.onnx, model.fp16.onnx     the file and its variants
+    model.tower.onnx, model.head.onnx                instead, for attribute retrieval
     card.json, README.md                             description, quality loss and cost
     LICENSE, labels.txt, weights.md                  if applicable
     sample/                                          an image and PyTorch's result for it
@@ -26,8 +27,9 @@ import visionattn_runtime
 from visionattn.errors import ExportError
 from visionattn.export.api import export
 from visionattn.export.bundle import card as cards
-from visionattn.export.bundle.sample import compute_expected, draw_result, sample_images, write_images
+from visionattn.export.bundle.sample import check_sample, compute_expected, draw_result, sample_images, write_images
 from visionattn.export.onnx import OnnxFile
+from visionattn.export.spec import ExportSpec
 from visionattn.export.trace import TIME_LIMIT
 from visionattn.files import atomic_folder
 from visionattn.opening import open_model
@@ -95,7 +97,8 @@ def export_bundle(
 
     Raises:
         ExportError: The model cannot be exported, or the verification of the bundle fails.
-        InputError: The folder contains something else, or the model does not accept an argument.
+        InputError: The folder contains something else, the model does not accept an argument, or there is no sample
+            image for its task.
         VisionAttnError: The model could not be opened, or has no weights.
     """
     tell = progress or (lambda line: None)
@@ -103,6 +106,7 @@ def export_bundle(
     with atomic_folder(folder, overwrite, CARD) as room:
         model_args: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         network = open_model(model, checkpoint, image_size=size, **model_args).model
+        check_sample(ExportSpec.of(network, size, False if static_size else None, opset, "", None, batch))
         files = export(
             model,
             room / MODEL,

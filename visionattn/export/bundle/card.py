@@ -123,7 +123,9 @@ def write_readme(card: dict[str, Any], spec: ExportSpec) -> str:
         f"Task: {card['task']}. Weights: {card['weights']}. Licence of the weights: {card['license']} (`LICENSE`).",
         f"Input: {', '.join(spec.input_names)}, {spec.input_order}, {size}"
         + (" or another size" if spec.dynamic_size else "")
-        + f"; output: {', '.join(spec.output_names)}. The files' metadata state the preprocessing of images.",
+        + f"; output: {'embeddings' if spec.pair else ', '.join(spec.output_names)}. The files' metadata state the "
+        "preprocessing of images.",
+        *([_pair_text(spec)] if spec.pair else []),
         "\n".join([head, dashes, *rows]),
         "error: largest deviation from PyTorch's result for the sample, over 99.9 % of its values."
         + (f" {quality[0]['metric']}: on {card['measured_on']}; speed: paired runs, one thread." if quality else "")
@@ -137,6 +139,14 @@ def write_readme(card: dict[str, Any], spec: ExportSpec) -> str:
         "for C++.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _pair_text(spec: ExportSpec) -> str:
+    return (
+        "`model.onnx` is the common name of `model.tower.onnx`, from an image to tokens, and `model.head.onnx`, from "
+        f"tokens and attributes' ids to embeddings of length 1. Attributes: {', '.join(spec.attributes or [])}. Times "
+        "are those of the tower."
+    )
 
 
 def _row(variant: dict[str, Any], quality: bool) -> str:

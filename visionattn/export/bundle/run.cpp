@@ -2,6 +2,7 @@
 //
 //   g++ -std=c++17 -O2 run.cpp -I ONNXRUNTIME/include -L ONNXRUNTIME/lib -lonnxruntime -o run
 //   ./run model.onnx sample/input.ppm                    (stereo: sample/left.ppm sample/right.ppm)
+//   ./run model.tower.onnx sample/input.ppm              (attribute retrieval; runs model.head.onnx too)
 //
 // The metadata in the file say how pixels are prepared: x = (pixel / 255 * (high - low) + low - mean) / std.
 
@@ -14,6 +15,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -65,6 +67,37 @@ std::vector<float> numbers(const std::string& text, std::vector<float> otherwise
   return found;
 }
 
+// Number of strings in a list such as ["colour", "kind"].
+int64_t count_strings(const std::string& list) {
+  int64_t quotes = 0;
+  for (size_t i = 0; i < list.size(); ++i) {
+    if (list[i] == '\\') {
+      ++i;  // what it escapes is part of a string
+    } else if (list[i] == '"') {
+      ++quotes;
+    }
+  }
+  return quotes / 2;
+}
+
+// Tokens of an image -> embeddings for all attributes, by the head that belongs to the tower.
+std::vector<Ort::Value> embed(Ort::Env& env, const Ort::Session& tower, std::string path, const Ort::Value& tokens) {
+  const size_t place = path.rfind(".tower.");
+  if (place == std::string::npos) throw std::runtime_error("no name of a tower: " + path);
+  Ort::Session head(env, path.replace(place, 7, ".head.").c_str(), Ort::SessionOptions());
+  if (entry(head, "pair") != entry(tower, "pair")) throw std::runtime_error("of another model: " + path);
+  std::vector<int64_t> ids(count_strings(entry(tower, "attributes")));
+  std::iota(ids.begin(), ids.end(), 0);
+  const int64_t count = ids.size();
+  auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+  Ort::IoBinding binding(head);
+  binding.BindInput("tokens", tokens);
+  binding.BindInput("conditions", Ort::Value::CreateTensor<int64_t>(memory, ids.data(), ids.size(), &count, 1));
+  binding.BindOutput("embeddings", memory);
+  head.Run(Ort::RunOptions(), binding);
+  return binding.GetOutputValues();
+}
+
 int main(int argc, char** argv) try {
   if (argc < 3) throw std::runtime_error("usage: run MODEL.onnx IMAGE.ppm [IMAGE.ppm]");
   Ort::Env env(ORT_LOGGING_LEVEL_ERROR, "run");
@@ -108,10 +141,12 @@ int main(int argc, char** argv) try {
   auto output_name = session.GetOutputNameAllocated(0, allocator);
   const char* output_names[] = {output_name.get()};
   auto outputs = session.Run(Ort::RunOptions(), input_names.data(), inputs.data(), count, output_names, 1);
+  const bool pair = !entry(session, "pair").empty();
+  if (pair) outputs = embed(env, session, argv[1], outputs[0]);
 
   const auto info = outputs[0].GetTensorTypeAndShapeInfo();
   const size_t size = info.GetElementCount();
-  std::printf("%s", output_name.get());
+  std::printf("%s", pair ? "embeddings" : output_name.get());
   for (int64_t side : info.GetShape()) std::printf(" %lld", static_cast<long long>(side));
   double sum = 0;
   const bool bytes_out = info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;

@@ -7,6 +7,11 @@
 //   const spec = readSpec(await (await fetch("card.json")).json(), "model.onnx");
 //   const session = await ort.InferenceSession.create("model.onnx");
 //   const output = await run(ort, session, spec, [{ data, height, width }]);
+//
+// A model for attribute retrieval has two files, model.tower.onnx and model.head.onnx:
+//
+//   const tokens = await run(ort, tower, spec, [{ data, height, width }]);
+//   const embeddings = await embed(ort, head, spec, tokens, ["colour"]);
 
 /** What a file says about itself, of the card: its metadata, read. */
 export function readSpec(card, file) {
@@ -52,6 +57,15 @@ export async function run(ort, session, spec, images) {
   return (await session.run(feeds))[spec.output_names[0]];
 }
 
+/** Tokens of a tower -> embeddings (1, A, E) for A attributes, by default all, from the head. */
+export async function embed(ort, session, spec, tokens, names = spec.attributes) {
+  const unknown = names.find((name) => !spec.attributes.includes(name));
+  if (unknown !== undefined) throw new Error(`There is no attribute ${unknown}: use ${spec.attributes.join(", ")}.`);
+  const ids = BigInt64Array.from(names, (name) => BigInt(spec.attributes.indexOf(name)));
+  const conditions = new ort.Tensor("int64", ids, [ids.length]);
+  return (await session.run({ tokens, conditions })).embeddings;
+}
+
 /** Logits -> probabilities. */
 export function softmax(logits) {
   const most = Math.max(...logits);
@@ -93,8 +107,10 @@ async function main([file, ...paths]) {
   const spec = readSpec(card, basename(file));
   const images = paths.map((path) => readPpm(readFileSync(path)));
   if (images.length !== spec.input_names.length) throw new Error(`Give ${spec.input_names.length} image(s).`);
-  const session = await ort.InferenceSession.create(readFileSync(file));
-  const output = await run(ort, session, spec, images);
+  const open = (path) => ort.InferenceSession.create(readFileSync(path));
+  const part = (name) => file.replace(/\.onnx$/, `.${name}.onnx`);
+  let output = await run(ort, await open(spec.pair ? part("tower") : file), spec, images);
+  if (spec.pair) output = await embed(ort, await open(part("head")), spec, output);
   if (spec.task === "restore") {
     const { data, height, width } = toPixels(output, spec);
     const kind = data.length === height * width ? "P5" : "P6";
@@ -107,7 +123,7 @@ async function main([file, ...paths]) {
   } else {
     const values = Array.from(output.data);
     const mean = values.reduce((a, b) => a + b, 0) / values.length;
-    console.log(`${spec.output_names[0]} ${output.dims.join(" x ")}, mean ${mean.toFixed(6)}`);
+    console.log(`${spec.pair ? "embeddings" : spec.output_names[0]} ${output.dims.join(" x ")}, mean ${mean.toFixed(6)}`);
   }
 }
 

@@ -12,15 +12,26 @@ from torch import Tensor, nn
 
 from visionattn.data.matching.scenes import GeneratedPairs
 from visionattn.errors import InputError
-from visionattn.export.examples import LEAST, load_examples
+from visionattn.export.examples import load_examples
 from visionattn.export.spec import ExportSpec
 from visionattn_runtime import Model, Pair, RunError
 
-__all__ = ["compute_expected", "draw_result", "sample_images", "write_images"]
+__all__ = ["check_sample", "compute_expected", "draw_result", "sample_images", "write_images"]
 
+TASKS = ("classify", "flow", "restore", "retrieve", "stereo")
 SCENE = (256, 384)
 DIGIT = "a digit of scikit-learn's set (Optical Recognition of Handwritten Digits, UCI, CC BY 4.0)"
 PORTRAIT = "a part of the portrait of the astronaut Eileen Collins (NASA, public domain), from scikit-image"
+
+
+def check_sample(spec: ExportSpec) -> None:
+    """Raise `InputError` for a model whose task or number of channels has no sample image."""
+    if spec.task not in TASKS or spec.input_size[0] not in (1, 3):
+        raise InputError(
+            f"A bundle needs a sample image, which is available for 1 or 3 channels and the tasks "
+            f"{', '.join(map(repr, TASKS))}; {spec.model} has the task {spec.task!r} and {spec.input_size[0]} "
+            "channels. Write a file with --output instead."
+        )
 
 
 def sample_images(spec: ExportSpec) -> tuple[list[np.ndarray], str]:
@@ -33,16 +44,11 @@ def sample_images(spec: ExportSpec) -> tuple[list[np.ndarray], str]:
         InputError: There are no images for the task or the number of channels.
         MissingPackageError: The package with the images is not installed.
     """
+    check_sample(spec)
     if spec.task in ("stereo", "flow"):
         size = SCENE if spec.dynamic_size else (spec.input_size[1], spec.input_size[2])
         views = np.asarray(GeneratedPairs(1, size, size[0] / 8)[0].views)
         return list(views), "a generated scene (visionattn.data.matching.scenes)"
-    if spec.task not in LEAST or spec.input_size[0] not in (1, 3):
-        raise InputError(
-            f"A bundle needs a sample image, which is available for 1 or 3 channels and the tasks "
-            f"{', '.join(map(repr, sorted({*LEAST, 'flow'})))}; {spec.model} has the task {spec.task!r} and "
-            f"{spec.input_size[0]} channels."
-        )
     image = load_examples(spec, None)[0].images[0]
     return [image], DIGIT if spec.input_size[0] == 1 and spec.task == "classify" else PORTRAIT
 
