@@ -31,11 +31,14 @@ class Source(NamedTuple):
 
 
 def open_source(
-    backbone: BackboneSource, checkpoint: str | Path | None, random: bool, image_size: int | None
+    backbone: BackboneSource,
+    checkpoint: str | Path | None,
+    random: bool,
+    image_size: int | tuple[int, int] | None,
 ) -> Opened:
     """Open a backbone; a module is copied (errors: see `visionattn.opening.open_backbone`)."""
     if isinstance(backbone, Backbone):
-        backbone = backbone.model
+        return open_source(backbone.model, checkpoint, random, image_size)
     if isinstance(backbone, nn.Module):
         backbone = copy.deepcopy(backbone)
     return open_backbone(backbone, checkpoint, random, image_size=image_size)
