@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -30,7 +30,41 @@ PEAKS = {"u1": 255.0, "u2": 65535.0}
 COPIES = 3
 MOST_MEMORY = 2**30  # MiB, which is a pebibyte
 
+Given = TypeVar("Given", np.ndarray, Tensor, Image.Image)
 
+
+@overload
+def upscale(
+    image: Given,
+    model: str | Path | nn.Module | None = ...,
+    *,
+    scale: int | None = ...,
+    width: int | None = ...,
+    height: int | None = ...,
+    checkpoint: str | Path | None = ...,
+    memory: float | None = ...,
+    overlap: int | None = ...,
+    device: str | torch.device = ...,
+    dtype: str | torch.dtype = ...,
+    engine: str = ...,
+    precision: str | None = ...,
+) -> Given: ...
+@overload
+def upscale(
+    image: str | Path,
+    model: str | Path | nn.Module | None = ...,
+    *,
+    scale: int | None = ...,
+    width: int | None = ...,
+    height: int | None = ...,
+    checkpoint: str | Path | None = ...,
+    memory: float | None = ...,
+    overlap: int | None = ...,
+    device: str | torch.device = ...,
+    dtype: str | torch.dtype = ...,
+    engine: str = ...,
+    precision: str | None = ...,
+) -> Image.Image: ...
 def upscale(
     image: np.ndarray | Tensor | Image.Image | str | Path,
     model: str | Path | nn.Module | None = None,
@@ -45,7 +79,7 @@ def upscale(
     dtype: str | torch.dtype = "auto",
     engine: str = "auto",
     precision: str | None = None,
-) -> Any:
+) -> np.ndarray | Tensor | Image.Image:
     """Upscale an image.
 
     A colour model is applied to a grey image by replicating its channel and averaging the result; a one-channel model
