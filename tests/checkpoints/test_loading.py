@@ -145,3 +145,13 @@ def test_damaged_retrieval_weights(tmp_path, damage):
     torch.save({key: value for key, value in state.items() if value is not None}, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match=r"w\.pt: .*(of its head are missing|attribute_names is damaged)"):
         visionattn.load(tmp_path / "w.pt")
+
+
+def test_without_the_classifier_a_name_is_needed(tmp_path):
+    name = "va_minimal_vit_nano_patch7_28"
+    model, x = build(name, num_classes=4)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    loaded = visionattn.load(tmp_path / "w.safetensors", name, drop_classifier=True)
+    assert torch.equal(loaded(x), model.forward_head(model.forward_features(x), pre_logits=True))
+    with pytest.raises(CheckpointError, match="drop_classifier requires the name of the model"):
+        visionattn.load(tmp_path / "w.safetensors", drop_classifier=True)
