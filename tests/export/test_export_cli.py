@@ -53,7 +53,7 @@ def test_weights_from_a_file(by_name, tmp_path, capsys):
     torch.save(model.state_dict(), weights)
     path = tmp_path / "nano.onnx"
     words = [NANO, "--checkpoint", weights, "--num-classes", 2] if by_name else [weights]
-    assert export(*words, "--output", path, "--no-check") == 0
+    assert export(*words, "--output", path, "--no-check", "--static-size") == 0
     assert "Not checked" in capsys.readouterr().out
     file = OnnxModel(path)
     assert file.spec.weights == "file mine.pth"
@@ -63,11 +63,13 @@ def test_weights_from_a_file(by_name, tmp_path, capsys):
 
 
 def test_weights_from_a_folder(tmp_path, capsys):
-    model = timm.create_model(NANO, num_classes=2)
+    layer = {"depth": 1}
+    model = timm.create_model(NANO, num_classes=2, **layer)
     torch.nn.init.normal_(model.head.weight)
-    timm.models.save_for_hf(model, tmp_path / "folder", safe_serialization=True)
+    timm.models.save_for_hf(model, tmp_path / "folder", model_args=layer, safe_serialization=True)
     assert export(f"local-dir:{tmp_path / 'folder'}", "--output", tmp_path / "nano.onnx") == 0
     assert "random" not in capsys.readouterr().out.splitlines()[0]
+    assert OnnxModel(tmp_path / "nano.onnx").spec.dynamic_axes == ["batch", "height", "width"]
 
 
 @pytest.mark.parametrize(
@@ -152,9 +154,11 @@ def test_sigterm_leaves_no_file(tmp_path, capsys, monkeypatch):
 
 
 def test_the_function_is_the_command(tmp_path):
-    (file,) = visionattn.export(NANO, tmp_path / "net.onnx", num_classes=7, image_size=28, check=False)
+    (file,) = visionattn.export(
+        NANO, tmp_path / "net.onnx", num_classes=7, image_size=28, static_size=True, check=False
+    )
     assert export(NANO, "--output", tmp_path / "command.onnx", "--num-classes", 7, "--input-size", 28, 28,
-                  "--no-check") == 0  # fmt: skip
+                  "--static-size", "--no-check") == 0  # fmt: skip
     images = np.random.default_rng(0).random((2, 1, 28, 28), dtype=np.float32)
     results = [OnnxModel(tmp_path / name)(images)[0] for name in ("net.onnx", "command.onnx")]
     assert file.path == tmp_path / "net.onnx"

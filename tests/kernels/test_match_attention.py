@@ -189,9 +189,11 @@ def test_equals_the_loops(form):
         torch.testing.assert_close(differentiate(function, args), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", [{}, {"similarity": "dot"}, {"shared": True}, {"radius": 2, "heads": 1}], ids=str)
+@pytest.mark.parametrize(
+    "form", [{}, {"similarity": "dot"}, {"shared": True}, {"radius": 2, "heads": 1, "size": (6, 6)}], ids=str
+)
 def test_gradcheck_of_every_input(form):
-    args = arguments(images=1, size=(6, 6), dim=2, **form)
+    args = arguments(**{"images": 1, "size": (4, 5), "dim": 2} | form)
     leaves = [x.requires_grad_() for x in args[:4]]
     assert torch.autograd.gradcheck(lambda *x: operator(*x, *args[4:]), leaves)
 
