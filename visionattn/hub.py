@@ -1,4 +1,4 @@
-"""Weight downloads without a network: one error message at once, and no retries."""
+"""Published weights: what timm knows of them, and their download; without a network one error at once, no retries."""
 
 from __future__ import annotations
 
@@ -11,11 +11,29 @@ from urllib.parse import urlsplit
 
 import timm
 
-from visionattn.errors import CheckpointError, shorten
+from visionattn.errors import CheckpointError, UnknownNameError, shorten
 
-__all__ = ["quick_when_offline"]
+__all__ = ["HOSTED", "published_config", "quick_when_offline"]
+
+HOSTED = ("hf-hub:", "hf_hub:", "local-dir:")
+"""Prefixes of names that stand for weights instead of architectures."""
 
 _PATIENCE = 5.0  # seconds for a connection
+
+
+def published_config(name: str) -> Any:
+    """Configuration that timm has for the weights of a name; None if it is unknown, or refers to weights itself.
+
+    Raises:
+        UnknownNameError: The tag, the part after the dot, is unknown.
+    """
+    if name.startswith(HOSTED):
+        return None
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        hint = "Leave out the part after the dot for the default weights."
+        raise UnknownNameError(f"{shorten(error)} {hint}") from error
 
 
 @contextmanager
@@ -50,13 +68,13 @@ def quick_when_offline(name: str, pretrained: bool) -> Iterator[None]:
 
 
 def _comes_from_hub(name: str, pretrained: bool) -> bool:
-    if name.startswith(("hf-hub:", "hf_hub:")):
-        return True
-    if not pretrained or name.startswith("local-dir:"):
+    if name.startswith(HOSTED):
+        return not name.startswith("local-dir:")
+    if not pretrained:
         return False
     try:
-        config: Any = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # an unknown tag, reported by the caller
+        config = published_config(name)
+    except UnknownNameError:  # reported by the caller
         return False
     return bool(config and config.hf_hub_id and not config.file)
 

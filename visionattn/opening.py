@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.models import get_pretrained_cfg
 from torch import nn
 
 from visionattn import models
 from visionattn.adapters import adapt
 from visionattn.adapters.torchvision import TORCHVISION, open_torchvision
 from visionattn.adapters.transformers import is_of_transformers, open_transformers
-from visionattn.checkpoints.creating import HOSTED, create, create_pretrained
+from visionattn.checkpoints.creating import create, create_pretrained
 from visionattn.checkpoints.loading import load
-from visionattn.errors import CheckpointError, InputError, UnknownNameError, shorten
+from visionattn.errors import CheckpointError, InputError, shorten
+from visionattn.hub import HOSTED, published_config
 
 __all__ = ["WEIGHT_FILES", "Opened", "has_weights", "is_file", "open_backbone", "open_model"]
 
@@ -102,7 +102,7 @@ def _open_named(
         return Opened(load(Path(name)), f"file {Path(name).name}", None)
     if checkpoint is not None and random:
         raise InputError("Weights are random or from a file: leave out --random or --checkpoint.")
-    config = _config(name)
+    config = published_config(name)
     if image_size and config is not None and config.fixed_input_size:
         model_args["img_size"] = image_size
     if checkpoint is not None:
@@ -163,7 +163,7 @@ def has_weights(name: str) -> bool:
     Raises:
         UnknownNameError: The tag is unknown.
     """
-    config = _config(name)
+    config = published_config(name)
     return name.startswith(HOSTED) or bool(config and config.has_weights)
 
 
@@ -172,14 +172,3 @@ def _refuse(name: str, what: str, checkpoint: Any, random: bool, model_args: dic
     options = ["--random"] * random + ["--checkpoint"] * (checkpoint is not None) + options
     if options:
         raise InputError(f"{shorten(name)} {what}: leave out {' and '.join(options)}.")
-
-
-def _config(name: str) -> Any:
-    """Configuration that timm has for the weights of a name; None if it is unknown, or refers to weights itself."""
-    if name.startswith(HOSTED):
-        return None
-    try:
-        return get_pretrained_cfg(name)
-    except RuntimeError as error:
-        hint = "Leave out the part after the dot for the default weights."
-        raise UnknownNameError(f"{shorten(error)} {hint}") from error

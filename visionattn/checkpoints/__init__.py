@@ -9,9 +9,10 @@
 Every error of a weight file is named in `weight_file`.
 """
 
-from visionattn.checkpoints.creating import HOSTED, create, create_pretrained
+from visionattn.checkpoints.creating import create, create_pretrained
 from visionattn.checkpoints.loading import load
 from visionattn.checkpoints.weight_file import WeightFile, classifier_keys, load_weights, read_card
+from visionattn.hub import HOSTED
 
 __all__ = [
     "HOSTED",

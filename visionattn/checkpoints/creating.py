@@ -15,12 +15,9 @@ from visionattn import models
 from visionattn.card import describe
 from visionattn.checkpoints.weight_file import WeightFile
 from visionattn.errors import CheckpointError, ConfigError, UnknownNameError, VisionAttnError, shorten
-from visionattn.hub import quick_when_offline
+from visionattn.hub import HOSTED, published_config, quick_when_offline
 
-__all__ = ["HOSTED", "check_name", "create", "create_pretrained"]
-
-HOSTED = ("hf-hub:", "hf_hub:", "local-dir:")
-"""Prefixes of names that stand for weights instead of architectures."""
+__all__ = ["check_name", "create", "create_pretrained"]
 
 
 def create(
@@ -110,11 +107,7 @@ def create_pretrained(name: str, check: Callable[[nn.Module], None] | None = Non
     hosted = name.startswith(HOSTED)
     if not hosted:
         check_name(name)
-        try:
-            config: Any = timm.get_pretrained_cfg(name)
-        except RuntimeError as error:
-            hint = "Leave out the part after the dot for the default weights."
-            raise UnknownNameError(f"{shorten(error)} {hint}") from error
+        config = published_config(name)
         if check is not None:
             with torch.device("meta"):
                 check(create(name, **model_args))
