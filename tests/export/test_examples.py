@@ -11,7 +11,8 @@ from tests.export import graphs
 from visionattn.data.restore.bicubic import downscale
 from visionattn.errors import DataError, InputError
 from visionattn.export import examples
-from visionattn.export.examples import check_task, feeds, load_examples
+from visionattn.export.examples import check_task, load_examples
+from visionattn.export.fitting import feeds
 from visionattn.export.spec import ExportSpec
 
 

@@ -15,7 +15,7 @@ import torch
 import visionattn
 from visionattn.cli import main
 from visionattn.errors import CheckpointError, InputError, MissingPackageError, UnknownNameError
-from visionattn.export import OnnxModel, api, cli, onnx
+from visionattn.export import OnnxModel, api, cli, write
 from visionattn.export.cli import add_arguments, run
 
 NANO = "va_minimal_vit_nano_patch7_28_minimum"
@@ -147,7 +147,7 @@ def test_sigterm_leaves_no_file(tmp_path, capsys, monkeypatch):
         assert len(list(tmp_path.iterdir())) == 1  # the temporary file
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(onnx, "_trace", terminate)
+    monkeypatch.setattr(write, "trace_graph", terminate)
     assert main(["export", NANO, "--output", str(tmp_path / "nano.onnx")]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "visionattn: stopped by SIGTERM.\n"
     assert not list(tmp_path.iterdir())

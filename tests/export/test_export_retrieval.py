@@ -15,7 +15,7 @@ from visionattn.errors import ExportError, InputError, UnknownNameError
 from visionattn.export import OnnxModel, OnnxRetrieval, export_retrieval
 from visionattn.export.cli import add_arguments
 from visionattn.export.cli import run as export
-from visionattn.export.retrieval import check_retrieval, pair_paths
+from visionattn.export.pair import check_retrieval, pair_paths
 
 ATTRIBUTES = ["colour", "kind", "season", "pattern"]
 

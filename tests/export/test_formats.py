@@ -1,14 +1,9 @@
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
-from torch import nn
 
-from tests.export import toys
-from visionattn.errors import ExportError, InputError
-from visionattn.export.formats import find_format, write_program
+from visionattn.errors import InputError
+from visionattn.export.formats import find_format
 
 
 def test_the_suffix_says_the_format():
@@ -22,25 +17,3 @@ def test_the_suffix_says_the_format():
     ):
         with pytest.raises(InputError, match=message):
             find_format(output, format)
-
-
-def test_a_program_holds_no_operator_of_this_package(tmp_path):
-    file = write_program(toys.Gated(), tmp_path / "gated.pt2", weights="drawn")
-    assert all(row.passed for row in file.rows)
-    assert len({(row.height, row.width) for row in file.rows}) == 3
-    extra = {"visionattn.json": ""}
-    program = torch.export.load(tmp_path / "gated.pt2", extra_files=extra)
-    assert not [node for node in program.graph.nodes if "visionattn" in str(node.target)]
-    assert json.loads(extra["visionattn.json"])["weights"] == "drawn"
-    images = torch.rand(5, 3, 20, 44)
-    torch.testing.assert_close(program.module()(images), toys.Gated()(images))
-
-
-def test_a_wrong_program_is_not_written(tmp_path, monkeypatch):
-    trace = "visionattn.export.onnx._trace"
-    wrong = torch.export.export(nn.Sequential(toys.Toy(), nn.ReLU()), (torch.rand(2, 3, 32, 32),),
-                                dynamic_shapes=({0: torch.export.Dim.AUTO},))  # fmt: skip
-    monkeypatch.setattr(trace, lambda *_: wrong)
-    with pytest.raises(ExportError, match="differ from those of the model"):
-        write_program(toys.Toy(), tmp_path / "toy.pt2", dynamic_size=False)
-    assert not list(tmp_path.iterdir())

@@ -7,7 +7,8 @@ import pytest
 
 from tests.export import graphs
 from visionattn.errors import ExportError
-from visionattn.export.examples import Example, load_examples
+from visionattn.export.examples import load_examples
+from visionattn.export.fitting import Example
 from visionattn.export.quality import Quality, Runner, measure_quality, measure_speed
 from visionattn.export.runtime import OnnxModel
 from visionattn.export.spec import ExportSpec

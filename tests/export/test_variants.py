@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_what_loses_too_much_is_not_written(tmp_path, monkeypatch):
 
 
 def test_no_gain_is_said(written):
-    slow = variants.replace(written[2][1], speed=0.77, recommended=False)
+    slow = replace(written[2][1], speed=0.77, recommended=False)
     assert slow.describe().endswith("0.77 times the speed of float32 here: no gain on this processor, not recommended.")
 
 

@@ -13,12 +13,14 @@ from timm.models import get_model_input_config
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from visionattn.export.formats import find_format, write_program
-from visionattn.export.onnx import OnnxFile, check_input_size, check_opset, export_onnx
-from visionattn.export.retrieval import export_retrieval, pair_paths
-from visionattn.export.spec import ExportSpec
+from visionattn.export.examples import load_data
+from visionattn.export.formats import find_format
+from visionattn.export.onnx import check_input_size, check_opset
+from visionattn.export.pair import pair_paths, tower_and_head
+from visionattn.export.part import whole
 from visionattn.export.trace import TIME_LIMIT
-from visionattn.export.variants import check_data, check_outputs, write_variants
+from visionattn.export.variants import check_outputs, write_measured
+from visionattn.export.write import OnnxFile, write_parts
 from visionattn.files import check_output
 from visionattn.opening import has_weights, is_file, open_model
 
@@ -101,41 +103,25 @@ def export(
     note = " (none are published for this name; give a weight file with --checkpoint (checkpoint=))" if without else ""
     if progress is not None:
         progress(f"Weights: {weights}{note}.")
-    settings: dict[str, Any] = {
-        "input_size": size,
-        "dynamic_size": False if static_size else None,
-        "batch": batch,
-        "weights": weights,
-        "license": licence,
-        "check": check,
-        "time_limit": time_limit,
-        "progress": progress,
-    }
-    if kind == "pt2":
-        return (write_program(network, output, **settings),)
-    settings["opset"] = opset
-    if varies:
-        spec = ExportSpec.of(network, size, settings["dynamic_size"], opset, weights, licence, batch)
-        check_data(spec, int8=int8, test_data=test_data)
-        with tempfile.TemporaryDirectory() as folder:
-            file = export_onnx(network, Path(folder) / "model.onnx", **settings)
-            variants = write_variants(
-                file.path,
-                output,
-                int8=int8,
-                fp16=fp16,
-                preprocess=preprocess,
-                test_data=test_data,
-                overwrite=overwrite,
-                progress=progress,
-            )
-        first = variants[0]
-        return (replace(file, path=first.path, spec=first.spec, bytes=first.bytes, variants=variants),)
-    if getattr(network, "task", "") != "retrieve":
-        return (export_onnx(network, output, **settings),)
-    for path in pair_paths(output):
-        check_output(path, overwrite)
-    return export_retrieval(network, output, **settings)
+    # A program of torch.export has no operator set of ONNX.
+    facts = size, False if static_size else None, 20 if kind == "pt2" else opset, weights, licence, batch
+    is_pair = getattr(network, "task", "") == "retrieve" and kind == "onnx" and not varies
+    if is_pair:
+        for path in pair_paths(output):
+            check_output(path, overwrite)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "model.onnx" if varies else output
+        parts = tower_and_head(network, output, *facts) if is_pair else (whole(network, target, *facts),)
+        data = load_data(parts[0].spec, int8, test_data) if varies else None
+        files = write_parts(parts, check=check, time_limit=time_limit, progress=progress)
+        if data is None:
+            return files
+        file = files[0]
+        variants = write_measured(
+            file.path, file.spec, Path(output), data, fp16=fp16, preprocess=preprocess, progress=progress
+        )
+    first = variants[0]
+    return (replace(file, path=first.path, spec=first.spec, bytes=first.bytes, variants=variants),)
 
 
 def draw_random_weights(model: nn.Module, size: tuple[int, int] | None) -> None:

@@ -11,22 +11,23 @@ import copy
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from visionattn.errors import ExportError, InputError, require
+from visionattn.export.images import check_sizes, frozen, outputs_of, random_images, scaled_size
 from visionattn.export.runtime import OnnxModel
 from visionattn.export.spec import ExportSpec, size_text
 
-__all__ = ["TOLERANCE", "CheckRow", "check_onnx", "check_sizes", "print_rows"]
+__all__ = ["TOLERANCE", "CheckRow", "check_onnx", "check_program", "check_sizes", "print_rows"]
 
 # Largest accepted absolute error: the first number + the second x the spread of the reference over images.
 TOLERANCE = (1e-6, 1e-4)
@@ -80,91 +81,6 @@ class CheckRow:
         found = self.reason or f"error {self.error:.2g}, allowed {self.allowed:.2g}"
         found += f", PyTorch's own in float32 {self.rounding:.2g}" if self.rounding else ""
         return f"{self.output} at {size_text(self.height, self.width)}, batch {self.batch}: {found}"
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    """A float32 copy on the CPU in evaluation mode; the caller's model keeps its mode, dtype and device."""
-    return copy.deepcopy(model).eval().to("cpu", torch.float32).requires_grad_(False)
-
-
-def outputs_of(model: nn.Module, images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Run the model in PyTorch; a single output is returned as a sequence of one.
-
-    Raises:
-        InputError: The model itself does not accept these images.
-    """
-    try:
-        with torch.no_grad():
-            outputs = model(*images)
-    # Each layer may reject a size with another type of exception.
-    except Exception as error:
-        raise InputError(
-            f"{type(model).__name__} itself fails in PyTorch at {size_text(*images[0].shape[2:])}: {error} "
-            "If it takes only one size, export that size with --static-size (dynamic_size=False); if it takes "
-            "multiples of a number, set its attribute `size_multiple`."
-        ) from error
-    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
-
-
-def scaled_size(size: int, factor: float, spec: ExportSpec) -> int:
-    """An accepted size near `factor * size`: a prime if any size is accepted, since no window or patch divides it."""
-    size = max(round(factor * size), spec.size_minimum or 1, 2)
-    if spec.size_multiple > 1:
-        return spec.size_multiple * math.ceil(size / spec.size_multiple)
-    while any(size % divisor == 0 for divisor in range(2, math.isqrt(size) + 1)):
-        size += 1
-    return size
-
-
-def check_sizes(spec: ExportSpec) -> list[tuple[int, int]]:
-    """The sizes at which a file is checked: its own and, if it is dynamic, two very different ones.
-
-    One is taller than wide and, if any size is accepted, not a multiple of any window; the other is the stated
-    minimum, or wider than tall if none is stated.
-    """
-    height, width = spec.input_size[1:]
-    if not spec.dynamic_size:
-        return [(height, width)]
-    tall = scaled_size(height, 1.6, spec), scaled_size(width, 0.6, spec)
-    wide = scaled_size(height, 0.6, spec), scaled_size(width, 1.6, spec)
-    minimum = spec.size_minimum or min(height, width)
-    return [(height, width), tall, (minimum, minimum) if minimum < min(height, width) else wide]
-
-
-def random_images(spec: ExportSpec, batch: int, size: tuple[int, int], seed: int) -> list[torch.Tensor]:
-    """One batch of images per input, in the input range, normalised as stated in the file's metadata.
-
-    Like photographs, the images vary at all scales: each is the mean of noise on the pixel grid, on a grid half as
-    fine, and so on. On white noise, the activations of a network trained on photographs may explode, so that outputs
-    differ by rounding alone.
-
-    Several inputs are views of one scene, each image shifted horizontally by a few pixels of its own. Without true
-    matches, the comparison would depend on which of many wrong matches rounding prefers.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    low, high = spec.input_range
-    channels = spec.input_size[0]
-    mean = torch.tensor(spec.mean or [0.0]).view(-1, 1, 1)
-    std = torch.tensor(spec.std or [1.0]).view(-1, 1, 1)
-    height, width = size
-    reach = width // 8 if len(spec.input_names) > 1 else 0
-    scene_size = height, width + reach
-    octaves = [
-        F.interpolate(torch.rand(batch, channels, *grid, generator=generator), scene_size, mode="bilinear")
-        for grid in _halvings(scene_size)
-    ]
-    scenes = (torch.stack(octaves).mean(0) * (high - low) + low - mean) / std
-    images = []
-    for _ in spec.input_names:
-        starts = torch.randint(reach + 1, (batch,), generator=generator).tolist()
-        images.append(torch.stack([scene[..., x : x + width] for scene, x in zip(scenes, starts)]))
-    return images
-
-
-def _halvings(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """A size, half of it, and so on, while both sides have a pixel."""
-    height, width = size
-    return [(height >> level, width >> level) for level in range(min(size).bit_length())]
 
 
 def check_onnx(
@@ -324,6 +240,35 @@ def _compare(
             errors = tuple(np.quantile(difference, 1 - share, axis=1, method="lower").tolist())
         allowed = tolerance[0] + tolerance[1] * spread + rounding
         rows.append(CheckRow(name, batch, height, width, errors, spread, allowed, why))
+    return rows
+
+
+def check_program(model: nn.Module, path: str | Path, spec: ExportSpec) -> list[CheckRow]:
+    """Compare a program of torch.export with the model, on random images from a fixed seed.
+
+    Raises:
+        ExportError: Some rows fail; the message lists them.
+        InputError: The model or the program fails at a size.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the age of the format
+        program = torch.export.load(path).module()
+    rows = []
+    height, width = spec.input_size[1:]
+    sizes = [(height, width)]
+    if spec.dynamic_size:  # not the minimum size: a program of torch.export fails if an inner axis becomes 1
+        factors = ((1.6, 0.6), (0.6, 1.6))
+        sizes += [(scaled_size(height, y, spec), scaled_size(width, x, spec)) for y, x in factors]
+    for size in sizes:
+        batch = spec.batch or 3
+        images = random_images(spec, batch, size, seed=0)
+        for name, expected, output in zip(spec.output_names, outputs_of(model, images), outputs_of(program, images)):
+            spread = (expected - expected[:1]).abs().max().item() if batch > 1 else expected.abs().max().item()
+            errors = (output - expected).abs().flatten(1).amax(1).tolist()
+            rows.append(CheckRow(name, batch, *size, tuple(errors), spread, TOLERANCE[0] + TOLERANCE[1] * spread))
+    failed = [str(row) for row in rows if not row.passed]
+    if failed:
+        raise ExportError(f"The outputs of the program differ from those of the model: {'; '.join(failed)}.")
     return rows
 
 

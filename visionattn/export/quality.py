@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from visionattn.errors import ExportError, require, shorten
-from visionattn.export.examples import Example, feeds
+from visionattn.export.fitting import Example, feeds
 from visionattn.export.spec import ExportSpec
 from visionattn.metrics.luma import psnr_y, to_uint8
 from visionattn.metrics.matching import disparity_errors
 from visionattn.metrics.ranking import rank
 
-__all__ = ["Quality", "Runner", "measure_quality", "measure_speed"]
+__all__ = ["Quality", "Reference", "Runner", "measure_quality", "measure_speed"]
 
 PAIRS, SECONDS = 25, 5.0  # maximum number of runs of each file in a speed comparison, and maximum time
 
@@ -107,6 +107,39 @@ class Runner:
             return self.session.run(self.spec.output_names[:1], inputs)[0]
         except Exception as error:
             raise ExportError(f"ONNX Runtime cannot run the variant: {shorten(error, 300)}") from error
+
+
+class Reference:
+    """The float32 file that variants are compared with, and its outputs for real data.
+
+    Args:
+        path: The file.
+        spec: Its metadata.
+        examples: Real data.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load or run it.
+    """
+
+    def __init__(self, path: Path, spec: ExportSpec, examples: Sequence[Example]) -> None:
+        self.examples = examples
+        self.bytes = path.stat().st_size
+        self.runner = Runner(path, spec)
+        self.outputs = [self.runner(example) for example in examples]
+        self.quality = measure_quality(spec, examples, self.outputs, self.outputs)
+
+    def compare(self, path: Path, spec: ExportSpec) -> tuple[Quality, float, float]:
+        """Quality, speed and its spread (see `measure_speed`) of a variant; a speed of 0 if its quality is refused.
+
+        Raises:
+            ExportError: ONNX Runtime cannot load or run it.
+        """
+        runner = Runner(path, spec)
+        quality = measure_quality(spec, self.examples, self.outputs, [runner(example) for example in self.examples])
+        if not quality.passed:
+            return quality, 0.0, 0.0
+        smallest = min(self.examples, key=lambda example: example.images[0].size)
+        return quality, *measure_speed(self.runner, runner, smallest)
 
 
 def measure_quality(

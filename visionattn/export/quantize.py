@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from visionattn.errors import ExportError, require
-from visionattn.export.examples import Example, feeds
+from visionattn.export.fitting import Example, feeds
 from visionattn.export.formats import quiet
 from visionattn.export.quality import Quality, Runner, measure_quality
 from visionattn.export.spec import ExportSpec

@@ -46,6 +46,8 @@ _CHOICES = {
     "precision": ("fp32", "fp16", "int8"),
     "output_kind": ("logits", "features", "probabilities", "image", "disparity", "flow"),
 }
+_IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
+_AXES = {"tokens": {0: "batch", 1: "tokens"}, "conditions": {0: "conditions"}}  # of the inputs that are not images
 _LARGEST = 2**31  # bound for sizes, numbers of pixels and numbers of images
 
 
@@ -145,6 +147,12 @@ class ExportSpec:
         # The model must accept the export size itself.
         spec.check_size(*spec.input_size[1:])
         return spec
+
+    @property
+    def axes(self) -> list[dict[int, str]]:
+        """The names of each input's dynamic axes."""
+        inputs = (_AXES.get(name, _IMAGE_AXES) for name in self.input_names)
+        return [{axis: name for axis, name in names.items() if name in self.dynamic_axes} for names in inputs]
 
     @property
     def dynamic_size(self) -> bool:

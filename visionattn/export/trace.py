@@ -22,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from timm.layers import padding
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 
+from visionattn.errors import ExportError
+from visionattn.export.spec import ExportSpec, size_text
 from visionattn.kernels import PlainForms
 
-__all__ = ["TIME_LIMIT", "trace"]
+__all__ = ["TIME_LIMIT", "refusal", "trace", "trace_graph"]
 
 TIME_LIMIT = 300.0  # seconds of CPU time
 
@@ -52,6 +54,51 @@ def trace(
     """
     with _same_padding(), _Forms(time_limit):
         return torch.export.export(model, tuple(args), dynamic_shapes=tuple(dims))
+
+
+def trace_graph(
+    model: nn.Module, inputs: Sequence[Tensor], spec: ExportSpec, time_limit: float = TIME_LIMIT
+) -> ExportedProgram:
+    """Trace a model with the dynamic axes of its metadata.
+
+    Args:
+        model: In evaluation mode.
+        inputs: Example inputs, with more than one element on each dynamic axis, since 1 is a special case.
+        spec: The metadata.
+        time_limit: Maximum CPU time in seconds.
+
+    Raises:
+        ExportError: The model cannot be traced.
+    """
+    units: dict[str, Any] = {}
+    if spec.size_multiple > 1:
+        # Declaring a size as a multiple avoids branches on remainders, which the tracer could not resolve.
+        least = max(1, (spec.size_minimum or 1) // spec.size_multiple)
+        units = {name: spec.size_multiple * Dim(f"{name}_units", min=least) for name in ("height", "width")}
+    dims = [{axis: units.get(name, Dim.DYNAMIC) for axis, name in axes.items()} for axes in spec.axes]
+    try:
+        return trace(model, inputs, dims, time_limit)
+    # The tracer raises whatever the traced code raises, and many exceptions of its own.
+    except Exception as error:
+        raise refusal("torch.export", spec, error) from error
+
+
+def refusal(who: str, spec: ExportSpec, error: Exception) -> ExportError:
+    """The error to raise when a tool cannot export a model: tool, model, reason and remedy."""
+    size = size_text(*spec.input_size[1:])
+    dynamic = f" with dynamic {', '.join(spec.dynamic_axes)}" if spec.dynamic_axes else ""
+    text = f"{who} cannot export {spec.model}{dynamic}. Reason: {_reason(error)}"
+    if spec.dynamic_size:
+        text += f" To export one fixed size ({size}) instead, use --static-size (dynamic_size=False)."
+    return ExportError(text)
+
+
+def _reason(error: BaseException) -> str:
+    """The lines of an exporter's long message that state the cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join([line for line in lines if line.startswith("- ")][:3] or lines[:1])
 
 
 class _Forms(PlainForms):

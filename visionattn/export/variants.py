@@ -2,15 +2,13 @@
 
     F.onnx -> F.int8.onnx, F.fp16.onnx            --format ort: F.ort, F.int8.ort, F.fp16.ort
 
-Each is compared with the float32 file on real data by its task's metric (`visionattn.export.quality`) before it is
-written.
+Each is compared with the float32 file on real data before it is written (`visionattn.export.variant`).
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +16,18 @@ from rich.console import Console
 from rich.table import Table
 
 from visionattn.errors import InputError, require, shorten
-from visionattn.export.examples import LEAST, Example, check_task, load_examples
-from visionattn.export.formats import find_format, write_ort
+from visionattn.export.examples import RealData, check_task, load_data
+from visionattn.export.fitting import Example
+from visionattn.export.formats import find_format
 from visionattn.export.half import to_half
-from visionattn.export.preprocess import with_preprocessing
-from visionattn.export.quality import Quality, Runner, measure_quality, measure_speed
+from visionattn.export.quality import Reference
 from visionattn.export.quantize import quantize
 from visionattn.export.runtime import OnnxModel
 from visionattn.export.spec import ExportSpec
-from visionattn.files import atomic_path, check_output
+from visionattn.export.variant import Variant, write_variant
+from visionattn.files import check_output
 
-__all__ = ["Variant", "check_data", "check_outputs", "print_variants", "variant_path", "write_variants"]
-
-GAIN = 1.05  # smallest speed-up at which a variant is recommended
-SMALLER = 0.75  # relative size below which a float16 variant is recommended
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A variant of an exported file, compared with the float32 file.
-
-    Attributes:
-        path: The file.
-        spec: Its metadata.
-        bytes: Its size; 0 if it was refused.
-        quality: The metric of the float32 file and of this one; None if nothing was measured.
-        speed: Speed-up over the float32 file with one thread on this processor: median of paired runs.
-        spread: Half the interquartile range of `speed`.
-        kept: Nodes left in float, since their quantisation loses too much.
-        recommended: Whether it is faster or, for float16, smaller.
-        refused: Why it was not written; empty if it was.
-    """
-
-    path: Path
-    spec: ExportSpec
-    bytes: int
-    quality: Quality | None = None
-    speed: float = 1.0
-    spread: float = 0.0
-    kept: tuple[str, ...] = ()
-    recommended: bool = True
-    refused: str = ""
-
-    def describe(self) -> str:
-        """One sentence: why it was refused, or its size and speed."""
-        if self.refused:
-            return f"{self.path.name} was not written: {self.refused}."
-        text = f"{self.path.name}: {self.bytes / 1e6:.2f} MB, {self.speed:.2f} times the speed of float32 here"
-        if self.kept:
-            text += f", {len(self.kept)} layers in float ({shorten(', '.join(self.kept))})"
-        return text + ("." if self.recommended else ": no gain on this processor, not recommended.")
+__all__ = ["Variant", "check_outputs", "print_variants", "variant_path", "write_measured", "write_variants"]
 
 
 def variant_path(path: str | Path, precision: str) -> Path:
@@ -89,21 +49,8 @@ def check_outputs(
         check_output(variant_path(output, precision), overwrite)
 
 
-def check_data(spec: ExportSpec, *, int8: bool | str | Path = False, test_data: str | Path | None = None) -> None:
-    """Raise the errors of `write_variants` about a task or its real data (arguments: see there)."""
-    check_task(spec)
-    if int8:
-        load_examples(spec, _folder(int8), LEAST[spec.task])
-    if test_data is not None:
-        load_examples(spec, test_data)
-
-
-def _precisions(int8: bool | str | Path, fp16: bool) -> list[str]:
+def _precisions(int8: Any, fp16: bool) -> list[str]:
     return ["fp32", *(name for name, asked in (("int8", int8), ("fp16", fp16)) if asked)]
-
-
-def _folder(int8: bool | str | Path) -> Path | None:
-    return None if isinstance(int8, bool) else Path(int8)
 
 
 def write_variants(
@@ -146,81 +93,54 @@ def write_variants(
     if spec.precision not in (None, "fp32") or spec.input_type == "uint8":
         raise InputError(f"{shorten(source)} is itself a variant: give the float32 file that it was made from.")
     check_task(spec)
-    writes_first = output != source or preprocess
-    if writes_first:
+    if output != source or preprocess:
         check_output(output, overwrite)
-    examples = load_examples(spec, _folder(int8) if test_data is None else test_data)
+    data = load_data(spec, int8, test_data)
+    return write_measured(source, spec, output, data, fp16=fp16, preprocess=preprocess, progress=progress)
+
+
+def write_measured(
+    source: Path,
+    spec: ExportSpec,
+    output: Path,
+    data: RealData,
+    *,
+    fp16: bool,
+    preprocess: bool,
+    progress: Callable[[str], None] | None,
+) -> tuple[Variant, ...]:
+    """Write variants of a float32 file with data that is already read (see `write_variants`).
+
+    Args:
+        source: The float32 file.
+        spec: Its metadata.
+        output: File after which the variants are named.
+        data: Examples to measure on, and those for the calibration of int8, which is written if there are any.
+        fp16: See `write_variants`, also for the following arguments.
+        preprocess: All files take uint8 images.
+        progress: Called with a line at the start of each step.
+    """
     tell = progress or (lambda line: None)
+    reference = Reference(source, spec, data.test)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        writer = _Writer(source, spec, examples, preprocess, Path(folder), tell)
-        first = writer.write(require("onnx", "export").load(source), "fp32", output if writes_first else None)
-        rows = [first]
-        for precision in _precisions(int8, fp16)[1:]:
-            path = variant_path(output, precision)
+        for precision in _precisions(data.calibration, fp16):
             kept: tuple[str, ...] = ()
-            if precision == "int8":
+            if precision == "fp32":
+                if output == source and not preprocess:
+                    rows.append(Variant(source, spec, reference.bytes, reference.quality))
+                    continue
+                model = require("onnx", "export").load(source)
+            elif precision == "int8":
                 tell("Quantising to int8.")
-                calibrating = load_examples(spec, _folder(int8), LEAST[spec.task])
-                made = quantize(source, spec, calibrating, Path(folder), tell)
+                made = quantize(source, spec, data.calibration, Path(folder), tell)
                 model, kept = made.model, made.kept
             else:
                 tell("Converting to float16.")
                 model = to_half(source)
-            rows.append(replace(writer.write(model, precision, path), kept=kept))
+            path = variant_path(output, precision)
+            rows.append(write_variant(model, spec, precision, path, reference, preprocess, kept, tell))
     return tuple(rows)
-
-
-class _Writer:
-    """Writes the variants of one file, each after it was measured."""
-
-    def __init__(
-        self,
-        source: Path,
-        spec: ExportSpec,
-        examples: Sequence[Example],
-        preprocess: bool,
-        folder: Path,
-        tell: Callable[[str], None],
-    ) -> None:
-        self.source, self.spec, self.examples = source, spec, examples
-        self.preprocess, self.folder, self.tell = preprocess, folder, tell
-        self.runner = Runner(source, spec)
-        self.smallest = min(examples, key=lambda example: example.images[0].size)
-        self.reference = [self.runner(example) for example in examples]
-
-    def write(self, model: Any, precision: str, path: Path | None) -> Variant:
-        """Finish a graph, measure it and write it. Without a path, the source itself is reported as the reference."""
-        if path is None:
-            quality = measure_quality(self.spec, self.examples, self.reference, self.reference)
-            return Variant(self.source, self.spec, self.source.stat().st_size, quality)
-        model, spec = with_preprocessing(model, self.spec) if self.preprocess else (model, self.spec)
-        spec = replace(spec, precision=precision)
-        del model.graph.value_info[:]  # intermediate shapes, which quantisation adds
-        del model.metadata_props[:]
-        require("onnx", "export").helper.set_model_props(model, spec.to_metadata())
-        file = self.folder / f"finished{path.suffix}"
-        if path.suffix.lower() == ".ort":
-            write_ort(model, file)
-        else:
-            file.write_bytes(model.SerializeToString())
-        size = file.stat().st_size
-        if precision == "fp32" and not self.preprocess and path.suffix.lower() != ".ort":
-            quality = measure_quality(spec, self.examples, self.reference, self.reference)
-            speed, spread = 1.0, 0.0  # the graph is the source's
-        else:
-            self.tell(f"Measuring {path.name} on {len(self.examples)} examples.")
-            runner = Runner(file, spec)
-            quality = measure_quality(spec, self.examples, self.reference, list(map(runner, self.examples)))
-            if not quality.passed:
-                return Variant(path, spec, 0, quality, recommended=False, refused=str(quality))
-            speed, spread = measure_speed(self.runner, runner, self.smallest)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(file.read_bytes())
-        gains = precision == "fp32" or speed >= GAIN or (precision == "fp16" and size < SMALLER * self._size())
-        return Variant(path, spec, size, quality, speed, spread, recommended=gains)
-
-    def _size(self) -> int:
-        return self.source.stat().st_size
 
 
 def print_variants(variants: Sequence[Variant], console: Console) -> None:

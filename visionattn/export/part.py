@@ -1,0 +1,72 @@
+"""What becomes one exported file: a model, its metadata and the inputs to trace it with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from visionattn.errors import ExportError, InputError
+from visionattn.export.images import frozen, outputs_of, random_images, scaled_size
+from visionattn.export.spec import ExportSpec
+
+__all__ = ["Part", "whole"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file to write, and the model in it.
+
+    Attributes:
+        path: The file: a program of torch.export if it ends in .pt2, otherwise ONNX.
+        model: The model, in float32 and evaluation mode on the CPU.
+        spec: The file's metadata.
+        inputs: Inputs to trace with, with more than one element on each dynamic axis, since 1 is a special case.
+        pair: For the head of a pair, the model that tower and head are compared with.
+    """
+
+    path: Path
+    model: nn.Module
+    spec: ExportSpec
+    inputs: Sequence[torch.Tensor]
+    pair: nn.Module | None = None
+
+
+def whole(
+    model: nn.Module,
+    path: str | Path,
+    input_size: tuple[int, int] | None,
+    dynamic_size: bool | None,
+    opset: int,
+    weights: str,
+    license: str | None,
+    batch: int | None,
+) -> Part:
+    """A model of images as one file (arguments: see `export_onnx`).
+
+    Batch, height and width of its inputs are no special cases: not 1, native, square or a multiple of a window. A
+    traced branch is then that of the general case, such as non-zero padding. The sizes are larger than the native
+    ones: the tracer treats a size of 1, such as the number of windows of a small map, as constant.
+
+    Raises:
+        ExportError: The model does not return one output per name.
+        InputError: The model does not accept the size.
+    """
+    if batch is not None and batch < 1:
+        raise InputError(f"The batch must be at least 1; got {batch}.")
+    model = frozen(model)
+    spec = ExportSpec.of(model, input_size, dynamic_size, opset, weights, license, batch)
+    height, width = spec.input_size[1:]
+    if spec.dynamic_size:
+        height, width = scaled_size(height, 1.25, spec), scaled_size(width, 1.5, spec)
+    images = random_images(spec, spec.batch or 2, (height, width), seed=0)
+    outputs = len(outputs_of(model, images))
+    if outputs != len(spec.output_names):
+        raise ExportError(
+            f"{spec.model} returns {outputs} outputs, but has the output names {', '.join(spec.output_names)}. "
+            "Set its attribute `output_names` to one name per output."
+        )
+    return Part(Path(path), model, spec, images)

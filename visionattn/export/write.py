@@ -1,0 +1,130 @@
+"""Write the files of a model, each in three steps, and put them in place only after all have passed their checks.
+
+torch.export with symbolic axes (`visionattn.export.trace`) -> ONNX, or a program, with metadata
+(`visionattn.export.translate`) -> comparison with PyTorch (`visionattn.export.check`, `visionattn.export.pair`)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from visionattn.errors import ExportError, shorten
+from visionattn.export.check import CheckRow, check_onnx, check_program
+from visionattn.export.images import check_sizes
+from visionattn.export.pair import check_retrieval
+from visionattn.export.part import Part
+from visionattn.export.spec import ExportSpec
+from visionattn.export.trace import TIME_LIMIT, trace_graph
+from visionattn.export.translate import save_program, translate
+from visionattn.files import atomic_path
+
+__all__ = ["OnnxFile", "write_parts"]
+
+# A protobuf message, and so a file that contains its own weights, is limited to 2 GiB; the graph needs some of it.
+MAX_WEIGHT_BYTES = 2**31 - 2**24
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An exported file.
+
+    Attributes:
+        path: The file.
+        spec: Its metadata.
+        nodes: Number of operators in its graph.
+        bytes: Its size.
+        seconds: Duration of the export, including the check.
+        rows: The rows of the check; empty without a check.
+        variants: The files that `visionattn.export` wrote, this one first, each with its quality and speed (see
+            `visionattn.export.variants.Variant`); empty without variants.
+    """
+
+    path: Path
+    spec: ExportSpec
+    nodes: int
+    bytes: int
+    seconds: float
+    rows: list[CheckRow]
+    variants: tuple[Any, ...] = ()
+
+
+def write_parts(
+    parts: Sequence[Part],
+    *,
+    check: bool = True,
+    time_limit: float = TIME_LIMIT,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[OnnxFile, ...]:
+    """Write a model as one file, or as a tower and a head.
+
+    Args:
+        parts: The files to write.
+        check: Compare them with the model.
+        time_limit: Maximum CPU time for tracing a file, in seconds.
+        progress: Called with a line at the start of each step.
+
+    Raises:
+        ExportError: The model cannot be exported in this form or in this time, its weights are not finite, or the
+            outputs of a file differ from its own.
+        StorageError: A file could not be written.
+    """
+    files = []
+    with ExitStack() as stack:
+        paths = [stack.enter_context(atomic_path(part.path)) for part in parts]
+        for part, path in zip(parts, paths):
+            files.append(_write(part, path, paths[0], check, time_limit, progress or (lambda line: None)))
+    return tuple(files)
+
+
+def _write(
+    part: Part, path: Path, tower: Path, check: bool, time_limit: float, tell: Callable[[str], None]
+) -> OnnxFile:
+    start, spec = time.perf_counter(), part.spec
+    is_program = path.suffix.lower() == ".pt2"
+    if not is_program:
+        _check_weights(part.model)
+    if part.pair is not None:
+        tell("Tracing, translating and checking the head.")
+        tell = lambda line: None  # noqa: E731
+    steps = (1 if is_program else 2) + check
+    duration = "; large networks take minutes" if is_program else f", usually a few seconds, at most {time_limit:.0f} s"
+    tell(f"Exporting {spec.model}, step 1 of {steps}: tracing{duration}.")
+    traced = trace_graph(part.model, part.inputs, spec, time_limit)
+    if is_program:
+        nodes = save_program(traced, spec, path)
+    else:
+        seconds = time.perf_counter() - start  # translating takes 0.4 to 1.3 times as long as tracing
+        tell(f"Step 2 of {steps}: translating {len(traced.graph.nodes):,} operations, about {1.3 * seconds:.0f} s.")
+        nodes = translate(traced, spec, path)
+    rows: list[CheckRow] = []
+    if check and is_program:
+        tell("Step 2 of 2: comparing the program with the model.")
+        rows = check_program(part.model, path, spec)
+    elif check and part.pair is not None:
+        rows = check_retrieval(part.pair, tower, path)
+    elif check:
+        tell(f"Step 3 of {steps}: comparing the file with PyTorch at {len(check_sizes(spec))} sizes.")
+        rows = check_onnx(part.model, path)
+    return OnnxFile(part.path, spec, nodes, path.stat().st_size, time.perf_counter() - start, rows)
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raise `ExportError` for weights that are not finite, or too large for one file."""
+    # Buffers may be masks, which contain infinities.
+    wrong = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    wrong += [name for name, buffer in model.named_buffers() if buffer.isnan().any()]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ExportError(
+            f"The weights contain values that are not finite: {shorten(wrong[0])}{more}. Train the model again."
+        )
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if size > MAX_WEIGHT_BYTES:
+        raise ExportError(f"The weights take {size / 1e9:.1f} GB; a single ONNX file must be smaller than 2.1 GB.")
