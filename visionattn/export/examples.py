@@ -158,7 +158,7 @@ def _packaged(spec: ExportSpec) -> list[_Sample]:
     data = require("skimage.data", "images")
     pictures = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.stereo_motorcycle()[0]]
     quarters = [part for picture in pictures for part in _quarters(picture)]
-    return [((picture,), None) for picture in _spread(quarters, _MOST[spec.task])]
+    return [((picture,), None) for picture in _spread(quarters, _MOST.get(spec.task, len(quarters)))]
 
 
 @cache
