@@ -106,9 +106,9 @@ class TestHaloAttention(OperatorContract):
 
         return [
             case(size=(5, 7), dim_v=6),
-            case(border="zero", index="timm", size=(5, 9)),
-            case(stride=2, size=(8, 11), dim_v=8),
-            case(images=2, heads=2, size=(5, 4), dim_v=6),
+            case(border="zero", index="timm", size=(3, 9)),
+            case(stride=2, size=(4, 11), dim_v=8),
+            case(images=2, heads=2, size=(3, 4), dim_v=6),
             case(border="zero", size=(5, 6)),
             case(stride=2, index="timm", border="zero", size=(4, 6), block=2),
             case(block=2, halo=3, size=(5, 4)),  # a window of four blocks
