@@ -135,3 +135,13 @@ def test_pages_in_a_browser(served):
 @pytest.mark.parametrize("name", sorted(plots.ALL))
 def test_plots_are_of_the_rows(name):
     assert f"<dc:title>{plots.digest(name)}</dc:title>" in (plots.PLOTS / f"{name}.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted((ROOT / "docs/blocks").glob("*.md")), ROOT / "docs/mixers.md"], ids=lambda p: p.stem
+)
+def test_explanations_have_a_figure(page):
+    """Drawn by tools/explanation_figures.py: small, and with a text that says what it shows."""
+    found = re.findall(r"!\[([^\]]{60,})\]\((\S+\.svg)\)", page.read_text())
+    assert [name for _, name in found] == [f"{page.stem}.svg"]
+    assert (page.parent / found[0][1]).stat().st_size <= 40_000
