@@ -1,6 +1,6 @@
 """Write the tables of the README and of the documentation from the CSV files in results/.
 
-    python -m benchmarks.tables            # write them anew
+    python -m benchmarks.tables            # write them again
     python -m benchmarks.tables --check    # exit 1 where a page differs from its CSV
 
 A page holds a table between `<!-- results: NAME -->` and `<!-- /results -->`. The tables
@@ -53,7 +53,7 @@ TABLES: dict[str, Callable[[], str]] = {name: table for room in ROOMS for name, 
 
 
 def render(page: str) -> str:
-    """A page with its tables written anew."""
+    """A page with its tables rewritten."""
     return BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], page)
 
 

@@ -42,6 +42,7 @@ BETTER = {
     r"\b(?:goes|go|gone|went) on (?:where|from there|behind)\b": "resume",
     r"\bunasked\b": "without being asked, by default",
     r"\bwhat is what\b": "see",
+    r"\banew\b": "again",
     r": likewise[.,;]": "describe the argument",
     rf"\b(?:{_DESCRIBED}): of (?:the|its|a|each|all|what)\b": "name it, as in 'seed: Seed of the draws.'",
 }

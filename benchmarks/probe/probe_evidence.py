@@ -10,7 +10,7 @@ a folder its centre crop of 0.875 is taken, so that these rows would change. `--
 (ImageNet-1k) and the CIFAR ResNets as safetensors. Data and backbones that are
 not given are left out.
 
-Each case is one `visionattn probe` in `--runs`, which an interrupted run continues; then its rows are written anew,
+Each case is one `visionattn probe` in `--runs`, which an interrupted run continues; then its rows are written again,
 those of other cases stay. `accuracy` is of the test images at the epoch that a tenth of the training images chose, with
 Wilson's 95 % interval; `ahead` is how much the best EP of the same case by held-out images is ahead, with the
 bootstrap's interval and McNemar's p after Holm. `step_ms` is a training step of the pooling alone over that backbone's

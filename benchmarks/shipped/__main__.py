@@ -1,8 +1,8 @@
-"""Measure every shipped weight file on held-out data, next to its rivals: results/shipped_weights.csv.
+"""Measure every shipped weight file on held-out data, next to its baselines: results/shipped_weights.csv.
 
     python -m benchmarks.shipped --sr SR --published FILES --stereo SCENES --factor teddy=4 --cifar10 SHEETS
 
-| task | option | rivals |
+| task | option | baselines |
 | --- | --- | --- |
 | super-resolution | `--sr`: high-resolution images in `NAME/HR` | bicubic; files of `--published` of the same size |
 | stereo | `--stereo`: scenes with ground truth, `--factor` of their PNGs | OpenCV's SGBM, gaps filled by row |

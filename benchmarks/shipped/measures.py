@@ -1,4 +1,4 @@
-"""What is measured of each shipped weight file, by task, next to simple rivals."""
+"""What is measured of each shipped weight file, by task, next to simple baselines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Measured:
     Attributes:
         weights: The shipped name.
         data: What it was measured on.
-        method: The shipped name, with what belongs to its use; or the rival.
+        method: The shipped name, with what belongs to its use; or the baseline.
         metric: Name and unit.
         value: The number.
     """

@@ -1,4 +1,4 @@
-"""The documentation's table of shipped weights and their rivals."""
+"""The documentation's table of shipped weights and their baselines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from visionattn.weights import SHIPPED
 
 
 def shipped_weights() -> str:
-    """A row for each shipped weight file, data and metric: its numbers, and the rivals'; the best is bold."""
+    """A row for each shipped weight file, data and metric: its numbers, and the baselines'; the best is bold."""
     rows = read_rows(RESULTS / "shipped_weights.csv")
     groups: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in rows:
@@ -24,11 +24,11 @@ def shipped_weights() -> str:
         cells[best] = f"**{cells[best]}**"
         own = [method for method in cells if method.startswith(weights)]
         shipped = ", ".join(cells[method] + _setting(method.removeprefix(weights)) for method in own)
-        rivals = ", ".join(f"{method} {cells[method]}" for method in cells if method not in own)
-        body.append([f"`{weights}`", data, metric, shipped, rivals])
+        baselines = ", ".join(f"{method} {cells[method]}" for method in cells if method not in own)
+        body.append([f"`{weights}`", data, metric, shipped, baselines])
     measured = {row["weights"] for row in rows}
     left_out = [file.stem for file in sorted(SHIPPED.glob("*.safetensors")) if file.stem not in measured]
-    table = markdown(["weights", "data", "metric", "shipped", "rivals"], body) if body else ""
+    table = markdown(["weights", "data", "metric", "shipped", "baselines"], body) if body else ""
     origin = f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n" if rows else ""
     missing = f"\nNot measured yet: {', '.join(f'`{name}`' for name in left_out)}.\n" if left_out else ""
     return (table + origin + missing).lstrip("\n")

@@ -114,7 +114,7 @@ def peak_mib(name: str, kind: str, reference: Path | None, folder: Path, size: t
     torch.set_num_threads(threads)
     engine(name, kind, reference, folder, FIRST)()
     call = engine(name, kind, reference, folder, size)
-    Path("/proc/self/clear_refs").write_text("5")  # the recorded peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the recorded peak
     before = held("VmRSS")
     call()
     return held("VmHWM") - before

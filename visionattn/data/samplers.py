@@ -48,7 +48,7 @@ class EpochSampler(DistributedSampler):
         dataset: Dataset with a length.
         num_replicas: Number of ranks.
         rank: This rank.
-        training: Shuffle anew each epoch and drop, or keep the order and mark copies.
+        training: Reshuffle each epoch and drop, or keep the order and mark copies.
         seed: Seed of the shuffling.
     """
 

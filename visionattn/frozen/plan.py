@@ -310,7 +310,7 @@ def plan_reuse(overlap: Tensor, changes: int, sensitive: Sequence[int] = ()) -> 
 
     Args:
         overlap: (L, L), O_ij of source i and reader j, i <= j.
-        changes: Number of layers after the first that may select anew, not counting sensitive layers.
+        changes: Number of layers after the first that may select again, not counting sensitive layers.
         sensitive: Layers that stay dense and are not used as sources.
 
     Returns:

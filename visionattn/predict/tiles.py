@@ -27,7 +27,7 @@ MIB = 2**20
 # A convolution keeps copies of its input and output in its own layout. Measured on a CPU for SPAN with 26 to 48
 # channels and tiles of 128 to 1024 pixels, process memory besides the live tensors was 1.1 to 2.0 times their size.
 WORKSPACE = 2.0
-# Upper bound of the default on a CPU. Larger activations are allocated from the system anew in every layer: SPAN took
+# Upper bound of the default on a CPU. Larger activations are allocated from the system again in every layer: SPAN took
 # 7 microseconds per pixel in tiles of 256 x 256 pixels, 11 in 512 x 512 and 29 in 1024 x 1024.
 MOST_ON_CPU = 256 * MIB
 PROBE = 48  # side in pixels: small, but large enough that weights do not count as activations

@@ -89,7 +89,7 @@ class Blocked:
             yield slice(image, image + images), slice(row, row + rows), slice(column, column + columns)
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """Memory reused by all chunks: allocating it anew costs more than the computation in it."""
+        """Memory reused by all chunks: allocating it again costs more than the computation in it."""
         size = math.prod(shape)
         if name not in self.memory or self.memory[name].numel() < size:
             self.memory[name] = self.like_q.new_empty(size, dtype=self.dtype)

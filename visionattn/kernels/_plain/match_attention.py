@@ -112,7 +112,7 @@ class Matched:
             yield slice(start, start + queries)
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """Memory reused by all chunks: allocating it anew costs more than the computation in it."""
+        """Memory reused by all chunks: allocating it again costs more than the computation in it."""
         size = math.prod(shape)
         if name not in self.memory or self.memory[name].numel() < size:
             self.memory[name] = self.q.new_empty(size, dtype=self.dtype)
