@@ -46,10 +46,13 @@ def draw_weights(model: nn.Module) -> nn.Module:
 
 
 # The symbolic shapes of each further layer of a kind cost seconds and take no new branch.
+ONE_MATCHING_LAYER = {"widths": (16, 16, 32, 32), "encoder_depths": (1, 1, 1, 1), "depths": (0, 1, 0, 1)}
 ONE_LAYER_OF_A_KIND: dict[str, dict[str, Any]] = {
-    "va_match_stereo_nano": {"encoder_depths": (1, 1, 1, 1), "depths": (0, 1, 0, 1)},
+    "va_match_flow_nano": ONE_MATCHING_LAYER,
+    "va_match_stereo_nano": ONE_MATCHING_LAYER,
     "va_halonet_nano_32": {"depths": (1, 1), "widths": (16, 32), "heads": (1, 2), "stages": ("conv", "halo")},
     "va_minimal_vit_nano_patch7_28_minimum": {"depth": 1},
+    "va_vit_nano_patch7_28": {"depth": 1},
     "va_cca_minimal_vit_nano_patch4_32": {"backbone_args": {"depth": 1}},
     "va_mobilenetv2_ulsam_050_32": {"layout": "v1", "places": (11,)},
 }
@@ -58,7 +61,7 @@ ONE_LAYER_OF_A_KIND: dict[str, dict[str, Any]] = {
 SAME_BRANCHES = {"va_cca_halonet_nano_32": "va_cca_minimal_vit_nano_patch4_32"}
 
 # First size of the check where a network's own is large.
-SMALL = {"va_match_stereo_nano": (192, 224)}
+SMALL = {"va_match_flow_nano": (192, 224), "va_match_stereo_nano": (192, 224)}
 
 
 def export_by_name(name: str, folder: Path, **settings: object) -> OnnxFile:
