@@ -23,7 +23,8 @@ from PIL import Image
 from benchmarks.report import RESULTS, environment, write_rows
 from visionattn.data.matching.stereo import find_scenes
 from visionattn.export import OnnxModel
-from visionattn.export.examples import Example, load_examples, match_example
+from visionattn.export.examples import load_examples
+from visionattn.export.fitting import Example, match_example
 from visionattn.export.spec import ExportSpec
 from visionattn.export.variants import write_variants
 

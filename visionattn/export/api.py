@@ -8,10 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.models import get_model_input_config
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
 from visionattn.export.examples import load_data
 from visionattn.export.formats import find_format
@@ -19,6 +16,7 @@ from visionattn.export.onnx import check_input_size, check_opset
 from visionattn.export.pair import pair_paths, tower_and_head
 from visionattn.export.part import whole
 from visionattn.export.trace import TIME_LIMIT
+from visionattn.export.untrained import draw_random_weights
 from visionattn.export.variants import check_outputs, write_measured
 from visionattn.export.write import OnnxFile, write_parts
 from visionattn.files import check_output
@@ -122,17 +120,3 @@ def export(
         )
     first = variants[0]
     return (replace(file, path=first.path, spec=first.spec, bytes=first.bytes, variants=variants),)
-
-
-def draw_random_weights(model: nn.Module, size: tuple[int, int] | None) -> None:
-    """Initialise an untrained model so that its output depends on its image; otherwise the check proves nothing."""
-    # A layer initialised to zero, as in classifiers, would hide everything before it. Branches that end in batch norm
-    # stay small: with larger ones, deep networks of random weights amplify rounding errors beyond the tolerance.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for parameter in model.parameters():
-            if not parameter.any():
-                nn.init.normal_(parameter, std=0.02 if parameter.ndim > 1 else 0.01)
-        # Untrained batch norm does not normalise, so the signal would vanish over many layers.
-        channels, *default = get_model_input_config(model)["input_size"]
-        update_bn([torch.randn(2, channels, *(size or default))], model)

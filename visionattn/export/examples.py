@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -38,7 +38,11 @@ _MOST = {"restore": 16, "classify": 256, "stereo": 5}
 _GENERATED = (2, (256, 384), 64.0)  # number of scenes, their size, their largest disparity
 
 _T = TypeVar("_T")
-_Sample = tuple[tuple[np.ndarray, ...], Any]  # pictures, ground truth
+
+
+class _Sample(NamedTuple):
+    pictures: tuple[np.ndarray, ...]
+    truth: Any = None
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,10 @@ def load_examples(spec: ExportSpec, folder: str | Path | Sequence[Example] | Non
         DataError: The folder does not exist, or contains too few examples.
         MissingPackageError: The package with the images is not installed.
     """
-    if folder is None:
-        return [fit_example(spec, *sample) for sample in _packaged(spec)]
-    if not isinstance(folder, (str, Path)):
+    if folder is not None and not isinstance(folder, (str, Path)):
         return list(folder)
+    readers = _packaged(spec) if folder is None else _in_folder(spec, Path(folder))
     found, failures = [], []
-    readers = _readers(spec, Path(folder))
     for read in readers:
         try:
             found.append(fit_example(spec, *read()))
@@ -113,8 +115,8 @@ def load_examples(spec: ExportSpec, folder: str | Path | Sequence[Example] | Non
     return found
 
 
-def _readers(spec: ExportSpec, folder: Path) -> list[Callable[[], _Sample]]:
-    """For each chosen example of a folder, the function that reads it."""
+def _in_folder(spec: ExportSpec, folder: Path) -> list[Callable[[], _Sample]]:
+    """Functions that read the chosen examples of a folder."""
     most = _MOST[spec.task]
     if spec.task == "stereo":
         return [partial(_read_scene, scene) for scene in _spread(find_scenes(folder), most)]
@@ -136,29 +138,29 @@ def _labels(spec: ExportSpec, folder: Path) -> dict[Path, int]:
 
 
 def _read_picture(path: Path, mode: str, label: int | None) -> _Sample:
-    return (np.asarray(eight_bits(open_image(path), path).convert(mode)),), label
+    return _Sample((np.asarray(eight_bits(open_image(path), path).convert(mode)),), label)
 
 
 def _read_scene(scene: Any) -> _Sample:
     try:
         pair = scene.read()
     except DataError:  # for example, ground truth in PNGs without a stated factor
-        return (read_rgb(scene.left), read_rgb(scene.right)), None
-    return (pair.left, pair.right), pair.truth
+        return _Sample((read_rgb(scene.left), read_rgb(scene.right)))
+    return _Sample((pair.left, pair.right), pair.truth)
 
 
-def _packaged(spec: ExportSpec) -> list[_Sample]:
-    """The examples from installed packages."""
+def _packaged(spec: ExportSpec) -> list[Callable[[], _Sample]]:
+    """Functions that return the examples from installed packages."""
     if spec.task == "stereo":
-        return [((left, right), truth) for left, right, truth in _stereo_pairs()]
+        return [partial(_Sample, (left, right), truth) for left, right, truth in _stereo_pairs()]
     if spec.input_size[0] == 1 and spec.task == "classify":
         images, labels = load_digits("val")
         chosen = _spread(range(len(images)), _MOST["classify"])
-        return [((images[i],), int(labels[i]) if spec.num_classes == 10 else None) for i in chosen]
+        return [partial(_Sample, (images[i],), int(labels[i]) if spec.num_classes == 10 else None) for i in chosen]
     data = require("skimage.data", "images")
     pictures = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.stereo_motorcycle()[0]]
     quarters = [part for picture in pictures for part in _quarters(picture)]
-    return [((picture,), None) for picture in _spread(quarters, _MOST.get(spec.task, len(quarters)))]
+    return [partial(_Sample, (picture,)) for picture in _spread(quarters, _MOST.get(spec.task, len(quarters)))]
 
 
 @cache

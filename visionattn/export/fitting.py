@@ -65,7 +65,9 @@ def fit_example(spec: ExportSpec, pictures: Sequence[np.ndarray], truth: Any = N
     if spec.task == "stereo":
         return match_example(spec, *pictures, truth)
     image = Image.fromarray(pictures[0]).convert("L" if spec.input_size[0] == 1 else "RGB")
-    return _restored(spec, image) if spec.task == "restore" else _classified(spec, image, truth)
+    if spec.task != "restore":
+        return _classified(spec, image, truth)
+    return _restored(spec, image)
 
 
 def _restored(spec: ExportSpec, image: Image.Image) -> Example:

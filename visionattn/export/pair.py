@@ -69,9 +69,8 @@ def tower_and_head(
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         digest.update(tensor.numpy().tobytes())
-    tower = whole(
-        _Tower(model, digest.hexdigest()[:16]), paths[0], input_size, dynamic_size, opset, weights, license, batch
-    )
+    images_to_tokens = _Tower(model, digest.hexdigest()[:16])
+    tower = whole(images_to_tokens, paths[0], input_size, dynamic_size, opset, weights, license, batch)
     axes = ["batch", "tokens", "conditions"]
     if batch is not None:
         axes = ["tokens", "conditions"] if tower.spec.dynamic_size else ["conditions"]

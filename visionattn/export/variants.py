@@ -36,6 +36,12 @@ def variant_path(path: str | Path, precision: str) -> Path:
     return path if precision == "fp32" else path.with_suffix(f".{precision}{path.suffix}")
 
 
+def variant_paths(output: str | Path, int8: Any, fp16: bool) -> dict[str, Path]:
+    """The files by precision, the float32 file first."""
+    precisions = ["fp32"] + ["int8"] * bool(int8) + ["fp16"] * fp16
+    return {precision: variant_path(output, precision) for precision in precisions}
+
+
 def check_outputs(
     output: str | Path, *, int8: bool | str | Path = False, fp16: bool = False, overwrite: bool = False
 ) -> None:
@@ -45,12 +51,8 @@ def check_outputs(
             "A program of torch.export (.pt2) has no variants: leave out --int8, --fp16 and --preprocess, or write a "
             "file that ends in .onnx or .ort."
         )
-    for precision in _precisions(int8, fp16)[1:]:
-        check_output(variant_path(output, precision), overwrite)
-
-
-def _precisions(int8: Any, fp16: bool) -> list[str]:
-    return ["fp32", *(name for name, asked in (("int8", int8), ("fp16", fp16)) if asked)]
+    for path in list(variant_paths(output, int8, fp16).values())[1:]:
+        check_output(path, overwrite)
 
 
 def write_variants(
@@ -121,13 +123,14 @@ def write_measured(
         progress: Called with a line at the start of each step.
     """
     tell = progress or (lambda line: None)
+    paths = variant_paths(output, data.calibration, fp16)
     reference = Reference(source, spec, data.test)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for precision in _precisions(data.calibration, fp16):
+        for precision, path in paths.items():
             kept: tuple[str, ...] = ()
             if precision == "fp32":
-                if output == source and not preprocess:
+                if path == source and not preprocess:
                     rows.append(Variant(source, spec, reference.bytes, reference.quality))
                     continue
                 model = require("onnx", "export").load(source)
@@ -138,7 +141,6 @@ def write_measured(
             else:
                 tell("Converting to float16.")
                 model = to_half(source)
-            path = variant_path(output, precision)
             rows.append(write_variant(model, spec, precision, path, reference, preprocess, kept, tell))
     return tuple(rows)
 
