@@ -13,9 +13,10 @@ import torch
 from tests.export.contract import draw_weights
 from visionattn.errors import ExportError, InputError, UnknownNameError
 from visionattn.export import OnnxModel, OnnxRetrieval, export_retrieval
+from visionattn.export.check import check_retrieval
 from visionattn.export.cli import add_arguments
 from visionattn.export.cli import run as export
-from visionattn.export.pair import check_retrieval, pair_paths
+from visionattn.export.pair import pair_paths
 
 ATTRIBUTES = ["colour", "kind", "season", "pattern"]
 
@@ -103,7 +104,7 @@ def test_mistakes(exported, tmp_path):
     other = copy.deepcopy(model)
     torch.nn.init.normal_(other.head.proj.weight)
     with pytest.raises(ExportError, match="differ from those of the model in 27 of 27 checks"):
-        check_retrieval(other, *pair_paths(path))
+        check_retrieval(other, *map(OnnxModel, pair_paths(path)))
     shutil.copy(pair_paths(path)[0], tmp_path / "other.tower.onnx")
     with pytest.raises(InputError, match="There is no file"):
         OnnxRetrieval(tmp_path / "other.onnx")

@@ -11,23 +11,34 @@ import copy
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+import torch.nn.functional as F
 from torch import nn
 
-from visionattn.errors import ExportError, InputError, require
-from visionattn.export.images import check_sizes, frozen, outputs_of, random_images, scaled_size
-from visionattn.export.runtime import OnnxModel
+from visionattn.errors import ExportError, InputError
+from visionattn.export.rows import CheckRow, print_rows
+from visionattn.export.runtime import OnnxModel, open_exported
 from visionattn.export.spec import ExportSpec, size_text
 
-__all__ = ["TOLERANCE", "CheckRow", "check_onnx", "check_program", "check_sizes", "print_rows"]
+__all__ = [
+    "TOLERANCE",
+    "CheckRow",
+    "check_file",
+    "check_onnx",
+    "check_program",
+    "check_retrieval",
+    "check_sizes",
+    "frozen",
+    "outputs_of",
+    "print_rows",
+    "random_images",
+    "scaled_size",
+]
 
 # Largest accepted absolute error: the first number + the second x the spread of the reference over images.
 TOLERANCE = (1e-6, 1e-4)
@@ -43,44 +54,100 @@ OUTLIERS = 0.02
 # Draws of images for a model that makes decisions: a flipped decision occurs in one of them, a mistake in all.
 DRAWS = 4
 
+# Largest accepted absolute error of an embedding, whose length is 1.
+EMBEDDING_TOLERANCE = 1e-4
+
+# Batch sizes of the check of embeddings.
+BATCHES = (1, 3, 4)
+
 # If the outputs of a model for two images are closer than this, the check proves nothing: any file would agree.
 LEAST_SPREAD = 1e-4
 _CONSTANT = "the model's outputs for two images differ by"
 
 
-@dataclass(frozen=True)
-class CheckRow:
-    """One comparison. One that is impossible, or proves nothing, has an infinite error and a reason.
+def frozen(model: nn.Module) -> nn.Module:
+    """A float32 copy on the CPU in evaluation mode; the caller's model keeps its mode, dtype and device."""
+    return copy.deepcopy(model).eval().to("cpu", torch.float32).requires_grad_(False)
 
-    `errors` has the largest error of each image; if the model makes decisions, without the fraction `OUTLIERS`.
-    `spread` is the largest difference between the model's outputs for two images: how much an output depends on them.
-    `rounding` is the error of PyTorch itself in float32, if it was computed.
+
+def outputs_of(model: nn.Module, images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Run the model in PyTorch; a single output is returned as a sequence of one.
+
+    Raises:
+        InputError: The model itself does not accept these images.
     """
+    try:
+        with torch.no_grad():
+            outputs = model(*images)
+    # Each layer may reject a size with another type of exception.
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} itself fails in PyTorch at {size_text(*images[0].shape[2:])}: {error} "
+            "If it takes only one size, export that size with --static-size (dynamic_size=False); if it takes "
+            "multiples of a number, set its attribute `size_multiple`."
+        ) from error
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
-    output: str
-    batch: int
-    height: int
-    width: int
-    errors: tuple[float, ...]
-    spread: float
-    allowed: float
-    reason: str = ""
-    rounding: float = 0.0
 
-    @property
-    def error(self) -> float:
-        """The largest error over all images, NaN if any is."""
-        return float(np.max(self.errors))
+def scaled_size(size: int, factor: float, spec: ExportSpec) -> int:
+    """An accepted size near `factor * size`: a prime if any size is accepted, since no window or patch divides it."""
+    size = max(round(factor * size), spec.size_minimum or 1, 2)
+    if spec.size_multiple > 1:
+        return spec.size_multiple * math.ceil(size / spec.size_multiple)
+    while any(size % divisor == 0 for divisor in range(2, math.isqrt(size) + 1)):
+        size += 1
+    return size
 
-    @property
-    def passed(self) -> bool:
-        """Whether the error is allowed; NaN is not."""
-        return self.error <= self.allowed
 
-    def __str__(self) -> str:
-        found = self.reason or f"error {self.error:.2g}, allowed {self.allowed:.2g}"
-        found += f", PyTorch's own in float32 {self.rounding:.2g}" if self.rounding else ""
-        return f"{self.output} at {size_text(self.height, self.width)}, batch {self.batch}: {found}"
+def check_sizes(spec: ExportSpec) -> list[tuple[int, int]]:
+    """The sizes at which a file is checked: its own and, if it is dynamic, two very different ones.
+
+    One is taller than wide and, if any size is accepted, not a multiple of any window; the other is the stated
+    minimum, or wider than tall if none is stated.
+    """
+    height, width = spec.input_size[1:]
+    if not spec.dynamic_size:
+        return [(height, width)]
+    tall = scaled_size(height, 1.6, spec), scaled_size(width, 0.6, spec)
+    wide = scaled_size(height, 0.6, spec), scaled_size(width, 1.6, spec)
+    minimum = spec.size_minimum or min(height, width)
+    return [(height, width), tall, (minimum, minimum) if minimum < min(height, width) else wide]
+
+
+def random_images(spec: ExportSpec, batch: int, size: tuple[int, int], seed: int) -> list[torch.Tensor]:
+    """One batch of images per input, in the input range, normalised as stated in the file's metadata.
+
+    Like photographs, the images vary at all scales: each is the mean of noise on the pixel grid, on a grid half as
+    fine, and so on. On white noise, the activations of a network trained on photographs may explode, so that outputs
+    differ by rounding alone.
+
+    Several inputs are views of one scene, each image shifted horizontally by a few pixels of its own. Without true
+    matches, the comparison would depend on which of many wrong matches rounding prefers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    low, high = spec.input_range
+    channels = spec.input_size[0]
+    mean = torch.tensor(spec.mean or [0.0]).view(-1, 1, 1)
+    std = torch.tensor(spec.std or [1.0]).view(-1, 1, 1)
+    height, width = size
+    reach = width // 8 if len(spec.input_names) > 1 else 0
+    scene_size = height, width + reach
+    octaves = [
+        F.interpolate(torch.rand(batch, channels, *grid, generator=generator), scene_size, mode="bilinear")
+        for grid in _halvings(scene_size)
+    ]
+    scenes = (torch.stack(octaves).mean(0) * (high - low) + low - mean) / std
+    images = []
+    for _ in spec.input_names:
+        starts = torch.randint(reach + 1, (batch,), generator=generator).tolist()
+        images.append(torch.stack([scene[..., x : x + width] for scene, x in zip(scenes, starts)]))
+    return images
+
+
+def _halvings(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """A size, half of it, and so on, while both sides have a pixel."""
+    height, width = size
+    return [(height >> level, width >> level) for level in range(min(size).bit_length())]
 
 
 def check_onnx(
@@ -111,12 +178,17 @@ def check_onnx(
         ExportError: The file is malformed, or some rows fail; the message lists them.
         InputError: The file cannot be loaded, or the model itself fails at a size.
     """
-    onnx = require("onnx", "export")
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"The exported file is not valid ONNX: {error}") from error
-    file = OnnxModel(path)
+    return check_file(model, open_exported(path), sizes, batches, tolerance)
+
+
+def check_file(
+    model: nn.Module,
+    file: OnnxModel,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    batches: Sequence[int] | None = None,
+    tolerance: tuple[float, float] = TOLERANCE,
+) -> list[CheckRow]:
+    """Compare an opened file with the model (see `check_onnx`)."""
     model = frozen(model)
     if batches is None:
         batches = (file.spec.batch or 1, file.spec.batch or 3)
@@ -243,16 +315,13 @@ def _compare(
     return rows
 
 
-def check_program(model: nn.Module, path: str | Path, spec: ExportSpec) -> list[CheckRow]:
+def check_program(model: nn.Module, program: nn.Module, spec: ExportSpec) -> list[CheckRow]:
     """Compare a program of torch.export with the model, on random images from a fixed seed.
 
     Raises:
         ExportError: Some rows fail; the message lists them.
         InputError: The model or the program fails at a size.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the age of the format
-        program = torch.export.load(path).module()
     rows = []
     height, width = spec.input_size[1:]
     sizes = [(height, width)]
@@ -272,23 +341,43 @@ def check_program(model: nn.Module, path: str | Path, spec: ExportSpec) -> list[
     return rows
 
 
-def print_rows(rows: Sequence[CheckRow], console: Console) -> None:
-    """Print the rows of `check_onnx` as a table."""
-    one_size = len({(row.height, row.width) for row in rows}) == 1
-    table = Table(
-        title="ONNX Runtime against PyTorch, random images",
-        caption="The file has one fixed size; no other size was checked." if one_size else None,
-    )
-    for header in ("output", "batch", "size", "error", "allowed", "spread", ""):
-        table.add_column(header, justify="left" if header in ("output", "") else "right")
-    for row in rows:
-        table.add_row(
-            row.output,
-            str(row.batch),
-            size_text(row.height, row.width),
-            f"{row.error:.1e}",
-            f"{row.allowed:.1e}",
-            f"{row.spread:.3g}",
-            "pass" if row.passed else "FAIL",
+def check_retrieval(model: Any, tower: OnnxModel, head: OnnxModel) -> list[CheckRow]:
+    """Compare a pair in ONNX Runtime with the model in PyTorch, from random images to embeddings.
+
+    Args:
+        model: The model that was exported. It is not changed.
+        tower: One file.
+        head: The other.
+
+    Returns:
+        One row per size (those of the tower's check), batch size (three, or the fixed one twice) and number of
+        attributes (1, 3 and all; repeated if there are fewer); all have passed.
+
+    Raises:
+        ExportError: Some rows fail; the message lists them.
+    """
+    model = frozen(model)
+    count, rows = len(model.attributes), []
+    counts = BATCHES if tower.spec.batch is None else (tower.spec.batch,) * 2
+    for size in check_sizes(tower.spec):
+        batches = [random_images(tower.spec, batch, size, seed)[0] for seed, batch in enumerate(counts)]
+        every = [outputs_of(model, [images])[0] for images in batches]  # (B, C, E) each
+        found = [tower(images.numpy())[0] for images in batches]
+        spread = (torch.cat(every) - every[0][:1]).abs().max().item()
+        why = "" if spread >= LEAST_SPREAD else "the model's embeddings of two images are equal: load trained weights"
+        for number in dict.fromkeys((1, 3, count)):
+            ids = np.arange(count - number, count) % count
+            for expected, tokens in zip(every, found):
+                actual = head.compute({"tokens": tokens, "conditions": ids})[0]
+                error = float(np.abs(actual - expected[:, torch.from_numpy(ids)].numpy()).max())
+                name = f"embeddings, {number} of {count} attributes"
+                errors = (float("inf") if why else error,)
+                rows.append(CheckRow(name, len(tokens), *size, errors, spread, EMBEDDING_TOLERANCE, why))
+    failed = [row for row in rows if not row.passed]
+    if failed:
+        raise ExportError(
+            f"The outputs of tower and head differ from those of the model in {len(failed)} of {len(rows)} checks: "
+            + "; ".join(map(str, failed))
+            + "."
         )
-    console.print(table)
+    return rows

@@ -7,21 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from visionattn.errors import ExportError
-from visionattn.export.check import LEAST_SPREAD, CheckRow
-from visionattn.export.images import check_sizes, frozen, outputs_of, random_images
+from visionattn.export.check import frozen
 from visionattn.export.part import Part, whole
-from visionattn.export.runtime import OnnxModel
 
-__all__ = ["check_retrieval", "pair_paths", "tower_and_head"]
-
-# Largest accepted absolute error of an embedding, whose length is 1.
-TOLERANCE = 1e-4
-BATCHES = (1, 3, 4)
+__all__ = ["pair_paths", "tower_and_head"]
 
 
 def pair_paths(path: str | Path) -> tuple[Path, Path]:
@@ -86,45 +78,3 @@ def tower_and_head(
         count = model.forward_tokens(torch.zeros(1, *spec.input_size)).shape[1]
     inputs = torch.randn(batch or 2, count, model.num_features), torch.zeros(3, dtype=torch.long)
     return tower, Part(paths[1], model.head, spec, inputs, pair=model)
-
-
-def check_retrieval(model: Any, tower: str | Path, head: str | Path) -> list[CheckRow]:
-    """Compare a pair in ONNX Runtime with the model in PyTorch, from random images to embeddings.
-
-    Args:
-        model: The model that was exported. It is not changed.
-        tower: One file.
-        head: The other.
-
-    Returns:
-        One row per size (those of the tower's check), batch size (three, or the fixed one twice) and number of
-        attributes (1, 3 and all; repeated if there are fewer); all have passed.
-
-    Raises:
-        ExportError: Some rows fail; the message lists them.
-    """
-    model, first, second = frozen(model), OnnxModel(tower), OnnxModel(head)
-    count, rows = len(model.attributes), []
-    counts = BATCHES if first.spec.batch is None else (first.spec.batch,) * 2
-    for size in check_sizes(first.spec):
-        batches = [random_images(first.spec, batch, size, seed)[0] for seed, batch in enumerate(counts)]
-        every = [outputs_of(model, [images])[0] for images in batches]  # (B, C, E) each
-        found = [first(images.numpy())[0] for images in batches]
-        spread = (torch.cat(every) - every[0][:1]).abs().max().item()
-        why = "" if spread >= LEAST_SPREAD else "the model's embeddings of two images are equal: load trained weights"
-        for number in dict.fromkeys((1, 3, count)):
-            ids = np.arange(count - number, count) % count
-            for expected, tokens in zip(every, found):
-                actual = second.compute({"tokens": tokens, "conditions": ids})[0]
-                error = float(np.abs(actual - expected[:, torch.from_numpy(ids)].numpy()).max())
-                name = f"embeddings, {number} of {count} attributes"
-                errors = (float("inf") if why else error,)
-                rows.append(CheckRow(name, len(tokens), *size, errors, spread, TOLERANCE, why))
-    failed = [row for row in rows if not row.passed]
-    if failed:
-        raise ExportError(
-            f"The outputs of tower and head differ from those of the model in {len(failed)} of {len(rows)} checks: "
-            + "; ".join(map(str, failed))
-            + "."
-        )
-    return rows

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from visionattn.errors import ExportError, InputError
-from visionattn.export.images import frozen, outputs_of, random_images, scaled_size
+from visionattn.export.check import frozen, outputs_of, random_images, scaled_size
 from visionattn.export.spec import ExportSpec
 
 __all__ = ["Part", "whole"]

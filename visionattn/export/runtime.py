@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from visionattn.errors import InputError, require, shorten
+from visionattn.errors import ExportError, InputError, require, shorten
 from visionattn.export.spec import ExportSpec
 
-__all__ = ["OnnxModel", "checked_path", "run"]
+__all__ = ["OnnxModel", "checked_path", "open_exported", "run"]
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 SLACK = 8.0  # how far values may be outside of the range of images, in widths of that range
@@ -141,6 +141,21 @@ class OnnxModel:
             reason = shorten(error, _REASON).rstrip(".")
             raise InputError(f"ONNX Runtime cannot run the file of {self.spec.model}: {reason}.") from error
         return [array.astype(np.float32) if array.dtype == np.float16 else array for array in outputs]
+
+
+def open_exported(path: str | Path) -> OnnxModel:
+    """Open a file that was just exported.
+
+    Raises:
+        ExportError: It is malformed.
+        InputError: It cannot be loaded.
+    """
+    onnx = require("onnx", "export")
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"The exported file is not valid ONNX: {error}") from error
+    return OnnxModel(path)
 
 
 def checked_path(path: Path) -> Path:

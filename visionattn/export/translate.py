@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from visionattn.errors import ExportError, require
@@ -64,13 +65,13 @@ def translate(program: ExportedProgram, spec: ExportSpec, path: Path) -> int:
     return len(model.graph)
 
 
-def save_program(program: ExportedProgram, spec: ExportSpec, path: Path) -> int:
+def save_program(program: ExportedProgram, spec: ExportSpec, path: Path) -> nn.Module:
     """Write a program of torch.export, with its metadata as JSON in the embedded file `visionattn.json`.
 
     Returns:
-        The number of nodes.
+        The program that was written.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the age of the format
         torch.export.save(program, path, extra_files={"visionattn.json": json.dumps(spec.to_metadata())})
-    return len(program.graph.nodes)
+        return torch.export.load(path).module()

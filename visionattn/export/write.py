@@ -1,7 +1,7 @@
 """Write the files of a model, each in three steps, and put them in place only after all have passed their checks.
 
 torch.export with symbolic axes (`visionattn.export.trace`) -> ONNX, or a program, with metadata
-(`visionattn.export.translate`) -> comparison with PyTorch (`visionattn.export.check`, `visionattn.export.pair`)
+(`visionattn.export.translate`) -> comparison with PyTorch (`visionattn.export.check`)
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 
 from visionattn.errors import ExportError, shorten
-from visionattn.export.check import CheckRow, check_onnx, check_program
-from visionattn.export.images import check_sizes
-from visionattn.export.pair import check_retrieval
+from visionattn.export.check import check_file, check_program, check_retrieval, check_sizes
 from visionattn.export.part import Part
+from visionattn.export.rows import CheckRow
+from visionattn.export.runtime import open_exported
 from visionattn.export.spec import ExportSpec
 from visionattn.export.trace import TIME_LIMIT, trace_graph
 from visionattn.export.translate import save_program, translate
@@ -78,15 +78,14 @@ def write_parts(
     files = []
     with ExitStack() as stack:
         paths = [stack.enter_context(atomic_path(part.path)) for part in parts]
-        for part, path in zip(parts, paths):
-            files.append(_write(part, path, paths[0], check, time_limit, progress or (lambda line: None)))
+        for number, part in enumerate(parts, 1):
+            files.append(_write(part, paths[:number], check, time_limit, progress or (lambda line: None)))
     return tuple(files)
 
 
-def _write(
-    part: Part, path: Path, tower: Path, check: bool, time_limit: float, tell: Callable[[str], None]
-) -> OnnxFile:
-    start, spec = time.perf_counter(), part.spec
+def _write(part: Part, paths: Sequence[Path], check: bool, time_limit: float, tell: Callable[[str], None]) -> OnnxFile:
+    """Write the last of the paths; for a head, the tower is the first."""
+    start, spec, path = time.perf_counter(), part.spec, paths[-1]
     is_program = path.suffix.lower() == ".pt2"
     if not is_program:
         _check_weights(part.model)
@@ -98,7 +97,7 @@ def _write(
     tell(f"Exporting {spec.model}, step 1 of {steps}: tracing{duration}.")
     traced = trace_graph(part.model, part.inputs, spec, time_limit)
     if is_program:
-        nodes = save_program(traced, spec, path)
+        nodes, program = len(traced.graph.nodes), save_program(traced, spec, path)
     else:
         seconds = time.perf_counter() - start  # translating takes 0.4 to 1.3 times as long as tracing
         tell(f"Step 2 of {steps}: translating {len(traced.graph.nodes):,} operations, about {1.3 * seconds:.0f} s.")
@@ -106,12 +105,11 @@ def _write(
     rows: list[CheckRow] = []
     if check and is_program:
         tell("Step 2 of 2: comparing the program with the model.")
-        rows = check_program(part.model, path, spec)
-    elif check and part.pair is not None:
-        rows = check_retrieval(part.pair, tower, path)
+        rows = check_program(part.model, program, spec)
     elif check:
         tell(f"Step 3 of {steps}: comparing the file with PyTorch at {len(check_sizes(spec))} sizes.")
-        rows = check_onnx(part.model, path)
+        opened = [open_exported(one) for one in paths]
+        rows = check_file(part.model, *opened) if part.pair is None else check_retrieval(part.pair, *opened)
     return OnnxFile(part.path, spec, nodes, path.stat().st_size, time.perf_counter() - start, rows)
 
 
