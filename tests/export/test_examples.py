@@ -12,7 +12,6 @@ from visionattn.data.restore.bicubic import downscale
 from visionattn.errors import DataError, InputError
 from visionattn.export import examples
 from visionattn.export.examples import check_task, load_examples
-from visionattn.export.fitting import feeds
 from visionattn.export.spec import ExportSpec
 
 
@@ -62,18 +61,6 @@ def test_grey_models_get_grey_pictures(folder):
     spec = replace(spec_of(**RESTORE), input_size=[1, 16, 16], mean=None, std=None)
     example = load_examples(spec, folder)[0]
     assert (example.images[0].shape, example.truth.shape) == ((20, 31, 1), (40, 62, 1))
-
-
-def test_inputs_follow_the_metadata():
-    spec = spec_of(task="classify", num_classes=2)
-    (example, *_) = load_examples(spec, None)
-    image = example.images[0]
-    (values,) = feeds(replace(spec, batch=3), example).values()
-    assert values.shape == (3, 3, 32, 32)
-    expected = (image / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.25, 0.5]
-    np.testing.assert_allclose(values[2], expected.transpose(2, 0, 1), atol=1e-6)
-    (values,) = feeds(replace(spec, input_type="uint8"), example).values()
-    np.testing.assert_array_equal(values, image[None])
 
 
 def test_a_stereo_pair_keeps_its_disparity_at_another_size(monkeypatch):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,11 +97,6 @@ def test_what_loses_too_much_is_not_written(tmp_path, monkeypatch):
     printed = console.file.getvalue()
     assert "REFUSED" in printed
     assert "net.fp16.onnx was not written: PSNR-Y in dB" in printed
-
-
-def test_no_gain_is_said(written):
-    slow = replace(written[2][1], speed=0.77, recommended=False)
-    assert slow.describe().endswith("0.77 times the speed of float32 here: no gain on this processor, not recommended.")
 
 
 @pytest.mark.parametrize(

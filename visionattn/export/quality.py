@@ -2,13 +2,13 @@
 
 | task | metric | allowed loss |
 | --- | --- | --- |
-| restore | PSNR on Y | 0.06 dB |
 | classify with classes | accuracy | 0.5 points |
 | classify without | fraction of equal top-1 classes | 1 point |
 | features, with classes | mAP, each image against all others | 0.2 points |
 | features | mean cosine with the float32 file's | 0.0002 |
 | stereo with ground truth | bad-2 of the left view | 0.1 points |
 | stereo without | fraction of pixels more than 2 pixels from the float32 file's disparity | 1 point |
+| restore | PSNR on Y | 0.06 dB |
 """
 
 from __future__ import annotations
@@ -156,27 +156,27 @@ def measure_quality(
     truths = [example.truth for example in examples]
     labelled = all(truth is not None for truth in truths)
     higher = True
-    if spec.task == "restore":
-        metric, allowed = "PSNR-Y in dB", 0.06
-        before, after = (_psnr(results, truths, spec) for results in (reference, outputs))
-    elif spec.task == "stereo":
+    if spec.task == "stereo":
         # Without ground truth, the float32 file's disparity serves as such.
         metric, allowed, higher = ("bad-2 in %", 0.1, False) if labelled else ("moved by 2 pixels in %", 1.0, False)
         truths = truths if labelled else [output[0] for output in reference]
         before, after = (_bad_2(results, truths) for results in (reference, outputs))
-    elif spec.num_classes:
+    elif spec.task == "classify" and spec.num_classes:
         metric, allowed = ("accuracy in %", 0.5) if labelled else ("equal first classes in %", 1.0)
         targets = truths if labelled else [output.argmax() for output in reference]
         before, after = (
             100 * float(np.mean([output.argmax() == target for output, target in zip(results, targets)]))
             for results in (reference, outputs)
         )
-    elif labelled:
+    elif spec.task == "classify" and labelled:
         metric, allowed = "mAP in %", 0.2
         before, after = (_map(results, truths) for results in (reference, outputs))
-    else:
+    elif spec.task == "classify":
         metric, allowed, before = "cosine with float32", 2e-4, 1.0
         after = float(np.mean([_cosine(*both) for both in zip(reference, outputs)]))
+    else:
+        metric, allowed = "PSNR-Y in dB", 0.06
+        before, after = (_psnr(results, truths, spec) for results in (reference, outputs))
     loss = before - after if higher else after - before
     return Quality(metric, before, after, loss, allowed, len(examples))
 

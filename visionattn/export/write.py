@@ -97,7 +97,7 @@ def _write(part: Part, paths: Sequence[Path], check: bool, time_limit: float, te
     tell(f"Exporting {spec.model}, step 1 of {steps}: tracing{duration}.")
     traced = trace_graph(part.model, part.inputs, spec, time_limit)
     if is_program:
-        nodes, program = len(traced.graph.nodes), save_program(traced, spec, path)
+        program, nodes = save_program(traced, spec, path), len(traced.graph.nodes)
     else:
         seconds = time.perf_counter() - start  # translating takes 0.4 to 1.3 times as long as tracing
         tell(f"Step 2 of {steps}: translating {len(traced.graph.nodes):,} operations, about {1.3 * seconds:.0f} s.")
