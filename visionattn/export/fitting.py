@@ -63,7 +63,8 @@ def fit_example(spec: ExportSpec, pictures: Sequence[np.ndarray], truth: Any = N
         truth: Class index, or disparity of the left view (H, W) with NaN where it is not known; None if there is none.
     """
     if spec.task == "stereo":
-        return match_example(spec, *pictures, truth)
+        left, right = pictures
+        return match_example(spec, left, right, truth)
     image = Image.fromarray(pictures[0]).convert("L" if spec.input_size[0] == 1 else "RGB")
     if spec.task != "restore":
         return _classified(spec, image, truth)

@@ -109,7 +109,7 @@ def _write(part: Part, paths: Sequence[Path], check: bool, time_limit: float, te
     elif check:
         tell(f"Step 3 of {steps}: comparing the file with PyTorch at {len(check_sizes(spec))} sizes.")
         opened = [open_exported(one) for one in paths]
-        rows = check_file(part.model, *opened) if part.pair is None else check_retrieval(part.pair, *opened)
+        rows = check_file(part.model, opened[0]) if part.pair is None else check_retrieval(part.pair, *opened)
     return OnnxFile(part.path, spec, nodes, path.stat().st_size, time.perf_counter() - start, rows)
 
 
