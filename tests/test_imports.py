@@ -123,8 +123,9 @@ def python(code: str) -> str:
 
 @pytest.fixture(scope="module")
 def forks():
-    """Of three forks of a process with timm: CPU seconds of importing the package, modules that it adds, and all modules
-    after `visionattn.export.cli` too.
+    """Measurements in three forks of one process, which has imported timm.
+
+    Each: CPU seconds of importing the package, modules that it adds, all modules after `visionattn.export.cli` too.
     """
     code = """
 import json, os, sys, time, timm
