@@ -27,4 +27,14 @@ def edge_variants() -> str:
     return markdown(["model", "variant", "metric", "float32", "variant value", "kB", "speed-up"], body)
 
 
-TABLES: dict[str, Callable[[], str]] = {"edge_variants": edge_variants}
+def edge_padding() -> str:
+    """A row for each image size: speed-up by padded channels, in float32 and int8."""
+    found = {(row["image"], row["variant"]): row for row in read_rows(RESULTS / "edge_padding.csv")}
+    body = []
+    for image in dict.fromkeys(image for image, _ in found):
+        speeds = [found[image, precision] for precision in ("fp32", "int8")]
+        body.append([image, *(f"{float(row['speed']):.2f} ± {float(row['speed_half_iqr']):.2f}" for row in speeds)])
+    return markdown(["image", "float32", "int8"], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {"edge_variants": edge_variants, "edge_padding": edge_padding}

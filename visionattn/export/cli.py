@@ -71,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take uint8 images and return images, probabilities or disparities",
     )
     parser.add_argument(
+        "--pad-channels",
+        action="store_true",
+        help="pad channels of convolutions to a multiple of 4: the same outputs, faster on CPUs, slower in browsers",
+    )
+    parser.add_argument(
         "--test-data",
         metavar="FOLDER",
         help="real data to measure variants on: high-resolution images, one folder per class, or stereo scenes "
@@ -111,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         "int8": args.int8,
         "fp16": args.fp16,
         "preprocess": args.preprocess,
+        "pad_channels": args.pad_channels,
         "test_data": args.test_data,
         "time_limit": args.time_limit,
         "overwrite": args.overwrite,

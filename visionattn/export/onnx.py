@@ -30,6 +30,7 @@ def export_onnx(
     opset: int = 20,
     weights: str = "not stated",
     license: str | None = None,
+    pad_channels: bool = False,
     check: bool = True,
     time_limit: float = TIME_LIMIT,
     progress: Callable[[str], None] | None = None,
@@ -46,6 +47,8 @@ def export_onnx(
         opset: Version of the ONNX operator set. The file has the oldest IR version that allows it.
         weights: Origin of the weights, for the metadata.
         license: Licence of the weights, for the metadata.
+        pad_channels: Pad the channels of convolutions with zero weights to a multiple of 4 (see
+            `visionattn.export.pad`), which CPUs compute faster and browsers do not.
         check: Compare the file with the model before it is put in place (see `check_onnx`).
         time_limit: Maximum CPU time for tracing, in seconds.
         progress: Called with a line at the start of each step, with an estimate of its time.
@@ -56,14 +59,15 @@ def export_onnx(
     Raises:
         ExportError: The model cannot be exported in this form or in this time, its weights are not finite, or the
             file's outputs differ from its own.
-        InputError: The model does not accept the size, or the operator set does not exist.
+        InputError: The model does not accept the size, the operator set does not exist, or there are no channels to
+            pad.
         StorageError: The file could not be written.
     """
     check_opset(opset)
     if input_size:
         check_input_size(*input_size)
     part = whole(model, path, input_size, dynamic_size, opset, weights, license, batch)
-    (file,) = write_parts([part], check=check, time_limit=time_limit, progress=progress)
+    (file,) = write_parts([part], pad_channels=pad_channels, check=check, time_limit=time_limit, progress=progress)
     return file
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from visionattn.errors import ExportError, shorten
 from visionattn.export.check import check_file, check_program, check_retrieval, check_sizes
+from visionattn.export.pad import pad_file
 from visionattn.export.part import Part
 from visionattn.export.rows import CheckRow
 from visionattn.export.runtime import open_exported
@@ -58,6 +59,7 @@ class OnnxFile:
 def write_parts(
     parts: Sequence[Part],
     *,
+    pad_channels: bool = False,
     check: bool = True,
     time_limit: float = TIME_LIMIT,
     progress: Callable[[str], None] | None = None,
@@ -66,6 +68,7 @@ def write_parts(
 
     Args:
         parts: The files to write.
+        pad_channels: Pad the channels of convolutions (see `visionattn.export.pad`).
         check: Compare them with the model.
         time_limit: Maximum CPU time for tracing a file, in seconds.
         progress: Called with a line at the start of each step.
@@ -73,17 +76,25 @@ def write_parts(
     Raises:
         ExportError: The model cannot be exported in this form or in this time, its weights are not finite, or the
             outputs of a file differ from its own.
+        InputError: There are no channels to pad.
         StorageError: A file could not be written.
     """
     files = []
     with ExitStack() as stack:
         paths = [stack.enter_context(atomic_path(part.path)) for part in parts]
         for number, part in enumerate(parts, 1):
-            files.append(_write(part, paths[:number], check, time_limit, progress or (lambda line: None)))
+            files.append(_write(part, paths[:number], pad_channels, check, time_limit, progress or (lambda line: None)))
     return tuple(files)
 
 
-def _write(part: Part, paths: Sequence[Path], check: bool, time_limit: float, tell: Callable[[str], None]) -> OnnxFile:
+def _write(
+    part: Part,
+    paths: Sequence[Path],
+    pad_channels: bool,
+    check: bool,
+    time_limit: float,
+    tell: Callable[[str], None],
+) -> OnnxFile:
     """Write the last of the paths; for a head, the tower is the first."""
     start, spec, path = time.perf_counter(), part.spec, paths[-1]
     is_program = path.suffix.lower() == ".pt2"
@@ -102,6 +113,8 @@ def _write(part: Part, paths: Sequence[Path], check: bool, time_limit: float, te
         seconds = time.perf_counter() - start  # translating takes 0.4 to 1.3 times as long as tracing
         tell(f"Step 2 of {steps}: translating {len(traced.graph.nodes):,} operations, about {1.3 * seconds:.0f} s.")
         nodes = translate(traced, spec, path)
+        if pad_channels:
+            pad_file(path)
     rows: list[CheckRow] = []
     if check and is_program:
         tell("Step 2 of 2: comparing the program with the model.")

@@ -71,6 +71,7 @@ def export_bundle(
     int8: bool | str | Path = False,
     fp16: bool = False,
     preprocess: bool = False,
+    pad_channels: bool = False,
     test_data: str | Path | None = None,
     time_limit: float = TIME_LIMIT,
     overwrite: bool = False,
@@ -90,6 +91,7 @@ def export_bundle(
         int8: Add int8: True, or a folder of calibration data.
         fp16: Add float16.
         preprocess: All files take uint8 images and return images, probabilities or disparities.
+        pad_channels: Pad the channels of convolutions to a multiple of 4, for CPUs (see `visionattn.export`).
         test_data: Folder of real data to measure variants on.
         time_limit: Maximum CPU time for tracing, in seconds.
         overwrite: Replace an existing bundle.
@@ -119,6 +121,7 @@ def export_bundle(
             int8=int8,
             fp16=fp16,
             preprocess=preprocess,
+            pad_channels=pad_channels,
             test_data=test_data,
             time_limit=time_limit,
             progress=progress,
