@@ -80,7 +80,7 @@ def _maps(graph: Any, weights: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             return {}  # a subgraph may read any tensor
         constants = [weights[name] for name in node.input if name in weights]
         read = [found.get(name) for name in node.input if name and name not in weights]
-        parts = None
+        parts: tuple[int, ...] | None = None
         if _pads(node, weights):
             parts = (weights[node.input[1]].dims[0],)
         elif not read or None in read:
