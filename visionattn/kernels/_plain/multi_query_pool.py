@@ -22,7 +22,7 @@ __all__ = ["backward", "forward"]
 # Elements of the tokens of a chunk, for at least one image. On CPUs 1 MiB of float32 is about a core's second-level
 # cache; on other devices, starting an operation costs more than missing a cache.
 _CHUNK_ON_CPU, _CHUNK_ELSEWHERE = 2**18, 2**26
-_CHUNK_OF_BFLOAT16 = 2**23  # bfloat16 products have a high start-up cost
+_CHUNK_OF_BFLOAT16 = 2**26  # bfloat16 products have a high start-up cost
 
 
 def _chunks(x: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
