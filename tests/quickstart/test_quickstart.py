@@ -15,10 +15,13 @@ from visionattn.export import OnnxModel
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    from visionattn.data.classify import datamodule
     from visionattn.quickstart import classify
 
+    load = datamodule.load_digits
     patch = pytest.MonkeyPatch()
     patch.setattr(classify, "EPOCHS", 2)
+    patch.setattr(datamodule, "load_digits", lambda split: [part[:360] for part in load(split)])
     folder = tmp_path_factory.mktemp("tour")
     console = Console(record=True, width=160)
     quickstart.run(folder, ["classify"], console)
