@@ -1,7 +1,7 @@
-"""Make the pictures of the README and of the documentation's front page, docs/images/*.webp, of the tour's outputs.
+"""Make the pictures of the README and of the documentation, docs/images/*.webp, mostly of the tour's outputs.
 
     visionattn quickstart TOUR
-    python -m tools.front_pictures TOUR [upscale disparity attention search]
+    python -m tools.front_pictures TOUR [upscale disparity attention search jpeg]
 
 The tour's photographs are those that scikit-image installs and that may be passed on: the cat Chelsea and others (CC0),
 and the Motorcycle pair of Middlebury.
@@ -10,6 +10,7 @@ and the Motorcycle pair of Middlebury.
 from __future__ import annotations
 
 import argparse
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,16 @@ SIDES = (112, 168)  # of the image whose attention is drawn: 28 x 42 patches
 def enlarged(tour: Path) -> list[Image.Image]:
     """Chelsea's eyes at a quarter of the resolution, enlarged by interpolation and by the network."""
     return [Image.open(tour / "upscale" / f"{name}.png").crop(EYES) for name in ("bicubic", "network")]
+
+
+def after_jpeg(_: Path) -> list[Image.Image]:
+    """Chelsea's eyes at a quarter of the resolution and JPEG quality 50, enlarged by interpolation and two networks."""
+    cat = Image.fromarray(data.chelsea()).crop((0, 0, 448, 300))
+    file = BytesIO()
+    cat.resize((cat.width // 4, cat.height // 4), Image.Resampling.BICUBIC).save(file, "JPEG", quality=50)
+    small = Image.open(file)
+    networks = [visionattn.upscale(small, name) for name in ("va_span_ch26_x4", "va_span_ch26_x4.real")]
+    return [image.crop(EYES) for image in (small.resize(cat.size, Image.Resampling.BICUBIC), *networks)]
 
 
 def disparity(tour: Path) -> list[Image.Image]:
@@ -84,7 +95,13 @@ def side_by_side(images: list[Image.Image], height: int) -> Image.Image:
     return row
 
 
-PICTURES = {"upscale": enlarged, "disparity": disparity, "attention": attention, "search": nearest}
+PICTURES = {
+    "upscale": enlarged,
+    "disparity": disparity,
+    "attention": attention,
+    "search": nearest,
+    "jpeg": after_jpeg,
+}
 
 
 def main() -> None:

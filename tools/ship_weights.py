@@ -1,6 +1,7 @@
 """Convert a checkpoint of `visionattn fit` to the weight file that the package ships for a model name.
 
     python -m tools.ship_weights CHECKPOINT va_span_ch26_x4
+    python -m tools.ship_weights CHECKPOINT va_span_ch26_x4.real
     python -m tools.ship_weights CHECKPOINT va_match_stereo_nano --half
 
 The input range of SPAN's training is folded exactly into the first convolution, so that the network equals the one that

@@ -287,12 +287,17 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-TRAINED_HERE = ("va_span_ch26_x2", "va_span_ch26_x4")
+# Name and tag -> file of weights in this package.
+TRAINED_HERE = {
+    "va_span_ch26_x2.wallpapers": "va_span_ch26_x2",
+    "va_span_ch26_x4.wallpapers": "va_span_ch26_x4",
+    "va_span_ch26_x4.real": "va_span_ch26_x4.real",
+}
 
 default_cfgs = generate_default_cfgs(
     {
         **{f"va_span_ch{width}_x{scale}.untrained": _cfg() for width in WIDTHS for scale in SCALES},
-        **{f"{name}.wallpapers": _cfg(file=str(SHIPPED / f"{name}.safetensors")) for name in TRAINED_HERE},
+        **{name: _cfg(file=str(SHIPPED / f"{file}.safetensors")) for name, file in TRAINED_HERE.items()},
     }
 )
 
