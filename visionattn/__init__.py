@@ -8,28 +8,11 @@ Importing the package registers every model name (all begin with `va_`) in timm'
 
 __version__ = "0.1.0"
 
-from typing import TYPE_CHECKING
-
 from visionattn import blocks, kernels, mixers, models, moved
 from visionattn.checkpoints import load
 from visionattn.lazy import lazily
 from visionattn.surgery import accelerate, insert
 from visionattn.swapping import swap
-
-if TYPE_CHECKING:  # those of _COMMANDS that are not packages
-    from visionattn.evaluate.retrieval import evaluate_retrieval as evaluate_retrieval
-    from visionattn.evaluate.retrieval import evaluate_triplets as evaluate_triplets
-    from visionattn.evaluate.sr import evaluate_sr as evaluate_sr
-    from visionattn.evaluate.stereo import evaluate_stereo as evaluate_stereo
-    from visionattn.predict.flow import flow as flow
-    from visionattn.predict.flow_files import flow_files as flow_files
-    from visionattn.predict.restore import upscale as upscale
-    from visionattn.predict.restore_files import upscale_files as upscale_files
-    from visionattn.predict.stereo import stereo as stereo
-    from visionattn.predict.stereo_files import stereo_files as stereo_files
-    from visionattn.probe.comparing import compare as compare
-    from visionattn.probe.embedding import embed as embed
-    from visionattn.search.duplicates import duplicates as duplicates
 
 moved.install()
 
