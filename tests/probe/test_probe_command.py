@@ -127,7 +127,12 @@ def test_a_sweep_that_was_killed_ends_with_the_same_table(folder, tmp_path, monk
         return true(self, bar)
 
     monkeypatch.setattr(HeadTraining, "_train_epoch", killed)
-    assert main(command(tmp_path, *FEW, *more)) == code
+    # Processes that a shell starts in the background ignore SIGINT.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(command(tmp_path, *FEW, *more)) == code
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert not (tmp_path / "results.json").exists()
     assert main(command(tmp_path, *FEW, *more)) == 0
     assert done == [0, 1, 1, 2, 0, 1, 2]  # the last three are of the pixels

@@ -34,7 +34,7 @@ from visionattn.train.classify import ClassifyTask
 from visionattn.train.throughput import ImagesPerSecond
 
 NAMES = {"baseline": "va_minimal_vit_nano_patch7_28", "minimum": "va_minimal_vit_nano_patch7_28_minimum"}
-EPOCHS = 40
+EPOCHS = 28
 TILE = 84  # pixels of a digit in the image
 SHOWN = 12
 
