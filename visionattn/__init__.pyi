@@ -33,9 +33,5 @@ from visionattn.swapping import swap as swap
 
 __version__: str
 
-# Packages that can be called.
-arena: Any
-demo: Any
-export: Any
-probe: Any
-search: Any
+# Packages that can be called: arena, demo, export, probe and search.
+def __getattr__(name: str) -> Any: ...
