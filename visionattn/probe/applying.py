@@ -1,10 +1,11 @@
-"""Use a head saved by `visionattn probe`: open its backbone and classify images."""
+"""Use a head saved by `visionattn probe`: open its backbone, and classify images or predict their numbers."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,12 @@ __all__ = ["Applied", "HeadClassifier", "apply_head", "open_classifier", "write_
 
 BATCH = 32
 _COLUMNS = ("label", "class", "probability")
+_OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "classification": lambda logits: logits.softmax(1),
+    "multilabel": torch.sigmoid,
+    "regression": lambda logits: logits,
+}
+"""Task -> the outputs of a head from its logits (B, K)."""
 _SCHEMA = {
     "layer": {"index": int, "name": str, "dim": int, "grid": [int]},
     "classes": [str],
@@ -43,15 +50,18 @@ class Applied(NamedTuple):
 
     Attributes:
         images: Names of the images that could be read.
-        classes: Names of the classes.
-        probabilities: Probability of each class for each image, float32 (n, K).
+        classes: Names of the classes, or of the targets of a regression.
+        probabilities: Probability of each class for each image, float32 (n, K); of a regression the predicted numbers,
+            in the units of the targets.
         skipped: Name of each image that could not be read, and the reason.
+        task: "classification", "multilabel" (probabilities do not sum to 1) or "regression".
     """
 
     images: list[str]
     classes: tuple[str, ...]
     probabilities: Tensor
     skipped: list[tuple[str, str]]
+    task: str = "classification"
 
     def top(self, k: int = 1) -> list[list[tuple[str, float]]]:
         """The most probable classes of each image, with their probabilities; ties are in the order of the classes."""
@@ -71,22 +81,29 @@ class HeadClassifier:
         classes: Names of the classes.
         mean: Mean of the images' normalisation.
         std: Standard deviation of the images' normalisation.
+        task: "classification", "multilabel" or "regression".
 
     Attributes:
         transform: From a PIL image to an input of `__call__`, without the batch dimension.
     """
 
     def __init__(
-        self, backbone: Backbone, head: Head, classes: tuple[str, ...], mean: list[float], std: list[float]
+        self,
+        backbone: Backbone,
+        head: Head,
+        classes: tuple[str, ...],
+        mean: list[float],
+        std: list[float],
+        task: str = "classification",
     ) -> None:
-        self.backbone, self.head, self.classes = backbone, head, classes
+        self.backbone, self.head, self.classes, self.task = backbone, head, classes, task
         self.transform = eval_transform(len(mean), backbone.image_size[0], mean, std)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalised images (B, C, H, W) -> probabilities (B, K), float32 on the CPU."""
+        """Normalised images (B, C, H, W) -> probabilities or numbers (B, K), float32 on the CPU."""
         tokens = head_tokens(self.backbone(images)[0], self.head.pooling.tokens)
-        return self.head(tokens.float()).softmax(1).cpu()
+        return _OUTPUTS[self.task](self.head(tokens.float())).cpu()
 
 
 def apply_head(
@@ -97,7 +114,7 @@ def apply_head(
     checkpoint: str | Path | None = None,
     device: str | torch.device = "auto",
 ) -> Applied:
-    """Classify images with a frozen backbone and a head saved by `visionattn probe`.
+    """Classify images, or predict their numbers, with a frozen backbone and a head saved by `visionattn probe`.
 
     Args:
         images: A file, a folder with its sub-folders, a list of these, or a list of images: PIL images, uint8 arrays
@@ -109,7 +126,7 @@ def apply_head(
         device: "auto" (a GPU if available), or a device of PyTorch.
 
     Returns:
-        Probabilities of the classes.
+        Probabilities of the classes, or numbers of a regression.
 
     Raises:
         CheckpointError: The file is not such a head, or the head was trained on other weights of the backbone.
@@ -133,6 +150,7 @@ def apply_head(
         classifier.classes,
         torch.cat(found),
         [(names[row], reason) for row, reason in skipped],
+        classifier.task,
     )
 
 
@@ -165,7 +183,8 @@ def open_classifier(
         )
     if (ours.dim, list(ours.grid)) != (layer["dim"], layer["grid"]) or reading.channels != len(facts["data"]["mean"]):
         raise CheckpointError(f"{shorten(head)} does not match layer {ours.name} of its backbone.")
-    return HeadClassifier(reading, read.to(where), tuple(facts["classes"]), facts["data"]["mean"], facts["data"]["std"])
+    data, task = facts["data"], facts.get("task", "classification")
+    return HeadClassifier(reading, read.to(where), tuple(facts["classes"]), data["mean"], data["std"], task)
 
 
 def _bad_value(facts: dict[str, Any]) -> str | None:
@@ -177,6 +196,8 @@ def _bad_value(facts: dict[str, Any]) -> str | None:
         return "an invalid normalisation"
     if not all(0 < value < math.inf for value in data["std"]):
         return "an invalid normalisation"
+    if facts.get("task", "classification") not in tuple(_OUTPUTS):
+        return f"the task {shorten(facts['task'])}"
     return None
 
 
@@ -213,18 +234,21 @@ def write_applied(applied: Applied, file: str | Path, top: int = 1, probabilitie
         applied: Predictions of the head.
         file: Output file; JSON if it ends in .json, otherwise CSV.
         top: Number of the most probable classes, each with its index, name and probability.
-        probabilities: Write the probability of every class instead.
+        probabilities: Write the probability of every class instead, as is always done for heads of multi-label
+            classification; heads of regression have a number per target.
 
     Raises:
         StorageError: The file could not be written.
     """
+    probabilities = probabilities or applied.task != "classification"
     rows = _every_class(applied) if probabilities else _likeliest(applied, top)
     with (
         atomic_path(file) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
     ):
         if Path(file).suffix.lower() == ".json":
-            json.dump([_nested(row, top, probabilities) for row in rows], stream, indent=1)
+            outputs = "values" if applied.task == "regression" else "probabilities"
+            json.dump([_nested(row, top, outputs if probabilities else None) for row in rows], stream, indent=1)
             stream.write("\n")
             return
         writer = csv.writer(stream)
@@ -234,7 +258,8 @@ def write_applied(applied: Applied, file: str | Path, top: int = 1, probabilitie
 
 def _every_class(applied: Applied) -> list[dict[str, Any]]:
     table = zip(applied.images, applied.probabilities.tolist())
-    return [{"image": image, **dict(zip(applied.classes, map(_digits, row)))} for image, row in table]
+    digits = "{:.6g}".format if applied.task == "regression" else _digits
+    return [{"image": image, **dict(zip(applied.classes, map(digits, row)))} for image, row in table]
 
 
 def _likeliest(applied: Applied, top: int) -> list[dict[str, Any]]:
@@ -249,11 +274,11 @@ def _likeliest(applied: Applied, top: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _nested(row: dict[str, Any], top: int, probabilities: bool) -> dict[str, Any]:
-    """A row for JSON: probabilities are numbers, and several classes a list or a mapping."""
+def _nested(row: dict[str, Any], top: int, outputs: str | None) -> dict[str, Any]:
+    """A row for JSON: outputs are numbers, and several classes a list, or a mapping with the name `outputs`."""
     image, *values = row.values()
-    if probabilities:
-        return {"image": image, "probabilities": dict(zip(list(row)[1:], map(float, values)))}
+    if outputs:
+        return {"image": image, outputs: dict(zip(list(row)[1:], map(float, values)))}
     classes = [
         {"label": label, "class": name, "probability": float(share)}
         for label, name, share in zip(values[::3], values[1::3], values[2::3])

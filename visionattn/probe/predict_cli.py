@@ -1,4 +1,4 @@
-"""`visionattn predict IMAGES ... --head FILE`: classify images with a head saved by `visionattn probe`."""
+"""`visionattn predict IMAGES ... --head FILE`: apply a head saved by `visionattn probe` to images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from visionattn.probe.applying import Applied, apply_head, write_applied
 
 __all__ = ["add_arguments", "run"]
 
-SHOWN = 20
+SHOWN, COLUMNS = 20, 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="images to classify, including sub-folders")
+    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="images, including sub-folders")
     parser.add_argument("--head", required=True, metavar="FILE", help="head that `visionattn probe` saved")
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     """
     check_output(args.output, args.overwrite, (".csv", ".json"))
     applied = apply_head(args.images, args.head, backbone=args.backbone, checkpoint=args.checkpoint, device=args.device)
+    if applied.task != "classification" and args.top > 1:
+        raise InputError(f"--top is for one class per image; {shorten(args.head)} is a head for {applied.task}.")
     if args.top > len(applied.classes):
         count = len(applied.classes)
         raise InputError(f"--top must be from 1 to {count}, the number of classes; got {args.top}.")
@@ -74,6 +76,12 @@ def run(args: argparse.Namespace) -> int:
 def _table(applied: Applied, top: int) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("image")
+    if applied.task != "classification":
+        for name in applied.classes[:COLUMNS]:
+            table.add_column(shorten(name, 30), justify="right")
+        for image, values in zip(applied.images[:SHOWN], applied.probabilities[:, :COLUMNS].tolist()):
+            table.add_row(shorten(image, 60), *(f"{value:.3g}" for value in values))
+        return table
     for place in range(top):
         table.add_column("class" if place == 0 else f"class {place + 1}")
         table.add_column("%", justify="right")

@@ -19,7 +19,7 @@ from visionattn.errors import DataError
 from visionattn.opening import Opened
 from visionattn.probe.heads.banks import HeadSpec
 from visionattn.probe.inputs import Images
-from visionattn.probe.report.facts import backbone_facts, data_facts, versions
+from visionattn.probe.report.facts import backbone_facts, data_facts, opening_facts, versions
 from visionattn.probe.report.tasks import Metric, TaskHead, TaskReport
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.tokens.backbone import Backbone
@@ -120,7 +120,10 @@ class TaskRun(ABC):
         report = TaskReport(
             task=settings.task,
             command=command or settings.command(self.name, images.data),
-            backbone=backbone_facts(self.name, self.opened, self.backbone, self.weights),
+            backbone={
+                **backbone_facts(self.name, self.opened, self.backbone, self.weights),
+                **opening_facts(settings),
+            },
             data=data_facts(images, len(train), len(test)),
             protocol={
                 "optimizer": optimizer,

@@ -31,7 +31,7 @@ from visionattn.probe.pixels import PixelBaseline, PixelHead, read_pixels
 from visionattn.probe.processes import rank_and_size
 from visionattn.probe.progress import show_progress
 from visionattn.probe.reading import TokenReader
-from visionattn.probe.report.facts import backbone_facts, data_facts, versions
+from visionattn.probe.report.facts import backbone_facts, data_facts, opening_facts, versions
 from visionattn.probe.report.head_files import head_file
 from visionattn.probe.report.maps import attention_of, overlay
 from visionattn.probe.report.rendering import write_report
@@ -92,15 +92,9 @@ class ProbingRun:
             command=command or settings.command(self.name, images.data),
             backbone={
                 **backbone_facts(self.name, self.opened, self.backbone, self.weights),
-                "checkpoint": None if settings.checkpoint is None else str(settings.checkpoint),
-                "random": settings.random,
+                **opening_facts(settings),
             },
-            data={
-                **data_facts(images, len(train), len(test)),
-                "image_size": images.size,
-                "mean": list(images.mean),
-                "std": list(images.std),
-            },
+            data=data_facts(images, len(train), len(test)),
             protocol={
                 "optimizer": settings.optimizer,
                 "epochs": settings.epochs,

@@ -11,6 +11,8 @@ from PIL import Image
 import visionattn
 from visionattn.cli import main
 from visionattn.errors import DataError, InputError
+from visionattn.metrics.targets import average_precision
+from visionattn.probe import apply_head
 from visionattn.probe.heads.objectives import MultiLabel, Regression
 
 QUICK = [
@@ -49,6 +51,18 @@ def folder(tmp_path_factory):
     return root
 
 
+def tests_of(folder):
+    """The test images."""
+    return [folder / f"{number:02d}.png" for number in range(40, 60)]
+
+
+def table(file, images):
+    """Labels or numbers of images, (n, K)."""
+    with file.open() as rows:
+        found = {row["file"]: [float(row[name]) for name in list(row)[2:]] for row in csv.DictReader(rows)}
+    return np.array([found[image.rpartition("/")[2]] for image in images])
+
+
 def test_several_labels(folder, tmp_path):
     words = ["probe", NAME, "--task", "multilabel", "--data", str(folder), "--output", str(tmp_path), *QUICK]
     assert main(words) == 0
@@ -70,6 +84,16 @@ def test_several_labels(folder, tmp_path):
     assert "<script" not in page
     with (tmp_path / "classes.csv").open() as file:
         assert [row["class"] for row in csv.DictReader(file)] == ["bright", "striped", "never"]
+    applied = apply_head(tests_of(folder), tmp_path / "heads/gap-layer5.safetensors", device="cpu")
+    assert (applied.task, applied.classes) == ("multilabel", ("bright", "striped", "never"))
+    assert applied.probabilities.sum(1).max() > 1.2  # of several classes
+    truth = table(folder / "labels.csv", applied.images)
+    ones = np.ones((1, len(truth)))
+    for column, name in enumerate(("bright", "striped")):
+        said = applied.probabilities[:, column].double().numpy()
+        assert average_precision(said, truth[:, column], ones)[0] == pytest.approx(
+            classes[name]["gap average_precision"]
+        )
 
 
 def test_numbers(folder, tmp_path, capsys):
@@ -85,6 +109,19 @@ def test_numbers(folder, tmp_path, capsys):
     head = next(row for row in found["heads"] if row["head"] == "gap" and row["chosen"])
     assert head["mae"] == pytest.approx((targets["level"]["gap mae"] + targets["noise"]["gap mae"]) / 2)
     assert head["r2_low"] <= head["r2"] <= head["r2_high"]
+    saved = tmp_path / "heads/gap-layer5.safetensors"
+    applied = apply_head(tests_of(folder), saved, device="cpu")
+    errors = np.abs(applied.probabilities.numpy() - table(folder / "numbers.csv", applied.images)).mean(0)
+    assert errors == pytest.approx([targets[name]["gap mae"] for name in ("level", "noise")], rel=1e-4)
+    assert "MAE" in saved.with_suffix(".md").read_text()
+    output = tmp_path / "numbers.json"
+    images = [str(path) for path in tests_of(folder)]
+    assert main(["predict", *images, "--head", str(saved), "--output", str(output), "--device", "cpu"]) == 0
+    first = json.loads(output.read_text())[0]["values"]
+    assert first == pytest.approx(dict(zip(applied.classes, applied.probabilities[0].tolist())), rel=1e-4)
+    assert "level" in capsys.readouterr().out
+    assert main(["predict", *images, "--head", str(saved), "--top", "2", "--output", str(tmp_path / "a.csv")]) == 2
+    assert "--top is for one class per image" in capsys.readouterr().err
     assert main([*words, *QUICK]) == 0  # the same run may write there again
     assert main([*words, *QUICK, "--seeds", "3"]) == 2
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from visionattn.metrics.targets import average_precision, r2_score
 from visionattn.probe.heads.results import Score
@@ -129,3 +129,10 @@ class Regression(_Numbers):
     def outputs(self, logits: Tensor) -> Tensor:
         """See `_Numbers.outputs`."""
         return logits.double() * self.deviation.to(logits.device) + self.mean.to(logits.device)
+
+    @torch.no_grad()
+    def rescale(self, classifier: nn.Linear) -> None:
+        """Change a classifier so that its logits are the outputs."""
+        mean, deviation = (values.to(classifier.weight) for values in (self.mean, self.deviation))
+        classifier.weight.mul_(deviation[:, None])
+        classifier.bias.mul_(deviation).add_(mean)

@@ -9,9 +9,10 @@ from typing import Any
 import visionattn
 from visionattn.opening import Opened
 from visionattn.probe.costs import backbone_cost
+from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.tokens.backbone import Backbone
 
-__all__ = ["backbone_facts", "data_facts", "versions"]
+__all__ = ["backbone_facts", "data_facts", "opening_facts", "versions"]
 
 
 def backbone_facts(name: str, opened: Opened, backbone: Backbone, weights: str) -> dict[str, Any]:
@@ -27,6 +28,12 @@ def backbone_facts(name: str, opened: Opened, backbone: Backbone, weights: str) 
     }
 
 
+def opening_facts(settings: ProbeSettings) -> dict[str, Any]:
+    """How the backbone was opened, which a saved head repeats."""
+    checkpoint = None if settings.checkpoint is None else str(settings.checkpoint)
+    return {"checkpoint": checkpoint, "random": settings.random}
+
+
 def data_facts(images: Any, train_images: int, test_images: int) -> dict[str, Any]:
     """Name, location, digests and preprocessing of the images."""
     return {
@@ -37,6 +44,9 @@ def data_facts(images: Any, train_images: int, test_images: int) -> dict[str, An
         "train_digest": images.train.digest,
         "test_digest": images.test.digest,
         "transform": images.transform,
+        "image_size": images.size,
+        "mean": list(images.mean),
+        "std": list(images.std),
     }
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from visionattn.files import atomic_path
 from visionattn.probe.heads.files import save_head
 from visionattn.probe.heads.results import HeadResult
 from visionattn.probe.report.report import Report, percent
+from visionattn.probe.report.tasks import TaskHead, TaskReport
 
-__all__ = ["head_file", "write_head"]
+__all__ = ["head_file", "write_head", "write_task_head"]
 
 
-def head_file(folder: Path, report: Report, result: HeadResult) -> Path:
+def head_file(folder: Path, report: Report | TaskReport, result: HeadResult) -> Path:
     """Path of a selected head."""
     return folder / f"{result.spec.pooling}-layer{report.indices[result.spec.layer]}.safetensors"
 
@@ -25,7 +28,42 @@ def write_head(report: Report, result: HeadResult, folder: Path) -> None:
     Raises:
         StorageError: A file could not be written.
     """
-    spec, layer, best = result.spec, report.layers[result.spec.layer], result.best
+    best = result.best
+    low, high = best.interval if best else (math.nan, math.nan)
+    accuracy = percent(best.accuracy, (low, high)) if best else "–"
+    images = report.data["test_images"]
+    measured = [f"Test accuracy: {accuracy} % (Wilson's 95 % interval), {images:,} images"]
+    _write(report, result, folder, {}, "classes", measured, report.sweep.epochs)
+
+
+def write_task_head(report: TaskReport, head: TaskHead, result: HeadResult, folder: Path) -> None:
+    """Like `write_head`, for a head of multi-label classification or regression.
+
+    Args:
+        report: The report.
+        head: The head in the report.
+        result: The same head after its training.
+        folder: Folder of the file.
+
+    Raises:
+        StorageError: A file could not be written.
+    """
+    values = ((metric, metric.write(*head.scores[metric.key])) for metric in report.metrics)
+    measured = [f"Test {metric.title}: {value} (95 % interval)" for metric, value in values]
+    what = "targets" if report.task == "regression" else "classes"
+    _write(report, result, folder, {"task": report.task}, what, measured, report.protocol["epochs"])
+
+
+def _write(
+    report: Report | TaskReport,
+    result: HeadResult,
+    folder: Path,
+    more: Mapping[str, Any],
+    what: str,
+    measured: Sequence[str],
+    epochs: int,
+) -> None:
+    spec, layer = result.spec, report.layers[result.spec.layer]
     path = head_file(folder, report, result)
     facts = {
         "pooling": spec.pooling,
@@ -34,26 +72,25 @@ def write_head(report: Report, result: HeadResult, folder: Path) -> None:
         "backbone": report.backbone,
         "data": report.data,
         "command": report.command,
+        **more,
     }
     save_head(result.head, facts, path)
     data, backbone = report.data, report.backbone
-    low, high = best.interval if best else (math.nan, math.nan)
-    accuracy = percent(best.accuracy, (low, high)) if best else "–"
     card = [
         f"# {path.stem}",
         "",
-        f"Pooling `{spec.pooling}`, batch norm and linear classifier for {len(report.classes)} classes, on the frozen "
+        f"Pooling `{spec.pooling}`, batch norm and linear classifier for {len(report.classes)} {what}, on the frozen "
         f"layer `{layer.name}` (index {report.indices[spec.layer]}) of `{backbone['name']}`.",
         "",
         f"- Backbone's weights: {backbone['weights']}, SHA-256 `{backbone['sha256']}`",
         f"- Trained on: {data['dataset']}, {data['root'] or 'embedded'}, {data['train_images']:,} images, "
         f"{report.held_out:,} of which were held out to select learning rate, weight decay and epoch",
         f"- Images: {data['transform']}",
-        f"- Test accuracy: {accuracy} % (Wilson's 95 % interval), {data['test_images']:,} images",
+        *(f"- {line}" for line in measured),
         f"- Training: {spec.optimizer}, lr {spec.lr:g}, weight decay {spec.weight_decay:g}, seed {spec.seed}, epoch "
-        f"{result.best_epoch} of {report.sweep.epochs}",
+        f"{result.best_epoch} of {epochs}",
         f"- Command: `{report.command}`",
-        f"- To classify images: `visionattn predict IMAGES --head {path.name}`",
+        f"- To apply it to images: `visionattn predict IMAGES --head {path.name}`",
         f'- To open it in Python: `visionattn.probe.load_head("{path.name}")`',
         "",
     ]

@@ -21,6 +21,7 @@ from visionattn.probe.heads.training import HeadTraining
 from visionattn.probe.pixels import read_pixels
 from visionattn.probe.progress import show_progress
 from visionattn.probe.reading import TokenReader
+from visionattn.probe.report.head_files import head_file, write_task_head
 from visionattn.probe.report.tasks import Difference, Metric, TaskHead, TaskReport
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.statistics import Interval
@@ -91,6 +92,9 @@ class TargetRun(TaskRun):
             seconds["pixels"] = time.perf_counter() - start
         chosen = _choose(entries)
         heads = [self._head(result, index, id(result) in chosen) for result, index in entries]
+        self.saved = [
+            (head, result) for head, (result, index) in zip(heads, entries) if head.chosen and index is not None
+        ]
         held = len(divide(len(train), HOLDOUT)[1])
         notes = [*self.left_out, *images.left_out, *self._rare(train)]
         notes += [f"{r.spec.pooling} with the learning rate {r.spec.lr:g} diverged." for r, _ in entries if r.diverged]
@@ -119,6 +123,17 @@ class TargetRun(TaskRun):
             ]
         return report
 
+    def write(self, report: TaskReport) -> None:
+        """Write the report and the selected heads to the folder of the run."""
+        super().write(report)
+        folder = self.folder / "heads"
+        for head, result in self.saved:
+            write_task_head(report, head, result, folder)
+        kept = {head_file(folder, report, result).stem for _, result in self.saved}
+        for path in folder.glob("*-layer*"):
+            if path.suffix in (".safetensors", ".md") and path.stem not in kept:
+                path.unlink()
+
     def _train(self, train: Features, test: Features, specs: Sequence[HeadSpec]) -> list[HeadResult]:
         settings = self.settings
         rows, held_rows = divide(len(train), HOLDOUT)
@@ -129,7 +144,7 @@ class TargetRun(TaskRun):
             else Regression(labels.mean(0), labels.std(0).clamp_min(1e-12))
         )
         with show_progress(self.console) as progress:
-            return HeadTraining(
+            results = HeadTraining(
                 train,
                 test,
                 list(specs),
@@ -144,6 +159,10 @@ class TargetRun(TaskRun):
                 progress=progress,
                 objective=objective,
             ).results()
+        if isinstance(objective, Regression):
+            for result in results:
+                objective.rescale(result.head.classifier)
+        return results
 
     def _pixels(self, tokens: TokenReader, *features: Features) -> list[HeadResult]:
         """The baseline without a network."""
