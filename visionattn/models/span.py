@@ -287,17 +287,13 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# Name and tag -> file of weights in this package.
-TRAINED_HERE = {
-    "va_span_ch26_x2.wallpapers": "va_span_ch26_x2",
-    "va_span_ch26_x4.wallpapers": "va_span_ch26_x4",
-    "va_span_ch26_x4.real": "va_span_ch26_x4.real",
-}
+TRAINED_HERE = ("va_span_ch26_x2", "va_span_ch26_x4")
 
 default_cfgs = generate_default_cfgs(
     {
         **{f"va_span_ch{width}_x{scale}.untrained": _cfg() for width in WIDTHS for scale in SCALES},
-        **{name: _cfg(file=str(SHIPPED / f"{file}.safetensors")) for name, file in TRAINED_HERE.items()},
+        **{f"{name}.wallpapers": _cfg(file=str(SHIPPED / f"{name}.safetensors")) for name in TRAINED_HERE},
+        "va_span_ch26_x4.real": _cfg(file=str(SHIPPED / "va_span_ch26_x4.real.safetensors")),
     }
 )
 
