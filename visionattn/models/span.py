@@ -287,12 +287,11 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-TRAINED_HERE = ("va_span_ch26_x2", "va_span_ch26_x4")
-
 default_cfgs = generate_default_cfgs(
     {
         **{f"va_span_ch{width}_x{scale}.untrained": _cfg() for width in WIDTHS for scale in SCALES},
-        **{f"{name}.wallpapers": _cfg(file=str(SHIPPED / f"{name}.safetensors")) for name in TRAINED_HERE},
+        "va_span_ch26_x2.wallpapers": _cfg(file=str(SHIPPED / "va_span_ch26_x2.safetensors")),
+        "va_span_ch26_x4.wallpapers": _cfg(file=str(SHIPPED / "va_span_ch26_x4.safetensors")),
         "va_span_ch26_x4.real": _cfg(file=str(SHIPPED / "va_span_ch26_x4.real.safetensors")),
     }
 )

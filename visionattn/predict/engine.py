@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -22,9 +23,9 @@ from visionattn.devices import find_device
 from visionattn.errors import InputError, MissingPackageError, VisionAttnError, shorten
 from visionattn.export import OnnxModel, export_onnx
 from visionattn.models import check_task
-from visionattn.models.span import TRAINED_HERE
 from visionattn.predict.network import Network, is_onnx_file, open_network, to_pictures, weight_of
 from visionattn.predict.tiles import bytes_per_pixel
+from visionattn.weights.span import SCALES
 
 __all__ = [
     "ENGINES",
@@ -169,13 +170,14 @@ def default_name(scale: int) -> str:
     Raises:
         InputError: There is none.
     """
-    name = f"va_span_ch26_x{scale}"
-    if name not in TRAINED_HERE:
-        scales = " and ".join(shipped.rpartition("_")[2] for shipped in TRAINED_HERE)
+    names = {each: f"va_span_ch26_x{each}" for each in SCALES}
+    shipped = {each: name for each, name in names.items() if timm.models.is_model_pretrained(name)}
+    if scale not in shipped:
+        scales = " and ".join(f"x{each}" for each in shipped)
         raise InputError(
             f"No weights are shipped for x{scale}, only for {scales}: give a weight file with --model FILE."
         )
-    return name
+    return shipped[scale]
 
 
 def open_engine(
