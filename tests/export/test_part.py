@@ -4,12 +4,12 @@ import pytest
 
 from tests.export import toys
 from visionattn.errors import InputError
-from visionattn.export.part import whole
+from visionattn.export.part import Form, whole
 
 
 def part(**settings):
     known = {"input_size": None, "dynamic_size": None, "opset": 20, "weights": "drawn", "license": None, "batch": None}
-    return whole(toys.Toy(), "toy.onnx", **{**known, **settings})
+    return whole(toys.Toy(), "toy.onnx", Form(**{**known, **settings}))
 
 
 def test_dynamic_inputs_are_no_special_case():

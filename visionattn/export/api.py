@@ -15,7 +15,7 @@ from visionattn.export.examples import load_data
 from visionattn.export.formats import find_format
 from visionattn.export.onnx import check_input_size, check_opset
 from visionattn.export.pair import pair_paths, tower_and_head
-from visionattn.export.part import whole
+from visionattn.export.part import Form, whole
 from visionattn.export.trace import TIME_LIMIT
 from visionattn.export.untrained import draw_random_weights
 from visionattn.export.variants import check_outputs, write_measured
@@ -109,14 +109,14 @@ def export(
     if progress is not None:
         progress(f"Weights: {weights}{note}.")
     # A program of torch.export has no operator set of ONNX.
-    facts = size, False if static_size else None, 20 if kind == "pt2" else opset, weights, licence, batch
+    form = Form(size, False if static_size else None, 20 if kind == "pt2" else opset, weights, licence, batch)
     is_pair = getattr(network, "task", "") == "retrieve" and kind == "onnx" and not varies
     if is_pair:
         for path in pair_paths(output):
             check_output(path, overwrite)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "model.onnx" if varies else output
-        parts = tower_and_head(network, output, *facts) if is_pair else (whole(network, target, *facts),)
+        parts = tower_and_head(network, output, form) if is_pair else (whole(network, target, form),)
         data = load_data(parts[0].spec, int8, test_data) if varies else None
         files = write_parts(parts, pad_channels=pad_channels, check=check, time_limit=time_limit, progress=progress)
         if data is None:

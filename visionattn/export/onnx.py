@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from visionattn.errors import InputError, require, shorten
-from visionattn.export.part import whole
+from visionattn.export.part import Form, whole
 from visionattn.export.spec import size_text
 from visionattn.export.trace import TIME_LIMIT
 from visionattn.export.write import OnnxFile, write_parts
@@ -66,7 +66,7 @@ def export_onnx(
     check_opset(opset)
     if input_size:
         check_input_size(*input_size)
-    part = whole(model, path, input_size, dynamic_size, opset, weights, license, batch)
+    part = whole(model, path, Form(input_size, dynamic_size, opset, weights, license, batch))
     (file,) = write_parts([part], pad_channels=pad_channels, check=check, time_limit=time_limit, progress=progress)
     return file
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from visionattn.export.check import frozen
-from visionattn.export.part import Part, whole
+from visionattn.export.part import Form, Part, whole
 
 __all__ = ["pair_paths", "tower_and_head"]
 
@@ -41,17 +41,8 @@ class _Tower(nn.Module):
         return self.model.forward_tokens(images)
 
 
-def tower_and_head(
-    model: Any,
-    path: str | Path,
-    input_size: tuple[int, int] | None,
-    dynamic_size: bool | None,
-    opset: int,
-    weights: str,
-    license: str | None,
-    batch: int | None,
-) -> tuple[Part, Part]:
-    """The two files of an attribute-retrieval model (arguments: see `export_retrieval`).
+def tower_and_head(model: Any, path: str | Path, form: Form) -> tuple[Part, Part]:
+    """The two files of an attribute-retrieval model.
 
     Raises:
         InputError: The model does not accept the size.
@@ -62,9 +53,9 @@ def tower_and_head(
     for tensor in model.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     images_to_tokens = _Tower(model, digest.hexdigest()[:16])
-    tower = whole(images_to_tokens, paths[0], input_size, dynamic_size, opset, weights, license, batch)
+    tower = whole(images_to_tokens, paths[0], form)
     axes = ["batch", "tokens", "conditions"]
-    if batch is not None:
+    if form.batch is not None:
         axes = ["tokens", "conditions"] if tower.spec.dynamic_size else ["conditions"]
     spec = replace(
         tower.spec,
@@ -76,5 +67,5 @@ def tower_and_head(
     count = 7
     if "tokens" not in axes:
         count = model.forward_tokens(torch.zeros(1, *spec.input_size)).shape[1]
-    inputs = torch.randn(batch or 2, count, model.num_features), torch.zeros(3, dtype=torch.long)
+    inputs = torch.randn(form.batch or 2, count, model.num_features), torch.zeros(3, dtype=torch.long)
     return tower, Part(paths[1], model.head, spec, inputs, pair=model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,7 +14,18 @@ from visionattn.errors import ExportError, InputError
 from visionattn.export.check import frozen, outputs_of, random_images, scaled_size
 from visionattn.export.spec import ExportSpec
 
-__all__ = ["Part", "whole"]
+__all__ = ["Form", "Part", "whole"]
+
+
+class Form(NamedTuple):
+    """The requested form of a file, and its origin (fields: see `export_onnx`)."""
+
+    input_size: tuple[int, int] | None
+    dynamic_size: bool | None
+    opset: int
+    weights: str
+    license: str | None
+    batch: int | None
 
 
 @dataclass(frozen=True)
@@ -35,17 +47,8 @@ class Part:
     pair: nn.Module | None = None
 
 
-def whole(
-    model: nn.Module,
-    path: str | Path,
-    input_size: tuple[int, int] | None,
-    dynamic_size: bool | None,
-    opset: int,
-    weights: str,
-    license: str | None,
-    batch: int | None,
-) -> Part:
-    """A model of images as one file (arguments: see `export_onnx`).
+def whole(model: nn.Module, path: str | Path, form: Form) -> Part:
+    """A model of images as one file.
 
     Batch, height and width of its inputs are no special cases: not 1, native, square or a multiple of a window. A
     traced branch is then that of the general case, such as non-zero padding. The sizes are larger than the native
@@ -55,10 +58,10 @@ def whole(
         ExportError: The model does not return one output per name.
         InputError: The model does not accept the size.
     """
-    if batch is not None and batch < 1:
-        raise InputError(f"The batch must be at least 1; got {batch}.")
+    if form.batch is not None and form.batch < 1:
+        raise InputError(f"The batch must be at least 1; got {form.batch}.")
     model = frozen(model)
-    spec = ExportSpec.of(model, input_size, dynamic_size, opset, weights, license, batch)
+    spec = ExportSpec.of(model, *form)
     height, width = spec.input_size[1:]
     if spec.dynamic_size:
         height, width = scaled_size(height, 1.25, spec), scaled_size(width, 1.5, spec)

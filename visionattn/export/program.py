@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from visionattn.export.part import whole
+from visionattn.export.part import Form, whole
 from visionattn.export.trace import TIME_LIMIT
 from visionattn.export.write import OnnxFile, write_parts
 
@@ -49,6 +49,6 @@ def write_program(
         InputError: The model does not accept the size.
         StorageError: The file could not be written.
     """
-    part = whole(model, path, input_size, dynamic_size, 20, weights, license, batch)
+    part = whole(model, path, Form(input_size, dynamic_size, 20, weights, license, batch))
     (file,) = write_parts([part], check=check, time_limit=time_limit, progress=progress)
     return file

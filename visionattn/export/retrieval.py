@@ -14,6 +14,7 @@ import numpy as np
 
 from visionattn.errors import InputError, UnknownNameError
 from visionattn.export.pair import pair_paths, tower_and_head
+from visionattn.export.part import Form
 from visionattn.export.runtime import OnnxModel
 from visionattn.export.trace import TIME_LIMIT
 from visionattn.export.write import OnnxFile, write_parts
@@ -117,6 +118,6 @@ def export_retrieval(
         InputError: The model does not accept the size, or the operator set does not exist.
         StorageError: A file could not be written.
     """
-    parts = tower_and_head(model, path, input_size, dynamic_size, opset, weights, license, batch)
+    parts = tower_and_head(model, path, Form(input_size, dynamic_size, opset, weights, license, batch))
     tower, head = write_parts(parts, check=check, time_limit=time_limit, progress=progress)
     return tower, head
