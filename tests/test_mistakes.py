@@ -204,6 +204,7 @@ MISTAKES = [
     ("probe torchvision/resnet18 --data digits", r"needs --checkpoint FILE"),
     ("predict photos --head broken.pth", r"broken\.pth is not a head"),
     ("predict photos --head lost.safetensors", r"There is no file lost\.safetensors"),
+    ("predict photos --head lost.safetensors --color --output notes.txt", r"There is no file lost\.safetensors"),
     ("predict --head lost.safetensors", r"required: IMAGE"),
     ("probe broken.pth --data digits", r"broken\.pth"),
     (f"probe {VIT} --data digits --task depth", r"invalid choice: 'depth'"),

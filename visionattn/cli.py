@@ -129,7 +129,7 @@ def _run(argv: list[str]) -> int:
     if argv[:1] == ["predict"] and any(word.partition("=")[0] == "--head" for word in argv):
         from visionattn.probe import predict_cli
 
-        parser = _Parser(prog="visionattn predict", description="Classify images by a head of `visionattn probe`.")
+        parser = _Parser(prog="visionattn predict", description="Apply a head of `visionattn probe` to images.")
         predict_cli.add_arguments(parser)
         return predict_cli.run(parser.parse_args(argv[1:]))
     # Lightning's parser has the options of training commands; this one only lists the commands.

@@ -341,10 +341,23 @@ def _reports(folder: Path) -> None:
         kept.mkdir(parents=True)
         for file in ("results.json", "predictions.csv"):
             shutil.copy(folder / "run" / name / file, kept)
-    (head,) = (folder / "run" / NANO / "heads").glob("*.safetensors")
-    shutil.copy(head, folder / "head.safetensors")
     shutil.rmtree(folder / "run")
-    shutil.copytree(folder / "data" / "test", folder / "photos")
+
+
+def _heads(folder: Path) -> None:
+    from tests.probe.runs import pictures, tiny
+    from tests.probe.scenes import write_scenes
+
+    pictures(folder / "photos", {part: {"none": 8, "one": 8} for part in ("train", "test")})
+    write_scenes(folder / "scenes", {"train": 8, "val": 2})
+    assert main(tiny(folder / "photos", folder / "run", "--no-knn", "--no-pixels")) == 0
+    few = ["--random", "--task", "segmentation", "--epochs", "1", "--lrs", "0.01", "--no-pixels", "--maps", "0"]
+    assert main(["probe", NANO, "--data", str(folder / "scenes"), *few, "--output", str(folder / "dense")]) == 0
+    (folder / "heads").mkdir()
+    for run in ("run", "dense"):
+        for head in (folder / run / "heads").glob("*.safetensors"):
+            shutil.move(head, folder / "heads")
+        shutil.rmtree(folder / run)
 
 
 def _compare(rng: Random, seeds: Path, case: Path) -> Call:
@@ -354,7 +367,7 @@ def _compare(rng: Random, seeds: Path, case: Path) -> Call:
 
 
 def _apply_head(rng: Random, seeds: Path, case: Path) -> Call:
-    source, target = seeds / "head.safetensors", case / "head.safetensors"
+    source, target = rng.choice(sorted((seeds / "heads").iterdir())), case / "head.safetensors"
     if rng.random() < 0.5:
         target.write_bytes(damaged_bytes(rng, source.read_bytes()))
     else:
@@ -362,7 +375,7 @@ def _apply_head(rng: Random, seeds: Path, case: Path) -> Call:
             facts = json.loads(content.metadata()["visionattn_head"])
             state = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
         save_file(state, target, {"visionattn_head": json.dumps(damaged_value(rng, facts))})
-    return lambda: main(["predict", str(seeds / "photos"), "--head", str(target), "--output", "found.csv"])
+    return lambda: main(["predict", str(seeds / "photos" / "test"), "--head", str(target), "--device", "cpu"])
 
 
 LINES = [
@@ -427,7 +440,7 @@ SURFACES = [
     Surface("calibrations", 60, _calibrations, _read_calibration),
     Surface("stores", 25, _stores, _open_store),
     Surface("reports", 8, _reports, _compare),
-    Surface("heads", 12, _reports, _apply_head),
+    Surface("heads", 16, _heads, _apply_head),
     Surface("plans", 40, _plans, _use_plan),
     Surface("arguments", 16, lambda folder: None, _command),
 ]

@@ -142,6 +142,7 @@ def test_images_that_cannot_be_read_are_listed(head, tmp_path, capsys):
     [
         ({"data__image_size": None}, "does not state its inputs .the entry dataimage_size is missing."),
         ({"data__image_size": 10**9}, "images of 1000000000 pixels"),
+        ({"data__image_size": [28, 28]}, r"images of .28, 28. pixels"),
         ({"data__std": [0.0]}, "an invalid normalisation"),
         ({"data__mean": [0.1, 0.2, 0.3], "data__std": [1, 1, 1]}, "does not match layer"),
         ({"layer__index": 99}, "must be from 0 to 5"),
@@ -167,6 +168,8 @@ def test_a_file_that_somebody_made_is_not_trusted(images, head, tmp_path, entrie
         (["predict", ".", "--head", "{head}", "--top", "0"], "must be a whole number of at least 1; got '0'"),
         (["predict", ".", "--head", "{head}", "--output", "p.txt"], ".csv"),
         (["predict", ".", "--head", "{head}", "--top", "2", "--probabilities"], "not allowed with"),
+        (["predict", ".", "--head", "{head}", "--color"], "--color is for heads of segmentation; "),
+        (["predict", ".", "--head", "{head}", "--skip-existing"], "--skip-existing is for heads of segmentation; "),
     ],
 )
 def test_mistakes_of_the_command(head, tmp_path, monkeypatch, capsys, words, message):

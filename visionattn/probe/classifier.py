@@ -59,4 +59,4 @@ class ProbedClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K)."""
         tokens = self._read(images)[self._position]
-        return self.head(head_tokens(tokens, self.head.pooling.tokens))
+        return self.head(head_tokens(tokens, self.head.tokens))

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from visionattn.data.images import eight_bits, find_images, open_image
 from visionattn.errors import DataError, shorten
+from visionattn.predict.images.picture import size_of
 from visionattn.probe.given import to_picture
 from visionattn.probe.inputs import Part
 
@@ -37,6 +38,10 @@ class ImageFiles(Dataset):
         path = self.paths[row]
         return self.transform(eight_bits(open_image(path), path)), 0
 
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of an image in its file."""
+        return size_of(self.paths[row])
+
 
 class GivenPictures(Dataset):
     """Images given in Python, as normalised tensors, each with the class 0.
@@ -55,8 +60,13 @@ class GivenPictures(Dataset):
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         return self.transform(self.images[row]), 0
 
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of an image as it was given."""
+        image = self.images[row]
+        return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[1], image.shape[2])
 
-def open_pictures(images: Any, transform: Callable[[Any], Tensor]) -> tuple[list[str], Dataset]:
+
+def open_pictures(images: Any, transform: Callable[[Any], Tensor]) -> tuple[list[str], ImageFiles | GivenPictures]:
     """Images without labels, and their names.
 
     Args:

@@ -24,9 +24,16 @@ _ACCEPTED = "PIL images, uint8 arrays (H, W) or (H, W, C), or tensors (C, H, W) 
 
 
 def eval_transform(
-    channels: int, size: int, mean: Sequence[float], std: Sequence[float]
+    channels: int, size: int | tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Image.Image | Tensor], Tensor]:
-    """The transform of images from folders; float tensors (C, size, size) are not changed.
+    """The transform of images from folders; float tensors of the resulting shape are not changed.
+
+    Args:
+        channels: Number of channels C of the model's images.
+        size: Side of the square to which images are resized and cropped; or the height and width to which whole images
+            are resized.
+        mean: Mean of the normalisation, per channel.
+        std: Standard deviation of the normalisation, per channel.
 
     Raises:
         InputError: The model does not take images with 1, 3 or 4 channels, or a tensor has another shape.
@@ -35,8 +42,10 @@ def eval_transform(
         raise InputError(f"The model takes {channels} channels; images can have 1, 3 or 4.")
     convert = partial(Image.Image.convert, mode=MODES[channels])
     finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-    prepare = v2.Compose([convert, *fit((size, size), v2.InterpolationMode.BICUBIC), *finish])
-    return partial(_prepare, prepare, (channels, size, size))
+    bicubic = v2.InterpolationMode.BICUBIC
+    height, width = (size, size) if isinstance(size, int) else size
+    resized = fit((size, size), bicubic) if isinstance(size, int) else [v2.Resize((height, width), bicubic)]
+    return partial(_prepare, v2.Compose([convert, *resized, *finish]), (channels, height, width))
 
 
 def _prepare(prepare: Callable[[Image.Image], Tensor], shape: tuple[int, ...], image: Image.Image | Tensor) -> Tensor:

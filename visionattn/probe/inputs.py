@@ -51,6 +51,11 @@ class Images:
         return self.root if self.dataset == "folder" and self.root else self.dataset
 
     @property
+    def image_size(self) -> int | tuple[int, int]:
+        """Side of the images, or their height and width if whole images are resized to it."""
+        return self.size
+
+    @property
     def transform(self) -> str:
         """In words."""
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))

@@ -20,6 +20,7 @@ from visionattn.opening import Opened
 from visionattn.probe.heads.banks import HeadSpec
 from visionattn.probe.inputs import Images
 from visionattn.probe.report.facts import backbone_facts, data_facts, opening_facts, versions
+from visionattn.probe.report.head_files import head_file, write_task_head
 from visionattn.probe.report.tasks import Metric, TaskHead, TaskReport
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.tokens.backbone import Backbone
@@ -56,8 +57,12 @@ class TaskRun(ABC):
         backbone: Backbone that computes the tokens.
         images: Training and test images.
         console: Console for the progress.
+
+    Attributes:
+        saved: The selected heads in the report, the heads themselves, and the epoch of their weights, set by `report`.
     """
 
+    saved: list[tuple[TaskHead, Any, int]]
     specs: list[HeadSpec]
     metrics: tuple[Metric, ...]
     class_metrics: tuple[Metric, ...]
@@ -101,8 +106,15 @@ class TaskRun(ABC):
         """
 
     def write(self, report: TaskReport) -> None:
-        """Write the report to the folder of the run."""
+        """Write the report and the selected heads to the folder of the run."""
         report.write(self.folder)
+        folder = self.folder / "heads"
+        for head, module, epoch in self.saved:
+            write_task_head(report, head, module, epoch, folder)
+        kept = {head_file(folder, report, head).stem for head, _, _ in self.saved}
+        for path in folder.glob("*-layer*"):
+            if path.suffix in (".safetensors", ".md") and path.stem not in kept:
+                path.unlink()
 
     def _describe(
         self,

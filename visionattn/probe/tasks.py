@@ -37,15 +37,11 @@ def make_run(settings: ProbeSettings, name: str, opened: Opened, data: Any, cons
     config = resolve_model_data_config(opened.model)
     images: Any
     run: Any
-    size: int | tuple[int, int]
     if settings.task == "segmentation":
-        images = read_pairs(data, settings, config)
-        size, run = (images.height, images.size), SegmentationRun
+        images, run = read_pairs(data, settings, config), SegmentationRun
     elif settings.task != "classification":
-        images = read_targets(data, settings, config)
-        size, run = images.size, TargetRun
+        images, run = read_targets(data, settings, config), TargetRun
     else:
-        images = read_images(data, settings, config)
-        size, run = images.size, ProbingRun
-    backbone = make_backbone(opened.model, settings.layers, size, settings.device)
+        images, run = read_images(data, settings, config), ProbingRun
+    backbone = make_backbone(opened.model, settings.layers, images.image_size, settings.device)
     return run(settings, name, opened, backbone, images, console)

@@ -11,7 +11,8 @@ from tests.probe.arrays import ArrayFeatures
 from visionattn.errors import DataError
 from visionattn.metrics.segmentation import mean_iou, pixel_accuracy
 from visionattn.probe.heads.banks import HeadSpec
-from visionattn.probe.segmentation.training import predict_masks, score_segmenter, train_segmenters
+from visionattn.probe.segmentation.heads import predict_masks
+from visionattn.probe.segmentation.training import score_segmenter, train_segmenters
 
 GRID = (4, 6)
 OPTIONS = {"epochs": 25, "batch_size": 8, "warmup_epochs": 1, "holdout": 0.1}

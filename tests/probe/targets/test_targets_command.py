@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def tests_of(folder):
+def unseen(folder):
     """The test images."""
     return [folder / f"{number:02d}.png" for number in range(40, 60)]
 
@@ -84,7 +84,7 @@ def test_several_labels(folder, tmp_path):
     assert "<script" not in page
     with (tmp_path / "classes.csv").open() as file:
         assert [row["class"] for row in csv.DictReader(file)] == ["bright", "striped", "never"]
-    applied = apply_head(tests_of(folder), tmp_path / "heads/gap-layer5.safetensors", device="cpu")
+    applied = apply_head(unseen(folder), tmp_path / "heads/gap-layer5.safetensors", device="cpu")
     assert (applied.task, applied.classes) == ("multilabel", ("bright", "striped", "never"))
     assert applied.probabilities.sum(1).max() > 1.2  # of several classes
     truth = table(folder / "labels.csv", applied.images)
@@ -110,18 +110,18 @@ def test_numbers(folder, tmp_path, capsys):
     assert head["mae"] == pytest.approx((targets["level"]["gap mae"] + targets["noise"]["gap mae"]) / 2)
     assert head["r2_low"] <= head["r2"] <= head["r2_high"]
     saved = tmp_path / "heads/gap-layer5.safetensors"
-    applied = apply_head(tests_of(folder), saved, device="cpu")
+    applied = apply_head(unseen(folder), saved, device="cpu")
     errors = np.abs(applied.probabilities.numpy() - table(folder / "numbers.csv", applied.images)).mean(0)
     assert errors == pytest.approx([targets[name]["gap mae"] for name in ("level", "noise")], rel=1e-4)
     assert "MAE" in saved.with_suffix(".md").read_text()
     output = tmp_path / "numbers.json"
-    images = [str(path) for path in tests_of(folder)]
+    images = [str(path) for path in unseen(folder)]
     assert main(["predict", *images, "--head", str(saved), "--output", str(output), "--device", "cpu"]) == 0
     first = json.loads(output.read_text())[0]["values"]
     assert first == pytest.approx(dict(zip(applied.classes, applied.probabilities[0].tolist())), rel=1e-4)
     assert "level" in capsys.readouterr().out
     assert main(["predict", *images, "--head", str(saved), "--top", "2", "--output", str(tmp_path / "a.csv")]) == 2
-    assert "--top is for one class per image" in capsys.readouterr().err
+    assert "--top is for heads of classification; " in capsys.readouterr().err
     assert main([*words, *QUICK]) == 0  # the same run may write there again
     assert main([*words, *QUICK, "--seeds", "3"]) == 2
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from visionattn.data.images import open_image
 from visionattn.errors import DataError, shorten
+from visionattn.files import atomic_path
 
-__all__ = ["IGNORE", "PALETTE", "check_labels", "read_mask", "resize_mask"]
+__all__ = ["IGNORE", "PALETTE", "check_labels", "read_mask", "resize_mask", "write_mask"]
 
 IGNORE = 255
 """The value of pixels without a class, such as the outlines of VOC."""
@@ -66,6 +67,18 @@ def read_mask(path: str | Path, zero_is_ignored: bool = False) -> np.ndarray:
     if zero_is_ignored:
         mask = np.where(mask == IGNORE, mask, mask - np.uint8(1))  # 0 wraps around to 255
     return mask
+
+
+def write_mask(path: Path, mask: np.ndarray) -> None:
+    """Write classes uint8 (H, W) as a PNG image with the palette of PASCAL VOC, completely or not at all.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    image = Image.fromarray(mask)
+    image.putpalette(PALETTE.tobytes())  # from grey to palette indices of the same values
+    with atomic_path(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 def check_labels(mask: np.ndarray, path: str | Path, classes: Sequence[Any]) -> None:

@@ -89,13 +89,17 @@ class Head(nn.Module):
         pooling: Pooling of the tokens to one vector.
         num_classes: Number K of classes.
 
+    Attributes:
+        tokens: Kind of the tokens that it reads, as `head_tokens` takes it.
+
     Shape:
-        Tokens (B, N, D) of the kind `pooling.tokens` -> logits (B, K).
+        Tokens (B, N, D) of that kind -> logits (B, K).
     """
 
     def __init__(self, pooling: Pooling, num_classes: int) -> None:
         super().__init__()
         self.pooling = pooling
+        self.tokens = pooling.tokens
         self.norm = nn.BatchNorm1d(pooling.out_dim, eps=1e-6, momentum=0.1, affine=False)
         self.classifier = nn.Linear(pooling.out_dim, num_classes)
         nn.init.trunc_normal_(self.classifier.weight, std=0.01)

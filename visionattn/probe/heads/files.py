@@ -16,6 +16,7 @@ from visionattn.errors import CheckpointError, shorten
 from visionattn.files import atomic_path
 from visionattn.probe.heads.banks import Head
 from visionattn.probe.heads.poolings import create_pooling
+from visionattn.probe.segmentation.heads import LinearSegmenter, create_segmenter
 from visionattn.weights import mismatches
 
 __all__ = ["load_head", "read_head", "save_head"]
@@ -23,12 +24,13 @@ __all__ = ["load_head", "read_head", "save_head"]
 _KEY = "visionattn_head"
 
 
-def save_head(head: Head, facts: Mapping[str, Any], path: Path) -> None:
+def save_head(head: Head | LinearSegmenter, facts: Mapping[str, Any], path: Path) -> None:
     """Write a head, completely or not at all.
 
     Args:
         head: The head.
-        facts: Metadata as plain values: `pooling`, `layer` with `dim` and `grid`, `classes`, and further entries.
+        facts: Metadata as plain values: `task` (default: classification), `pooling` (the name of a segmentation head),
+            `layer` with `dim` and `grid`, `classes`, and further entries.
         path: The file.
 
     Raises:
@@ -40,10 +42,11 @@ def save_head(head: Head, facts: Mapping[str, Any], path: Path) -> None:
         temporary.write_bytes(save(state, {_KEY: json.dumps(facts, ensure_ascii=False)}))
 
 
-def load_head(file: str | Path) -> Head:
+def load_head(file: str | Path) -> Head | LinearSegmenter:
     """Open a head written by `visionattn probe`: pooling, batch norm and classifier, in evaluation mode.
 
-    Its `forward` takes tokens (B, N, D) of the kind `pooling.tokens` and returns logits (B, K).
+    Its `forward` takes tokens (B, N, D) of the kind `tokens` and returns logits (B, K), or, as a head of segmentation,
+    those of each token, (B, N, K).
 
     Args:
         file: A .safetensors file from the folder `heads` of a report.
@@ -54,7 +57,7 @@ def load_head(file: str | Path) -> Head:
     return read_head(file)[0]
 
 
-def read_head(file: str | Path) -> tuple[Head, dict[str, Any]]:
+def read_head(file: str | Path) -> tuple[Head | LinearSegmenter, dict[str, Any]]:
     """Like `load_head`, but also returns the metadata of the head.
 
     Raises:
@@ -66,17 +69,12 @@ def read_head(file: str | Path) -> tuple[Head, dict[str, Any]]:
         with safe_open(str(file), "pt") as content:
             facts = json.loads((content.metadata() or {})[_KEY])
             state: dict[str, Tensor] = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
-        layer = facts["layer"]
-
-        def build() -> Head:
-            return Head(create_pooling(facts["pooling"], layer["dim"], tuple(layer["grid"])), len(facts["classes"]))
-
         with torch.device("meta"):  # wrong sizes in the metadata could require any amount of memory
-            wrong = mismatches(state, build().state_dict())
+            wrong = mismatches(state, _build(facts).state_dict())
         if wrong:
             raise ValueError("; ".join(wrong[:3]))
         with torch.random.fork_rng(devices=[]):
-            head = build().to(state["classifier.weight"].dtype)
+            head = _build(facts).to(state["classifier.weight"].dtype)
         head.load_state_dict(state)
     except CheckpointError:
         raise
@@ -86,3 +84,11 @@ def read_head(file: str | Path) -> tuple[Head, dict[str, Any]]:
             f"{shorten(file)} is not a head written by `visionattn probe`: {shorten(error)}"
         ) from error
     return head.eval(), facts
+
+
+def _build(facts: Mapping[str, Any]) -> Head | LinearSegmenter:
+    """The head that metadata describe, with initial weights."""
+    layer, classes = facts["layer"], len(facts["classes"])
+    if facts.get("task") == "segmentation":
+        return create_segmenter(facts["pooling"], layer["dim"], classes)
+    return Head(create_pooling(facts["pooling"], layer["dim"], tuple(layer["grid"])), classes)

@@ -44,7 +44,7 @@ def data_facts(images: Any, train_images: int, test_images: int) -> dict[str, An
         "train_digest": images.train.digest,
         "test_digest": images.test.digest,
         "transform": images.transform,
-        "image_size": images.size,
+        "image_size": images.image_size,
         "mean": list(images.mean),
         "std": list(images.std),
     }

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from visionattn.errors import UnknownNameError
 
-__all__ = ["SEGMENTERS", "AttentiveSegmenter", "LinearSegmenter", "create_segmenter", "interpolate"]
+__all__ = [
+    "SEGMENTERS",
+    "AttentiveSegmenter",
+    "LinearSegmenter",
+    "create_segmenter",
+    "interpolate",
+    "predict_masks",
+]
 
 
 class LinearSegmenter(nn.Module):
@@ -30,9 +37,14 @@ class LinearSegmenter(nn.Module):
         dim: Width D of the tokens.
         num_classes: Classes K.
 
+    Attributes:
+        tokens: Kind of the tokens that it reads, as of the heads of classification.
+
     Shape:
         (B, N, D) -> (B, N, K).
     """
+
+    tokens = "patches"
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -95,3 +107,30 @@ def interpolate(logits: Tensor, grid: tuple[int, int], size: tuple[int, int]) ->
     """Logits of pixels from those of tokens: (B, N, K), row by row of the grid -> (B, K, H, W)."""
     maps = logits.transpose(1, 2).unflatten(2, grid)
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def predict_masks(
+    head: LinearSegmenter, tokens: Tensor, grid: tuple[int, int], size: tuple[int, int], numbers: int = 2**26
+) -> Tensor:
+    """Classes of the pixels of one image.
+
+    Args:
+        head: A head in evaluation mode.
+        tokens: Tokens of the image, (1, N, D).
+        grid: Height and width of the grid of patches.
+        size: H and W of the mask.
+        numbers: Maximum number of logits in memory, a bound for large masks with many classes.
+
+    Returns:
+        int64 (H, W).
+    """
+    weight = head.classifier.weight
+    logits = head(tokens.to(weight.device, weight.dtype))
+    step = max(1, numbers // (size[0] * size[1]))
+    highest, found = interpolate(logits[:, :, :step], grid, size)[0].max(0)
+    for first in range(step, logits.shape[2], step):
+        values, classes = interpolate(logits[:, :, first : first + step], grid, size)[0].max(0)
+        found = torch.where(values > highest, classes + first, found)
+        highest = torch.maximum(values, highest)
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
-from torchvision.transforms import v2
 
 from visionattn.data.segment.layouts import MaskPair, SegmentationSet, read_segmentation
 from visionattn.data.segment.masks import IGNORE, check_labels, read_mask, resize_mask
 from visionattn.errors import DataError, InputError, shorten
 from visionattn.probe.files import digest_files, part_of_files
-from visionattn.probe.given import MODES
+from visionattn.probe.given import eval_transform
 from visionattn.probe.inputs import Images
 from visionattn.probe.settings import ProbeSettings
 
@@ -46,6 +44,11 @@ class SegmentationImages(Images):
     def data(self) -> str:
         """Value of `--data`."""
         return str(self.root)
+
+    @property
+    def image_size(self) -> int | tuple[int, int]:
+        """See `Images.image_size`."""
+        return self.height, self.size
 
     @property
     def transform(self) -> str:
@@ -125,18 +128,8 @@ def read_pairs(data: Any, settings: ProbeSettings, config: dict[str, Any]) -> Se
     found: SegmentationSet = read_segmentation(root, settings.classes)
     size = settings.image_size or config["input_size"][1:]
     height, width = (size, size) if isinstance(size, int) else size
-    channels, mean, std = config["input_size"][0], config["mean"], config["std"]
-    if channels not in MODES:
-        raise InputError(f"The model takes {channels} channels; images can have 1, 3 or 4.")
-    transform = v2.Compose(
-        [
-            partial(Image.Image.convert, mode=MODES[channels]),
-            v2.Resize((height, width), v2.InterpolationMode.BICUBIC),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(mean), list(std)),
-        ]
-    )
+    mean, std = config["mean"], config["std"]
+    transform = eval_transform(config["input_size"][0], (height, width), mean, std)
     parts = [part_of_files([pair.image for pair in pairs], root, transform) for pairs in (found.train, found.test)]
     masks = [digest_files([pair.mask for pair in pairs], root) for pairs in (found.train, found.test)]
     told = [f"{len(found.train)} training and {len(found.test)} test images with masks ({found.told})."]

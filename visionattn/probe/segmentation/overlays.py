@@ -1,4 +1,4 @@
-"""An image, its ground truth and a prediction in a row, with the names of the classes below."""
+"""Masks in colours over their image: one, or ground truth and prediction in a row with the names of the classes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,30 @@ from PIL import Image, ImageDraw
 
 from visionattn.data.segment.masks import IGNORE, PALETTE
 
-__all__ = ["compare_masks"]
+__all__ = ["compare_masks", "overlay_mask"]
 
 _SIDE = 320  # pixels of a panel's longer side
 _GAP = 4
 _LINE = 16  # height of a line of text
 _OPACITY = 0.6
 _IGNORED = (224, 224, 224)
+
+
+def overlay_mask(image: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The image in grey, painted in the colours of VOC; ignored pixels are light grey.
+
+    Args:
+        image: Image of the size of the mask.
+        mask: Classes, uint8 (H, W).
+
+    Returns:
+        An RGB image of that size.
+    """
+    colours = PALETTE.astype(np.float32)
+    colours[IGNORE] = _IGNORED
+    grey = np.asarray(image.convert("L"), np.float32)[:, :, None]  # colours are those of classes only
+    mixed = (1 - _OPACITY) * grey + _OPACITY * colours[mask]
+    return Image.fromarray(mixed.round().astype(np.uint8))
 
 
 def compare_masks(image: Image.Image, truth: np.ndarray, prediction: np.ndarray, classes: Sequence[str]) -> Image.Image:
@@ -33,14 +50,10 @@ def compare_masks(image: Image.Image, truth: np.ndarray, prediction: np.ndarray,
     factor = _SIDE / max(image.size)
     width, height = (max(1, round(side * factor)) for side in image.size)
     picture = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    colours = PALETTE.copy()
-    colours[IGNORE] = _IGNORED
     panels = [picture]
-    grey = np.asarray(picture.convert("L"), np.float32)[:, :, None]  # colours are those of classes only
     for mask in (truth, prediction):
         small = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
-        mixed = (1 - _OPACITY) * grey + _OPACITY * colours[small]
-        panels.append(Image.fromarray(mixed.round().astype(np.uint8)))
+        panels.append(overlay_mask(picture, small))
     present = sorted({int(label) for mask in (truth, prediction) for label in np.unique(mask)} - {IGNORE})
     columns = max(1, (3 * width + 2 * _GAP) // 150)
     lines = -(-len(present) // columns)

@@ -21,14 +21,13 @@ from visionattn.probe.heads.banks import HeadSpec, grid
 from visionattn.probe.progress import show_progress
 from visionattn.probe.reading import TokenReader
 from visionattn.probe.report.tasks import Difference, Metric, TaskHead, TaskReport
-from visionattn.probe.segmentation.heads import SEGMENTERS
+from visionattn.probe.segmentation.heads import SEGMENTERS, predict_masks
 from visionattn.probe.segmentation.images import SegmentationImages
 from visionattn.probe.segmentation.overlays import compare_masks
 from visionattn.probe.segmentation.pixels import read_pixel_tokens
 from visionattn.probe.segmentation.training import (
     DETAIL,
     SegmenterResult,
-    predict_masks,
     score_segmenter,
     train_segmenters,
 )
@@ -120,6 +119,7 @@ class SegmentationRun(TaskRun):
         )
         report.protocol["loss at"] = f"{DETAIL} x {DETAIL} positions per token"
         scored = [(result, head) for (result, _, _), head in zip(entries, report.heads) if head.chosen]
+        self.saved = [(head, result.head, settings.epochs) for result, head in scored if head.layer_index is not None]
         if scored:
             counts = scored[0][0].pixels[:, 2].sum(0)
             report.counts["test pixels"] = counts.tolist()

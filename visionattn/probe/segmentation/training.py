@@ -21,11 +21,11 @@ from torch import Tensor
 from visionattn.data.segment.masks import IGNORE
 from visionattn.metrics.segmentation import count_boundary, count_pixels, mean_iou
 from visionattn.probe.heads.banks import HeadSpec
-from visionattn.probe.segmentation.heads import LinearSegmenter, create_segmenter, interpolate
+from visionattn.probe.segmentation.heads import LinearSegmenter, create_segmenter, interpolate, predict_masks
 from visionattn.probe.task_run import divide
 from visionattn.probe.tokens.interface import Features
 
-__all__ = ["DETAIL", "SegmenterResult", "predict_masks", "score_segmenter", "train_segmenters"]
+__all__ = ["DETAIL", "SegmenterResult", "score_segmenter", "train_segmenters"]
 
 DETAIL = 4
 
@@ -168,33 +168,6 @@ def _choose_by(
     for result, own in zip(results, counts):
         if not result.diverged:
             result.held_out = float(mean_iou(own))
-
-
-@torch.no_grad()
-def predict_masks(
-    head: LinearSegmenter, tokens: Tensor, grid: tuple[int, int], size: tuple[int, int], numbers: int = 2**26
-) -> Tensor:
-    """Classes of the pixels of one image.
-
-    Args:
-        head: A head in evaluation mode.
-        tokens: Tokens of the image, (1, N, D).
-        grid: Height and width of the grid of patches.
-        size: H and W of the mask.
-        numbers: Maximum number of logits in memory, a bound for large masks with many classes.
-
-    Returns:
-        int64 (H, W).
-    """
-    weight = head.classifier.weight
-    logits = head(tokens.to(weight.device, weight.dtype))
-    step = max(1, numbers // (size[0] * size[1]))
-    highest, found = interpolate(logits[:, :, :step], grid, size)[0].max(0)
-    for first in range(step, logits.shape[2], step):
-        values, classes = interpolate(logits[:, :, first : first + step], grid, size)[0].max(0)
-        found = torch.where(values > highest, classes + first, found)
-        highest = torch.maximum(values, highest)
-    return found
 
 
 def score_segmenter(

@@ -21,7 +21,6 @@ from visionattn.probe.heads.training import HeadTraining
 from visionattn.probe.pixels import read_pixels
 from visionattn.probe.progress import show_progress
 from visionattn.probe.reading import TokenReader
-from visionattn.probe.report.head_files import head_file, write_task_head
 from visionattn.probe.report.tasks import Difference, Metric, TaskHead, TaskReport
 from visionattn.probe.settings import ProbeSettings
 from visionattn.probe.statistics import Interval
@@ -93,7 +92,9 @@ class TargetRun(TaskRun):
         chosen = _choose(entries)
         heads = [self._head(result, index, id(result) in chosen) for result, index in entries]
         self.saved = [
-            (head, result) for head, (result, index) in zip(heads, entries) if head.chosen and index is not None
+            (head, result.head, result.best_epoch)
+            for head, (result, index) in zip(heads, entries)
+            if head.chosen and index is not None
         ]
         held = len(divide(len(train), HOLDOUT)[1])
         notes = [*self.left_out, *images.left_out, *self._rare(train)]
@@ -122,17 +123,6 @@ class TargetRun(TaskRun):
                 if head is not best
             ]
         return report
-
-    def write(self, report: TaskReport) -> None:
-        """Write the report and the selected heads to the folder of the run."""
-        super().write(report)
-        folder = self.folder / "heads"
-        for head, result in self.saved:
-            write_task_head(report, head, result, folder)
-        kept = {head_file(folder, report, result).stem for _, result in self.saved}
-        for path in folder.glob("*-layer*"):
-            if path.suffix in (".safetensors", ".md") and path.stem not in kept:
-                path.unlink()
 
     def _train(self, train: Features, test: Features, specs: Sequence[HeadSpec]) -> list[HeadResult]:
         settings = self.settings
