@@ -15,9 +15,9 @@ from visionattn.errors import CheckpointError, InputError
 from visionattn.metrics.segmentation import count_boundary, count_pixels, iou, mean_iou, pixel_accuracy
 from visionattn.probe import apply_head, load_head, open_classifier
 
-# Tokens in float32, as `predict` computes them: in float16, the default, single pixels could change their class.
+# Live tokens, as `predict` computes them: stored ones are rounded, so that single pixels could change their class.
 QUICK = ["--random", "--task", "segmentation", "--device", "cpu", "--epochs", "4", "--lrs", "0.01", "--maps", "0"]
-QUICK += ["--batch-size", "4", "--image-size", "64x96", "--no-pixels"]
+QUICK += ["--live", "--batch-size", "4", "--image-size", "64x96", "--no-pixels"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("done")
-    words = ["probe", "test_vit", "--data", str(folder), "--output", str(path), "--dtype", "float32", *QUICK]
+    words = ["probe", "test_vit", "--data", str(folder), "--output", str(path), *QUICK]
     assert main(words) == 0
     return path
 
