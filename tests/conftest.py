@@ -1,31 +1,57 @@
 """Every test starts from the same random state, on one thread: the suite shares two cores."""
 
-import functools
 import gc
 import os
-import sys
+from pathlib import Path
 
 import pytest
-import torch
+
+from tests.exporting import hasten_exports
+
+# Files with tests of ten seconds and more, or with fixtures of it. Processes that share the tests begin with them, so
+# that what is left at the end is short and none of them waits for the others.
+LONG = (
+    "export/test_onnx.py",
+    "docs/test_site.py",
+    "docs/test_examples.py",
+    "train/test_train_cli.py",
+    "train/test_announce.py",
+    "train/test_triplets_task.py",
+    "train/test_resume.py",
+    "export/test_programs.py",
+    "web/test_page.py",
+    "kernels/test_halo_attention.py",
+    "kernels/test_match_attention.py",
+    "kernels/test_multi_query_pool.py",
+    "kernels/test_subspace_attention.py",
+    "arena/test_api.py",
+    "quickstart/test_quickstart.py",
+)
 
 
 @pytest.fixture(autouse=True)
 def _reproducible():
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def _exporter_reads_its_translations_once():
-    """PyTorch's ONNX exporter parses 500 functions of onnxscript anew in every export: half the time of a small one."""
-    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
-    scripts = getattr(registration, "onnxscript_apis", None)
-    if scripts is not None and "get_torchlib_ops" not in vars(scripts):
-        scripts.get_torchlib_ops = functools.cache(scripts.get_torchlib_ops)
+def _exports_are_quick():
+    hasten_exports()
 
 
-def pytest_configure():
-    torch.set_num_threads(1)
+def pytest_configure(config):
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+    if not getattr(config.option, "numprocesses", None):  # one that hands tests to others needs no PyTorch
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 def pytest_collection_finish():
