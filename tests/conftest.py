@@ -17,7 +17,7 @@ LONG = (
     "train/test_train_cli.py",
     "train/test_announce.py",
     "train/test_triplets_task.py",
-    "train/test_resume.py",
+    "train/test_match_task.py",
     "export/test_programs.py",
     "web/test_page.py",
     "kernels/test_halo_attention.py",
