@@ -69,6 +69,17 @@ def test_triplet_loss_is_its_equation():
     torch.testing.assert_close(found, torch.stack(expected).mean())
 
 
+def test_normalized_softmax_is_its_equation():
+    compute = AttributeLoss("normalized_softmax", "none", 0.2, [3, 4], 5).double()
+    embeddings, labels = unit(14, 2, 5), torch.stack([torch.arange(14) % 3, torch.arange(14) % 4 - 1], dim=1)
+    expected = []
+    for column, loss in enumerate(compute.losses):
+        kept = labels[:, column] != MISSING
+        cosines = embeddings[kept, column] @ F.normalize(loss.W, dim=0)
+        expected.append(F.cross_entropy(cosines / 0.05, labels[kept, column]))
+    torch.testing.assert_close(compute(embeddings, labels), torch.stack(expected).mean())
+
+
 @pytest.mark.parametrize(
     ("loss", "miner"),
     [
@@ -78,6 +89,7 @@ def test_triplet_loss_is_its_equation():
         ("multi_similarity", "multi_similarity"),
         ("multi_similarity", "none"),
         ("proxy_anchor", "none"),
+        ("normalized_softmax", "none"),
     ],
 )
 def test_attributes_of_one_value_give_nothing(loss, miner):

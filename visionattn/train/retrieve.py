@@ -2,9 +2,10 @@ r"""Training retrieval: embeddings f_c of an image under each attribute c, close
 
     loss = mean over attributes c of  l(f_c of the images with a value of c, their values)
 
-    triplet           mean of  max(0, m - cos(a, p) + cos(a, n))  over triplets where it is not 0
-    multi_similarity  arXiv 1904.06627
-    proxy_anchor      arXiv 2003.13911; learned proxies of each value
+    triplet             mean of  max(0, m - cos(a, p) + cos(a, n))  over triplets where it is not 0
+    multi_similarity    arXiv 1904.06627
+    proxy_anchor        arXiv 2003.13911; learned proxies of each value
+    normalized_softmax  arXiv 1811.12649; cross-entropy of the cosines to learned proxies, divided by 0.05
 
 An attribute with one value in a batch gives 0. Losses and miners are pytorch-metric-learning's.
 """
@@ -29,7 +30,8 @@ from visionattn.train.optimization import OptimizedTask
 
 __all__ = ["BEGINNING", "AttributeLoss", "EmbeddingTask", "RankedTask", "RetrieveTask", "create_conditional"]
 
-LOSSES = ("triplet", "multi_similarity", "proxy_anchor")
+LOSSES = ("triplet", "multi_similarity", "proxy_anchor", "normalized_softmax")
+PROXIES = ("proxy_anchor", "normalized_softmax")
 BEGINNING = ("pretrained_backbone", "backbone_checkpoint")
 MINERS = ("none", "semihard", "hard", "multi_similarity")
 
@@ -140,7 +142,7 @@ class AttributeLoss(nn.Module):
     """A loss of pytorch-metric-learning for each attribute (equations: see the module).
 
     Args:
-        loss: triplet, multi_similarity or proxy_anchor.
+        loss: triplet, multi_similarity, proxy_anchor or normalized_softmax.
         miner: Triplets or pairs to use: none (all), semihard, hard or multi_similarity.
         margin: m of the triplet loss.
         values: Number of values of each attribute.
@@ -156,8 +158,8 @@ class AttributeLoss(nn.Module):
         for what, name, known in (("loss", loss, LOSSES), ("miner", miner, MINERS)):
             if name not in known:
                 raise ConfigError(f"model.{what} must be one of {', '.join(map(repr, known))}; got {name!r}.")
-        if loss == "proxy_anchor" and miner != "none":
-            raise ConfigError("proxy_anchor compares images with proxies and needs no mining: set model.miner to none.")
+        if loss in PROXIES and miner != "none":
+            raise ConfigError(f"{loss} compares images with proxies and needs no mining: set model.miner to none.")
         losses = require("pytorch_metric_learning.losses", "train")
         miners = require("pytorch_metric_learning.miners", "train")
         cosine = require("pytorch_metric_learning.distances", "train").CosineSimilarity()
@@ -171,6 +173,7 @@ class AttributeLoss(nn.Module):
             "triplet": lambda count: losses.TripletMarginLoss(margin, distance=cosine),
             "multi_similarity": lambda count: losses.MultiSimilarityLoss(),
             "proxy_anchor": lambda count: losses.ProxyAnchorLoss(count, embed_dim),
+            "normalized_softmax": lambda count: losses.NormalizedSoftmaxLoss(count, embed_dim),
         }[loss]
         self.losses = nn.ModuleList([make(count) for count in values])
 
@@ -197,7 +200,7 @@ class RetrieveTask(RankedTask):
         model_args: Further arguments of the model, such as `embed_dim`, `head` and `backbone_checkpoint`.
         attributes: Attribute -> its values; follows from the data.
         pretrained: Start from the published weights.
-        loss: triplet, multi_similarity or proxy_anchor.
+        loss: triplet, multi_similarity, proxy_anchor or normalized_softmax.
         miner: Triplets or pairs to use: none (all), semihard, hard or multi_similarity.
         margin: m of the triplet loss.
         backbone_rate: Learning rate of the backbone relative to that of the head and the loss; 0 freezes it, including
