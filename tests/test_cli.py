@@ -22,12 +22,15 @@ def test_list_shows_every_name(capsys, monkeypatch):
 
 
 WEIGHTS = {
+    "va_cca_halonet_nano_32": "shipped",
+    "va_halonet_nano_32": "shipped",
     "va_match_flow_base": "download",
     "va_match_stereo_base": "download",
     "va_match_stereo_nano": "shipped",
     "va_match_stereo_small": "download",
     "va_match_stereo_tiny": "download",
     "va_minimal_vit_micro_patch4_32": "shipped",
+    "va_mobilenetv2_ulsam_050_32": "shipped",
     "va_span_ch26_x2": "shipped",
     "va_span_ch26_x4": "shipped",
 }

@@ -5,7 +5,7 @@
     python -m tools.ship_weights CHECKPOINT va_match_stereo_nano --half
 
 The input range of SPAN's training is folded exactly into the first convolution, so that the network equals the one that
-`timm.create_model` builds for the name. `--half` stores float16.
+`timm.create_model` builds for the name. `--half` stores parameters in float16.
 """
 
 from __future__ import annotations
@@ -29,13 +29,18 @@ def main() -> None:
     parser.add_argument("--half", action="store_true")
     args = parser.parse_args()
     trained = visionattn.load(args.checkpoint).eval()
-    if args.half:
-        trained = trained.half().float()
-    shipped = timm.create_model(args.name).eval()
+    if args.half:  # running statistics can exceed float16's range
+        for parameter in trained.parameters():
+            parameter.data = parameter.data.half().float()
+    settings = {"attributes": trained.attributes, "embed_dim": trained.embed_dim} if trained.task == "retrieve" else {}
+    shipped = timm.create_model(args.name, **settings).eval()
     state = {key: value for key, value in trained.state_dict().items() if key in shipped.state_dict()}
     if hasattr(trained, "norm") and hasattr(trained.norm, "factor"):
         state["conv_1.conv.weight"] = state["conv_1.conv.weight"] * (trained.norm.factor / shipped.norm.factor)
-    state = {key: (value.half() if args.half else value).contiguous() for key, value in state.items()}
+    if args.half:
+        parameters = dict(shipped.named_parameters())
+        state = {key: value.half() if key in parameters else value for key, value in state.items()}
+    state = {key: value.contiguous() for key, value in state.items()}
     shipped.load_state_dict(state)
     images = torch.rand(2 if shipped.task in ("stereo", "flow") else 1, 2, *shipped.pretrained_cfg["input_size"])
     torch.testing.assert_close(shipped(*images), trained(*images), rtol=1e-4, atol=1e-4)

@@ -6,7 +6,9 @@
 | --- | --- | --- |
 | super-resolution | `--sr`: high-resolution images in `NAME/HR` | bicubic; files of `--published` of the same size |
 | stereo | `--stereo`: scenes with ground truth, `--factor` of their PNGs | OpenCV's SGBM, gaps filled by row |
-| backbone | `--cifar10`: sheets (`benchmarks.models.cifar_sheets`) | the same network untrained; pixels |
+| classification | `--cifar10`: sheets (`benchmarks.models.cifar_sheets`) | published ResNets in `--resnets` |
+| retrieval | `--objects`: table of `tools/generated_objects.py` | pooled features of another shipped network; chance |
+| backbone | as classification | the same network untrained; pixels |
 
 Data that is not given is not measured, which is printed; its old rows stay. One thread; no figure is chosen on what it
 is reported on, but for what the cards say.
@@ -37,6 +39,8 @@ def main() -> None:
     parser.add_argument("--published", type=Path, metavar="FOLDER", help="published super-resolution files (.pth)")
     parser.add_argument("--stereo", type=Path, metavar="FOLDER", help="stereo scenes with ground truth")
     parser.add_argument("--cifar10", type=Path, metavar="FOLDER", help="sheets of CIFAR-10")
+    parser.add_argument("--objects", type=Path, metavar="TABLE", help="objects.csv")
+    parser.add_argument("--resnets", type=Path, metavar="FOLDER", help="files resnet20_cifar10 and resnet56_cifar10")
     add_factor(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -44,7 +48,8 @@ def main() -> None:
         {
             "restore": args.sr and partial(measures.upscaling, folder=args.sr, published=args.published),
             "stereo": args.stereo and partial(measures.stereo, folder=args.stereo, factor=factors(args.factor)),
-            "classify": args.cifar10 and partial(measures.backbone, folder=args.cifar10),
+            "classify": args.cifar10 and partial(measures.cifar10, folder=args.cifar10, resnets=args.resnets),
+            "retrieve": args.objects and partial(measures.retrieval, table=args.objects),
         }
     )
     if measured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,14 @@ from torch import nn
 
 import visionattn
 from benchmarks.models.cifar_sheets import load_cifar10_sheets
+from benchmarks.probe import cifar_resnet  # noqa: F401  registers the published networks
 from visionattn.cost import count_parameters
-from visionattn.evaluate import evaluate_sr, evaluate_stereo
+from visionattn.evaluate import evaluate_retrieval, evaluate_sr, evaluate_stereo
 
-PSNR, EPE, BAD_2, ACCURACY = "PSNR dB (Y)", "EPE px", "bad-2 %", "accuracy %"
+PSNR, EPE, BAD_2, ACCURACY, MAP = "PSNR dB (Y)", "EPE px", "bad-2 %", "accuracy %", "mAP %"
+OTHER_SPACE = "va_minimal_vit_micro_patch4_32"
+"""A shipped network with one embedding for all attributes."""
+HELD_OUT = "CIFAR-10, held-out training images"
 LOWER = (EPE, BAD_2)
 """Metrics of which less is better."""
 QUALITIES = (None, 75, 30)
@@ -82,6 +86,44 @@ def stereo(name: str, folder: Path, factor: float | Mapping[str, float] | None) 
     return sorted(rows, key=lambda row: row.data)
 
 
+def retrieval(name: str, table: Path) -> list[Measured]:
+    """mAP of each attribute on the test split of generated objects, next to one space for all and to chance."""
+    others = {"random": "chance", OTHER_SPACE: f"pooled {OTHER_SPACE}"}
+    found = evaluate_retrieval([name, OTHER_SPACE], table)
+    if found.failures:
+        raise SystemExit("\n".join(found.failures))
+    return [
+        Measured(name, f"generated objects, {row.attribute}", others.get(model, model), MAP, 100 * row.map)
+        for model in (name, *others)
+        for row in found.own(model)
+    ]
+
+
+def cifar10(name: str, folder: Path, resnets: Path | None) -> list[Measured]:
+    """Accuracy on CIFAR-10 of a classifier, or of ridge regression on the features of a network without one."""
+    has_classes = timm.get_pretrained_cfg(name).num_classes > 0
+    return classifier(name, folder, resnets) if has_classes else backbone(name, folder)
+
+
+def classifier(
+    name: str, folder: Path, resnets: Path | None = None, splits: Iterable[str] = ("val", "test")
+) -> list[Measured]:
+    """Accuracy on training images that were held out, and on test images next to published ResNets'."""
+    networks = {name: timm.create_model(name, pretrained=True)}
+    for layers in (20, 56) if resnets else ():
+        file = f"{resnets}/resnet{layers}_cifar10.safetensors"
+        networks[f"ResNet-{layers}"] = timm.create_model(f"cifar_resnet{layers}", checkpoint_path=file)
+    rows = []
+    for split in splits:
+        data = HELD_OUT if split == "val" else "CIFAR-10, test images after JPEG"
+        images, labels = load_cifar10_sheets(folder, split)
+        # The published networks were trained on the images held out here.
+        for method in networks if split == "test" else (name,):
+            right = _features(networks[method], images).argmax(1) == labels
+            rows.append(Measured(name, data, method, ACCURACY, 100 * float(right.mean())))
+    return rows
+
+
 def backbone(name: str, folder: Path) -> list[Measured]:
     """Accuracy on CIFAR-10 of ridge regression on frozen features, next to an untrained network's and pixels'."""
     torch.manual_seed(0)
@@ -102,7 +144,7 @@ def backbone(name: str, folder: Path) -> list[Measured]:
 
 @torch.inference_mode()
 def _features(network: nn.Module | None, images: np.ndarray) -> np.ndarray:
-    """uint8 (B, H, W, 3) -> float64 (B, C): pooled features, or the pixels themselves without a network."""
+    """uint8 (B, H, W, 3) -> float64 (B, C): a network's output, or without one the pixels themselves."""
     if network is None:
         return images.reshape(len(images), -1) / 255
     config: Any = network.eval().pretrained_cfg

@@ -6,12 +6,19 @@ from PIL import Image
 from benchmarks.shipped import __main__ as shipped
 from benchmarks.shipped import measures, tables
 from benchmarks.shipped.measures import EPE, PSNR, Measured, ridge_accuracy
-from visionattn.evaluate import evaluate_sr
+from tools.generated_objects import write
+from visionattn.evaluate import evaluate_retrieval, evaluate_sr
 
 
 def test_weights_without_data_are_left_out_and_said_so(capsys):
     upscalers = ["va_span_ch26_x2", "va_span_ch26_x4", "va_span_ch26_x4.real"]
-    names = ["va_match_stereo_nano", "va_minimal_vit_micro_patch4_32", *upscalers]
+    others = {
+        "va_cca_halonet_nano_32": "retrieve",
+        "va_halonet_nano_32": "classify",
+        "va_match_stereo_nano": "stereo",
+        "va_minimal_vit_micro_patch4_32": "classify",
+        "va_mobilenetv2_ulsam_050_32": "classify",
+    }
     asked = []
 
     def upscaling(name):
@@ -21,9 +28,10 @@ def test_weights_without_data_are_left_out_and_said_so(capsys):
     found = shipped.run({"restore": upscaling, "stereo": None})
     assert [row.weights for row in found] == asked == upscalers
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == f"{names[0]}: not measured, no data is given for the task 'stereo'."
-    assert printed[1] == f"{names[1]}: not measured, no data is given for the task 'classify'."
-    assert printed[2] == f"{names[2]} | Set5 | bicubic | PSNR dB (Y) | 30.0"
+    assert printed[: len(others)] == [
+        f"{name}: not measured, no data is given for the task {task!r}." for name, task in others.items()
+    ]
+    assert printed[len(others)] == f"{upscalers[0]} | Set5 | bicubic | PSNR dB (Y) | 30.0"
 
 
 def test_upscaling_is_that_of_evaluate(tmp_path, monkeypatch):
@@ -39,6 +47,17 @@ def test_upscaling_is_that_of_evaluate(tmp_path, monkeypatch):
     ]
     assert [row.value for row in rows[::2]] == [mean.psnr_y for mean in expected]
     assert rows[1].value != rows[3].value
+
+
+def test_search_is_that_of_evaluate(tmp_path):
+    write(tmp_path / "objects", 40, 32)
+    table = tmp_path / "objects/objects.csv"
+    rows = measures.retrieval("va_cca_halonet_nano_32", table)
+    own = evaluate_retrieval("va_cca_halonet_nano_32", table).own("va_cca_halonet_nano_32")
+    assert [(row.data, row.value) for row in rows[:5]] == [
+        (f"generated objects, {score.attribute}", 100 * score.map) for score in own
+    ]
+    assert [row.method for row in rows[::5]] == [rows[0].weights, "chance", f"pooled {measures.OTHER_SPACE}"]
 
 
 def test_ridge_regression_separates_what_is_separable_and_nothing_else():
@@ -61,4 +80,4 @@ def test_table_has_the_best_in_bold_and_names_what_is_not_measured(monkeypatch):
     lines = tables.shipped_weights().splitlines()
     assert lines[2] == "| `va_match_stereo_nano` | teddy | EPE px | 1.30, **0.80** (`--enlarge 2`) | sgbm_filled 1.80 |"
     assert lines[4] == "a processor, torch 2.0."
-    assert lines[6].startswith("Not measured yet: `va_minimal_vit_micro_patch4_32`, ")
+    assert lines[6].startswith("Not measured yet: `va_cca_halonet_nano_32`, ")

@@ -11,13 +11,17 @@ import torch
 
 import visionattn
 import visionattn.evaluate
+from benchmarks.shipped.measures import HELD_OUT, classifier
+from tools.generated_objects import write
 from visionattn.export import OnnxModel, export_onnx
 from visionattn.weights import SHIPPED
 
 DATA = Path(visionattn.__file__).parents[2] / "shared" / "data"
 SET5 = DATA / "sr" / "Set5" / "HR"
 TEDDY = DATA / "stereo" / "teddy"
+CIFAR10 = DATA / "cifar10"
 FILES = sorted(SHIPPED.glob("*.safetensors"))
+CLASSIFIERS = [SHIPPED / f"{name}.safetensors" for name in ("va_halonet_nano_32", "va_mobilenetv2_ulsam_050_32")]
 UPSCALERS = [file for file in FILES if file.stem.startswith("va_span")]
 
 
@@ -67,6 +71,23 @@ class TestUpscaler:
         bicubic, network = visionattn.evaluate.evaluate_sr([file], SET5, jpeg=jpeg).means()
         assert network.psnr_y == pytest.approx(float(stated[1]), abs=0.005)
         assert network.psnr_y > bicubic.psnr_y + gain
+
+
+@pytest.mark.skipif(not CIFAR10.is_dir(), reason="CIFAR-10 is not there")
+@pytest.mark.parametrize("file", CLASSIFIERS, ids=lambda file: file.stem)
+def test_classifier_reaches_what_its_card_says(file):
+    stated = float(re.search(r"held-out training images ([\d.]+) %", file.with_suffix(".md").read_text())[1])
+    measured = {row.data: row.value for row in classifier(file.stem, CIFAR10, splits=("val",))}
+    assert measured[HELD_OUT] == pytest.approx(stated, abs=0.1)
+
+
+def test_search_tells_colours_apart_on_objects_that_it_has_not_seen(tmp_path):
+    write(tmp_path / "objects", 800, 64, seed=1)
+    found = visionattn.evaluate.evaluate_retrieval("va_cca_halonet_nano_32", tmp_path / "objects/objects.csv")
+    for attribute, gain in {"colour": 0.6, "background": 0.2}.items():
+        (own,) = (score.map for score in found.own("va_cca_halonet_nano_32") if score.attribute == attribute)
+        (chance,) = (score.map for score in found.own("random") if score.attribute == attribute)
+        assert own > chance + gain
 
 
 @pytest.mark.skipif(not TEDDY.is_dir(), reason="Middlebury's Teddy is not there")

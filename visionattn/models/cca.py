@@ -43,6 +43,7 @@ from visionattn.blocks.conditional import ConditionalCrossAttention
 from visionattn.errors import CheckpointError, InputError, UnknownNameError
 from visionattn.models import halonet as _halonet  # noqa: F401  registers backbones
 from visionattn.models import minimal_vit as _minimal_vit  # noqa: F401
+from visionattn.weights import SHIPPED
 from visionattn.weights.cca import NAMES, decode_names, encode_names
 
 __all__ = ["HEADS", "AttributeRetrieval"]
@@ -316,6 +317,15 @@ BACKBONES = (
 INPUT = ("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
+# Of names with weights in the package: their tag, and the arguments that the weights were trained with.
+TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "va_cca_halonet_nano_32": (
+        "objects",
+        {"attributes": ("shape", "colour", "texture", "size", "background"), "embed_dim": 32},
+    )
+}
+
+
 def _cfg(backbone: str) -> dict[str, Any]:
     source: Any = timm.get_pretrained_cfg(backbone)
     return {
@@ -334,8 +344,16 @@ def _named(backbone: str) -> str:
     return f"va_cca_{backbone.removeprefix('va_')}"
 
 
+def _tagged(backbone: str) -> dict[str, dict[str, Any]]:
+    name, cfg = _named(backbone), _cfg(backbone)
+    if name not in TRAINED:
+        return {f"{name}.untrained": cfg}
+    return {f"{name}.{TRAINED[name][0]}": {**cfg, "file": str(SHIPPED / f"{name}.safetensors")}}
+
+
 default_cfgs = generate_default_cfgs(
-    {"va_cca.untrained": _cfg("resnet18"), **{f"{_named(name)}.untrained": _cfg(name) for name in BACKBONES}}
+    {"va_cca.untrained": _cfg("resnet18")}
+    | {name: cfg for backbone in BACKBONES for name, cfg in _tagged(backbone).items()}
 )
 
 
@@ -361,7 +379,8 @@ def _entry_point(backbone: str) -> Callable[..., AttributeRetrieval]:
     name = _named(backbone)
 
     def entry_point(pretrained: bool = False, **kwargs: Any) -> AttributeRetrieval:
-        return _build(name, pretrained, {"backbone": backbone, **kwargs})
+        trained = TRAINED[name][1] if pretrained and name in TRAINED else {}
+        return _build(name, pretrained, {"backbone": backbone, **trained, **kwargs})
 
     entry_point.__name__ = entry_point.__qualname__ = name
     entry_point.__doc__ = f"Attribute retrieval with the backbone `{backbone}`."

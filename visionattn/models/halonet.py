@@ -21,7 +21,8 @@ Variants (b block, h halo; parameters and GMACs counted here, 1000 classes):
     h6    8   4  3.0  2.75  24  1536   512   43,458,280
     h7   10   3  4.0  3.5   26  2048   600   67,434,728
 
-The parameter counts match the paper's to the printed digits. No trained weights of these networks are public.
+The parameter counts match the paper's to the printed digits. No trained weights of H0 to H7 are public;
+`va_halonet_nano_32` has weights of this package.
 
 `nano_32` is for small images: a 3 x 3 stem without stride, a convolutional stage at full resolution, and two attention
 stages with b = 4, h = 2 at 1/2 and 1/4.
@@ -45,6 +46,7 @@ from timm.models.byobnet import ByoBlockCfg, LayerFn, create_shortcut
 
 from visionattn.blocks.halo import HaloAttention
 from visionattn.errors import InputError
+from visionattn.weights import SHIPPED
 
 __all__ = ["HaloBlock", "HaloNet"]
 
@@ -291,8 +293,9 @@ default_cfgs = generate_default_cfgs(
         "va_halonet_h5.untrained": _cfg(448),
         "va_halonet_h6.untrained": _cfg(512),
         "va_halonet_h7.untrained": _cfg(600),
-        "va_halonet_nano_32.untrained": _cfg(
+        "va_halonet_nano_32.cifar10": _cfg(
             32,
+            file=str(SHIPPED / "va_halonet_nano_32.safetensors"),
             num_classes=10,
             pool_size=(8, 8),
             crop_pct=1.0,

@@ -23,8 +23,7 @@ The paper's values of V2 are relative to a base of 3.4 M parameters and 300 M MA
 300.77 M. The paper does not state which of several equal blocks it replaced; here it is the last of them.
 
 `va_mobilenetv2_ulsam_050_32` is for small images: half the width, and no stride in the stem and the second stage.
-
-No trained weights of these networks are public.
+The package has weights for it; no others of these networks are public.
 
 Sources: ULSAM, arXiv 2006.15102; MobileNets, arXiv 1704.04861 and 1801.04381. The equations of the attention are in
 `visionattn.blocks.subspace`.
@@ -40,6 +39,7 @@ from torch import nn
 
 from visionattn.blocks.subspace import SubspaceAttention
 from visionattn.errors import InputError
+from visionattn.weights import SHIPPED
 
 __all__ = ["MobileNetUlsam"]
 
@@ -192,8 +192,13 @@ _cifar = partial(
     std=(0.2470, 0.2435, 0.2616),
 )
 
+SMALL = "va_mobilenetv2_ulsam_050_32"
+
 default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": _cifar() if settings.get("small") else _cfg() for name, settings in VARIANTS.items()}
+    {
+        **{f"{name}.untrained": _cfg() for name in VARIANTS if name != SMALL},
+        f"{SMALL}.cifar10": _cifar(file=str(SHIPPED / f"{SMALL}.safetensors")),
+    }
 )
 
 

@@ -5,7 +5,7 @@ r"""Training retrieval: embeddings f_c of an image under each attribute c, close
     triplet             mean of  max(0, m - cos(a, p) + cos(a, n))  over triplets where it is not 0
     multi_similarity    arXiv 1904.06627
     proxy_anchor        arXiv 2003.13911; learned proxies of each value
-    normalized_softmax  arXiv 1811.12649; cross-entropy of the cosines to learned proxies, divided by 0.05
+    normalized_softmax  arXiv 1811.12649; cross-entropy of the cosines to learned proxies, divided by T = 0.2
 
 An attribute with one value in a batch gives 0. Losses and miners are pytorch-metric-learning's.
 """
@@ -32,6 +32,8 @@ __all__ = ["BEGINNING", "AttributeLoss", "EmbeddingTask", "RankedTask", "Retriev
 
 LOSSES = ("triplet", "multi_similarity", "proxy_anchor", "normalized_softmax")
 PROXIES = ("proxy_anchor", "normalized_softmax")
+# For the few values of an attribute, the usual 0.05 is satisfied by small differences of cosines, which rank worse.
+TEMPERATURE = 0.2
 BEGINNING = ("pretrained_backbone", "backbone_checkpoint")
 MINERS = ("none", "semihard", "hard", "multi_similarity")
 
@@ -173,7 +175,7 @@ class AttributeLoss(nn.Module):
             "triplet": lambda count: losses.TripletMarginLoss(margin, distance=cosine),
             "multi_similarity": lambda count: losses.MultiSimilarityLoss(),
             "proxy_anchor": lambda count: losses.ProxyAnchorLoss(count, embed_dim),
-            "normalized_softmax": lambda count: losses.NormalizedSoftmaxLoss(count, embed_dim),
+            "normalized_softmax": lambda count: losses.NormalizedSoftmaxLoss(count, embed_dim, TEMPERATURE),
         }[loss]
         self.losses = nn.ModuleList([make(count) for count in values])
 
