@@ -50,7 +50,7 @@ def test_upscaling_is_that_of_evaluate(tmp_path, monkeypatch):
 
 
 def test_search_is_that_of_evaluate(tmp_path):
-    write(tmp_path / "objects", 40, 32)
+    write(tmp_path / "objects", 200, 32)
     table = tmp_path / "objects/objects.csv"
     rows = measures.retrieval("va_cca_halonet_nano_32", table)
     own = evaluate_retrieval("va_cca_halonet_nano_32", table).own("va_cca_halonet_nano_32")

@@ -82,7 +82,7 @@ def test_classifier_reaches_what_its_card_says(file):
 
 
 def test_search_tells_colours_apart_on_objects_that_it_has_not_seen(tmp_path):
-    write(tmp_path / "objects", 800, 64, seed=1)
+    write(tmp_path / "objects", 400, 64, seed=1)
     found = visionattn.evaluate.evaluate_retrieval("va_cca_halonet_nano_32", tmp_path / "objects/objects.csv")
     for attribute, gain in {"colour": 0.6, "background": 0.2}.items():
         (own,) = (score.map for score in found.own("va_cca_halonet_nano_32") if score.attribute == attribute)
