@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ProgressBar,
@@ -28,6 +29,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from visionattn.allocator import keep_freed_memory
 from visionattn.checkpoints import read_card
 from visionattn.errors import CheckpointError, ConfigError, require, shorten
 from visionattn.files import check_output
@@ -219,7 +221,10 @@ class TrainCLI(LightningCLI):
         kwargs["plugins"] = [*_as_list(given.plugins), AtomicCheckpointIO()]
         if given.logger is None:
             kwargs["logger"] = self._logger() if self.subcommand == "fit" else False
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit" and isinstance(trainer.accelerator, CPUAccelerator):
+            keep_freed_memory()
+        return trainer
 
     def _logger(self) -> CSVLogger:
         """A new run folder, or that of the resumed run."""
