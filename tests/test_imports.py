@@ -32,7 +32,18 @@ LAYERS = [
     {"weights", "blocks", "cost"},
     {"kernels"},
 ]
-EVERYBODY = {"allocator", "arguments", "devices", "errors", "files", "lazy", "moved", "page", "progress"}
+EVERYBODY = {
+    "allocator",
+    "arguments",
+    "devices",
+    "errors",
+    "files",
+    "lazy",
+    "lightning_import",
+    "moved",
+    "page",
+    "progress",
+}
 FROM_ROOT = {"__version__", "accelerate", "insert", "load", "swap"}  # names of the package itself
 HEAVY = [
     "lightning",

@@ -21,6 +21,8 @@ import torch
 
 import visionattn
 from visionattn.errors import InputError, VisionAttnError, require, shorten
+from visionattn.lightning_import import import_lightning
+from visionattn_command import paused_collection
 
 LONGEST_MESSAGE = 1000  # maximum length of an error message
 TERMINATED = 128 + signal.SIGTERM
@@ -134,10 +136,10 @@ def _run(argv: list[str]) -> int:
         return predict_cli.run(parser.parse_args(argv[1:]))
     # Lightning's parser has the options of training commands; this one only lists the commands.
     if argv and argv[0] in TRAINING:
-        for package in ("lightning", "jsonargparse"):
-            require(package, "train")
-        from visionattn.train import cli as train_cli
-
+        with paused_collection():
+            import_lightning()
+            require("jsonargparse", "train")
+            from visionattn.train import cli as train_cli
         return train_cli.main(argv)
     args = _parser(*argv[:1]).parse_args(argv)
     command = COMMANDS[args.command]

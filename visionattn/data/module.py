@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from visionattn.data.skipping import SkippingDataset
-from visionattn.errors import ConfigError, require, shorten
+from visionattn.errors import ConfigError, shorten
+from visionattn.lightning_import import import_lightning
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
 else:
-    LightningDataModule = require("lightning.pytorch", "train").LightningDataModule
+    LightningDataModule = import_lightning("lightning.pytorch").LightningDataModule
 
 __all__ = ["DataModule", "count_classes", "list_skipped"]
 

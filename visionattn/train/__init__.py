@@ -1,6 +1,7 @@
 """One LightningModule per task, and the command line over them."""
 
 from visionattn.errors import require
+from visionattn.lightning_import import import_lightning
 
-for _package in ("lightning.pytorch", "torchmetrics"):
-    require(_package, "train")
+import_lightning("lightning.pytorch")
+require("torchmetrics", "train")
