@@ -39,7 +39,7 @@ def timed(command: list[str], **options: object) -> float:
 def ours(data: Path, epochs: int, seed: int, folder: Path) -> tuple[float, float]:
     """Accuracy after the last epoch, and seconds."""
     command = [
-        *(sys.executable, "-c", "import sys; from visionattn.cli import main; sys.exit(main())", "fit"),
+        *(sys.executable, "-m", "visionattn_command", "fit"),
         *(f"--model.name={MODEL}", f"--model.lr={LR}", "--model.weight_decay=0.05", "--model.min_lr=0"),
         *("--model.model_args={pretrained_cfg_overlay: {crop_pct: 1.0}}", "--data.dataset=folder"),
         *(f"--data.root={data}", f"--data.image_size={SIZE}", f"--data.batch_size={BATCH}"),
@@ -50,7 +50,7 @@ def ours(data: Path, epochs: int, seed: int, folder: Path) -> tuple[float, float
     (file,) = folder.rglob("metrics.csv")
     with file.open(newline="") as lines:
         accuracies = [float(row["val/accuracy"]) for row in csv.DictReader(lines) if row["val/accuracy"]]
-    return 100 * accuracies[epochs - 1], seconds  # followed by that of the best checkpoint
+    return 100 * accuracies[epochs - 1], seconds
 
 
 def theirs(data: Path, timm: Path, epochs: int, seed: int, folder: Path) -> tuple[float, float]:

@@ -31,6 +31,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from visionattn.allocator import keep_freed_memory
 from visionattn.checkpoints import read_card
+from visionattn.data.module import DataModule
 from visionattn.errors import CheckpointError, ConfigError, require, shorten
 from visionattn.files import check_output
 from visionattn.train.announce import Announcement, EpochLines, run_title, say
@@ -243,7 +244,7 @@ class TrainCLI(LightningCLI):
         check_averaging(self.trainer)
 
     def after_fit(self) -> None:
-        """Validate the best checkpoint, test it if the task has a test, and print a summary."""
+        """Evaluate the best checkpoint on the validation and the test split, and print a summary."""
         trainer = self.trainer
         if trainer.fast_dev_run:
             return
@@ -260,6 +261,8 @@ class TrainCLI(LightningCLI):
         evaluations = {"val": trainer.validate}
         if is_overridden("test_step", self.model) and self._announcement.can_test:
             evaluations["test"] = trainer.test
+            if isinstance(self.datamodule, DataModule) and self.datamodule.tests_on_validation:
+                del evaluations["val"]  # the same images
         for part, evaluate in evaluations.items():
             evaluate(self.model, datamodule=self.datamodule, ckpt_path=chosen, verbose=False)
             measured[part] = dict(trainer.callback_metrics)
