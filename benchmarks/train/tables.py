@@ -12,7 +12,7 @@ def _table(name: str, columns: dict[str, str]) -> str:
     rows = read_rows(RESULTS / f"{name}.csv")
     if not rows:
         return "Not measured yet.\n"
-    return markdown(list(columns), ([row[key] for key in columns.values()] for row in rows))
+    return markdown(list(columns), ([row.get(key, "") for key in columns.values()] for row in rows))
 
 
 def finetune_folder() -> str:
@@ -37,10 +37,29 @@ def timm_train() -> str:
         "seed": "seed",
         "accuracy, %": "accuracy",
         "seconds": "seconds",
+        "CPU seconds": "cpu_seconds",
         "threads": "threads",
         "device": "device",
     }
     return _table("timm_train", columns)
 
 
-TABLES: dict[str, Callable[[], str]] = {"finetune_folder": finetune_folder, "timm_train": timm_train}
+def allocator() -> str:
+    """glibc's malloc as it is, and with freed memory kept, one row per model."""
+    columns = {
+        "model": "model",
+        "work": "work",
+        "CPU s per step, default": "seconds_default",
+        "memory kept": "seconds_kept",
+        "ratio": "ratio",
+        "peak MiB, default": "mib_default",
+        "peak MiB, memory kept": "mib_kept",
+    }
+    return _table("allocator", columns)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "allocator": allocator,
+    "finetune_folder": finetune_folder,
+    "timm_train": timm_train,
+}

@@ -7,8 +7,9 @@ FOLDER holds images by class below train/ and val/, and no test/, which `visiona
 checkout of huggingface/pytorch-image-models, of the installed version, whose train.py runs. Both train the same network
 of timm from random weights with AdamW (weight decay 0.05), one learning rate, a cosine without warm-up to 0 by update,
 batches of 128, no augmentation, no mixing, float32 and the same number of loading processes, and measure the validation
-images each epoch. They take turns, seed by seed. Seconds are those of the whole process; `visionattn fit` also measures
-its best checkpoint at the end.
+images each epoch. They take turns, seed by seed. Seconds are those of the whole command, and CPU seconds, user and
+system, those of all its processes, which other work on the machine disturbs less. `visionattn fit` also measures its
+best checkpoint at the end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -29,15 +31,16 @@ from benchmarks.report import RESULTS, environment, write_rows
 MODEL, SIZE, BATCH, LR, WORKERS = "test_resnet", 32, 128, 1e-3, 2
 
 
-def timed(command: list[str], **options: object) -> float:
-    """Seconds of a process, which must succeed."""
-    start = time.perf_counter()
+def timed(command: list[str], **options: object) -> tuple[float, float]:
+    """Seconds and CPU seconds of a process, which must succeed."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
-    return time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def ours(data: Path, epochs: int, seed: int, folder: Path) -> tuple[float, float]:
-    """Accuracy after the last epoch, and seconds."""
+def ours(data: Path, epochs: int, seed: int, folder: Path) -> tuple[float, float, float]:
+    """Accuracy after the last epoch, seconds and CPU seconds."""
     command = [
         *(sys.executable, "-m", "visionattn_command", "fit"),
         *(f"--model.name={MODEL}", f"--model.lr={LR}", "--model.weight_decay=0.05", "--model.min_lr=0"),
@@ -46,15 +49,15 @@ def ours(data: Path, epochs: int, seed: int, folder: Path) -> tuple[float, float
         *(f"--data.num_workers={WORKERS}", f"--data.seed={seed}", f"--seed_everything={seed}"),
         *(f"--trainer.max_epochs={epochs}", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder}"),
     ]
-    seconds = timed(command, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    times = timed(command, env={**os.environ, "PYTHONPATH": os.getcwd()})
     (file,) = folder.rglob("metrics.csv")
     with file.open(newline="") as lines:
         accuracies = [float(row["val/accuracy"]) for row in csv.DictReader(lines) if row["val/accuracy"]]
-    return 100 * accuracies[epochs - 1], seconds
+    return 100 * accuracies[epochs - 1], *times
 
 
-def theirs(data: Path, timm: Path, epochs: int, seed: int, folder: Path) -> tuple[float, float]:
-    """Accuracy after the last epoch, and seconds."""
+def theirs(data: Path, timm: Path, epochs: int, seed: int, folder: Path) -> tuple[float, float, float]:
+    """Accuracy after the last epoch, seconds and CPU seconds."""
     classes = sum(path.is_dir() for path in (data / "train").iterdir())
     options = {
         "--data-dir": data, "--train-split": "train", "--val-split": "val", "--model": MODEL, "--num-classes": classes,
@@ -64,9 +67,9 @@ def theirs(data: Path, timm: Path, epochs: int, seed: int, folder: Path) -> tupl
         "--device": "cpu", "--output": folder, "--experiment": "run",
     }  # fmt: skip
     command = [sys.executable, str(timm / "train.py"), "--no-aug", "--no-prefetcher", "--sched-on-updates"]
-    seconds = timed([*command, *(str(part) for pair in options.items() for part in pair)], cwd=folder)
+    times = timed([*command, *(str(part) for pair in options.items() for part in pair)], cwd=folder)
     with (folder / "run/summary.csv").open(newline="") as lines:
-        return float(list(csv.DictReader(lines))[-1]["eval_top1"]), seconds
+        return float(list(csv.DictReader(lines))[-1]["eval_top1"]), *times
 
 
 def main() -> None:
@@ -95,10 +98,11 @@ def main() -> None:
                 "seed": seed,
                 "accuracy": f"{accuracy:.2f}",
                 "seconds": f"{seconds:.1f}",
+                "cpu_seconds": f"{cpu_seconds:.1f}",
                 "threads": torch.get_num_threads(),
                 **origin,
             }
-            for trainer, (accuracy, seconds) in found.items()
+            for trainer, (accuracy, seconds, cpu_seconds) in found.items()
         ]
         print(*rows, sep="\n", flush=True)
         write_rows(args.output, rows, key=("trainer", "epochs", "seed"))

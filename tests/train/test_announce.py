@@ -64,7 +64,8 @@ def test_a_run_says_what_it_works_on_and_predictions_what_they_lack(pictures, ca
     ]
     (line,) = lines(output, "epoch 1/1: train/loss ")
     assert "val/accuracy" in line
-    assert "test (the validation split)" in output
+    (head,) = [line for line in output.splitlines() if "measure" in line]
+    assert [cell.strip() for cell in head.split("┃")[1:-1]] == ["measure", "training", "test (the validation split)"]
     (at,) = [n for n, line in enumerate(output.splitlines()) if line.startswith("Skipped because")]
     assert output.splitlines()[at] == "Skipped because unreadable: 1 image"
     assert "pictures/train/dog/3.png" in output.splitlines()[at + 1]

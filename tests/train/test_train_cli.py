@@ -93,8 +93,11 @@ def test_fit_leaves_a_run_that_the_other_commands_read(small, capsys):
     assert sorted(path.name for path in Path("runs/small").iterdir()) == ["version_0"]
 
 
-def test_the_configuration_of_a_run_repeats_it(small):
+def test_the_configuration_of_a_run_repeats_it(small, monkeypatch):
+    kept = []
+    monkeypatch.setattr("visionattn.train.cli.keep_freed_memory", lambda: kept.append(True))
     assert main(["fit", "--config", small]) == 0
+    assert kept == [True]  # on a CPU
     assert main(["fit", "--config", "runs/small/version_0/config.yaml"]) == 0
     first, second = Path("runs/small/version_0"), Path("runs/small/version_1")
     assert metrics(first, "train/loss") == metrics(second, "train/loss")

@@ -57,6 +57,7 @@ from visionattn.train.throughput import ImagesPerSecond
 __all__ = ["TrainCLI", "find_recipe", "main", "recipes"]
 
 _ARGUMENTS = {"fit": "RECIPE [FOLDER]", **dict.fromkeys(("validate", "test", "predict"), "CHECKPOINT [FOLDER]")}
+_COMMANDS = tuple(_ARGUMENTS)
 # Lightning's warnings about checkpoint entries that only training needs.
 LONGEST_MESSAGE = 1000
 _ONLY_FOR_TRAINING = "Be aware that when using `ckpt_path`|The dirpath has changed"
@@ -100,11 +101,13 @@ class TrainCLI(LightningCLI):
             "super-resolution --model.help RestoreTask, --data.help RestoreData; for retrieval --model.help "
             "RetrieveTask, --data.help RetrieveData; for stereo and flow --model.help MatchTask, --data.help MatchData."
         )
-        self._command = args[0]
-        parser = {
-            "usage": f"visionattn {self._command} {_ARGUMENTS[self._command]} [--SETTING VALUE ...]",
-            "description": more,
-            "exit_on_error": False,
+        parsers = {
+            command: {
+                "usage": f"visionattn {command} {_ARGUMENTS[command]} [--SETTING VALUE ...]",
+                "description": more,
+                "exit_on_error": False,
+            }
+            for command in _COMMANDS
         }
         try:
             super().__init__(
@@ -116,17 +119,13 @@ class TrainCLI(LightningCLI):
                 seed_everything_default=0,
                 save_config_kwargs={"overwrite": True},
                 trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
-                parser_kwargs={"prog": "visionattn", "exit_on_error": False, self._command: parser},
+                parser_kwargs={"prog": "visionattn", "exit_on_error": False, **parsers},
                 args=resolved,
             )
         except Exception as error:
             if self._running:
                 raise
             raise ConfigError(explain(error)) from error  # classes named in a configuration raise almost any exception
-
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command that runs: parsers of the others are not needed."""
-        return {self._command: LightningCLI.subcommands()[self._command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Default task, linked arguments and checkpoints."""
@@ -164,12 +163,13 @@ class TrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; errors are one line."""
+        command = next((arg for arg in args if arg in _COMMANDS), None)
         try:
             with said_by_checkpoint(args) as before:
                 self.config = parser.parse_args([*args[:1], *before, *args[1:]])
         except Exception as error:  # jsonargparse and named classes raise almost any exception
-            settings = list(self._parser(self._command).get_defaults().keys(branches=True))
-            raise ConfigError(explain_option(error, args, settings, self._command)) from error
+            settings = list(self._parser(command).get_defaults().keys(branches=True)) if command else []
+            raise ConfigError(explain_option(error, args, settings, command)) from error
         check_numbers(self.config.get(self.config.subcommand))
         given = self.config.get(self.config.subcommand)
         if given is not None and given.best.monitor is None:

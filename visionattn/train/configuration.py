@@ -200,21 +200,21 @@ def _plain(text: str) -> str:
     return shorten(text, 400)
 
 
-def explain_option(error: Exception, args: Sequence[str], settings: Collection[str], command: str) -> str:
+def explain_option(error: Exception, args: Sequence[str], settings: Collection[str], command: str | None) -> str:
     """Like `explain`, and suggests similar names for an unknown option.
 
     Args:
         error: Exception from the parser.
         args: The command line.
         settings: All settings of the command.
-        command: The command.
+        command: The command; None if it is unknown.
     """
     message = explain(error)
     text = re.sub(r"\s+", " ", str(error)[:20_000])
     option = re.search(
         r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: --([\w.]+)", text
     )
-    if option is None:
+    if option is None or command is None:
         return message
     unknown = next(group for group in option.groups() if group)
     section = re.match(r'\s*Parser key "(\w+)"', text)
