@@ -99,7 +99,8 @@ def source_files():
 
 def test_the_wheel_has_the_package_with_its_weights_and_nothing_else(wheel):
     names = {name for name in ZipFile(wheel).namelist() if not name.startswith((PAGE, DIST_INFO))}
-    assert names == source_files() | {"visionattn_command.py"}
+    only_for_the_page = {"visionattn/demo/digits.safetensors"}  # exported into the page when it is built
+    assert names == (source_files() | {"visionattn_command.py"}) - only_for_the_page
 
 
 def test_a_page_in_the_wheel_has_its_runtime_compressed(wheel):
