@@ -29,7 +29,8 @@ def shipped_weights() -> str:
     measured = {row["weights"] for row in rows}
     left_out = [file.stem for file in sorted(SHIPPED.glob("*.safetensors")) if file.stem not in measured]
     table = markdown(["weights", "data", "metric", "shipped", "baselines"], body) if body else ""
-    origin = f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n" if rows else ""
+    machines = sorted({f"{row['device']}, torch {row['torch']}" for row in rows})
+    origin = f"\n{'; '.join(machines)}.\n" if rows else ""
     missing = f"\nNot measured yet: {', '.join(f'`{name}`' for name in left_out)}.\n" if left_out else ""
     return (table + origin + missing).lstrip("\n")
 
