@@ -11,6 +11,7 @@ from tests.exporting import hasten_exports
 # Files with tests of ten seconds and more, or with fixtures of it. Processes that share the tests begin with them, so
 # that what is left at the end is short and none of them waits for the others.
 LONG = (
+    "fuzz/test_fuzz.py",  # before all others: autograd refuses to run in a fork once the worker has started its threads
     "export/test_onnx.py",
     "docs/test_site.py",
     "docs/test_examples.py",
