@@ -20,23 +20,3 @@ def hasten_exports() -> None:
         function = getattr(module, name, None)
         if function is not None and not hasattr(function, "cache_info"):
             setattr(module, name, functools.cache(function))
-    matcher = getattr(sys.modules.get("onnxscript.rewriter._matcher"), "SimplePatternMatcher", None)
-    if matcher is not None and not hasattr(matcher.match, "__wrapped__"):
-        matcher.match = begin_with_the_first_node(matcher.match)
-
-
-def begin_with_the_first_node(match):
-    """Fail at once where the first node of a pattern with several outputs is another operation.
-
-    The optimizer lists all nodes of the graph first, at each of its nodes: a time that grows with the square of both.
-    """
-    from onnxscript.rewriter._basics import MatchResult
-
-    @functools.wraps(match)
-    def matched(self, model, graph, node, **options):
-        result = MatchResult()
-        if not self.pattern.has_single_output_node and not self.pattern.output_nodes[0].matches(node, result):
-            return result
-        return match(self, model, graph, node, **options)
-
-    return matched

@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from visionattn.errors import ExportError, require
+from visionattn.export.matching import first_node_first
 from visionattn.export.spec import ExportSpec
 from visionattn.export.trace import refusal
 
@@ -35,7 +36,7 @@ def translate(program: ExportedProgram, spec: ExportSpec, path: Path) -> int:
     onnx = require("onnx", "export")
     clear = require("onnx_ir.passes.common", "export").ClearMetadataAndDocStringPass()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), first_node_first():
             # Two inputs share their axes, which makes the exporter warn once per axis.
             warnings.filterwarnings("ignore", message="# The axis name")
             translated: Any = torch.onnx.export(
