@@ -16,7 +16,8 @@ from visionattn.export.matching import first_node_first
 HALVES = """
 <ir_version: 9, opset_import: ["" : 20]>
 halves (float[3, 8] x) => (float[3, 4] y)
-<int64[1] zero = {0}, int64[1] two = {2}, int64[1] four = {4}, int64[1] six = {6}, int64[1] eight = {8}, int64[1] last = {-1}>
+<int64[1] zero = {0}, int64[1] two = {2}, int64[1] four = {4}, int64[1] six = {6},
+ int64[1] eight = {8}, int64[1] last = {-1}>
 {
     r = Relu(x)
     high = Slice(r, four, eight, last)
@@ -25,7 +26,7 @@ halves (float[3, 8] x) => (float[3, 4] y)
     product = Mul(low, high)
     y = Add(product, middle)
 }
-"""  # fmt: skip
+"""
 
 
 @pytest.fixture
