@@ -30,7 +30,11 @@ MISTAKES = [
     ("show good.png", r"good\.png is a file: show takes the name of a model"),
     (f"show {LONG}", r"There is no model"),
     # export
-    ("export", r"required: NAME\|CKPT"),
+    ("export", r"one of the arguments --output --bundle is required"),
+    ("export --output a.onnx", r"A model is required: its name, a weight file, or --head FILE"),
+    ("export --head lost.safetensors --output a.onnx", r"There is no file lost\.safetensors"),
+    ("export --head broken.pth --output a.onnx", r"broken\.pth is not a head"),
+    ("export --head broken.pth --output a.onnx --num-classes 2", r"leave out --num-classes"),
     ("export va_span --output a.onnx", r"There is no model 'va_span'"),
     ("export absent.ckpt --output a.onnx", r"There is no file absent\.ckpt"),
     (f"export {SR}.bogus --output a.onnx", r"[Ii]nvalid pretrained tag"),

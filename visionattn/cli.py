@@ -143,6 +143,8 @@ def _run(argv: list[str]) -> int:
         return train_cli.main(argv)
     args = _parser(*argv[:1]).parse_args(argv)
     command = COMMANDS[args.command]
+    if args.command == "export" and args.head is not None:
+        command = Command(command.help, "visionattn.probe.export_cli")
     return getattr(importlib.import_module(command.module), command.run)(args)
 
 

@@ -38,7 +38,7 @@ class Opened(NamedTuple):
 
 
 def open_model(
-    model: str | Path | nn.Module | None,
+    model: str | Path | nn.Module | Opened | None,
     checkpoint: str | Path | None = None,
     random: bool = False,
     task: str | tuple[str | None, ...] | None = None,
@@ -53,7 +53,8 @@ def open_model(
     of timm's registry, `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
 
     Args:
-        model: Name, weight file or folder (see `visionattn.load`), or a module; None uses the model in `checkpoint`.
+        model: Name, weight file or folder (see `visionattn.load`), or a module, also as `Opened`; None uses the model
+            in `checkpoint`.
         checkpoint: Weight file for a name.
         random: Random weights for a name, always the same.
         task: Accepted tasks, such as "restore"; None among them accepts models without a
@@ -67,9 +68,9 @@ def open_model(
         CheckpointError: No weights are published, or they could not be read or do not fit.
         InputError: The model is of another task, or two sources of weights are given.
     """
-    if isinstance(model, nn.Module):
-        _refuse(type(model).__name__, "is a model with its weights", checkpoint, random, model_args)
-        opened, name = Opened(model, "as given", None), None
+    if isinstance(model, (nn.Module, Opened)):
+        opened, name = model if isinstance(model, Opened) else Opened(model, "as given", None), None
+        _refuse(type(opened.model).__name__, "is a model with its weights", checkpoint, random, model_args)
     else:
         if model is None:
             model, checkpoint = checkpoint, None

@@ -19,8 +19,8 @@ from visionattn_runtime.verify import verify
 __all__ = ["main"]
 
 DISPARITY_STEPS = 256  # per pixel, in a 16-bit PNG in KITTI's format; 0 is unknown
-CLASSES = (".json", ".npy")
-SUFFIXES = {"restore": (".png", ".jpg", ".webp"), "stereo": (".npy", ".png")}
+PRINTED = (".json", ".npy")  # for results that are also printed
+SUFFIXES = {"restore": (".png", ".jpg", ".webp"), "stereo": (".npy", ".png"), "segment": (".png", ".npy")}
 
 
 def main(argv: list[str] | None = None, folder: str = ".") -> int:
@@ -77,10 +77,11 @@ def _predict(args: argparse.Namespace) -> None:
         raise RunError("No image was given.")
     if isinstance(model, Pair):
         _write(output, model.embed(*args.images))
-    elif model.spec["task"] == "restore":
+    elif model.spec["task"] in ("restore", "segment"):
         if len(args.images) != 1:
             raise RunError(f"{short(args.model)} requires 1 image; got {len(args.images)}.")
-        _write(output, model.upscale(args.images[0], args.tile))
+        image = args.images[0]
+        _write(output, model.segment(image) if model.spec["task"] == "segment" else model.upscale(image, args.tile))
     elif model.has_classes:
         if output is not None and output.suffix.lower() == ".npy":
             _write(output, model.probabilities(*args.images))
@@ -90,16 +91,22 @@ def _predict(args: argparse.Namespace) -> None:
             print(f"{image}: {', '.join(f'{label} {probability:.1%}' for label, probability in classes)}")
         if output is not None:
             _write(output, dict(zip(args.images, found)))
+    elif output is None or output.suffix.lower() == ".json":
+        numbers = dict(zip(args.images, model.measure(*args.images)))
+        for image, values in numbers.items():
+            print(f"{image}: {', '.join(f'{name} {value:.5g}' for name, value in values.items())}")
+        if output is not None:
+            _write(output, numbers)
     else:
         _write(output, model.predict(*args.images))
 
 
 def _checked_output(args: argparse.Namespace, model: Model | Pair) -> Path | None:
     """Return the output path; raise an error before any computation if it cannot be written."""
-    classes = isinstance(model, Model) and model.has_classes
-    suffixes = CLASSES if classes else SUFFIXES.get(model.spec["task"], (".npy",))
+    prints = isinstance(model, Model) and (model.has_classes or model.spec["task"] == "regress")
+    suffixes = PRINTED if prints else SUFFIXES.get(model.spec["task"], (".npy",))
     if args.output is None:
-        if not classes:
+        if not prints:
             raise RunError(f"Give an output file: --output F{suffixes[0]}.")
         return None
     output = Path(args.output)
@@ -122,7 +129,7 @@ def _write(output: Path | None, result: Any) -> None:
         elif output.suffix.lower() == ".npy":
             np.save(temporary, result)
         elif result.dtype == np.uint8:
-            Image.fromarray(result.squeeze(2) if result.shape[2] == 1 else result).save(temporary)
+            Image.fromarray(result.squeeze(2) if result.shape[2:] == (1,) else result).save(temporary)
         else:
             steps = np.nan_to_num(np.rint(result * DISPARITY_STEPS)).clip(0, 65535).astype(np.uint16)
             Image.fromarray(steps).save(temporary)

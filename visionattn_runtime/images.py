@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from visionattn_runtime.errors import RunError, short
 
-__all__ = ["cut", "eight_bits", "fit_image", "pad", "read_image", "unit"]
+__all__ = ["cut", "eight_bits", "fit_image", "pad", "read_image", "resize_map", "unit"]
 
 MOST_PIXELS = 2**29  # in an image file that is decoded
 PEAKS = {"u1": 255, "u2": 65535}
@@ -159,6 +159,11 @@ def pad(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Repeat the last row and column until an image (H, W, C) has this size."""
     below, right = height - pixels.shape[0], width - pixels.shape[1]
     return np.pad(pixels, ((0, below), (0, right), (0, 0)), mode="edge") if below or right else pixels
+
+
+def resize_map(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Interpolate a map (H, W) of float32 bilinearly; pixels are areas, and a smaller map averages them."""
+    return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def cut(length: int, window: int, overlap: int, fixed: bool) -> list[tuple[slice, slice]]:

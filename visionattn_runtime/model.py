@@ -10,12 +10,13 @@ import numpy as np
 import onnxruntime
 
 from visionattn_runtime.errors import RunError, short
-from visionattn_runtime.images import cut, eight_bits, fit_image, pad, read_image, unit
+from visionattn_runtime.images import cut, eight_bits, fit_image, pad, read_image, resize_map, unit
 from visionattn_runtime.metadata import read_metadata
 
 __all__ = ["Model", "Pair", "load"]
 
 MOST_AT_ONCE = 32  # images per pass of a file with dynamic batch size
+MOST_CLASSES = 256  # of a mask of uint8
 OVERLAP = 32  # pixels, if a file does not state its radius
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
@@ -93,14 +94,15 @@ class Model:
 
     @property
     def has_classes(self) -> bool:
-        """Whether the file is a classifier."""
-        return self.spec["task"] == "classify" and self.output_kind in ("logits", "probabilities")
+        """Whether the file gives images probabilities of classes, of one or of several per image."""
+        return self.spec["task"] in ("classify", "multilabel") and self.output_kind in ("logits", "probabilities")
 
     def predict(self, *images: Any) -> np.ndarray:
         """Apply the method of the file's task to one image or more.
 
         Returns:
-            Probabilities (B, K) of a classifier, otherwise features; an image in 0..1; disparity; or flow.
+            Probabilities (B, K) of a classifier; an image in 0..1; disparity; flow; otherwise the raw output, such as
+            features, the numbers of a regression, or the logits of a segmentation.
         """
         task = self.spec["task"]
         if task in ("restore", "stereo", "flow"):
@@ -109,18 +111,16 @@ class Model:
                 raise RunError(f"{self.spec['model']} requires {count} image{'s' * (count > 1)}; got {len(images)}.")
             methods: dict[str, Any] = {"restore": self.enlarge, "stereo": self.stereo, "flow": self.flow}
             return methods[task](*images)
-        return (
-            self.probabilities(*images) if self.output_kind in ("logits", "probabilities") else self.features(*images)
-        )
+        return self.probabilities(*images) if self.has_classes else self.features(*images)
 
     def features(self, *images: Any) -> np.ndarray:
-        """Compute the raw output of the file: (B, D) features or logits, or (B, N, D) tokens."""
-        self._expect("classify", "features", "retrieve")
+        """Compute the raw output of the file: (B, D) features, logits or numbers, (B, N, D) tokens, or maps."""
+        self._expect("classify", "features", "retrieve", "segment", "multilabel", "regress")
         return self.compute([fit_image(read_image(image, self.channels), self.spec) for image in images])
 
     def probabilities(self, *images: Any) -> np.ndarray:
-        """Compute the probabilities (B, K) of K classes."""
-        self._expect("classify")
+        """Compute the probabilities (B, K) of K classes; those of several labels do not sum to 1."""
+        self._expect("classify", "multilabel")
         if not self.has_classes:
             raise RunError(f"{self.spec['model']} has no classes: use features() instead.")
         found = self.features(*images)
@@ -131,10 +131,38 @@ class Model:
 
     def classify(self, *images: Any, top: int = 5) -> list[list[tuple[str, float]]]:
         """Return the `top` most probable classes of each image, with their probabilities."""
-        found, labels = self.probabilities(*images), self.spec["labels"]
-        names = labels if labels and len(labels) == found.shape[1] else list(map(str, range(found.shape[1])))
+        found = self.probabilities(*images)
+        names = self._names(found.shape[1])
         orders = np.argsort(-found, axis=1, kind="stable")[:, :top]
         return [[(names[k], float(row[k])) for k in order] for row, order in zip(found, orders)]
+
+    def measure(self, *images: Any) -> list[dict[str, float]]:
+        """Return the numbers of a regression for each image, by the names of the targets."""
+        self._expect("regress")
+        found = self.features(*images)
+        return [dict(zip(self._names(found.shape[1]), row)) for row in found.tolist()]
+
+    def segment(self, image: Any) -> np.ndarray:
+        """Return the class of each pixel at the image's own size: (H, W) of uint8.
+
+        The logits of the file, at its input size, are interpolated bilinearly.
+        """
+        self._expect("segment")
+        pixels = read_image(image, self.channels)
+        logits = self.features(pixels)[0]
+        if len(logits) > MOST_CLASSES:
+            raise RunError(f"Masks of at most {MOST_CLASSES} classes can be made; this file has {len(logits)}.")
+        highest, mask = np.full(pixels.shape[:2], -np.inf, np.float32), np.zeros(pixels.shape[:2], np.uint8)
+        for label, values in enumerate(logits):  # one class at a time: the image may be large
+            values = resize_map(values, *mask.shape)
+            mask[values > highest] = label
+            np.maximum(values, highest, out=highest)
+        return mask
+
+    def _names(self, count: int) -> list[str]:
+        """Names of the classes, or numbers if the file does not state them."""
+        labels = self.spec["labels"]
+        return labels if labels and len(labels) == count else list(map(str, range(count)))
 
     def upscale(self, image: Any, tile: int = 256) -> np.ndarray:
         """Upscale an image of any size.

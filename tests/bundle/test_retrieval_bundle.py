@@ -108,7 +108,7 @@ def test_the_sample_in_cpp_feeds_the_inputs_of_the_head(written):
 
 def test_what_has_no_sample_is_refused_before_the_export(tmp_path, monkeypatch):
     class Other(toys.Labelled):
-        task = "segment"
+        task = "caption"
 
     monkeypatch.setattr(module, "export", None)
     with pytest.raises(InputError, match=r"tasks 'classify', .* 'retrieve', .* Write a file with --output instead"):

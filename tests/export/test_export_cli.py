@@ -162,7 +162,7 @@ def test_defaults_are_those_of_the_command():
     options = {action.dest: action.default for action in parser._actions if action.help != argparse.SUPPRESS}
     parameters = {name: one.default for name, one in inspect.signature(api.export).parameters.items()}
     assert parameters.pop("check") is not options.pop("no_check")
-    assert {name for name in options if name not in ("help", "bundle")} == parameters.keys() - {"progress"}
+    assert {name for name in options if name not in ("help", "bundle", "head")} == parameters.keys() - {"progress"}
     assert {name: options[name] for name in options.keys() & parameters.keys() - {"model", "output"}} == {
         name: value for name, value in parameters.items() if name in options.keys() - {"model", "output"}
     }

@@ -21,13 +21,13 @@ from visionattn.export.untrained import draw_random_weights
 from visionattn.export.variants import check_outputs, write_measured
 from visionattn.export.write import OnnxFile, write_parts
 from visionattn.files import check_output
-from visionattn.opening import has_weights, is_file, open_model
+from visionattn.opening import Opened, has_weights, is_file, open_model
 
 __all__ = ["draw_random_weights", "export"]
 
 
 def export(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | Opened,
     output: str | Path,
     *,
     checkpoint: str | Path | None = None,
@@ -53,7 +53,8 @@ def export(
     A name without published weights is exported with random ones.
 
     Args:
-        model: Name in timm's registry, weight file, folder or module (see `visionattn.opening.open_model`).
+        model: Name in timm's registry, weight file, folder or module (see `visionattn.opening.open_model`), or a head
+            of `visionattn probe` with its backbone (see `visionattn.probe.head_network`).
         output: File to write. Its variants are named after it (see `visionattn.export.variants`).
         checkpoint: Weight file for a name.
         num_classes: Number of classes for a name. Default: the model's.

@@ -1,4 +1,7 @@
-"""`visionattn export NAME|CKPT --output F`: export a model to a verified ONNX file, or to a folder with `--bundle`."""
+"""`visionattn export NAME|CKPT --output F`: export a model to a verified ONNX file, or to a folder with `--bundle`.
+
+`--head` is run by `visionattn.probe.export_cli`, which opens the head and its backbone.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,15 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("model", metavar="NAME|CKPT", help="name in timm's registry, or a weight file or folder")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="NAME|CKPT",
+        help="name in timm's registry, or a weight file or folder; with --head the backbone, if it has moved",
+    )
+    parser.add_argument(
+        "--head", metavar="FILE", help="head that `visionattn probe` saved: it and its backbone become one file"
+    )
     written = parser.add_mutually_exclusive_group(required=True)
     written.add_argument("--output", metavar="F.onnx", help="file to write: .onnx, .ort or .pt2")
     written.add_argument(
@@ -105,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VisionAttnError: Any other failure; no file is left behind.
     """
+    if args.model is None:
+        raise InputError("A model is required: its name, a weight file, or --head FILE for a probed backbone.")
     console = Console(highlight=False, markup=False, soft_wrap=True)
     settings: dict[str, Any] = {
         "checkpoint": args.checkpoint,

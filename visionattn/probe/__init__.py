@@ -18,7 +18,14 @@ from visionattn.probe.tokens.features import LiveFeatures, StoredFeatures, extra
 
 make_callable(__name__, "visionattn.probe.api")
 # Reading image files requires Lightning.
-__getattr__ = lazily(__name__, {name: "visionattn.probe.applying" for name in ("apply_head", "open_classifier")})
+__getattr__ = lazily(
+    __name__,
+    {
+        "apply_head": "visionattn.probe.applying",
+        "head_network": "visionattn.probe.network",
+        "open_classifier": "visionattn.probe.applying",
+    },
+)
 
 # `sweep` and `few_shot` are functions here: other names of the modules need `from ... import`.
 __all__ = [
@@ -33,6 +40,7 @@ __all__ = [
     "extract",
     "few_shot",
     "grid",
+    "head_network",
     "load_head",
     "nearest_neighbours",
     "open_classifier",

@@ -99,6 +99,7 @@ class HeadClassifier:
         task: str = "classification",
     ) -> None:
         self.backbone, self.head, self.classes, self.task = backbone, head, classes, task
+        self.mean, self.std = mean, std
         size = backbone.image_size
         self.transform = eval_transform(len(mean), size if task == "segmentation" else size[0], mean, std)
 

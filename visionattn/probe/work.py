@@ -21,13 +21,13 @@ from visionattn.errors import InputError
 from visionattn.export import export_onnx
 from visionattn.files import atomic_path
 from visionattn.opening import Opened
-from visionattn.probe.classifier import ProbedClassifier
 from visionattn.probe.few_shot import few_shot
 from visionattn.probe.heads.banks import HeadSpec
 from visionattn.probe.heads.results import SweepResult
 from visionattn.probe.inputs import Images
 from visionattn.probe.knn import ChannelStatistics, channel_statistics, nearest_neighbours
 from visionattn.probe.pixels import PixelBaseline, PixelHead, read_pixels
+from visionattn.probe.probed import ProbedModel
 from visionattn.probe.processes import rank_and_size
 from visionattn.probe.progress import show_progress
 from visionattn.probe.reading import TokenReader
@@ -43,7 +43,7 @@ from visionattn.probe.tokens.backbone import Backbone
 from visionattn.probe.tokens.interface import Features
 from visionattn.weights.hashing import hash_state
 
-__all__ = ["HOLDOUT", "WARMUP", "ProbedClassifier", "ProbingRun"]
+__all__ = ["HOLDOUT", "WARMUP", "ProbingRun"]
 
 HOLDOUT = 0.1
 WARMUP = 0.1  # of the epochs
@@ -345,9 +345,7 @@ class ProbingRun:
         model = copy.deepcopy(self.backbone.model).to("cpu", torch.float32)
         index = self.backbone.indices[result.spec.layer]
         backbone = Backbone(model, [index], self.backbone.norm, image_size=self.backbone.image_size)
-        probed = ProbedClassifier(
-            backbone, 0, result.head.float(), report.classes, self.images.mean, self.images.std
-        )  # fmt: skip
+        probed = ProbedModel(backbone, result.head.float(), report.classes, self.images.mean, self.images.std)
         with self.console.status("Exporting; this takes minutes for a large network."):
             file = export_onnx(
                 probed,

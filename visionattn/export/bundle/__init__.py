@@ -32,7 +32,7 @@ from visionattn.export.onnx import OnnxFile
 from visionattn.export.spec import ExportSpec
 from visionattn.export.trace import TIME_LIMIT
 from visionattn.files import atomic_folder
-from visionattn.opening import open_model
+from visionattn.opening import Opened, open_model
 from visionattn_runtime import Row, load, verify
 from visionattn_runtime.verify import CARD
 
@@ -59,7 +59,7 @@ class Bundle:
 
 
 def export_bundle(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | Opened,
     folder: str | Path,
     *,
     checkpoint: str | Path | None = None,

@@ -159,9 +159,10 @@ def _row(variant: dict[str, Any], quality: bool) -> str:
 
 def _arguments(card: dict[str, Any], spec: ExportSpec) -> str:
     images = " ".join(card["sample"]["images"])
-    output = {"restore": " --output result.png", "stereo": " --output disparity.png"}
-    default = "" if spec.task == "classify" and spec.num_classes else " --output result.npy"
-    return f"{card['variants'][0]['file']} {images}{output.get(spec.task, default)}"
+    output = {"restore": "result.png", "stereo": "disparity.png", "segment": "mask.png"}
+    if spec.task in ("multilabel", "regress") or (spec.task == "classify" and spec.num_classes):
+        return f"{card['variants'][0]['file']} {images}"  # printed
+    return f"{card['variants'][0]['file']} {images} --output {output.get(spec.task, 'result.npy')}"
 
 
 def license_text(spec: ExportSpec) -> str:

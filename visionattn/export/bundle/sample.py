@@ -18,7 +18,7 @@ from visionattn_runtime import Model, Pair, RunError
 
 __all__ = ["check_sample", "compute_expected", "draw_result", "sample_images", "write_images"]
 
-TASKS = ("classify", "flow", "restore", "retrieve", "stereo")
+TASKS = ("classify", "flow", "multilabel", "regress", "restore", "retrieve", "segment", "stereo")
 SCENE = (256, 384)
 DIGIT = "a digit of scikit-learn's set (Optical Recognition of Handwritten Digits, UCI, CC BY 4.0)"
 PORTRAIT = "a part of the portrait of the astronaut Eileen Collins (NASA, public domain), from scikit-image"

@@ -96,6 +96,7 @@ def _write(
         f"- Training: {spec.optimizer}, lr {spec.lr:g}, weight decay {spec.weight_decay:g}, seed {spec.seed}, {epochs}",
         f"- Command: `{report.command}`",
         f"- To apply it to images: `visionattn predict IMAGES --head {path.name}`",
+        f"- To export it with its backbone: `visionattn export --head {path.name} --output FILE.onnx`",
         f'- To open it in Python: `visionattn.probe.load_head("{path.name}")`',
         "",
     ]
