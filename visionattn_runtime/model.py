@@ -154,7 +154,7 @@ class Model:
             raise RunError(f"Masks of at most {MOST_CLASSES} classes can be made; this file has {len(logits)}.")
         highest, mask = np.full(pixels.shape[:2], -np.inf, np.float32), np.zeros(pixels.shape[:2], np.uint8)
         for label, values in enumerate(logits):  # one class at a time: the image may be large
-            values = resize_map(values, *mask.shape)
+            values = resize_map(values, mask.shape[0], mask.shape[1])
             mask[values > highest] = label
             np.maximum(values, highest, out=highest)
         return mask
