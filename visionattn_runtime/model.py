@@ -152,9 +152,10 @@ class Model:
         logits = self.features(pixels)[0]
         if len(logits) > MOST_CLASSES:
             raise RunError(f"Masks of at most {MOST_CLASSES} classes can be made; this file has {len(logits)}.")
-        highest, mask = np.full(pixels.shape[:2], -np.inf, np.float32), np.zeros(pixels.shape[:2], np.uint8)
+        height, width = pixels.shape[:2]
+        highest, mask = np.full((height, width), -np.inf, np.float32), np.zeros((height, width), np.uint8)
         for label, values in enumerate(logits):  # one class at a time: the image may be large
-            values = resize_map(values, mask.shape[0], mask.shape[1])
+            values = resize_map(values, height, width)
             mask[values > highest] = label
             np.maximum(values, highest, out=highest)
         return mask
