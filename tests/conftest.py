@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,9 @@ def _exports_are_quick():
 
 
 def pytest_configure(config):
+    # Containers often forbid bytecode: each process would rewrite the asserts of all tests, and compile the package.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
     if not getattr(config.option, "numprocesses", None):  # one that hands tests to others needs no PyTorch
         import torch
