@@ -11,11 +11,12 @@ from visionattn import allocator
 ON_GLIBC = allocator._is_glibc()
 VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
-# Frees a block of 256 MiB, which glibc returns to the system by itself.
+# Frees a block of 256 MiB, which glibc returns to the system by itself. The module runs without its package, whose
+# import takes seconds.
 PROGRAM = """
-import ctypes, re
+import ctypes, re, runpy
 from pathlib import Path
-from visionattn.allocator import keep_freed_memory
+keep_freed_memory = runpy.run_path({file!r})["keep_freed_memory"]
 
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
@@ -36,7 +37,7 @@ print(resident() - before)
 def kept(keep: bool) -> int:
     """MiB that stay with a process after it has freed a block of 256 MiB for the fourth time."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(VARIABLES)}
-    command = [sys.executable, "-c", PROGRAM.format(keep=keep)]
+    command = [sys.executable, "-c", PROGRAM.format(file=allocator.__file__, keep=keep)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 

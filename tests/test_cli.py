@@ -1,6 +1,5 @@
 """The command: what it prints, and one clear message for a user's mistake."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 import visionattn
+from tests.forking import run
 from visionattn import models
 from visionattn.cli import main
 
@@ -142,9 +142,7 @@ os.write(2, f"code {code}, number {first > 2}".encode())
     ],
 )
 def test_streams_that_take_nothing(closed, target, told):
-    command = [sys.executable, "-c", STREAMS, closed, target]
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = run(STREAMS, ("-c", closed, target), LC_ALL="C", PYTHONIOENCODING="ascii")
     assert done.stderr == told
     assert done.returncode == 0
 

@@ -8,10 +8,7 @@ import sys
 import pytest
 
 import visionattn_command
-
-
-def run(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+from tests.forking import run
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import visionattn
+from tests.forking import run
 
 ROOT = Path(visionattn.__file__).parent
 # A layer may import those to its right and its own; the modules in EVERYBODY belong to all.
@@ -128,32 +129,21 @@ def test_kernels_do_not_know_timm():
         assert "from timm" not in path.read_text()
 
 
-def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-
-
 @pytest.fixture(scope="module")
 def forks():
-    """Measurements in three forks of one process, which has imported timm.
+    """Measurements in three processes that have imported timm.
 
     Each: CPU seconds of importing the package, modules that it adds, all modules after `visionattn.export.cli` too.
     """
     code = """
-import json, os, sys, time, timm
-before = set(sys.modules)
-for _ in range(3):
-    if os.fork() == 0:
-        start = time.process_time()
-        import visionattn
-        seconds, package = time.process_time() - start, set(sys.modules) - before
-        import visionattn.export.cli
-        print(json.dumps([seconds, list(package), list(sys.modules)]), flush=True)
-        os._exit(0)
-    os.wait()
+import json, sys, time, timm
+before, start = set(sys.modules), time.process_time()
+import visionattn
+seconds, package = time.process_time() - start, set(sys.modules) - before
+import visionattn.export.cli
+print(json.dumps([seconds, list(package), list(sys.modules)]))
 """
-    found = [json.loads(line) for line in python(code).splitlines()]
-    assert len(found) == 3
-    return found
+    return [json.loads(run(code).stdout) for _ in range(3)]
 
 
 def test_the_package_works_without_the_heavy_ones():

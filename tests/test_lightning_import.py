@@ -1,20 +1,16 @@
 """Lightning is imported without SciPy, which stays whole."""
 
-import subprocess
 import sys
 from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
 
+from tests.forking import run
 from visionattn import lightning_import
 from visionattn.errors import MissingPackageError
 
 needs_lightning = pytest.mark.skipif(find_spec("lightning") is None, reason="lightning is not installed")
-
-
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 @needs_lightning
@@ -25,7 +21,7 @@ def test_scipy_is_imported_when_it_is_used(statement):
         "import scipy.signal; print(scipy.signal.__file__.endswith('signal/__init__.py')); "
         "print(float(scipy.signal.windows.hamming(3)[1]))"
     )
-    assert run(code).split() == ["True", "False", "True", "1.0"]
+    assert run(code).stdout.split() == ["True", "False", "True", "1.0"]
 
 
 @needs_lightning
@@ -34,7 +30,7 @@ def test_an_imported_scipy_is_the_same():
         "import sys; import scipy.signal; before = sys.modules['scipy.signal']; from visionattn.train import cli; "
         "print(sys.modules['scipy.signal'] is before)"
     )
-    assert run(code) == "True"
+    assert run(code).stdout == "True\n"
 
 
 def test_another_use_during_the_import_gets_the_real_module(monkeypatch):

@@ -7,8 +7,6 @@ its own mathematics. `test_every_operator.py` fails for an operator without a su
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from tests.forking import run
 from tests.kernels.tensors import describe, differentiate, doubled, map_tensors, require_grad, sum_of, tensors_of
 from tests.kernels.transforms import DEVICES, DTYPES, DerivativeContract
 from visionattn.errors import InputError
@@ -180,9 +179,8 @@ class OperatorContract(DerivativeContract):
             pytest.skip(f"{self.name} has no Triton kernels")
         # Triton decides at import whether it interprets, hence a process of its own.
         test = type(self)
-        environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         code = f"from {test.__module__} import {test.__name__}; {test.__name__}().interpret()"
-        process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        process = run(code, TRITON_INTERPRET="1")
         assert process.returncode == 0, process.stderr
         assert process.stdout.endswith("interpreted\n")
 

@@ -1,17 +1,12 @@
 """What `visionattn.probe` brings in, and what it says without the packages that it may need."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import visionattn.probe
+from tests.forking import run
 
 TESTS = str(Path(__file__).parents[2])
 ABSENT = ["lightning", "torchmetrics", "sklearn", "scipy", "onnx", "onnxruntime", "onnxscript"]
-
-
-def python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
 def test_everything_named_is_there():
@@ -36,4 +31,4 @@ for rows in (result.rows, nearest_neighbours(train, test).rows):
     except MissingPackageError as error:
         print(str(error).count("pip install 'visionattn[train]'"))
 """
-    assert python(code) == ["False", "1", "1"]
+    assert run(code).stdout.split() == ["False", "1", "1"]
