@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ pytest.importorskip("lightning")
 
 from PIL import Image
 
+from tests.forking import Fork
 from visionattn.train.cli import main
 
 CPU = ["--trainer.accelerator=cpu"]
@@ -162,26 +161,20 @@ def test_stock_callbacks(pictures, capsys, name):
     assert f"the weights of this table are in {run.resolve()}/checkpoints/{weights}" in capsys.readouterr().out
 
 
-def test_sigterm_saves_and_ends_with_143(tmp_path):
-    script = tmp_path / "visionattn_script.py"
-    script.write_text("import sys\nfrom visionattn.cli import main\nsys.exit(main(sys.argv[1:]))\n")
-    command = [sys.executable, str(script), "fit", *CPU, "--trainer.max_epochs=400", "--trainer.num_sanity_val_steps=0"]
-    command += ["--model.model_args={depth: 1, embed_dim: 32, num_heads: 2}", "--data.batch_size=256"]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_sigterm_saves_and_ends_with_143(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["fit", *CPU, "--trainer.max_epochs=400", "--trainer.num_sanity_val_steps=0"]
+    args += ["--model.model_args={depth: 1, embed_dim: 32, num_heads: 2}", "--data.batch_size=256"]
+    code = "import sys; from visionattn.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = Fork(code, ("visionattn", *args))
     last = tmp_path / "runs/va_minimal_vit_nano_patch7_28/version_0/checkpoints/last.ckpt"
     deadline = time.monotonic() + 90
     while not last.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    output, message = process.communicate(timeout=90)
-    assert process.returncode == 143
+    os.kill(process.pid, signal.SIGTERM)
+    done = process.wait(90)
+    output, message = done.stdout, done.stderr
+    assert done.returncode == 143
     assert "Traceback" not in message
     assert "Stopping as soon as the state can be saved." in output
     said, command = message.strip().splitlines()[-2:]

@@ -7,7 +7,6 @@ import importlib.resources
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 
+from tests.forking import Fork
 from visionattn.errors import ConfigError, UnknownNameError
 from visionattn.train.cli import check_averaging, find_recipe, main, recipes
 
@@ -125,31 +125,25 @@ def test_a_resumed_run_goes_on_in_its_folder(small):
     assert [path.name for path in Path("runs/small").iterdir()] == ["version_0"]
 
 
-def script(folder, lines=""):
-    """A stand-in for the installed command, which other processes can start again."""
+def start(folder, *args, lines=""):
+    """A process of a stand-in for the installed command, which other processes can start again."""
     path = folder / "visionattn_script.py"
     path.write_text(f"import sys\n{lines}\nfrom visionattn.train.cli import main\nsys.exit(main(sys.argv[1:]))\n")
-    return [sys.executable, str(path)]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    return Fork(path.read_text(), (str(path), *args))
 
 
 def test_ctrl_c_gives_the_command_to_go_on_with(small, tmp_path):
     args = ["fit", "--config", small, "--trainer.max_epochs=400", "--trainer.num_sanity_val_steps=0"]
-    process = subprocess.Popen(
-        [*script(tmp_path), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
+    process = start(tmp_path, *args)
     last = tmp_path / "runs/small/version_0/checkpoints/last.ckpt"
     deadline = time.monotonic() + 60
     while not last.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in message
-    command = message.strip().splitlines()[-1].split()
+    os.kill(process.pid, signal.SIGINT)
+    done = process.wait(60)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    command = done.stderr.strip().splitlines()[-1].split()
     assert command == [
         "visionattn", "fit", "--config", str(last.parent.parent / "config.yaml"), "--checkpoint", str(last)
     ]  # fmt: skip
@@ -175,8 +169,8 @@ samplers.SeededDataset.__getitem__ = recorded
 def test_two_processes(small, tmp_path):
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=128"]
     args = ["fit", "--config", small, *two, "--last.every_n_train_steps=6", "--trainer.num_sanity_val_steps=0"]
-    command = script(tmp_path, RECORD)
-    subprocess.run([*command, *args], check=True, capture_output=True, env=environment(), timeout=120)
+    done = start(tmp_path, *args, lines=RECORD).wait(120)
+    assert done.returncode == 0, done.stderr
     lines = [Path(f"seen-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
     seen = [[tuple(map(int, line.split())) for line in rank] for rank in lines]
     for epoch in (0, 1):
@@ -194,7 +188,8 @@ def test_two_processes(small, tmp_path):
     states = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["ExactResume"]["ranks"]
     assert len(states) == 2
     resumed = [*args, "--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt"]
-    subprocess.run([*command, *resumed], check=True, capture_output=True, env=environment(), timeout=120)
+    done = start(tmp_path, *resumed, lines=RECORD).wait(120)
+    assert done.returncode == 0, done.stderr
     assert {column: metrics(run, column) for column in before} == before
 
 
