@@ -25,7 +25,7 @@ for line in sys.stdin:
         os.environ.clear()
         os.environ.update(variables)
         for number, name in enumerate([os.devnull, output + ".out", output + ".err"]):
-            file = os.open(name, os.O_RDWR | os.O_CREAT)
+            file = os.open(name, os.O_RDWR)
             os.dup2(file, number)
             os.close(file)
         break
@@ -40,8 +40,9 @@ exec(compile(code, sys.argv[0], "exec"))
 @functools.cache
 def _server(**variables: str) -> subprocess.Popen:
     command = [sys.executable, "-c", _SERVER]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    server = subprocess.Popen(command, env=_environment(variables), **pipes)
+    pipe = subprocess.PIPE
+    # Unbuffered: select would not see a line that an earlier reading took along.
+    server = subprocess.Popen(command, env=_environment(variables), stdin=pipe, stdout=pipe, bufsize=0)
     atexit.register(server.communicate)  # ends it, as its input ends
     return server
 
@@ -63,11 +64,13 @@ class Fork:
         self._server = _server(**variables)
         self._folder = tempfile.TemporaryDirectory()
         self._output = f"{self._folder.name}/output"
+        for suffix in (".out", ".err"):
+            Path(self._output + suffix).touch()  # a signal may end the program before it opens them
         request = [code, arguments, os.getcwd(), _environment(variables), self._output]
-        print(json.dumps(request), file=self._server.stdin, flush=True)
-        self.pid = int(self._read(60))
+        self._server.stdin.write(json.dumps(request).encode() + b"\n")
+        self.pid = int(self._read(120))
 
-    def _read(self, seconds: float) -> str:
+    def _read(self, seconds: float) -> bytes:
         if not select.select([self._server.stdout], [], [], seconds)[0]:
             raise TimeoutError(f"The program did not end in {seconds} s.")
         return self._server.stdout.readline()
