@@ -8,13 +8,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from visionattn.data.classify.transforms import fit
+from visionattn.data.classify.transforms import Normalize, fit
 from visionattn.errors import DataError, InputError, shorten
 
 __all__ = ["MODES", "GivenImages", "class_names", "eval_transform", "to_picture"]
@@ -41,11 +40,10 @@ def eval_transform(
     if channels not in MODES:
         raise InputError(f"The model takes {channels} channels; images can have 1, 3 or 4.")
     convert = partial(Image.Image.convert, mode=MODES[channels])
-    finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
     bicubic = v2.InterpolationMode.BICUBIC
     height, width = (size, size) if isinstance(size, int) else size
     resized = fit((size, size), bicubic) if isinstance(size, int) else [v2.Resize((height, width), bicubic)]
-    return partial(_prepare, v2.Compose([convert, *resized, *finish]), (channels, height, width))
+    return partial(_prepare, v2.Compose([convert, *resized, Normalize(mean, std)]), (channels, height, width))
 
 
 def _prepare(prepare: Callable[[Image.Image], Tensor], shape: tuple[int, ...], image: Image.Image | Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from visionattn.data.classify.sources import (
     open_named,
     split_folders,
 )
-from visionattn.data.classify.transforms import AUGMENTATIONS, augment, fit
+from visionattn.data.classify.transforms import AUGMENTATIONS, Normalize, augment, fit
 from visionattn.data.module import DataModule, count_classes
 from visionattn.data.samplers import BalancedSampler, EpochSampler, ResumableLoader, SeededDataset, StreamLoader
 from visionattn.errors import ConfigError, DataError, require, shorten
@@ -177,7 +177,7 @@ class ClassifyData(DataModule):
         self.image_shape = (channels, *size)
         interpolation = v2.InterpolationMode(model.get("interpolation", "bicubic"))
         convert = partial(Image.Image.convert, mode=_MODES[channels])
-        finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+        finish = Normalize(mean, std)
         # Photographs get a centre crop, as their models expect; small images are used whole.
         whole = given.dataset in _ARRAYS or given.dataset in _TWO_PARTS
         crop_pct = 1.0 if whole else model.get("crop_pct", 1.0)
@@ -190,8 +190,8 @@ class ClassifyData(DataModule):
             "crop_pct": crop_pct,
             "crop_mode": "center" if size[0] == size[1] else "squash",
         }
-        self._eval_transform = v2.Compose([convert, *fit(size, interpolation, crop_pct), *finish])
-        self._train_transform = v2.Compose([convert, *augment(given.augmentation, size, interpolation), *finish])
+        self._eval_transform = v2.Compose([convert, *fit(size, interpolation, crop_pct), finish])
+        self._train_transform = v2.Compose([convert, *augment(given.augmentation, size, interpolation), finish])
 
     def train_dataloader(self) -> DataLoader:
         """Training batches: shuffled, augmented, complete batches only."""

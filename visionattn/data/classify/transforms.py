@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 from torchvision.transforms import v2
 
 from visionattn.data.classify.albumentations_adapter import AlbumentationsTransform
 
-__all__ = ["AUGMENTATIONS", "augment", "fit", "middle"]
+__all__ = ["AUGMENTATIONS", "Normalize", "augment", "fit", "middle"]
 
 AUGMENTATIONS = ("none", "shift", "crop-flip", "imagenet")
 ASPECT = 16  # largest aspect ratio of an image that is resized whole
+
+
+class Normalize:
+    """From a PIL image (L, RGB or RGBA) to float32 (C, H, W): (image / 255 - mean) / std.
+
+    The values are those of torchvision's PILToTensor, ToDtype and Normalize, whose dispatch costs more than the
+    arithmetic of a small image.
+
+    Args:
+        mean: Mean of each channel, of images in 0..1.
+        std: Standard deviation of each channel.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = (torch.tensor(list(values), dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Convert and normalise an image."""
+        pixels = np.asarray(image)
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        return torch.from_numpy(pixels.astype(np.float32)).mul_(1 / 255).sub_(self.mean).div_(self.std)
 
 
 def middle(image: Any) -> Any:

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from visionattn.data.classify.transforms import AUGMENTATIONS, augment
+from visionattn.data.classify.transforms import AUGMENTATIONS, Normalize, augment
 from visionattn.data.module import DataModule
 from visionattn.data.retrieval.attribute_batches import AttributeSampler
 from visionattn.data.retrieval.catalogue import Catalogue, ImageStore, Part
 from visionattn.data.retrieval.catalogue_files import LAYOUTS, read_catalogue
-from visionattn.data.retrieval.embedding import eval_transform, finish
+from visionattn.data.retrieval.embedding import eval_transform
 from visionattn.data.samplers import EpochSampler, ResumableLoader, SampleKey, SeededDataset
 from visionattn.errors import ConfigError
 
@@ -95,7 +95,7 @@ class EmbeddingData(DataModule):
             [
                 partial(Image.Image.convert, mode="RGB"),
                 *augment(self.hparams.augmentation, tuple(config["size"]), interpolation),
-                *finish(config),
+                Normalize(config["mean"], config["std"]),
                 v2.RandomErasing(self.hparams.get("erasing", 0.0)),
             ]
         )

@@ -13,7 +13,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from visionattn.data.classify.transforms import fit
+from visionattn.data.classify.transforms import Normalize, fit
 from visionattn.errors import CheckpointError, InputError, shorten
 from visionattn.models import check_task
 
@@ -25,7 +25,6 @@ __all__ = [
     "conditions_of",
     "embed",
     "eval_transform",
-    "finish",
     "input_config",
 ]
 
@@ -126,14 +125,9 @@ def eval_transform(config: dict[str, Any]) -> v2.Compose:
         [
             partial(Image.Image.convert, mode="RGB"),
             *fit(tuple(config["size"]), v2.InterpolationMode(config["interpolation"])),
-            *finish(config),
+            Normalize(config["mean"], config["std"]),
         ]
     )
-
-
-def finish(config: dict[str, Any]) -> list[Any]:
-    """Transforms from a PIL image of the right size to normalised floats."""
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
 
 
 def conditions_of(model: nn.Module) -> tuple[str, ...]:
