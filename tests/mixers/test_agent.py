@@ -7,13 +7,6 @@ import torch.nn.functional as F
 from tests.mixers.contract import peak_memory, randomise
 from visionattn.errors import InputError
 from visionattn.mixers import MIXERS
-from visionattn.mixers.agent import averages
-
-
-@pytest.mark.parametrize(("n", "bins"), [(14, 7), (14, 5), (9, 9), (3, 7), (1, 4)])
-def test_averages_are_adaptive_pooling(n, bins):
-    x = torch.randn(2, n, dtype=torch.float64)
-    torch.testing.assert_close(x @ averages(n, bins, x).T, F.adaptive_avg_pool1d(x, bins), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize(("grid", "prefix"), [((6, 6), 1), ((5, 7), 0), ((9, 4), 2)])

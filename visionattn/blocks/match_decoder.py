@@ -287,7 +287,7 @@ def _flow_start(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.T
     best = F.avg_pool2d(p.unsqueeze(1), 5, stride=1, padding=2).squeeze(1).argmax(-1, keepdim=True)
     row = torch.div(best, W, rounding_mode="floor")
     near = torch.arange(-2, 3, device=q.device)
-    y = row.clamp(2, H - 3) + near.repeat_interleave(5)  # (2B, H W, 25)
+    y = row.clamp(2, H - 3) + near[:, None].expand(5, 5).flatten()  # (2B, H W, 25)
     x = (best - row * W).clamp(2, W - 3) + near.repeat(5)
     found = _mean(p, y * W + x, torch.stack([x, y], -1)).unflatten(1, (H, W))
     own_x, own_y = torch.arange(W, device=q.device), torch.arange(H, device=q.device).unsqueeze(1)

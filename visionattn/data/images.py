@@ -32,8 +32,7 @@ __all__ = [
     "read_rgb",
 ]
 
-# Pillow before 11.2 has no AVIF and warns if asked for it.
-_AVIF = "avif" in features.modules and features.check("avif")
+_AVIF = features.check("avif")
 SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SUFFIXES += (".avif",) if _AVIF else ()
 """Suffixes of image files that every command reads, in upper or lower case."""

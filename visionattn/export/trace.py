@@ -6,6 +6,8 @@
     SAME padding         timm's values without max and ceil: the expression of a size then grows by a few symbols with
                          each strided convolution, instead of three- to fourfold
     ReLU6, hard tanh     clamp, one Clip; the exporter decomposes them, which takes over half of its time in a MobileNet
+    pixel unshuffle      a transpose; exporters of some versions of PyTorch write SpaceToDepth, whose channels are in
+                         another order
 
 Everything else is traced unchanged.
 """
@@ -145,10 +147,16 @@ def _relu6(x: Tensor, inplace: bool = False) -> Tensor:
     return x.clamp(0, 6)
 
 
+def _pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
+    blocks = x.unflatten(-1, (-1, downscale_factor)).unflatten(-3, (-1, downscale_factor))  # (..., C, h, r, w, r)
+    return blocks.movedim((-3, -1), (-4, -3)).flatten(-5, -3)
+
+
 _FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.hardtanh: _hardtanh,
     F.relu6: _relu6,
+    F.pixel_unshuffle: _pixel_unshuffle,
 }
 
 

@@ -21,22 +21,14 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor
 
 from visionattn.errors import InputError
 from visionattn.mixers.core import Grid, GridConvolution, Maybe, Mixer, pair, softmax_attention
+from visionattn.mixers.resampling import averages, interpolate
 
 __all__ = ["AgentMixer"]
-
-
-def averages(n: int, bins: int, like: Tensor) -> Tensor:
-    """Matrix (bins, n) of `adaptive_avg_pool1d`, which ONNX supports for fixed sizes only."""
-    i = torch.arange(bins, device=like.device)[:, None]
-    j = torch.arange(n, device=like.device)
-    inside = ((j >= i * n // bins) & (j < ((i + 1) * n + bins - 1) // bins)).to(like.dtype)
-    return inside / inside.sum(dim=1, keepdim=True)
 
 
 class AgentMixer(Mixer):
@@ -85,9 +77,9 @@ class AgentMixer(Mixer):
 
     def table(self, cells: Tensor, rows: Tensor, columns: Tensor, first: Tensor, grid: Grid, prefix: int) -> Tensor:
         """Bias (1, heads, n, P + H W) from cells (heads, n, 7, 7) and rows, columns and first (heads, n, length)."""
-        table = F.interpolate(cells, size=[grid[0], grid[1]], mode="bilinear", align_corners=False)
-        table = table + F.interpolate(rows[..., None], size=[grid[0], 1], mode="bilinear", align_corners=False)
-        table = table + F.interpolate(columns[:, :, None], size=[1, grid[1]], mode="bilinear", align_corners=False)
+        table = interpolate(cells, grid[0], grid[1])
+        table = table + interpolate(rows[..., None], grid[0], 1)
+        table = table + interpolate(columns[:, :, None], 1, grid[1])
         return torch.cat([first.expand(-1, -1, prefix), table.flatten(2)], dim=2)[None]
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor, mask: Maybe, bias: Maybe) -> Tensor:

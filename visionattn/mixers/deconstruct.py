@@ -28,6 +28,7 @@ from torch import Tensor
 
 from visionattn.errors import InputError
 from visionattn.mixers.core import Grid, Maybe, Mixer, pair, softmax_attention
+from visionattn.mixers.resampling import interpolate
 
 __all__ = ["FixedQKMixer", "KeyOnlyMixer", "MlpMixer", "RandomQKMixer", "StaticQKMixer", "TaylorMixer"]
 
@@ -169,7 +170,7 @@ class FixedQKMixer(Mixer):
 
     def source_tokens(self, grid: Grid, prefix: int) -> Tensor:
         """The reference resized to a grid, (1, P + H W, C)."""
-        cells = F.interpolate(self.source, size=[grid[0], grid[1]], mode="bilinear", align_corners=False)
+        cells = interpolate(self.source, grid[0], grid[1])
         return torch.cat([self.prefix_source.expand(-1, -1, prefix), cells.flatten(2)], dim=2).transpose(1, 2)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, x: Tensor, mask: Maybe, bias: Maybe) -> Tensor:

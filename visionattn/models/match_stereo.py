@@ -264,7 +264,7 @@ class MatchFlow(MatchStereo):
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     """Keep the scores of the start in full precision, since rounding would change their argmax."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _check_views(left: torch.Tensor, right: torch.Tensor, minimum: int) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.probe.tokens.backbone import Backbone
@@ -44,7 +45,8 @@ class Timing(NamedTuple):
 def backbone_cost(backbone: Backbone) -> BackboneCost:
     """Count the costs of a backbone with one black image."""
     model = backbone.model
-    with FlopCounterMode(display=False) as counter:
+    # PyTorch 2.11 does not count the products of its fused attention on CPUs.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         backbone(_image(backbone))
     return BackboneCost(
         sum(parameter.numel() for parameter in model.parameters()),
