@@ -30,6 +30,7 @@ WEIGHTS = {
     "va_match_stereo_small": "download",
     "va_match_stereo_tiny": "download",
     "va_minimal_vit_micro_patch4_32": "shipped",
+    "va_minimal_vit_micro_patch4_32_ep": "shipped",
     "va_mobilenetv2_ulsam_050_32": "shipped",
     "va_span_ch26_x2": "shipped",
     "va_span_ch26_x4": "shipped",

@@ -81,12 +81,36 @@ def test_any_size_is_padded_at_the_right_and_bottom(size):
     assert torch.equal(model(x), model(whole))
 
 
-@pytest.mark.parametrize("pool", ["token", "avg", "map", ""])
+@pytest.mark.parametrize("pool", ["token", "avg", "map", "ep", ""])
 def test_read_outs(pool):
     model, x = build(NANO, global_pool=pool)
     assert model(x).shape == ((2, 65, 10) if pool == "" else (2, 10))
     model.train()(x).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_efficient_probing_reads_the_patches():
+    model, x = build("va_minimal_vit_micro_patch4_32_ep")
+    model, x = model.double(), x.double()
+    patches = model.forward_features(x)[:, 1:]
+    pool = model.attn_pool
+    attention = (pool.queries @ patches.transpose(1, 2) / 96**0.5).softmax(-1)  # (B, 32, 64)
+    values = (attention @ patches @ pool.value.weight.T).unflatten(2, (32, 3))
+    own = torch.stack([values[:, m, m] for m in range(32)], 1).flatten(1)  # query m has rows 3 m to 3 m + 2
+    torch.testing.assert_close(model(x), model.head(own), rtol=1e-10, atol=1e-10)
+
+
+def test_read_out_can_be_replaced():
+    model, x = build(NANO)
+    model.reset_classifier(3, "ep")
+    assert model.global_pool == "ep"
+    assert model(x).shape == (2, 3)
+    pool = model.attn_pool
+    model.reset_classifier(4)
+    assert model.attn_pool is pool
+    model.reset_classifier(5, "avg")
+    assert model.attn_pool is None
+    assert model(x).shape == (2, 5)
 
 
 def test_attention_maps_of_a_block():

@@ -21,7 +21,10 @@ SET5 = DATA / "sr" / "Set5" / "HR"
 TEDDY = DATA / "stereo" / "teddy"
 CIFAR10 = DATA / "cifar10"
 FILES = sorted(SHIPPED.glob("*.safetensors"))
-CLASSIFIERS = [SHIPPED / f"{name}.safetensors" for name in ("va_halonet_nano_32", "va_mobilenetv2_ulsam_050_32")]
+CLASSIFIERS = [
+    SHIPPED / f"{name}.safetensors"
+    for name in ("va_halonet_nano_32", "va_mobilenetv2_ulsam_050_32", "va_minimal_vit_micro_patch4_32_ep")
+]
 UPSCALERS = [file for file in FILES if file.stem.startswith("va_span")]
 
 

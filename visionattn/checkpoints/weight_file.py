@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visionattn.card import Card
 from visionattn.errors import CheckpointError, VisionAttnError, shorten
-from visionattn.weights import cca, match_stereo, span
+from visionattn.weights import cca, match_stereo, minimal_vit, span
 from visionattn.weights.comparing import check_values, count_bytes, mismatches, name_some
 from visionattn.weights.ncnn import read_ncnn
 from visionattn.weights.reading import read, unwrap
@@ -95,7 +95,7 @@ class WeightFile:
             return self._fit(self.state, wanted, name)
 
     def _fit(self, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-        for family in (span, match_stereo):
+        for family in (span, match_stereo, minimal_vit):
             state = family.adapt(state, wanted)
         if wrong := mismatches(state, wanted):
             raise CheckpointError(f"{shorten(self.path)} does not fit {name}: {name_some(wrong)}.")

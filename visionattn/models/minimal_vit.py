@@ -5,6 +5,9 @@ The network is timm's `VisionTransformer` (class token, learned positions, pre-n
 published weights load. Every variant accepts any image size: positions are resampled and the image is padded at the
 right and bottom to whole patches.
 
+`va_minimal_vit_micro_patch4_32_ep` reads out frozen features by efficient probing (`global_pool="ep"`). Its weight file
+holds the read-out only; the backbone is that of `va_minimal_vit_micro_patch4_32`.
+
 Variants at tiny scale (C = 192, 12 blocks, 3 heads, 224 x 224, 1000 classes; parameters counted, the first equals
 timm's vit_tiny):
 
@@ -30,11 +33,13 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model, vision_transformer
+from timm.models.vision_transformer import VisionTransformer
 
+from visionattn.blocks.efficient_probing import EfficientProbing
 from visionattn.blocks.minimal import MinimalBlock
 from visionattn.weights import SHIPPED
+from visionattn.weights.minimal_vit import adapt
 
 __all__ = ["VARIANTS", "MinimalVisionTransformer"]
 
@@ -72,7 +77,8 @@ class MinimalVisionTransformer(VisionTransformer):
         in_chans: Image channels.
         num_classes: Classes; 0 for features.
         global_pool: Read-out: `"token"` (class token), `"avg"` (mean of the patches), `"map"` (attention with a learned
-            query and an MLP) or `""` (all tokens).
+            query and an MLP), `"ep"` (efficient probing of the patches with 32 queries, for C divisible by 32) or `""`
+            (all tokens).
         embed_dim: Channels C.
         depth: Number of blocks.
         num_heads: Heads of each block.
@@ -119,7 +125,7 @@ class MinimalVisionTransformer(VisionTransformer):
             patch_size=patch_size,
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
+            global_pool="token" if global_pool == "ep" else global_pool,
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
@@ -133,6 +139,17 @@ class MinimalVisionTransformer(VisionTransformer):
             device=device,
             dtype=dtype,
         )
+        if global_pool == "ep":
+            self.global_pool = "ep"
+            self.attn_pool = EfficientProbing(embed_dim, device=device, dtype=dtype)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier, and the read-out if `global_pool` is given."""
+        if global_pool == "ep" and self.global_pool != "ep":
+            weight = self.norm.weight
+            self.attn_pool = EfficientProbing(self.embed_dim, device=weight.device, dtype=weight.dtype)
+            self.global_pool = "ep"
+        super().reset_classifier(num_classes, None if global_pool == "ep" else global_pool)
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """Prepend the class token and add positions: (B, h, w, C) -> (B, 1 + h w, C)."""
@@ -223,8 +240,16 @@ default_cfgs = generate_default_cfgs(
         "va_minimal_vit_micro_patch4_32.masked_cifar10": cifar_cfg(
             num_classes=0, file=str(SHIPPED / "va_minimal_vit_micro_patch4_32.safetensors")
         ),
+        "va_minimal_vit_micro_patch4_32_ep.probed_cifar10": cifar_cfg(
+            file=str(SHIPPED / "va_minimal_vit_micro_patch4_32_ep.safetensors")
+        ),
     }
 )
+
+
+def checkpoint_filter_fn(state: dict[str, torch.Tensor], model: MinimalVisionTransformer) -> dict[str, torch.Tensor]:
+    """Convert weights to the model's layout, as timm does; a read-out alone gets its backbone."""
+    return vision_transformer.checkpoint_filter_fn(adapt(state, model.state_dict()), model)
 
 
 def _minimal_vit(name: str, pretrained: bool, *settings: dict[str, Any]) -> MinimalVisionTransformer:
@@ -384,3 +409,15 @@ def va_minimal_vit_nano_patch4_32_minimum(pretrained: bool = False, **kwargs: An
 def va_minimal_vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> MinimalVisionTransformer:
     """ViT of width 96 and 8 blocks for 32 x 32 colour images."""
     return _minimal_vit("va_minimal_vit_micro_patch4_32", pretrained, MICRO, {"img_size": 32, "patch_size": 4}, kwargs)
+
+
+@register_model
+def va_minimal_vit_micro_patch4_32_ep(pretrained: bool = False, **kwargs: Any) -> MinimalVisionTransformer:
+    """ViT of width 96 and 8 blocks for 32 x 32 colour images, read out by efficient probing."""
+    return _minimal_vit(
+        "va_minimal_vit_micro_patch4_32_ep",
+        pretrained,
+        MICRO,
+        {"img_size": 32, "patch_size": 4, "global_pool": "ep"},
+        kwargs,
+    )
