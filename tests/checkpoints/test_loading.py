@@ -1,6 +1,7 @@
 """`visionattn.load`: which model does a weight file belong to?"""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -59,6 +60,12 @@ def test_a_file_of_no_family_is_compared_with_every_name(tmp_path, monkeypatch):
         CheckpointError, match=r"fits no model of this package. Nearest: it does not fit va_span_ch26_x2"
     ):
         visionattn.load(tmp_path / "w.pt")
+
+
+def test_a_head_of_probing_is_not_a_model():
+    head = Path(__file__).parents[1] / "old_files/heads/gap-layer0.safetensors"
+    with pytest.raises(CheckpointError, match=r"is a head of `visionattn probe`.*--head FILE"):
+        visionattn.load(head)
 
 
 def test_a_training_checkpoint_says_what_it_is(tmp_path):

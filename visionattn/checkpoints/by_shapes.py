@@ -15,6 +15,9 @@ from visionattn.weights.comparing import mismatches, name_some
 
 __all__ = ["find_by_shapes"]
 
+HEAD = {"pooling", "norm", "classifier", "queries", "value"}
+"""First parts of the keys of a saved head: pooling, batch norm and classifier, or a segmenter."""
+
 
 def find_by_shapes(file: WeightFile, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Find the one name whose keys and shapes are those of a file, whatever its classes and channels.
@@ -29,6 +32,11 @@ def find_by_shapes(file: WeightFile, args: dict[str, Any]) -> tuple[str, dict[st
     Raises:
         CheckpointError: The weights fit none, or several.
     """
+    if {key.split(".")[0] for key in file.state} <= HEAD:
+        raise CheckpointError(
+            f"{shorten(file.path)} is a head of `visionattn probe`, without its backbone: use it by "
+            "`visionattn predict IMAGES --head FILE` or `visionattn export --head FILE --output F.onnx`."
+        )
     fitting, nearest = [], []
     # Without a mixer, va_vit_* have the shapes of minimal ViTs.
     names = [name for name in models.names() if not name.startswith("va_vit_")]

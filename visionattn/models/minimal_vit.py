@@ -140,16 +140,19 @@ class MinimalVisionTransformer(VisionTransformer):
             dtype=dtype,
         )
         if global_pool == "ep":
-            self.global_pool = "ep"
-            self.attn_pool = EfficientProbing(embed_dim, device=device, dtype=dtype)
+            self._probe()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the read-out if `global_pool` is given."""
-        if global_pool == "ep" and self.global_pool != "ep":
-            weight = self.norm.weight
-            self.attn_pool = EfficientProbing(self.embed_dim, device=weight.device, dtype=weight.dtype)
-            self.global_pool = "ep"
+        if global_pool == "ep" and not isinstance(self.attn_pool, EfficientProbing):
+            self._probe()
         super().reset_classifier(num_classes, None if global_pool == "ep" else global_pool)
+
+    def _probe(self) -> None:
+        network: Any = self  # timm's attributes are typed for its own poolings
+        table = self.pos_embed
+        network.attn_pool = EfficientProbing(self.embed_dim, device=table.device, dtype=table.dtype)
+        network.global_pool = "ep"
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """Prepend the class token and add positions: (B, h, w, C) -> (B, 1 + h w, C)."""
