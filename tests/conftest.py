@@ -64,3 +64,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 20)
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # so that the interpreter can free what extensions otherwise report as leaked
