@@ -64,7 +64,7 @@ def site(tmp_path_factory):
     if missing():
         pytest.skip(f"{', '.join(missing())} are not installed: make docs")
     output = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(output)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(output)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr

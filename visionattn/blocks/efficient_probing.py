@@ -67,16 +67,13 @@ class EfficientProbing(nn.Module):
         nn.init.normal_(self.queries, std=0.02)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None = None, return_attention: bool = False):
-        """Pool tokens.
+        """Pool tokens: the feature (B, D_o), or the feature and the attention (B, M, N).
 
         Args:
             tokens: (B, N, D).
             mask: (B, N), bool, True for valid tokens. An image without any gives zeros, or the bias.
             return_attention: Also return the attention weights a_m. TorchScript, where a function has one return type,
-            and an fx trace of this module alone return only the feature.
-
-        Returns:
-            The feature (B, D_o), or the feature and the attention (B, M, N).
+                and an fx trace of this module alone return only the feature.
         """
         z, attention = torch.ops.visionattn.multi_query_pool(tokens, self.queries, mask)  # (B, M, D), (B, M, N)
         weight = self.value.weight.unflatten(0, (self.num_queries, -1))  # (M, D_o / M, D)

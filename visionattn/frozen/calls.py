@@ -109,7 +109,9 @@ class Reached:
 
 
 @contextmanager
-def observing(model: nn.Module, observer: Callable[[Call], object], layers: str | Sequence[str] = "*"):
+def observing(
+    model: nn.Module, observer: Callable[[Call], object], layers: str | Sequence[str] = "*"
+) -> Iterator[Reached]:
     """Pass every attention call of a model to an observer; results and gradients do not change.
 
     Args:
@@ -132,7 +134,7 @@ def observing(model: nn.Module, observer: Callable[[Call], object], layers: str 
 
 
 @contextmanager
-def replacing(model: nn.Module, attention: Attention, layers: str | Sequence[str] = "*"):
+def replacing(model: nn.Module, attention: Attention, layers: str | Sequence[str] = "*") -> Iterator[Reached]:
     """Compute the attention of a model's layers with another function.
 
     For inference only: with gradient checkpointing, the recomputation in the backward pass would run outside the
