@@ -32,8 +32,8 @@ from visionattn.kernels import decompositions
 SHARED_MEMORY = 99 * 1024
 
 
-# Registers and spills depend on the compiler; the launchers are tuned to that of the tested versions.
-OLD_COMPILER = importlib.util.find_spec("triton") and Version(version("triton")) < Version("3.9")
+# Bytes that a thread may spill: none. Triton 3.6 spills 8 in the bfloat16 backward pass of match attention.
+SPILLED = 8 if importlib.util.find_spec("triton") and Version(version("triton")) < Version("3.9") else 0
 
 
 class OperatorContract(DerivativeContract):
@@ -207,9 +207,7 @@ class OperatorContract(DerivativeContract):
                 used = aot.resources(compiled, tmp_path)
             except FileNotFoundError:
                 pytest.skip("this Triton wheel has no cuobjdump")
-            if (used.stack or used.local) and OLD_COMPILER:
-                pytest.xfail(f"Triton before 3.9 spills {used.stack + used.local} bytes: {case.configuration}")
-            assert used.stack == used.local == 0, case
+            assert used.stack + used.local <= SPILLED, case
             assert used.shared <= SHARED_MEMORY, case
 
     def interpret(self) -> None:
