@@ -102,24 +102,32 @@ def _attend(
     similarity: str,
     bilinear: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Attend by interpolated softmaxes. Keys are gathered as rows of a table of heads: the fastest form in ONNX."""
+    """Attend by interpolated softmaxes. Windows are gathered row by row: the fastest form in ONNX."""
     # P pixels of all images are one axis: some runtimes support five axes at most.
     dtype, side, D = computed_in(q.dtype), 2 * radius + 2, q.shape[4]
     first, right, down = (x.flatten(0, 2) for x in windows(field.to(dtype), q.shape[3], radius))
-    rows = first.unsqueeze(-1) + key_offsets(q, radius)  # (P, heads, M)
-    keys = F.embedding(rows, k.reshape(-1, D)).to(dtype)  # (P, heads, M, D)
+    rows = first.unsqueeze(-1) + key_offsets(q, radius)[::side]  # (P, heads, side)
+    keys = F.embedding(rows, _neighbours(k, side)).to(dtype)  # (P, heads, side, side D)
     query = q.flatten(0, 2).unsqueeze(-2).to(dtype)
     if similarity == "l1":
         # A row of the window minus the repeated query: ONNX Runtime broadcasts runs of D elements slowly.
-        away = keys.view(*rows.shape[:2], side, side * D) - query.repeat(1, 1, 1, side)
+        away = (keys - query.repeat(1, 1, 1, side)).view(*first.shape, side * side, D)
         # Not a norm, which becomes ReduceL1: MNN computes a different sum for it.
-        scores = -away.view(keys.shape).abs().sum(-1) * D**-0.5
+        scores = -away.abs().sum(-1) * D**-0.5
     else:
-        scores = (query @ keys.transpose(-1, -2)).squeeze(-2) * D**-0.5
+        scores = (query @ keys.view(*first.shape, side * side, D).transpose(-1, -2)).squeeze(-2) * D**-0.5
     attention = bilinear(scores, right, down)
-    values = F.embedding(rows, v.reshape(-1, v.shape[4])).to(dtype)
+    values = F.embedding(rows, _neighbours(v, side)).to(dtype).view(*first.shape, side * side, v.shape[4])
     out = (attention.unsqueeze(-2) @ values).squeeze(-2)
     return out.to(q.dtype).view(v.shape), attention.to(q.dtype).view(*q.shape[:4], side * side)
+
+
+def _neighbours(x: Tensor, side: int) -> Tensor:
+    """A table of the heads of all pixels, each with those of the next pixels to the right: (B H W heads, side D)."""
+    count = x.shape[3]
+    # Windows lie inside the map: entries that run over its right border are never read.
+    heads = F.pad(x.reshape(-1, x.shape[4]), (0, 0, 0, (side - 1) * count))
+    return torch.cat([heads[step * count : (step + 1 - side) * count or None] for step in range(side)], -1)
 
 
 def bilinear_softmax(scores: Tensor, fraction: Tensor) -> Tensor:
