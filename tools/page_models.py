@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from PIL import Image
 from skimage import data
@@ -21,6 +23,7 @@ from tools.written_digits import digit_strip
 from visionattn.checkpoints import create_pretrained
 from visionattn.demo import DIGITS
 from visionattn.export import export_onnx
+from visionattn.export.half import halve_weights
 from visionattn.export.onnx import OnnxFile
 from visionattn.export.variants import Variant, write_variants
 from visionattn.opening import open_model
@@ -74,6 +77,8 @@ def write_models(folder: Path) -> None:
     entries = []
     for file, name in MODELS.items():
         written = export_onnx(create_pretrained(name), folder / f"{file}.onnx", weights="shipped with visionattn")
+        if written.spec.task == "stereo":
+            written = store_in_half(written)
         entries.append(_entry(written))
         if written.spec.task == "restore":
             found = write_variants(written.path, int8=True, overwrite=True)
@@ -85,6 +90,14 @@ def write_models(folder: Path) -> None:
     labels = [str(digit) for digit in range(digits.num_classes)]
     entries.append(_entry(written) | {"blocks": len(digits.blocks), "labels": labels})
     (folder / "models.json").write_text(json.dumps(entries, indent=1))
+
+
+def store_in_half(written: OnnxFile) -> OnnxFile:
+    """Store the weights as float16, as the package does: the outputs are the same, the file is half as large."""
+    model = onnx.load(written.path)
+    halve_weights(model)
+    onnx.save(model, written.path)
+    return replace(written, bytes=written.path.stat().st_size)
 
 
 def _entry(written: OnnxFile | Variant) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from tests.export import graphs
 from visionattn.errors import ExportError
 from visionattn.export.examples import load_examples
 from visionattn.export.fitting import Example
-from visionattn.export.quality import Quality, Runner, measure_quality, measure_speed
+from visionattn.export.quality import Quality, Runner, measure_change, measure_quality, measure_speed
 from visionattn.export.runtime import OnnxModel
 from visionattn.export.spec import ExportSpec
 
@@ -73,6 +73,15 @@ def test_bad_pixels_of_stereo():
     quality = measure_quality(spec_of(task="stereo"), [Example((BLANK, BLANK), truth)], [good], [bad])
     assert (quality.reference, quality.value) == (0, pytest.approx(100 / 3))
     assert quality.loss == pytest.approx(100 / 3)  # more is worse
+
+
+def test_a_gain_in_one_scene_does_not_make_up_for_a_loss_in_another():
+    spec, truth = spec_of(task="stereo"), np.full((1, 4), 5.0)
+    examples = [Example((BLANK, BLANK), truth)] * 2
+    right, half, quarter = (np.array([[[5.0, 5.0, x, y]]]) for x, y in ((5, 5), (9, 9), (5, 9)))
+    reference, outputs = [half, right], [quarter, quarter]
+    assert measure_quality(spec, examples, reference, outputs).loss == 0
+    assert measure_change(spec, examples, reference, outputs) == 25
 
 
 def test_nan_is_no_pass():

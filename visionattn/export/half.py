@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from visionattn.errors import ExportError, require, shorten
 
-__all__ = ["to_half"]
+__all__ = ["halve_weights", "to_half"]
+
+_LEAST = 256  # elements of a weight that is worth a cast
 
 
 def to_half(source: str | Path) -> Any:
@@ -26,3 +30,25 @@ def to_half(source: str | Path) -> Any:
     # The converter does not validate the graph: any Python exception may occur.
     except Exception as error:
         raise ExportError(f"ONNX Runtime cannot convert the graph to float16: {shorten(error, 300)}") from error
+
+
+def halve_weights(model: Any) -> None:
+    """Store the float32 weights of layers as float16; ONNX Runtime casts them back to float32 when it loads the file.
+
+    Args:
+        model: The graph, an `onnx.ModelProto`; changed.
+    """
+    onnx = require("onnx", "export")
+    layers = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    weights = {node.input[1] for node in model.graph.node if node.op_type in layers}
+    largest = np.finfo(np.float16).max
+    casts = []
+    for tensor in model.graph.initializer:
+        name, values = tensor.name, onnx.numpy_helper.to_array(tensor)
+        if name not in weights or values.dtype != np.float32 or values.size < _LEAST or np.abs(values).max() > largest:
+            continue
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
+        casts.append(onnx.helper.make_node("Cast", [f"{name}_half"], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)

@@ -29,7 +29,7 @@ from visionattn.metrics.luma import psnr_y, to_uint8
 from visionattn.metrics.matching import disparity_errors
 from visionattn.metrics.ranking import rank
 
-__all__ = ["Quality", "Reference", "Runner", "measure_quality", "measure_speed"]
+__all__ = ["Quality", "Reference", "Runner", "measure_change", "measure_quality", "measure_speed"]
 
 PAIRS, SECONDS = 25, 5.0  # maximum number of runs of each file in a speed comparison, and maximum time
 
@@ -179,6 +179,17 @@ def measure_quality(
         before, after = (_psnr(results, truths, spec) for results in (reference, outputs))
     loss = before - after if higher else after - before
     return Quality(metric, before, after, loss, allowed, len(examples))
+
+
+def measure_change(
+    spec: ExportSpec, examples: Sequence[Example], reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]
+) -> float:
+    """Mean absolute change of the metric of each example: a gain in one does not make up for a loss in another.
+
+    For arguments, see `measure_quality`; not for metrics that compare examples, such as mAP.
+    """
+    changes = [measure_quality(spec, [e], [r], [o]).loss for e, r, o in zip(examples, reference, outputs)]
+    return float(np.abs(changes).mean())
 
 
 def measure_speed(reference: Runner, variant: Runner, example: Example) -> tuple[float, float]:
