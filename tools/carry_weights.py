@@ -1,9 +1,11 @@
-"""Transfer the weights of a MatchStereo to one with other depths, for further training.
+"""Transfer the weights of a network to a similar one, for further training.
 
     python -m tools.carry_weights FILE va_match_stereo_nano NEW.safetensors
+    python -m tools.carry_weights FILE va_span_ch26_x3 NEW.safetensors --source va_span_ch26_x4
 
-At each scale, blocks and layers that exist in both keep their weights, surplus ones are left out, and new ones start as
-the identity: the weights of their last linear layers are 0.
+A MatchStereo of other depths: at each scale, blocks and layers that exist in both keep their weights, surplus ones are
+left out, and new ones start as the identity: the weights of their last linear layers are 0. A SPAN of another scale:
+the filters of the last convolution, one for each position in an enlarged pixel, are interpolated bilinearly.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import visionattn
@@ -23,17 +26,29 @@ from visionattn.files import atomic_path
 LAST = re.compile(r"token_mixer\.pwconv2|mlp\.fc2|match_attention_(self|cross)\.proj")
 
 
+def rescale(filters: torch.Tensor, count: int, channels: int) -> torch.Tensor:
+    """Filters before a pixel shuffle, or their biases, for another scale: (channels r^2, ...) -> (count, ...)."""
+    sides = [round((number / channels) ** 0.5) for number in (len(filters), count)]
+    grids = filters.reshape(channels, sides[0], sides[0], -1)
+    grids = F.interpolate(grids.permute(0, 3, 1, 2), size=(sides[1], sides[1]), mode="bilinear")
+    return grids.permute(0, 2, 3, 1).reshape(count, *filters.shape[1:]).contiguous()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("name")
     parser.add_argument("new", type=Path)
+    parser.add_argument("--source", help="name of the model in FILE, if it is another one")
     args = parser.parse_args()
     torch.manual_seed(0)
-    trained = visionattn.load(args.file, args.name).state_dict()
-    state = timm.create_model(args.name).state_dict()
+    trained = visionattn.load(args.file, args.source or args.name).state_dict()
+    network = timm.create_model(args.name)
+    state = network.state_dict()
     for key, fresh in state.items():
-        if key in trained:
+        if key in trained and key.startswith("upsampler"):
+            state[key] = rescale(trained[key], len(fresh), network.out_chans)
+        elif key in trained:
             state[key] = trained[key]
         elif LAST.search(key):
             state[key] = torch.zeros_like(fresh)
