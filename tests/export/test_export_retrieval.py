@@ -13,7 +13,8 @@ import torch
 from tests.export.contract import draw_weights
 from visionattn.errors import ExportError, InputError, UnknownNameError
 from visionattn.export import OnnxModel, OnnxRetrieval, export_retrieval
-from visionattn.export.check import check_retrieval
+from visionattn.export.budget import Budget
+from visionattn.export.check_pair import check_pair
 from visionattn.export.cli import add_arguments
 from visionattn.export.cli import run as export
 from visionattn.export.pair import pair_paths
@@ -103,8 +104,8 @@ def test_mistakes(exported, tmp_path):
             pair(torch.rand(1, 3, 32, 32), [wrong])
     other = copy.deepcopy(model)
     torch.nn.init.normal_(other.head.proj.weight)
-    with pytest.raises(ExportError, match="differ from those of the model in 27 of 27 checks"):
-        check_retrieval(other, *map(OnnxModel, pair_paths(path)))
+    with pytest.raises(ExportError, match="differ from those of the model in 9 of 9 checks"):
+        check_pair(other, *map(OnnxModel, pair_paths(path)), Budget())
     shutil.copy(pair_paths(path)[0], tmp_path / "other.tower.onnx")
     with pytest.raises(InputError, match="There is no file"):
         OnnxRetrieval(tmp_path / "other.onnx")

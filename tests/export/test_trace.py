@@ -13,7 +13,8 @@ from torch.export import Dim
 from tests.export.toys import Toy
 from visionattn.errors import ExportError
 from visionattn.export import export_onnx
-from visionattn.export.trace import TimeLimitError, trace
+from visionattn.export.budget import Budget, TimeLimitError
+from visionattn.export.trace import trace
 
 OPEN = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
 
@@ -40,7 +41,7 @@ def test_keys_are_transposed_in_one_operator(tmp_path):
 
 def test_relu6_is_a_clamp():
     model = nn.Sequential(nn.ReLU6(inplace=True), nn.Hardtanh(0.1, 0.7)).eval()
-    program = trace(model, [torch.zeros(2, 3)], [{0: Dim.DYNAMIC}])
+    program = trace(model, [torch.zeros(2, 3)], [{0: Dim.DYNAMIC}], Budget())
     kinds = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert kinds.count("aten.clamp.default") == 2
     assert not any("hardtanh" in kind for kind in kinds)
@@ -51,7 +52,7 @@ def test_relu6_is_a_clamp():
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
 def test_pixel_unshuffle_is_a_transpose(batch):
     x = torch.rand(*batch, 5, 12, 9)
-    program = trace(nn.PixelUnshuffle(3), [x], [{}])
+    program = trace(nn.PixelUnshuffle(3), [x], [{}], Budget())
     assert not any("pixel_unshuffle" in str(node.target) for node in program.graph.nodes)
     assert torch.equal(program.module()(x), F.pixel_unshuffle(x, 3))
 
@@ -62,7 +63,7 @@ def test_other_attention_is_left_to_the_exporter(more):
         def forward(self, x):
             return F.scaled_dot_product_attention(x, x, x, **more)
 
-    program = trace(Causal(), [torch.rand(2, 1, 4, 8)], [{0: Dim.DYNAMIC}])
+    program = trace(Causal(), [torch.rand(2, 1, 4, 8)], [{0: Dim.DYNAMIC}], Budget())
     assert any("scaled_dot_product_attention" in str(node.target) for node in program.graph.nodes)
 
 
@@ -85,7 +86,7 @@ def test_sizes_after_same_padding_stay_short():
     """By timm's formula each convolution takes three to four times as long as the one before, the sixth minutes."""
     start = time.process_time()
     model = Same().eval()
-    program = trace(model, [torch.rand(2, 3, 161, 203)], [OPEN])
+    program = trace(model, [torch.rand(2, 3, 161, 203)], [OPEN], Budget())
     assert time.process_time() - start < 30
     for height, width in ((161, 203), (97, 128), (200, 160)):
         images = torch.rand(1, 3, height, width)
@@ -108,4 +109,4 @@ def test_time_limit_names_the_way_out(tmp_path):
     )
     assert not list(tmp_path.iterdir())
     with pytest.raises(TimeLimitError):
-        trace(Toy(), [torch.rand(2, 3, 8, 8)], [OPEN], time_limit=0)
+        trace(Toy(), [torch.rand(2, 3, 8, 8)], [OPEN], Budget(0))

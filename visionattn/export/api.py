@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from visionattn.errors import InputError
+from visionattn.export.budget import TIME_LIMIT
 from visionattn.export.examples import load_data
 from visionattn.export.formats import find_format
 from visionattn.export.onnx import check_input_size, check_opset
 from visionattn.export.pair import pair_paths, tower_and_head
 from visionattn.export.part import Form, whole
-from visionattn.export.trace import TIME_LIMIT
 from visionattn.export.untrained import draw_random_weights
 from visionattn.export.variants import check_outputs, write_measured
 from visionattn.export.write import OnnxFile, write_parts
@@ -58,8 +58,8 @@ def export(
         output: File to write. Its variants are named after it (see `visionattn.export.variants`).
         checkpoint: Weight file for a name.
         num_classes: Number of classes for a name. Default: the model's.
-        image_size: Side, or height and width, of a file of fixed size, and the first size of the check. Default: the
-            model's.
+        image_size: Side, or height and width, of a file of fixed size, and the size around which it is checked.
+            Default: the model's.
         static_size: Fix height and width in the file.
         batch: Fixed batch size. Default: dynamic.
         opset: Version of the ONNX operator set.
@@ -74,7 +74,8 @@ def export(
             by the suffix of `output`.
         check: Compare the file with the model before it is put in place.
         random_weights: Use random weights (from a fixed seed) for a name, even if pretrained ones exist.
-        time_limit: Maximum CPU time for tracing, in seconds.
+        time_limit: Maximum CPU time for tracing, translating and checking, in seconds. Sizes for which it does not
+            suffice are not checked; the metadata list them as `unchecked`.
         overwrite: Replace an existing output.
         progress: Called with a line at the start of each step.
 
@@ -82,7 +83,8 @@ def export(
         The file with its variants, or the tower and the head of an attribute-retrieval model (see `export_retrieval`).
 
     Raises:
-        ExportError: The model cannot be exported in this form or in this time, or the file's outputs differ from it.
+        ExportError: The model cannot be exported in this form or in this time, not a single size can be checked in it,
+            or the file's outputs differ from it.
         InputError: The model does not accept the size, the operator set does not exist, or there are no channels to
             pad.
         DataError: There are too few calibration images, or no real data to measure on.

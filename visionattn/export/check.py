@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from visionattn.errors import ExportError, InputError
+from visionattn.export.budget import Budget, TimeLimitError
 from visionattn.export.rows import CheckRow, print_rows
 from visionattn.export.runtime import OnnxModel, open_exported
+from visionattn.export.schedule import Checked, Schedule
+from visionattn.export.sizes import check_sizes
 from visionattn.export.spec import ExportSpec, size_text
 
 __all__ = [
@@ -30,14 +33,10 @@ __all__ = [
     "CheckRow",
     "check_file",
     "check_onnx",
-    "check_program",
-    "check_retrieval",
-    "check_sizes",
     "frozen",
     "outputs_of",
     "print_rows",
     "random_images",
-    "scaled_size",
 ]
 
 # Largest accepted absolute error: the first number + the second x the spread of the reference over images.
@@ -53,12 +52,6 @@ OUTLIERS = 0.02
 
 # Draws of images for a model that makes decisions: a flipped decision occurs in one of them, a mistake in all.
 DRAWS = 4
-
-# Largest accepted absolute error of an embedding, whose length is 1.
-EMBEDDING_TOLERANCE = 1e-4
-
-# Batch sizes of the check of embeddings.
-BATCHES = (1, 3, 4)
 
 # If the outputs of a model for two images are closer than this, the check proves nothing: any file would agree.
 LEAST_SPREAD = 1e-4
@@ -87,31 +80,6 @@ def outputs_of(model: nn.Module, images: Sequence[torch.Tensor]) -> tuple[torch.
             "multiples of a number, set its attribute `size_multiple`."
         ) from error
     return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
-
-
-def scaled_size(size: int, factor: float, spec: ExportSpec) -> int:
-    """An accepted size near `factor * size`: a prime if any size is accepted, since no window or patch divides it."""
-    size = max(round(factor * size), spec.size_minimum or 1, 2)
-    if spec.size_multiple > 1:
-        return spec.size_multiple * math.ceil(size / spec.size_multiple)
-    while any(size % divisor == 0 for divisor in range(2, math.isqrt(size) + 1)):
-        size += 1
-    return size
-
-
-def check_sizes(spec: ExportSpec) -> list[tuple[int, int]]:
-    """The sizes at which a file is checked: its own and, if it is dynamic, two very different ones.
-
-    One is taller than wide and, if any size is accepted, not a multiple of any window; the other is the stated
-    minimum, or wider than tall if none is stated.
-    """
-    height, width = spec.input_size[1:]
-    if not spec.dynamic_size:
-        return [(height, width)]
-    tall = scaled_size(height, 1.6, spec), scaled_size(width, 0.6, spec)
-    wide = scaled_size(height, 0.6, spec), scaled_size(width, 1.6, spec)
-    minimum = spec.size_minimum or min(height, width)
-    return [(height, width), tall, (minimum, minimum) if minimum < min(height, width) else wide]
 
 
 def random_images(spec: ExportSpec, batch: int, size: tuple[int, int], seed: int) -> list[torch.Tensor]:
@@ -157,8 +125,11 @@ def check_onnx(
     sizes: Sequence[tuple[int, int]] | None = None,
     batches: Sequence[int] | None = None,
     tolerance: tuple[float, float] = TOLERANCE,
+    progress: Callable[[str], None] | None = None,
 ) -> list[CheckRow]:
     """Compare an exported file in ONNX Runtime (CPU) with the model in PyTorch, on random images from a fixed seed.
+
+    Small sizes are compared first; the first at which the file differs ends the check.
 
     A model whose attribute `decides` is true is compared in float64: if rounding flips a decision, neither of two
     float32 results is the correct one.
@@ -170,6 +141,7 @@ def check_onnx(
         batches: Batch sizes. Default: 1 and 3, or the fixed one twice.
         tolerance: Absolute and relative part of the largest error that passes: `absolute + relative * spread`. The
             rounding of float32 is added to it (see `ROUNDINGS`).
+        progress: Called with a line for each size, and every ten seconds.
 
     Returns:
         One row per output, size and batch; all have passed.
@@ -178,37 +150,27 @@ def check_onnx(
         ExportError: The file is malformed, or some rows fail; the message lists them.
         InputError: The file cannot be loaded, or the model itself fails at a size.
     """
-    return check_file(model, open_exported(path), sizes, batches, tolerance)
+    return check_file(model, open_exported(path), Budget(tell=progress), sizes, batches, tolerance).rows
 
 
 def check_file(
     model: nn.Module,
     file: OnnxModel,
+    budget: Budget,
     sizes: Sequence[tuple[int, int]] | None = None,
     batches: Sequence[int] | None = None,
     tolerance: tuple[float, float] = TOLERANCE,
-) -> list[CheckRow]:
-    """Compare an opened file with the model (see `check_onnx`)."""
-    model = frozen(model)
+) -> Checked:
+    """Compare an opened file with the model within a time limit (see `check_onnx`)."""
+    model, spec = frozen(model), file.spec
     if batches is None:
-        batches = (file.spec.batch or 1, file.spec.batch or 3)
-    rows: list[CheckRow] = []
-    decides = getattr(model, "decides", False)
-    exact, draws = (copy.deepcopy(model).double(), DRAWS) if decides else (model, 1)
-    for size in check_sizes(file.spec) if sizes is None else sizes:
-        file.spec.check_size(*size)
-        best: list[CheckRow] = []
-        for draw in range(draws):
-            found = _check_size(exact, file, file.spec, size, batches, tolerance, draw * len(batches))
-            best = [_better(*pair) for pair in zip(best or found, found)]
-            if all(row.passed for row in best):
-                break
-        if decides and not all(row.passed for row in best):
-            own = _check_size(exact, functools.partial(_in_float32, model), file.spec, size, batches, tolerance, 0)
-            best = [dataclasses.replace(row, rounding=other.error) for row, other in zip(best, own)]
-        rows += best
-    _raise_for(rows, file.spec)
-    return rows
+        batches = (spec.batch or 1, spec.batch or 3)
+    sizes = check_sizes(spec) if sizes is None else sizes
+    for size in sizes:
+        spec.check_size(*size)
+    schedule = Schedule(sizes, batches, budget)
+    check = _Check(model, file, schedule, tolerance)
+    return schedule.run(spec.model, check.compare, lambda rows: _raise_for(rows, spec))
 
 
 def _raise_for(rows: Sequence[CheckRow], spec: ExportSpec) -> None:
@@ -236,36 +198,89 @@ def _raise_for(rows: Sequence[CheckRow], spec: ExportSpec) -> None:
     text += "; ".join(map(str, first.values())) + "."
     if spec.dynamic_size:
         text += (
-            " Errors that grow with the distance from the export size come from a size baked in by a Python branch or "
-            "by pooling to a grid; --static-size (dynamic_size=False) exports one fixed size."
+            " One cause is a size baked in by a Python branch or by pooling to a grid: --static-size "
+            "(dynamic_size=False) exports one fixed size."
         )
     raise ExportError(text)
 
 
-def _in_float32(model: nn.Module, *arrays: np.ndarray) -> list[np.ndarray]:
-    return [output.numpy() for output in outputs_of(model, [torch.from_numpy(array) for array in arrays])]
+class _Case(NamedTuple):
+    """A batch of images per input, the model's outputs for it, and the file's, or why there are none."""
+
+    images: list[torch.Tensor]
+    expected: tuple[torch.Tensor, ...]
+    actual: Sequence[np.ndarray] | str
 
 
-def _check_size(
-    model: nn.Module,
-    compute: Callable[..., Sequence[np.ndarray]],
-    spec: ExportSpec,
-    size: tuple[int, int],
-    batches: Sequence[int],
-    tolerance: tuple[float, float],
-    seed: int,
-) -> list[CheckRow]:
-    """Compare the outputs of `compute` for float32 images with those of the model, in the model's dtype."""
-    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    images = [random_images(spec, batch, size, seed + number) for number, batch in enumerate(batches)]
-    expected = [outputs_of(model, [image.to(dtype) for image in inputs]) for inputs in images]
-    together = [torch.cat(outputs) for outputs in zip(*expected)]
-    scales = [(_spread(outputs), outputs.abs().max().item()) for outputs in together]
-    share = OUTLIERS if getattr(model, "decides", False) else 0.0
-    rows: list[CheckRow] = []
-    for inputs, outputs in zip(images, expected):
-        rows += _compare(compute, spec, inputs, outputs, scales, tolerance, share)
-    return rows
+class _Check:
+    """The comparison of a file with a model in evaluation mode."""
+
+    def __init__(self, model: nn.Module, file: OnnxModel, schedule: Schedule, tolerance: tuple[float, float]) -> None:
+        self.model, self.file, self.schedule, self.tolerance = model, file, schedule, tolerance
+        self.decides = getattr(model, "decides", False)
+        self.reference = copy.deepcopy(model).double() if self.decides else model
+
+    def compare(self, size: tuple[int, int]) -> list[CheckRow]:
+        """Compare at a size; where rounding can decide, on other images too, until the outputs agree on some."""
+        first = self._compute(size, 0)
+        best = self._rows(first)
+        for draw in range(1, DRAWS if self.decides else 1):
+            if all(row.passed for row in best):
+                return best
+            try:
+                found = self._rows(self._compute(size, draw))
+            except TimeLimitError:
+                failed = next(row for row in best if not row.passed)
+                raise ExportError(
+                    f"The outputs of the exported file differ from those of {self.file.spec.model}: {failed}. Rounding "
+                    "can be the cause, and the time limit leaves no time to try other images: raise it with "
+                    "--time-limit (time_limit=)."
+                ) from None
+            best = [_better(*pair) for pair in zip(best, found)]
+        if self.decides and not all(row.passed for row in best):
+            with suppress(TimeLimitError):
+                own = self._rows(self._in_float32(size, first))
+                best = [dataclasses.replace(row, rounding=other.error) for row, other in zip(best, own)]
+        return best
+
+    def _compute(self, size: tuple[int, int], draw: int) -> list[_Case]:
+        """Compute model and file for one batch of images of each batch size."""
+        dtype = next((parameter.dtype for parameter in self.reference.parameters()), torch.float32)
+        batches, cases = self.schedule.batches, []
+        for number, batch in enumerate(batches):
+            with self.schedule.comparing(size, number, f", other images ({draw + 1} of {DRAWS})" if draw else ""):
+                images = random_images(self.file.spec, batch, size, seed=draw * len(batches) + number)
+                expected = outputs_of(self.reference, [image.to(dtype) for image in images])
+                cases.append(_Case(images, expected, _outputs_or_reason(self.file, images)))
+        return cases
+
+    def _in_float32(self, size: tuple[int, int], cases: Sequence[_Case]) -> list[_Case]:
+        """The cases with the outputs of the model in float32 in place of the file's."""
+
+        def compute(*arrays: np.ndarray) -> list[np.ndarray]:
+            return [output.numpy() for output in outputs_of(self.model, [torch.from_numpy(one) for one in arrays])]
+
+        found = []
+        for number, case in enumerate(cases):
+            with self.schedule.comparing(size, number, ", PyTorch in float32"):
+                found.append(case._replace(actual=_outputs_or_reason(compute, case.images)))
+        return found
+
+    def _rows(self, cases: Sequence[_Case]) -> list[CheckRow]:
+        """Compare the outputs of all batches at a size, by the spread of the model's."""
+        together = [torch.cat(outputs) for outputs in zip(*(case.expected for case in cases))]
+        scales = [(_spread(outputs), outputs.abs().max().item()) for outputs in together]
+        share = OUTLIERS if self.decides else 0.0
+        return [row for case in cases for row in _compare(case, self.file.spec, scales, self.tolerance, share)]
+
+
+def _outputs_or_reason(
+    compute: Callable[..., Sequence[np.ndarray]], images: Sequence[torch.Tensor]
+) -> Sequence[np.ndarray] | str:
+    try:
+        return compute(*(image.numpy() for image in images))
+    except InputError as problem:
+        return str(problem).rstrip(".")
 
 
 def _better(one: CheckRow, other: CheckRow) -> CheckRow:
@@ -281,23 +296,17 @@ def _spread(outputs: torch.Tensor) -> float:
 
 
 def _compare(
-    compute: Callable[..., Sequence[np.ndarray]],
+    case: _Case,
     spec: ExportSpec,
-    images: Sequence[torch.Tensor],
-    expected: Sequence[torch.Tensor],
     scales: Sequence[tuple[float, float]],
     tolerance: tuple[float, float],
     share: float,
 ) -> list[CheckRow]:
-    reason = ""
-    try:
-        actual = compute(*(image.numpy() for image in images))
-    except InputError as problem:
-        reason = str(problem).rstrip(".")
-        actual = [np.empty(0)] * len(expected)
+    reason = case.actual if isinstance(case.actual, str) else ""
+    actual = [np.empty(0)] * len(case.expected) if isinstance(case.actual, str) else case.actual
     rows = []
-    batch, _, height, width = images[0].shape
-    for name, reference, result, (spread, largest) in zip(spec.output_names, expected, actual, scales):
+    batch, _, height, width = case.images[0].shape
+    for name, reference, result, (spread, largest) in zip(spec.output_names, case.expected, actual, scales):
         why, errors = reason, (math.inf,) * batch
         rounding = ROUNDINGS * float(np.finfo(np.float32).eps) * largest
         if not why and result.shape != tuple(reference.shape):
@@ -312,72 +321,4 @@ def _compare(
             errors = tuple(np.quantile(difference, 1 - share, axis=1, method="lower").tolist())
         allowed = tolerance[0] + tolerance[1] * spread + rounding
         rows.append(CheckRow(name, batch, height, width, errors, spread, allowed, why))
-    return rows
-
-
-def check_program(model: nn.Module, program: nn.Module, spec: ExportSpec) -> list[CheckRow]:
-    """Compare a program of torch.export with the model, on random images from a fixed seed.
-
-    Raises:
-        ExportError: Some rows fail; the message lists them.
-        InputError: The model or the program fails at a size.
-    """
-    rows = []
-    height, width = spec.input_size[1:]
-    sizes = [(height, width)]
-    if spec.dynamic_size:  # not the minimum size: a program of torch.export fails if an inner axis becomes 1
-        factors = ((1.6, 0.6), (0.6, 1.6))
-        sizes += [(scaled_size(height, y, spec), scaled_size(width, x, spec)) for y, x in factors]
-    for size in sizes:
-        batch = spec.batch or 3
-        images = random_images(spec, batch, size, seed=0)
-        for name, expected, output in zip(spec.output_names, outputs_of(model, images), outputs_of(program, images)):
-            spread = (expected - expected[:1]).abs().max().item() if batch > 1 else expected.abs().max().item()
-            errors = (output - expected).abs().flatten(1).amax(1).tolist()
-            rows.append(CheckRow(name, batch, *size, tuple(errors), spread, TOLERANCE[0] + TOLERANCE[1] * spread))
-    failed = [str(row) for row in rows if not row.passed]
-    if failed:
-        raise ExportError(f"The outputs of the program differ from those of the model: {'; '.join(failed)}.")
-    return rows
-
-
-def check_retrieval(model: Any, tower: OnnxModel, head: OnnxModel) -> list[CheckRow]:
-    """Compare a pair in ONNX Runtime with the model in PyTorch, from random images to embeddings.
-
-    Args:
-        model: The model that was exported. It is not changed.
-        tower: One file.
-        head: The other.
-
-    Returns:
-        One row per size (those of the tower's check), batch size (three, or the fixed one twice) and number of
-        attributes (1, 3 and all; repeated if there are fewer); all have passed.
-
-    Raises:
-        ExportError: Some rows fail; the message lists them.
-    """
-    model = frozen(model)
-    count, rows = len(model.attributes), []
-    counts = BATCHES if tower.spec.batch is None else (tower.spec.batch,) * 2
-    for size in check_sizes(tower.spec):
-        batches = [random_images(tower.spec, batch, size, seed)[0] for seed, batch in enumerate(counts)]
-        every = [outputs_of(model, [images])[0] for images in batches]  # (B, C, E) each
-        found = [tower(images.numpy())[0] for images in batches]
-        spread = (torch.cat(every) - every[0][:1]).abs().max().item()
-        why = "" if spread >= LEAST_SPREAD else "the model's embeddings of two images are equal: load trained weights"
-        for number in dict.fromkeys((1, 3, count)):
-            ids = np.arange(count - number, count) % count
-            for expected, tokens in zip(every, found):
-                actual = head.compute({"tokens": tokens, "conditions": ids})[0]
-                error = float(np.abs(actual - expected[:, torch.from_numpy(ids)].numpy()).max())
-                name = f"embeddings, {number} of {count} attributes"
-                errors = (float("inf") if why else error,)
-                rows.append(CheckRow(name, len(tokens), *size, errors, spread, EMBEDDING_TOLERANCE, why))
-    failed = [row for row in rows if not row.passed]
-    if failed:
-        raise ExportError(
-            f"The outputs of tower and head differ from those of the model in {len(failed)} of {len(rows)} checks: "
-            + "; ".join(map(str, failed))
-            + "."
-        )
     return rows

@@ -17,11 +17,11 @@ from rich.console import Console
 from visionattn.arguments import add_old_spelling, number, whole_number
 from visionattn.errors import InputError
 from visionattn.export.api import export
+from visionattn.export.budget import TIME_LIMIT
 from visionattn.export.check import print_rows
 from visionattn.export.formats import FORMATS
 from visionattn.export.onnx import OnnxFile
 from visionattn.export.spec import size_text
-from visionattn.export.trace import TIME_LIMIT
 from visionattn.export.variants import print_variants
 
 __all__ = ["add_arguments", "run"]
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="height and width of a file of fixed size, and the first size of the check",
+        help="height and width of a file of fixed size, and the size around which it is checked",
     )
     add_old_spelling(parser, "--input-size", "--image-size")
     parser.add_argument("--static-size", action="store_true", help="fix height and width in the file")
@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(0, above=True),
         default=TIME_LIMIT,
         metavar="SECONDS",
-        help=f"maximum CPU time for tracing (default: {TIME_LIMIT:.0f})",
+        help=f"maximum CPU time for tracing, translating and checking (default: {TIME_LIMIT:.0f})",
     )
     parser.add_argument("--no-check", action="store_true", help="do not compare the file with the model")
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         0: all files are written and, unless `--no-check` was given, have passed their check; 1: a variant lost too much
-        accuracy and was not written.
+        accuracy and was not written, or the time limit left a part of the check out.
 
     Raises:
         VisionAttnError: Any other failure; no file is left behind.
@@ -144,7 +144,8 @@ def run(args: argparse.Namespace) -> int:
     if files[0].variants:
         print_variants(files[0].variants, console)
     console.print(f"Next: python -c {shlex.quote(_example(files, args.output))}")
-    return 1 if any(variant.refused for variant in files[0].variants) else 0
+    cut = not args.no_check and any(file.spec.unchecked for file in files)
+    return 1 if cut or any(variant.refused for variant in files[0].variants) else 0
 
 
 def _write_bundle(args: argparse.Namespace, settings: dict[str, Any], console: Console) -> int:
@@ -170,8 +171,14 @@ def _tell(args: argparse.Namespace, files: Sequence[OnnxFile], console: Console)
     """Say what was checked and written."""
     file = files[0]
     rows = [row for written in files for row in written.rows]
+    unchecked = list(dict.fromkeys(size for written in files for size in written.spec.unchecked or ()))
     if rows:
-        print_rows(rows, console)
+        print_rows(rows, console, unchecked)
+        if unchecked:
+            console.print(
+                f"Checked in part: within {args.time_limit:g} s of CPU time, the file was not compared with PyTorch at "
+                f"{', '.join(unchecked)}. Raise the limit with --time-limit, or check smaller sizes with --image-size."
+            )
     else:
         console.print("Not checked against PyTorch (--no-check).")
     _, height, width = file.spec.input_size

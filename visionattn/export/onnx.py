@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from visionattn.errors import InputError, require, shorten
+from visionattn.export.budget import TIME_LIMIT
 from visionattn.export.part import Form, whole
 from visionattn.export.spec import size_text
-from visionattn.export.trace import TIME_LIMIT
 from visionattn.export.write import OnnxFile, write_parts
 
 __all__ = ["OnnxFile", "check_input_size", "check_opset", "export_onnx"]
@@ -40,7 +40,8 @@ def export_onnx(
     Args:
         model: A classifier, backbone or any model that states its task (see `visionattn.export.spec`). Not changed.
         path: File to write.
-        input_size: Height and width of a file of fixed size, and the first size of the check. Default: the model's.
+        input_size: Height and width of a file of fixed size, and the size around which it is checked. Default: the
+            model's.
         dynamic_size: Whether height and width are dynamic. Default: unless the model has a fixed input size.
         batch: Fixed batch size. Default: dynamic. Some runtimes, such as NNAPI, only take graphs without dynamic axes:
             fix the size too.
@@ -50,15 +51,16 @@ def export_onnx(
         pad_channels: Pad the channels of convolutions with zero weights to a multiple of 4 (see
             `visionattn.export.pad`), which CPUs compute faster and browsers do not.
         check: Compare the file with the model before it is put in place (see `check_onnx`).
-        time_limit: Maximum CPU time for tracing, in seconds.
+        time_limit: Maximum CPU time for tracing, translating and checking, in seconds. Sizes for which it does not
+            suffice are not checked; the metadata list them as `unchecked`.
         progress: Called with a line at the start of each step, with an estimate of its time.
 
     Returns:
         The file with its metadata and the rows of its check.
 
     Raises:
-        ExportError: The model cannot be exported in this form or in this time, its weights are not finite, or the
-            file's outputs differ from its own.
+        ExportError: The model cannot be exported in this form or in this time, not a single size can be checked in it,
+            its weights are not finite, or the file's outputs differ from its own.
         InputError: The model does not accept the size, the operator set does not exist, or there are no channels to
             pad.
         StorageError: The file could not be written.

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from visionattn.errors import ExportError, InputError
-from visionattn.export.check import frozen, outputs_of, random_images, scaled_size
+from visionattn.export.check import frozen, outputs_of, random_images
+from visionattn.export.sizes import scaled_size
 from visionattn.export.spec import ExportSpec
 
 __all__ = ["Form", "Part", "whole"]

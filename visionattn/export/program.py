@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
+from visionattn.export.budget import TIME_LIMIT
 from visionattn.export.part import Form, whole
-from visionattn.export.trace import TIME_LIMIT
 from visionattn.export.write import OnnxFile, write_parts
 
 __all__ = ["write_program"]
@@ -41,7 +41,7 @@ def write_program(
         weights: Origin of the weights.
         license: Licence of the weights.
         check: Compare the program with the model before the file is put in place.
-        time_limit: Maximum CPU time for tracing, in seconds.
+        time_limit: See `export_onnx`.
         progress: Called with a line at the start of each step.
 
     Raises:

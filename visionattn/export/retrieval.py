@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from visionattn.errors import InputError, UnknownNameError
+from visionattn.export.budget import TIME_LIMIT
 from visionattn.export.pair import pair_paths, tower_and_head
 from visionattn.export.part import Form
 from visionattn.export.runtime import OnnxModel
-from visionattn.export.trace import TIME_LIMIT
 from visionattn.export.write import OnnxFile, write_parts
 
 __all__ = ["OnnxRetrieval", "export_retrieval", "pair_paths"]
@@ -107,7 +107,7 @@ def export_retrieval(
         license: Licence of the weights.
         check: Compare the tower's tokens, then the pair's embeddings, with the model's before the files are put in
             place.
-        time_limit: Maximum CPU time for tracing the tower, in seconds.
+        time_limit: See `export_onnx`.
         progress: See `export_onnx`.
 
     Returns:

@@ -14,7 +14,6 @@ Everything else is traced unchanged.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,47 +26,38 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from visionattn.errors import ExportError
+from visionattn.export.budget import Budget, TimeLimitError
 from visionattn.export.spec import ExportSpec, size_text
 from visionattn.kernels import PlainForms
 
-__all__ = ["TIME_LIMIT", "refusal", "trace", "trace_graph"]
-
-TIME_LIMIT = 300.0  # seconds of CPU time
+__all__ = ["refusal", "trace", "trace_graph"]
 
 
-class TimeLimitError(Exception):
-    """Tracing exceeded its time limit."""
-
-
-def trace(
-    model: nn.Module, args: Sequence[Tensor], dims: Sequence[dict[int, Any]], time_limit: float = TIME_LIMIT
-) -> ExportedProgram:
+def trace(model: nn.Module, args: Sequence[Tensor], dims: Sequence[dict[int, Any]], budget: Budget) -> ExportedProgram:
     """Trace a model.
 
     Args:
         model: In evaluation mode.
         args: Example inputs.
         dims: Dynamic axes, for `torch.export`.
-        time_limit: Maximum CPU time in seconds; checked between two operations.
+        budget: The time limit; checked between two operations.
 
     Raises:
         TimeLimitError: Tracing takes longer.
         Exception: Whatever torch.export or the model raises.
     """
-    with _same_padding(), _Forms(time_limit):
+    with _same_padding(), _Forms(budget):
         return torch.export.export(model, tuple(args), dynamic_shapes=tuple(dims))
 
 
-def trace_graph(
-    model: nn.Module, inputs: Sequence[Tensor], spec: ExportSpec, time_limit: float = TIME_LIMIT
-) -> ExportedProgram:
+def trace_graph(model: nn.Module, inputs: Sequence[Tensor], spec: ExportSpec, budget: Budget) -> ExportedProgram:
     """Trace a model with the dynamic axes of its metadata.
 
     Args:
         model: In evaluation mode.
         inputs: Example inputs, with more than one element on each dynamic axis, since 1 is a special case.
         spec: The metadata.
-        time_limit: Maximum CPU time in seconds.
+        budget: The time limit.
 
     Raises:
         ExportError: The model cannot be traced.
@@ -79,7 +69,7 @@ def trace_graph(
         units = {name: spec.size_multiple * Dim(f"{name}_units", min=least) for name in ("height", "width")}
     dims = [{axis: units.get(name, Dim.DYNAMIC) for axis, name in axes.items()} for axes in spec.axes]
     try:
-        return trace(model, inputs, dims, time_limit)
+        return trace(model, inputs, dims, budget)
     # The tracer raises whatever the traced code raises, and many exceptions of its own.
     except Exception as error:
         raise refusal("torch.export", spec, error) from error
@@ -104,16 +94,15 @@ def _reason(error: BaseException) -> str:
 
 
 class _Forms(PlainForms):
-    def __init__(self, time_limit: float) -> None:
+    def __init__(self, budget: Budget) -> None:
         super().__init__()
-        self.time_limit = time_limit
-        self.start = time.process_time()
+        self.budget = budget
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Call the exportable form of a function if there is one, otherwise the function itself."""
-        if time.process_time() - self.start > self.time_limit:
+        if not self.budget.allows(0):
             raise TimeLimitError(
-                f"tracing took more than {self.time_limit:g} s of CPU time; raise the limit with --time-limit "
+                f"tracing took more than {self.budget.limit:g} s of CPU time; raise the limit with --time-limit "
                 "(time_limit=)."
             )
         func = _FORMS.get(func, func)

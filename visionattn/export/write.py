@@ -9,21 +9,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from visionattn.errors import ExportError, shorten
-from visionattn.export.check import check_file, check_program, check_retrieval, check_sizes
+from visionattn.export.budget import TIME_LIMIT, Budget
+from visionattn.export.check import check_file
+from visionattn.export.check_pair import check_pair
+from visionattn.export.check_program import check_program
 from visionattn.export.pad import pad_file
 from visionattn.export.part import Part
 from visionattn.export.rows import CheckRow
 from visionattn.export.runtime import open_exported
-from visionattn.export.spec import ExportSpec
-from visionattn.export.trace import TIME_LIMIT, trace_graph
-from visionattn.export.translate import save_program, translate
+from visionattn.export.sizes import check_sizes, program_sizes
+from visionattn.export.spec import ExportSpec, size_text
+from visionattn.export.trace import trace_graph
+from visionattn.export.translate import save_program, translate, write_metadata
 from visionattn.files import atomic_path
 
 __all__ = ["OnnxFile", "write_parts"]
@@ -42,7 +46,7 @@ class OnnxFile:
         nodes: Number of operators in its graph.
         bytes: Its size.
         seconds: Duration of the export, including the check.
-        rows: The rows of the check; empty without a check.
+        rows: The rows of the check; empty without a check. What it left out, the metadata list as `unchecked`.
         variants: The files that `visionattn.export` wrote, this one first, each with its quality and speed (see
             `visionattn.export.variants.Variant`); empty without variants.
     """
@@ -70,7 +74,8 @@ def write_parts(
         parts: The files to write.
         pad_channels: Pad the channels of convolutions (see `visionattn.export.pad`).
         check: Compare them with the model.
-        time_limit: Maximum CPU time for tracing a file, in seconds.
+        time_limit: Maximum CPU time for tracing, translating and checking all files, in seconds. If some sizes have
+            been checked by then, the others are left out and listed in the metadata.
         progress: Called with a line at the start of each step.
 
     Raises:
@@ -79,34 +84,30 @@ def write_parts(
         InputError: There are no channels to pad.
         StorageError: A file could not be written.
     """
-    files = []
+    files, budget = [], Budget(time_limit, progress)
     with ExitStack() as stack:
         paths = [stack.enter_context(atomic_path(part.path)) for part in parts]
-        for number, part in enumerate(parts, 1):
-            files.append(_write(part, paths[:number], pad_channels, check, time_limit, progress or (lambda line: None)))
+        for number in range(1, len(parts) + 1):
+            files.append(_write(parts[:number], paths[:number], pad_channels, check, budget))
     return tuple(files)
 
 
-def _write(
-    part: Part,
-    paths: Sequence[Path],
-    pad_channels: bool,
-    check: bool,
-    time_limit: float,
-    tell: Callable[[str], None],
-) -> OnnxFile:
-    """Write the last of the paths; for a head, the tower is the first."""
-    start, spec, path = time.perf_counter(), part.spec, paths[-1]
+def _write(parts: Sequence[Part], paths: Sequence[Path], pad_channels: bool, check: bool, budget: Budget) -> OnnxFile:
+    """Write the last of the parts; for a head, the tower is the first."""
+    start, part, path, tell = time.perf_counter(), parts[-1], paths[-1], budget.tell
     is_program = path.suffix.lower() == ".pt2"
     if not is_program:
         _check_weights(part.model)
+    sizes = (program_sizes if is_program else check_sizes)(parts[0].spec)
+    spec = replace(part.spec, unchecked=[] if check else [size_text(*size) for size in sizes])
     if part.pair is not None:
         tell("Tracing, translating and checking the head.")
         tell = lambda line: None  # noqa: E731
     steps = (1 if is_program else 2) + check
-    duration = "; large networks take minutes" if is_program else f", usually a few seconds, at most {time_limit:.0f} s"
-    tell(f"Exporting {spec.model}, step 1 of {steps}: tracing{duration}.")
-    traced = trace_graph(part.model, part.inputs, spec, time_limit)
+    duration = "; large networks take minutes" if is_program else ", usually a few seconds"
+    limit = f"All steps may take {budget.limit:,.0f} s of CPU time."
+    tell(f"Exporting {spec.model}, step 1 of {steps}: tracing{duration}. {limit}")
+    traced = trace_graph(part.model, part.inputs, spec, budget)
     if is_program:
         program, nodes = save_program(traced, spec, path), len(traced.graph.nodes)
     else:
@@ -116,13 +117,21 @@ def _write(
         if pad_channels:
             pad_file(path)
     rows: list[CheckRow] = []
-    if check and is_program:
-        tell("Step 2 of 2: comparing the program with the model.")
-        rows = check_program(part.model, program, spec)
-    elif check:
-        tell(f"Step 3 of {steps}: comparing the file with PyTorch at {len(check_sizes(spec))} sizes.")
-        opened = [open_exported(one) for one in paths]
-        rows = check_file(part.model, opened[0]) if part.pair is None else check_retrieval(part.pair, *opened)
+    if check:
+        what = "program with the model" if is_program else "file with PyTorch"
+        tell(f"Step {steps} of {steps}: comparing the {what} at {len(sizes)} size{'s' * (len(sizes) > 1)}.")
+        if is_program:
+            rows, unchecked = check_program(part.model, program, spec, budget)
+        elif part.pair is None:
+            rows, unchecked = check_file(part.model, open_exported(path), budget)
+        else:
+            rows, unchecked = check_pair(part.pair, open_exported(paths[0]), open_exported(path), budget)
+        if unchecked:
+            spec = replace(spec, unchecked=unchecked)
+            if is_program:
+                save_program(traced, spec, path)
+            else:
+                write_metadata(spec, path)
     return OnnxFile(part.path, spec, nodes, path.stat().st_size, time.perf_counter() - start, rows)
 
 

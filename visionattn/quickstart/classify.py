@@ -204,7 +204,7 @@ def visit(folder: Path, console: Console) -> None:
     model = results[better].model
     with console.status(f"Exporting the {better} network to ONNX"):
         file = export_onnx(model, folder / f"{better}.onnx", weights=f"{better}.ckpt, trained by visionattn quickstart")
-    print_rows(file.rows, console)
+    print_rows(file.rows, console, file.spec.unchecked or ())
 
     mean, std = (list(model.pretrained_cfg[key]) for key in ("mean", "std"))
     data = ClassifyData("digits", image_size=28, in_chans=1, mean=mean, std=std, batch_size=360)

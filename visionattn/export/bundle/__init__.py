@@ -26,11 +26,11 @@ from torch import nn
 import visionattn_runtime
 from visionattn.errors import ExportError
 from visionattn.export.api import export
+from visionattn.export.budget import TIME_LIMIT
 from visionattn.export.bundle import card as cards
 from visionattn.export.bundle.sample import check_sample, compute_expected, draw_result, sample_images, write_images
 from visionattn.export.onnx import OnnxFile
 from visionattn.export.spec import ExportSpec
-from visionattn.export.trace import TIME_LIMIT
 from visionattn.files import atomic_folder
 from visionattn.opening import Opened, open_model
 from visionattn_runtime import Row, load, verify
@@ -84,7 +84,7 @@ def export_bundle(
         folder: A new or empty folder or, with `overwrite`, another bundle.
         checkpoint: See `visionattn.export`, also for the following arguments.
         num_classes: Number of classes for a name. Default: the model's.
-        image_size: Side, or height and width, of a file of fixed size, and the first size of the check.
+        image_size: Side, or height and width, of a file of fixed size, and the size around which it is checked.
         static_size: Fix height and width in the files.
         batch: Fixed batch size.
         opset: Version of the ONNX operator set.
@@ -93,12 +93,13 @@ def export_bundle(
         preprocess: All files take uint8 images and return images, probabilities or disparities.
         pad_channels: Pad the channels of convolutions to a multiple of 4, for CPUs (see `visionattn.export`).
         test_data: Folder of real data to measure variants on.
-        time_limit: Maximum CPU time for tracing, in seconds.
+        time_limit: Maximum CPU time for tracing, translating and checking, in seconds. A bundle whose check does not
+            end within it is not written.
         overwrite: Replace an existing bundle.
         progress: Called with a line at the start of each step.
 
     Raises:
-        ExportError: The model cannot be exported, or the verification of the bundle fails.
+        ExportError: The model cannot be exported or checked in this time, or the verification of the bundle fails.
         InputError: The folder contains something else, the model does not accept an argument, or there is no sample
             image for its task.
         VisionAttnError: The model could not be opened, or has no weights.
@@ -126,6 +127,12 @@ def export_bundle(
             time_limit=time_limit,
             progress=progress,
         )
+        unchecked = dict.fromkeys(size for file in files for size in file.spec.unchecked or ())
+        if unchecked:
+            raise ExportError(
+                f"A bundle contains checked files only, and the check at {', '.join(unchecked)} does not end within "
+                f"{time_limit:g} s of CPU time: raise the limit with --time-limit (time_limit=)."
+            )
         tell("Measuring the files and writing their card.")
         card = _fill(room, network, files, str(test_data or (int8 if isinstance(int8, (str, Path)) else "")))
         tell("Verifying the bundle.")

@@ -128,7 +128,7 @@ def check(
     if network is not None and size is not None:
         tell("Comparing the file with PyTorch.")
         try:
-            rows, wrong = compare(path, structure, spec, network, size)
+            rows, wrong = compare(path, structure, spec, network, size, tell)
             problems += [wrong] if wrong else []
         except VisionAttnError as error:
             problems.append(f"The file cannot be compared with PyTorch: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -20,7 +21,12 @@ TOLERANCES = {"fp32": TOLERANCE, "fp16": (1e-3, 2e-2), "int8": (1e-2, 0.25)}
 
 
 def compare(
-    path: Path, structure: Structure, spec: ExportSpec | None, model: nn.Module, size: tuple[int, int]
+    path: Path,
+    structure: Structure,
+    spec: ExportSpec | None,
+    model: nn.Module,
+    size: tuple[int, int],
+    progress: Callable[[str], None],
 ) -> tuple[list[CheckRow], str]:
     """Compare a file with a model (see `check_onnx`).
 
@@ -30,6 +36,7 @@ def compare(
         spec: Its metadata; None if it has none, then the model's are used.
         model: The model.
         size: Height and width, for a file without metadata.
+        progress: Called with lines about the progress.
 
     Returns:
         The rows if all passed, and otherwise a message about those that did not.
@@ -43,7 +50,8 @@ def compare(
         if spec is None:
             path = _with_metadata(path, structure, model, size, Path(folder) / "model.onnx")
         try:
-            return check_onnx(model, path, tolerance=TOLERANCES[_precision(structure, spec)]), ""
+            tolerance = TOLERANCES[_precision(structure, spec)]
+            return check_onnx(model, path, tolerance=tolerance, progress=progress), ""
         except ExportError as error:
             return [], str(error)
 
