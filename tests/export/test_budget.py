@@ -148,3 +148,11 @@ def test_bundle_is_checked_completely_or_not_written(tmp_path, monkeypatch):
     ):
         visionattn.export_bundle(Toy(), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_variants_keep_what_was_not_checked(tmp_path, monkeypatch):
+    count_pixels(monkeypatch)
+    (file,) = visionattn.export(NANO, tmp_path / "nano.onnx", fp16=True, time_limit=4000)
+    assert [variant.path.name for variant in file.variants] == ["nano.onnx", "nano.fp16.onnx"]
+    for variant in file.variants:
+        assert OnnxModel(variant.path).spec.unchecked == file.spec.unchecked == ["47 x 17"]

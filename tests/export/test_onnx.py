@@ -210,7 +210,9 @@ def test_labels_are_those_of_the_weights(tmp_path):
 def test_steps_are_told(tmp_path):
     told = []
     export_onnx(Toy(), tmp_path / "model.onnx", progress=told.append)
-    assert [line.partition(":")[0] for line in told] == ["Exporting Toy, step 1 of 3", "Step 2 of 3", "Step 3 of 3"]
+    steps = ["Exporting Toy, step 1 of 3", "Step 2 of 3", "Step 3 of 3"]
+    assert [line.partition(":")[0] for line in told[:3]] == steps
+    assert [line[:17] for line in told[3:]] == [f"Comparison {one} of 6" for one in (1, 3, 5)]
     assert re.search(r"translating \d+ operations, about \d+ s\.", told[1])
     assert told[2].endswith("at 3 sizes.")
 

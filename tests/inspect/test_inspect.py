@@ -34,7 +34,8 @@ def test_our_own_file(stereo):
     assert [cost.threads for cost in found.costs] == [1]
     assert len(found.comparison) == 6
     assert max(row.error for row in found.comparison) < 1e-4
-    assert len(told) == 4
+    assert told[3] == "Comparing the file with PyTorch."
+    assert [line[:17] for line in told[4:]] == [f"Comparison {one} of 6" for one in (1, 3, 5)]
     plain = json.loads(json.dumps(found.to_json()))
     assert plain["problems"] == []
     assert plain["targets"][0]["name"] == "NNAPI"

@@ -92,9 +92,7 @@ class ExportSpec:
     visionattn: str
     input_type: str | None = None  # "float32" or "uint8"; if left out, the graph states the float type
     precision: str | None = None  # "fp32", "fp16" or "int8", in variants
-    unchecked: list[str] | None = (
-        None  # sizes not compared with PyTorch, such as "320 x 736"; [] if the check is complete
-    )
+    unchecked: list[str] | None = None  # sizes not compared with PyTorch, such as "320 x 736"; [] if all were
     output_kind: str | None = None  # output of a graph that includes preprocessing: "image", "probabilities" ...
 
     @classmethod
