@@ -94,7 +94,7 @@ ACCURACY = {
     ),
     "va_match_stereo_nano": (
         "match_stereo_scenes",
-        {"model": "va_match_stereo_nano", "enlarge": "1", "scene": "tsukuba", "region": "all"},
+        {"model": "va_match_stereo_nano", "options": "", "scene": "tsukuba", "region": "all"},
         "bad_2",
         "{} % bad-2 (Tsukuba)",
     ),

@@ -15,6 +15,7 @@ from torch import nn
 import visionattn
 from benchmarks.models.cifar_sheets import load_cifar10_sheets
 from benchmarks.probe import cifar_resnet  # noqa: F401  registers the published networks
+from benchmarks.stereo.match_stereo_scenes import USES
 from visionattn.cost import count_parameters
 from visionattn.evaluate import evaluate_retrieval, evaluate_sr, evaluate_stereo
 
@@ -70,15 +71,16 @@ def upscaling(name: str, folder: Path, published: Path | None) -> list[Measured]
 
 
 def stereo(name: str, folder: Path, factor: float | Mapping[str, float] | None) -> list[Measured]:
-    """EPE and bad-2 of each scene, also with the views enlarged twice, next to filled semi-global matching."""
+    """EPE and bad-2 of each scene, also of enlarged views and filled, next to filled semi-global matching."""
     rows = []
-    for enlarge, baseline in ((1, "sgbm"), (2, None)):
-        found = evaluate_stereo(name, folder, factor=factor, enlarge=enlarge, baseline=baseline)
+    for options, settings in USES.items():
+        baseline = None if options else "sgbm"
+        found = evaluate_stereo(name, folder, factor=factor, baseline=baseline, **settings)
         if found.failures:
             raise SystemExit("\n".join(found.failures))
         for row in found.rows:
             if row.region == "all" and row.model != "sgbm":
-                method = f"{row.model} --enlarge 2" if enlarge == 2 else row.model
+                method = f"{row.model} {options}".strip() if row.model == name else row.model
                 rows += [
                     Measured(name, row.scene, method, EPE, row.errors.epe),
                     Measured(name, row.scene, method, BAD_2, row.errors.bad_2),

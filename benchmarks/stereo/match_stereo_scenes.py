@@ -2,10 +2,10 @@
 
 python -m benchmarks.stereo.match_stereo_scenes FOLDER --factor teddy=4 --factor tsukuba=16    # of Middlebury scenes
 
-The network sees the views as they are, and in rows of their own enlarged twice (`--enlarge 2`). Semi-global matching
-stands as it is, and filled. Writes results/match_stereo_scenes.csv and the picture
-docs/how-to/match_stereo_scenes.webp: of each scene filled semi-global matching and the enlarged network, disparities as
-colours and, in red, pixels with ground truth whose error exceeds 2.
+The network sees the views as they are, and in rows of their own enlarged twice, as they are and filled. Semi-global
+matching stands as it is, and filled. Writes results/match_stereo_scenes.csv and the picture
+docs/how-to/match_stereo_scenes.webp: of each scene filled semi-global matching and the enlarged and filled network,
+disparities as colours and, in red, pixels with ground truth whose error exceeds 2.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -25,9 +26,16 @@ from visionattn.evaluate.cli import add_factor, factors
 from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.predict import estimate_disparity
 from visionattn.predict.colours import disparity_colours, usual_top
+from visionattn.predict.consistency import fill_inconsistent
 
 NETWORK = "va_match_stereo_nano"
 ENLARGED = 2
+USES: dict[str, dict[str, Any]] = {
+    "": {},
+    f"--enlarge {ENLARGED}": {"enlarge": ENLARGED},
+    f"--enlarge {ENLARGED} --fill": {"enlarge": ENLARGED, "fill": True},
+}
+"""Options of the commands `stereo` and `evaluate stereo`, and the arguments for them."""
 PICTURE = RESULTS.parent / "docs" / "how-to" / "match_stereo_scenes.webp"
 WIDTH = 240  # of a scene in the figure
 
@@ -49,17 +57,18 @@ def main() -> None:
     add_factor(parser)
     args = parser.parse_args()
     folder, factor = args.folder, factors(args.factor)
-    found = evaluate_stereo(NETWORK, folder, factor=factor, baseline="sgbm")
-    enlarged = evaluate_stereo(NETWORK, folder, factor=factor, enlarge=ENLARGED)
-    if found.failures:
-        raise SystemExit("\n".join(found.failures))
-    measured = [(row, 1) for row in found.rows] + [(row, ENLARGED) for row in enlarged.rows]
-    key = ("model", "enlarge", "scene", "region")
+    measured = []
+    for options, settings in USES.items():
+        found = evaluate_stereo(NETWORK, folder, factor=factor, baseline=None if options else "sgbm", **settings)
+        if found.failures:
+            raise SystemExit("\n".join(found.failures))
+        measured += [(row, options) for row in found.rows]
+    key = ("model", "options", "scene", "region")
     rows = [
-        {"model": row.model, "enlarge": enlarge, "scene": row.scene, "region": row.region}
+        {"model": row.model, "options": options, "scene": row.scene, "region": row.region}
         | {name: f"{value:.3f}" for name, value in asdict(row.errors).items()}
         | environment("cpu")
-        for row, enlarge in measured
+        for row, options in measured
     ]
     write_rows(RESULTS / "match_stereo_scenes.csv", rows, key)
 
@@ -67,7 +76,7 @@ def main() -> None:
     for scene in find_scenes(folder, factor=factor):
         pair = scene.read()
         matched = fill(sgbm(pair.left, pair.right, float(np.nanmax(pair.truth))))
-        learned = estimate_disparity(pair.left, pair.right, network, enlarge=ENLARGED)[0]
+        learned = fill_inconsistent(estimate_disparity(pair.left, pair.right, network, enlarge=ENLARGED))[0]
         rendered.append(panels(pair, [matched, learned]))
     Image.fromarray(np.concatenate(rendered)).save(PICTURE, quality=80)
 

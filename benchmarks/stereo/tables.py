@@ -33,10 +33,10 @@ def match_stereo_scenes() -> str:
     measures = ("bad_2", "epe", "bad_1", "bad_4", "d1", "density")
     groups: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault((row["model"], row["enlarge"]), {})[row["scene"]] = row
+        groups.setdefault((row["model"], row["options"]), {})[row["scene"]] = row
     body = []
-    for (model, factor), found in sorted(groups.items()):
-        name = f"`{model}`" + f", --enlarge {factor}" * (float(factor) != 1)
+    for (model, options), found in sorted(groups.items()):
+        name = f"`{model}`" + f", {options}" * bool(options)
         means = (statistics.fmean(float(row[key]) for row in found.values()) for key in measures)
         cells = [f"{float(found[scene]['bad_2']):.1f}" for scene in scenes]
         body.append([name, *cells, *(f"{mean:.1f}" for mean in means)])

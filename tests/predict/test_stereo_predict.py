@@ -244,22 +244,6 @@ def test_memory_that_ends_is_told(monkeypatch):
         matcher(view(8, 12, 0.5), view(8, 12, 0.5))
 
 
-def test_consistency():
-    left = np.full((4, 20), 3.0)
-    right = np.full((4, 20), 3.0)
-    left[1, 10], right[2, 7] = 8.0, 3.5  # a wrong one, and one within the tolerance
-    right[3, 4] = 9.0  # what the left pixel 7 of that row meets
-    expected = np.ones((4, 20), bool)
-    expected[:, :3] = False  # out of the right view
-    expected[1, 10] = expected[3, 7] = False
-    np.testing.assert_array_equal(seen_in_both(np.stack([left, right])), expected)
-    # Between pixels the other view is interpolated: 0.5 (3 + 4) is 0.6 off 2.9, not 1.1.
-    pair = np.stack([np.full((1, 6), 2.5), np.full((1, 6), 3.0)])
-    pair[1, 0, ::2] = 4.0
-    assert seen_in_both(pair)[0, 3:].all()
-    assert not seen_in_both(np.full((2, 3, 4), np.nan)).any()
-
-
 def test_consistency_of_flow():
     flow = np.zeros((4, 6, 8), np.float32)
     flow[0], flow[1], flow[2], flow[3] = 2, -1, -2, 1

@@ -71,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pairs.add_argument(
         "--enlarge", type=number(1, LARGEST), default=1.0, metavar="S", help="enlarge the views by S before matching"
     )
+    pairs.add_argument(
+        "--fill",
+        action="store_true",
+        help="replace disparities that the other view does not confirm by the background's",
+    )
     ranked = protocols.add_parser("retrieval", help="retrieval by attributes: mAP, recall, entanglement, triplets")
     ranked.add_argument(
         "models",
@@ -181,6 +186,7 @@ def run(args: argparse.Namespace) -> int:
             factor=factors(args.factor),
             baseline=args.baseline,
             enlarge=args.enlarge,
+            fill=args.fill,
             device=args.device,
             dtype=args.dtype,
             console=shown,

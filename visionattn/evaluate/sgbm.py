@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from visionattn.errors import InputError, require
+from visionattn.predict.consistency import fill_rows
 
 __all__ = ["fill", "sgbm"]
 
@@ -79,16 +80,5 @@ def fill(disparity: np.ndarray) -> np.ndarray:
     cv2: Any = require("cv2", "images")
     if not np.isfinite(disparity).any():
         return disparity.astype(np.float32)
-    filled = _fill_rows(_fill_rows(disparity.astype(np.float32)).T).T
+    filled = fill_rows(fill_rows(disparity.astype(np.float32)).T).T
     return cv2.medianBlur(np.ascontiguousarray(filled), MEDIAN)
-
-
-def _fill_rows(values: np.ndarray) -> np.ndarray:
-    """Fill gaps (NaN) with the smaller of the nearest values to the left and right; rows of only gaps stay."""
-    known = np.isfinite(values)
-    column = np.arange(values.shape[1])
-    before = np.maximum.accumulate(np.where(known, column, -1), axis=1)
-    after = np.minimum.accumulate(np.where(known, column, len(column))[:, ::-1], axis=1)[:, ::-1]
-    padded = np.pad(values, ((0, 0), (1, 1)), constant_values=np.nan)
-    ends = [np.take_along_axis(padded, index + 1, 1) for index in (before, after)]
-    return np.where(known, values, np.fmin(*ends))

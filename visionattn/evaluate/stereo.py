@@ -31,6 +31,7 @@ from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.files import atomic_path
 from visionattn.metrics.matching import Errors, disparity_errors
 from visionattn.models.enlarged import EnlargedViews
+from visionattn.predict.consistency import fill_inconsistent
 
 __all__ = ["BASELINES", "Errors", "MeasuredStereo", "StereoMeasurements", "disparity_errors", "evaluate_stereo"]
 
@@ -121,6 +122,7 @@ def evaluate_stereo(
     factor: float | Mapping[str, float] | None = None,
     baseline: str | None = None,
     enlarge: float = 1.0,
+    fill: bool = False,
     device: str = "auto",
     dtype: str = "float32",
     console: Console | None = None,
@@ -137,6 +139,8 @@ def evaluate_stereo(
         baseline: "sgbm" adds OpenCV's semi-global matching, raw and with gaps filled ("sgbm_filled"); its search range
             is the largest disparity of the ground truth.
         enlarge: Factor by which the views are enlarged before matching (`visionattn.models.enlarged`).
+        fill: Replace the models' disparities that the other view does not confirm
+            (`visionattn.predict.consistency.fill_inconsistent`).
         device: Device of the models: "auto" (a GPU if available), "cpu" or "cuda:1".
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
         console: Console for a progress bar. Default: no progress bar.
@@ -171,7 +175,7 @@ def evaluate_stereo(
         for scene in scenes:
             try:
                 pair = scene.read()
-                rows = _measure(scene.name, pair, baseline, networks)
+                rows = _measure(scene.name, pair, baseline, networks, fill)
                 # A scene counts for all models or for none: otherwise means would not be comparable.
                 found.rows += rows
                 notes += [(scene.name, note) for note in pair.notes]
@@ -182,13 +186,16 @@ def evaluate_stereo(
     return found
 
 
-def _measure(name: str, pair: StereoPair, baseline: str | None, networks: dict[str, Any]) -> list[MeasuredStereo]:
+def _measure(
+    name: str, pair: StereoPair, baseline: str | None, networks: dict[str, Any], filled: bool
+) -> list[MeasuredStereo]:
     disparities: dict[str, np.ndarray] = {}
     if baseline is not None:
         raw = BASELINES[baseline](pair.left, pair.right, float(np.nanmax(pair.truth, initial=0)))
         disparities |= {baseline: raw, f"{baseline}_filled": fill(raw)}
     for label, network in networks.items():
-        disparities[label] = _run(network, pair)
+        both = _run(network, pair)
+        disparities[label] = (fill_inconsistent(both) if filled else both)[0]
         if not np.isfinite(disparities[label]).all():
             raise InputError(
                 f"The output of {shorten(label)} is not finite: its weights are damaged, or the dtype is not precise "
@@ -204,11 +211,11 @@ def _measure(name: str, pair: StereoPair, baseline: str | None, networks: dict[s
 
 @torch.inference_mode()
 def _run(network: Any, pair: StereoPair) -> np.ndarray:
-    """The left view's disparity (H, W)."""
+    """The disparities of both views (2, H, W)."""
     parameter = next(network.parameters())
     views = [torch.from_numpy(view).permute(2, 0, 1)[None].to(parameter.device) for view in (pair.left, pair.right)]
     height, width = views[0].shape[2:]
     remedy = "leave out --enlarge (enlarge=), or use smaller images"
     with explaining_memory(f"{height} x {width} pixels", remedy):
         result = network(*((view / 255).to(parameter.dtype) for view in views))
-        return result[0, 0].float().cpu().numpy()
+        return result[0].float().cpu().numpy()

@@ -7,9 +7,10 @@
 """
 
 from visionattn.lazy import lazily
+from visionattn.predict.consistency import seen_in_both
 from visionattn.predict.flow import estimate_flow
 from visionattn.predict.restore import upscale
-from visionattn.predict.stereo import depth, estimate_disparity, seen_in_both
+from visionattn.predict.stereo import depth, estimate_disparity
 
 __all__ = ["ImageIndex", "build_index", "depth", "estimate_disparity", "estimate_flow", "seen_in_both", "upscale"]
 

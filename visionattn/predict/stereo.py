@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from visionattn.errors import InputError
 from visionattn.predict.calibration import Calibration, read_calibration
+from visionattn.predict.consistency import fill_inconsistent, seen_in_both
 from visionattn.predict.matching import Matcher, as_tensor, describe_unknown, open_matcher, pixels_of
 from visionattn.predict.rectification import describe_rows
 
@@ -30,7 +31,6 @@ __all__ = [
     "looks_exchanged",
     "match_views",
     "open_calibration",
-    "seen_in_both",
     "stereo",
 ]
 
@@ -90,6 +90,7 @@ def stereo(
     max_pixels: int | None = None,
     low_resolution_start: bool = False,
     enlarge: float = 1.0,
+    fill: bool = False,
 ) -> StereoMatch:
     """Match the views of a rectified stereo pair.
 
@@ -110,6 +111,8 @@ def stereo(
             of the free memory.
         low_resolution_start: Start from the result at half the size, as the authors do for images of 2K and more.
         enlarge: Factor by which images are enlarged for the model; the result becomes finer.
+        fill: Replace the disparities that the other view does not confirm (see
+            `visionattn.predict.consistency.fill_inconsistent`).
 
     Returns:
         Disparities, a mask of the non-occluded pixels, and depth if the cameras are known. A note tells if the rows of
@@ -132,17 +135,20 @@ def stereo(
         low_resolution_start=low_resolution_start,
         enlarge=enlarge,
     )
-    found = match_views(matcher, views[0][0], views[1][0], cameras)
+    found = match_views(matcher, views[0][0], views[1][0], cameras, fill)
     found.notes[:0] = [note for _, notes in views for note in notes]
     return found
 
 
 def match_views(
-    matcher: Matcher, left: np.ndarray, right: np.ndarray, cameras: Calibration | None = None
+    matcher: Matcher, left: np.ndarray, right: np.ndarray, cameras: Calibration | None = None, fill: bool = False
 ) -> StereoMatch:
     """Match two views with an open network (arguments and errors: see `stereo`)."""
     own = None if cameras is None else cameras.at(*left.shape[:2])
     found = matcher(left, right)
+    nonocc = seen_in_both(found)
+    if fill:
+        found = fill_inconsistent(found)
     notes = [EXCHANGED] if looks_exchanged(left, right) else describe_rows(left, right)
     notes += describe_unknown(matcher.unknown)
     metres = None
@@ -152,7 +158,7 @@ def match_views(
         if behind:
             notes.append(f"{behind:.1%} have a disparity and no depth: disparity and --doffs together are not above 0")
         notes += own.notes
-    return StereoMatch(found[0], found[1], seen_in_both(found), metres, notes + matcher.notes)
+    return StereoMatch(found[0], found[1], nonocc, metres, notes + matcher.notes)
 
 
 def open_calibration(
@@ -251,27 +257,6 @@ def estimate_disparity(
         InputError: Sizes, type or values of the images, the model or an argument are not accepted.
     """
     return Matcher(model, "stereo", precision or dtype, max_pixels, low_resolution_start, enlarge)(left, right)
-
-
-def seen_in_both(disparity: np.ndarray, tolerance: float = 1.0) -> np.ndarray:
-    """Find the non-occluded pixels of the left view by left-right consistency.
-
-    Args:
-        disparity: (2, H, W), of the left and of the right view; NaN and values not above 0 are not known.
-        tolerance: Largest difference of the two at a match, in pixels.
-
-    Returns:
-        bool (H, W): False where a pixel is occluded, outside of the right view, wrong, or not known.
-    """
-    left, right = (np.where(view > 0, view, np.nan) for view in disparity)
-    width = left.shape[1]
-    place = np.nan_to_num(np.arange(width) - left, nan=-1)
-    inside = place >= 0
-    low = np.floor(place.clip(0, width - 1)).astype(np.int64)
-    high = np.minimum(low + 1, width - 1)
-    part = place.clip(0, width - 1) - low
-    found = (1 - part) * np.take_along_axis(right, low, 1) + part * np.take_along_axis(right, high, 1)
-    return inside & (np.abs(left - found) <= tolerance)
 
 
 def depth(disparity: np.ndarray, focal: float, baseline: float, doffs: float = 0.0) -> np.ndarray:

@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_matching_arguments(parser, FORMATS, PICTURE)
     parser.add_argument(
+        "--fill",
+        action="store_true",
+        help="replace disparities that the other view does not confirm by the background's",
+    )
+    parser.add_argument(
         "--right",
         dest="right_disparity",
         action="store_true",

@@ -14,6 +14,7 @@ from visionattn.predict import batch, pairs
 from visionattn.predict.batch import Bar, Job, Outcome
 from visionattn.predict.calibration import Calibration
 from visionattn.predict.colours import disparity_colours, usual_top
+from visionattn.predict.consistency import fill_inconsistent
 from visionattn.predict.depth_files import write_depth, write_point_cloud
 from visionattn.predict.images.picture import Picture, write
 from visionattn.predict.matching import Matcher, as_tensor, describe_unknown, open_matcher
@@ -46,6 +47,7 @@ def stereo_files(
     max_pixels: int | None = None,
     low_resolution_start: bool = False,
     enlarge: float = 1.0,
+    fill: bool = False,
     calibration: str | Path | None = None,
     focal: float | None = None,
     fy: float | None = None,
@@ -75,6 +77,7 @@ def stereo_files(
         max_pixels: See `visionattn.stereo`.
         low_resolution_start: See `visionattn.stereo`.
         enlarge: See `visionattn.stereo`.
+        fill: See `visionattn.stereo`.
         calibration: See `visionattn.stereo`: also write NAME_depth.
         focal: Focal length in pixels: also write NAME_depth.
         fy: Focal length along columns if it differs, for `ply`.
@@ -98,7 +101,7 @@ def stereo_files(
         output = PLACE if found[1] else PLACE.with_suffix(_suffix_of(found[0][0][0]))
     if as_picture:
         format = "png" if found[1] or Path(output).suffix.lower() != ".png" else None
-    work = _Work(as_picture, color and not as_picture, nonocc, right_disparity, cameras, ply)
+    work = _Work(as_picture, color and not as_picture, nonocc, right_disparity, fill, cameras, ply)
     jobs = pairs.jobs_of(found, output, format, FORMATS[0], work.files_beside, names)
     work.matcher = open_matcher(
         "stereo",
@@ -126,6 +129,7 @@ class _Work:
     color: bool
     nonocc: bool
     right_disparity: bool
+    fill: bool
     cameras: Calibration | None
     ply: bool
 
@@ -146,7 +150,7 @@ class _Work:
 
     def _images(self, job: Job) -> list[str]:
         left, right = pairs.read_pair(job)
-        found = match_views(self.matcher, left.pixels, right.pixels, self.cameras)
+        found = match_views(self.matcher, left.pixels, right.pixels, self.cameras, self.fill)
         notes = left.notes + right.notes + found.notes
         if self.nonocc:
             pairs.beside(job.target, "nonocc", 255 * found.nonocc.astype(np.uint8))
@@ -186,7 +190,8 @@ class _Work:
         def show(left: np.ndarray, right: np.ndarray) -> np.ndarray:
             if not top:
                 notes.update(dict.fromkeys([EXCHANGED] if looks_exchanged(left, right) else describe_rows(left, right)))
-            disparity = self.matcher(left, right)[0]
+            both = self.matcher(left, right)
+            disparity = (fill_inconsistent(both) if self.fill else both)[0]
             notes.update(dict.fromkeys(self.matcher.notes))
             unknown.append(self.matcher.unknown)
             if not top:
