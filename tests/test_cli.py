@@ -33,6 +33,7 @@ WEIGHTS = {
     "va_minimal_vit_micro_patch4_32_ep": "shipped",
     "va_mobilenetv2_ulsam_050_32": "shipped",
     "va_span_ch26_x2": "shipped",
+    "va_span_ch26_x3": "shipped",
     "va_span_ch26_x4": "shipped",
 }
 

@@ -137,6 +137,6 @@ def test_a_model_is_exported_for_the_run(images):
 
 
 def test_default_names():
-    assert [default_name(scale) for scale in (2, 4)] == ["va_span_ch26_x2", "va_span_ch26_x4"]
-    with pytest.raises(InputError):
-        default_name(3)
+    assert [default_name(scale) for scale in (2, 3, 4)] == ["va_span_ch26_x2", "va_span_ch26_x3", "va_span_ch26_x4"]
+    with pytest.raises(InputError, match="No weights are shipped for x8, only for x2, x3, x4"):
+        default_name(8)

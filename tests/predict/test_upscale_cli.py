@@ -161,7 +161,6 @@ def test_the_old_spelling_of_the_type_works(folder, capsys):
             ["in.png", "out.png", "--model", "va_minimal_vit_nano_patch7_28"],
             "it is a 'classify' model; a 'restore' model",
         ),
-        (["in.png", "out.png", "--scale", "3"], "No weights are shipped for x3, only for x2 and x4"),
         (["in.png", "out.png", "--model", "net.pth", "--scale", "4"], "scale of net.pth is 2, not 4"),
         (
             ["in.png", "out.png", "--model", "net.onnx", "--dtype", "float16"],

@@ -290,8 +290,10 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         **{f"va_span_ch{width}_x{scale}.untrained": _cfg() for width in WIDTHS for scale in SCALES},
-        "va_span_ch26_x2.wallpapers": _cfg(file=str(SHIPPED / "va_span_ch26_x2.safetensors")),
-        "va_span_ch26_x4.wallpapers": _cfg(file=str(SHIPPED / "va_span_ch26_x4.safetensors")),
+        **{
+            f"va_span_ch26_x{scale}.wallpapers": _cfg(file=str(SHIPPED / f"va_span_ch26_x{scale}.safetensors"))
+            for scale in SCALES
+        },
         "va_span_ch26_x4.real": _cfg(file=str(SHIPPED / "va_span_ch26_x4.real.safetensors")),
     }
 )

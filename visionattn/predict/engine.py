@@ -173,7 +173,7 @@ def default_name(scale: int) -> str:
     names = {each: f"va_span_ch26_x{each}" for each in SCALES}
     shipped = {each: name for each, name in names.items() if timm.models.is_model_pretrained(name)}
     if scale not in shipped:
-        scales = " and ".join(f"x{each}" for each in shipped)
+        scales = ", ".join(f"x{each}" for each in shipped)
         raise InputError(
             f"No weights are shipped for x{scale}, only for {scales}: give a weight file with --model FILE."
         )
