@@ -269,7 +269,8 @@ def _stereo_start(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch
     scores = torch.cat([scores, scores.transpose(-1, -2).flip(-1, -2)])
     disparity = torch.arange(W, device=q.device)
     x = disparity.unsqueeze(1)
-    at = (x - disparity).clamp(min=0).expand_as(scores)
+    # Masked where it is negative, so any index will do; clamped integers become floats in Core ML.
+    at = (x - disparity).abs().expand_as(scores)
     p = scores.gather(-1, at).masked_fill(x < disparity, 0).softmax(-1)  # (2B, H, x, d)
     p = p.gather(-2, torch.maximum(x, disparity).expand_as(p))
     best = F.avg_pool1d(p.flatten(0, 1), 5, stride=1, padding=2).unflatten(0, p.shape[:2]).argmax(-1, keepdim=True)
