@@ -41,6 +41,11 @@ def _is_number(cell: str) -> bool:
     return not cell or cell.lstrip("*+-–<")[:1] in ("", *"0123456789")
 
 
+def machines(rows: Iterable[dict[str, str]]) -> str:
+    """Devices and versions of PyTorch that rows were measured with."""
+    return "; ".join(sorted({f"{row['device']}, torch {row['torch']}" for row in rows}))
+
+
 def spread(values: list[float], digits: int) -> str:
     """Mean, and standard deviation where there are several."""
     mean = f"{statistics.fmean(values):.{digits}f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.markdown import markdown
+from benchmarks.markdown import machines, markdown
 from benchmarks.report import RESULTS, read_rows
 
 # What the page in the browser calls a network (`benchmarks.edge.web`).
@@ -28,8 +28,7 @@ def runtimes() -> str:
         for model, row in models.items()
     ]
     versions = "; ".join(_versions(name, rows) for name in names)
-    found = rows[-1]
-    origin = f"{found['device']}, one thread, torch {found['torch']}. {versions}."
+    origin = f"One thread. {machines(rows)}. {versions}."
     return markdown(["model, size, weights", *names], body) + f"\n{origin}\n\n" + _failures(rows)
 
 
@@ -51,8 +50,7 @@ def edge() -> str:
         facts = [f"{int(row['parameters']):,}", size, row["accuracy"], time, *ratios, f"{row['peak_mib']} MiB"]
         facts.append(_in_browser(row) if ours else "")
         body.append([name, row["input"], *facts])
-    found = rows[-1]
-    origin = f"{found['device']}, ONNX Runtime {found['onnxruntime']}, torch {found['torch']}."
+    origin = f"{machines(rows)}; ONNX Runtime {rows[-1]['onnxruntime']}."
     return markdown(head, body) + f"\n{origin}\n"
 
 

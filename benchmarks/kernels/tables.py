@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from benchmarks.markdown import calls, markdown, plain
+from benchmarks.markdown import calls, machines, markdown, plain
 from benchmarks.report import RESULTS, read_rows
 
 
@@ -72,7 +72,7 @@ def cpu_bfloat16() -> str:
     passes = ("inference", "training step")
     body = ([f"`{key[0]}`", *key[1:], *(found.get(each, "") for each in passes)] for key, found in cells.items())
     table = markdown(["operator", "case", "dtype", *passes], body)
-    return table + f"\n{rows[0]['device']}, one thread, torch {rows[0]['torch']}.\n"
+    return table + f"\nOne thread. {machines(rows)}.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {

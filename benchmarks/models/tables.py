@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from benchmarks.markdown import markdown, plain, spread
+from benchmarks.markdown import machines, markdown, plain, spread
 from benchmarks.report import RESULTS, read_rows
 
 # Runs of the MNIST grid that the page leaves to the CSV.
@@ -73,8 +73,8 @@ def halonet_cifar10() -> str:
     ]
     body.sort(key=lambda cells: cells[1], reverse=True)
     head = ["run", "accuracy %", "loss", "parameters", "MACs (M)", "seeds"]
-    origin = f"{rows[0]['device']}, torch {rows[0]['torch']}"
-    return markdown(head, body) + f"\n{int(rows[0]['train_images']):,} training images, {epochs} epochs, {origin}.\n"
+    origin = f"{int(rows[0]['train_images']):,} training images, {epochs} epochs, {machines(rows)}"
+    return markdown(head, body) + f"\n{origin}.\n"
 
 
 def ulsam_costs() -> str:
@@ -147,8 +147,7 @@ def edge_halonet() -> str:
         name = f"`{row['network']}`" + f", {row['form']}" * bool(row["form"])
         times = (f"{float(row[key]):.1f}" for key in ("median_ms", "iqr_ms", "fastest_ms"))
         body.append([name, row["threads"], *times, f"{float(row['ratio']):.2f}", f"{int(row['bytes']) / 1e6:.1f} MB"])
-    found = rows[-1]
-    return markdown(head, body) + f"\n{found['device']}, ONNX Runtime {found['onnxruntime']}, torch {found['torch']}.\n"
+    return markdown(head, body) + f"\n{machines(rows)}; ONNX Runtime {rows[-1]['onnxruntime']}.\n"
 
 
 def minimal_vit_speed() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from benchmarks.markdown import markdown, plain, spread
+from benchmarks.markdown import machines, markdown, plain, spread
 from benchmarks.report import RESULTS, read_rows
 
 # The pages show the heads that decide; the CSV files have all.
@@ -84,7 +84,7 @@ def probe_evidence_costs() -> str:
         ]
         for row in rows
     )
-    return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}, seed {rows[0]['seed']}.\n"
+    return markdown(head, body) + f"\n{machines(rows)}; seed {rows[0]['seed']}.\n"
 
 
 def probe_segmentation() -> str:
@@ -113,7 +113,7 @@ def probe_segmentation() -> str:
         "pixel accuracy %",
         "gain over linear",
     ]
-    return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n"
+    return markdown(head, body) + f"\n{machines(rows)}.\n"
 
 
 def probe_comparison() -> str:
@@ -155,7 +155,7 @@ def probe_comparison() -> str:
         ]
         for row in rows
     )
-    return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n"
+    return markdown(head, body) + f"\n{machines(rows)}.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.markdown import markdown
+from benchmarks.markdown import machines, markdown
 from benchmarks.report import RESULTS, read_rows
 from benchmarks.shipped.measures import LOWER
 from visionattn.weights import SHIPPED
@@ -29,8 +29,7 @@ def shipped_weights() -> str:
     measured = {row["weights"] for row in rows}
     left_out = [file.stem for file in sorted(SHIPPED.glob("*.safetensors")) if file.stem not in measured]
     table = markdown(["weights", "data", "metric", "shipped", "baselines"], body) if body else ""
-    machines = sorted({f"{row['device']}, torch {row['torch']}" for row in rows})
-    origin = f"\n{'; '.join(machines)}.\n" if rows else ""
+    origin = f"\n{machines(rows)}.\n" if rows else ""
     missing = f"\nNot measured yet: {', '.join(f'`{name}`' for name in left_out)}.\n" if left_out else ""
     return (table + origin + missing).lstrip("\n")
 

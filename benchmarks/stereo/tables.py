@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from benchmarks.markdown import markdown, plain
+from benchmarks.markdown import machines, markdown, plain
 from benchmarks.report import RESULTS, read_rows
 
 MEMORY = {"held_mib": "live tensors MiB", "bytes_a_pixel": "bytes per pixel", "weights_mib": "weights MiB"}
@@ -41,7 +41,7 @@ def match_stereo_scenes() -> str:
         cells = [f"{float(found[scene]['bad_2']):.1f}" for scene in scenes]
         body.append([name, *cells, *(f"{mean:.1f}" for mean in means)])
     head = ["model", *scenes, *(f"mean {title}" for title in SCENE_MEASURES)]
-    origin = f"{rows[0]['device']}, torch {rows[0]['torch']}"
+    origin = machines(rows)
     return markdown(head, body) + f"\nColumns of scenes: bad-2 in %. {origin}.\n"
 
 
@@ -87,7 +87,7 @@ def flow_pairs() -> str:
     measures = ("epe", "bad_1", "bad_2", "bad_4", "d1")
     body = ([row["data"], row["method"], *(f"{float(row[key]):.1f}" for key in measures)] for row in rows)
     head = ["pairs", "method", "EPE", *(key.replace("_", "-") for key in measures[1:-1]), "Fl"]
-    return markdown(head, body) + f"\n{rows[0]['device']}, torch {rows[0]['torch']}.\n"
+    return markdown(head, body) + f"\n{machines(rows)}.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {

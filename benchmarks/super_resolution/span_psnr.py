@@ -19,6 +19,7 @@ import visionattn
 from benchmarks.report import RESULTS, environment, write_rows
 from visionattn.cost import count_macs, count_parameters
 from visionattn.evaluate import evaluate_sr
+from visionattn.weights import SHIPPED
 
 
 def main() -> None:
@@ -29,8 +30,7 @@ def main() -> None:
     torch.set_num_threads(1)
     models: dict[str, Any] = {file.stem: visionattn.load(file) for file in sorted(args.weights.glob("*.pth"))}
     for name in visionattn.models.names():
-        config: Any = timm.get_pretrained_cfg(name)
-        if config.has_weights:
+        if name.startswith("va_span_") and (SHIPPED / f"{name}.safetensors").exists():
             models[f"{name}, shipped"] = timm.create_model(name, pretrained=True).eval()
     rows = []
     for scale in sorted({model.scale for model in models.values()}):
