@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from visionattn.kernels import PlainForms
+from visionattn.kernels import PlainForms, decompositions
 from visionattn.kernels._plain.exported_halo_attention import halo_attention_exported
 from visionattn.kernels.halo_attention import halo_attention_definition
 
@@ -79,12 +79,18 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("border", ["mask", "zero"])
-def test_graphs_have_neither_more_than_five_axes_nor_bitwise_operators(border):
+def test_graphs_have_what_other_runtimes_execute(border):
+    """At most five axes, no bitwise operators and no identity matrix."""
     args = arguments((9, 11), 4, 2, 2, border, "offset")
     with PlainForms(), Watch() as watch:
         Attention(args)(torch.cat(args[1:3], 2))
     assert watch.axes == 5  # those of the operator's arguments
-    assert not any("bitwise" in name or "__or__" in name or "visionattn" in name for name in watch.names)
+    refused = ("bitwise", "__or__", "aten.eye", "visionattn")
+    assert not any(name in function for function in watch.names for name in refused)
+
+
+def test_programs_for_other_runtimes_have_this_form():
+    assert decompositions()[torch.ops.visionattn.halo_attention.default] is halo_attention_exported
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Operators, one per file, each with its definition, its kernels and its registration in `torch.ops.visionattn`.
 
 Blocks call `torch.ops.visionattn.<operator>(...)`, which torch.fx, TorchScript, torch.compile and torch.export treat as
-one node. For exporters that do not support our operators, replace them by their definitions:
+one node. For exporters that do not support our operators, replace them by plain PyTorch:
 
     program = torch.export.export(model, args).run_decompositions(visionattn.kernels.decompositions())
 """
@@ -27,11 +27,11 @@ __all__ = ["PlainForms", "decompositions", "kernels_enabled"]
 
 
 def decompositions() -> dict[OpOverload, Callable]:
-    """Table of operators and plain definitions for `ExportedProgram.run_decompositions`.
+    """Table of operators and their plain definitions, or plain forms for exported graphs, for `run_decompositions`.
 
     It contains our operators only, so the core ATen operators of a program stay unchanged.
     """
-    return dict(DEFINITIONS)
+    return DEFINITIONS | EXPORTED
 
 
 class PlainForms(TorchFunctionMode):

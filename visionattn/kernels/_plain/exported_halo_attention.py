@@ -77,7 +77,7 @@ def halo_attention_exported(
     width = table_rows(width_rel, first_x, near_x if masked else x)
     height = q @ height.transpose(1, 2)  # (N, H', W', w)
     width = (q.transpose(1, 2) @ width.transpose(1, 2)).transpose(1, 2)
-    one = torch.eye(w, dtype=q.dtype, device=q.device)
+    one = (in_window.unsqueeze(1) == in_window).to(q.dtype)  # not torch.eye, for which LiteRT has no operation
     spread = torch.cat([one.repeat_interleave(w, 1), one.repeat(1, w)])  # (2 w, w w)
     relative = blocks(torch.cat([height, width], -1)) @ spread
     p = ((blocks(q) * D**-0.5) @ keys.transpose(1, 2) + relative).softmax(-1)
