@@ -11,7 +11,7 @@ from visionattn.evaluate import evaluate_retrieval, evaluate_sr
 
 
 def test_weights_without_data_are_left_out_and_said_so(capsys):
-    upscalers = ["va_span_ch26_x2", "va_span_ch26_x3", "va_span_ch26_x4", "va_span_ch26_x4.real"]
+    upscalers = [f"va_span_ch26_{kind}" for kind in ("x2", "x2.real", "x3", "x4", "x4.real")]
     others = {
         "va_cca_halonet_nano_32": "retrieve",
         "va_halonet_nano_32": "classify",

@@ -294,7 +294,10 @@ default_cfgs = generate_default_cfgs(
             f"va_span_ch26_x{scale}.wallpapers": _cfg(file=str(SHIPPED / f"va_span_ch26_x{scale}.safetensors"))
             for scale in SCALES
         },
-        "va_span_ch26_x4.real": _cfg(file=str(SHIPPED / "va_span_ch26_x4.real.safetensors")),
+        **{
+            f"va_span_ch26_x{scale}.real": _cfg(file=str(SHIPPED / f"va_span_ch26_x{scale}.real.safetensors"))
+            for scale in (2, 4)
+        },
     }
 )
 
