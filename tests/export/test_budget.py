@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
 import pytest
 import torch
+from rich.console import Console
 
 import visionattn
 from tests.export.clock import Clock, count_pixels
 from tests.export.test_check import Turned
 from tests.export.toys import OneSize, Toy
 from visionattn.cli import main
-from visionattn.errors import ExportError
+from visionattn.errors import ExportError, InputError
 from visionattn.export import OnnxModel, export_onnx
 from visionattn.export import bundle as bundles
+from visionattn.export import cli as command
 from visionattn.export.budget import Budget
 from visionattn.export.check import check_file
 from visionattn.export.program import write_program
+from visionattn.export.rows import CheckRow
 
 NANO = "va_minimal_vit_nano_patch7_28_minimum"
 
@@ -35,6 +39,20 @@ def test_time_is_what_has_passed_since_the_start():
     assert budget.allows(30)
     assert not budget.allows(31)
     assert Budget().allows(1e9)
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("nan"), "9", None])
+def test_limit_is_a_time(tmp_path, limit):
+    with pytest.raises(InputError, match=r"^time_limit must be a number of seconds above 0; got .+\.$"):
+        export_onnx(Toy(), tmp_path / "model.onnx", time_limit=limit)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("limit", "told"), [(0.5, " of at most 0.5 s"), (1e6, " of at most 1,000,000 s"), (1e400, "")])
+def test_limit_is_told_as_it_is(limit, told):
+    lines = []
+    Budget(limit, lines.append, Clock()).tell_time("A", True)
+    assert lines == [f"A: 0 s{told} of CPU time so far."]
 
 
 def test_lines_come_every_ten_seconds_and_where_they_must():
@@ -88,9 +106,9 @@ def test_without_time_for_one_size_there_is_no_file(tmp_path, monkeypatch):
     with pytest.raises(ExportError) as error:
         export_onnx(Toy(), tmp_path / "model.onnx", time_limit=4000)
     assert str(error.value) == (
-        "The check of Toy cannot compare a single size, 53 x 19, within the time limit of 4000 s of CPU time, of which "
-        "1,007 s have passed. Raise the limit with --time-limit (time_limit=), or skip the check with --no-check "
-        "(check=False)."
+        "The check of Toy cannot compare a single size, 53 x 19, within the time limit of 4,000 s of CPU time for all "
+        "steps: 1,007 s have passed. Raise the limit with --time-limit (time_limit=), or skip the check with "
+        "--no-check (check=False)."
     )
     assert clock.seconds == 53 * 19
     with pytest.raises(ExportError, match="cannot compare a single size, 8 x 8"):
@@ -130,13 +148,38 @@ def test_command_with_a_cut_check_says_so_and_fails(tmp_path, monkeypatch, capsy
     assert printed.count("pass") == 4
     assert "Not checked: 47 x 17." in printed
     assert (
-        "Checked in part: within 4000 s of CPU time, the file was not compared with PyTorch at 47 x 17. Raise the "
-        "limit with --time-limit, or check smaller sizes with --image-size."
+        "Checked in part: within 4,000 s of CPU time, these were not compared with PyTorch: 47 x 17. Raise the limit "
+        "with --time-limit, or check smaller sizes with --image-size."
     ) in printed
     assert "one fixed size" not in printed
     assert OnnxModel(tmp_path / "nano.onnx").spec.unchecked == ["47 x 17"]
     assert main([*words, "--overwrite", "--time-limit", "8000"]) == 0
     assert "Checked in part" not in capsys.readouterr().out
+
+
+def test_command_tells_which_outputs_of_a_pair_were_not_compared(capsys):
+    files = [
+        SimpleNamespace(
+            path=Path(f"{name}.onnx"),
+            rows=[CheckRow(name, 1, 8, 8, (0.0,), 1.0, 1e-4)],
+            bytes=1,
+            nodes=1,
+            seconds=1,
+            spec=SimpleNamespace(
+                output_names=[name],
+                unchecked=unchecked,
+                input_size=(3, 8, 8),
+                dynamic_size=True,
+                opset=20,
+                dynamic_axes=[],
+            ),
+        )
+        for name, unchecked in (("tokens", []), ("embeddings", ["9 x 9", "8 x 16"]))
+    ]
+    command._tell(SimpleNamespace(time_limit=0.5), files, Console(width=200))
+    printed = capsys.readouterr().out
+    assert "Not checked: embeddings at 9 x 9, embeddings at 8 x 16." in printed
+    assert "within 0.5 s of CPU time, these were not compared with PyTorch: embeddings at 9 x 9, embeddings" in printed
 
 
 def test_bundle_is_checked_completely_or_not_written(tmp_path, monkeypatch):

@@ -41,6 +41,12 @@ def test_rows_state_what_was_compared(toy_file):
         assert 0 < row.allowed - (1e-6 + 1e-4 * row.spread) < 2e-6  # rounding at outputs of 1 at most
 
 
+@pytest.mark.parametrize("given", [{"sizes": []}, {"batches": []}, {"batches": (1, 0)}])
+def test_check_of_nothing_is_refused(toy_file, given):
+    with pytest.raises(InputError, match="A check needs a size and batches of at least 1; got"):
+        check_onnx(Toy(), toy_file, **given)
+
+
 @pytest.mark.parametrize(("offset", "passes"), [(0.0, True), (1e-2, False), (float("nan"), False)])
 def test_other_weights_are_caught(toy_file, offset, passes):
     model = Toy()

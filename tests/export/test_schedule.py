@@ -83,9 +83,17 @@ def test_image_of_one_pixel_is_no_measure_of_the_work():
 def test_nothing_is_compared_when_the_steps_before_took_the_time():
     timed = Timed(50)
     timed.clock.seconds = 51
-    with pytest.raises(ExportError, match=r"Net cannot compare a single size, 10 x 10, .* 50 s .* of which 51 s have"):
+    with pytest.raises(ExportError, match=r"Net cannot compare a single size, 10 x 10, .* 50 s .*: 51 s have passed"):
         timed.run()
     assert timed.compared == []
+
+
+def test_sizes_given_twice_or_as_lists_are_compared_once():
+    timed = Timed(float("inf"))
+    timed.schedule = Schedule([[10, 10], (5, 40), (10, 10)], (1, 2), timed.schedule.budget)
+    rows, unchecked = timed.run()
+    assert [(row.height, row.width) for row in rows] == [(10, 10), (10, 10), (5, 40), (5, 40)]
+    assert unchecked == []
 
 
 def test_wrong_size_ends_the_check():

@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Callable
 
+from visionattn.errors import InputError
+
 __all__ = ["TIME_LIMIT", "Budget", "TimeLimitError"]
 
 TIME_LIMIT = 900.0  # seconds of CPU time
@@ -24,6 +26,9 @@ class Budget:
         limit: Seconds of CPU time. Default: none.
         tell: Called with lines about the progress.
         clock: Returns the CPU time in seconds.
+
+    Raises:
+        InputError: The limit is not above 0.
     """
 
     def __init__(
@@ -32,6 +37,8 @@ class Budget:
         tell: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.process_time,
     ) -> None:
+        if not isinstance(limit, (int, float)) or not limit > 0:
+            raise InputError(f"time_limit must be a number of seconds above 0; got {limit!r}.")
         self.limit = limit
         self.tell = tell or (lambda line: None)
         self._clock, self._start = clock, clock()
@@ -51,5 +58,5 @@ class Budget:
         spent = self.spent
         if always or spent - self._told >= EVERY:
             self._told = spent
-            limit = f" of at most {self.limit:,.0f} s" if self.limit < math.inf else ""
+            limit = f" of at most {self.limit:,.10g} s" if self.limit < math.inf else ""
             self.tell(f"{what}: {spent:,.0f} s{limit} of CPU time so far.")

@@ -148,7 +148,7 @@ def check_onnx(
 
     Raises:
         ExportError: The file is malformed, or some rows fail; the message lists them.
-        InputError: The file cannot be loaded, or the model itself fails at a size.
+        InputError: The file cannot be loaded, there is nothing to compare, or the model itself fails at a size.
     """
     return check_file(model, open_exported(path), Budget(tell=progress), sizes, batches, tolerance).rows
 
@@ -166,6 +166,8 @@ def check_file(
     if batches is None:
         batches = (spec.batch or 1, spec.batch or 3)
     sizes = check_sizes(spec) if sizes is None else sizes
+    if not sizes or not batches or min(batches) < 1:
+        raise InputError(f"A check needs a size and batches of at least 1; got {list(sizes)} and {list(batches)}.")
     for size in sizes:
         spec.check_size(*size)
     schedule = Schedule(sizes, batches, budget)

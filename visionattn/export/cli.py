@@ -171,12 +171,17 @@ def _tell(args: argparse.Namespace, files: Sequence[OnnxFile], console: Console)
     """Say what was checked and written."""
     file = files[0]
     rows = [row for written in files for row in written.rows]
-    unchecked = list(dict.fromkeys(size for written in files for size in written.spec.unchecked or ()))
+    unchecked = [
+        size if len(files) == 1 else f"{', '.join(written.spec.output_names)} at {size}"
+        for written in files
+        for size in written.spec.unchecked or ()
+    ]
     if rows:
-        print_rows(rows, console, unchecked)
+        is_program = file.path.suffix.lower() == ".pt2"
+        print_rows(rows, console, unchecked, "Program of torch.export" if is_program else "ONNX Runtime")
         if unchecked:
             console.print(
-                f"Checked in part: within {args.time_limit:g} s of CPU time, the file was not compared with PyTorch at "
+                f"Checked in part: within {args.time_limit:,.10g} s of CPU time, these were not compared with PyTorch: "
                 f"{', '.join(unchecked)}. Raise the limit with --time-limit, or check smaller sizes with --image-size."
             )
     else:

@@ -49,19 +49,22 @@ class CheckRow:
         return f"{self.output} at {size_text(self.height, self.width)}, batch {self.batch}: {found}"
 
 
-def print_rows(rows: Sequence[CheckRow], console: Console, unchecked: Sequence[str] = ()) -> None:
+def print_rows(
+    rows: Sequence[CheckRow], console: Console, unchecked: Sequence[str] = (), compared: str = "ONNX Runtime"
+) -> None:
     """Print the rows of `check_onnx` as a table.
 
     Args:
         rows: The rows.
         console: Where to print.
         unchecked: Sizes that the check left out (see `visionattn.export.spec`).
+        compared: What was compared with PyTorch.
     """
     one_size = len({(row.height, row.width) for row in rows}) == 1
     caption = "The file has one fixed size; no other size was checked." if one_size else None
     if unchecked:
         caption = f"Not checked: {', '.join(unchecked)}."
-    table = Table(title="ONNX Runtime against PyTorch, random images", caption=caption)
+    table = Table(title=f"{compared} against PyTorch, random images", caption=caption)
     for header in ("output", "batch", "size", "error", "allowed", "spread", ""):
         table.add_column(header, justify="left" if header in ("output", "") else "right")
     for row in rows:

@@ -43,8 +43,9 @@ class Schedule:
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], batches: Sequence[int], budget: Budget) -> None:
-        self.sizes, self.batches, self.budget = list(sizes), list(batches), budget
-        self._order = sorted(sizes, key=math.prod)
+        self.sizes = list(dict.fromkeys((height, width) for height, width in sizes))
+        self.batches, self.budget = list(batches), budget
+        self._order = sorted(self.sizes, key=math.prod)
         self._seconds, self._pixels = 0.0, 1  # of an image of the last comparison
 
     def run(
@@ -114,6 +115,6 @@ class Schedule:
     def _nothing(self, name: str) -> str:
         return (
             f"The check of {name} cannot compare a single size, {size_text(*self._order[0])}, within the time limit of "
-            f"{self.budget.limit:g} s of CPU time, of which {self.budget.spent:,.0f} s have passed. Raise the limit "
-            "with --time-limit (time_limit=), or skip the check with --no-check (check=False)."
+            f"{self.budget.limit:,.10g} s of CPU time for all steps: {self.budget.spent:,.0f} s have passed. Raise the "
+            "limit with --time-limit (time_limit=), or skip the check with --no-check (check=False)."
         )

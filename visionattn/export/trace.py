@@ -102,8 +102,8 @@ class _Forms(PlainForms):
         """Call the exportable form of a function if there is one, otherwise the function itself."""
         if not self.budget.allows(0):
             raise TimeLimitError(
-                f"tracing took more than {self.budget.limit:g} s of CPU time; raise the limit with --time-limit "
-                "(time_limit=)."
+                f"tracing did not end within the limit of {self.budget.limit:,.10g} s of CPU time for all steps; raise "
+                "it with --time-limit (time_limit=)."
             )
         func = _FORMS.get(func, func)
         return super().__torch_function__(func, types, args, kwargs)

@@ -6,6 +6,7 @@ torch.export with symbolic axes (`visionattn.export.trace`) -> ONNX, or a progra
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -81,7 +82,7 @@ def write_parts(
     Raises:
         ExportError: The model cannot be exported in this form or in this time, its weights are not finite, or the
             outputs of a file differ from its own.
-        InputError: There are no channels to pad.
+        InputError: There are no channels to pad, or the limit is not above 0.
         StorageError: A file could not be written.
     """
     files, budget = [], Budget(time_limit, progress)
@@ -105,8 +106,8 @@ def _write(parts: Sequence[Part], paths: Sequence[Path], pad_channels: bool, che
         tell = lambda line: None  # noqa: E731
     steps = (1 if is_program else 2) + check
     duration = "; large networks take minutes" if is_program else ", usually a few seconds"
-    limit = f"All steps may take {budget.limit:,.0f} s of CPU time."
-    tell(f"Exporting {spec.model}, step 1 of {steps}: tracing{duration}. {limit}")
+    limit = f" All steps may take {budget.limit:,.10g} s of CPU time." if budget.limit < math.inf else ""
+    tell(f"Exporting {spec.model}, step 1 of {steps}: tracing{duration}.{limit}")
     traced = trace_graph(part.model, part.inputs, spec, budget)
     if is_program:
         program, nodes = save_program(traced, spec, path), len(traced.graph.nodes)

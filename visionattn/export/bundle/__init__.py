@@ -131,7 +131,7 @@ def export_bundle(
         if unchecked:
             raise ExportError(
                 f"A bundle contains checked files only, and the check at {', '.join(unchecked)} does not end within "
-                f"{time_limit:g} s of CPU time: raise the limit with --time-limit (time_limit=)."
+                f"{time_limit:,.10g} s of CPU time: raise the limit with --time-limit (time_limit=)."
             )
         tell("Measuring the files and writing their card.")
         card = _fill(room, network, files, str(test_data or (int8 if isinstance(int8, (str, Path)) else "")))
