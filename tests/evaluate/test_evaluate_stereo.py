@@ -258,6 +258,16 @@ def test_results_that_are_not_finite_are_failures(scenes, capsys, monkeypatch):
     assert told.err.count("is not finite") == 2
 
 
+def test_filling_does_not_hide_values_that_are_not_finite(scenes):
+    class Spot(Red):
+        def forward(self, left, right, start=None):
+            found = super().forward(left, right).clone()
+            found[..., :1, :1] = math.nan
+            return found
+
+    assert len(evaluate_stereo(Spot(), scenes, fill=True).failures) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -23,6 +23,17 @@ def test_pixels_that_both_views_confirm():
     assert not seen_in_both(np.full((2, 3, 4), np.nan)).any()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("unknown", [np.nan, np.inf, 0, -1])
+def test_a_match_at_a_whole_column_does_not_depend_on_the_next(unknown):
+    pair = np.full((2, 1, 8), 2.0)
+    pair[1, 0, 4] = pair[0, 0, 7] = unknown
+    np.testing.assert_array_equal(seen_in_both(pair)[0], [0, 0, 1, 1, 1, 1, 0, 0])
+    pair[0, 0, 5] = 1.5  # between the columns 3 and 4
+    assert not seen_in_both(pair)[0, 5]
+    np.testing.assert_array_equal(fill_inconsistent(pair), np.full((2, 1, 8), 2.0))
+
+
 def a_wall_behind_an_object():
     """Both views of a wall of disparity 2 and an object of disparity 5 at columns 8 to 11 of the left view."""
     left, right = np.full((3, 16), 2.0), np.full((3, 16), 2.0)

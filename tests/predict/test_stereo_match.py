@@ -56,6 +56,21 @@ def test_depth_comes_with_a_calibration():
             visionattn.stereo(*views, Stereo(), **calibration)
 
 
+def test_filled_disparities_have_depth_and_stay_occluded():
+    left, right = view(8, 12, 0.1), view(8, 12, 0.1)
+    left[:, 6:9, 0] = 0
+    plain, filled = (
+        visionattn.stereo(left, right, Stereo(), focal=10, baseline=1, fill=each) for each in (False, True)
+    )
+    assert np.isnan(plain.depth[:, 6:9]).all()
+    np.testing.assert_allclose(filled.disparity, 0.1 * GAIN, atol=0.1)
+    np.testing.assert_allclose(filled.depth, 10 / filled.disparity)
+    np.testing.assert_array_equal(filled.nonocc, plain.nonocc)
+    assert not filled.nonocc[:, 6:9].any()
+    assert plain.notes[0].startswith("25.0% of the left view have no disparity, since")
+    assert filled.notes[0].startswith("25.0% of the left view had no disparity before filling, since")
+
+
 def test_results_are_one_line():
     left = view(8, 12, 0.4)
     left[:, 6:, 0] = 0

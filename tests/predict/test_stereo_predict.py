@@ -157,6 +157,7 @@ def test_what_lies_beyond_0_is_unknown():
     assert not seen_in_both(np.nan_to_num(found))[:, 16:].any()
     assert describe_unknown(0.6)[0].startswith("60.0% of the left view have no disparity")
     assert describe_unknown(0.0001)[0].startswith("less than 0.1% of the left view")
+    assert describe_unknown(0.6, filled=True)[0].startswith("60.0% of the left view had no disparity before filling, ")
     assert describe_unknown(0) == []
 
 

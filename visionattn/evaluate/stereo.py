@@ -139,7 +139,7 @@ def evaluate_stereo(
         baseline: "sgbm" adds OpenCV's semi-global matching, raw and with gaps filled ("sgbm_filled"); its search range
             is the largest disparity of the ground truth.
         enlarge: Factor by which the views are enlarged before matching (`visionattn.models.enlarged`).
-        fill: Replace the models' disparities that the other view does not confirm
+        fill: Replace the models' disparities that fail the left-right consistency check
             (`visionattn.predict.consistency.fill_inconsistent`).
         device: Device of the models: "auto" (a GPU if available), "cpu" or "cuda:1".
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
@@ -195,12 +195,12 @@ def _measure(
         disparities |= {baseline: raw, f"{baseline}_filled": fill(raw)}
     for label, network in networks.items():
         both = _run(network, pair)
-        disparities[label] = (fill_inconsistent(both) if filled else both)[0]
-        if not np.isfinite(disparities[label]).all():
+        if not np.isfinite(both).all():
             raise InputError(
                 f"The output of {shorten(label)} is not finite: its weights are damaged, or the dtype is not precise "
                 "enough."
             )
+        disparities[label] = (fill_inconsistent(both) if filled else both)[0]
     regions = {"all": None} if pair.nonocc is None else {"all": None, "nonocc": pair.nonocc}
     return [
         MeasuredStereo(label, name, region, disparity_errors(disparity, pair.truth, mask))

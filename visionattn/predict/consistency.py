@@ -11,31 +11,32 @@ def seen_in_both(disparity: np.ndarray, tolerance: float = 1.0) -> np.ndarray:
     """Find the non-occluded pixels of the left view by left-right consistency.
 
     Args:
-        disparity: (2, H, W), of the left and of the right view; NaN and values not above 0 are not known.
+        disparity: (2, H, W), of the left and of the right view; only finite values above 0 are known.
         tolerance: Largest difference of the two at a match, in pixels.
 
     Returns:
         bool (H, W): False where a pixel is occluded, outside of the right view, wrong, or not known.
     """
-    left, right = (np.where(view > 0, view, np.nan) for view in disparity)
+    left, right = (np.where((view > 0) & (view < np.inf), view, np.nan) for view in disparity)
     width = left.shape[1]
     place = np.nan_to_num(np.arange(width) - left, nan=-1)
     inside = place >= 0
-    low = np.floor(place.clip(0, width - 1)).astype(np.int64)
-    high = np.minimum(low + 1, width - 1)
-    part = place.clip(0, width - 1) - low
+    place = place.clip(0, width - 1)
+    # At a whole column, both are that column: what lies next to it may be not known.
+    low, high = (end(place).astype(np.int64) for end in (np.floor, np.ceil))
+    part = place - low
     found = (1 - part) * np.take_along_axis(right, low, 1) + part * np.take_along_axis(right, high, 1)
     return inside & (np.abs(left - found) <= tolerance)
 
 
 def fill_inconsistent(disparity: np.ndarray, tolerance: float = 1.0) -> np.ndarray:
-    """Replace disparities that the other view does not confirm, by those of the background beside them.
+    """Replace disparities that fail the left-right consistency check by those of the background next to them.
 
     A pixel that is occluded, outside of the other view or wrong takes the smaller of the nearest confirmed disparities
     to its left and right in its row. In rows without any, disparities stay.
 
     Args:
-        disparity: (2, H, W), of the left and of the right view; NaN and values not above 0 are not known.
+        disparity: (2, H, W), of the left and of the right view; only finite values above 0 are known.
         tolerance: Largest difference of the two at a match, in pixels.
 
     Returns:

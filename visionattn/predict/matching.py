@@ -197,14 +197,15 @@ class _FromHalfSize(nn.Module):
         return self.model(first, second, self.model.low_resolution_start(first, second))
 
 
-def describe_unknown(share: float) -> list[str]:
-    """A note on pixels without a disparity; empty if all have one."""
+def describe_unknown(share: float, filled: bool = False) -> list[str]:
+    """A note on pixels for which the network found no disparity, filled or not; empty if it found all."""
     if share <= 0:
         return []
     shown = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
     return [
-        f"{shown} of the left view have no disparity, since the network found 0 or less: these points are very far "
-        "away or, for converging cameras, behind the point where their axes meet"
+        f"{shown} of the left view {'had' if filled else 'have'} no disparity{' before filling' if filled else ''}, "
+        "since the network found 0 or less: these points are very far away or, for converging cameras, behind the "
+        "point where their axes meet"
     ]
 
 

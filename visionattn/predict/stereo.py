@@ -111,8 +111,8 @@ def stereo(
             of the free memory.
         low_resolution_start: Start from the result at half the size, as the authors do for images of 2K and more.
         enlarge: Factor by which images are enlarged for the model; the result becomes finer.
-        fill: Replace the disparities that the other view does not confirm (see
-            `visionattn.predict.consistency.fill_inconsistent`).
+        fill: Replace the disparities of both views that fail the left-right consistency check (see
+            `visionattn.predict.consistency.fill_inconsistent`); `nonocc` is False there.
 
     Returns:
         Disparities, a mask of the non-occluded pixels, and depth if the cameras are known. A note tells if the rows of
@@ -150,7 +150,7 @@ def match_views(
     if fill:
         found = fill_inconsistent(found)
     notes = [EXCHANGED] if looks_exchanged(left, right) else describe_rows(left, right)
-    notes += describe_unknown(matcher.unknown)
+    notes += describe_unknown(matcher.unknown, fill)
     metres = None
     if own is not None:
         metres = depth(found[0], own.focal, own.baseline, own.doffs)

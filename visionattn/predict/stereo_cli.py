@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fill",
         action="store_true",
-        help="replace disparities that the other view does not confirm by the background's",
+        help="replace disparities that fail the left-right consistency check by those of the background",
     )
     parser.add_argument(
         "--right",

@@ -199,7 +199,8 @@ class _Work:
             return disparity_colours(disparity, top[0])
 
         pairs.convert_pair(job, bar, show)
-        return [*notes, *describe_unknown(sum(unknown) / max(len(unknown), 1)), *self._left_out()]
+        share = sum(unknown) / max(len(unknown), 1)
+        return [*notes, *describe_unknown(share, self.fill), *self._left_out()]
 
     def _left_out(self) -> list[str]:
         given = {"nonocc": self.nonocc, "right": self.right_disparity, "focal": self.cameras, "ply": self.ply}
