@@ -67,6 +67,16 @@ def batched_parameters(function, primals):
     return torch.vmap(function, in_dims=(None, *[0] * (len(primals) - 1)))(primals[0], *stacked)
 
 
+def batched_alone(function, primals):
+    """Over each tensor, with the others shared."""
+    found = []
+    for index, x in enumerate(primals):
+        axes = [0 if other == index else None for other in all_of(primals)]
+        stacked = [*primals[:index], torch.stack([x, x + 1]), *primals[index + 1 :]]
+        found.append(torch.vmap(function, in_dims=tuple(axes))(*stacked))
+    return found
+
+
 def gradient(function, primals):
     return func.grad(lambda *values: squared(function(*values)), all_of(primals))(*primals)
 
@@ -108,6 +118,7 @@ TRANSFORMS = [
     batched_over_the_first_axis,
     batched_over_the_last_axis,
     batched_parameters,
+    batched_alone,
     gradient,
     gradients_of_samples,
     vector_jacobian,

@@ -111,13 +111,13 @@ def _attend(
     query = q.flatten(0, 2).unsqueeze(-2).to(dtype)
     if similarity == "l1":
         # A row of the window minus the repeated query: ONNX Runtime broadcasts runs of D elements slowly.
-        away = (keys - query.repeat(1, 1, 1, side)).view(*first.shape, side * side, D)
+        away = (keys - query.repeat(1, 1, 1, side)).reshape(*first.shape, side * side, D)
         # Not a norm, which becomes ReduceL1: MNN computes a different sum for it.
         scores = -away.abs().sum(-1) * D**-0.5
     else:
-        scores = (query @ keys.view(*first.shape, side * side, D).transpose(-1, -2)).squeeze(-2) * D**-0.5
+        scores = (query @ keys.reshape(*first.shape, side * side, D).transpose(-1, -2)).squeeze(-2) * D**-0.5
     attention = bilinear(scores, right, down)
-    values = F.embedding(rows, _neighbours(v, side)).to(dtype).view(*first.shape, side * side, v.shape[4])
+    values = F.embedding(rows, _neighbours(v, side)).to(dtype).reshape(*first.shape, side * side, v.shape[4])
     out = (attention.unsqueeze(-2) @ values).squeeze(-2)
     return out.to(q.dtype).view(v.shape), attention.to(q.dtype).view(*q.shape[:4], side * side)
 
