@@ -35,19 +35,25 @@ def to_half(source: str | Path) -> Any:
 def halve_weights(model: Any) -> None:
     """Store the float32 weights of layers as float16; ONNX Runtime casts them back to float32 when it loads the file.
 
+    Weights beyond the range of float16, or so small that they would lose more than its usual rounding, stay.
+
     Args:
         model: The graph, an `onnx.ModelProto`; changed.
     """
     onnx = require("onnx", "export")
     layers = ("Conv", "ConvTranspose", "Gemm", "MatMul")
     weights = {node.input[1] for node in model.graph.node if node.op_type in layers}
-    largest = np.finfo(np.float16).max
+    rounding = float(np.finfo(np.float16).eps)
     casts = []
     for tensor in model.graph.initializer:
         name, values = tensor.name, onnx.numpy_helper.to_array(tensor)
-        if name not in weights or values.dtype != np.float32 or values.size < _LEAST or np.abs(values).max() > largest:
+        if name not in weights or values.dtype != np.float32 or values.size < _LEAST:
             continue
-        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.abs(half.astype(np.float32) - values).max() <= rounding * np.abs(values).max():
+            continue
+        tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}_half"))
         casts.append(onnx.helper.make_node("Cast", [f"{name}_half"], [name], to=onnx.TensorProto.FLOAT))
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
