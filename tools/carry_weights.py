@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -34,24 +35,30 @@ def rescale(filters: torch.Tensor, count: int, channels: int) -> torch.Tensor:
     return grids.permute(0, 2, 3, 1).reshape(count, *filters.shape[1:]).contiguous()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("name")
     parser.add_argument("new", type=Path)
     parser.add_argument("--source", help="name of the model in FILE, if it is another one")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     trained = visionattn.load(args.file, args.source or args.name).state_dict()
     network = timm.create_model(args.name)
-    state = network.state_dict()
-    for key, fresh in state.items():
+    fresh_state = network.state_dict()
+    state = dict(fresh_state)
+    for key, fresh in fresh_state.items():
         if key in trained and key.startswith("upsampler"):
             state[key] = rescale(trained[key], len(fresh), network.out_chans)
         elif key in trained:
             state[key] = trained[key]
         elif LAST.search(key):
             state[key] = torch.zeros_like(fresh)
+    wrong = [key for key, fresh in fresh_state.items() if state[key].shape != fresh.shape]
+    if wrong:
+        raise SystemExit(
+            f"{args.file} does not fit {args.name}: {len(wrong)} tensors differ in shape, such as {wrong[0]}."
+        )
     with atomic_path(args.new) as temporary:
         save_file(state, temporary)
     new, gone = (len(one.keys() - other.keys()) for one, other in ((state, trained), (trained, state)))
