@@ -121,6 +121,14 @@ def test_command(scenes, tmp_path, capsys, monkeypatch):
         assert (row["device"], row["dtype"]) == ("cpu", "float32")
 
 
+def test_rows_state_how_the_network_was_used(scenes, tmp_path, monkeypatch):
+    monkeypatch.setitem(BASELINES, "sgbm", lambda left, right, largest: np.full(left.shape[:2], largest))
+    evaluate_stereo(Red(), scenes, baseline="sgbm", enlarge=2, fill=True).write(tmp_path / "out.csv")
+    with open(tmp_path / "out.csv", newline="") as file:
+        used = {(row["model"], row["enlarge"], row["fill"]) for row in csv.DictReader(file)}
+    assert used == {("sgbm", "1.0", "False"), ("sgbm_filled", "1.0", "False"), ("Red", "2", "True")}
+
+
 def test_bad_scenes_are_named_and_the_rest_goes_on(scenes, capsys, monkeypatch):
     monkeypatch.setitem(BASELINES, "sgbm", lambda left, right, largest: np.full(left.shape[:2], largest))
     (scenes / "two" / "im1.png").write_bytes(b"junk")

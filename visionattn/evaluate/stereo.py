@@ -56,6 +56,8 @@ class StereoMeasurements:
     Attributes:
         device: Device of the models.
         dtype: Precision of the models.
+        enlarge: Factor by which the views were enlarged for the models.
+        fill: Whether the models' disparities were filled.
         rows: One row per model, scene and region.
         failures: One error line per scene that could not be measured.
         notes: Assumptions about the ground truth, such as factors of PNGs, with the scenes they concern.
@@ -63,6 +65,8 @@ class StereoMeasurements:
 
     device: str
     dtype: str
+    enlarge: float = 1.0
+    fill: bool = False
     rows: list[MeasuredStereo] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -101,17 +105,20 @@ class StereoMeasurements:
             StorageError: The file could not be written.
         """
         origin = {"device": self.device, "dtype": self.dtype, "torch": torch.__version__, "visionattn": __version__}
+        baselines = {name for baseline in BASELINES for name in (baseline, f"{baseline}_filled")}
         # Linux allows file names that are not valid text: they are written with escapes.
         with (
             atomic_path(path) as temporary,
             temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
         ):
-            names = ["model", "scene", "region", *(key.name for key in fields(Errors)), *origin]
+            names = ["model", "scene", "region", *(key.name for key in fields(Errors)), "enlarge", "fill", *origin]
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             for row in [*self.rows, *self.means()]:
                 errors = {key: f"{value:.4f}" for key, value in asdict(row.errors).items()}
-                writer.writerow({"model": row.model, "scene": row.scene, "region": row.region, **errors, **origin})
+                where = {"model": row.model, "scene": row.scene, "region": row.region}
+                enlarge, fill = (1.0, False) if row.model in baselines else (self.enlarge, self.fill)
+                writer.writerow({**where, **errors, "enlarge": enlarge, "fill": fill, **origin})
 
 
 def evaluate_stereo(
@@ -168,7 +175,7 @@ def evaluate_stereo(
         networks = {label: EnlargedViews(network, enlarge) for label, network in networks.items()}
     device = str(find_device(device))
     networks = place(networks, device, dtype)
-    found = StereoMeasurements(device, dtype)
+    found = StereoMeasurements(device, dtype, enlarge, fill)
     notes: list[tuple[str, str]] = []
     with Progress(console=console, disable=console is None, transient=True) as progress:
         task = progress.add_task("scenes", total=len(scenes))
