@@ -13,7 +13,7 @@ from typing import Any
 from visionattn.errors import ExportError, InputError, require, shorten
 from visionattn.export.spec import ExportSpec
 
-__all__ = ["FORMATS", "find_format", "quiet", "write_model"]
+__all__ = ["FORMATS", "find_format", "quiet", "set_metadata", "write_model"]
 
 FORMATS = ("onnx", "ort", "pt2")
 
@@ -48,6 +48,12 @@ def find_format(output: str | Path, format: str | None = None) -> str:
     return suffix
 
 
+def set_metadata(model: Any, spec: ExportSpec) -> None:
+    """Replace the metadata of an `onnx.ModelProto`."""
+    del model.metadata_props[:]
+    require("onnx", "export").helper.set_model_props(model, spec.to_metadata())
+
+
 def write_model(model: Any, spec: ExportSpec, path: Path) -> None:
     """Write an `onnx.ModelProto` with its metadata: as ONNX or, if the path ends in .ort, in ONNX Runtime's format.
 
@@ -57,8 +63,7 @@ def write_model(model: Any, spec: ExportSpec, path: Path) -> None:
         ExportError: ONNX Runtime cannot convert it.
     """
     del model.graph.value_info[:]  # intermediate shapes, which quantisation adds
-    del model.metadata_props[:]
-    require("onnx", "export").helper.set_model_props(model, spec.to_metadata())
+    set_metadata(model, spec)
     if path.suffix.lower() != ".ort":
         path.write_bytes(model.SerializeToString())
         return

@@ -16,7 +16,7 @@ from visionattn.export.matching import first_node_first
 from visionattn.export.spec import ExportSpec
 from visionattn.export.trace import refusal
 
-__all__ = ["save_program", "translate", "write_metadata"]
+__all__ = ["save_program", "translate"]
 
 
 def translate(program: ExportedProgram, spec: ExportSpec, path: Path) -> int:
@@ -64,15 +64,6 @@ def translate(program: ExportedProgram, spec: ExportSpec, path: Path) -> int:
     model.metadata_props.update(spec.to_metadata())
     translated.save(str(path), external_data=False)
     return len(model.graph)
-
-
-def write_metadata(spec: ExportSpec, path: Path) -> None:
-    """Replace the metadata of an ONNX file."""
-    onnx = require("onnx", "export")
-    model = onnx.load(path)
-    del model.metadata_props[:]
-    onnx.helper.set_model_props(model, spec.to_metadata())
-    onnx.save(model, path)
 
 
 def save_program(program: ExportedProgram, spec: ExportSpec, path: Path) -> nn.Module:

@@ -16,11 +16,12 @@ from typing import Any
 
 from torch import nn
 
-from visionattn.errors import ExportError, shorten
+from visionattn.errors import ExportError, require, shorten
 from visionattn.export.budget import TIME_LIMIT, Budget
 from visionattn.export.check import check_file
 from visionattn.export.check_pair import check_pair
 from visionattn.export.check_program import check_program
+from visionattn.export.formats import set_metadata
 from visionattn.export.pad import pad_file
 from visionattn.export.part import Part
 from visionattn.export.rows import CheckRow
@@ -28,7 +29,7 @@ from visionattn.export.runtime import open_exported
 from visionattn.export.sizes import check_sizes, program_sizes
 from visionattn.export.spec import ExportSpec, size_text
 from visionattn.export.trace import trace_graph
-from visionattn.export.translate import save_program, translate, write_metadata
+from visionattn.export.translate import save_program, translate
 from visionattn.files import atomic_path
 
 __all__ = ["OnnxFile", "write_parts"]
@@ -132,7 +133,10 @@ def _write(parts: Sequence[Part], paths: Sequence[Path], pad_channels: bool, che
             if is_program:
                 save_program(traced, spec, path)
             else:
-                write_metadata(spec, path)
+                onnx = require("onnx", "export")
+                model = onnx.load(path)
+                set_metadata(model, spec)
+                onnx.save(model, path)
     return OnnxFile(part.path, spec, nodes, path.stat().st_size, time.perf_counter() - start, rows)
 
 

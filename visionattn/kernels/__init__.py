@@ -44,6 +44,5 @@ class PlainForms(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Replace operators by their plain form; call all other functions unchanged."""
         operator = getattr(func, "default", func)  # `torch.ops.visionattn.<operator>` has one overload
-        forms = DEFINITIONS | EXPORTED
-        function = forms.get(operator, func) if isinstance(operator, OpOverload) else func
+        function = decompositions().get(operator, func) if isinstance(operator, OpOverload) else func
         return function(*args, **(kwargs or {}))
