@@ -107,8 +107,8 @@ def test_without_time_for_one_size_there_is_no_file(tmp_path, monkeypatch):
         export_onnx(Toy(), tmp_path / "model.onnx", time_limit=4000)
     assert str(error.value) == (
         "The check of Toy cannot compare a single size, 53 x 19, within the time limit of 4,000 s of CPU time for all "
-        "steps: 1,007 s have passed. Raise the limit with --time-limit (time_limit=), or skip the check with "
-        "--no-check (check=False)."
+        "steps: 1,007 s have passed. Raise the limit with --time-limit (time_limit=); a file outside a bundle can also "
+        "do without a check, with --no-check (check=False)."
     )
     assert clock.seconds == 53 * 19
     with pytest.raises(ExportError, match="cannot compare a single size, 8 x 8"):

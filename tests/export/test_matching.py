@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 
 import onnx
@@ -8,8 +9,11 @@ import onnxscript.optimizer
 import pytest
 from onnxscript.rewriter.pattern import SimplePatternMatcher
 
+from tests.export.clock import Clock
 from tests.export.toys import Gated
+from visionattn.errors import ExportError
 from visionattn.export import export_onnx
+from visionattn.export.budget import Budget
 from visionattn.export.matching import first_node_first
 
 # Two slices that are one split, in the order in which the optimizer finds it, and one that is not.
@@ -48,7 +52,7 @@ def test_patterns_of_several_nodes_are_still_found(searched):
     everywhere = searched.copy()
     searched.clear()
     match = SimplePatternMatcher.match
-    with first_node_first():
+    with first_node_first(Budget()):
         quick = onnxscript.optimizer.optimize(onnx.parser.parse_model(HALVES))
     assert SimplePatternMatcher.match is match
     assert quick.SerializeToString() == plain.SerializeToString()
@@ -72,5 +76,24 @@ def test_the_exported_file_is_the_same(searched, tmp_path, monkeypatch):
 def test_an_optimizer_without_the_class_is_left_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript.rewriter.pattern", None)  # an import fails
     match = SimplePatternMatcher.match
-    with first_node_first():
+    with first_node_first(Budget()):
         assert SimplePatternMatcher.match is match
+
+
+def test_the_time_limit_ends_translating(tmp_path, monkeypatch):
+    clock, match = Clock(), SimplePatternMatcher.match
+
+    def slow(self, model, graph, node, **options):
+        clock.seconds += 1
+        return match(self, model, graph, node, **options)
+
+    monkeypatch.setattr(SimplePatternMatcher, "match", slow)
+    monkeypatch.setattr("visionattn.export.write.Budget", functools.partial(Budget, clock=clock))
+    with pytest.raises(ExportError) as error:
+        export_onnx(Gated(), tmp_path / "model.onnx", check=False, time_limit=20)
+    assert str(error.value).startswith(
+        "The ONNX exporter cannot export Gated with dynamic batch, height, width. Reason: translating did not end "
+        "within the limit of 20 s of CPU time for all steps; raise it with --time-limit (time_limit=)."
+    )
+    assert clock.seconds == 21
+    assert not list(tmp_path.iterdir())

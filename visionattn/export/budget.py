@@ -53,6 +53,18 @@ class Budget:
         """Whether a step of that duration would end within the limit."""
         return self.spent + seconds <= self.limit
 
+    def check(self, step: str) -> None:
+        """Stop a step that has passed the limit.
+
+        Raises:
+            TimeLimitError: It has; the message names the step and the remedy.
+        """
+        if not self.allows(0):
+            raise TimeLimitError(
+                f"{step} did not end within the limit of {self.limit:,.10g} s of CPU time for all steps; raise it with "
+                "--time-limit (time_limit=)."
+            )
+
     def tell_time(self, what: str, always: bool) -> None:
         """Tell what begins and the time so far, unless the last such line was only just written."""
         spent = self.spent

@@ -116,5 +116,6 @@ class Schedule:
         return (
             f"The check of {name} cannot compare a single size, {size_text(*self._order[0])}, within the time limit of "
             f"{self.budget.limit:,.10g} s of CPU time for all steps: {self.budget.spent:,.0f} s have passed. Raise the "
-            "limit with --time-limit (time_limit=), or skip the check with --no-check (check=False)."
+            "limit with --time-limit (time_limit=); a file outside a bundle can also do without a check, with "
+            "--no-check (check=False)."
         )

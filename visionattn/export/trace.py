@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from visionattn.errors import ExportError
-from visionattn.export.budget import Budget, TimeLimitError
+from visionattn.export.budget import Budget
 from visionattn.export.spec import ExportSpec, size_text
 from visionattn.kernels import PlainForms
 
@@ -100,11 +100,7 @@ class _Forms(PlainForms):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Call the exportable form of a function if there is one, otherwise the function itself."""
-        if not self.budget.allows(0):
-            raise TimeLimitError(
-                f"tracing did not end within the limit of {self.budget.limit:,.10g} s of CPU time for all steps; raise "
-                "it with --time-limit (time_limit=)."
-            )
+        self.budget.check("tracing")
         func = _FORMS.get(func, func)
         return super().__torch_function__(func, types, args, kwargs)
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from visionattn.errors import ExportError, require
+from visionattn.export.budget import Budget
 from visionattn.export.matching import first_node_first
 from visionattn.export.spec import ExportSpec
 from visionattn.export.trace import refusal
@@ -19,24 +20,25 @@ from visionattn.export.trace import refusal
 __all__ = ["save_program", "translate"]
 
 
-def translate(program: ExportedProgram, spec: ExportSpec, path: Path) -> int:
+def translate(program: ExportedProgram, spec: ExportSpec, path: Path, budget: Budget) -> int:
     """Translate to ONNX, and write the file with its metadata.
 
     Args:
         program: The traced model, without operators of this package.
         spec: The metadata.
         path: File to write.
+        budget: The time limit.
 
     Returns:
         The number of nodes.
 
     Raises:
-        ExportError: The exporter fails.
+        ExportError: The exporter fails, or the time does not suffice.
     """
     onnx = require("onnx", "export")
     clear = require("onnx_ir.passes.common", "export").ClearMetadataAndDocStringPass()
     try:
-        with warnings.catch_warnings(), first_node_first():
+        with warnings.catch_warnings(), first_node_first(budget):
             # Two inputs share their axes, which makes the exporter warn once per axis.
             warnings.filterwarnings("ignore", message="# The axis name")
             translated: Any = torch.onnx.export(

@@ -115,7 +115,7 @@ def _write(parts: Sequence[Part], paths: Sequence[Path], pad_channels: bool, che
     else:
         seconds = time.perf_counter() - start  # translating takes 0.4 to 1.3 times as long as tracing
         tell(f"Step 2 of {steps}: translating {len(traced.graph.nodes):,} operations, about {1.3 * seconds:.0f} s.")
-        nodes = translate(traced, spec, path)
+        nodes = translate(traced, spec, path, budget)
         if pad_channels:
             pad_file(path)
     rows: list[CheckRow] = []
