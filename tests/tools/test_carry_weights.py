@@ -32,3 +32,22 @@ def test_a_model_of_another_width_is_refused(tmp_path):
     ):
         main([source, "va_span_ch28_x4", str(new), "--source", "va_span_ch26_x4"])
     assert not new.exists()
+
+
+def test_a_flow_network_matches_rows_as_the_stereo_network_matches_columns(tmp_path):
+    """The correction of y by the attention's window is that of x, where only the window decides."""
+    source, new = str(SHIPPED / "va_match_stereo_nano.safetensors"), str(tmp_path / "flow.safetensors")
+    main([source, "va_match_flow_nano", new, "--source", "va_match_stereo_nano"])
+    stereo = visionattn.load(source, "va_match_stereo_nano").state_dict()
+    flow = visionattn.load(new, "va_match_flow_nano").state_dict()
+    weight = "decoder.3.0.match_attention_cross.proj.weight"
+    (x, y), window = flow[weight][-2:], 4 * 4 * 4
+    torch.testing.assert_close(x, stereo[weight][-2], rtol=0, atol=0)
+    torch.testing.assert_close(y[-window:].view(4, 4, 4), x[-window:].view(4, 4, 4).transpose(1, 2), rtol=0, atol=0)
+    assert not y[:-window].any()
+    changed = {key for key, value in flow.items() if not torch.equal(value, stereo.get(key, value))}
+    assert {key.partition(".")[2].partition(".")[2].partition(".")[2] for key in changed} == {
+        "field_scale",
+        "match_attention_cross.proj.weight",
+        "match_attention_self.proj.weight",
+    }
