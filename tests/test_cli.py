@@ -25,6 +25,7 @@ WEIGHTS = {
     "va_cca_halonet_nano_32": "shipped",
     "va_halonet_nano_32": "shipped",
     "va_match_flow_base": "download",
+    "va_match_flow_nano": "shipped",
     "va_match_stereo_base": "download",
     "va_match_stereo_nano": "shipped",
     "va_match_stereo_small": "download",

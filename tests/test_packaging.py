@@ -103,13 +103,16 @@ def test_the_wheel_has_the_package_with_its_weights_and_nothing_else(wheel):
     assert names == (source_files() | {"visionattn_command.py"}) - only_for_the_page
 
 
-def test_a_page_in_the_wheel_has_its_runtime_compressed(wheel):
+def test_a_page_in_the_wheel_has_its_runtime_and_models_compressed(wheel):
     names = [name.removeprefix(PAGE) for name in ZipFile(wheel).namelist() if name.startswith(PAGE)]
     if not names:
         pytest.skip("the page is not built: `make web`")
     assert [name for name in names if name.endswith((".wasm", ".wasm.xz"))] == [
         "runtime/ort-wasm-simd-threaded.wasm.xz"
     ]
+    models = [name for name in names if name.startswith("models/")]
+    assert models.count("models/stereo.onnx.xz") == 1
+    assert all(name.endswith((".onnx.xz", ".json")) for name in models)
 
 
 def test_the_wheel_is_small(wheel):

@@ -77,18 +77,13 @@ def write_models(folder: Path) -> None:
     entries = []
     for file, name in MODELS.items():
         written = export_onnx(create_pretrained(name), folder / f"{file}.onnx", weights="shipped with visionattn")
-        if written.spec.task == "stereo":
-            written = store_in_half(written)
-        entries.append(_entry(written))
-        if written.spec.task == "restore":
-            found = write_variants(written.path, int8=True, overwrite=True)
-            entries += [
-                _entry(variant) for variant in found if variant.spec.precision == "int8" and variant.recommended
-            ]
+        found = write_variants(written.path, int8=True, overwrite=True) if written.spec.task == "restore" else []
+        variants = [variant for variant in found if variant.spec.precision == "int8" and variant.recommended]
+        entries += map(_entry, [store_in_half(written), *variants])
     digits = open_model("va_minimal_vit_nano_patch7_28", DIGITS).model
     written = export_onnx(WithAttention(digits), folder / "digits.onnx", dynamic_size=False, weights="see digits.md")
     labels = [str(digit) for digit in range(digits.num_classes)]
-    entries.append(_entry(written) | {"blocks": len(digits.blocks), "labels": labels})
+    entries.append(_entry(store_in_half(written)) | {"blocks": len(digits.blocks), "labels": labels})
     (folder / "models.json").write_text(json.dumps(entries, indent=1))
 
 
@@ -114,7 +109,7 @@ def write_examples(folder: Path) -> None:
     cat.reduce(SMALL).save(folder / "cat.png")
     digit_strip().save(folder / "digits.png")
     for side, view in zip(("left", "right"), data.stereo_motorcycle()):
-        Image.fromarray(view).save(folder / f"{side}.jpg", quality=92)
+        Image.fromarray(view).save(folder / f"{side}.jpg", quality=80)
 
 
 def main() -> None:

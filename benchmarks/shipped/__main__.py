@@ -6,6 +6,7 @@
 | --- | --- | --- |
 | super-resolution | `--sr`: high-resolution images in `NAME/HR` | bicubic; files of `--published` of the same size |
 | stereo | `--stereo`: scenes with ground truth, `--factor` of their PNGs | OpenCV's SGBM, gaps filled by row |
+| flow | `--flow`: 32 generated pairs and scikit-image's stereo pair | OpenCV's DIS and Farneback; no motion |
 | classification | `--cifar10`: sheets (`benchmarks.models.cifar_sheets`) | published ResNets in `--resnets` |
 | retrieval | `--objects`: table of `tools/generated_objects.py` | pooled features of another shipped network; chance |
 | backbone | as classification | the same network untrained; pixels |
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--sr", type=Path, metavar="FOLDER", help="folders NAME/HR of high-resolution images")
     parser.add_argument("--published", type=Path, metavar="FOLDER", help="published super-resolution files (.pth)")
     parser.add_argument("--stereo", type=Path, metavar="FOLDER", help="stereo scenes with ground truth")
+    parser.add_argument("--flow", action="store_true", help="generated pairs and a packaged one")
     parser.add_argument("--cifar10", type=Path, metavar="FOLDER", help="sheets of CIFAR-10")
     parser.add_argument("--objects", type=Path, metavar="TABLE", help="objects.csv")
     parser.add_argument("--resnets", type=Path, metavar="FOLDER", help="files resnet20_cifar10 and resnet56_cifar10")
@@ -48,6 +50,7 @@ def main() -> None:
         {
             "restore": args.sr and partial(measures.upscaling, folder=args.sr, published=args.published),
             "stereo": args.stereo and partial(measures.stereo, folder=args.stereo, factor=factors(args.factor)),
+            "flow": measures.flow if args.flow else None,
             "classify": args.cifar10 and partial(measures.cifar10, folder=args.cifar10, resnets=args.resnets),
             "retrieve": args.objects and partial(measures.retrieval, table=args.objects),
         }

@@ -27,6 +27,8 @@ LOWER = (EPE, BAD_2)
 """Metrics of which less is better."""
 QUALITIES = (None, 75, 30)
 """Of JPEG, that low-resolution images go through; None for none."""
+FLOW_PAIRS = 32
+"""Generated pairs."""
 TRAIN_IMAGES, BATCH = 10_000, 500
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -86,6 +88,19 @@ def stereo(name: str, folder: Path, factor: float | Mapping[str, float] | None) 
                     Measured(name, row.scene, method, BAD_2, row.errors.bad_2),
                 ]
     return sorted(rows, key=lambda row: row.data)
+
+
+def flow(name: str) -> list[Measured]:
+    """EPE and bad-2 of generated pairs and a stereo pair, next to OpenCV's methods."""
+    from benchmarks.stereo.flow_pairs import RIVALS, by_network, kinds, measure  # needs OpenCV
+
+    methods = {**RIVALS, name: by_network(timm.create_model(name, pretrained=True).eval())}
+    return [
+        Measured(name, data, method, metric, errors[key])
+        for data, pairs in kinds(FLOW_PAIRS, [])
+        for method, errors in measure(pairs, methods).items()
+        for metric, key in ((EPE, "epe"), (BAD_2, "bad_2"))
+    ]
 
 
 def retrieval(name: str, table: Path) -> list[Measured]:

@@ -2,9 +2,10 @@
 
     python -m benchmarks.stereo.flow_pairs va_match_flow_nano=best.ckpt [--pairs 32] [--photographs FOLDER]
 
-Two kinds of pairs: generated ones of seed 2, which are those that a recipe of seed 0 tests on and never trains on; and
-the stereo pair "motorcycle" that scikit-image packages, whose disparity d is the flow (-d, 0). Writes
-results/flow_pairs.csv: means over the pairs of a kind, over all pixels with ground truth.
+Three kinds of pairs: generated ones of seed 2, which are those that a recipe of seed 0 tests on and never trains on;
+the stereo pair "motorcycle" that scikit-image packages, whose disparity d is the flow (-d, 0); and the same with rows
+and columns exchanged, whose flow is vertical. Writes results/flow_pairs.csv: means over the pairs of a kind, over all
+pixels with ground truth.
 """
 
 from __future__ import annotations
@@ -39,11 +40,22 @@ def generated(count: int, photographs: list[str]) -> Iterator[Pair]:
         yield views[0], views[1], fields[0]
 
 
-def motorcycle() -> Iterator[Pair]:
-    """The packaged stereo pair of Middlebury 2014."""
+def motorcycle(transposed: bool = False) -> Iterator[Pair]:
+    """The packaged stereo pair of Middlebury 2014, and with rows and columns exchanged."""
     left, right, disparity = skimage.data.stereo_motorcycle()
     x = -np.where(np.isfinite(disparity), disparity, np.nan)
-    yield left, right, np.stack([x, np.where(np.isfinite(x), 0, np.nan)], -1).astype(np.float32)
+    flow = np.stack([x, np.where(np.isfinite(x), 0, np.nan)], -1).astype(np.float32)
+    if transposed:
+        left, right, flow = (np.ascontiguousarray(array.swapaxes(0, 1)) for array in (left, right, flow[..., ::-1]))
+    yield left, right, flow
+
+
+def kinds(count: int, photographs: list[str]) -> Iterator[tuple[str, Iterator[Pair]]]:
+    """Name and pairs of each kind."""
+    textures = "photographs" if photographs else "procedural textures"
+    yield f"{count} generated, {textures}", generated(count, photographs)
+    yield "motorcycle", motorcycle()
+    yield "motorcycle, transposed", motorcycle(transposed=True)
 
 
 def dis(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -99,11 +111,7 @@ def main() -> None:
     for label, _, network in (given.rpartition("=") for given in args.networks):
         methods[label or network] = by_network(visionattn.load(network).eval())
     rows = []
-    textures = "photographs" if args.photographs else "procedural textures"
-    for data, pairs in (
-        (f"{args.pairs} generated, {textures}", generated(args.pairs, args.photographs)),
-        ("motorcycle", motorcycle()),
-    ):
+    for data, pairs in kinds(args.pairs, args.photographs):
         for method, errors in measure(pairs, methods).items():
             values = {key: f"{value:.3f}" for key, value in errors.items()}
             rows.append({"data": data, "method": method, **values, **environment("cpu")})

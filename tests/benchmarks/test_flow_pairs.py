@@ -8,6 +8,8 @@ from torch import nn
 pytest.importorskip("cv2")
 pytest.importorskip("skimage")
 
+from benchmarks.shipped import measures
+from benchmarks.stereo import flow_pairs
 from benchmarks.stereo.flow_pairs import RIVALS, by_network, generated, measure, motorcycle
 
 
@@ -38,8 +40,26 @@ def test_pairs_with_ground_truth():
     assert known.mean() == pytest.approx(0.927, abs=0.001)
     assert (np.isfinite(truth[..., 1]) == known).all()
     assert -60 < truth[known][:, 0].min() < truth[known][:, 0].max() < -7
+    ((above, _, down),) = motorcycle(transposed=True)
+    assert np.array_equal(above, left.transpose(1, 0, 2))
+    assert np.array_equal(down, truth[..., ::-1].transpose(1, 0, 2), equal_nan=True)
     first, second, flow = next(generated(1, []))
     assert first.shape == second.shape == (256, 448, 3)
     assert flow.shape == (256, 448, 2)
     assert np.isfinite(flow).all()
     assert np.ptp(flow[..., 1]) > 1
+
+
+def test_shipped_weights_stand_next_to_the_rivals(monkeypatch):
+    monkeypatch.setattr(measures, "FLOW_PAIRS", 1)
+    monkeypatch.setattr(flow_pairs, "SIZE", (192, 224))
+    monkeypatch.setattr(flow_pairs, "motorcycle", lambda transposed=False: generated(1, []))
+    rows = measures.flow("va_match_flow_nano")
+    assert [row.method for row in rows[::2]] == [*RIVALS, "va_match_flow_nano"] * 3
+    assert [row.metric for row in rows[:2]] == [measures.EPE, measures.BAD_2]
+    assert list(dict.fromkeys(row.data for row in rows)) == [
+        "1 generated, procedural textures",
+        "motorcycle",
+        "motorcycle, transposed",
+    ]
+    assert rows[6].value < rows[0].value  # than without motion

@@ -15,6 +15,7 @@ def test_weights_without_data_are_left_out_and_said_so(capsys):
     others = {
         "va_cca_halonet_nano_32": "retrieve",
         "va_halonet_nano_32": "classify",
+        "va_match_flow_nano": "flow",
         "va_match_stereo_nano": "stereo",
         "va_minimal_vit_micro_patch4_32": "classify",
         "va_minimal_vit_micro_patch4_32_ep": "classify",

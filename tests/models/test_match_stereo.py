@@ -63,8 +63,8 @@ def test_parameters_and_macs(name):
 @pytest.mark.parametrize("name", COSTS)
 def test_card_and_unknown_arguments(name):
     config = timm.get_pretrained_cfg(name)
-    untrained = name in ("va_match_flow_nano", "va_match_flow_tiny")
-    published = not untrained and name != "va_match_stereo_nano"
+    untrained = name == "va_match_flow_tiny"
+    published = not untrained and not name.endswith("_nano")
     assert bool(config.has_weights) != untrained
     assert config.license == ("not stated" if published else "apache-2.0")
     assert config.hf_hub_id == ("Tingman/MatchAttention" if published else None)

@@ -172,11 +172,6 @@ def test_weights_of_a_named_model(folder, pair, monkeypatch):
     assert asked == [("w.pth", "va_match_stereo_tiny"), (Path("w.pth"),)]
 
 
-def test_flow_needs_a_model(pair, capsys):
-    assert main(["flow", *pair, "out.flo"]) == 2
-    assert "No weights for flow are shipped: give a weight file with --model FILE." in capsys.readouterr().err
-
-
 def test_weights_that_cannot_be_downloaded(pair, capsys, monkeypatch):
     def offline(*args, **kwargs):
         raise FileNotFoundError("Please check your connection.\nAnd more.")

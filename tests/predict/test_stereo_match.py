@@ -123,8 +123,6 @@ def test_images_that_are_not_accepted(image, message):
 
 def test_models_that_are_not_accepted():
     views = view(8, 12, 0.4), view(8, 12, 0.4)
-    with pytest.raises(InputError, match="No weights for flow are shipped"):
-        visionattn.flow(*views)
     with pytest.raises(InputError, match="a 'stereo' model is required"):
         visionattn.stereo(*views, Flow())
     with pytest.raises(DataError, match="lost"):

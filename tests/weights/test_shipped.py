@@ -43,7 +43,7 @@ class TestFile:
 
     def test_loads_by_name_and_by_file(self, file):
         model = timm.create_model(file.stem, pretrained=True).eval()
-        views = 2 if model.task == "stereo" else 1
+        views = 2 if model.task in ("stereo", "flow") else 1
         images = torch.rand(views, 1, *model.pretrained_cfg["input_size"])
         assert torch.equal(model(*images), visionattn.load(file, file.stem).eval()(*images))
 

@@ -326,7 +326,7 @@ default_cfgs = generate_default_cfgs(
         "va_match_stereo_tiny.fsd": _published("matchstereo_tiny_fsd.pth"),
         "va_match_stereo_small.fsd": _published("matchstereo_small_fsd.pth"),
         "va_match_stereo_base.fsd": _published("matchstereo_base_fsd.pth"),
-        "va_match_flow_nano.untrained": _cfg(),
+        "va_match_flow_nano.generated": _cfg(file=str(SHIPPED / "va_match_flow_nano.safetensors")),
         "va_match_flow_tiny.untrained": _cfg(),
         "va_match_flow_base.sintel": _published("matchflow_base_sintel.pth"),
     }

@@ -59,7 +59,7 @@ def flow(
         first: An array (H, W) or (H, W, C) of uint8, uint16 or floats in 0..1; a PIL image; a float tensor (C, H, W) in
             0..1; or the path of an image file (EXIF orientation is applied). Grey or RGB; alpha is composited on white.
         second: The same, with the same size.
-        model: A model with the task "flow": its name, a weight file, or the module. No weights are shipped.
+        model: A model with the task "flow": its name, a weight file, or the module. Default: the shipped network.
         checkpoint: Weight file for a name.
         device: "auto" (a GPU if available; a module stays on its device), "cpu", "cuda:1".
         dtype: "float32", "float16", "bfloat16" or "auto" (float16 on a GPU, otherwise the type of the weights).

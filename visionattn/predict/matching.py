@@ -26,7 +26,7 @@ from visionattn.predict.tiles import bytes_per_pixel, free_memory
 
 __all__ = ["SHIPPED", "Matcher", "as_tensor", "describe_unknown", "open_matcher", "pixels_of"]
 
-SHIPPED = {"stereo": "va_match_stereo_nano"}  # the default model of a task
+SHIPPED = {"stereo": "va_match_stereo_nano", "flow": "va_match_flow_nano"}  # the default model of a task
 PEAKS = {"u1": 255.0, "u2": 65535.0}
 UNKNOWN_MEMORY = 2**31  # bytes to assume if the system does not report its free memory
 
@@ -176,9 +176,7 @@ def open_matcher(
         VisionAttnError: The model, file or device does not exist, or the model has no weights or another task.
     """
     if model is None and checkpoint is None:
-        model = SHIPPED.get(task)
-        if model is None:
-            raise InputError(f"No weights for {task} are shipped: give a weight file with --model FILE.")
+        model = SHIPPED[task]
     return Matcher(open_network(model, checkpoint, task, device), task, **matching)
 
 
