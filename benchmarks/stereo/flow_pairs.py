@@ -1,6 +1,6 @@
 """Optical flow of networks next to OpenCV's DIS and Farneback, on pairs with exact ground truth.
 
-    python -m benchmarks.stereo.flow_pairs va_match_flow_nano=best.ckpt [--pairs 32] [--photographs FOLDER]
+    python -m benchmarks.stereo.flow_pairs va_match_flow_nano before=old.ckpt [--pairs 32] [--photographs FOLDER]
 
 Three kinds of pairs: generated ones of seed 2, which are those that a recipe of seed 0 tests on and never trains on;
 the stereo pair "motorcycle" that scikit-image packages, whose disparity d is the flow (-d, 0); and the same with rows
@@ -21,10 +21,10 @@ import skimage.data
 import torch
 from torch import nn
 
-import visionattn
 from benchmarks.report import RESULTS, environment, write_rows
 from visionattn.data.matching.scenes import GeneratedPairs
 from visionattn.metrics.matching import Errors, flow_errors
+from visionattn.opening import open_model
 
 SIZE, LARGEST, SEED = (256, 448), 64.0, 2
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -109,7 +109,7 @@ def main() -> None:
     torch.set_num_threads(1)
     methods = dict(RIVALS)
     for label, _, network in (given.rpartition("=") for given in args.networks):
-        methods[label or network] = by_network(visionattn.load(network).eval())
+        methods[label or network] = by_network(open_model(network).model.eval())
     rows = []
     for data, pairs in kinds(args.pairs, args.photographs):
         for method, errors in measure(pairs, methods).items():
