@@ -93,6 +93,18 @@ def test_search_tells_colours_apart_on_objects_that_it_has_not_seen(tmp_path):
         assert own > chance + gain
 
 
+def test_flow_reaches_what_its_card_says():
+    pytest.importorskip("cv2")
+    from benchmarks.stereo.flow_pairs import by_network, measure, motorcycle
+
+    card = (SHIPPED / "va_match_flow_nano.md").read_text()
+    stated = [float(found) for found in re.search(r"EPE is ([\d.]+) .*?exchanged ([\d.]+) ", card, re.DOTALL).groups()]
+    network = by_network(timm.create_model("va_match_flow_nano", pretrained=True).eval())
+    for transposed, epe in enumerate(stated):
+        found = measure(motorcycle(bool(transposed)), {"flow": network})
+        assert found["flow"]["epe"] == pytest.approx(epe, abs=0.02)
+
+
 @pytest.mark.skipif(not TEDDY.is_dir(), reason="Middlebury's Teddy is not there")
 def test_stereo_reaches_what_its_card_says():
     stated = float(re.search(r"teddy ([\d.]+)", (SHIPPED / "va_match_stereo_nano.md").read_text())[1])
