@@ -356,6 +356,27 @@ def test_thin_structures():
         GeneratedPairs(1, SIZE, 40.0, thin=2)
 
 
+def test_enlarged_pairs():
+    def doubled(pair):
+        """Whether each 2 x 2 pixels have one field, as if drawn at half of the size."""
+        return np.array_equal(pair.fields[:, ::2, ::2], pair.fields[:, 1::2, 1::2])
+
+    plain, mixed, enlarged = (GeneratedPairs(8, (192, 256), 60.0, enlarged=share) for share in (0.0, 0.5, 1.0))
+    assert not doubled(plain[0])
+    assert 0 < sum(doubled(mixed[number]) for number in range(8)) < 8
+    pair = enlarged[0]
+    assert doubled(pair)
+    assert pair.views.shape == (2, 192, 256, 3)
+    assert 1 < np.abs(pair.fields).max() <= 60
+    # Fields of both views point at each other, in pixels of the enlarged views.
+    row, column = np.nonzero(pair.seen[0])
+    match = np.rint(column + pair.fields[0, row, column, 0]).astype(int).clip(0, 255)
+    apart = np.abs(pair.fields[0, row, column, 0] + pair.fields[1, row, match, 0])
+    assert np.quantile(apart, 0.95) < 1
+    with pytest.raises(ConfigError, match="enlarged must be between 0 and 1; got -1"):
+        GeneratedPairs(1, SIZE, 40.0, enlarged=-1)
+
+
 def test_a_grid_is_two_fences():
     a, b = np.random.default_rng(0).uniform(-30, 30, (2, 500))
     bars = ((8.0, 2.0), (11.0, 3.0))
