@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from visionattn.errors import InputError, require
-from visionattn.predict.consistency import fill_rows
+from visionattn.predict.filling import fill_rows
 
 __all__ = ["fill", "sgbm"]
 

@@ -31,7 +31,7 @@ from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.files import atomic_path
 from visionattn.metrics.matching import Errors, disparity_errors
 from visionattn.models.enlarged import EnlargedViews
-from visionattn.predict.consistency import fill_inconsistent
+from visionattn.predict.filling import fill_inconsistent
 
 __all__ = ["BASELINES", "Errors", "MeasuredStereo", "StereoMeasurements", "disparity_errors", "evaluate_stereo"]
 
@@ -146,8 +146,8 @@ def evaluate_stereo(
         baseline: "sgbm" adds OpenCV's semi-global matching, raw and with gaps filled ("sgbm_filled"); its search range
             is the largest disparity of the ground truth.
         enlarge: Factor by which the views are enlarged before matching (`visionattn.models.enlarged`).
-        fill: Replace the models' disparities that fail the left-right consistency check
-            (`visionattn.predict.consistency.fill_inconsistent`).
+        fill: Replace the models' disparities that fail the left-right consistency check, and smooth the others
+            (`visionattn.predict.filling.fill_inconsistent`).
         device: Device of the models: "auto" (a GPU if available), "cpu" or "cuda:1".
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
         console: Console for a progress bar. Default: no progress bar.
@@ -207,7 +207,7 @@ def _measure(
                 f"The output of {shorten(label)} is not finite: its weights are damaged, or the dtype is not precise "
                 "enough."
             )
-        disparities[label] = (fill_inconsistent(both) if filled else both)[0]
+        disparities[label] = (fill_inconsistent(both, pair.left, pair.right) if filled else both)[0]
     regions = {"all": None} if pair.nonocc is None else {"all": None, "nonocc": pair.nonocc}
     return [
         MeasuredStereo(label, name, region, disparity_errors(disparity, pair.truth, mask))

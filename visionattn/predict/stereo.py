@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from visionattn.errors import InputError
 from visionattn.predict.calibration import Calibration, read_calibration
-from visionattn.predict.consistency import fill_inconsistent, seen_in_both
+from visionattn.predict.consistency import seen_in_both
+from visionattn.predict.filling import fill_inconsistent
 from visionattn.predict.matching import Matcher, as_tensor, describe_unknown, open_matcher, pixels_of
 from visionattn.predict.rectification import describe_rows
 
@@ -111,8 +112,9 @@ def stereo(
             of the free memory.
         low_resolution_start: Start from the result at half the size, as the authors do for images of 2K and more.
         enlarge: Factor by which images are enlarged for the model; the result becomes finer.
-        fill: Replace the disparities of both views that fail the left-right consistency check (see
-            `visionattn.predict.consistency.fill_inconsistent`); `nonocc` is False there.
+        fill: Replace the disparities of both views that fail the left-right consistency check, and smooth the others
+            along the edges of the views (see `visionattn.predict.filling.fill_inconsistent`). `nonocc` is
+            computed before.
 
     Returns:
         Disparities, a mask of the non-occluded pixels, and depth if the cameras are known. A note tells if the rows of
@@ -148,7 +150,7 @@ def match_views(
     found = matcher(left, right)
     nonocc = seen_in_both(found)
     if fill:
-        found = fill_inconsistent(found)
+        found = fill_inconsistent(found, left, right)
     notes = [EXCHANGED] if looks_exchanged(left, right) else describe_rows(left, right)
     notes += describe_unknown(matcher.unknown, fill)
     metres = None

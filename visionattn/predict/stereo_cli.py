@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fill",
         action="store_true",
-        help="replace disparities that fail the left-right consistency check by those of the background",
+        help="replace disparities that fail the left-right consistency check, and smooth the others",
     )
     parser.add_argument(
         "--right",

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from visionattn.predict.filling import fill_inconsistent
+
+
+def views_of(disparity):
+    """Views in which each disparity has a colour, so that smoothing crosses no edge."""
+    return [np.repeat((40 * np.nan_to_num(view)).astype(np.uint8)[..., None], 3, 2) for view in disparity]
+
+
+def a_wall_behind_an_object():
+    """Both views of a wall of disparity 2 and an object of disparity 5 at columns 8 to 11 of the left view."""
+    left, right = np.full((3, 16), 2.0), np.full((3, 16), 2.0)
+    left[:, 8:12], right[:, 3:7] = 5, 5
+    return np.stack([left, right])
+
+
+def test_occluded_pixels_take_the_value_of_the_background():
+    truth = a_wall_behind_an_object()
+    guessed = truth.copy()
+    guessed[0, :, :2] = 9  # outside of the right view
+    guessed[0, :, 5:8] = 3.2  # occluded by the object
+    guessed[0, 1, 14] = np.nan  # not known
+    guessed[1, :, 7:10] = 3.2  # occluded in the right view
+    guessed[1, :, 14:] = 7  # outside of the left view
+    np.testing.assert_allclose(fill_inconsistent(guessed, *views_of(truth)), truth)
+    np.testing.assert_allclose(fill_inconsistent(truth, *views_of(truth)), truth)
+    assert fill_inconsistent(guessed.astype(np.float32), *views_of(truth)).dtype == np.float32
+
+
+def test_a_row_that_nothing_confirms_stays():
+    pair = np.stack([np.full((1, 6), 1.0), np.full((1, 6), 4.0)])
+    np.testing.assert_allclose(fill_inconsistent(pair, *views_of(pair)), pair)
+
+
+@pytest.mark.parametrize("tolerance", [0.2, 1.0])
+def test_tolerance(tolerance):
+    pair = np.stack([np.full((1, 6), 2.0), np.full((1, 6), 2.0)])
+    pair[0, 0, 4] = 2.5
+    edges = [255 * (np.arange(6) % 2).astype(np.uint8)[None]] * 2  # nothing is smoothed
+    found = fill_inconsistent(pair, *edges, tolerance)
+    np.testing.assert_allclose(found[0, 0, 4], 2 if tolerance < 0.5 else 2.5)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_disparities_follow_those_of_the_same_colour(kind):
+    peak = 1 if kind is np.float32 else np.iinfo(kind).max
+    left = np.full((12, 40, 3), 0.2 * peak).astype(kind)
+    left[:, 20:] = 0.8 * peak
+    right = np.roll(left, -4, 1)
+    truth = np.full((2, 12, 40), 4.0)
+    noise = np.random.default_rng(0).normal(0, 0.1, truth.shape)
+    guessed = truth + noise
+    guessed[0, :, 25:30] = 9.0  # wrong: the right view does not confirm it
+    error = np.abs(fill_inconsistent(guessed, left, right) - truth)[0]
+    assert error.max() < 0.1 < np.abs(noise).max()
+
+
+def test_nothing_known():
+    pair = np.full((2, 3, 5), np.nan)
+    np.testing.assert_array_equal(fill_inconsistent(pair, *[np.zeros((3, 5), np.uint8)] * 2), pair)
