@@ -115,6 +115,14 @@ def test_a_page_in_the_wheel_has_its_runtime_and_models_compressed(wheel):
     assert all(name.endswith((".onnx.xz", ".json")) for name in models)
 
 
+def test_a_built_page_reads_the_weights_of_the_package():
+    copies = list((ROOT.parent / PAGE / "models").glob("*.safetensors"))
+    if not copies:
+        pytest.skip("the page is not built: `make web`")
+    for copy in copies:
+        assert copy.read_bytes() == (ROOT / "weights" / copy.name).read_bytes(), "built before: `make web`"
+
+
 def test_the_wheel_is_small(wheel):
     assert wheel.stat().st_size < 15e6
 

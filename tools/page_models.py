@@ -3,13 +3,14 @@
     python -m tools.page_models web/public
 
 `models/models.json` lists the files with their metadata. Weights and photographs are those of installed packages.
+Graphs read the weights of this package from copies of its files; a wheel contains each of them once.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from PIL import Image
 from skimage import data
 from torch import Tensor, nn
 
+from tools.external_weights import refer_to_weights
 from tools.written_digits import digit_strip
 from visionattn.checkpoints import create_pretrained
 from visionattn.demo import DIGITS
+from visionattn.demo.server import WEIGHTS
 from visionattn.export import export_onnx
 from visionattn.export.half import halve_weights
 from visionattn.export.onnx import OnnxFile
@@ -79,28 +82,39 @@ def write_models(folder: Path) -> None:
         written = export_onnx(create_pretrained(name), folder / f"{file}.onnx", weights="shipped with visionattn")
         found = write_variants(written.path, int8=True, overwrite=True) if written.spec.task == "restore" else []
         variants = [variant for variant in found if variant.spec.precision == "int8" and variant.recommended]
-        entries += map(_entry, [store_in_half(written), *variants])
+        entries += [_entry(written, refer(written, name)), *map(_entry, variants)]
     digits = open_model("va_minimal_vit_nano_patch7_28", DIGITS).model
     written = export_onnx(WithAttention(digits), folder / "digits.onnx", dynamic_size=False, weights="see digits.md")
     labels = [str(digit) for digit in range(digits.num_classes)]
-    entries.append(_entry(store_in_half(written)) | {"blocks": len(digits.blocks), "labels": labels})
+    onnx.save(halved(written), written.path)
+    entries.append(_entry(written) | {"blocks": len(digits.blocks), "labels": labels})
     (folder / "models.json").write_text(json.dumps(entries, indent=1))
 
 
-def store_in_half(written: OnnxFile) -> OnnxFile:
-    """Store the weights as float16, as the package does: the outputs are the same, the file is half as large."""
+def halved(written: OnnxFile) -> onnx.ModelProto:
+    """The graph with weights in float16, as the package stores them: the outputs are the same."""
     model = onnx.load(written.path)
     halve_weights(model)
+    return model
+
+
+def refer(written: OnnxFile, name: str) -> Path:
+    """Store the graph without the weights of a name; they are read from a copy of the package's file, next to it."""
+    weights = WEIGHTS / f"{name}.safetensors"
+    model = halved(written)
+    refer_to_weights(model, weights)
     onnx.save(model, written.path)
-    return replace(written, bytes=written.path.stat().st_size)
+    return Path(shutil.copy(weights, written.path.parent))
 
 
-def _entry(written: OnnxFile | Variant) -> dict[str, Any]:
-    """Entry of a file in the page's list."""
-    print(f"{written.path}: {written.bytes / 1e6:.2f} MB")
+def _entry(written: OnnxFile | Variant, weights: Path | None = None) -> dict[str, Any]:
+    """Entry of a file, and of the weights that it reads, in the page's list."""
+    size = written.path.stat().st_size + (weights.stat().st_size if weights else 0)
+    print(f"{written.path}: {size / 1e6:.2f} MB")
     entry = {key: getattr(written.spec, key) for key in KEPT if getattr(written.spec, key) is not None}
+    entry |= {"weights": f"models/{weights.name}"} if weights else {}
     precision = written.spec.precision or "fp32"
-    return entry | {"file": f"models/{written.path.name}", "bytes": written.bytes, "precision": precision}
+    return entry | {"file": f"models/{written.path.name}", "bytes": size, "precision": precision}
 
 
 def write_examples(folder: Path) -> None:

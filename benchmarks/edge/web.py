@@ -48,6 +48,7 @@ WORKER = """(() => {
     }]));
     worker.postMessage({
       id: ++count, url: new URL(model.file, document.baseURI).href, bytes: model.bytes, inputs, provider: "wasm",
+      weights: model.weights && new URL(model.weights, document.baseURI).href,
       threads: 1, runtime: new URL("runtime/", document.baseURI).href,
     });
   });

@@ -19,6 +19,7 @@ def test_weights_without_data_are_left_out_and_said_so(capsys):
         "va_match_stereo_nano": "stereo",
         "va_minimal_vit_micro_patch4_32": "classify",
         "va_minimal_vit_micro_patch4_32_ep": "classify",
+        "va_minimal_vit_micro_patch4_32_ep.tuned_cifar10": "classify",
         "va_mobilenetv2_ulsam_050_32": "classify",
     }
     asked = []

@@ -4,12 +4,15 @@ import http.client
 import lzma
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
 import visionattn
 from visionattn.demo import PageServer
 from visionattn.errors import InputError
+
+SPAN = Path(visionattn.__file__).parent / "weights/va_span_ch26_x4.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +26,7 @@ def page(tmp_path_factory):
     (page / "runtime.wasm").write_bytes(b"\0asm")
     (page / "compressed.wasm.xz").write_bytes(lzma.compress(b"\0asm" * 1000))
     (page / "models/span.onnx").write_bytes(b"model")
+    (page / "models/own.safetensors").write_bytes(b"own")
     (page / "link.txt").symlink_to(root / "secret.txt")
     return page
 
@@ -55,6 +59,8 @@ def ask(server, path, method="GET"):
         ("/runtime.wasm", "application/wasm", b"\0asm"),
         ("/compressed.wasm", "application/wasm", b"\0asm" * 1000),
         ("/models/span.onnx?again", "application/octet-stream", b"model"),
+        ("/models/own.safetensors", "application/octet-stream", b"own"),
+        ("/models/va_span_ch26_x4.safetensors", "application/octet-stream", SPAN.read_bytes()),
     ],
 )
 def test_files_have_the_types_and_headers_that_threads_need(server, path, type_, body):
@@ -81,6 +87,8 @@ def test_files_have_the_types_and_headers_that_threads_need(server, path, type_,
         "/link.txt",
         "/models/",
         "/absent",
+        "/models/absent.safetensors",
+        "/models/../../weights/span.py",
         "/" + "a" * 5000,
     ],
 )

@@ -23,7 +23,12 @@ CIFAR10 = DATA / "cifar10"
 FILES = sorted(SHIPPED.glob("*.safetensors"))
 CLASSIFIERS = [
     SHIPPED / f"{name}.safetensors"
-    for name in ("va_halonet_nano_32", "va_mobilenetv2_ulsam_050_32", "va_minimal_vit_micro_patch4_32_ep")
+    for name in (
+        "va_halonet_nano_32",
+        "va_minimal_vit_micro_patch4_32_ep",
+        "va_minimal_vit_micro_patch4_32_ep.tuned_cifar10",
+        "va_mobilenetv2_ulsam_050_32",
+    )
 ]
 UPSCALERS = [file for file in FILES if file.stem.startswith("va_span")]
 

@@ -25,6 +25,8 @@ PAGE = Path(__file__).parent / "page"
 """Folder of the built page."""
 DIGITS = Path(__file__).parent / "digits.safetensors"
 """Weights of the page's digit classifier (see digits.md next to it)."""
+WEIGHTS = Path(__file__).parents[1] / "weights"
+"""Folder of the package's weights; models of the page read some of them."""
 
 HOST = "127.0.0.1"
 LARGEST_PORT = 2**16 - 1
@@ -47,6 +49,7 @@ TYPES = {
     ".mjs": "text/javascript; charset=utf-8",
     ".onnx": "application/octet-stream",
     ".png": "image/png",
+    ".safetensors": "application/octet-stream",
     ".svg": "image/svg+xml",
     ".wasm": "application/wasm",  # compiled while it is loaded only under this type
     ".webmanifest": "application/manifest+json",
@@ -54,7 +57,7 @@ TYPES = {
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Files of one folder, and nothing else."""
+    """Files of the page and weights of the package, and nothing else."""
 
     protocol_version = "HTTP/1.1"  # keeps connections open
     timeout = 60  # seconds after which an idle connection is closed
@@ -66,6 +69,9 @@ class _Handler(SimpleHTTPRequestHandler):
         try:
             found = Path(super().translate_path(path)).resolve()
             inside = found.is_relative_to(Path(self.directory).resolve())
+            # A wheel contains the weights once, in the package.
+            if inside and found.suffix == ".safetensors" and not found.exists():
+                found = WEIGHTS / found.name
         except (OSError, ValueError, RuntimeError):  # a NUL in the path, a loop of links
             inside = False
         return str(found) if inside else str(Path(self.directory) / "no such file")

@@ -6,7 +6,8 @@ published weights load. Every variant accepts any image size: positions are resa
 right and bottom to whole patches.
 
 `va_minimal_vit_micro_patch4_32_ep` reads out frozen features by efficient probing (`global_pool="ep"`). Its weight file
-holds the read-out only; the backbone is that of `va_minimal_vit_micro_patch4_32`.
+holds the read-out only; the backbone is that of `va_minimal_vit_micro_patch4_32`. Those of its tag `tuned_cifar10` were
+trained on as a whole, with labels.
 
 Variants at tiny scale (C = 192, 12 blocks, 3 heads, 224 x 224, 1000 classes; parameters counted, the first equals
 timm's vit_tiny):
@@ -245,6 +246,9 @@ default_cfgs = generate_default_cfgs(
         ),
         "va_minimal_vit_micro_patch4_32_ep.probed_cifar10": cifar_cfg(
             file=str(SHIPPED / "va_minimal_vit_micro_patch4_32_ep.safetensors")
+        ),
+        "va_minimal_vit_micro_patch4_32_ep.tuned_cifar10": cifar_cfg(
+            file=str(SHIPPED / "va_minimal_vit_micro_patch4_32_ep.tuned_cifar10.safetensors")
         ),
     }
 )

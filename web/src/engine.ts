@@ -57,6 +57,7 @@ export class Engine {
       const request: Request = {
         id,
         url: new URL(model.file, document.baseURI).href,
+        weights: model.weights && new URL(model.weights, document.baseURI).href,
         bytes: model.bytes,
         inputs,
         provider: this.provider,

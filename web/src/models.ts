@@ -3,6 +3,9 @@
 export interface Model {
   /** Address of the file, relative to the page. */
   file: string;
+  /** Address of the file that its weights are read from, if it does not contain them. */
+  weights?: string;
+  /** Size of both. */
   bytes: number;
   model: string;
   task: "restore" | "stereo" | "classify";

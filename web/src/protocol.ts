@@ -10,8 +10,9 @@ export type Provider = "wasm" | "webgpu";
 
 export interface Request {
   id: number;
-  /** Address of the model, and its size for the progress of its download. */
+  /** Addresses of the model and of the file of its weights, and their size for the progress of the download. */
   url: string;
+  weights?: string;
   bytes: number;
   inputs: Record<string, Floats>;
   provider: Provider;

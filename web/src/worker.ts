@@ -19,8 +19,28 @@ function tell(answer: Answer, transfer: Transferable[] = []): void {
   self.postMessage(answer, { transfer });
 }
 
-async function download(request: Request): Promise<Uint8Array> {
-  const response = await fetch(request.url);
+interface File {
+  name: string;
+  bytes: Uint8Array;
+}
+
+/** The model, then the file of its weights, if it has one. */
+async function downloadAll(request: Request): Promise<File[]> {
+  const files: File[] = [];
+  let size = 0;
+  for (const url of [request.url, request.weights]) {
+    if (!url) continue;
+    const bytes = await download(url, (loaded) =>
+      tell({ kind: "loading", id: request.id, done: Math.min((size + loaded) / request.bytes, 1) }),
+    );
+    size += bytes.length;
+    files.push({ name: url.slice(url.lastIndexOf("/") + 1), bytes });
+  }
+  return files;
+}
+
+async function download(url: string, loading: (size: number) => void): Promise<Uint8Array> {
+  const response = await fetch(url);
   if (!response.ok || !response.body) throw new Error(`The model cannot be loaded (${response.status}).`);
   const parts: Uint8Array[] = [];
   let size = 0;
@@ -29,7 +49,7 @@ async function download(request: Request): Promise<Uint8Array> {
     if (done) break;
     parts.push(value);
     size += value.length;
-    tell({ kind: "loading", id: request.id, done: Math.min(size / request.bytes, 1) });
+    loading(size);
   }
   const whole = new Uint8Array(size);
   let place = 0;
@@ -50,9 +70,11 @@ async function loadRuntime(provider: Provider, request: Request): Promise<Runtim
   return runtime;
 }
 
-async function start(provider: Provider, bytes: Uint8Array, request: Request, key: string): Promise<Ready> {
+async function start(provider: Provider, files: File[], request: Request, key: string): Promise<Ready> {
   const runtime = await loadRuntime(provider, request);
-  const session = await runtime.InferenceSession.create(bytes, { executionProviders: [provider] });
+  const [model, ...weights] = files;
+  const externalData = weights.map(({ name, bytes }) => ({ path: name, data: bytes }));
+  const session = await runtime.InferenceSession.create(model.bytes, { executionProviders: [provider], externalData });
   return { key, runtime, session, provider };
 }
 
@@ -60,18 +82,18 @@ async function prepare(request: Request): Promise<Ready> {
   const wanted: Provider = withoutGraphics ? "wasm" : request.provider;
   const key = `${wanted} ${request.url}`;
   if (ready?.key === key) return ready;
-  const bytes = await download(request);
+  const files = await downloadAll(request);
   await ready?.session.release();
   ready = undefined;
   if (wanted === "webgpu") {
     try {
-      ready = await start("webgpu", bytes, request, key);
+      ready = await start("webgpu", files, request, key);
       return ready;
     } catch {
       withoutGraphics = true; // no adapter, or not this model
     }
   }
-  ready = await start("wasm", bytes, request, `wasm ${request.url}`);
+  ready = await start("wasm", files, request, `wasm ${request.url}`);
   return ready;
 }
 
