@@ -26,7 +26,7 @@ from visionattn.evaluate.cli import add_factor, factors
 from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.predict import estimate_disparity
 from visionattn.predict.colours import disparity_colours, usual_top
-from visionattn.predict.filling import fill_inconsistent
+from visionattn.predict.filling import fill_left
 
 NETWORK = "va_match_stereo_nano"
 ENLARGED = 2
@@ -76,8 +76,7 @@ def main() -> None:
     for scene in find_scenes(folder, factor=factor):
         pair = scene.read()
         matched = fill(sgbm(pair.left, pair.right, float(np.nanmax(pair.truth))))
-        learned = estimate_disparity(pair.left, pair.right, network, enlarge=ENLARGED)
-        learned = fill_inconsistent(learned, pair.left, pair.right)[0]
+        learned = fill_left(estimate_disparity(pair.left, pair.right, network, enlarge=ENLARGED), pair.left)
         rendered.append(panels(pair, [matched, learned]))
     Image.fromarray(np.concatenate(rendered)).save(PICTURE, quality=80)
 

@@ -31,7 +31,7 @@ from visionattn.evaluate.sgbm import fill, sgbm
 from visionattn.files import atomic_path
 from visionattn.metrics.matching import Errors, disparity_errors
 from visionattn.models.enlarged import EnlargedViews
-from visionattn.predict.filling import fill_inconsistent
+from visionattn.predict.filling import fill_left
 
 __all__ = ["BASELINES", "Errors", "MeasuredStereo", "StereoMeasurements", "disparity_errors", "evaluate_stereo"]
 
@@ -207,7 +207,7 @@ def _measure(
                 f"The output of {shorten(label)} is not finite: its weights are damaged, or the dtype is not precise "
                 "enough."
             )
-        disparities[label] = (fill_inconsistent(both, pair.left, pair.right) if filled else both)[0]
+        disparities[label] = fill_left(both, pair.left) if filled else both[0]
     regions = {"all": None} if pair.nonocc is None else {"all": None, "nonocc": pair.nonocc}
     return [
         MeasuredStereo(label, name, region, disparity_errors(disparity, pair.truth, mask))

@@ -15,7 +15,7 @@ from visionattn.predict.batch import Bar, Job, Outcome
 from visionattn.predict.calibration import Calibration
 from visionattn.predict.colours import disparity_colours, usual_top
 from visionattn.predict.depth_files import write_depth, write_point_cloud
-from visionattn.predict.filling import fill_inconsistent
+from visionattn.predict.filling import fill_left
 from visionattn.predict.images.picture import Picture, write
 from visionattn.predict.matching import Matcher, as_tensor, describe_unknown, open_matcher
 from visionattn.predict.rectification import describe_rows
@@ -191,7 +191,7 @@ class _Work:
             if not top:
                 notes.update(dict.fromkeys([EXCHANGED] if looks_exchanged(left, right) else describe_rows(left, right)))
             both = self.matcher(left, right)
-            disparity = (fill_inconsistent(both, left, right) if self.fill else both)[0]
+            disparity = fill_left(both, left) if self.fill else both[0]
             notes.update(dict.fromkeys(self.matcher.notes))
             unknown.append(self.matcher.unknown)
             if not top:
