@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from visionattn.predict.filling import fill_inconsistent
+from visionattn.predict.filling import fill_inconsistent, fill_left
 
 
 def views_of(disparity):
@@ -13,7 +13,7 @@ def views_of(disparity):
 
 def a_wall_behind_an_object():
     """Both views of a wall of disparity 2 and an object of disparity 5 at columns 8 to 11 of the left view."""
-    left, right = np.full((3, 16), 2.0), np.full((3, 16), 2.0)
+    left, right = np.full((99, 16), 2.0), np.full((99, 16), 2.0)
     left[:, 8:12], right[:, 3:7] = 5, 5
     return np.stack([left, right])
 
@@ -38,11 +38,24 @@ def test_a_row_that_nothing_confirms_stays():
 
 @pytest.mark.parametrize("tolerance", [0.2, 1.0])
 def test_tolerance(tolerance):
-    pair = np.stack([np.full((1, 6), 2.0), np.full((1, 6), 2.0)])
-    pair[0, 0, 4] = 2.5
-    edges = [255 * (np.arange(6) % 2).astype(np.uint8)[None]] * 2  # nothing is smoothed
+    pair = np.full((2, 99, 12), 2.0)
+    pair[0, :, 9] = 2.5
+    edges = [255 * (np.arange(12) % 2).astype(np.uint8) + np.zeros((99, 1), np.uint8)] * 2  # no value crosses them
     found = fill_inconsistent(pair, *edges, tolerance)
-    np.testing.assert_allclose(found[0, 0, 4], 2 if tolerance < 0.5 else 2.5)
+    np.testing.assert_allclose(found[0, :, 9], 2 if tolerance < 0.5 else 2.5)
+
+
+def test_small_regions_fill_no_others():
+    disparity = np.full((2, 40, 60), 6.0)
+    disparity[0, 10:15, 30:35] = disparity[1, 10:15, 28:33] = 2.0  # 25 pixels that confirm each other
+    disparity[0, 10:15, 35:40] = np.nan  # next to them
+    flat = np.zeros((40, 60), np.uint8)
+    found = fill_left(disparity, flat)
+    assert abs(found[10:15, 35:40] - 6).max() < 0.2
+    disparity[0, 5:35, 30:35] = disparity[1, 5:35, 28:33] = 2.0
+    large = np.full((40, 60), 128, np.uint8)
+    large[5:35, 30:35] = 0
+    assert abs(fill_left(disparity, large)[10:15, 30:35] - 2).max() < 0.1
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])

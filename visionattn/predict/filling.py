@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from visionattn.errors import require
 from visionattn.predict.consistency import seen_in_both
 from visionattn.predict.matching import as_tensor
 from visionattn.predict.smoothing import smooth
@@ -12,9 +15,12 @@ __all__ = ["fill_inconsistent", "fill_left", "fill_rows"]
 
 # Chosen on the Middlebury scenes motorcycle and wood2.
 TOLERANCE = 0.5
-DOUBT = 1e-3  # confidence of disparities that are not confirmed
+SPECKLE = 200  # pixels
+STEP = 1  # largest difference of neighbours in a region
+CONFIDENCES = (1e-3, 0.01, 1.0)  # not confirmed; confirmed, but in a small region; confirmed
 STRENGTH = 1000.0
 CONTRAST = 2.0  # in 256 levels
+UNIT = 16  # OpenCV's disparities are whole numbers of 1/16 pixel
 
 
 def fill_inconsistent(
@@ -25,7 +31,8 @@ def fill_inconsistent(
     A pixel that is occluded, outside of the other view or wrong takes the smaller of the nearest confirmed disparities
     to its left and right in its row (`fill_rows`). Then each view is smoothed (`visionattn.predict.smoothing`), with a
     confidence of 1 for confirmed disparities and of 0.001 for others: where no edge is in between, these follow the
-    confirmed ones in all directions.
+    confirmed ones in all directions. Confirmed disparities in regions of at most 200 pixels (OpenCV's filter of
+    speckles) fill no others, and have a confidence of 0.01.
 
     Args:
         disparity: (2, H, W), of the left and of the right view; only finite values above 0 are known.
@@ -38,6 +45,7 @@ def fill_inconsistent(
 
     Raises:
         InputError: Shape, type or values of the views are not accepted.
+        MissingPackageError: OpenCV is not installed.
     """
     # The right view is a left one in a mirror.
     mirrored = fill_left(disparity[::-1, :, ::-1], right[:, ::-1], tolerance)
@@ -47,12 +55,22 @@ def fill_inconsistent(
 def fill_left(disparity: np.ndarray, left: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:
     """The same for the left view alone, (H, W), in half of the time (arguments and errors: see `fill_inconsistent`)."""
     confirmed = seen_in_both(disparity, tolerance)
+    certain = _without_speckles(confirmed, disparity[0])
     known = np.where((disparity[0] > 0) & (disparity[0] < np.inf), disparity[0], np.nan)
-    values = fill_rows(np.where(confirmed, disparity[0], np.nan))
-    values = np.where(np.isnan(values), known, values)
+    values = fill_rows(np.where(certain, disparity[0], np.nan))
+    values = np.where(confirmed | np.isnan(values), known, values)
     colours = 255 * as_tensor(left)[0].permute(1, 2, 0).numpy()
-    found = smooth(values, np.where(confirmed, 1.0, DOUBT), colours, STRENGTH, CONTRAST)
+    found = smooth(values, np.choose(confirmed.astype(int) + certain, CONFIDENCES), colours, STRENGTH, CONTRAST)
     return np.where(np.isnan(found), disparity[0], found).astype(disparity.dtype)
+
+
+def _without_speckles(confirmed: np.ndarray, disparity: np.ndarray) -> np.ndarray:
+    """Confirmed pixels, without regions of few pixels whose neighbours have similar disparities."""
+    cv2: Any = require("cv2", "images")
+    largest = np.iinfo(np.int16).max
+    image = np.where(confirmed, np.clip(UNIT * disparity, 0, largest), -1).astype(np.int16)
+    cv2.filterSpeckles(image, -1, SPECKLE, UNIT * STEP)
+    return image >= 0
 
 
 def fill_rows(values: np.ndarray) -> np.ndarray:
