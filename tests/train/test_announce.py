@@ -54,7 +54,7 @@ def test_a_run_says_what_it_works_on_and_predictions_what_they_lack(pictures, ca
     output = capsys.readouterr().out
     run = pictures.parent / "elsewhere/va_minimal_vit_nano_patch4_32/version_0"
     assert output.splitlines()[:6] == [
-        "va_minimal_vit_nano_patch4_32 on cpu, precision 32-true, 1 epochs",
+        "va_minimal_vit_nano_patch4_32 on cpu, precision 32-true, 1 epochs, images of 3 x 32 x 32",
         "training: 8 images in 2 classes (cat 4, dog 4)",
         "validation: 4 images in 2 classes (cat 2, dog 2)",
         "test: there is no test split; the validation split is used instead",

@@ -59,9 +59,11 @@ class Announcement(Callback):
     def _lines(self, trainer: Any, pl_module: Any) -> list[str]:
         lines = [f"{run_title(pl_module)} on {_device(trainer)}"]
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
-            lines[0] += f", {_length(trainer)}"
         data = trainer.datamodule
+        if fitting:
+            # A checkpoint to start from decides the size if the data do not.
+            size = getattr(data, "image_shape", None)
+            lines[0] += f", {_length(trainer)}" + (f", images of {' x '.join(map(str, size))}" if size else "")
         if not isinstance(data, DataModule):
             return lines
         tests = is_overridden("test_step", pl_module)
