@@ -72,7 +72,7 @@ web: web/node_modules/.package-lock.json $(PAGE_MODELS)
 	cd web && npm run --silent build
 	$(RUN) tools.compress_page visionattn/demo/page
 
-$(PAGE_MODELS): tools/page_models.py $(wildcard visionattn/weights/*.safetensors visionattn/demo/*.safetensors) | $(LINKED)
+$(PAGE_MODELS): tools/page_models.py tools/external_weights.py visionattn/export/half.py $(wildcard visionattn/weights/*.safetensors visionattn/demo/*.safetensors) | $(LINKED)
 	$(RUN) tools.page_models web/public
 
 web/node_modules/.package-lock.json: web/package-lock.json

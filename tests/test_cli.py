@@ -150,6 +150,17 @@ def test_streams_that_take_nothing(closed, target, told):
     assert done.returncode == 0
 
 
+def test_show_prints_the_card_of_shipped_weights_and_names_others(capsys):
+    assert main(["show", "va_span_ch26_x4.real"]) == 0
+    shown = capsys.readouterr().out
+    table, _, card = shown.partition("└")
+    assert "shipped (real)" in table
+    assert "va_span_ch26_x4.wallpapers" in table
+    assert 'create_model("va_span_ch26_x4.real", pretrained=True)' in table
+    for part in ("Data:", "Command:", "Measured:", "Licence:"):
+        assert part in card
+
+
 def test_show_takes_names_of_timm(capsys):
     assert main(["show", "test_resnet"]) == 0
     shown = capsys.readouterr().out

@@ -54,6 +54,7 @@ def refer_to_weights(model: onnx.ModelProto, weights: Path) -> None:
     if not found:
         raise ValueError(f"No weight of the graph is in {weights}.")
     for field, values in ((model.graph.initializer, tensors), (model.graph.node, [*nodes, *model.graph.node])):
+        # Deleting a field empties the messages in it.
         copied = [type(value).FromString(value.SerializeToString()) for value in values]
         del field[:]
         field.extend(copied)
@@ -66,7 +67,7 @@ def _tensors(weights: Path) -> list[tuple[np.ndarray, int]]:
     header = json.loads(content[8:start])
     found = []
     for name, entry in header.items():
-        if name != "__metadata__":
+        if name != "__metadata__" and entry["dtype"] in TYPES:
             begin, end = (start + offset for offset in entry["data_offsets"])
             found.append((np.frombuffer(content[begin:end], TYPES[entry["dtype"]]).reshape(entry["shape"]), begin))
     return found

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from rich.table import Table
 from torch import nn
@@ -120,6 +121,9 @@ def run_show(args: argparse.Namespace) -> int:
         cost = cost._replace(weights=f"{cost.weights} ({config['tag']})")
     for row in zip(("task", "parameters", "MACs", "input", "weights"), facts(cost._asdict())):
         table.add_row(*row)
+    others = [other for other in timm.list_pretrained(f"{name}.*") if other.split(".")[1] != config.get("tag")]
+    if others:
+        table.add_row("other weights", ", ".join(others))
     table.add_row("mean, std", f"{tuple(config['mean'])}, {tuple(config['std'])}")
     multiple = getattr(model, "size_multiple", None)
     sizes = "not stated" if multiple is None else f"any multiple of {multiple}"
@@ -127,7 +131,13 @@ def run_show(args: argparse.Namespace) -> int:
     if papers := [str(config[key]) for key in ("paper_name", "paper_ids") if config.get(key)]:
         table.add_row("paper", ", ".join(papers))
     table.add_row("licence", str(config.get("license") or "not stated"))
-    table.add_row("in Python", f'import timm, visionattn; timm.create_model("{args.name}")')
+    pretrained = "" if cost.weights == "none" else ", pretrained=True"
+    table.add_row("in Python", f'import timm, visionattn; timm.create_model("{args.name}"{pretrained})')
     table.add_row("to ONNX", f"visionattn export {args.name} --output model.onnx")
-    new_console().print(table)
+    console = new_console()
+    console.print(table)
+    card = config.get("file") and Path(config["file"]).with_suffix(".md")
+    if card and card.is_file():  # data, command, results and terms of weights in the package
+        _, _, text = card.read_text(encoding="utf-8").partition("\n")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0

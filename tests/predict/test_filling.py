@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
+import visionattn
+from visionattn.errors import InputError, MissingPackageError
 from visionattn.predict.filling import fill_inconsistent, fill_left
 
 
@@ -70,6 +74,36 @@ def test_disparities_follow_those_of_the_same_colour(kind):
     guessed[0, :, 25:30] = 9.0  # wrong: the right view does not confirm it
     error = np.abs(fill_inconsistent(guessed, left, right) - truth)[0]
     assert error.max() < 0.1 < np.abs(noise).max()
+
+
+@pytest.mark.parametrize("layout", [lambda x: x, np.asfortranarray, lambda x: np.ascontiguousarray(x.T).T])
+def test_rows_without_any_value_take_those_of_the_next(layout):
+    # Strong texture lets little through: confidences of far rows would vanish.
+    texture = np.random.default_rng(0).normal(128, 40, (150, 60)).clip(0, 255).astype(np.uint8)
+    disparity = np.full((2, 150, 60), 7.3)
+    disparity[:, :140] = np.nan
+    np.testing.assert_allclose(fill_inconsistent(layout(disparity), texture, texture), 7.3)
+
+
+def test_shapes_that_do_not_match():
+    flat = np.zeros((40, 60), np.uint8)
+    for disparity, left, right in (
+        (np.ones((2, 40, 60)), flat[1:], flat),
+        (np.ones((2, 40, 60)), flat, flat[:, 1:]),
+        (np.ones((40, 60)), flat, flat),
+        (np.ones((3, 40, 60)), flat, flat),
+    ):
+        with pytest.raises(InputError, match="must be"):
+            fill_inconsistent(disparity, left, right)
+
+
+def test_opencv_is_missed_before_anything_is_computed(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    for call in (visionattn.stereo, visionattn.stereo_files):
+        with pytest.raises(MissingPackageError, match="images"):
+            call(tmp_path / "absent.png", tmp_path / "absent.png", fill=True)
+    with pytest.raises(MissingPackageError, match="images"):
+        visionattn.evaluate_stereo("va_match_stereo_nano", tmp_path, fill=True)
 
 
 def test_nothing_known():

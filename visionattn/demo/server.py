@@ -65,7 +65,10 @@ class _Handler(SimpleHTTPRequestHandler):
     server_version, sys_version = "visionattn", ""
 
     def translate_path(self, path: str) -> str:
-        """The file of a request; a name that does not exist for paths outside of the folder, by `..` or by a link."""
+        """The file of a request: of the folder, or weights of the package.
+
+        For paths outside of the folder, by `..` or by a link, it is a name that does not exist.
+        """
         try:
             found = Path(super().translate_path(path)).resolve()
             inside = found.is_relative_to(Path(self.directory).resolve())

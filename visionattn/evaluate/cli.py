@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pairs.add_argument(
         "--fill",
         action="store_true",
-        help="replace disparities that fail the left-right consistency check, and smooth the others",
+        help="replace disparities that fail the left-right consistency check, and smooth all; needs OpenCV",
     )
     ranked = protocols.add_parser("retrieval", help="retrieval by attributes: mAP, recall, entanglement, triplets")
     ranked.add_argument(

@@ -146,7 +146,7 @@ def evaluate_stereo(
         baseline: "sgbm" adds OpenCV's semi-global matching, raw and with gaps filled ("sgbm_filled"); its search range
             is the largest disparity of the ground truth.
         enlarge: Factor by which the views are enlarged before matching (`visionattn.models.enlarged`).
-        fill: Replace the models' disparities that fail the left-right consistency check, and smooth the others
+        fill: Replace the models' disparities that fail the left-right consistency check, and smooth all
             (`visionattn.predict.filling.fill_inconsistent`).
         device: Device of the models: "auto" (a GPU if available), "cpu" or "cuda:1".
         dtype: Precision of weights and activations: float32, float16, bfloat16 or float64.
@@ -161,11 +161,11 @@ def evaluate_stereo(
         CheckpointError: A weight file is unreadable or fits no model, or no weights are available for a name.
         InputError: The factor `enlarge` is out of range.
         DataError: A folder contains no stereo pair with ground truth.
-        MissingPackageError: The baseline needs OpenCV, which is not installed.
+        MissingPackageError: The baseline or filling needs OpenCV, which is not installed.
     """
     if baseline is not None and baseline not in BASELINES:
         raise ConfigError(f"The baseline must be one of {', '.join(map(repr, BASELINES))}; got {shorten(baseline)!r}.")
-    if baseline is not None:
+    if baseline is not None or fill:
         require("cv2", "images")
     scenes = find_scenes(folders, layout, factor)
     networks = open_models(models, "stereo")

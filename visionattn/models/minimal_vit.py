@@ -6,8 +6,8 @@ published weights load. Every variant accepts any image size: positions are resa
 right and bottom to whole patches.
 
 `va_minimal_vit_micro_patch4_32_ep` reads out frozen features by efficient probing (`global_pool="ep"`). Its weight file
-holds the read-out only; the backbone is that of `va_minimal_vit_micro_patch4_32`. Those of its tag `tuned_cifar10` were
-trained on as a whole, with labels.
+holds the read-out only; the backbone is that of `va_minimal_vit_micro_patch4_32`. For the tag `tuned_cifar10`, all of
+it was trained further, with labels.
 
 Variants at tiny scale (C = 192, 12 blocks, 3 heads, 224 x 224, 1000 classes; parameters counted, the first equals
 timm's vit_tiny):

@@ -8,7 +8,7 @@ for values f. Where an image I changes, w is small, and neighbours may differ. V
 smoothed as S(c f) / S(c), a weighted mean: where c is small, it is that of confident pixels which no edge separates.
 
 In one dimension u solves (1 + l L) u = f, L being the Laplacian of w, which is tridiagonal. In two, S is approximated
-by turns: all rows, then all columns, T times, with strengths that fall by 4:
+by turns: all rows, then all columns, T times, with strengths that fall by a factor of 4:
 
     l_t = 1.5 l 4^(T - t) / (4^T - 1)
 
@@ -23,6 +23,7 @@ import numpy as np
 __all__ = ["smooth"]
 
 TURNS = 3
+LEAST = 1e-200  # what is left of confidences after many edges loses its digits below this
 
 
 def smooth(
@@ -34,11 +35,11 @@ def smooth(
         values: f, (H, W); NaN where there is none.
         confidence: c, (H, W), at least 0.
         image: I, (H, W, C).
-        strength: l, relative to a confidence of 1.
+        strength: l.
         contrast: s, a distance of colours, in units of the image.
 
     Returns:
-        u, float64 (H, W); NaN where no value reaches.
+        S(c f) / S(c), float64 (H, W); NaN where no value reaches.
     """
     known = np.isfinite(values)
     confidence = np.where(known, confidence, 0.0)
@@ -50,7 +51,7 @@ def smooth(
         sums = _diffuse(sums, part * across)
         sums = _diffuse(sums.transpose(0, 2, 1), part * down.T).transpose(0, 2, 1)
     weighted, total = sums
-    return np.divide(weighted, total, out=np.full_like(total, np.nan), where=total > 0)
+    return np.divide(weighted, total, out=np.full_like(total, np.nan), where=total > LEAST)
 
 
 def _diffuse(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

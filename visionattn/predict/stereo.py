@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from visionattn.errors import InputError
+from visionattn.errors import InputError, require
 from visionattn.predict.calibration import Calibration, read_calibration
 from visionattn.predict.consistency import seen_in_both
 from visionattn.predict.filling import fill_inconsistent
@@ -112,9 +112,9 @@ def stereo(
             of the free memory.
         low_resolution_start: Start from the result at half the size, as the authors do for images of 2K and more.
         enlarge: Factor by which images are enlarged for the model; the result becomes finer.
-        fill: Replace the disparities of both views that fail the left-right consistency check, and smooth the others
-            along the edges of the views (see `visionattn.predict.filling.fill_inconsistent`). `nonocc` is
-            computed before.
+        fill: Replace the disparities of both views that fail the left-right consistency check, and smooth all along
+            the edges of the views (see `visionattn.predict.filling.fill_inconsistent`; its tolerance is 0.5 pixels,
+            that of `nonocc` 1). Needs OpenCV.
 
     Returns:
         Disparities, a mask of the non-occluded pixels, and depth if the cameras are known. A note tells if the rows of
@@ -124,7 +124,10 @@ def stereo(
         InputError: Sizes, type or values of the images, the model or an argument are not accepted.
         DataError: An image or calibration file does not exist, or is damaged.
         VisionAttnError: The model does not exist, or has no weights.
+        MissingPackageError: `fill` is set, and OpenCV is not installed.
     """
+    if fill:
+        require("cv2", "images")
     cameras = open_calibration(calibration, focal, baseline, doffs=doffs)
     views = [pixels_of(image) for image in (left, right)]
     matcher = open_matcher(

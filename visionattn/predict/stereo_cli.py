@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fill",
         action="store_true",
-        help="replace disparities that fail the left-right consistency check, and smooth the others",
+        help="replace disparities that fail the left-right consistency check, and smooth all; needs OpenCV",
     )
     parser.add_argument(
         "--right",

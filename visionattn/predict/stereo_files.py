@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from visionattn.data.matching.disparity import write_disparity
+from visionattn.errors import require
 from visionattn.predict import batch, pairs
 from visionattn.predict.batch import Bar, Job, Outcome
 from visionattn.predict.calibration import Calibration
@@ -90,8 +91,11 @@ def stereo_files(
         The written, skipped and failed outputs; a failed pair does not end the run.
 
     Raises:
-        VisionAttnError: The run could not start: an input, the model, the folder or a calibration value is missing.
+        VisionAttnError: The run could not start: an input, the model, the folder, a package or a calibration value is
+            missing.
     """
+    if fill:
+        require("cv2", "images")
     cameras = open_calibration(
         calibration, focal, baseline, doffs=doffs, principal_point=principal_point, fy=fy, ply=ply
     )

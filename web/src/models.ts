@@ -5,7 +5,7 @@ export interface Model {
   file: string;
   /** Address of the file that its weights are read from, if it does not contain them. */
   weights?: string;
-  /** Size of both. */
+  /** Size of the file, with that of its weights. */
   bytes: number;
   model: string;
   task: "restore" | "stereo" | "classify";

@@ -19,14 +19,14 @@ function tell(answer: Answer, transfer: Transferable[] = []): void {
   self.postMessage(answer, { transfer });
 }
 
-interface File {
+interface Downloaded {
   name: string;
   bytes: Uint8Array;
 }
 
 /** The model, then the file of its weights, if it has one. */
-async function downloadAll(request: Request): Promise<File[]> {
-  const files: File[] = [];
+async function downloadAll(request: Request): Promise<Downloaded[]> {
+  const files: Downloaded[] = [];
   let size = 0;
   for (const url of [request.url, request.weights]) {
     if (!url) continue;
@@ -70,7 +70,7 @@ async function loadRuntime(provider: Provider, request: Request): Promise<Runtim
   return runtime;
 }
 
-async function start(provider: Provider, files: File[], request: Request, key: string): Promise<Ready> {
+async function start(provider: Provider, files: Downloaded[], request: Request, key: string): Promise<Ready> {
   const runtime = await loadRuntime(provider, request);
   const [model, ...weights] = files;
   const externalData = weights.map(({ name, bytes }) => ({ path: name, data: bytes }));

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from visionattn.data.matching.pairs import MatchPair, crop, flip, matches_inside, resize, seen_by_order
-from visionattn.data.matching.scenes import GeneratedPairs, Scene, draw_scene, photograph_views, render
+from visionattn.data.matching.scenes import GeneratedPairs, Scene, _enlarged, draw_scene, photograph_views, render
 from visionattn.data.matching.surfaces import FIRST, SECOND, SHAPES, Shape, Surface, look
 from visionattn.data.matching.textures import KINDS, level, lookup, procedural
 from visionattn.data.samplers import SampleKey
 from visionattn.errors import ConfigError, DataError
+from visionattn.models.enlarged import EnlargedViews
 
 SIZE = (64, 112)
 SEEDS = range(6)
@@ -375,6 +376,25 @@ def test_enlarged_pairs():
     assert np.quantile(apart, 0.95) < 1
     with pytest.raises(ConfigError, match="enlarged must be between 0 and 1; got -1"):
         GeneratedPairs(1, SIZE, 40.0, enlarged=-1)
+
+
+def test_enlarged_views_are_those_that_a_network_enlarges():
+    class Recorder(torch.nn.Module):
+        task = "flow"
+
+        def forward(self, first, second):
+            self.seen = torch.cat([first, second])
+            return torch.ones_like(first)
+
+    pair = MatchPair(
+        np.random.default_rng(0).integers(0, 256, (2, 24, 32, 3), np.uint8),
+        np.zeros((2, 24, 32, 2), np.float32),
+        np.ones((2, 24, 32), bool),
+    )
+    recorder = Recorder()
+    EnlargedViews(recorder, 2)(*(torch.from_numpy(view).permute(2, 0, 1)[None] / 255 for view in pair.views))
+    enlarged = torch.from_numpy(_enlarged(pair, (48, 64)).views).permute(0, 3, 1, 2) / 255
+    assert (enlarged - recorder.seen).abs().max() < 0.51 / 255
 
 
 def test_a_grid_is_two_fences():

@@ -295,8 +295,9 @@ class GeneratedPairs(Dataset):
         rectification: Largest vertical error of the right view in pixels, applied to half of the pairs; stereo only.
         seed: Seed of all random draws.
         thin: Probability of an object to be a thin structure.
-        enlarged: Probability of a pair to be drawn at half of the size and enlarged twice, as networks see views that
-            `visionattn.models.enlarged` enlarges.
+        enlarged: Probability of a pair to be drawn at half of the size, with half of the largest disparity, and
+            enlarged twice, as networks see views that `visionattn.models.enlarged` enlarges. `rectification` is in
+            pixels of the small views.
 
     Raises:
         ConfigError: The largest disparity is not between 1 pixel and the width, or a probability not between 0 and 1.
@@ -346,7 +347,14 @@ class GeneratedPairs(Dataset):
         if imperfect and self.rectification and not self.flow:
             views[1] = _turned(views[1], shift, slope)
         pair = MatchPair(photograph_views(views, rng), fields, seen)
-        return resize(pair, *self.size) if factor > 1 else pair
+        return _enlarged(pair, self.size) if factor > 1 else pair
+
+
+def _enlarged(pair: MatchPair, size: tuple[int, int]) -> MatchPair:
+    """Enlarge the views as `EnlargedViews` does, but for rounding to 256 levels, and the ground truth from pixels."""
+    views = torch.from_numpy(pair.views).permute(0, 3, 1, 2).float()
+    views = F.interpolate(views, size, mode="bicubic").round().clamp(0, 255).byte()
+    return resize(pair, *size)._replace(views=views.permute(0, 2, 3, 1).numpy())
 
 
 def _turned(view: np.ndarray, shift: float, slope: float) -> np.ndarray:
