@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data
 
 LEAST = 256  # elements of a weight that is worth a reference
 TYPES = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
@@ -43,11 +44,9 @@ def refer_to_weights(model: onnx.ModelProto, weights: Path) -> None:
             found = True
             chain, extra = _layout(tensor.name, values, wanted, order)
             nodes += chain
-            name = chain[0].input[0] if chain else tensor.name
-            kind = helper.np_dtype_to_tensor_dtype(values.dtype)
-            tensor = TensorProto(name=name, dims=values.shape, data_type=kind, data_location=TensorProto.EXTERNAL)
-            for key, value in (("location", weights.name), ("offset", offset), ("length", values.nbytes)):
-                tensor.external_data.add(key=key, value=str(value))
+            tensor = numpy_helper.from_array(values, chain[0].input[0] if chain else tensor.name)
+            set_external_data(tensor, weights.name, offset, length=values.nbytes)
+            tensor.ClearField("raw_data")
             tensors += extra
             break
         tensors.append(tensor)
