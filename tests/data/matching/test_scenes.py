@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from visionattn.data.matching.pairs import MatchPair, crop, flip, matches_inside, resize, seen_by_order
-from visionattn.data.matching.scenes import GeneratedPairs, Scene, _enlarged, draw_scene, photograph_views, render
+from visionattn.data.matching.scenes import GeneratedPairs, Scene, draw_scene, photograph_views, render
 from visionattn.data.matching.surfaces import FIRST, SECOND, SHAPES, Shape, Surface, look
 from visionattn.data.matching.textures import KINDS, level, lookup, procedural
 from visionattn.data.samplers import SampleKey
 from visionattn.errors import ConfigError, DataError
-from visionattn.models.enlarged import EnlargedViews
 
 SIZE = (64, 112)
 SEEDS = range(6)
@@ -355,46 +354,6 @@ def test_thin_structures():
     assert 0.3 < seen.mean() < 1
     with pytest.raises(ConfigError, match="thin must be between 0 and 1; got 2"):
         GeneratedPairs(1, SIZE, 40.0, thin=2)
-
-
-def test_enlarged_pairs():
-    def doubled(pair):
-        """Whether each 2 x 2 pixels have one field, as if drawn at half of the size."""
-        return np.array_equal(pair.fields[:, ::2, ::2], pair.fields[:, 1::2, 1::2])
-
-    plain, mixed, enlarged = (GeneratedPairs(8, (192, 256), 60.0, enlarged=share) for share in (0.0, 0.5, 1.0))
-    assert not doubled(plain[0])
-    assert 0 < sum(doubled(mixed[number]) for number in range(8)) < 8
-    pair = enlarged[0]
-    assert doubled(pair)
-    assert pair.views.shape == (2, 192, 256, 3)
-    assert 1 < np.abs(pair.fields).max() <= 60
-    # Fields of both views point at each other, in pixels of the enlarged views.
-    row, column = np.nonzero(pair.seen[0])
-    match = np.rint(column + pair.fields[0, row, column, 0]).astype(int).clip(0, 255)
-    apart = np.abs(pair.fields[0, row, column, 0] + pair.fields[1, row, match, 0])
-    assert np.quantile(apart, 0.95) < 1
-    with pytest.raises(ConfigError, match="enlarged must be between 0 and 1; got -1"):
-        GeneratedPairs(1, SIZE, 40.0, enlarged=-1)
-
-
-def test_enlarged_views_are_those_that_a_network_enlarges():
-    class Recorder(torch.nn.Module):
-        task = "flow"
-
-        def forward(self, first, second):
-            self.seen = torch.cat([first, second])
-            return torch.ones_like(first)
-
-    pair = MatchPair(
-        np.random.default_rng(0).integers(0, 256, (2, 24, 32, 3), np.uint8),
-        np.zeros((2, 24, 32, 2), np.float32),
-        np.ones((2, 24, 32), bool),
-    )
-    recorder = Recorder()
-    EnlargedViews(recorder, 2)(*(torch.from_numpy(view).permute(2, 0, 1)[None] / 255 for view in pair.views))
-    enlarged = torch.from_numpy(_enlarged(pair, (48, 64)).views).permute(0, 3, 1, 2) / 255
-    assert (enlarged - recorder.seen).abs().max() < 0.51 / 255
 
 
 def test_a_grid_is_two_fences():

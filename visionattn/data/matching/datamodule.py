@@ -146,7 +146,6 @@ class MatchData(DataModule):
         photographs: Folders of images to texture generated surfaces with, next to procedural textures.
         rectification: Largest vertical error of generated stereo pairs, in pixels; validation has none.
         thin: Probability of an object of generated pairs to be a thin structure: a wire, a fence, a grid or foliage.
-        enlarged: Probability of a generated pair to be drawn at half of the size and enlarged twice.
         scaling: Largest scale factor of pairs from folders.
         colours: Colour change of each view of pairs from folders (standard deviation of logarithms).
         batch_size: Pairs per batch and device.
@@ -169,7 +168,6 @@ class MatchData(DataModule):
         photographs: list[str] | str | None = None,
         rectification: float = 0.6,
         thin: float = 0.0,
-        enlarged: float = 0.0,
         scaling: float = 1.4,
         colours: float = 0.1,
         batch_size: int = 4,
@@ -234,7 +232,6 @@ class MatchData(DataModule):
             # Validation and test use other scenes than training, and than each other.
             seed=3 * given.seed + ("train", "val", "test").index(part),
             thin=given.thin if training else 0.0,
-            enlarged=given.enlarged if training else 0.0,
         )
 
     def _find(self, folders: list[str] | str) -> Sequence[Any]:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from visionattn.data.images import find_images
-from visionattn.data.matching.pairs import MatchPair, matches_inside, resize
+from visionattn.data.matching.pairs import MatchPair, matches_inside
 from visionattn.data.matching.surfaces import FIRST, SECOND, SHAPES, Quadric, Seen, Shape, Surface, look, seen_by_other
 from visionattn.data.matching.textures import POOL, level, lookup, photograph, procedural
 from visionattn.data.samplers import SampleKey
@@ -295,12 +295,9 @@ class GeneratedPairs(Dataset):
         rectification: Largest vertical error of the right view in pixels, applied to half of the pairs; stereo only.
         seed: Seed of all random draws.
         thin: Probability of an object to be a thin structure.
-        enlarged: Probability of a pair to be drawn at half of the size, with half of the largest disparity, and
-            enlarged twice, as networks see views that `visionattn.models.enlarged` enlarges. `rectification` is in
-            pixels of the small views.
 
     Raises:
-        ConfigError: The largest disparity is not between 1 pixel and the width, or a probability not between 0 and 1.
+        ConfigError: The largest disparity is not between 1 pixel and the width, or `thin` not between 0 and 1.
         DataError: A folder does not exist or holds no image.
     """
 
@@ -314,11 +311,9 @@ class GeneratedPairs(Dataset):
         rectification: float = 0.0,
         seed: int = 0,
         thin: float = 0.0,
-        enlarged: float = 0.0,
     ) -> None:
-        for name, probability in (("thin", thin), ("enlarged", enlarged)):
-            if not 0 <= probability <= 1:
-                raise ConfigError(f"{name} must be between 0 and 1; got {probability}.")
+        if not 0 <= thin <= 1:
+            raise ConfigError(f"thin must be between 0 and 1; got {thin}.")
         if not 1 <= max_disparity <= size[1]:
             raise ConfigError(f"max_disparity must be between 1 and the width ({size[1]}); got {max_disparity}.")
         self.length = length
@@ -329,7 +324,6 @@ class GeneratedPairs(Dataset):
         self.rectification = rectification
         self.seed = seed
         self.thin = thin
-        self.enlarged = enlarged
 
     def __len__(self) -> int:
         return self.length
@@ -337,24 +331,13 @@ class GeneratedPairs(Dataset):
     def __getitem__(self, key: SampleKey | int) -> MatchPair:
         sample, epoch, _ = key if isinstance(key, SampleKey) else SampleKey(key, epoch=0)
         rng = np.random.default_rng((self.seed, epoch, sample))
-        # Without enlarged pairs nothing is drawn for them, so that pairs stay what they are.
-        factor = 2 if self.enlarged and rng.random() < self.enlarged else 1
-        size = self.size[0] // factor, self.size[1] // factor
-        scene = draw_scene(rng, size, self.max_disparity / factor, self.photographs, self.flow, self.thin)
-        views, fields, seen = render(scene, size)
+        scene = draw_scene(rng, self.size, self.max_disparity, self.photographs, self.flow, self.thin)
+        views, fields, seen = render(scene, self.size)
         # Drawn in any case, so that the cameras do not depend on it.
         imperfect, (shift, slope) = rng.random() < 0.5, rng.uniform(-0.5, 0.5, 2) * self.rectification
         if imperfect and self.rectification and not self.flow:
             views[1] = _turned(views[1], shift, slope)
-        pair = MatchPair(photograph_views(views, rng), fields, seen)
-        return _enlarged(pair, self.size) if factor > 1 else pair
-
-
-def _enlarged(pair: MatchPair, size: tuple[int, int]) -> MatchPair:
-    """Enlarge the views as `EnlargedViews` does, but for rounding to 256 levels, and the ground truth from pixels."""
-    views = torch.from_numpy(pair.views).permute(0, 3, 1, 2).float()
-    views = F.interpolate(views, size, mode="bicubic").round().clamp(0, 255).byte()
-    return resize(pair, *size)._replace(views=views.permute(0, 2, 3, 1).numpy())
+        return MatchPair(photograph_views(views, rng), fields, seen)
 
 
 def _turned(view: np.ndarray, shift: float, slope: float) -> np.ndarray:
